@@ -1,0 +1,96 @@
+"""Checkpoints of a run, through Orbax: asynchronous, atomic, restored into any sharding.
+
+The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate items, so that either
+can be read alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lm.config import CheckpointConfig
+from lm.types import Params, TrainState
+
+ITEMS = ("params", "opt_state")
+
+
+class Checkpoints:
+    """The checkpoints below `workdir`/checkpoints. A context manager: leaving it waits for the last save."""
+
+    def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
+        directory = epath.Path(workdir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else config.keep_last,
+            keep_period=config.keep_every or None,
+            read_only=read_only,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(directory, item_names=ITEMS, options=options)
+        self.directory = directory
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> bool:
+        """Starts saving `state`; False if its step is saved already. Returns once the device arrays are copied."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return False
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+            ),
+        )
+        return True
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState | None:
+        """The state at `step` (default: newest) laid out as the shardings of `abstract` say; None if there is none."""
+        step = self._find(step)
+        if step is None:
+            return None
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            ),
+        )
+        count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        return TrainState(step=count, params=restored["params"], opt_state=restored["opt_state"])
+
+    def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:
+        """(step, parameters) alone: nothing of the optimizer is read.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+        """
+        step = self._find(step)
+        if step is None:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}; train first")
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return step, self._manager.restore(step, args=args)["params"]
+
+    def _find(self, step: int | None) -> int | None:
+        if step is not None and step not in self._manager.all_steps():
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
+            )
+        return self._manager.latest_step() if step is None else step

@@ -1,0 +1,380 @@
+"""The table of contents of a run: frozen dataclasses, and their way to and from `ml_collections.ConfigDict`.
+
+`configs/*.py` and the command line work on a ConfigDict; `resolve` turns it into the frozen `Config` that the code reads. Model
+and objective are components: modules with a `Config` dataclass and a `build` function, found by the name in
+`config.model.name` and `config.objective.name` (a name with a dot is imported as it is, so that a component may live
+outside of this project).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def field(default: Any, sentence: str) -> Any:
+    """A dataclass field with its default and the sentence that `--explain` prints."""
+    if dataclasses.is_dataclass(default):
+        kind = type(default)
+        return dataclasses.field(default_factory=lambda: kind(), metadata={"help": sentence})
+    return dataclasses.field(default=default, metadata={"help": sentence})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    tokenizer: str = field(
+        "bytes", "bytes, a SentencePiece .model, or a Hugging Face tokenizer.json."
+    )
+    train: tuple[str, ...] = field((), "Token stores to train on, or synthetic:KIND.")
+    weights: tuple[float, ...] = field((), "Mixture weights of the stores; empty: by their size.")
+    validation: tuple[str, ...] = field(
+        (), "Token stores to evaluate on, each reported separately."
+    )
+    length: int = field(1024, "Tokens in a row.")
+    batch_size: int | None = field(None, "Rows in a global batch.")
+    batch_size_per_device: int | None = field(
+        None, "Rows per device; an alternative to batch_size."
+    )
+    packing: str = field("split", "split: concatenate and cut; best_fit: whole documents only.")
+    shuffle: bool = field(True, "Visit the rows of every epoch in a new random order.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """How batches reach the device; nothing here changes what is in them."""
+
+    kind: str = field("tf.data", "tf.data, or thread (no TensorFlow needed).")
+    num_workers: int = field(2, "Batches prepared in parallel.")
+    prefetch: int = field(4, "Batches kept ready.")
+    cache_dir: str = field("", "Where packing plans are kept; empty: beside each store.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    z_loss: float = field(
+        0.0, "Coefficient of log(Z)^2, which keeps logits near zero (PaLM: 1e-4)."
+    )
+    label_smoothing: float = field(0.0, "Probability mass spread evenly over the vocabulary.")
+    chunk_size: int = field(2048, "Tokens whose logits exist at once on a device; 0: all of them.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    kind: str = field("cosine", "constant, cosine, linear, inverse_sqrt or wsd.")
+    warmup_steps: int = field(0, "Steps of linear warm-up from zero.")
+    decay_steps: int | None = field(None, "wsd: steps of the final decay; unset: 20% of the run.")
+    final_fraction: float = field(0.1, "Learning rate at the end, as a fraction of its peak.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = field("adamw", "adamw, adafactor, lion, muon or sgd.")
+    learning_rate: float = field(3e-4, "Peak learning rate.")
+    schedule: ScheduleConfig = field(
+        ScheduleConfig(), "How the learning rate changes over the run."
+    )
+    weight_decay: float = field(0.1, "Decoupled decay, multiplied by the learning rate.")
+    decay_roles: tuple[str, ...] = field(
+        ("matrix",), "Roles of parameters that decay: matrix, embedding, vector."
+    )
+    b1: float = field(0.9, "Decay of the first moment; the momentum of lion and sgd.")
+    b2: float = field(0.95, "Decay of the second moment.")
+    eps: float = field(1e-8, "Added to the root of the second moment.")
+    nesterov: bool = field(False, "Nesterov momentum (adamw, sgd; muon always uses it).")
+    clip_norm: float = field(1.0, "Largest global norm of the gradient; 0: no clipping.")
+    muon_learning_rate: float | None = field(
+        None, "muon: peak learning rate of the matrices; unset: learning_rate."
+    )
+    muon_momentum: float = field(0.95, "muon: decay of the momentum of the matrices.")
+    ema_decay: float = field(
+        0.0, "Decay of an average of the weights, used by evaluation; 0: none."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = field(-1, "Replicas; -1: all devices that the other axes leave.")
+    fsdp: int = field(1, "Shards of parameters, optimizer state and batch.")
+    expert: int = field(1, "Shards of experts.")
+    tensor: int = field(1, "Shards of heads, MLP width and vocabulary.")
+    sequence: int = field(1, "Shards of the sequence.")
+    stage: int = field(1, "Pipeline stages.")
+    rules: tuple[tuple[str, Any], ...] = field(
+        (), "Rows of the sharding table to replace: (logical axis, mesh axis, axes or None)."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int | None = field(None, "Length of the run in optimizer steps.")
+    num_tokens: int | None = field(
+        None, "Length of the run in tokens; an alternative to num_steps."
+    )
+    num_epochs: float | None = field(
+        None, "Length of the run in epochs; an alternative to num_steps."
+    )
+    num_microbatches: int = field(1, "Parts of a batch whose gradients are accumulated.")
+    eval_every: int = field(0, "Steps between evaluations; 0: at the end only.")
+    eval_batches: int = field(0, "Batches of each validation store per evaluation; 0: all of it.")
+    log_every: int = field(10, "Steps between log lines.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = field(0, "Steps between checkpoints; 0: at the end only.")
+    every_seconds: float = field(0.0, "Also save when this many seconds have passed; 0: never.")
+    keep_last: int = field(2, "Newest checkpoints to keep.")
+    keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.")
+    allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = field(True, "Write TensorBoard event files beside metrics.jsonl.")
+    parameter_table: bool = field(True, "Print the table of parameters at the start.")
+    profile_start: int = field(0, "First step of the profiler's window.")
+    profile_steps: int = field(0, "Steps to profile into WORKDIR/profile; 0: none.")
+    peak_flops_per_device: float | None = field(
+        None, "FLOP/s of one device, for MFU; unset: from the table of known chips."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    seed: int = field(0, "Seed of initialisation, dropout and the order of the data.")
+    model: Any = field(None, "The model: name, and the fields of that component.")
+    objective: Any = field(None, "The objective: name, and the fields of that component.")
+    data: DataConfig = field(DataConfig(), "Where rows come from.")
+    loader: LoaderConfig = field(LoaderConfig(), "How batches reach the device.")
+    loss: LossConfig = field(LossConfig(), "The token loss.")
+    optimizer: OptimizerConfig = field(OptimizerConfig(), "The update rule.")
+    mesh: MeshConfig = field(MeshConfig(), "How devices are arranged; the product is their number.")
+    train: TrainConfig = field(TrainConfig(), "Length and rhythm of the run.")
+    checkpoint: CheckpointConfig = field(CheckpointConfig(), "When to save and what to keep.")
+    log: LogConfig = field(LogConfig(), "What is written and printed.")
+
+
+COMPONENTS = {"model": "lm.models", "objective": "lm.objectives"}
+
+
+def component(package: str, name: str) -> types.ModuleType:
+    """The module that `name` means inside `package`; with a dot in it, the module of that full name.
+
+    Raises:
+        ValueError: no such module, or it has no `Config` and `build`; the message lists those that exist.
+    """
+    path = name if "." in name else f"{package}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise  # the module exists, and something that it needs does not
+        import pkgutil
+
+        home = importlib.import_module(package)
+        known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
+        raise ValueError(f"{name!r} is not in {package}; there are: {', '.join(known)}") from None
+    for needed in ("Config", "build"):
+        if not hasattr(module, needed):
+            raise ValueError(f"{path} is no component: it has no `{needed}`")
+    return module
+
+
+def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
+    """A ConfigDict with every field of every section at its default, for `configs/*.py` to change."""
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        if f.name in COMPONENTS:
+            name = {"model": model, "objective": objective}[f.name]
+            section = {"name": name} | _to_dict(component(COMPONENTS[f.name], name).Config)
+        else:
+            section = _to_dict(_hints(Config)[f.name]) if f.name != "seed" else f.default
+        tree[f.name] = section
+    return ml_collections.ConfigDict(tree)
+
+
+def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """The frozen `Config` of a ConfigDict (or of the plain dict that `to_dict` made of one).
+
+    Raises:
+        ValueError: a key that nothing reads, a missing section, or a value of the wrong type; with the config path.
+    """
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        path, section = f"config.{f.name}", tree.get(f.name, {})
+        if f.name in COMPONENTS:
+            section = dict(section)
+            name = section.pop("name", None)
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{path}.name must name a component of {COMPONENTS[f.name]}, got {name!r}"
+                )
+            values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config, section, path)
+        elif f.name == "seed":
+            values[f.name] = _convert(int, tree.get("seed", f.default), path)
+        else:
+            values[f.name] = _from_dict(_hints(Config)[f.name], section, path)
+    return Config(**values)
+
+
+def names(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The component names of a config: {"model": "decoder", "objective": "causal"}."""
+    return {key: config[key].name for key in COMPONENTS}
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON text; `from_json` reads it back to an equal one."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The ConfigDict that `to_json` wrote, with every field that has been added since at its default."""
+    tree = json.loads(text)
+    config = default(**{key: tree[key]["name"] for key in COMPONENTS})
+    _check_keys(tree, set(config.keys()), "config")
+    for path, value in _leaves(tree):
+        node, *rest = config, *path.split(".")
+        for key in rest[:-1]:
+            node = node[key]
+        if rest[-1] not in node:
+            _check_keys({rest[-1]: value}, set(node.keys()), "config." + ".".join(rest[:-1]))
+        with node.ignore_type():
+            node[rest[-1]] = _tuples(value)
+    return config
+
+
+def changed(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values differ, with both values."""
+    a, b = dict(_leaves(old.to_dict())), dict(_leaves(new.to_dict()))
+    return {
+        path: (a.get(path), b.get(path))
+        for path in sorted(a.keys() | b.keys())
+        if _tuples(a.get(path)) != _tuples(b.get(path))
+    }
+
+
+def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, str]]:
+    """(path, value, default, sentence) of every key."""
+    base = default(**names(config))
+    defaults = dict(_leaves(base.to_dict()))
+    sentences = {"seed": _sentence(Config, "seed")}
+    for f in dataclasses.fields(Config):
+        if f.name in COMPONENTS:
+            package = COMPONENTS[f.name]
+            cls = component(package, config[f.name].name).Config
+            sentences[f"{f.name}.name"] = f"A module of {package}, or a full module name."
+        else:
+            cls = _hints(Config)[f.name]
+        if dataclasses.is_dataclass(cls):
+            sentences |= dict(_sentences(cls, f.name))
+    for path, value in _leaves(config.to_dict()):
+        yield path, value, defaults.get(path), sentences.get(path, "")
+
+
+def _sentence(cls: Any, name: str) -> str:
+    return next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _sentences(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _sentences(hints[f.name], f"{prefix}.{f.name}")
+        else:
+            yield f"{prefix}.{f.name}", f.metadata["help"]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _optional(hint: Any) -> tuple[Any, bool]:
+    """(X, True) for `X | None`, else (hint, False)."""
+    args = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) and type(None) in args:
+        return next(a for a in args if a is not type(None)), True
+    return hint, False
+
+
+def _to_dict(cls: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        hint, optional = _optional(_hints(cls)[f.name])
+        if dataclasses.is_dataclass(hint):
+            tree[f.name] = _to_dict(hint)
+        elif optional and f.default is None:
+            tree[f.name] = config_dict.placeholder(hint)  # else the command line could not set it
+        else:
+            tree[f.name] = f.default
+    return tree
+
+
+def _check_keys(tree: dict[str, Any], known: set[str], path: str) -> None:
+    for key in tree:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = (
+                f"; did you mean {path}.{close[0]}?"
+                if close
+                else f"; known: {', '.join(sorted(known))}"
+            )
+            raise ValueError(f"{path}.{key} is not a config key{hint}")
+
+
+def _from_dict(cls: Any, tree: dict[str, Any], path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must be a section with keys, got {tree!r}")
+    hints = _hints(cls)
+    _check_keys(tree, set(hints), path)
+    values = {}
+    for key, value in tree.items():
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _from_dict(hints[key], value, f"{path}.{key}")
+        else:
+            values[key] = _convert(hints[key], value, f"{path}.{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    kind, optional = _optional(hint)
+    if optional and value is None:
+        return None
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple and isinstance(value, list | tuple):
+        value = _tuples(value)
+        inner = (typing.get_args(kind) or (Any,))[0]
+        return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
+    if kind is Any:
+        return value
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        raise ValueError(f"{path} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value

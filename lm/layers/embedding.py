@@ -1,0 +1,41 @@
+"""Tables of vectors, and their use as the vocabulary projection (tied embeddings, arXiv:1608.05859)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.layers.linear import initializer, project
+from lm.sharding import Rules
+from lm.types import Array
+
+
+class Embedding(nn.Module):
+    """Rows of a table. Parameters: `weight` [size, D]."""
+
+    size: int
+    embed_dim: int
+    rules: Rules
+    axis: str | None = "vocab"
+    dtype: Any = jnp.float32
+    init_std: float = 0.02
+
+    def setup(self) -> None:
+        init = nn.with_partitioning(initializer(self.init_std, self.size), (self.axis, "embed"))
+        self.weight = self.param("weight", init, (self.size, self.embed_dim))
+
+    def _table(self) -> jax.Array:
+        # Gathering from a table sharded over `embed` into rows sharded over `batch` (the same mesh axis) makes the
+        # compiler rematerialize the table everywhere: collect that axis first, as for every FSDP weight.
+        return self.rules.constrain(self.weight.astype(self.dtype), self.axis, None)
+
+    def __call__(self, ids: Array) -> jax.Array:
+        """ids: int32 [B, T] -> [B, T, D]."""
+        return jnp.take(self._table(), ids, axis=0)
+
+    def attend(self, x: Array) -> jax.Array:
+        """x: [B, T, D] -> logits [B, T, size]."""
+        return project(x, self._table().T, self.rules)

@@ -1,0 +1,67 @@
+"""Position-wise feed-forward layers, plain and gated (arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.layers.linear import Linear
+from lm.sharding import Rules
+from lm.types import Array
+
+_GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
+_GELU = functools.partial(jax.nn.gelu, approximate=False)
+
+# name: (function, gated)
+ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
+    "relu": (jax.nn.relu, False),
+    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # arXiv:2109.08668
+    "gelu": (_GELU, False),
+    "gelu_tanh": (_GELU_TANH, False),
+    "silu": (jax.nn.silu, False),
+    "reglu": (jax.nn.relu, True),
+    "geglu": (_GELU, True),
+    "geglu_tanh": (_GELU_TANH, True),
+    "swiglu": (jax.nn.silu, True),
+}
+
+
+class Mlp(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)). Parameters: `up` `down`, and `gate` if gated."""
+
+    embed_dim: int
+    mlp_dim: int
+    rules: Rules
+    activation: str = "gelu"
+    bias: bool = False
+    dtype: Any = jnp.float32
+    init_std: float | None = None
+    out_scale: float = 1.0
+
+    def _linear(self, name: str, out: bool = False) -> Linear:
+        shapes = (
+            ((self.mlp_dim,), (self.embed_dim,)) if out else ((self.embed_dim,), (self.mlp_dim,))
+        )
+        axes = (("mlp",), ("embed",)) if out else (("embed",), ("mlp",))
+        scale = self.out_scale if out else 1.0
+        return Linear(
+            *shapes, *axes, self.rules, self.bias, self.dtype, self.init_std, scale, name=name
+        )
+
+    @nn.compact
+    def __call__(self, x: Array) -> jax.Array:
+        """x: [B, T, D] -> [B, T, D]."""
+        act, gated = ACTIVATIONS[self.activation]
+        up = checkpoint_name(self._linear("up")(x), "up")  # [B, T, F]
+        if gated:
+            h = act(checkpoint_name(self._linear("gate")(x), "gate")) * up
+        else:
+            h = act(up)
+        h = self.rules.constrain(h, "batch", "length", "mlp")
+        return self._linear("down", out=True)(h)

@@ -1,0 +1,42 @@
+"""Layers stacked along a leading axis and scanned, so that compile time doesn't grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+_policies = jax.checkpoint_policies
+PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
+
+# What the backward pass finds saved of each layer; everything else is computed again.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything is saved
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "projections": _policies.save_only_these_names(*PROJECTIONS),
+    "attended": _policies.save_only_these_names("attended"),
+    "full": _policies.nothing_saveable,  # only the layer's input
+}
+
+
+def stack(
+    block: Callable[..., nn.Module], num_layers: int, *, remat: str = "none", unroll: int = 1
+) -> Callable[..., nn.Module]:
+    """The module of `num_layers` blocks with parameters stacked as [L, ...] under the logical axis `layers`.
+
+    A block is called as `block(carry, per_layer, shared) -> (carry, outputs)`; `per_layer` and `outputs` have a leading [L].
+    `unroll` layers make up one iteration; with all of them there is no loop left.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT[remat], prevent_cse=unroll > 1)  # pyright: ignore
+    return nn.scan(
+        block,  # pyright: ignore
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=num_layers,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

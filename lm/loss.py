@@ -1,0 +1,165 @@
+"""Token cross-entropy as sums, in chunks, so that [B, T, V] logits never exist.
+
+The gradient with respect to a chunk's logits needs nothing but that chunk, so it is formed in the forward pass while they are
+there: three products with the vocabulary matrix instead of four with rematerialization, and one chunk of logits in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import LossConfig
+from lm.types import Array, Batch, Model, Params, Sums
+
+
+def _statistics(
+    logits: Array, targets: Array, weights: Array, config: LossConfig
+) -> tuple[Sums, Array]:
+    """Sums over the tokens of logits: float32 [..., V], and log Z: float32 [...]."""
+    top = jnp.max(logits, axis=-1)
+    log_z = jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)) + top
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = log_z - target
+    loss = nll
+    if config.label_smoothing:
+        uniform = log_z - jnp.mean(logits, axis=-1)
+        loss = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
+    if config.z_loss:
+        loss = loss + config.z_loss * jnp.square(log_z)
+    correct = target >= top
+    sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
+    return {name: jnp.sum(value * weights) for name, value in sums.items()}, log_z
+
+
+def _logit_gradient(
+    logits: Array, targets: Array, weights: Array, log_z: Array, config: LossConfig
+) -> Array:
+    """d objective / d logits, [..., V]."""
+    probabilities = jnp.exp(logits - log_z[..., None])
+    if config.z_loss:
+        probabilities = probabilities * (1 + 2 * config.z_loss * log_z)[..., None]
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    smooth = config.label_smoothing
+    wanted = jnp.where(hit, 1 - smooth, 0.0) + smooth / logits.shape[-1]
+    return (probabilities - wanted) * weights[..., None]
+
+
+Project = Callable[..., Array]  # (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def chunked_loss(
+    project: Project,
+    config: LossConfig,
+    num_chunks: int,
+    parameters: list[Array],
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+) -> tuple[Array, Sums]:
+    """(objective, sums) of hidden: [B, T, D] with `num_chunks` pieces of the length, a divisor of T."""
+
+    def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
+        new, _ = _statistics(project(x[0], *parameters), *x[1:], config)
+        return _add(sums, new), None
+
+    sums, _ = _over_chunks(chunk, num_chunks, (hidden, targets, weights))
+    return sums["objective"], sums
+
+
+def _forward(
+    project: Project,
+    config: LossConfig,
+    num_chunks: int,
+    parameters: list[Array],
+    hidden: Array,
+    targets: Array,
+    weights: Array,
+) -> tuple[tuple[Array, Sums], tuple[list[Array], Array]]:
+    def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+        h, t, w = x
+        logits, pullback = jax.vjp(project, h, *parameters)
+        new, log_z = _statistics(logits, t, w, config)
+        d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
+        return _add(carry, (new, d_parameters)), d_hidden
+
+    (sums, d_parameters), d_hidden = _over_chunks(chunk, num_chunks, (hidden, targets, weights))
+    return (sums["objective"], sums), (d_parameters, d_hidden)
+
+
+def _backward(
+    project: Project,
+    config: LossConfig,
+    num_chunks: int,
+    residuals: tuple[list[Array], Array],
+    cotangents: tuple[Array, Sums],
+) -> tuple[Any, ...]:
+    d_parameters, d_hidden = residuals
+    scale = cotangents[0]  # sums are for reading: their cotangents are zero
+    d_parameters = [(g * scale).astype(g.dtype) for g in d_parameters]
+    return d_parameters, (d_hidden * scale).astype(d_hidden.dtype), None, None
+
+
+chunked_loss.defvjp(_forward, _backward)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return b if a is None else jax.tree.map(jnp.add, a, b)
+
+
+def _over_chunks(chunk: Any, num_chunks: int, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+    """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T, ...]."""
+    if num_chunks == 1:
+        return chunk(None, xs)
+
+    def split(x: Array) -> Array:  # [B, T, ...] -> [n, B, T / n, ...]
+        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)
+
+    pieces = jax.tree.map(split, xs)
+    shapes = jax.eval_shape(lambda p: chunk(None, p)[0], jax.tree.map(lambda p: p[0], pieces))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    carry, outputs = jax.lax.scan(chunk, zeros, pieces)
+    if outputs is not None:
+        outputs = jnp.moveaxis(outputs, 0, 1)
+        outputs = outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])
+    return carry, outputs
+
+
+def num_chunks(chunk_size: int, rows: int, length: int) -> int:
+    """The fewest equal pieces of `length` with at most `chunk_size` tokens in each (of `rows` rows a device)."""
+    if chunk_size == 0:
+        return 1
+    wanted = max(1, min(length, -(-rows * length // chunk_size)))
+    return next(n for n in range(wanted, length + 1) if length % n == 0)
+
+
+def lm_loss(
+    model: Model, params: Params, batch: Batch, rng: Array, *, train: bool, config: LossConfig
+) -> tuple[Array, Sums]:
+    """(SUM to differentiate, additive sums) of one batch.
+
+    The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of auxiliary losses what to divide by it.
+    """
+    variables = {"params": params}
+    rngs = {"dropout": rng} if train else {}
+    output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
+    batch_size, length, embed_dim = output.hidden.shape
+    n = num_chunks(config.chunk_size, -(-batch_size // model.rules.size("batch")), length)
+    piece = jax.ShapeDtypeStruct((batch_size, length // n, embed_dim), output.hidden.dtype)
+    # Only the parameters that the projection reads become arguments, and so get a gradient carried from chunk to chunk.
+    project, parameters = jax.closure_convert(
+        lambda hidden: model.apply(variables, hidden, method="logits"), piece
+    )
+    objective, sums = chunked_loss(
+        project, config, n, parameters, output.hidden, batch.targets, batch.weights
+    )
+    sums = {**sums, "tokens": jnp.sum(batch.weights)}
+    for name, value in output.aux.items():  # the one division by tokens averages them too
+        objective = objective + value * sums["tokens"]
+        sums[name] = value * sums["tokens"]
+    return objective, sums

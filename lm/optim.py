@@ -1,0 +1,225 @@
+"""Schedules, roles of parameters, and optimizers by name, all through optax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from lm.config import OptimizerConfig, ScheduleConfig
+from lm.types import Params
+
+ROLES = ("matrix", "embedding", "vector")
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+
+
+def check(config: OptimizerConfig) -> None:
+    """Raises ValueError, naming the config path, for a name or a number that no optimizer takes."""
+    for path, value, known in (
+        ("name", config.name, OPTIMIZERS),
+        ("schedule.kind", config.schedule.kind, SCHEDULES),
+        *(("decay_roles", role, ROLES) for role in config.decay_roles),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"config.optimizer.{path} must be one of {', '.join(known)}, got {value!r}"
+            )
+    for path in ("learning_rate", "weight_decay", "clip_norm"):
+        if getattr(config, path) < 0:
+            raise ValueError(
+                f"config.optimizer.{path} must not be negative: {getattr(config, path)}"
+            )
+
+
+def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
+    """step -> fraction of the peak learning rate; step 0 of a warm-up of w has 1 / w, not zero.
+
+    Raises:
+        ValueError: the run is shorter than warm-up and decay.
+    """
+    warmup, final = config.warmup_steps, config.final_fraction
+    decay = config.decay_steps if config.decay_steps is not None else max(1, num_steps // 5)
+    needed = warmup + (decay if config.kind == "wsd" else 0)
+    if needed > num_steps:
+        raise ValueError(
+            f"config.optimizer.schedule: warmup_steps ({warmup}) and decay need {needed} steps; "
+            f"the run has {num_steps}"
+        )
+    rest = max(1, num_steps - warmup)
+    main: optax.Schedule
+    if config.kind == "constant":
+        main = optax.constant_schedule(1.0)
+    elif config.kind == "cosine":
+        main = optax.cosine_decay_schedule(1.0, rest, alpha=final)
+    elif config.kind == "linear":
+        main = optax.linear_schedule(1.0, final, rest)
+    elif config.kind == "inverse_sqrt":
+        start = max(1, warmup)
+        main = lambda step: jnp.sqrt(start / (start + step))  # noqa: E731
+    else:  # warm-up, stable, decay: arXiv:2404.06395
+        main = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
+    if warmup == 0:
+        return main
+    ramp = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def roles(boxed: Any) -> Any:
+    """What each parameter of a tree of `nn.Partitioned` is: matrix, embedding (or vocabulary projection) or vector."""
+
+    def one(path: Any, leaf: nn.Partitioned) -> str:
+        names = [n for n in leaf.names if n != "layers"]
+        if path[-1].key == "bias" or len(names) < 2:
+            return "vector"
+        return "embedding" if "vocab" in names or None in names else "matrix"
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _is_dims(x: Any) -> bool:
+    return isinstance(x, MuonDimensionNumbers)
+
+
+def _muon_dimensions(boxed: Any) -> Any:
+    """Which dimensions of each matrix are its rows and columns: those before and after the residual stream's."""
+
+    def one(leaf: nn.Partitioned, role: str) -> MuonDimensionNumbers | optax.MaskedNode:
+        if role != "matrix":
+            return optax.MaskedNode()  # as `optax.partition` leaves them
+        dims = [i for i, name in enumerate(leaf.names) if name != "layers"]
+        cut = 1 if leaf.names[dims[0]] == "embed" else len(dims) - 1
+        return MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
+
+    return jax.tree.map(one, boxed, roles(boxed), is_leaf=_is_box)
+
+
+class EmaState(NamedTuple):
+    count: jax.Array
+    params: Params
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential average of the updated parameters; the last link of a chain, which it doesn't change.
+
+    The decay of step t is at most (1 + t) / (10 + t), so that the average forgets the initial values.
+    """
+
+    def init(params: Params) -> EmaState:
+        return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: EmaState, params: Params | None = None) -> Any:
+        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        new = jax.tree.map(
+            lambda average, p, u: d * average + (1 - d) * (p + u), state.params, params, updates
+        )
+        return updates, EmaState(state.count + 1, new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_params(opt_state: Any) -> Params | None:
+    """The averaged weights inside an optimizer state, or None where there are none."""
+    found = [
+        s
+        for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState))
+        if isinstance(s, EmaState)
+    ]
+    return found[0].params if found else None
+
+
+def shard_like_params(opt_state: Any, params: Params, replicated: Any) -> Any:
+    """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
+
+    A leaf belongs to the parameter whose path ends its own, if the shapes agree; others are replicated.
+    """
+    known = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owner = next((known[t] for t in _tails(path) if t in known), None)
+        same = owner is not None and owner.shape == leaf.shape
+        sharding = owner.sharding if same else replicated  # pyright: ignore
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def _tails(path: Any) -> list[str]:
+    return [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
+
+
+def make_optimizer(
+    config: OptimizerConfig, boxed: Any, num_steps: int
+) -> optax.GradientTransformation:
+    """Clip, precondition, decay, scale: one optax chain for parameters whose abstract boxed tree is `boxed`."""
+    check(config)
+    kinds = roles(boxed)
+
+    def decays(params: Params) -> Any:  # leaves of another part of a partition stay masked
+        return jax.tree.map(
+            lambda role, p: p if _is_masked(p) else role in config.decay_roles, kinds, params
+        )
+
+    schedule = make_schedule(config.schedule, num_steps)
+
+    def finish(peak: float) -> list[optax.GradientTransformation]:
+        decay = optax.add_decayed_weights(config.weight_decay, decays)
+        return [decay, optax.scale_by_learning_rate(lambda step: peak * schedule(step))]
+
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov)
+    if config.name == "adamw":
+        core = [adam, *finish(config.learning_rate)]
+    elif config.name == "lion":
+        core = [optax.scale_by_lion(config.b1, config.b2), *finish(config.learning_rate)]
+    elif config.name == "sgd":
+        core = [optax.trace(config.b1, config.nesterov), *finish(config.learning_rate)]
+    elif config.name == "adafactor":  # arXiv:1804.04235, as in optax.adafactor
+        core = [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+            *finish(config.learning_rate),
+        ]
+    else:  # arXiv:2502.16982; embeddings and vectors by Adam
+        dimensions, matrix_rate = _muon_dimensions(boxed), config.muon_learning_rate
+
+        def scale(dims: MuonDimensionNumbers, update: jax.Array) -> jax.Array:
+            sides = [math.prod(update.shape[i] for i in axes) for axes in dims]
+            return update * (0.2 * max(sides) ** 0.5)  # the size of AdamW's updates
+
+        muon = [
+            scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),
+            optax.stateless(
+                lambda updates, _: jax.tree.map(scale, dimensions, updates, is_leaf=_is_dims)
+            ),
+            *finish(config.learning_rate if matrix_rate is None else matrix_rate),
+        ]
+        labels = jax.tree.map(lambda role: "muon" if role == "matrix" else "adam", kinds)
+        core = [
+            optax.partition(
+                {
+                    "muon": optax.chain(*muon),
+                    "adam": optax.chain(adam, *finish(config.learning_rate)),
+                },
+                labels,
+            )
+        ]
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    average = [average_weights(config.ema_decay)] if config.ema_decay else []
+    return optax.chain(*clip, *core, *average)

@@ -1,0 +1,172 @@
+"""Meshes, the table from logical axes to mesh axes, and host rows to global arrays.
+
+Devices enter here once and travel as `Rules`, a frozen object that modules hold as a field: it needs no context manager, and it is
+part of jit's cache key. Collectives are left to the compiler (GSPMD, arXiv:2105.04663).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm.config import MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
+
+# FSDP shards parameters on `embed`; tensor parallelism shards heads, MLP width and vocabulary.
+DEFAULT_TABLE: dict[str, Any] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": "sequence",
+    "act_embed": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+    "layers": "stage",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """A mesh with all of `AXES` over `devices`; one axis may be -1 and takes what the others leave.
+
+    Raises:
+        ValueError: the axes don't multiply to the number of devices.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    described = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"config.mesh: sizes are positive and at most one is -1, got {described}")
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"config.mesh ({described}) must use all devices ({len(devices)})")
+    # Auto: linen's constraints and Explicit axis types (the default of make_mesh) don't mix.
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What each logical axis means on a mesh. Unknown axes and indivisible dimensions raise."""
+
+    mesh: Mesh
+    table: tuple[tuple[str, Any], ...]
+
+    @functools.cached_property
+    def platform(self) -> str:
+        """The platform of the mesh's devices, which need not be the default backend: cpu, gpu or tpu."""
+        platform = self.mesh.devices.flat[0].platform
+        return "gpu" if platform in ("cuda", "rocm") else platform
+
+    def axes(self, logical: str) -> tuple[str, ...]:
+        """The mesh axes of one logical axis."""
+        table = dict(self.table)
+        if logical not in table:
+            raise ValueError(f"{logical!r} is not a logical axis; known: {', '.join(table)}")
+        value = table[logical]
+        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+    def size(self, logical: str) -> int:
+        """Number of shards of a logical axis."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
+
+    def spec(self, *logical: str | None) -> PartitionSpec:
+        """The partition spec of an array whose dimensions have these logical names (None: replicated)."""
+        entries, used = [], set()
+        for name in logical:
+            axes = (
+                () if name is None else tuple(a for a in self.axes(name) if self.mesh.shape[a] > 1)
+            )
+            if used & set(axes):
+                raise ValueError(f"config.mesh.rules shard two dimensions of {logical} over {axes}")
+            used |= set(axes)
+            entries.append(axes[0] if len(axes) == 1 else axes or None)
+        return PartitionSpec(*entries)
+
+    def sharding(self, *logical: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(*logical))
+
+    def constrain(self, x: Any, *logical: str | None) -> Any:
+        """`x`, pinned to the sharding of its logical axes."""
+        if x.ndim != len(logical):
+            raise ValueError(
+                f"{len(logical)} logical axes {logical} for an array of shape {x.shape}"
+            )
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
+
+    def check(self, path: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
+        """Raises ValueError unless every sharded dimension divides evenly; `path` names the array."""
+        for dimension, name in zip(shape, logical, strict=True):
+            if name is not None and dimension % self.size(name):
+                axes = "*".join(self.axes(name))
+                raise ValueError(
+                    f"{path}: {name} ({dimension}) must be divisible by mesh {axes} ({self.size(name)}); "
+                    f"change the size, or config.mesh.rules=(('{name}', None),) to replicate it"
+                )
+
+    def shardings(self, boxed: Any) -> Any:
+        """Shardings of a tree whose leaves are boxed by `nn.with_partitioning` (others: replicated)."""
+
+        def one(path: Any, leaf: Any) -> NamedSharding:
+            if not isinstance(leaf, nn.Partitioned):
+                return NamedSharding(self.mesh, PartitionSpec())
+            self.check(jax.tree_util.keystr(path), leaf.value.shape, leaf.names)
+            return self.sharding(*leaf.names)
+
+        return jax.tree_util.tree_map_with_path(
+            one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+        )
+
+
+def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
+    """The default table with the rows of `config.mesh.rules` replaced, on a mesh of `devices`."""
+    table = dict(DEFAULT_TABLE)
+    for row in config.rules:
+        if len(row) != 2 or row[0] not in table:
+            raise ValueError(f"config.mesh.rules: {row!r} replaces no row of {', '.join(table)}")
+        wanted = () if row[1] is None else (row[1],) if isinstance(row[1], str) else row[1]
+        if unknown := set(wanted) - set(AXES):
+            raise ValueError(f"config.mesh.rules: {sorted(unknown)} are no mesh axes of {AXES}")
+        table[row[0]] = row[1]
+    return Rules(make_mesh(config, devices), tuple(table.items()))
+
+
+def local_rows(rules: Rules, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending: int64 [rows]."""
+    indices = rules.sharding("batch").addressable_devices_indices_map((batch_size,))
+    rows = [np.arange(batch_size)[index] for index in indices.values() if index is not None]
+    return np.unique(np.concatenate(rows))
+
+
+def put(rules: Rules, tree: Any, batch_size: int) -> Any:
+    """Global arrays [B, ...] from this process's rows (those of `local_rows`) of every leaf of `tree`."""
+    rows = local_rows(rules, batch_size)
+
+    def one(x: np.ndarray) -> jax.Array:
+        logical = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start][(slice(None), *index[1:])]
+
+        shape = (batch_size, *x.shape[1:])
+        return jax.make_array_from_callback(shape, rules.sharding(*logical), shard)
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,93 @@
+"""The types that travel through the project, and the legend of its shapes.
+
+Letters, those of `jax.nn.dot_product_attention` where it has one:
+
+    B batch   T query length   S key length   D embed   N heads   K kv heads   G = N / K   H head dim
+    F mlp     V vocab          E experts      L layers
+
+Data code fills these types with numpy arrays, device code with jax arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import flax.struct
+import jax
+import numpy as np
+
+Array: TypeAlias = jax.Array | np.ndarray
+Params: TypeAlias = Any  # nested dict of arrays
+Cache: TypeAlias = Any  # opaque pytree, owned by the model that made it
+Sums: TypeAlias = dict[
+    str, Any
+]  # additive scalars: sums over tokens and the counts to divide them by
+
+
+@flax.struct.dataclass
+class Tokens:
+    """One packed stream of tokens.
+
+    Tokens see each other only inside one segment. Segment 0 is padding; positions restart at 0 in every segment.
+    """
+
+    ids: Array  # int32 [B, T]
+    segments: Array  # int32 [B, T]
+    positions: Array  # int32 [B, T]
+    bidirectional: Array | None = None  # bool [B, T]; True: a prefix that its whole segment may see
+
+
+@flax.struct.dataclass
+class Batch:
+    """What an objective makes of rows: inputs, what to predict at each of them, and how much each counts."""
+
+    inputs: Tokens
+    targets: Array  # int32 [B, T]
+    weights: Array  # float32 [B, T]; 0 where nothing is scored
+    encoder: Tokens | None = None  # encoder-decoder models only
+
+
+@flax.struct.dataclass
+class Output:
+    """What a model returns."""
+
+    hidden: Array  # [B, T, D], before the vocabulary projection, so that the loss can chunk
+    cache: Cache | None = None
+    aux: dict[str, Array] = flax.struct.field(default_factory=dict)  # additive scalars
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training carries from one step to the next: the state before batch `step`."""
+
+    step: Array  # int32 []
+    params: Params
+    opt_state: Any
+
+
+class Model(Protocol):
+    """The contract of `lm.models`: a linen module with fields `config` and `rules`."""
+
+    config: Any
+    rules: Any
+
+    def __call__(
+        self,
+        inputs: Tokens,
+        *,
+        encoder: Tokens | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> Output: ...
+
+    def logits(self, hidden: Array) -> Array: ...
+
+    def init_cache(self, batch_size: int, length: int) -> Cache: ...
+
+    def init(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+LossFn: TypeAlias = Callable[[Params, Batch, Array], tuple[Array, Sums]]
