@@ -24,10 +24,11 @@ class Checkpoints:
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
         directory = epath.Path(workdir).resolve() / "checkpoints"
+        if read_only and not directory.exists():
+            raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else config.keep_last,
+            max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
-            read_only=read_only,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -16,15 +17,14 @@ from etils import epath
 
 from lm.types import Sums
 
-# Sums that are divided by the number of scored tokens when they are printed; the rest is printed as the last value.
-COUNTS = ("tokens", "steps")
+METRICS_FILE = "metrics.jsonl"
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Per-token means of additive sums, with the count itself under `tokens`. No tokens: zeros."""
     tokens = float(sums["tokens"])
-    result = {n: float(v) / max(tokens, 1.0) for n, v in sums.items() if n not in COUNTS}
-    return result | {"tokens": tokens}
+    divided = {n: float(v) / max(tokens, 1.0) for n, v in sums.items() if n != "tokens"}
+    return divided | {"tokens": tokens}
 
 
 class TensorBoard:
@@ -49,7 +49,9 @@ class TensorBoard:
 
 
 def seconds(count: float) -> str:
-    """1h02m, 3m20s or 12s."""
+    """1h02m, 3m20s or 12s; ? for nan."""
+    if math.isnan(count):
+        return "?"
     minutes, rest = divmod(round(count), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -84,6 +86,12 @@ class Progress:
         self._last = now
         self._stream.flush()
 
+    def clear(self) -> None:
+        """Takes the progress line off the terminal."""
+        if self._live:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
     def note(self, text: str) -> None:
         """A line that stays, above the progress line."""
         self._stream.write(("\r\x1b[K" if self._live else "") + text + "\n")
@@ -93,7 +101,8 @@ class Progress:
 class Writer:
     """Collects the sums of steps and writes their means; values are read one step late, so devices never wait.
 
-    `first_step` is where this process starts; what a killed process wrote after it is dropped from `metrics.jsonl`.
+    `first_step` is where this process starts: what an earlier one wrote of later steps is dropped from
+    `metrics.jsonl`, since they will be done again. Only `active` writers (process 0) write.
     """
 
     def __init__(
@@ -108,101 +117,93 @@ class Writer:
         tensorboard: bool,
         active: bool = True,
     ) -> None:
-        self._path = epath.Path(workdir) / "metrics.jsonl"
         self._num_steps, self._every = num_steps, every
-        self._flops_per_token, self._peak = flops_per_token, peak_flops
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._active = active
         self._pending: tuple[int, Sums, dict[str, float]] | None = None
         self._window: list[Sums] = []
-        self._clock: float | None = None
-        self._first_step = first_step
-        self._start = time.monotonic()
-        self.tokens = 0.0
-        self.seconds = 0.0  # spent in steps after the first, which compiles
+        self._seconds = self._timed_tokens = 0.0  # of the window
+        self._clock: float | None = (
+            None  # when the last step ended; the first one of a process is not timed
+        )
         self.progress = Progress()
         if active:
-            kept = truncate(self._path, first_step)
-            self._file = self._path.open("w")
+            path = epath.Path(workdir) / METRICS_FILE
+            kept = [record for record in read(workdir) if record["step"] <= first_step]
+            self._file = path.open("w")
             self._file.write("".join(json.dumps(record) + "\n" for record in kept))
+            self._file.flush()
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 
     def train(self, step: int, sums: Sums, **extra: float) -> None:
-        """Takes the sums of the step that ended at `step` (device arrays) and reads those of the step before."""
+        """Takes the sums of the step that ended at `step` (device arrays) and reads those of the one before."""
         pending, self._pending = self._pending, (step, sums, extra)
         if pending is not None:
             self._read(*pending)
 
     def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Writes the metrics of every validation source."""
-        self.flush()
         for source, values in results.items():
             self._write({"step": step, "kind": "eval", "source": source, **values})
             shown = " · ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
             if self._active:
                 self.progress.note(f"eval {step} · {source} · {shown}")
-        self._clock = time.monotonic()  # evaluation is not training time
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves the time inside of this context out of the speed."""
+        self.flush()
+        yield
+        self._clock = time.monotonic()
 
     def flush(self) -> None:
         """Reads and writes what is still pending."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._read(*pending, last=True)
-
-    def pause(self) -> None:
-        """Leaves the time until the next step out of the speed."""
-        self.flush()
-        self._clock = None
+            self._read(*pending)
 
     def close(self) -> None:
         self.flush()
         if self._active:
             self._file.close()
 
-    def _read(self, step: int, sums: Sums, extra: dict[str, float], last: bool = False) -> None:
-        host = jax.device_get(sums)  # waits for that step
+    def _read(self, step: int, sums: Sums, extra: dict[str, float]) -> None:
+        host = {name: float(value) for name, value in jax.device_get(sums).items()}  # waits
         now = time.monotonic()
+        if self._clock is not None:
+            self._seconds += now - self._clock
+            self._timed_tokens += host["tokens"]
+        self._clock = now
         self._window.append(host)
-        if self._clock is None:  # the first step compiles: its time says nothing about speed
-            self._clock, self._window_start = now, now
-            self._timed = 0.0
-        else:
-            self.seconds += now - self._clock
-            self.tokens += float(host["tokens"])
-            self._timed += float(host["tokens"])
-            self._clock = now
-        if not math.isfinite(float(host["loss"])):
+        finite = math.isfinite(host["loss"])
+        if step % self._every == 0 or step == self._num_steps or not finite:
             self._emit(step, extra)
+        if not finite:
             raise FloatingPointError(
-                f"the loss of step {step} is {float(host['loss'])}; lower config.optimizer.learning_rate, or look at "
-                f"batch_at({step - 1}) with explain_batch"
+                f"the loss of step {step} is {host['loss']}: try a lower config.optimizer.learning_rate or a longer "
+                f"warm-up, and look at the data with explain_batch({step - 1})"
             )
-        if step % self._every == 0 or step == self._num_steps or last:
-            self._emit(step, extra)
 
     def _emit(self, step: int, extra: dict[str, float]) -> None:
-        window, self._window = self._window, []
-        total = {name: sum(float(s[name]) for s in window) for name in window[0]}
-        record = means({k: v for k, v in total.items() if k not in ("grad_norm",)})
-        record["grad_norm"] = float(window[-1]["grad_norm"])
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        elapsed = self._clock - self._window_start if self._clock else 0.0
-        now_rate = self._timed / elapsed if elapsed else rate
-        self._window_start, self._timed = time.monotonic(), 0.0
-        record |= extra | {"tokens_per_second": now_rate, "time": time.monotonic() - self._start}
-        flops = now_rate * self._flops_per_token
-        if self._peak:
-            record["mfu"] = flops / self._peak
+        count, last = len(self._window), self._window[-1]
+        total = {n: sum(s[n] for s in self._window) for n in last if not n.endswith("_norm")}
+        rate = self._timed_tokens / self._seconds if self._seconds else 0.0
+        record = means(total) | {n: v for n, v in last.items() if n.endswith("_norm")} | extra
+        record |= {"seconds": self._seconds, "tokens_per_second": rate}
+        speed = f"{quantity(rate * self._flops_per_token)}FLOP/s"
+        if self._peak_flops:
+            record["mfu"] = rate * self._flops_per_token / self._peak_flops
+            speed = f"{100 * record['mfu']:.1f}% MFU"
+        self._window, self._seconds, self._timed_tokens = [], 0.0, 0.0
         self._write({"step": step, "kind": "train", **record})
-        if not self._active:
-            return
-        left = (self._num_steps - step) * record["tokens"] / len(window) / rate if rate else 0.0
-        speed = f"{100 * record['mfu']:.1f}% MFU" if self._peak else f"{quantity(flops)}FLOP/s"
-        self.progress.show(
-            f"step {step}/{self._num_steps} · loss {record['loss']:.4f} · {quantity(now_rate)} tokens/s · {speed}"
-            f" · {seconds(left)} left",
-            final=step == self._num_steps,
-        )
+        if self._active:
+            left = (self._num_steps - step) * record["tokens"] / count / rate if rate else math.nan
+            self.progress.show(
+                f"step {step}/{self._num_steps} · loss {record['loss']:.4f} · "
+                f"{quantity(rate)} tokens/s · {speed} · {seconds(left)} left",
+                final=step == self._num_steps,
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self._active:
@@ -216,16 +217,11 @@ class Writer:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`; a last line cut by a kill is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
+    """The records of a run's metrics; a last line that a kill has cut is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
     return [
         json.loads(line) for line in lines[:-1]
     ]  # what follows the last newline is cut or empty
-
-
-def truncate(path: epath.Path, step: int) -> list[dict[str, Any]]:
-    """The records up to `step`: those after it belong to steps that will be done again."""
-    return [r for r in read(str(path.parent)) if r["step"] <= step]

@@ -1,20 +1,59 @@
-"""What a process sets up once, before JAX is first used."""
+"""How a script starts: flags with clear errors, and what a process sets up once before JAX is first used."""
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
-from absl import logging
+from absl import app, flags, logging
+
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 
 
-def start() -> None:
+def run(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:
+    """`absl.app.run` in which a user's mistake is one line and exit code 1, not a traceback.
+
+    With `allow_rest`, `main` gets the arguments that are no flags of absl's.
+    """
+
+    def guarded(argv: Sequence[str]) -> int:
+        if len(argv) > 1 and not allow_rest:
+            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+        _start()
+        try:
+            return main(argv)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    app.run(guarded, flags_parser=functools.partial(_parse, allow_rest))
+
+
+def _parse(allow_rest: bool, argv: Sequence[str]) -> Any:
+    try:
+        return flags.FLAGS(argv, known_only=allow_rest)
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        # ml_collections raises an AttributeError of an unknown config key, with a traceback
+        text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        if isinstance(error, AttributeError):
+            text = f"config has no key {text}"
+        print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _start() -> None:
     """Turns the persistent compilation cache on, and libraries' chatter off.
 
     The cache lies in ~/.cache/lm unless JAX_COMPILATION_CACHE_DIR names another place.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells some thirty lines a save
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lm", "xla"))

@@ -67,25 +67,30 @@ class Context:
     train: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def attention_weights(
+def attention_scores(
     q: Array,
     k: Array,
-    allowed: Array,
+    mask: Mask,
     *,
     scale: float,
+    window: int | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
 ) -> jax.Array:
-    """Probabilities, float32 [B, N, T, S], of q: [B, N, T, H] over k: [B, K, S, H]; allowed: bool [B, T, S]."""
+    """Logits of the attention weights, float32 [B, N, T, S], of q: [B, N, T, H] over k: [B, K, S, H].
+
+    Query head n reads kv head n // G. Keys that the mask hides get a score that is as good as -inf.
+    """
     b, n, t, h = q.shape
-    groups = q.reshape(b, k.shape[1], -1, h)  # [B, K, G * T, H]
+    groups = (q * scale).reshape(b, k.shape[1], -1, h)  # [B, K, G * T, H]
     scores = jnp.einsum("bkth,bksh->bkts", groups, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(b, n, t, -1) * scale
+    scores = scores.reshape(b, n, t, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    return jax.nn.softmax(jnp.where(allowed[:, None], scores, NEGATIVE), axis=-1)  # in float32
+    # added, not selected: the gradient then needs no mask
+    return scores + jnp.where(mask.allowed(window), 0.0, NEGATIVE)[:, None]
 
 
 def attend(
@@ -101,14 +106,22 @@ def attend(
     dropout: float = 0.0,
     dropout_rng: Array | None = None,
 ) -> jax.Array:
-    """Weighted values [B, N, T, H] of q: [B, N, T, H], k and v: [B, K, S, H]; query head n reads kv head n // G."""
-    weights = attention_weights(q, k, mask.allowed(window), scale=scale, softcap=softcap, bias=bias)
+    """Softmax of the scores times values: [B, N, T, H] of q: [B, N, T, H], k and v: [B, K, S, H].
+
+    The softmax, in float32, is normalised after the product with v: [T, H] numbers to divide instead of [T, S], and as
+    many fewer to read for the row sums of its gradient.
+    """
+    scores = attention_scores(q, k, mask, scale=scale, window=window, softcap=softcap, bias=bias)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)  # [B, N, T, S]
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     if dropout_rng is not None:
         keep = jax.random.bernoulli(dropout_rng, 1 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1 - dropout), 0)
     b, n, t, h = q.shape
     weights = weights.astype(v.dtype).reshape(b, v.shape[1], -1, v.shape[2])  # [B, K, G * T, S]
-    return jnp.einsum("bkts,bksh->bkth", weights, v).reshape(b, n, t, h)
+    y = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
+    return (y.reshape(b, n, t, h) / total).astype(v.dtype)
 
 
 class Attention(nn.Module):

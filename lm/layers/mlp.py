@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,39 @@ from lm.layers.linear import Linear
 from lm.sharding import Rules
 from lm.types import Array
 
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) (arXiv:1606.08415). Its own gradient: autodiff would save, not only read, three arrays of the MLP's width."""
+    return x * _normal_cdf(x)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return (dy * (_normal_cdf(x) + x * density),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
-_GELU = functools.partial(jax.nn.gelu, approximate=False)
 
 # name: (function, gated)
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "relu": (jax.nn.relu, False),
     "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # arXiv:2109.08668
-    "gelu": (_GELU, False),
+    "gelu": (gelu, False),
     "gelu_tanh": (_GELU_TANH, False),
     "silu": (jax.nn.silu, False),
     "reglu": (jax.nn.relu, True),
-    "geglu": (_GELU, True),
+    "geglu": (gelu, True),
     "geglu_tanh": (_GELU_TANH, True),
     "swiglu": (jax.nn.silu, True),
 }

@@ -1,0 +1,40 @@
+# make pretrain   from nothing to a trained, evaluated, sampled model (about ten minutes on two cores)
+# make test       the default test suite
+# make lint       ruff and pyright
+#
+# DATA, WORKDIR and CONFIG change what is trained: make pretrain DATA='books/**/*.txt' WORKDIR=runs/books
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= stdlib
+CONFIG ?= configs/tiny.py
+ARGS ?=
+
+.PHONY: pretrain test lint clean
+
+$(VENV)/ok: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no ensurepip; on Debian: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/ok requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+pretrain: $(VENV)/ok
+	@$(BIN)/python scripts/pretrain.py --data='$(DATA)' --config=$(CONFIG) \
+		$(if $(WORKDIR),--workdir=$(WORKDIR)) $(ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff format --check lm scripts configs tests
+	$(BIN)/ruff check lm scripts configs tests
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,283 @@
+"""Documents to rows of a fixed length, as sources: `split` and `best_fit`.
+
+split     Concatenate and cut: row r is the tokens [r * T, (r + 1) * T) of the store. Every row but
+          the last is full; a document goes on in the next row. Needs no plan.
+best_fit  Best-fit decreasing (Ding et al. 2024, "Fewer truncations improve language modeling"):
+          whole documents, each placed in the fullest row that still has room. Only a document
+          longer than T is cut, into pieces of T and a rest. The plan is computed once and cached by
+          the hash of the document lengths.
+
+Both put every token of the store in exactly one row. A row is a list of pieces, each a range of the
+store inside one document; everything else follows from those.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.data.sources import Rows
+from lm.data.sources.tokens import TokenStore
+
+_PLAN_VERSION = 1
+
+
+class Pieces(NamedTuple):
+    """The pieces of B rows, row after row: token positions in the store, int64."""
+
+    counts: np.ndarray  # [B], at least 1
+    starts: np.ndarray  # [sum of counts]
+    stops: np.ndarray  # [sum of counts]
+
+
+class Span(NamedTuple):
+    """A part of a row: tokens `start` to `stop` of a document."""
+
+    document: int
+    id: str
+    start: int
+    stop: int
+
+
+class Packed:
+    """The rows of a packed token store; a Source that also knows its documents."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        length: int,
+        *,
+        num_rows: int,
+        pieces: Callable[[np.ndarray], Pieces],
+    ):
+        self.store = store
+        self.length = length
+        self._num_rows = num_rows
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def fill(self) -> float:
+        """Returns the fraction of all positions that hold a token."""
+        return self.store.num_tokens / (self._num_rows * self.length)
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        counts, starts, stops = self._pieces_of(rows)
+        tokens, previous = self._fetch(starts, stops, first=np.cumsum(counts) - counts)
+        numbers = (_ranges(np.ones_like(counts), counts)).astype(np.int32)
+        lengths = stops - starts
+        shape = (len(counts), self.length)
+        padded = len(tokens) < shape[0] * shape[1]
+        if padded:  # one more piece for every row, of segment 0
+            ends = np.cumsum(counts)
+            used = np.add.reduceat(lengths, ends - counts)
+            lengths = np.insert(lengths, ends, self.length - used)
+            numbers = np.insert(numbers, ends, 0)
+        segments = np.repeat(numbers, lengths)
+        begins = (np.cumsum(lengths) - lengths).astype(np.int32)
+        positions = np.arange(len(segments), dtype=np.int32)
+        positions -= np.repeat(begins, lengths)
+        if padded:
+            scored = segments > 0
+            positions *= scored
+            ids = np.zeros(len(segments), np.int32)
+            ids[scored] = tokens
+        else:
+            ids = tokens
+        return Rows(ids.reshape(shape), segments.reshape(shape), positions.reshape(shape), previous)
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        """Returns for each row the documents that it holds, in the order of its segments."""
+        counts, starts, stops = self._pieces_of(rows)
+        documents = self._documents_at(starts)
+        begins = self.store.offsets[documents]
+        spans = [
+            Span(document, self.store.document_ids(document), start, stop)
+            for document, start, stop in zip(
+                documents.tolist(),
+                (starts - begins).tolist(),
+                (stops - begins).tolist(),
+                strict=True,
+            )
+        ]
+        ends = np.cumsum(counts).tolist()
+        return [spans[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
+    def _pieces_of(self, rows: np.ndarray) -> Pieces:
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self._num_rows):
+            raise IndexError(
+                f"{self.store.path}: no rows {rows.min()} to {rows.max()} in {self._num_rows} rows"
+            )
+        return self._pieces(rows)
+
+    def _documents_at(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.store.offsets, positions, "right") - 1
+
+    def _fetch(
+        self, starts: np.ndarray, stops: np.ndarray, *, first: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens of all pieces, and `previous` of the rows that begin at `first`."""
+        before = starts[first] - 1
+        continued = self.store.offsets[self._documents_at(starts[first])] <= before
+        before = before[continued]
+        new = np.ones(len(starts) + 1, bool)  # pieces that lie side by side are one read
+        new[1:-1] = starts[1:] != stops[:-1]
+        ranges = self.store._ranges(
+            np.concatenate([starts[new[:-1]], before]).tolist(),
+            np.concatenate([stops[new[1:]], before + 1]).tolist(),
+        )
+        tokens = np.concatenate([np.empty(0, np.int32), *ranges], dtype=np.int32, casting="unsafe")
+        previous = np.full(len(first), -1, np.int32)
+        num_tokens = len(tokens) - len(before)
+        previous[continued] = tokens[num_tokens:]
+        return tokens[:num_tokens], previous
+
+
+def split(store: TokenStore, length: int) -> Packed:
+    """Returns the store cut into rows of `length` tokens; the last row is padded."""
+    _check(store, length)
+    offsets = store.offsets
+
+    def pieces(rows: np.ndarray) -> Pieces:
+        begin = rows * length
+        end = np.minimum(begin + length, store.num_tokens)
+        first = np.searchsorted(offsets, begin, "right") - 1
+        counts = np.searchsorted(offsets, end, "left") - first
+        documents = _ranges(first, counts)
+        starts = np.maximum(offsets[documents], np.repeat(begin, counts))
+        stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
+        return Pieces(counts, starts, stops)
+
+    return Packed(store, length, num_rows=-(-store.num_tokens // length), pieces=pieces)
+
+
+def best_fit(store: TokenStore, length: int, *, cache: str | os.PathLike | None = None) -> Packed:
+    """Returns the store packed into rows of `length` tokens without cutting a document that fits.
+
+    Rows are in the order of their first document. In a row, the rest of a document that was cut
+    comes first. The plan is kept in the folder `cache` (None: in memory only); any number of
+    processes may share it.
+    """
+    _check(store, length)
+    row_offsets, starts, stops = _cached_plan(store.offsets, length, cache)
+
+    def pieces(rows: np.ndarray) -> Pieces:
+        counts = row_offsets[rows + 1] - row_offsets[rows]
+        chosen = _ranges(row_offsets[rows], counts)
+        return Pieces(counts, starts[chosen], stops[chosen])
+
+    return Packed(store, length, num_rows=len(row_offsets) - 1, pieces=pieces)
+
+
+def _check(store: TokenStore, length: int) -> None:
+    if length < 1:
+        raise ValueError(f"data.length ({length}) must be at least 1")
+    if not store.num_tokens:
+        raise ValueError(f"{store.path}: the store has no tokens")
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
+    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def _cached_plan(
+    offsets: np.ndarray, length: int, cache: str | os.PathLike | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the plan, from the cache if it is there; a file in the cache is always complete."""
+    if cache is None:
+        return plan(offsets, length)
+    key = hashlib.sha256(np.ascontiguousarray(offsets).data).hexdigest()[:16]
+    file = Path(cache) / f"best_fit-{_PLAN_VERSION}-{length}-{key}.npy"
+    if not file.exists():
+        row_offsets, starts, stops = plan(offsets, length)
+        new = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(new, "wb") as stream:
+                np.save(stream, np.concatenate([[len(row_offsets)], row_offsets, starts, stops]))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(new, file)  # several processes write the same bytes: the last one wins
+        except OSError as error:
+            raise ValueError(
+                f"the packing plan cannot be kept in {cache} ({error}); "
+                "set loader.cache_dir to a folder that can be written"
+            ) from error
+    content = np.load(file, mmap_mode="r")
+    row_offsets, rest = np.split(content[1:], [content[0]])
+    starts, stops = np.split(rest, 2)
+    return row_offsets, starts, stops
+
+
+def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns row_offsets [R + 1], and starts and stops [P] of the pieces, all int64.
+
+    Row r has the pieces row_offsets[r] to row_offsets[r + 1]. offsets: int64 [num_documents + 1].
+    """
+    num_pieces = -(-np.diff(offsets) // length)
+    begins = np.repeat(offsets[:-1], num_pieces)
+    starts = begins + length * _ranges(np.zeros_like(num_pieces), num_pieces)
+    stops = np.minimum(starts + length, np.repeat(offsets[1:], num_pieces))
+    bins = assign_bins(stops - starts, length)
+    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
+    bins = np.argsort(np.argsort(first))[bins]  # rows in the order of their first piece
+    order = np.argsort(2 * bins + (starts == begins), kind="stable")
+    row_offsets = np.concatenate([[0], np.cumsum(np.bincount(bins))])
+    return row_offsets, starts[order], stops[order]
+
+
+def assign_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns int64 [P]: the bin of every piece by best-fit decreasing; 1 <= lengths <= capacity.
+
+    Pieces of one length are placed together: the fullest bin with room for one takes as many as it
+    can hold before the next fullest gets any, so that bins with equal room can be filled in one
+    vectorised move.
+    """
+    order = np.argsort(-lengths.astype(np.int32), kind="stable")
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    result = np.empty(len(lengths), np.int64)
+    rooms: list[int] = []  # the rooms that open bins have, ascending
+    bins_by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+
+    def put(room: int, bins: np.ndarray) -> None:
+        if room and len(bins):
+            if not bins_by_room[room]:
+                bisect.insort(rooms, room)
+            bins_by_room[room].append(bins)
+
+    placed = num_bins = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        missing = int(counts[length])
+        while missing:
+            at = bisect.bisect_left(rooms, length)
+            room = rooms[at] if at < len(rooms) else capacity
+            each = room // length
+            needed = -(-missing // each)
+            if at < len(rooms):
+                bins = bins_by_room[room].pop()
+                if not bins_by_room[room]:
+                    rooms.pop(at)
+                put(room, bins[needed:])
+                bins = bins[:needed]
+            else:
+                bins = np.arange(num_bins, num_bins + needed)
+                num_bins += needed
+            taken = min(missing, each * len(bins))
+            result[order[placed : placed + taken]] = np.repeat(bins, each)[:taken]
+            full = taken // each
+            put(room - each * length, bins[:full])
+            put(room - taken % each * length, bins[full:])
+            placed += taken
+            missing -= taken
+    return result

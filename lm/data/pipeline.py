@@ -1,0 +1,347 @@
+"""`batch_at(step)`: the global batch of any step, and ways to have the next ones ready.
+
+Example number `i` of a run is row `i % batch_size` of step `i // batch_size`; the sampler says
+which row of which source that is. So a batch needs no iterator and no state, and a host that asks
+for its own rows of the global batch gets exactly those, whatever the number of hosts. `iterate`
+only runs `batch_at` ahead of time.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lm.config import DataConfig, LoaderConfig
+from lm.data import packing
+from lm.data.packing import Span
+from lm.data.sampler import Sampler
+from lm.data.sources import Rows, Source
+from lm.data.sources.synthetic import Synthetic
+from lm.data.sources.tokens import TokenStore
+from lm.data.tokenizer import Tokenizer
+from lm.types import Batch
+
+Objective = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]
+RowIndex = slice | np.ndarray  # a host's rows of the global batch
+
+ALL_ROWS = slice(None)
+PACKINGS = ("split", "best_fit")
+_EVALUATION_SEED = 2**32 - 1  # for objectives that are random: the same for every run
+
+
+class OutOfData(Exception):
+    """A batch would need a row of a later epoch than the pipeline may read."""
+
+
+class RowSource(Source, Protocol):
+    """A source that can say which documents its rows hold."""
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
+
+
+class ExplainedRow(NamedTuple):
+    """Where one row of a batch comes from."""
+
+    source: str
+    epoch: int
+    row: int
+    documents: list[Span]
+    text: list[str]  # the beginning of each document's part of the row
+
+
+class Pipeline:
+    """Batches of a mixture of sources, as a function of the step; safe to use from many threads."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, RowSource],
+        objective: Objective,
+        *,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+        num_epochs: float | None = None,
+    ):
+        """weights: one for each source, None: by their rows. num_epochs: None reads for ever."""
+        if not sources:
+            raise ValueError("data.train names no token store")
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size ({batch_size}) must be at least 1")
+        if seed < 0:
+            raise ValueError(f"seed ({seed}) must not be negative")
+        self.sources = dict(sources)
+        self.batch_size = batch_size
+        self.sampler = Sampler(
+            [len(source) for source in sources.values()], weights, seed=seed, shuffle=shuffle
+        )
+        self._objective = objective
+        self._seed = seed
+        self._limit = None if num_epochs is None else self.num_batches(num_epochs)
+
+    def num_batches(self, num_epochs: float) -> int:
+        """Returns how many whole batches need no row of a later epoch of any source.
+
+        The rows left over at the very end, fewer than a batch, are dropped; between epochs nothing
+        is.
+        """
+        return self.sampler.num_examples(num_epochs) // self.batch_size
+
+    def batch_at(self, step: int, rows: RowIndex = ALL_ROWS) -> Batch:
+        """Returns the rows `rows` of the global batch of `step`; OutOfData beyond `num_epochs`."""
+        index = self._index(step, rows)
+        location = self.sampler.locate(index)
+
+        def rng(i: int) -> np.random.Generator:
+            return np.random.default_rng([self._seed, int(location.epoch[i]), int(index[i])])
+
+        return self._objective(self._read(location.source, location.row), rng)
+
+    def explain_batch(
+        self, step: int, tokenizer: Tokenizer, *, rows: RowIndex = ALL_ROWS, num_tokens: int = 24
+    ) -> list[ExplainedRow]:
+        """Returns where each row comes from, with the first `num_tokens` of every document."""
+        source, epoch, row = self.sampler.locate(self._index(step, rows))
+        read = self._read(source, row)
+        names = list(self.sources)
+        explained = []
+        for i in range(len(row)):
+            name = names[source[i]]
+            [documents] = self.sources[name].documents(row[i : i + 1])
+            pieces = [read.ids[i, read.segments[i] == n + 1] for n in range(len(documents))]
+            text = [tokenizer.decode(piece[:num_tokens]) for piece in pieces]
+            explained.append(ExplainedRow(name, int(epoch[i]), int(row[i]), documents, text))
+        return explained
+
+    def iterate(
+        self,
+        start_step: int,
+        stop_step: int | None = None,
+        *,
+        rows: RowIndex = ALL_ROWS,
+        loader: LoaderConfig,
+    ) -> Iterator[tuple[int, Batch]]:
+        """Returns an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
+
+        loader.kind: "tf.data", or "thread", which needs no TensorFlow; the batches are the same.
+        Without a `stop_step` it ends with the data: never, without `num_epochs`. An error of
+        `batch_at` is raised when its step is due. `close()` the iterator to end early.
+        Raises OutOfData if `stop_step` is beyond `num_epochs`.
+        """
+        loaders = {"tf.data": _iterate_tf_data, "thread": _iterate_threads}
+        if loader.kind not in loaders:
+            raise ValueError(f"loader.kind ({loader.kind!r}) must be one of {', '.join(loaders)}")
+        if loader.num_workers < 1 or loader.prefetch < 1:
+            raise ValueError(
+                f"loader.num_workers ({loader.num_workers}) and loader.prefetch "
+                f"({loader.prefetch}) must be at least 1"
+            )
+        if self._limit is not None:
+            if stop_step is not None and stop_step > self._limit:
+                raise OutOfData(self._out_of_data(stop_step - 1))
+            stop_step = self._limit
+        stop_step = 2**62 if stop_step is None else stop_step
+
+        def make(step: int) -> Batch:
+            return self.batch_at(step, rows)
+
+        return loaders[loader.kind](make, start_step, stop_step, loader)
+
+    def _index(self, step: int, rows: RowIndex) -> np.ndarray:
+        if step < 0:
+            raise ValueError(f"step ({step}) must not be negative")
+        if self._limit is not None and step >= self._limit:
+            raise OutOfData(self._out_of_data(step))
+        return step * self.batch_size + np.arange(self.batch_size)[rows]
+
+    def _out_of_data(self, step: int) -> str:
+        return (
+            f"step {step} needs rows beyond the last epoch: the data has {self._limit} batches of "
+            f"{self.batch_size} rows; train for fewer steps or more epochs"
+        )
+
+    def _read(self, source: np.ndarray, row: np.ndarray) -> Rows:
+        """Returns the rows `row` of the sources numbered `source`, int64 [B] each."""
+        sources = list(self.sources.values())
+        present = np.unique(source)
+        if len(present) == 1:
+            return sources[present[0]].read(row)
+        order = np.argsort(source, kind="stable")
+        parts = [sources[number].read(row[source == number]) for number in present]
+        back = np.argsort(order)
+        return Rows(
+            **{
+                f.name: np.concatenate([getattr(part, f.name) for part in parts])[back]
+                for f in dataclasses.fields(Rows)
+            }
+        )
+
+
+def evaluation_batches(
+    source: Source, objective: Objective, *, batch_size: int, rows: RowIndex = ALL_ROWS
+) -> Iterator[Batch]:
+    """Yields the rows `rows` of global batches that hold every row of the source once, in order.
+
+    The last batch is filled with empty rows: segments and weights 0. So sums over the batches are
+    exact for every batch size and every number of hosts, and all hosts get equally many batches.
+    """
+    for start in range(0, len(source), batch_size):
+        index = start + np.arange(batch_size)[rows]
+        read = source.read(index[index < len(source)])
+        missing = len(index) - len(read.ids)
+        empty = np.zeros((missing, *read.ids.shape[1:]), np.int32)
+        padded = Rows(
+            ids=np.concatenate([read.ids, empty]),
+            segments=np.concatenate([read.segments, empty]),
+            positions=np.concatenate([read.positions, empty]),
+            previous=np.concatenate([read.previous, np.full(missing, -1, np.int32)]),
+        )
+
+        def rng(i: int, index: np.ndarray = index) -> np.random.Generator:
+            return np.random.default_rng([_EVALUATION_SEED, 0, int(index[i])])
+
+        yield objective(padded, rng)
+
+
+def make_source(
+    path: str, config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str = ""
+) -> RowSource:
+    """Returns the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
+
+    cache_dir: where the plan of best_fit is kept; "": in the store, or nowhere if that is remote.
+    Raises ValueError if the store was made with another tokenizer than `tokenizer`.
+    """
+    if path.startswith("synthetic:"):
+        return _make_synthetic(path, config, tokenizer)
+    store = TokenStore.open(path)
+    store.check_tokenizer(tokenizer)
+    if config.packing == "split":
+        return packing.split(store, config.length)
+    if config.packing == "best_fit":
+        inside = None if "://" in path else Path(path) / "packing"
+        return packing.best_fit(store, config.length, cache=cache_dir or inside)
+    raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
+
+
+def make_sources(
+    paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str = ""
+) -> dict[str, RowSource]:
+    """Returns `make_source` of every path, by path."""
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"a token store is named twice in {list(paths)}: give it a larger weight instead"
+        )
+    return {path: make_source(path, config, tokenizer, cache_dir=cache_dir) for path in paths}
+
+
+def make_pipeline(
+    config: DataConfig,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: float | None = None,
+    cache_dir: str = "",
+) -> Pipeline:
+    """Returns the training pipeline of a config."""
+    if not config.train:
+        raise ValueError("data.train is empty: name at least one token store, or synthetic:markov")
+    return Pipeline(
+        make_sources(config.train, config, tokenizer, cache_dir=cache_dir),
+        objective,
+        batch_size=batch_size,
+        seed=seed,
+        weights=config.weights or None,
+        shuffle=config.shuffle,
+        num_epochs=num_epochs,
+    )
+
+
+def _make_synthetic(path: str, config: DataConfig, tokenizer: Tokenizer) -> Synthetic:
+    _, kind, *numbers = path.split(":")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
+        )
+    options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
+    return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=config.length, **options)
+
+
+def _iterate_threads(
+    make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
+) -> Iterator[tuple[int, Batch]]:
+    executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    try:
+        submitted = start
+        for step in range(start, stop):
+            while submitted < min(stop, step + loader.prefetch + 1):
+                pending.append(executor.submit(make, submitted))
+                submitted += 1
+            yield step, pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _iterate_tf_data(
+    make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
+) -> Iterator[tuple[int, Batch]]:
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ValueError(
+            "loader.kind=tf.data needs TensorFlow, which is not installed: install tensorflow-cpu, "
+            "or set loader.kind=thread (the batches are the same)"
+        ) from None
+    tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
+    return _run_tf_data(tf, make, start, stop, loader)
+
+
+def _run_tf_data(
+    tf: Any, make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
+) -> Iterator[tuple[int, Batch]]:
+    if start >= stop:
+        return
+    like = make(start)  # tf.data wants to know types and shapes before the first batch
+    types = [array.dtype for array in _leaves(like)]
+    shapes = [array.shape for array in _leaves(like)]
+
+    def load(step: Any) -> Any:
+        arrays = tf.numpy_function(lambda step: _leaves(make(int(step))), [step], types)
+        return [tf.ensure_shape(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+    dataset = tf.data.Dataset.range(start, stop)
+    dataset = dataset.map(load, num_parallel_calls=loader.num_workers, deterministic=True)
+    arrays = dataset.prefetch(loader.prefetch).as_numpy_iterator()
+    for step in range(start, stop):
+        try:
+            leaves = next(arrays)
+        except tf.errors.OpError:
+            make(step)  # pure: raises what it raised inside tf.data, as it was
+            raise
+        yield step, _unflatten(like, iter(leaves))
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    """Returns the arrays of a batch in the order of its fields; fields that are None have none."""
+    if tree is None or isinstance(tree, np.ndarray):
+        return [] if tree is None else [tree]
+    return [leaf for f in dataclasses.fields(tree) for leaf in _leaves(getattr(tree, f.name))]
+
+
+def _unflatten(like: Any, leaves: Iterator[np.ndarray]) -> Any:
+    """Returns a batch of the structure of `like` from the arrays of `_leaves`."""
+    if like is None or isinstance(like, np.ndarray):
+        return None if like is None else next(leaves)
+    return type(like)(
+        **{f.name: _unflatten(getattr(like, f.name), leaves) for f in dataclasses.fields(like)}
+    )

@@ -1,0 +1,81 @@
+"""The two contracts of a source: documents for preparation, rows for training.
+
+A document source is split into units. A unit is the smallest piece that one worker reads; the list
+of units is a pure function of the data (never of the number of workers or machines), and reading
+the units in order gives the documents in order. That is what makes preparation parallel, resumable
+and the same everywhere.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Document(NamedTuple):
+    """One document: an id that is the same on every machine, and its text by field."""
+
+    id: str
+    fields: dict[str, str]
+
+
+class Skipped(NamedTuple):
+    """A record that is no document: counted by its reason, never dropped in silence."""
+
+    id: str
+    reason: str
+
+
+class Unit(NamedTuple):
+    """A piece of a source: records `start` to `stop` of `name`, about `size` bytes of text.
+
+    `stamp` changes when the data behind the unit changes (size and time of a file, version of a
+    data set).
+    """
+
+    name: str
+    start: int
+    stop: int
+    size: int
+    stamp: str
+
+
+class DocumentSource(Protocol):
+    """Raw text, for preparation: picklable, deterministic in order, read unit by unit."""
+
+    def units(self) -> list[Unit]:
+        """Returns all units in order. Raises ValueError where the source is missing or empty."""
+        ...
+
+    def read(self, unit: Unit) -> Iterator[Document | Skipped]:
+        """Yields the documents of one unit in order, and what had to be skipped."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows of T tokens, packed from documents.
+
+    ids: int32 [B, T], 0 where there is padding.
+    segments: int32 [B, T], 1, 2, ... in every row, 0 where there is padding.
+    positions: int32 [B, T], restart at 0 in every segment, also in a document continued from the
+    row before.
+    previous: int32 [B], the token just before `ids[:, 0]` if it belongs to the same document, else
+    -1.
+    """
+
+    ids: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    previous: np.ndarray
+
+
+class Source(Protocol):
+    """Rows for training, by index; pure and safe to call from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Returns the rows with the indices `rows`: int64 [B]."""
+        ...

@@ -1,0 +1,99 @@
+"""Rows made from nothing, for tests and benchmarks: pure functions of (kind, seed, row).
+
+random  Uniform tokens; nothing to learn: the loss stays at log(vocab_size).
+markov  Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely, so all tokens are
+        equally frequent. The best loss is log(2) for every token with a predecessor; looking one
+        token back is enough to reach it.
+copy    A document repeats its first 8 tokens; everything after them can be predicted by looking
+        back.
+
+Documents have random lengths, cut at the ends of a row. No token is special: there is no eos.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lm.data.packing import Span
+from lm.data.sampler import hash_words, scale_hash
+from lm.data.sources import Rows
+
+KINDS = ("random", "markov", "copy")
+_PERIOD = 8
+
+
+class Synthetic:
+    """`num_rows` rows of `length` tokens below `vocab_size`; a Source."""
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        vocab_size: int,
+        length: int,
+        num_rows: int = 65536,
+        document_length: int = 256,
+        seed: int = 0,
+    ):
+        """document_length: the mean number of tokens of a document, if rows were endless."""
+        if kind not in KINDS:
+            raise ValueError(
+                f"synthetic data of kind {kind!r} does not exist; there are: {', '.join(KINDS)}"
+            )
+        for name, value in (("vocab_size", vocab_size), ("length", length), ("num_rows", num_rows)):
+            if value < 1:
+                raise ValueError(f"synthetic data needs a {name} of at least 1, got {value}")
+        self.kind = kind
+        self.vocab_size = vocab_size
+        self.length = length
+        self.num_rows = num_rows
+        self.document_length = document_length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
+            raise IndexError(
+                f"synthetic rows {rows.min()} to {rows.max()} are not within {self.num_rows}"
+            )
+        columns = np.arange(self.length, dtype=np.int32)
+        starts = scale_hash(self._hash(0, rows, columns), np.uint64(self.document_length)) == 0
+        starts[:, :1] = True
+        segments = np.cumsum(starts, 1, dtype=np.int32)
+        begins = np.maximum.accumulate(starts * columns, axis=1)
+        positions = columns - begins
+        if self.kind == "markov":
+            ids = self._walk(rows, columns)
+        else:
+            seen = begins + positions % _PERIOD if self.kind == "copy" else columns
+            ids = scale_hash(self._hash(1, rows, seen), np.uint64(self.vocab_size)).astype(np.int32)
+        return Rows(ids, segments, positions, np.full(len(rows), -1, np.int32))
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        """Returns for each row its documents, numbered in the row."""
+        read = self.read(rows)
+        return [
+            [
+                Span(number, f"{self.kind}/{row}/{number}", 0, int(length))
+                for number, length in enumerate(np.bincount(segments)[1:])
+            ]
+            for row, segments in zip(np.asarray(rows).tolist(), read.segments, strict=True)
+        ]
+
+    def _hash(self, stream: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return hash_words(self.seed, stream, rows[:, None], columns)
+
+    def _walk(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Returns int32 [B, T]: random walks on the graph of kind markov."""
+        choices = (self._hash(1, rows, columns) >> np.uint64(63)).astype(np.int32)
+        ids = np.empty((len(rows), self.length), np.int32)
+        token = scale_hash(self._hash(2, rows, columns[:1]), np.uint64(self.vocab_size))[:, 0]
+        token = token.astype(np.int32)
+        for column in columns:
+            ids[:, column] = token
+            token = (2 * token + choices[:, column]) % self.vocab_size
+        return ids

@@ -1,0 +1,242 @@
+"""The token store: tokenised documents on disk, with random access to tokens by position.
+
+    STORE/manifest.json       written last; a folder without it is no store
+    STORE/ids.bin             document ids, UTF-8, joined
+    STORE/id_offsets.bin      int64 [num_documents + 1], byte offsets into ids.bin
+    STORE/tokenizer.model     the tokenizer's own file (tokenizer.json; none for bytes)
+    STORE/text/tokens.bin     uint16 (uint32 above 65,536 ids) [num_tokens], all documents joined
+    STORE/text/offsets.bin    int64 [num_documents + 1], token offsets into tokens.bin
+    STORE/text/bytes.bin      int64 [num_documents], UTF-8 bytes of each document
+
+Every field has a folder like `text/`. A document is `tokens(text) + [eos]`, without bos: a
+consumer shifts right with bos before the first token, so every token of the stream is predicted
+exactly once and bits per byte = nats / ln 2 / bytes is exact. Integers are little-endian. Local
+stores are memory-mapped; `gs://`, `s3://`, `http://` and `file://` ones are read by byte range
+through TensorStore.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lm.data import tokenizer as tokenizers
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class TokenStore:
+    """One field of a token store, read-only and safe to read from several threads.
+
+    num_documents, num_tokens, num_bytes: sizes of this field.
+    offsets: int64 [num_documents + 1], document i is tokens offsets[i] to offsets[i + 1], eos
+    included.
+    document_bytes: int64 [num_documents], UTF-8 bytes of each document.
+    manifest: what is in manifest.json.
+    """
+
+    def __init__(self, path: str, field: str, files: "_Mapped | _Remote", manifest: dict):
+        self.path = path
+        self.field = field
+        self.manifest = manifest
+        self.num_documents = int(manifest["num_documents"])
+        self.num_tokens = int(manifest["fields"][field]["num_tokens"])
+        self.num_bytes = int(manifest["fields"][field]["num_bytes"])
+        self._files = files
+        self.offsets = files.array(f"{field}/offsets.bin", "<i8")
+        self.document_bytes = files.array(f"{field}/bytes.bin", "<i8")
+        self._ranges = files.ranges(f"{field}/tokens.bin", manifest["dtype"])
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, field: str = "text") -> "TokenStore":
+        """Returns the store at `path`, a folder or a URL; file sizes are checked, contents are not.
+
+        Raises ValueError if there is no complete store or it has no such field.
+        """
+        path = os.fspath(path)
+        files = _Remote(path) if "://" in path else _Mapped(path)
+        content = files.read(MANIFEST)
+        if content is None:
+            raise ValueError(
+                f"{path}: not a complete token store (no {MANIFEST}); "
+                "run scripts/prepare_data.py, again if it was interrupted"
+            )
+        manifest = json.loads(content)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: token store format {manifest.get('format')}, this code reads {FORMAT}; "
+                "prepare the data again"
+            )
+        if field not in manifest["fields"]:
+            raise ValueError(f"{path}: no field {field!r}; it has {', '.join(manifest['fields'])}")
+        for name, entry in manifest["files"].items():
+            files.check_size(name, entry["size"])
+        return cls(path, field, files, manifest)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Returns the tokens of positions `start` to `stop`, int32 [stop - start]."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(
+                f"{self.path}: tokens {start} to {stop} are not within {self.num_tokens}"
+            )
+        return self._ranges([start], [stop])[0].astype(np.int32)
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Returns windows of `length` tokens at `starts`, int32 [B, length]; 0 beyond the end."""
+        starts = np.asarray(starts, np.int64)
+        if starts.size and starts.min() < 0:
+            raise ValueError(f"{self.path}: a window cannot start at {int(starts.min())}")
+        begins = np.minimum(starts, self.num_tokens).tolist()
+        ends = np.minimum(starts + length, self.num_tokens).tolist()
+        result = np.zeros((len(begins), length), np.int32)
+        for row, window in zip(result, self._ranges(begins, ends), strict=True):
+            row[: len(window)] = window
+        return result
+
+    def document_ids(self, i: int) -> str:
+        """Returns the id of document `i`."""
+        start, stop = self._id_offsets[i], self._id_offsets[i + 1]
+        return self._id_ranges([int(start)], [int(stop)])[0].tobytes().decode()
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """Returns the tokenizer that made this store, from the copy inside it."""
+        entry = self.manifest["tokenizer"]
+        if not entry["file"]:
+            return tokenizers.from_bytes(entry["name"], b"")
+        content = self._files.read(entry["file"])
+        assert content is not None, "its size was checked by open"
+        tokenizer = tokenizers.from_bytes(entry["file"], content)
+        self.check_tokenizer(tokenizer)
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: tokenizers.Tokenizer) -> None:
+        """Raises ValueError unless `tokenizer` is the one that made this store."""
+        entry = self.manifest["tokenizer"]
+        if tokenizer.fingerprint != entry["fingerprint"]:
+            raise ValueError(
+                f"{self.path}: prepared with tokenizer {entry['name']} (fingerprint "
+                f"{entry['fingerprint']}), not with {tokenizer.name} (fingerprint "
+                f"{tokenizer.fingerprint}); use the first or prepare the data again"
+            )
+
+    def verify(self) -> None:
+        """Raises ValueError unless every file has its content hash; reads everything."""
+        for name, entry in self.manifest["files"].items():
+            found = self._files.sha256(name)
+            if found != entry["sha256"]:
+                raise ValueError(
+                    f"{self.path}/{name}: content hash {found}, the manifest says "
+                    f"{entry['sha256']}; "
+                    "the file is damaged: copy or prepare it again"
+                )
+
+    @functools.cached_property
+    def _id_offsets(self) -> np.ndarray:
+        return self._files.array("id_offsets.bin", "<i8")
+
+    @functools.cached_property
+    def _id_ranges(self):
+        return self._files.ranges("ids.bin", "u1")
+
+
+class _Mapped:
+    """The files of a local store."""
+
+    def __init__(self, path: str):
+        self._path = Path(path)
+
+    def read(self, name: str) -> bytes | None:
+        file = self._path / name
+        return file.read_bytes() if file.is_file() else None
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        file = self._path / name
+        if not file.stat().st_size:
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.asarray(np.memmap(file, dtype, mode="r"))
+
+    def ranges(self, name: str, dtype: str):
+        array = self.array(name, dtype)
+
+        def read(starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+            return [array[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+        return read
+
+    def check_size(self, name: str, size: int) -> None:
+        file = self._path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            has = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(
+                f"{file} {has}, the manifest says {size}; the store is damaged: copy or prepare "
+                "it again"
+            )
+
+    def sha256(self, name: str) -> str:
+        with open(self._path / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Remote:
+    """The files of a store behind a URL, read by byte range through TensorStore."""
+
+    def __init__(self, url: str):
+        import tensorstore
+
+        self._url = url.rstrip("/")
+        self._store = tensorstore.KvStore.open(self._url + "/").result()
+
+    def read(self, name: str) -> bytes | None:
+        result = self._store.read(name).result()
+        return result.value if result.state == "value" else None
+
+    def array(self, name: str, dtype: str) -> np.ndarray:
+        content = self.read(name)
+        if content is None:
+            raise ValueError(f"{self._url}/{name} is missing; copy or prepare the store again")
+        return np.frombuffer(content, dtype)
+
+    def ranges(self, name: str, dtype: str):
+        width = np.dtype(dtype).itemsize
+
+        def read(starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+            pending = [
+                self._store.read(name, byte_range=slice(start * width, stop * width))
+                if stop > start
+                else None
+                for start, stop in zip(starts, stops, strict=True)
+            ]
+            return [
+                np.frombuffer(future.result().value if future else b"", dtype) for future in pending
+            ]
+
+        return read
+
+    def check_size(self, name: str, size: int) -> None:
+        # There is no call for the size of an object: its last byte must exist, and none after it.
+        if not size:
+            return
+        if not self._exists(name, size - 1) or self._exists(name, size):
+            raise ValueError(
+                f"{self._url}/{name} is missing or has not the {size} bytes that the manifest "
+                "says; "
+                "the store is damaged: copy or prepare it again"
+            )
+
+    def _exists(self, name: str, position: int) -> bool:
+        try:
+            result = self._store.read(name, byte_range=slice(position, position + 1)).result()
+        except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):
+                return False
+            raise
+        return result.state == "value"
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256(self.read(name) or b"").hexdigest()

@@ -1,0 +1,142 @@
+"""Trains SentencePiece models that are lossless: what goes in comes out, byte for byte."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lm.data.corpus import Corpus, plan_parts, read_part
+from lm.data.sources import Skipped
+from lm.data.tokenizer import pieces
+
+_LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
+_MAX_SENTENCE = 1 << 14  # characters; SentencePiece counts positions in 16 bits
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+
+
+def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
+    """Yields texts of the train split, without duplicates, about `sample_bytes` of them in all.
+
+    The sample takes documents by a hash of their id, spread over the whole corpus.
+    """
+    parts = plan_parts(corpus.sources())
+    total = sum(unit.size for part in parts for _, unit in part)
+    share = sample_bytes / max(total, 1)
+    seen, size = set(), 0
+    for part in parts:
+        for split, item, digest in read_part(corpus, part):
+            if split != "train" or isinstance(item, Skipped) or digest in seen:
+                continue
+            if not _is_sampled(item.id, share):
+                continue
+            seen.add(digest)
+            for text in item.fields.values():
+                size += len(text.encode())
+                yield text
+            if size >= sample_bytes:  # compressed files hold more than their sizes say
+                return
+
+
+def _is_sampled(document_id: str, share: float) -> bool:
+    digest = hashlib.sha256(b"sample:" + document_id.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    model_type: str = "bpe",
+    piece_span: str = "line",
+    split_digits: bool = False,
+) -> bytes:
+    """Returns the SentencePiece model trained on `texts`: the same texts give the same bytes.
+
+    Normalisation is the identity, without dummy prefix; bytes stand in for characters outside the
+    vocabulary; pieces may mix letters, digits and punctuation and may be white space.
+
+    piece_span: "word", a piece begins at a space or goes on a word; "line", it may span words of
+    a line, with the newlines and the indentation before it. Bytes per token of held-out files of
+    Python's standard library, BPE of 4,096 pieces: 3.06 where newlines are cut off and pieces keep
+    to one script (letters or punctuation), 3.19 with newlines, 3.67 "word", 4.35 "line".
+
+    Raises ValueError where the texts cannot fill the vocabulary.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts, piece_span),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            split_digits=split_digits,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            split_by_whitespace=piece_span == "word",
+            split_by_unicode_script=False,
+            max_sentencepiece_length=32,
+            character_coverage=0.9999,
+            max_sentence_length=1 << 24,  # bytes; a longer sentence would be left out
+            num_threads=16,  # a constant: unigram's sums depend on it
+            pad_id=PAD_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"SentencePiece cannot train {vocab_size} {model_type} pieces on these texts: "
+            f"{str(error).splitlines()[-1]}; change --vocab-size or give more text"
+        ) from error
+    return model.getvalue()
+
+
+def _sentences(texts: Iterable[str], piece_span: str) -> Iterator[str]:
+    """Yields what SentencePiece counts pairs in; never across two of these."""
+    for text in texts:
+        for line in [text] if piece_span == "word" else _LINE.split(text):
+            yield from pieces(line, limit=_MAX_SENTENCE)
+
+
+def train_tokenizer(
+    corpus: Corpus,
+    *,
+    out: str | os.PathLike,
+    vocab_size: int,
+    model_type: str,
+    piece_span: str,
+    split_digits: bool,
+    sample_bytes: int,
+) -> int:
+    """Writes a model trained on the train split to `out`; returns the bytes it was given."""
+    out = Path(out)
+    if out.suffix != ".model":
+        raise ValueError(f"--out={out} must end in .model, by which a SentencePiece file is known")
+    size = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for text in training_texts(corpus, sample_bytes=sample_bytes):
+            size += len(text.encode())
+            yield text
+
+    model = train_sentencepiece(
+        counted(),
+        vocab_size=vocab_size,
+        model_type=model_type,
+        piece_span=piece_span,
+        split_digits=split_digits,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(model)
+    temporary.replace(out)
+    return size

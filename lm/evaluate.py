@@ -1,0 +1,58 @@
+"""Exact, token-weighted evaluation: loss, perplexity and bits per byte of every validation source.
+
+Each row of a source is read exactly once and sums are added up before the one division, so the figures don't depend on
+batch size or mesh (beyond float32 rounding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import metrics
+from lm.data.pipeline import evaluation_batches
+from lm.experiment import Experiment
+from lm.types import Params, Sums
+
+
+def evaluate(
+    experiment: Experiment,
+    params: Params,
+    *,
+    max_batches: int = 0,
+    report: Callable[[str], Any] = lambda text: None,
+) -> dict[str, dict[str, float]]:
+    """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}; losses in nats per token.
+
+    `max_batches` limits every source (0: all of it); bits per byte then uses the source's mean bytes per token. `report` takes
+    a line of progress.
+    """
+    results = {}
+    for name, source in experiment.validation.items():
+        total: Sums | None = None
+        size = experiment.batch_size
+        count = -(-len(source) // size)
+        count = min(count, max_batches) if max_batches else count
+        batches = evaluation_batches(
+            source, experiment.objective, batch_size=size, rows=experiment.rows
+        )
+        for i, batch in zip(range(count), batches, strict=False):
+            sums = experiment.eval_step(params, experiment.put(batch))
+            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            if i % 16 == 15:
+                jax.block_until_ready(total)  # bounds how far the host runs ahead
+                report(f"evaluating {name} · batch {i + 1}/{count}")
+        if total is None:
+            raise ValueError(f"config.data.validation: {name} has no rows")
+        values = metrics.means(jax.device_get(total))
+        del values["objective"]
+        values["perplexity"] = math.exp(min(values["loss"], 700.0))
+        bytes_per_token = getattr(source, "bytes_per_token", None)
+        if bytes_per_token is not None:
+            values["bits_per_byte"] = values["loss"] / math.log(2) / bytes_per_token
+        results[name] = values
+    return results

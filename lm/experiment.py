@@ -1,0 +1,282 @@
+"""From config to objects, in one place: tokenizer, data, model, optimizer, mesh and compiled steps."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+
+from lm import config as configs
+from lm import flops, loss, optim, sharding, step
+from lm.data import pipeline
+from lm.data import tokenizer as tokenizers
+from lm.data.pipeline import Pipeline
+from lm.data.tokenizer import Tokenizer
+from lm.types import Array, Batch, Model, Params, Sums, Tokens, TrainState
+
+CONFIG_FILE = "config.json"
+
+
+class Experiment:
+    """What a config means on some devices. Parts are made when they are first asked for: generation needs no data."""
+
+    def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
+        """Raises ValueError, before anything is compiled, where values don't fit together."""
+        self.config_dict = config
+        self.config = configs.resolve(config)
+        c = self.config
+        self.rules = sharding.make_rules(c.mesh, devices)
+        optim.check(c.optimizer)
+        c.model.check(c.data.length)
+        self.batch_size = _batch_size(c, self.rules)
+        component = configs.component("lm.models", config.model.name)
+        self.model: Model = component.build(c.model, self.rules)
+
+    # ---- data ----
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = tokenizers.load(self.config.data.tokenizer)
+        if tokenizer.vocab_size > self.config.model.vocab_size:
+            raise ValueError(
+                f"config.model.vocab_size ({self.config.model.vocab_size}) must be at least the tokenizer's "
+                f"({tokenizer.vocab_size}, {self.config.data.tokenizer})"
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def objective(self) -> pipeline.Objective:
+        component = configs.component("lm.objectives", self.config_dict.objective.name)
+        return component.build(self.config.objective, self.tokenizer)
+
+    @functools.cached_property
+    def train_data(self) -> Pipeline:
+        return pipeline.make_pipeline(
+            self.config.data,
+            self.objective,
+            self.tokenizer,
+            batch_size=self.batch_size,
+            seed=self.config.seed,
+            num_epochs=self.config.train.num_epochs,
+            cache_dir=self.config.loader.cache_dir,
+        )
+
+    @functools.cached_property
+    def validation(self) -> dict[str, pipeline.RowSource]:
+        c = self.config
+        return pipeline.make_sources(
+            c.data.validation, c.data, self.tokenizer, cache_dir=c.loader.cache_dir
+        )
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The rows of a global batch that this process reads."""
+        return sharding.local_rows(self.rules, self.batch_size)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """(step, batch on the devices) of every step from `start`, prepared ahead."""
+        local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
+        for at, batch in local:
+            yield at, self.put(batch)
+
+    def put(self, batch: Batch) -> Batch:
+        """Global arrays from this process's rows of a batch."""
+        return sharding.put(self.rules, batch, self.batch_size)
+
+    # ---- length of the run ----
+
+    @functools.cached_property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, from steps, tokens or epochs."""
+        t = self.config.train
+        given = [n for n in ("num_steps", "num_tokens", "num_epochs") if getattr(t, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"set one of config.train.num_steps, num_tokens and num_epochs; set: {given or 'none'}"
+            )
+        if t.num_steps is not None:
+            steps = t.num_steps
+        elif t.num_tokens is not None:
+            steps = math.ceil(t.num_tokens / (self.batch_size * self.config.data.length))
+        else:
+            steps = self.train_data.num_batches(t.num_epochs)
+        if steps < 1:
+            raise ValueError(
+                f"config.train.{given[0]} ({getattr(t, given[0])}) gives {steps} steps"
+            )
+        return steps
+
+    # ---- state ----
+
+    def _init_params(self, rng: Array) -> Any:
+        def everything(model: Any, tokens: Tokens) -> Array:
+            return model.logits(model(tokens).hidden)
+
+        zeros = jnp.zeros((self.rules.size("batch"), self.rules.size("length")), jnp.int32)
+        tokens = Tokens(zeros, zeros, zeros)
+        return self.model.init({"params": rng}, tokens, method=everything)["params"]
+
+    @functools.cached_property
+    def boxed_params(self) -> Any:
+        """Abstract parameters with their logical axes."""
+        return jax.eval_shape(self._init_params, jax.random.key(0))
+
+    @functools.cached_property
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the parameters."""
+        shardings = self.rules.shardings(self.boxed_params)
+        return jax.tree.map(_with_sharding, nn.meta.unbox(self.boxed_params), shardings)
+
+    @functools.cached_property
+    def tx(self) -> optax.GradientTransformation:
+        return optim.make_optimizer(self.config.optimizer, self.boxed_params, self.num_steps)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the whole state."""
+        params = self.abstract_params
+        opt_state = optim.shard_like_params(
+            jax.eval_shape(self.tx.init, params), params, self.rules.sharding()
+        )
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.rules.sharding())
+        return TrainState(step=count, params=params, opt_state=opt_state)
+
+    def init_state(self) -> TrainState:
+        """The state before step 0, every array made where it lives: never whole on one device."""
+
+        def init(rng: Array) -> TrainState:
+            params = nn.meta.unbox(self._init_params(rng))
+            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        return jax.jit(init, out_shardings=shardings)(self._key("init"))
+
+    def _key(self, purpose: str) -> Array:
+        init, train = jax.random.split(jax.random.key(self.config.seed))
+        return {"init": init, "train": train}[purpose]
+
+    # ---- steps ----
+
+    def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
+        """The loss of training: a SUM to differentiate, and additive sums."""
+        return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        return step.train_step(
+            state,
+            batch,
+            loss_fn=self.loss_fn,
+            tx=self.tx,
+            rng=self._key("train"),
+            num_microbatches=self.config.train.num_microbatches,
+        )
+
+    def _eval_step(self, params: Params, batch: Batch) -> Sums:
+        rng = self._key("train")  # unused: evaluation has no dropout
+        # plain cross-entropy, whatever the loss of training adds
+        plain = configs.LossConfig(chunk_size=self.config.loss.chunk_size)
+        return loss.lm_loss(self.model, params, batch, rng, train=False, config=plain)[1]
+
+    @functools.cached_property
+    def abstract_batch(self) -> Batch:
+        """Shapes, dtypes and shardings of a global batch, from batch 0 of this process."""
+        local = self.train_data.batch_at(0, self.rows[:1])
+        return self._abstract(local)
+
+    def _abstract(self, batch: Batch) -> Batch:
+        def one(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            axes = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
+            shape = (self.batch_size, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.rules.sharding(*axes))
+
+        return jax.tree.map(one, batch)
+
+    def lower_train_step(self) -> Any:
+        """The train step, traced and lowered for the abstract state and batch, ready to compile."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        jitted = jax.jit(self._train_step, donate_argnums=0, out_shardings=(shardings, None))
+        return jitted.lower(self.abstract_state, self.abstract_batch)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """(state, batch) -> (state, sums), compiled here and once: other shapes are an error, not another compile."""
+        return self.lower_train_step().compile()
+
+    @functools.cached_property
+    def eval_step(self) -> Any:
+        """(params, batch) -> sums, compiled once per batch structure."""
+        return jax.jit(self._eval_step)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of training on one token."""
+        return flops.flops_per_token(self.config.model, self.config.data.length)
+
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all devices together, where their peak is known or given."""
+        given = self.config.log.peak_flops_per_device
+        kind = self.rules.mesh.devices.flat[0].device_kind
+        peak = flops.peak_flops(kind, self.config.model.dtype) if given is None else given
+        return None if peak is None else peak * self.rules.mesh.size
+
+
+def _with_sharding(x: jax.ShapeDtypeStruct, s: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+
+
+def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
+    d, k = config.data, config.train.num_microbatches
+    if (d.batch_size is None) == (d.batch_size_per_device is None):
+        raise ValueError(
+            f"set one of config.data.batch_size ({d.batch_size}) and config.data.batch_size_per_device "
+            f"({d.batch_size_per_device})"
+        )
+    size = d.batch_size
+    if size is None:
+        size = (d.batch_size_per_device or 0) * rules.mesh.size
+    if size < 1 or k < 1:
+        raise ValueError(
+            f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
+        )
+    shards, axes = rules.size("batch"), "*".join(rules.axes("batch"))
+    if size % (shards * k):
+        raise ValueError(
+            f"config.data.batch_size ({size}) must be divisible by mesh {axes} ({shards}) * "
+            f"config.train.num_microbatches ({k})"
+        )
+    if d.length % rules.size("length"):
+        raise ValueError(
+            f"config.data.length ({d.length}) must be divisible by mesh sequence ({rules.size('length')})"
+        )
+    return size
+
+
+def load(
+    workdir: str, devices: Sequence[Any], changes: Mapping[str, Any] | None = None
+) -> Experiment:
+    """The experiment of a run's folder on these devices, all data-parallel unless `changes` say otherwise.
+
+    changes: {config path: value}. A batch that the devices don't divide is made larger.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
+    config = configs.from_json(path.read_text())
+    config.mesh = configs.default(**configs.names(config)).mesh
+    config.train.num_microbatches = 1
+    config.update_from_flattened_dict(dict(changes or {}))
+    if config.data.batch_size is not None:
+        config.data.batch_size = -(-config.data.batch_size // len(devices)) * len(devices)
+    return Experiment(config, devices)

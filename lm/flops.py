@@ -1,0 +1,264 @@
+"""Parameters, FLOPs and bytes of a model by formula, from its Config alone.
+
+A model is a `Layout`: its weights, each with how often a token is multiplied by it, and its
+attention scores. A new architecture is one more function from its Config to a Layout, and one row
+of `LAYOUTS`.
+
+FLOPs are model FLOPs: the products that the mathematics needs, at 2 for a multiplication and its
+addition, without element-wise work and without what rematerialization computes again. The
+compiler's count is no substitute: `cost_analysis()` counts the body of a scan once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lm.config import OptimizerConfig
+
+GATED = ("reglu", "geglu", "geglu_tanh", "swiglu")  # activations with a third matrix in the MLP
+TABLES = ("embedding", "positions", "head")  # groups with a row for each token or position
+FLOAT32_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """`count` parameters of one group, by which a token is multiplied `uses` times.
+
+    Tables that are only looked up, biases and scales have no uses; experts have num_active /
+    num_experts.
+    """
+
+    group: str
+    count: int
+    uses: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Attention scores of `num_layers` layers; causal: a token sees itself and those before it."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    causal: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    weights: tuple[Weight, ...]
+    scores: tuple[Scores, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by group: embedding, positions, attention, mlp, norm, head; absent where none."""
+
+    groups: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.groups.values())
+
+    @property
+    def embedding(self) -> int:
+        """Those of tables by token or position, an untied vocabulary projection included."""
+        return sum(self.groups.get(name, 0) for name in TABLES)
+
+    @property
+    def non_embedding(self) -> int:
+        """The rest: the N of scaling laws (arXiv:2001.08361) and of Qwen's model cards."""
+        return self.total - self.embedding
+
+
+def decoder(config: Any) -> Layout:
+    """The Layout of a `lm.models.decoder.Config`."""
+    c = config
+    layers, embed = c.num_layers, c.embed_dim
+    heads, kv_heads, head = c.num_heads, c.kv_heads, c.head_size
+    num_up = 2 if c.activation in GATED else 1
+    attention_bias = c.qkv_bias * (heads + 2 * kv_heads) * head + c.out_bias * embed
+    mlp_bias = c.mlp_bias * (num_up * c.mlp_size + embed)
+    inputs = 1 if c.parallel_block else 2  # sublayers that normalise an input of their own
+    num_norms = layers * (inputs + 2 * (c.norm_placement == "both")) + (c.norm_placement != "post")
+    positions = {
+        "learned": c.max_length * embed,
+        "relative": c.relative_buckets * heads,
+    }.get(c.positions, 0)
+    table = c.vocab_size * embed
+    weights = (
+        Weight("embedding", table, uses=1.0 if c.tie_embeddings else 0.0),
+        Weight("positions", positions),
+        Weight("attention", layers * 2 * embed * (heads + kv_heads) * head, uses=1.0),
+        Weight("attention", layers * attention_bias),
+        Weight("mlp", layers * (num_up + 1) * embed * c.mlp_size, uses=1.0),
+        Weight("mlp", layers * mlp_bias),
+        Weight("norm", num_norms * embed * (1 + c.norm_bias) + layers * c.qk_norm * 2 * head),
+        Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
+    )
+    scores = tuple(
+        Scores(c.layer_kinds.count(kind), heads, kv_heads, head, window)
+        for kind, window in zip(c.kinds, c.windows, strict=True)
+    )
+    return Layout(weights, scores)
+
+
+# The module of a model's Config: its Layout.
+LAYOUTS: dict[str, Callable[[Any], Layout]] = {"lm.models.decoder": decoder}
+
+
+def layout(config: Any) -> Layout:
+    """The Layout of a model Config.
+
+    Raises:
+        ValueError: a model that `LAYOUTS` has no function for.
+    """
+    model = type(config).__module__
+    if model not in LAYOUTS:
+        raise ValueError(
+            f"lm/flops.py has no formula for {model}: add a function from its Config to a Layout "
+            f"to LAYOUTS; there are: {', '.join(LAYOUTS)}"
+        )
+    return LAYOUTS[model](config)
+
+
+def parameters(config: Any) -> ParameterCount:
+    """The numbers of parameters of a model Config, equal to those of `model.init`."""
+    groups: dict[str, int] = {}
+    for weight in layout(config).weights:
+        if weight.count:
+            groups[weight.group] = groups.get(weight.group, 0) + weight.count
+    return ParameterCount(groups)
+
+
+def mean_keys(length: int, *, window: int | None = None, causal: bool = True) -> float:
+    """Keys that a query sees, averaged over the `length` positions of a row that is one document.
+
+    Causal: the mean of min(t + 1, window) over t = 0 .. length - 1, which is (length + 1) / 2
+    without a window. Otherwise a window sees window - 1 keys on either side.
+    """
+    reach = length if window is None else min(window, length)
+    cut = reach * (reach - 1) / 2  # keys that the first queries lack to a full window
+    if causal:
+        return reach - cut / length
+    return (2 * reach - 1) - 2 * cut / length
+
+
+def flops_per_token(
+    config: Any, length: int, *, training: bool = True, full_square: bool = False
+) -> float:
+    """FLOPs for each token of rows of `length`; the backward pass, twice the forward, if training.
+
+    Forward: 2 for every weight that the token is multiplied by, the vocabulary projection
+    included, and 4 S N H for each layer's scores and weighted values, where S is the mean number
+    of keys that causality and window leave (`mean_keys`). Documents packed into a row see fewer
+    still; that is not counted off, so MFU means the same for all data.
+
+    full_square counts S = length instead, as appendix B of PaLM does (arXiv:2204.02311, 12 L H Q
+    T for training), and with it most published MFU. Compare like with like: on scores without
+    windows the default is (length + 1) / (2 length) of it, on the whole of GPT-2 124M at 1024 it
+    is 0.93 of it and on Llama 3 8B at 8192 0.89.
+    """
+    parts = layout(config)
+    flops = sum(2 * weight.uses * weight.count for weight in parts.weights)
+    for s in parts.scores:
+        keys = length if full_square else mean_keys(length, window=s.window, causal=s.causal)
+        flops += 4 * s.num_layers * s.num_heads * s.head_dim * keys
+    return flops * (3 if training else 1)
+
+
+def parameter_bytes(config: Any, bytes_per_parameter: int = FLOAT32_BYTES) -> int:
+    """Bytes of the parameters (float32 in training) or, the same, of their gradients."""
+    return parameters(config).total * bytes_per_parameter
+
+
+# Float32 numbers that an optimizer keeps for each parameter: (of a matrix inside a layer, of any
+# other).
+OPTIMIZER_SLOTS = {"adamw": (2, 2), "lion": (1, 1), "sgd": (1, 1), "muon": (1, 2)}
+
+
+def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
+    """Bytes of the optimizer's state, averaged weights (`ema_decay`) included, scalars not.
+
+    Raises:
+        ValueError: an optimizer whose state depends on shapes.
+    """
+    if optimizer.name not in OPTIMIZER_SLOTS:
+        raise ValueError(
+            f"config.optimizer.name ({optimizer.name}): no formula for its state; "
+            "jax.eval_shape of the optimizer's init gives it"
+        )
+    matrices = sum(w.count for w in layout(config).weights if w.uses and w.group not in TABLES)
+    total = parameters(config).total
+    of_matrix, of_other = OPTIMIZER_SLOTS[optimizer.name]
+    slots = of_matrix * matrices + of_other * (total - matrices)
+    return FLOAT32_BYTES * (slots + (total if optimizer.ema_decay else 0))
+
+
+def kv_cache_bytes(
+    config: Any, length: int, *, batch_size: int = 1, bytes_per_value: int = FLOAT32_BYTES
+) -> int:
+    """Bytes of the keys and values of `batch_size` streams of `length` tokens (windows: fewer)."""
+    slots = sum(
+        s.num_layers
+        * s.num_kv_heads
+        * s.head_dim
+        * (length if s.window is None else min(s.window, length))
+        for s in layout(config).scores
+    )
+    return 2 * batch_size * slots * bytes_per_value
+
+
+# Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`.
+PEAK_FLOPS = {
+    # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the page of each version.
+    # The figures there are per chip; on v2, v3 and TPU7x a chip is two jax devices, one for each
+    # of its cores.
+    "TPU v2": 45e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v4 lite": 137e12,  # jax, pallas/mosaic/tpu_info.py
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # what v5p calls itself
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    # NVIDIA's data sheets, which print twice as much for A100 and later: with structured
+    # sparsity.
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989.4e12,  # SXM: "NVIDIA H100 80GB HBM3"
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,  # SXM: the same chip with more memory
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA GH200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    # Ada and Ampere GA102 white papers, accumulating in float32.
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA RTX A6000": 154.8e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
+    """FLOP/s that a jax device can reach at most, or None where it isn't known.
+
+    Known for bfloat16 alone: a float32 product is TF32, several bfloat16 passes or the real
+    thing, depending on chip and precision. Of several names that fit ("NVIDIA H100", "NVIDIA H100
+    PCIe") the longest counts. A MIG slice is a part of a chip, and unknown.
+    """
+    if dtype != "bfloat16" or " MIG " in device_kind:
+        return None
+    fits = [k for k in PEAK_FLOPS if device_kind == k or device_kind.startswith((k + " ", k + "-"))]
+    return PEAK_FLOPS[max(fits, key=len)] if fits else None

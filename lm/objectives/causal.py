@@ -1,0 +1,48 @@
+"""Predict every token from those before it in its document."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lm.data.sources import Rows
+from lm.data.tokenizer import Tokenizer
+from lm.objectives import Objective, RowGenerator
+from lm.types import Batch, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Nothing to choose."""
+
+
+def build(config: Config, tokenizer: Tokenizer) -> Objective:
+    """Returns the causal objective: targets are the tokens, inputs are the tokens before them.
+
+    The input of a document's first token is bos; that of a row's first token is the last one of the
+    row before if the document goes on. So every token of the data is predicted once, the eos of
+    every document included:
+
+        ids       a b . c d      (`.` is eos)
+        segments  1 1 1 2 2
+        inputs    ^ a b ^ c      (`^` is bos)
+    """
+    del config
+    bos = np.int32(tokenizer.bos_id)
+
+    def causal(rows: Rows, rng: RowGenerator) -> Batch:
+        del rng  # nothing is random
+        inputs = np.empty_like(rows.ids)
+        inputs[:, 1:] = rows.ids[:, :-1]
+        inputs[rows.positions == 0] = bos
+        inputs[:, 0] = np.where(rows.previous >= 0, rows.previous, bos)
+        scored = rows.segments != 0
+        inputs *= scored
+        return Batch(
+            inputs=Tokens(ids=inputs, segments=rows.segments, positions=rows.positions),
+            targets=rows.ids,
+            weights=scored.astype(np.float32),
+        )
+
+    return causal

@@ -1,0 +1,52 @@
+"""Train, or go on training, the model of a config in a folder.
+
+    python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
+    python scripts/train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2 \
+        --config.data.train="('data/web/train',)" --config.optimizer.learning_rate=1e-3
+
+Every value of the config can be given as --config.SECTION.KEY=VALUE; --explain lists them all. The
+folder gets config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same command, run again,
+goes on where the last checkpoint is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it doesn't exist.")
+_EXPLAIN = flags.DEFINE_bool(
+    "explain", False, "Print every config key with its value, default and meaning, and exit."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    if _CONFIG.value is None:
+        raise app.UsageError("--config=configs/NAME.py is needed")
+    if _EXPLAIN.value:
+        from lm.config import explain
+
+        for path, value, default, sentence in explain(_CONFIG.value):
+            note = "" if value == default else f"  (default {default!r})"
+            print(f"--config.{path}={value!r}{note}\n      {sentence}")
+        return 0
+    if _WORKDIR.value is None:
+        raise app.UsageError("--workdir=FOLDER is needed")
+
+    import jax
+
+    from lm.train import train
+
+    return train(_CONFIG.value, _WORKDIR.value, jax.devices())
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,61 @@
+"""Trains a SentencePiece tokenizer on the train split of a corpus.
+
+python scripts/train_tokenizer.py --data=stdlib --vocab-size=4096 --out=data/stdlib.model
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm.data import corpus
+from lm.data.tokenizer_training import train_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    corpus.add_flags(parser)
+    add = parser.add_argument
+    add("--out", required=True, help="the .model file")
+    add(
+        "--vocab-size", type=int, default=4096, help="pieces, special ones included (default: 4096)"
+    )
+    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    add(
+        "--piece-span",
+        choices=("line", "word"),
+        default="line",
+        help="a piece may span words of one line, or keeps to a word (default: line)",
+    )
+    add("--split-digits", action="store_true", help="every digit is a piece of its own")
+    add(
+        "--sample-bytes",
+        type=int,
+        default=32_000_000,
+        help="train on about this much text, spread over the corpus (default: 32 MB; BPE takes "
+        "50 times that in memory)",
+    )
+    flags = parser.parse_args()
+    start = time.monotonic()
+    print(f"training a {flags.model_type} tokenizer of {flags.vocab_size} pieces ...", flush=True)
+    try:
+        size = train_tokenizer(
+            corpus.from_flags(flags),
+            out=flags.out,
+            vocab_size=flags.vocab_size,
+            model_type=flags.model_type,
+            piece_span=flags.piece_span,
+            split_digits=flags.split_digits,
+            sample_bytes=flags.sample_bytes,
+        )
+    except ValueError as error:
+        sys.exit(f"train_tokenizer: {error}")
+    print(f"{flags.out}: trained on {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Eight fake CPU devices, and makers of tiny models, batches and experiments for all tests."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. LLVM's optimisations halve nothing but the time to compile: on these sizes running takes no time,
+# and XLA's own passes, fusion and partitioning among them, stay as they are.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+# One folder for this process and those that tests start, kept from run to run; keys hash the program, flags and versions.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache/xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+import jax
+import numpy as np
+import pytest
+
+from lm import config as configs
+from lm.experiment import Experiment
+from lm.models import decoder
+from lm.sharding import make_rules
+from lm.types import Batch, Tokens
+
+TINY = {
+    "vocab_size": 264,  # the byte tokenizer's 259, and divisible by 8
+    "max_length": 32,
+    "num_layers": 2,
+    "embed_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "mlp_dim": 32,
+    "init_std": 0.2,  # large enough that attention and the loss are far from uniform
+}
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight fake devices."""
+    found = jax.devices()
+    assert len(found) == 8 and found[0].platform == "cpu"
+    return found
+
+
+@pytest.fixture(scope="session")
+def rules_on(devices):
+    """(**axes) -> Rules on as many devices as the axes need; `rules=` replaces rows of the table."""
+
+    def make(rules=(), **axes):
+        mesh = configs.MeshConfig(**{"data": 1, **axes}, rules=rules)
+        return make_rules(mesh, devices[: int(np.prod(list(axes.values()), dtype=int))])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(rules_on):
+    """(**changes) -> a decoder of two small layers on one device."""
+
+    def make(**changes):
+        config = decoder.Config(**{**TINY, **changes})
+        config.check(config.max_length)
+        return decoder.build(config, rules_on())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """(rows of segment lengths, ...) -> Tokens with random ids; what the segments leave of `length` is padding."""
+
+    def make(rows, *, length, vocab_size, seed=0):
+        rng = np.random.default_rng(seed)
+        segments = np.zeros((len(rows), length), np.int32)
+        positions = np.zeros((len(rows), length), np.int32)
+        for row, lengths in enumerate(rows):
+            start = 0
+            for number, size in enumerate(lengths):
+                segments[row, start : start + size] = number + 1
+                positions[row, start : start + size] = np.arange(size)
+                start += size
+        ids = rng.integers(0, vocab_size, segments.shape).astype(np.int32)
+        return Tokens(ids=ids * (segments != 0), segments=segments, positions=positions)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packed_batch(pack):
+    """(batch_size, length, vocab_size) -> a Batch of several segments and padding, with uneven weights, zeros among them."""
+
+    def make(batch_size, length, vocab_size, *, seed=0):
+        rng = np.random.default_rng([1, seed])
+        rows = [
+            np.diff([0, *sorted(rng.choice(np.arange(1, length), 3, replace=False))]).tolist()
+            for _ in range(batch_size)
+        ]
+        inputs = pack(rows, length=length, vocab_size=vocab_size, seed=seed)
+        weights = rng.choice([0, 0.25, 1, 3], inputs.ids.shape) * (inputs.segments != 0)
+        targets = rng.integers(0, vocab_size, inputs.ids.shape)
+        return Batch(inputs, targets.astype(np.int32), weights.astype(np.float32))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """(changes by dotted path) -> the ConfigDict of a tiny run on synthetic data."""
+
+    def make(changes=None):
+        config = configs.default()
+        config.model.update(TINY)
+        values = {
+            "data.train": ("synthetic:markov",),
+            "data.length": 32,
+            "data.batch_size": 16,
+            "loader.kind": "thread",
+            "loss.chunk_size": 128,
+            "train.num_steps": 10,
+            "log.parameter_table": False,
+            "log.tensorboard": False,
+        }
+        config.update_from_flattened_dict({**values, **(changes or {})})
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_experiment(make_config, devices):
+    """(changes by dotted path, **mesh axes) -> a tiny Experiment on as many devices as the axes need."""
+
+    def make(changes=None, **axes):
+        config = make_config(changes)
+        config.mesh.update({"data": 1, **axes})
+        size = int(np.prod(list(axes.values()), dtype=int))
+        return Experiment(config, devices[:size])
+
+    return make

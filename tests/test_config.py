@@ -1,0 +1,259 @@
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from lm import config as configs
+from lm.config import changed, component, default, explain, from_json, resolve, to_json
+
+
+def leaves(tree, prefix="config"):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}.{key}")
+        else:
+            yield f"{prefix}.{key}", value
+
+
+def assign(config, path, value):
+    *sections, key = path.split(".")[1:]
+    for section in sections:
+        config = config[section]
+    config[key] = value
+
+
+@pytest.fixture
+def component_outside(tmp_path, monkeypatch):
+    """A model component in a package of its own."""
+    (tmp_path / "their_models").mkdir()
+    (tmp_path / "their_models" / "bigram.py").write_text(
+        "import dataclasses\n"
+        "from lm.config import field\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    vocab_size: int = field(64, 'Rows of the table.')\n"
+        "    smoothing: float | None = field(None, 'Added to counts.')\n"
+        "def build(config, rules):\n"
+        "    return config\n"
+    )
+    (tmp_path / "their_models" / "empty.py").write_text("import dataclasses\n")
+    (tmp_path / "their_models" / "broken.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "their_models.bigram"
+
+
+def test_defaults_resolve_to_the_defaults_of_the_dataclasses():
+    config = resolve(default())
+    assert config.optimizer == configs.OptimizerConfig()
+    assert config.data == configs.DataConfig()
+    assert config.model == component("lm.models", "decoder").Config()
+    assert config == resolve({"model": {"name": "decoder"}, "objective": {"name": "causal"}})
+
+
+def test_assigned_values_reach_the_frozen_config():
+    config = default()
+    config.model.num_layers = 3
+    config.model.rotary.theta = 500_000
+    config.optimizer.schedule.kind = "wsd"
+    config.data.train = ("a", "b")
+    frozen = resolve(config)
+    assert frozen.model.num_layers == 3
+    assert frozen.model.rotary.theta == 500_000.0 and isinstance(frozen.model.rotary.theta, float)
+    assert frozen.optimizer.schedule.kind == "wsd"
+    assert frozen.data.train == ("a", "b")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        frozen.seed = 1
+
+
+def test_a_sharding_rule_may_name_no_axis_or_several():
+    config = default()
+    config.mesh.rules = (("embed", None), ("mlp", ("tensor", "fsdp")), ("heads", "tensor"))
+    assert resolve(config).mesh.rules == config.mesh.rules
+    assert resolve(from_json(to_json(config))).mesh.rules == config.mesh.rules
+
+
+def test_a_resolved_config_can_be_a_static_argument():
+    config = default()
+    config.data.train = ["a"]  # a list becomes a tuple, else it has no hash
+    assert hash(resolve(config)) == hash(resolve(config))
+
+
+def test_fields_without_a_default_value_can_be_set_and_stay_typed():
+    config = default()
+    for path, value in leaves(config.to_dict()):
+        if value is None:
+            for good in (3, 3.0):
+                try:
+                    assign(config, path, good)
+                    break
+                except TypeError:
+                    continue
+            else:
+                pytest.fail(f"{path} takes no number")
+            with pytest.raises(TypeError):
+                assign(config, path, "three")
+    frozen = resolve(config)
+    assert frozen.train.num_tokens == 3 and frozen.model.query_scale == 3.0
+
+
+@pytest.mark.parametrize(
+    "path, value, expected",
+    [
+        ("config.modle", {}, "config.modle is not a config key; did you mean config.model?"),
+        ("config.model.num_layer", 3, "did you mean config.model.num_layers?"),
+        ("config.model.rotary.tehta", 3.0, "did you mean config.model.rotary.theta?"),
+        ("config.optimizer.schedule.warm_up_steps", 3, "config.optimizer.schedule.warmup_steps?"),
+        ("config.objective.mask_rate", 0.15, "config.objective.mask_rate is not a config key"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_path_and_the_closest_one(path, value, expected):
+    config = default().to_dict()
+    assign(config, path, value)
+    with pytest.raises(ValueError) as error:
+        resolve(config)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path, value, expected",
+    [
+        ("config.seed", "one", "config.seed must be int, got 'one'"),
+        ("config.model.num_layers", 2.0, "config.model.num_layers must be int, got 2.0"),
+        ("config.model.num_layers", None, "config.model.num_layers must be int, got None"),
+        ("config.model.num_layers", True, "config.model.num_layers must be int, got True"),
+        ("config.model.tie_embeddings", 1, "config.model.tie_embeddings must be bool, got 1"),
+        ("config.model.window", "all", "config.model.window must be int, got 'all'"),
+        ("config.optimizer.learning_rate", True, "config.optimizer.learning_rate must be float"),
+        ("config.optimizer.schedule.kind", 3, "config.optimizer.schedule.kind must be str, got 3"),
+        ("config.optimizer.schedule", 3, "config.optimizer.schedule must be a section"),
+        ("config.data.train", "store", "config.data.train must be"),
+        ("config.data.train", ("store", 3), "config.data.train[1] must be str, got 3"),
+        ("config.model.name", None, "config.model.name must name a component of lm.models"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_path(path, value, expected):
+    config = default().to_dict()
+    assign(config, path, value)
+    with pytest.raises(ValueError) as error:
+        resolve(config)
+    assert expected in str(error.value)
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    config = default().to_dict()
+    config["optimizer"]["clip_norm"] = 1
+    assert isinstance(resolve(config).optimizer.clip_norm, float)
+
+
+def test_json_gives_back_the_same_config():
+    config = default()
+    config.seed = 7
+    config.model.window = 16
+    config.model.layer_pattern = ("local", "global")
+    config.train.num_tokens = 10**12
+    again = from_json(to_json(config))
+    assert resolve(again) == resolve(config)
+    assert not changed(config, again)
+    assert to_json(again) == to_json(config)
+
+
+def test_a_config_read_from_json_can_be_changed_like_a_new_one():
+    config = from_json(to_json(default()))
+    config.train.num_tokens = 5  # unset in the file: null
+    config.data.train = ("store",)
+    assert resolve(config).train.num_tokens == 5
+    with pytest.raises(TypeError):
+        config.model.num_layers = "three"
+
+
+def test_an_older_file_without_a_field_gets_its_default():
+    tree = json.loads(to_json(default()))
+    del tree["optimizer"]["ema_decay"], tree["model"]["rotary"]["factor"], tree["log"]
+    assert resolve(from_json(json.dumps(tree))) == resolve(default())
+
+
+def test_a_file_with_a_field_that_is_gone_is_refused_by_path():
+    tree = json.loads(to_json(default()))
+    tree["optimizer"]["schedule"]["restart"] = 3
+    with pytest.raises(ValueError, match=r"config\.optimizer\.schedule\.restart"):
+        from_json(json.dumps(tree))
+
+
+def test_changed_lists_the_paths_that_differ_with_both_values():
+    old, new = default(), default()
+    new.model.num_layers = 2
+    new.optimizer.schedule.kind = "wsd"
+    new.data.train = ["a"]
+    assert changed(old, old) == {}
+    assert changed(old, new) == {
+        "model.num_layers": (12, 2),
+        "optimizer.schedule.kind": ("cosine", "wsd"),
+        "data.train": ((), ("a",)),
+    }
+
+
+def test_changed_sees_no_difference_between_lists_and_tuples():
+    old, new = default(), default()
+    old.data.train, new.data.train = ("a",), ["a"]
+    assert changed(old, new) == {}
+
+
+def test_explain_has_a_sentence_for_every_key():
+    config = default()
+    rows = list(explain(config))
+    assert {f"config.{path}" for path, *_ in rows} == {path for path, _ in leaves(config.to_dict())}
+    for path, _, _, sentence in rows:
+        assert sentence.endswith(".") and sentence[0] != " ", f"{path}: {sentence!r}"
+
+
+def test_explain_tells_values_from_defaults():
+    config = default()
+    config.model.num_layers = 2
+    rows = {path: (value, base) for path, value, base, _ in explain(config)}
+    assert rows["model.num_layers"] == (2, 12)
+    assert rows["model.num_heads"] == (12, 12)
+
+
+def test_an_unknown_component_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"'decodre' is not in lm\.models; there are: .*decoder"):
+        component("lm.models", "decodre")
+    with pytest.raises(ValueError, match=r"'x' is not in lm\.objectives; there are: .*causal"):
+        default(objective="x")
+
+
+def test_a_component_may_live_in_another_package(component_outside):
+    config = default(model=component_outside)
+    assert config.model.name == component_outside and config.model.vocab_size == 64
+    config.model.smoothing = 0.5
+    assert resolve(config).model.smoothing == 0.5
+    assert resolve(from_json(to_json(config))) == resolve(config)
+    assert ("model.smoothing", 0.5, None, "Added to counts.") in list(explain(config))
+    config.model.unlock()
+    config.model.vocab = 3
+    with pytest.raises(ValueError, match=r"did you mean config\.model\.vocab_size\?"):
+        resolve(config)
+
+
+def test_a_module_that_is_no_component_says_what_it_lacks(component_outside):
+    with pytest.raises(ValueError, match=r"their_models\.empty is no component: .*`Config`"):
+        component("lm.models", "their_models.empty")
+
+
+def test_a_missing_dependency_of_a_component_is_not_reported_as_a_missing_component(
+    component_outside,
+):
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        component("lm.models", "their_models.broken")
+
+
+def test_a_component_that_is_nowhere_is_refused(component_outside):
+    for name in ("their_models.trigram", "nowhere.bigram"):
+        with pytest.raises(ValueError, match=name):
+            component("lm.models", name)
+
+
+def test_sections_of_the_config_dict_are_those_of_the_dataclass():
+    config = default()
+    assert isinstance(config, ml_collections.ConfigDict)
+    assert set(config) == {f.name for f in dataclasses.fields(configs.Config)}

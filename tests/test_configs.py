@@ -1,0 +1,219 @@
+"""Every file in configs/ and every size in it: that it resolves, counts as published, and runs."""
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import flops, optim
+from lm.config import MeshConfig, component, resolve
+from lm.sharding import make_rules
+from lm.types import Tokens
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# Parameters of the published checkpoints. gpt2, llama3, mistral, qwen3: the tensors of the Hugging
+# Face files; gemma3: KerasHub's text presets (keras_hub/src/models/gemma3/gemma3_presets.py).
+PUBLISHED = {
+    "gpt2": {
+        "124m": 124_439_808,
+        "350m": 354_823_168,
+        "774m": 774_030_080,
+        "1.5b": 1_557_611_200,
+    },
+    "llama3": {
+        "8b": 8_030_261_248,
+        "70b": 70_553_706_496,
+        "405b": 405_853_388_800,
+        "3.1-8b": 8_030_261_248,
+        "3.1-70b": 70_553_706_496,
+        "3.1-405b": 405_853_388_800,
+        "3.2-1b": 1_235_814_400,
+        "3.2-3b": 3_212_749_824,
+    },
+    "mistral": {"7b": 7_241_732_096},
+    "qwen3": {
+        "0.6b": 596_049_920,
+        "1.7b": 1_720_574_976,
+        "4b": 4_022_468_096,
+        "8b": 8_190_735_360,
+        "14b": 14_768_307_200,
+        "32b": 32_762_123_264,
+    },
+    "gemma3": {
+        "270m": 268_098_176,
+        "1b": 999_885_952,
+        "4b": 3_880_099_328,
+        "12b": 11_765_788_416,
+        "27b": 27_009_002_240,
+    },
+    # No checkpoints: table D.1 of arXiv:2005.14165, in millions, with the digits that it has.
+    "gpt3": {
+        "125m": 125e6,
+        "350m": 356e6,
+        "760m": 760e6,
+        "1.3b": 1_320e6,
+        "2.7b": 2_650e6,
+        "6.7b": 6_660e6,
+        "13b": 12_850e6,
+        "175b": 174_600e6,
+    },
+    # The script that the benchmark is compared with prints these.
+    "bench": {"small8k": 5_310_720, "gpt2_124m": 123_944_448},
+}
+SIZES = [(name, size) for name, sizes in PUBLISHED.items() for size in sizes]
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+ALL = SIZES + [(name, None) for name in FILES if name not in PUBLISHED]
+
+
+@functools.cache
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(model, name="decoder"):
+    rules = make_rules(MeshConfig(), jax.devices()[:1])
+    return component("lm.models", name).build(model, rules)
+
+
+def tokens(rows, length):
+    ids = np.zeros((rows, length), np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    return Tokens(ids=ids, segments=ids + 1, positions=places)
+
+
+def abstract_params(model):
+    """Shapes and types of what `init` would make; nothing is allocated."""
+    forward = functools.partial(model.init, method=lambda m, x: m.logits(m(x).hidden))
+    return nn.meta.unbox(jax.eval_shape(forward, jax.random.key(0), tokens(1, 8)))["params"]
+
+
+@functools.cache
+def num_parameters(model_config):
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(build(model_config))))
+
+
+@pytest.mark.parametrize("name, size", ALL)
+def test_every_config_resolves_and_its_sizes_fit_together(name, size):
+    config = resolve(load(name).get_config(size))
+    config.model.check(config.data.length)
+    optim.check(config.optimizer)
+    lengths = (config.train.num_steps, config.train.num_tokens, config.train.num_epochs)
+    assert sum(x is not None for x in lengths) == 1
+    batches = (config.data.batch_size, config.data.batch_size_per_device)
+    assert sum(x is not None for x in batches) == 1
+    assert config.data.train and config.data.length <= config.model.max_length
+
+
+@pytest.mark.parametrize("name, size", [s for s in SIZES if s[0] != "gpt3"])
+def test_parameters_of_the_model_are_those_of_the_published_checkpoint(name, size):
+    config = resolve(load(name).get_config(size))
+    assert num_parameters(config.model) == PUBLISHED[name][size]
+
+
+@pytest.mark.parametrize("size", PUBLISHED["gpt3"])
+def test_parameters_of_gpt3_round_to_the_paper(size):
+    config = resolve(load("gpt3").get_config(size))
+    assert num_parameters(config.model) == pytest.approx(PUBLISHED["gpt3"][size], rel=4e-3)
+
+
+@pytest.mark.parametrize("name, size", ALL)
+def test_formula_counts_the_parameters_that_init_makes(name, size):
+    config = resolve(load(name).get_config(size))
+    assert flops.parameters(config.model).total == num_parameters(config.model)
+
+
+def test_every_size_of_every_file_is_in_the_tables_of_this_test():
+    for name in PUBLISHED:
+        module = load(name)
+        sizes = module.SIZES if hasattr(module, "SIZES") else module.SHAPES
+        assert set(sizes) == set(PUBLISHED[name]), name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_unknown_size_is_refused_with_the_list_of_sizes(name):
+    with pytest.raises(ValueError) as error:
+        load(name).get_config("9000b")
+    assert all(size in str(error.value) for size in (f"{name}.py:9000b", *PUBLISHED[name]))
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "shakespeare"])
+def test_docstring_says_how_to_run_it(name):
+    assert "    python scripts/" in load(name).__doc__
+    assert f"--config=configs/{name}.py" in load(name).__doc__
+
+
+def shrink(model):
+    """The same architecture with one repetition of its pattern, few and narrow heads."""
+    heads = 4
+    kv_heads = max(1, heads * model.kv_heads // model.num_heads)
+    return dataclasses.replace(
+        model,
+        vocab_size=64,
+        max_length=8,
+        num_layers=max(2, len(model.layer_pattern)),
+        embed_dim=32,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=None if model.head_dim is None else 8,
+        mlp_dim=None if model.mlp_dim is None else 48,
+        window=None if model.window is None else 3,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [(name, None) for name in FILES]
+    + [("llama3", "3.1-8b"), ("llama3", "3.2-1b"), ("qwen3", "8b"), ("gemma3", "27b")],
+)
+def test_a_shrunk_model_of_the_config_runs_and_is_causal(name, size):
+    config = resolve(load(name).get_config(size))
+    small = shrink(config.model)
+    small.check(8)
+    model = build(small)
+    inputs = tokens(2, 8)
+    ids = np.array([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 9, 8]], np.int32)
+
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype), abstract_params(model)
+    )
+
+    @jax.jit
+    def logits(params, x):
+        return model.apply({"params": params}, x, method=lambda m, x: m.logits(m(x).hidden))
+
+    y = np.asarray(logits(params, inputs.replace(ids=ids)))
+    assert y.shape == (2, 8, 64) and y.dtype == jnp.float32 and np.isfinite(y).all()
+    np.testing.assert_array_equal(y[0, :6], y[1, :6])
+    assert np.abs(y[0, 6:] - y[1, 6:]).max() > 1e-4
+
+
+def test_shapes_of_the_benchmark_are_those_of_the_script_it_is_compared_with():
+    config = resolve(load("bench").get_config("small8k"))
+    m, o = config.model, config.optimizer
+    assert (m.vocab_size, m.num_layers, m.embed_dim, m.num_heads) == (8192, 4, 256, 4)
+    assert (config.data.length, config.data.batch_size) == (256, 16)
+    assert not (m.norm_bias or m.qkv_bias or m.out_bias or m.mlp_bias) and m.activation == "gelu"
+    assert (o.learning_rate, o.b1, o.b2, o.weight_decay, o.clip_norm) == (3e-4, 0.9, 0.95, 0.1, 1.0)
+
+
+def test_gemma_27b_scales_its_scores_by_the_width_of_an_undivided_head():
+    model = resolve(load("gemma3").get_config("27b")).model
+    assert model.query_scale == pytest.approx(168**-0.5)
+    assert model.layer_kinds[:6] == ("local",) * 5 + ("global",) and len(model.layer_kinds) == 62
+
+
+def test_qwen_non_embedding_parameters_are_those_of_the_model_cards():
+    for size, billions in (("0.6b", 0.44), ("1.7b", 1.4), ("4b", 3.6), ("8b", 6.95), ("14b", 13.2)):
+        model = resolve(load("qwen3").get_config(size)).model
+        assert flops.parameters(model).non_embedding / 1e9 == pytest.approx(billions, rel=0.012)

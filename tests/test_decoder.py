@@ -1,0 +1,552 @@
+"""The decoder in a dozen variants that together take every value of its config: against numpy, and by properties."""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.layers.mlp import ACTIVATIONS
+from lm.layers.norm import KINDS as NORMS
+from lm.layers.norm import Norm
+from lm.layers.positions import KINDS as POSITIONS
+from lm.layers.positions import RotaryConfig
+from lm.layers.stack import REMAT
+from lm.models.decoder import Config
+from lm.types import Tokens
+
+LENGTH, VOCAB = 12, 32
+MIXED = {"layer_pattern": ("local", "global"), "window": 3, "num_layers": 3}
+BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_bias": True}
+
+# After the models that made each choice known; `_local`: with a pattern of local and global layers.
+VARIANTS = {
+    "gpt2": {"positions": "learned", "norm": "layer", "activation": "gelu_tanh", **BIASES},
+    "llama": {
+        "rotary": RotaryConfig(theta=500.0, scaling="llama3", factor=4.0, original_length=64),
+        "activation": "swiglu",
+        "num_kv_heads": 2,
+        "tie_embeddings": False,
+        "init_std": None,
+    },
+    "gemma": {
+        **MIXED,
+        "rotary": RotaryConfig(theta=1e4, local_theta=100.0, scaling="linear", factor=2.0),
+        "norm_placement": "both",
+        "activation": "geglu_tanh",
+        "num_kv_heads": 1,
+        "head_dim": 6,
+        "qk_norm": True,
+        "query_scale": 0.3,
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "embed_scale": 4.0,
+    },
+    "mistral": {
+        "rotary": RotaryConfig(scaling="yarn", factor=4.0, original_length=32),
+        "layer_pattern": ("local",),
+        "window": 4,
+        "num_kv_heads": 2,
+        "activation": "swiglu",
+    },
+    "t5": {"positions": "relative", "activation": "relu", "relative_buckets": 6},
+    "t5_local": {**MIXED, "positions": "relative", "activation": "reglu", "relative_buckets": 4},
+    "bloom": {
+        "positions": "alibi",
+        "norm": "layer",
+        "activation": "gelu",
+        "num_heads": 6,
+        "num_kv_heads": 6,
+        "head_dim": 4,
+        **BIASES,
+    },
+    "bloom_local": {**MIXED, "positions": "alibi", "activation": "geglu", "tie_embeddings": False},
+    "original": {
+        "positions": "sinusoidal",
+        "norm": "layer",
+        "norm_placement": "post",
+        "activation": "relu",
+        **BIASES,
+    },
+    "original_local": {
+        **MIXED,
+        "positions": "sinusoidal",
+        "norm_placement": "both",
+        "parallel_block": True,
+        "activation": "silu",
+    },
+    "learned_local": {
+        **MIXED,
+        "positions": "learned",
+        "norm_placement": "post",
+        "parallel_block": True,
+        "activation": "silu",
+    },
+    "nope_local": {**MIXED, "positions": "none", "parallel_block": True, "activation": "relu2"},
+}
+SIZES = {"vocab_size": VOCAB, "max_length": 16, "embed_dim": 16, "relative_max_distance": 8}
+
+
+def random_params(boxed, seed=0):
+    """Values for every parameter, none at a special value such as a bias of zero."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        values = rng.normal(size=leaf.shape).astype(np.float32)
+        name = path[-1].key
+        return 1 + 0.2 * values if name == "scale" else (0.1 if name == "bias" else 0.3) * values
+
+    return jax.tree_util.tree_map_with_path(one, nn.meta.unbox(boxed))
+
+
+class Subject:
+    """A model with parameters, and its compiled functions on [3, LENGTH] and shorter inputs."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+        zeros = jnp.zeros((1, 1), jnp.int32)
+        init = functools.partial(model.init, method=self._logits)
+        boxed = jax.eval_shape(init, jax.random.key(0), Tokens(zeros, zeros, zeros))["params"]
+        self.params = random_params(boxed)
+        self.logits = jax.jit(self._apply)
+        self.decode = jax.jit(self._decode)
+
+    @staticmethod
+    def _logits(model, tokens):
+        return model.logits(model(tokens).hidden)
+
+    def _apply(self, params, tokens):
+        return self.model.apply({"params": params}, tokens, method=self._logits)
+
+    def _decode(self, params, tokens, cache):
+        def run(model):
+            output = model(tokens, cache=cache)
+            return model.logits(output.hidden), output.cache
+
+        return nn.apply(run, self.model)({"params": params})
+
+    @functools.cached_property
+    def pull(self):
+        """(params, tokens, d logits) -> d params."""
+        return jax.jit(lambda p, tokens, d: jax.vjp(lambda p: self._apply(p, tokens), p)[1](d)[0])
+
+
+@pytest.fixture(scope="session")
+def subject(tiny_decoder):
+    """(variant, **changes) -> its Subject, made once."""
+
+    @functools.cache
+    def make(name, changes=()):
+        return Subject(tiny_decoder(**{**SIZES, **VARIANTS[name], **dict(changes)}))
+
+    return lambda name, **changes: make(name, tuple(changes.items()))
+
+
+def rows(*segments, seed=0):
+    """Tokens [3, LENGTH] of rows of segments: lists of lengths, 0 in front for padding on the left."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, VOCAB, (3, LENGTH)).astype(np.int32)
+    marks, positions = np.zeros_like(ids), np.zeros_like(ids)
+    for row, lengths in enumerate(segments):
+        start = 0
+        for number, size in enumerate(lengths):
+            marks[row, start : start + abs(size)] = 0 if size < 0 else number + 1
+            positions[row, start : start + abs(size)] = 0 if size < 0 else np.arange(size)
+            start += abs(size)
+    return Tokens(ids, marks, positions)
+
+
+# ---- against numpy ----
+
+
+def reference(config, params, ids):
+    """Logits [T, V] of one document, ids [T], in float64 and with loops over layers, heads and tokens."""
+    c = config
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    length, kv_heads = len(ids), c.num_kv_heads or c.num_heads
+    size = c.head_dim or c.embed_dim // c.num_heads
+
+    def norm(x, p):
+        if c.norm == "layer" and "scale" in p and p["scale"].shape != (size,):
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * p["scale"]
+        return x + p.get("bias", 0)
+
+    def rms(x, p):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * p["scale"]
+
+    def gelu(x):
+        return np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
+
+    def gelu_tanh(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    def mlp(x, p):
+        up = x @ p["up"]["weight"] + p["up"].get("bias", 0)
+        if "gate" in p:
+            gate = x @ p["gate"]["weight"] + p["gate"].get("bias", 0)
+            act = {"reglu": relu, "geglu": gelu, "geglu_tanh": gelu_tanh, "swiglu": silu}
+            h = act[c.activation](gate) * up
+        else:
+            act = {"relu": relu, "relu2": lambda x: relu(x) ** 2, "gelu": gelu, "silu": silu}
+            h = (act | {"gelu_tanh": gelu_tanh})[c.activation](up)
+        return h @ p["down"]["weight"] + p["down"].get("bias", 0)
+
+    def rotated(x, position, local):
+        from lm.layers.positions import rotary_frequencies  # held to the papers in test_positions
+
+        frequencies, magnitude = rotary_frequencies(c.rotary, size, local)
+        z = (x[: size // 2] + 1j * x[size // 2 :]) * np.exp(1j * position * frequencies)
+        return np.concatenate([z.real, z.imag]) * magnitude
+
+    def bias(head, back):
+        if c.positions == "alibi":
+            slopes = [2.0 ** (-8 * (i + 1) / 4) for i in range(4)]
+            slopes += [2.0 ** (-8 * (i + 1) / 8) for i in (0, 2)]
+            return -slopes[head] * back
+        if c.positions == "relative":
+            exact, most = c.relative_buckets // 2, c.relative_max_distance
+            bucket = back
+            if back >= exact:
+                steps = math.log(back / exact) / math.log(most / exact) * exact
+                bucket = min(exact + int(steps + 1e-6), c.relative_buckets - 1)
+            return p["relative"]["weight"][bucket, head]
+        return 0.0
+
+    def attention(x, p, local):
+        def heads(name):
+            return np.einsum("td,dnh->tnh", x, p[name]["weight"]) + p[name].get("bias", 0)
+
+        q, k, v = heads("query"), heads("key"), heads("value")
+        if c.qk_norm:
+            q, k = rms(q, p["query_norm"]), rms(k, p["key_norm"])
+        y = np.zeros_like(q)
+        for n in range(c.num_heads):
+            kv = n // (c.num_heads // kv_heads)
+            for t in range(length):
+                seen = range(max(0, t - c.window + 1) if local else 0, t + 1)
+                scores = []
+                for s in seen:
+                    a, b = q[t, n], k[s, kv]
+                    if c.positions == "rotary":
+                        a, b = rotated(a, t, local), rotated(b, s, local)
+                    score = a @ b * (size**-0.5 if c.query_scale is None else c.query_scale)
+                    if c.attention_softcap:
+                        score = c.attention_softcap * np.tanh(score / c.attention_softcap)
+                    scores.append(score + bias(n, t - s))
+                weights = np.exp(np.array(scores) - max(scores))
+                y[t, n] = weights / weights.sum() @ v[list(seen), kv]
+        out = p["out"]
+        return np.einsum("tnh,nhd->td", y, out["weight"]) + out.get("bias", 0)
+
+    x = p["embedding"]["weight"][ids] * c.embed_scale
+    if c.positions == "learned":
+        x = x + p["position"]["weight"][:length]
+    if c.positions == "sinusoidal":
+        half = c.embed_dim // 2
+        angles = np.arange(length)[:, None] * 1e4 ** (-np.arange(half) / (half - 1))
+        x = x + np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    for i in range(c.num_layers):
+        own = jax.tree.map(lambda w, i=i: w[i], p["layers"])
+        local = c.layer_pattern[i % len(c.layer_pattern)] == "local"
+        before, after = c.norm_placement != "post", c.norm_placement == "both"
+        h = norm(x, own["attention_norm"]) if before else x
+        a = attention(h, own["attention"], local)
+        a = norm(a, own["attention_post_norm"]) if after else a
+        if c.parallel_block:
+            m = mlp(h, own["mlp"])
+            x = x + a + (norm(m, own["mlp_post_norm"]) if after else m)
+            x = x if before else norm(x, own["attention_norm"])
+        else:
+            x = x + a
+            x = x if before else norm(x, own["attention_norm"])
+            m = mlp(norm(x, own["mlp_norm"]) if before else x, own["mlp"])
+            x = x + (norm(m, own["mlp_post_norm"]) if after else m)
+            x = x if before else norm(x, own["mlp_norm"])
+    x = norm(x, p["norm"]) if c.norm_placement != "post" else x
+    logits = x @ (p["embedding"]["weight"].T if c.tie_embeddings else p["head"]["weight"])
+    return c.logit_softcap * np.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoder_is_the_numpy_model_on_every_packed_document(subject, name):
+    s = subject(name)
+    tokens = rows([12], [5, 7], [-2, 3, 4])
+    logits = np.asarray(s.logits(s.params, tokens))
+    for row in range(3):
+        for segment in set(tokens.segments[row].tolist()) - {0}:
+            here = tokens.segments[row] == segment
+            expected = reference(s.config, s.params, tokens.ids[row, here])
+            np.testing.assert_allclose(logits[row, here], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_the_variants_take_every_value():
+    configs = [Config(**{**SIZES, **changes}) for changes in VARIANTS.values()]
+    assert {c.positions for c in configs} == set(POSITIONS)
+    assert {c.activation for c in configs} == set(ACTIVATIONS)
+    assert {c.norm for c in configs} == set(NORMS)
+    assert {c.rotary.scaling for c in configs} == {"none", "linear", "llama3", "yarn"}
+    assert {c.norm_placement for c in configs} == {"pre", "post", "both"}
+    elsewhere = {"dropout", "attention_dropout", "dtype", "remat", "scan_unroll", "norm_eps"}
+    for field in dataclasses.fields(Config):
+        if field.name not in elsewhere | set(SIZES) | {"num_layers", "mlp_dim"}:
+            assert len({repr(getattr(c, field.name)) for c in configs}) > 1, field.name
+
+
+# ---- who sees whom ----
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_packed_document_never_sees_its_neighbours(subject, name):
+    s = subject(name)
+    tokens = rows([5, 7], [4, 4, 4], [3, 9])
+    before = np.asarray(s.logits(s.params, tokens))
+    for segment in (1, 2, 3):
+        changed = tokens.segments == segment
+        other = dataclasses.replace(tokens, ids=np.where(changed, tokens.ids ^ 1, tokens.ids))
+        after = np.asarray(s.logits(s.params, other))
+        np.testing.assert_array_equal(before[~changed], after[~changed])
+        assert np.all(np.any(before[changed] != after[changed], axis=-1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_documents_are_the_documents_alone(subject, name):
+    s = subject(name)
+    together = rows([5, 7])
+    alone = rows([5], [7])
+    alone.ids[0, :5], alone.ids[1, :7] = together.ids[0, :5], together.ids[0, 5:]
+    packed, separate = s.logits(s.params, together)[0], s.logits(s.params, alone)
+    np.testing.assert_allclose(packed[:5], separate[0, :5], atol=1e-5)
+    np.testing.assert_allclose(packed[5:], separate[1, :7], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_stands_in_padding_changes_nothing(subject, name):
+    s = subject(name)
+    tokens = rows([7], [-3, 9], [2, -1, 5])
+    padding = tokens.segments == 0
+    other = dataclasses.replace(tokens, ids=np.where(padding, tokens.ids ^ 3, tokens.ids))
+    before, after = (np.asarray(s.logits(s.params, t)) for t in (tokens, other))
+    np.testing.assert_array_equal(before[~padding], after[~padding])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_flow_from_exactly_the_visible_past(subject, name):
+    """Row t: whether d logits[t] / d embedding[s] is not zero; over L layers it is the mask to the power L."""
+    s = subject(name)
+    tokens = rows([5, 6])
+    tokens.ids[0] = np.arange(LENGTH)  # every place has its own row of the table
+    segments = tokens.segments[0]
+    same = (segments[:, None] == segments[None, :]) & (segments != 0)
+    back = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None, :]
+    reachable = np.eye(LENGTH, dtype=bool)
+    for kind in s.config.layer_kinds:
+        window = s.config.window if kind == "local" else LENGTH
+        reachable = ((same & (back >= 0) & (back < window)).astype(int) @ reachable) > 0
+    flows = np.zeros((LENGTH, LENGTH), bool)
+    for t in range(11):
+        d_logits = np.zeros((3, LENGTH, VOCAB), np.float32)
+        d_logits[0, t, LENGTH:] = 1 + np.arange(VOCAB - LENGTH)  # tied rows of no input
+        table = s.pull(s.params, tokens, d_logits)["embedding"]["weight"]
+        flows[t] = np.any(np.asarray(table)[:LENGTH] != 0, axis=-1)
+    np.testing.assert_array_equal(flows[:11], reachable[:11])
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_step_lowers_the_loss_and_reaches_every_parameter(subject, name):
+    s = subject(name)
+    tokens = rows([12], [5, 7], [4, 8])
+    targets = np.eye(VOCAB)[np.random.default_rng(3).integers(0, VOCAB, (3, LENGTH))]
+
+    def loss(params):
+        logits = np.asarray(s.logits(params, tokens), np.float64)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        return -np.sum(targets * np.log(p)), (p - targets).astype(np.float32)
+
+    before, d_logits = loss(s.params)
+    gradient = s.pull(s.params, tokens, d_logits)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        layers = (
+            np.asarray(leaf).reshape(s.config.num_layers, -1) if path[0].key == "layers" else leaf
+        )
+        assert np.all(np.abs(layers).max(-1 if path[0].key == "layers" else None) > 0), (
+            jax.tree_util.keystr(path)
+        )
+    step = jax.tree.map(lambda p, g: p - 1e-3 * g, s.params, gradient)
+    assert loss(step)[0] < before - 1e-3
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2"])
+def test_scan_is_a_loop(subject, name):
+    scan, loop = subject(name, scan_unroll=1), subject(name, scan_unroll=-1)
+    tokens = rows([12], [5, 7], [4, 6])
+    d_logits = np.random.default_rng(0).normal(size=(3, LENGTH, VOCAB)).astype(np.float32)
+    assert "stablehlo.while" in scan.logits.lower(scan.params, tokens).as_text()
+    assert "stablehlo.while" not in loop.logits.lower(scan.params, tokens).as_text()
+    np.testing.assert_allclose(
+        scan.logits(scan.params, tokens), loop.logits(scan.params, tokens), atol=1e-5
+    )
+    a, b = (flat(s.pull(scan.params, tokens, d_logits)) for s in (scan, loop))
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("policy", [name for name in REMAT if name != "none"])
+def test_rematerialisation_changes_no_gradient(subject, policy):
+    plain, remat = subject("gemma"), subject("gemma", remat=policy)
+    tokens = rows([12], [5, 7], [4, 6])
+    d_logits = np.random.default_rng(0).normal(size=(3, LENGTH, VOCAB)).astype(np.float32)
+    a, b = (flat(s.pull(plain.params, tokens, d_logits)) for s in (plain, remat))
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+def test_rematerialisation_policies_save_less_and_less(subject):
+    def saved(policy):
+        s = subject("gemma", remat=policy)
+        vjp = jax.eval_shape(lambda p: jax.vjp(lambda p: s._apply(p, rows([12])), p)[1], s.params)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
+
+    sizes = {policy: saved(policy) for policy in REMAT}
+    assert sizes["none"] > sizes["dots"] > sizes["attended"] > sizes["full"]
+    assert sizes["none"] > sizes["projections"] > sizes["attended"]
+
+
+def test_parameters_and_logits_stay_float32_in_bfloat16(subject):
+    low, full = subject("gemma", dtype="bfloat16"), subject("gemma")
+    tokens = rows([12], [5, 7], [4, 6])
+    hidden = jax.eval_shape(lambda p: low.model.apply({"params": p}, tokens).hidden, low.params)
+    assert hidden.dtype == jnp.bfloat16
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(low.model.init, jax.random.key(0), Tokens(zeros, zeros, zeros))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    a, b = (np.asarray(s.logits(full.params, tokens)) for s in (low, full))
+    assert a.dtype == np.float32
+    scored = tokens.segments != 0
+    difference = np.abs(a - b)[scored]
+    assert 0 < difference.mean() < 0.05 * np.abs(b[scored]).mean()
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_statistics_are_float32(kind):
+    """Of 4,096 values near 100 bfloat16 could not even tell the mean to better than 0.5."""
+    x = jnp.asarray(100 + np.random.default_rng(0).normal(size=(2, 4096)), jnp.bfloat16)
+    variables = {"params": {"scale": jnp.ones(4096)}}
+    low = Norm(kind, dtype=jnp.bfloat16).apply(variables, x)
+    full = Norm(kind).apply(variables, x.astype(jnp.float32))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        np.asarray(low, np.float32), np.asarray(full.astype(jnp.bfloat16), np.float32)
+    )
+    exact = np.asarray(x, np.float64)
+    exact = exact - exact.mean(-1, keepdims=True) if kind == "layer" else exact
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(full, exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_training_alone(subject, where):
+    plain, dropped = subject("gpt2"), subject("gpt2", **{where: 0.4})
+    tokens = rows([12], [5, 7], [4, 8])
+
+    @jax.jit
+    def hidden(rng):
+        variables = {"params": plain.params}
+        return dropped.model.apply(variables, tokens, train=True, rngs={"dropout": rng}).hidden
+
+    np.testing.assert_array_equal(
+        plain.logits(plain.params, tokens), dropped.logits(plain.params, tokens)
+    )
+    first, again, other = (hidden(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(np.asarray(first) - np.asarray(other)).max() > 1e-2
+
+
+# ---- decoding ----
+
+
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 5, 1, 1]], ids=["by_token", "by_chunk"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decode_is_the_whole_forward_pass(subject, name, pieces):
+    """Rows of one document, of two, and padded on the left; rings of 3 slots hold less than a chunk."""
+    s = subject(name)
+    tokens = rows([12], [4, 8], [-3, 9])
+    expected = np.asarray(s.logits(s.params, tokens))
+    cache = s.model.init_cache(3, LENGTH)
+    if s.config.window is not None:
+        slots = {entry["key"].shape[3] for entry in cache["layers"]}
+        assert min(slots) == s.config.window
+    found, start = [], 0
+    for size in pieces:
+        piece = jax.tree.map(lambda x, a=start, b=start + size: x[:, a:b], tokens)
+        logits, cache = s.decode(s.params, piece, cache)
+        found.append(np.asarray(logits))
+        start += size
+    scored = tokens.segments != 0
+    np.testing.assert_allclose(np.concatenate(found, axis=1)[scored], expected[scored], atol=2e-5)
+
+
+def test_decode_continues_a_cache_with_room_to_spare(subject):
+    s = subject("gemma")
+    tokens = rows([12], [4, 8], [-3, 9])
+    logits, cache = s.decode(s.params, tokens, s.model.init_cache(3, 20))
+    expected = np.asarray(s.logits(s.params, tokens))
+    scored = tokens.segments != 0
+    np.testing.assert_allclose(np.asarray(logits)[scored], expected[scored], atol=2e-5)
+    assert int(cache["index"]) == LENGTH
+
+
+# ---- configs that don't fit together ----
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"embed_dim": 18}, r"embed_dim \(18\) .* num_heads \(4\)"),
+        ({"num_kv_heads": 3}, r"num_heads \(4\) .* num_kv_heads \(3\)"),
+        ({"num_kv_heads": 0}, r"num_heads \(4\) .* num_kv_heads \(0\)"),
+        ({"head_dim": 5}, r"head_dim \(5\) must be even"),
+        (
+            {"positions": "sinusoidal", "embed_dim": 7, "head_dim": 4},
+            r"embed_dim \(7\) must be even",
+        ),
+        ({"layer_pattern": ("local",)}, r"window \(None\) and layer_pattern \('local',\)"),
+        ({"window": 4}, r"window \(4\) and layer_pattern \('global',\)"),
+        ({"layer_pattern": ("local",), "window": 0}, r"window must be positive, got 0"),
+        ({"layer_pattern": ("round",)}, r"layer_pattern must list .* \('round',\)"),
+        ({"layer_pattern": ()}, r"layer_pattern must list .* \(\)"),
+        ({"max_length": 16}, r"max_length \(16\) .* config.data.length \(32\)"),
+        ({"scan_unroll": 3}, r"scan_unroll \(3\) .* num_layers \(2\)"),
+        ({"scan_unroll": 0}, r"scan_unroll \(0\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"attention_dropout": -0.1}, r"attention_dropout must be in \[0, 1\), got -0.1"),
+        ({"num_layers": 0}, r"num_layers must be positive, got 0"),
+        ({"activation": "gelo"}, r"activation must be one of .*swiglu.*'gelo'"),
+        ({"norm": "batch"}, r"norm must be one of layer, rms, got 'batch'"),
+        ({"norm_placement": "mid"}, r"norm_placement must be one of pre, post, both, got 'mid'"),
+        ({"positions": "rope"}, r"positions must be one of .*rotary.*'rope'"),
+        ({"rotary": RotaryConfig(scaling="ntk")}, r"rotary.scaling must be one of .*yarn.*'ntk'"),
+        ({"dtype": "float16"}, r"dtype must be one of float32, bfloat16, got 'float16'"),
+        ({"remat": "all"}, r"remat must be one of .*full.*'all'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_path_and_numbers(tiny_decoder, changes, message):
+    with pytest.raises(ValueError, match=r"config\.model\." + message):
+        dataclasses.replace(tiny_decoder().config, **changes).check(32)

@@ -1,0 +1,265 @@
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.extend
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm import flops, optim
+from lm.config import MeshConfig, OptimizerConfig
+from lm.layers.mlp import ACTIVATIONS
+from lm.models import decoder
+from lm.sharding import make_rules
+from lm.types import Tokens
+
+BASE = decoder.Config(
+    vocab_size=96,
+    max_length=16,
+    num_layers=3,
+    embed_dim=32,
+    num_heads=4,
+    init_std=0.2,
+)
+VARIANTS = {
+    "plain": {},
+    "biases": {
+        "norm": "layer",
+        "norm_bias": True,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "positions": "learned",
+    },
+    "gated biases": {"activation": "swiglu", "mlp_dim": 40, "mlp_bias": True},
+    "grouped": {"num_kv_heads": 2, "head_dim": 6, "qk_norm": True},
+    "untied": {"tie_embeddings": False},
+    "post": {"norm_placement": "post"},
+    "both": {"norm_placement": "both"},
+    "parallel": {"parallel_block": True},
+    "parallel, both": {"parallel_block": True, "norm_placement": "both"},
+    "parallel, post": {"parallel_block": True, "norm_placement": "post"},
+    "relative": {"positions": "relative"},
+    "windows": {"layer_pattern": ("local", "global"), "window": 5},
+}
+
+
+def variant(name):
+    return dataclasses.replace(BASE, **VARIANTS[name])
+
+
+@functools.cache
+def build(config):
+    return decoder.build(config, make_rules(MeshConfig(), jax.devices()[:1]))
+
+
+def tokens(rows, length):
+    ids = np.arange(rows * length, dtype=np.int32).reshape(rows, length) % BASE.vocab_size
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    return Tokens(ids=ids, segments=np.ones_like(ids), positions=places)
+
+
+def forward(model, inputs, params):
+    return model.apply({"params": params}, inputs, method=lambda m, x: m.logits(m(x).hidden))
+
+
+def boxed_params(model, length=8):
+    init = functools.partial(model.init, method=lambda m, x: m.logits(m(x).hidden))
+    return jax.eval_shape(init, jax.random.key(0), tokens(1, length))["params"]
+
+
+def product_flops(jaxpr):
+    """2 for each multiplication of every dot product of a jaxpr, loops multiplied out."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        elif name == "cond":  # one of the branches runs
+            total += max(product_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            assert name != "while", "a loop of unknown length cannot be counted"
+            for inner in jax.extend.core.jaxprs_in_params(params):
+                total += product_flops(inner) * params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameters_are_those_that_init_makes(name):
+    params = nn.meta.unbox(boxed_params(build(variant(name))))
+    count = flops.parameters(variant(name))
+    assert count.total == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count.embedding + count.non_embedding == count.total
+
+
+def test_groups_are_the_parts_of_the_parameter_tree():
+    params = nn.meta.unbox(boxed_params(build(variant("untied"))))
+    size = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in params.items()}
+    groups = flops.parameters(variant("untied")).groups
+    assert groups["embedding"] == size["embedding"] and groups["head"] == size["head"]
+    assert groups["attention"] + groups["mlp"] + groups["norm"] == size["layers"] + size["norm"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_flops_are_the_dot_products_of_the_traced_model(name):
+    # XLA attention forms all T * T scores, so the full square is what the program holds.
+    config, (rows, length) = variant(name), (2, 16)
+    model, inputs = build(config), tokens(2, 16)
+    params = nn.meta.unbox(boxed_params(model))
+    traced = jax.make_jaxpr(functools.partial(forward, model, inputs))(params)
+    expected = flops.flops_per_token(config, length, training=False, full_square=True)
+    assert product_flops(traced.jaxpr) == rows * length * expected
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "gated biases"])
+def test_backward_pass_has_twice_the_dot_products(name):
+    config, (rows, length) = variant(name), (2, 16)
+    model, inputs = build(config), tokens(2, 16)
+    params = nn.meta.unbox(boxed_params(model))
+
+    def loss(params):
+        return jax.numpy.sum(jax.nn.logsumexp(forward(model, inputs, params), axis=-1))
+
+    traced = jax.make_jaxpr(jax.grad(loss))(params)
+    expected = flops.flops_per_token(config, length, full_square=True)
+    assert product_flops(traced.jaxpr) == rows * length * expected
+
+
+def test_flops_agree_with_the_compiler_where_products_dominate():
+    # The compiler counts element-wise work too, and what GELU costs depends on how it is expanded:
+    # with ReLU everything but the products is below 1%. It counts loops once: none here.
+    config = dataclasses.replace(
+        BASE, vocab_size=512, num_layers=2, embed_dim=256, activation="relu", scan_unroll=-1
+    )
+    model, inputs = build(config), tokens(2, 16)
+    params = nn.meta.unbox(boxed_params(model))
+    compiled = jax.jit(functools.partial(forward, model, inputs)).lower(params).compile()
+    expected = 2 * 16 * flops.flops_per_token(config, 16, training=False, full_square=True)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(expected, rel=0.02)
+
+
+@settings(deadline=None)
+@given(
+    length=st.integers(1, 60),
+    window=st.none() | st.integers(1, 70),
+    causal=st.booleans(),
+)
+def test_mean_keys_is_the_mean_over_the_mask(length, window, causal):
+    distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+    seen = distance >= 0 if causal else np.ones_like(distance, bool)
+    if window is not None:
+        seen = seen & (np.abs(distance) < window)
+    mean = flops.mean_keys(length, window=window, causal=causal)
+    assert mean == pytest.approx(seen.sum() / length)
+
+
+def test_causal_scores_are_half_of_the_full_square():
+    config = variant("plain")
+    weights = 2 * sum(w.uses * w.count for w in flops.layout(config).weights)
+    causal = flops.flops_per_token(config, 16, training=False) - weights
+    full = flops.flops_per_token(config, 16, training=False, full_square=True) - weights
+    assert causal / full == (16 + 1) / (2 * 16)
+
+
+def test_only_local_layers_are_spared_by_a_window():
+    config = dataclasses.replace(
+        variant("windows"), layer_pattern=("local", "local", "global"), window=4
+    )
+    none = dataclasses.replace(config, layer_pattern=("global",), window=None)
+    spared = flops.flops_per_token(none, 16, training=False)
+    spared -= flops.flops_per_token(config, 16, training=False)
+    fewer_keys = (16 + 1) / 2 - flops.mean_keys(16, window=4)
+    assert spared == pytest.approx(2 * 4 * config.embed_dim * fewer_keys)
+
+
+def test_ratios_in_the_docstring_are_right():
+    gpt2 = decoder.Config(vocab_size=50257, positions="learned")
+    llama = decoder.Config(
+        vocab_size=128256,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=14336,
+        activation="swiglu",
+        tie_embeddings=False,
+    )
+    for config, length, ratio in ((gpt2, 1024, "0.93"), (llama, 8192, "0.89")):
+        full = flops.flops_per_token(config, length, full_square=True)
+        assert f"{flops.flops_per_token(config, length) / full:.2f}" == ratio
+        assert ratio in flops.flops_per_token.__doc__
+
+
+def test_experts_that_a_token_does_not_meet_cost_parameters_but_no_flops(monkeypatch):
+    class MixtureConfig:
+        pass
+
+    def mixture(config):
+        return flops.Layout((flops.Weight("experts", 800, uses=2 / 8),), ())
+
+    monkeypatch.setitem(flops.LAYOUTS, MixtureConfig.__module__, mixture)
+    assert flops.parameters(MixtureConfig()).total == 800
+    assert flops.flops_per_token(MixtureConfig(), 4, training=False) == 2 * 200
+
+
+def test_a_model_without_a_formula_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"no formula for builtins.*there are: lm\.models\.decoder"
+    ):
+        flops.parameters(object())
+
+
+def test_gated_activations_are_those_of_the_mlp():
+    assert set(flops.GATED) == {name for name, (_, gated) in ACTIVATIONS.items() if gated}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.99])
+def test_optimizer_bytes_are_those_of_its_state(name, ema_decay):
+    config = variant("biases")
+    optimizer = OptimizerConfig(name=name, ema_decay=ema_decay)
+    boxed = boxed_params(build(config))
+    tx = optim.make_optimizer(optimizer, boxed, 10)
+    state = jax.eval_shape(tx.init, nn.meta.unbox(boxed))
+    size = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.size > 3
+    )  # no scalars
+    assert flops.optimizer_bytes(config, optimizer) == size
+
+
+def test_optimizer_without_a_formula_is_refused():
+    with pytest.raises(ValueError, match="adafactor"):
+        flops.optimizer_bytes(BASE, OptimizerConfig(name="adafactor"))
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "windows"])
+def test_cache_bytes_are_those_of_the_keys_and_values_of_a_cache(name):
+    config = variant(name)
+    cache = jax.eval_shape(lambda: build(config).init_cache(3, 12))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
+    assert flops.kv_cache_bytes(config, 12, batch_size=3) == size
+    assert flops.parameter_bytes(config) == 4 * flops.parameters(config).total
+
+
+def test_peak_is_found_by_the_longest_name_that_fits():
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert flops.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert flops.peak_flops("NVIDIA L40S") == 362e12
+    assert flops.peak_flops("TPU v5") == 459e12
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA L400", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""])
+def test_peak_of_an_unknown_device_is_none(kind):
+    assert flops.peak_flops(kind) is None
+
+
+def test_peak_is_known_for_bfloat16_alone():
+    assert flops.peak_flops("TPU v4", "float32") is None

@@ -1,0 +1,393 @@
+"""Generation: cached steps, sampling, where a text ends, and streams, with small models."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.stats
+
+from lm.config import MeshConfig
+from lm.data.tokenizer import ByteTokenizer
+from lm.generate import CHUNK, Generator, Sampling, choose
+from lm.models import decoder
+from lm.sharding import make_rules
+from lm.types import Tokens
+
+TOKENIZER = ByteTokenizer()
+GREEDY = Sampling(temperature=0)
+VARIANTS = {
+    "rotary_gqa": {"num_kv_heads": 2, "activation": "swiglu"},
+    "local_global": {"num_layers": 3, "layer_pattern": ("local", "local", "global"), "window": 5},
+    "learned": {"positions": "learned", "norm": "layer"},
+    "alibi": {"positions": "alibi", "tie_embeddings": False},
+}
+PROMPTS = [[1, 2, 3], [], list(range(50, 70)), list(range(200, 211))]
+
+
+def forward(model, tokens):
+    return model.logits(model(tokens).hidden)
+
+
+@functools.cache
+def model_and_params(mesh=None, **changes):
+    """A tiny decoder with more rows than the tokenizer has ids, and weights of some size."""
+    fields = {"vocab_size": 264, "max_length": 64, "num_layers": 2, "embed_dim": 32}
+    fields |= {"num_heads": 4, "init_std": 0.3} | changes
+    model = decoder.build(decoder.Config(**fields), make_rules(mesh or MeshConfig(), jax.devices()))
+    zeros = jnp.zeros((model.rules.size("batch"), model.rules.size("length")), jnp.int32)
+    tokens = Tokens(zeros, zeros, zeros)
+    boxed = jax.jit(functools.partial(model.init, method=forward))(jax.random.key(1), tokens)
+    return model, jax.device_put(nn.unbox(boxed), model.rules.shardings(boxed))["params"]
+
+
+def make_generator(variant="local_global"):
+    return Generator(*model_and_params(**VARIANTS[variant]), TOKENIZER)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def uncached_logits(model, params, ids, length):
+    """float32 [V] after the first `length` of ids: [T], all computed anew and nothing cached."""
+    places = jnp.arange(ids.shape[0])
+    segments = (places < length).astype(jnp.int32)
+    tokens = Tokens(ids[None], segments[None], places[None])
+    return model.apply({"params": params}, tokens, method=forward)[0, length - 1]
+
+
+def uncached_logprobs(model, params, ids):
+    row = np.zeros(model.config.max_length, np.int32)
+    row[: len(ids)] = ids
+    return jax.nn.log_softmax(uncached_logits(model, params, row, len(ids)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_steps_of_a_padded_batch_equal_uncached_ones_of_each_prompt(variant):
+    generator = make_generator(variant)
+    for made in generator.generate(PROMPTS, max_new_tokens=24, sampling=GREEDY):
+        ids = [TOKENIZER.bos_id, *PROMPTS[made.prompt]]
+        assert len(made.ids) == 24 or made.finished == "eos"
+        for token, logprob in zip(made.ids, made.logprobs, strict=True):
+            expected = uncached_logprobs(generator.model, generator.params, ids)
+            assert token == jnp.argmax(expected[: TOKENIZER.vocab_size])
+            np.testing.assert_allclose(logprob, expected[token], atol=2e-5)
+            ids.append(token)
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_alone():
+    def run(prompts, seed):
+        sampling = Sampling(temperature=1.2, num_samples=3, seed=seed)
+        return make_generator().generate(prompts, max_new_tokens=16, sampling=sampling)
+
+    alone, together, other = run(PROMPTS[:1], 7), run(PROMPTS, 7), run(PROMPTS[:1], 8)
+    assert [(made.prompt, made.sample) for made in together] == list(np.ndindex(4, 3))
+    for one, same in zip(alone, together, strict=False):
+        np.testing.assert_array_equal(one.ids, same.ids)
+        np.testing.assert_allclose(one.logprobs, same.logprobs, atol=2e-5)
+    assert len({made.ids.tobytes() for made in together + other}) == 15
+
+
+def ids_of(max_new_tokens, sampling):
+    made = make_generator().generate(PROMPTS, max_new_tokens=max_new_tokens, sampling=sampling)
+    return [m.ids.tolist() for m in made]
+
+
+def test_a_higher_limit_only_adds_tokens():
+    assert [ids[:9] for ids in ids_of(24, GREEDY)] == ids_of(9, GREEDY)
+
+
+def test_cold_and_top_1_samples_are_greedy():
+    assert ids_of(16, Sampling(temperature=1e-6)) == ids_of(16, GREEDY)
+    assert ids_of(16, Sampling(top_k=1)) == ids_of(16, GREEDY)
+
+
+def draws(probabilities, count=4000, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """How often each token is drawn: [V]."""
+    logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
+    ids = jax.jit(choose, static_argnames=("top_k", "nucleus"))(
+        jnp.tile(logits, (count, 1)),
+        jax.random.split(jax.random.key(3), count),
+        np.array([temperature, top_p, min_p], np.float32),
+        top_k=top_k,
+        nucleus=top_p < 1,
+    )
+    return np.bincount(ids, minlength=len(probabilities))
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.41}, [1, 4]),
+        ({"top_p": 0.69}, [1, 4]),
+        ({"top_p": 0.71}, [0, 1, 4, 5]),  # 0 and 5 tie
+        ({"top_p": 0.96}, [0, 1, 2, 4, 5]),
+        ({"top_k": 3, "top_p": 0.75}, [1, 4]),  # 0.4 and 0.3 of the 0.8 that top_k leaves
+        ({"top_k": 2}, [1, 4]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4, 5]),
+        ({"min_p": 0.3}, [1, 4]),
+        ({"min_p": 0.2}, [0, 1, 4, 5]),
+        ({"top_p": 0.99, "temperature": 0.02}, [1]),
+        ({}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_filters_keep_the_smallest_sets(filters, kept):
+    probabilities = np.array([0.1, 0.4, 0.07, 0.03, 0.3, 0.1])
+    filters = {**filters, "top_k": min(filters.get("top_k", 0), 6)}
+    count = draws(probabilities, **filters)
+    assert np.flatnonzero(count).tolist() == kept
+    if len(kept) > 1:
+        left = probabilities[kept] / probabilities[kept].sum()
+        assert scipy.stats.chisquare(count[kept], 4000 * left).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_are_as_frequent_as_softmax_says(temperature):
+    generator = make_generator()
+    made = generator.generate(
+        [PROMPTS[2]],
+        max_new_tokens=1,
+        sampling=Sampling(temperature=temperature, num_samples=2048, seed=1),
+    )
+    count = np.bincount([m.ids[0] for m in made], minlength=TOKENIZER.vocab_size)
+    ids = [TOKENIZER.bos_id, *PROMPTS[2]]
+    logits = uncached_logprobs(generator.model, generator.params, ids)[: TOKENIZER.vocab_size]
+    expected = 2048 * np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+    order = np.argsort(expected)
+    bins = np.minimum(np.cumsum(expected[order]) // 10, 200).astype(int)  # about 10 or more in each
+    sums = [np.bincount(bins, weights=x[order]) for x in (count, expected)]
+    seen, wanted = (s[sums[1] > 0] for s in sums)
+    assert len(wanted) > 20
+    assert scipy.stats.chisquare(seen, wanted * 2048 / wanted.sum()).pvalue > 1e-3
+
+
+def test_no_id_beyond_the_tokenizer_is_drawn():
+    made = make_generator().generate(
+        PROMPTS, max_new_tokens=30, sampling=Sampling(temperature=50, num_samples=16)
+    )
+    ids = np.concatenate([m.ids for m in made])
+    assert 250 <= ids.max() < TOKENIZER.vocab_size
+
+
+TEXT = "Größe 5 µm; 日本語 — naïve 🙂, then STOP and more."
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """Parameters that know one text by heart, and end it with eos."""
+    model, params = model_and_params(positions="learned", max_length=80, init_std=0.1)
+    ids = np.array([TOKENIZER.bos_id, *TEXT.encode(), TOKENIZER.eos_id], np.int32)
+    places = np.arange(len(ids) - 1)[None]
+    inputs = Tokens(ids[None, :-1], np.ones_like(places), places)
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def train(params):
+        def loss(params):
+            logits = model.apply({"params": params}, inputs, method=forward)[0]
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[1:]).mean()
+
+        def step(_, state):
+            params, opt_state = state
+            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state)
+            return optax.apply_updates(params, updates), opt_state
+
+        params, _ = jax.lax.fori_loop(0, 120, step, (params, tx.init(params)))
+        return params, loss(params)
+
+    params, loss = train(params)
+    assert loss < 0.05
+    return model, params
+
+
+class Dotted(ByteTokenizer):
+    """Every byte is followed by a dot, so that tokens have more than one byte."""
+
+    def decode_bytes(self, ids):
+        return b"".join(super(Dotted, self).decode_bytes([i]) + b"." for i in ids if i < 256)
+
+
+def test_eos_ends_a_text(memory):
+    generator = Generator(*memory, TOKENIZER)
+    whole, rest = generator.generate(["", TEXT[:-5]], max_new_tokens=64, sampling=GREEDY)
+    assert whole.finished == rest.finished == "eos"
+    assert (whole.text, rest.text) == (TEXT, TEXT[-5:])
+    assert whole.ids.tolist() == [*TEXT.encode(), TOKENIZER.eos_id]
+    assert len(whole.logprobs) == len(whole.ids)
+    [cut] = generator.generate([""], max_new_tokens=4, sampling=GREEDY)
+    assert (cut.finished, cut.data) == ("length", TEXT.encode()[:4])
+
+
+def stop_cases():
+    """(tokenizer, text, stops, what is left): strings of all lengths over every place of a chunk."""
+    for start in range(0, len(TEXT) - 14, 3):
+        for length in (1, 2, 5, 14):
+            stop = TEXT[start : start + length]
+            yield TOKENIZER, (stop,), TEXT[: TEXT.index(stop)]
+    dotted = Dotted().decode(TOKENIZER.encode("then"))
+    assert dotted == "t.h.e.n."
+    before = Dotted().decode_bytes(TOKENIZER.encode(TEXT[: TEXT.index("then")])).decode("latin1")
+    yield Dotted(), ("h.",), before + "t."
+    yield Dotted(), (".h.e",), before + "t"  # begins and ends inside of tokens
+    yield TOKENIZER, ("STOP", "then STOP"), TEXT[: TEXT.index("then")]  # both end at once
+    yield TOKENIZER, ("then STOP and", "STOP"), TEXT[: TEXT.index("STOP")]  # ends first
+    yield TOKENIZER, ("STOPS", "absent"), TEXT
+
+
+def test_stop_strings_cut_exactly_wherever_they_fall(memory):
+    for tokenizer, stop, left in stop_cases():
+        generator = Generator(*memory, tokenizer)
+        sampling = Sampling(temperature=0, stop=stop)
+        [made] = generator.generate([""], max_new_tokens=64, sampling=sampling)
+        encoding = "latin1" if isinstance(tokenizer, Dotted) else "utf-8"
+        assert made.data == left.encode(encoding), stop
+        assert made.finished == ("stop" if left != TEXT else "eos")
+        decoded = tokenizer.decode_bytes(made.ids)
+        before = tokenizer.decode_bytes(made.ids[:-1])
+        if made.finished == "stop":  # the last token is the one that completed the stop string
+            assert any(s.encode() in decoded for s in stop)
+            assert not any(s.encode() in before for s in stop)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, CHUNK, 64])
+@pytest.mark.parametrize("stop", [(), ("STOP",), ("🙂, then",)])
+def test_a_stream_is_the_same_bytes_in_whole_characters(memory, chunk, stop):
+    generator = Generator(*memory, TOKENIZER)
+    sampling = Sampling(temperature=0, stop=stop)
+    prompts = ["", TEXT[:9]]
+    made = generator.generate(prompts, max_new_tokens=64, sampling=sampling)
+    pieces = list(generator.stream(prompts, max_new_tokens=64, sampling=sampling, chunk=chunk))
+    for expected in made:
+        mine = [piece for piece in pieces if piece.prompt == expected.prompt]
+        assert "".join(piece.data.decode() for piece in mine) == expected.text  # strict decoding
+        assert [piece.generation is None for piece in mine] == [True] * (len(mine) - 1) + [False]
+        last = mine[-1].generation
+        assert last.data == expected.data
+        assert last.finished == expected.finished
+        np.testing.assert_array_equal(last.ids, expected.ids)
+    assert chunk == 64 or len(pieces) > 2 * len(made)
+
+
+def test_a_stream_ends_with_the_bytes_of_an_unfinished_character(memory):
+    generator = Generator(*memory, TOKENIZER)
+    limit = TEXT.encode().index("日".encode()) + 2
+    pieces = list(generator.stream([""], max_new_tokens=limit, sampling=GREEDY, chunk=1))
+    assert b"".join(piece.data for piece in pieces) == TEXT.encode()[:limit]
+    assert pieces[-1].data == "日".encode()[:2]
+
+
+def test_a_bucket_is_compiled_once(caplog):
+    generator = make_generator()
+
+    def compiled(prompts, max_new_tokens, **sampling):
+        caplog.clear()
+        with jax.log_compiles():
+            made = generator.generate(
+                prompts, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling)
+            )
+            pieces = generator.stream(
+                prompts, max_new_tokens=max_new_tokens, sampling=Sampling(**sampling), chunk=3
+            )
+            assert sum(piece.generation is not None for piece in pieces) == len(made)
+        assert len(made) == len(prompts)
+        messages = [record.getMessage() for record in caplog.records]
+        return [m for m in messages if re.match(r"Compiling .*(_prefill|_decode)", m)]
+
+    assert compiled([[1] * 20, [2], [3]], 11, top_p=0.3)
+    assert compiled([[1] * 32, [2] * 5, [3], []], 16, top_p=0.9, temperature=0.2, seed=5) == []
+    assert compiled([[1] * 33], 16, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "message"),
+    [
+        ([[1], [1] * 50], 15, r"config.model.max_length \(64\).* prompt 1 \(50\).*\(15\) = 65"),
+        ([[1, 264]], 4, r"prompt 0: id 264 .*259"),
+        ([[-1]], 4, "prompt 0: id -1"),
+        ([[1]], 0, r"max_new_tokens \(0\)"),
+        ("text", 4, "must be a list"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_compiling(prompts, max_new_tokens, message, caplog):
+    with jax.log_compiles(), pytest.raises(ValueError, match=message):
+        make_generator("learned").generate(prompts, max_new_tokens=max_new_tokens)
+    assert not caplog.records
+
+
+def test_the_longest_text_that_fits_is_made():
+    [made] = make_generator("learned").generate([[1] * 50], max_new_tokens=14, sampling=GREEDY)
+    assert len(made.ids) == 14
+    assert make_generator().generate([], max_new_tokens=4) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}),
+        *({"num_samples": 0}, {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")}),
+    ],
+)
+def test_sampling_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    model, params = model_and_params(vocab_size=100)
+    with pytest.raises(ValueError, match=r"config.model.vocab_size \(100\).*259"):
+        Generator(model, params, TOKENIZER)
+
+
+ON_MESHES = """
+import re, logging, jax, numpy as np
+from test_generate import GREEDY, PROMPTS, TOKENIZER, VARIANTS, make_generator, model_and_params
+from lm.config import MeshConfig
+from lm.generate import Generator, Sampling
+
+messages = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+logging.getLogger("jax").addHandler(Keep())
+
+assert len(jax.devices()) == 4
+results = []
+for axes in (dict(data=1, fsdp=2, tensor=2), dict(data=2, sequence=2), dict(data=4)):
+    model, params = model_and_params(MeshConfig(**axes), **VARIANTS["local_global"])
+    generator = Generator(model, params, TOKENIZER)
+    for sampling in (GREEDY, Sampling(top_p=0.9, seed=3)):
+        with jax.log_compiles():
+            messages.clear()
+            pieces = list(generator.stream(PROMPTS, max_new_tokens=20, sampling=sampling, chunk=4))
+        compiled = [m for m in messages if re.match("Compiling .*_decode", m)]
+        assert len(compiled) == 1, compiled
+        made = sorted((p.generation for p in pieces if p.generation), key=lambda g: g.prompt)
+        results.append([g.ids.tolist() for g in made])
+assert results[0::2] == [results[0]] * 3
+assert results[1::2] == [results[1]] * 3
+print(results)
+"""
+
+
+def test_every_mesh_makes_the_same_text():
+    here = Path(__file__).parent
+    flags = "--xla_force_host_platform_device_count=4"
+    path = os.pathsep.join([str(here), str(here.parent)])
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, "-c", ON_MESHES], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    generator = make_generator("local_global")
+    expected = [
+        [made.ids.tolist() for made in generator.generate(PROMPTS, max_new_tokens=20, sampling=s)]
+        for s in (GREEDY, Sampling(top_p=0.9, seed=3))
+    ]
+    assert run.stdout.strip() == str(expected * 3)

@@ -1,0 +1,372 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm.data import corpus as corpus_module
+from lm.data.corpus import Corpus, plan_parts, read_part
+from lm.data.prepare import prepare, summary
+from lm.data.sources import Skipped
+from lm.data.sources.tokens import TokenStore
+from lm.data.tokenizer import load
+from lm.data.tokenizer_training import train_tokenizer, training_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]
+REPEATED = "the same text in many places\n"
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """About 5 MB in 300 files, in 5 parts or more: text, duplicates across parts, and bad files."""
+    root = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(500)]
+    for i in range(300):
+        _write(root / f"{i:03d}.txt", " ".join(rng.choice(words, 2500)))
+    for i in range(0, 300, 30):
+        _write(root / f"{i:03d}_again.txt", REPEATED)
+        _write(root / f"{i:03d}_bad.txt", b"\xff\xfe")
+        _write(root / f"{i:03d}_empty.txt", "")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(texts):
+    path = texts.parent / "bpe.model"
+    train_tokenizer(
+        Corpus(data=[str(texts)]),
+        out=path,
+        vocab_size=1000,
+        model_type="bpe",
+        piece_span="line",
+        split_digits=False,
+        sample_bytes=500_000,
+    )
+    return str(path)
+
+
+def _command(texts, model, out, *more: str) -> list[str]:
+    return [*SCRIPT, f"--data={texts}", f"--tokenizer={model}", f"--out={out}", *more]
+
+
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def _content(out: Path) -> dict[str, str]:
+    """Returns the hash of every file below `out`."""
+    return {
+        file.relative_to(out).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(out.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(texts, model):
+    out = texts.parent / "prepared"
+    corpus = Corpus(data=[str(texts)])
+    return out, prepare(corpus, tokenizer=model, out=out, num_workers=1)
+
+
+def test_every_byte_is_a_document_of_a_store_or_a_counted_skip(texts, model, prepared):
+    out, result = prepared
+    corpus = Corpus(data=[str(texts)])
+    parts = plan_parts(corpus.sources())
+    assert len(parts) >= 5
+    found, skipped = {}, {}
+    for split in ("train", "validation"):
+        store = TokenStore.open(out / split)
+        store.verify()
+        tokenizer = store.tokenizer()
+        store.check_tokenizer(load(model))
+        for i in range(store.num_documents):
+            tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+            text = tokenizer.decode(tokens)
+            assert tokens[-1] == tokenizer.eos_id
+            assert store.document_bytes[i] == len(text.encode())
+            assert corpus.split_of(store.document_ids(i)) == split
+            found[store.document_ids(i)] = text
+        for reason, count in store.manifest["skipped"].items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    expected = {f"{i:03d}.txt": (texts / f"{i:03d}.txt").read_text() for i in range(300)}
+    assert found == {**expected, "000_again.txt": REPEATED}
+    assert skipped == {"duplicate": 9, "invalid_utf8": 10, "empty": 10}
+    assert result.manifests.keys() == {"train", "validation"}
+    for manifest in result.manifests.values():
+        assert f"{manifest['fields']['text']['num_tokens']:,}" in summary(result.manifests)
+
+
+def test_stores_are_the_same_for_any_workers_and_shards(texts, model, prepared, tmp_path):
+    _run(*_command(texts, model, tmp_path / "workers", "--workers=3"))
+    for i in (2, 0, 1):
+        corpus = Corpus(data=[str(texts)])
+        result = prepare(
+            corpus, tokenizer=model, out=tmp_path / "shards", shard=(i, 3), num_workers=1
+        )
+        assert bool(result.manifests) == (i == 1)
+        assert (tmp_path / "shards" / "train").exists() == (i == 1)
+    expected = _content(prepared[0])
+    assert len(expected) == 1 + 2 * 7
+    assert _content(tmp_path / "workers") == expected
+    assert _content(tmp_path / "shards") == expected
+
+
+def test_shards_at_the_same_time_join_once(texts, model, prepared, tmp_path):
+    processes = [
+        subprocess.Popen(
+            _command(texts, model, tmp_path / "out", f"--shard={i}/2", "--workers=1"),
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert _content(tmp_path / "out") == _content(prepared[0])
+
+
+def _complete_stores(out: Path) -> list[str]:
+    """Returns the splits that look complete, after checking that they are."""
+    splits = [s for s in ("train", "validation") if (out / s / "manifest.json").exists()]
+    for split in splits:
+        TokenStore.open(out / split).verify()
+    return splits
+
+
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(texts, model, prepared, tmp_path):
+    out = tmp_path / "out"
+    kills = 0
+    stages = ["plan.json", "parts-*/*.npz", "parts-*/part-*3.npz", "*.partial"]
+    for stage in [*stages, *stages[-1:]]:
+        process = subprocess.Popen(
+            _command(texts, model, out, "--workers=1"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not list(out.glob(stage)) and process.poll() is None:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert len(_complete_stores(out)) < 2
+    assert kills >= 3
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*.npz")}
+    assert finished
+    _run(*_command(texts, model, out, "--workers=1"))
+    assert _content(out) == _content(prepared[0])
+
+
+def test_finished_parts_are_kept(texts, model, tmp_path):
+    corpus, out = Corpus(data=[str(texts)]), tmp_path / "out"
+    prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
+    before = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*")}
+    prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*")}
+    assert len(before) == (len(plan_parts(corpus.sources())) + 1) // 2
+
+
+def test_workers_end_with_a_killed_parent(texts, model, tmp_path):
+    process = subprocess.Popen(
+        _command(texts, model, tmp_path / "out", "--workers=2"), stderr=subprocess.DEVNULL
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    pids = []
+    while len(pids) < 3 and process.poll() is None:  # two workers and the resource tracker
+        pids = children.read_text().split()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(_is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived the run"
+        time.sleep(0.02)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
+    before = _content(prepared[0])
+    start = time.monotonic()
+    assert "were already there" in _run(*_command(texts, model, prepared[0]))
+    assert time.monotonic() - start < 10
+    assert _content(prepared[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer=bytes"], "tokenizer (there"),
+        (["--validation-fraction=0.2"], "validation_fraction (there 0.05, now 0.2)"),
+        (["--data=stdlib"], "num_units (there"),
+        (["--separator=x"], "separator"),
+        (["--shard=2/2"], "counts from 0 to 1"),
+        (["--validation-fraction=1"], "below 1"),
+        (["--tokenizer=nonsense"], "neither"),
+    ],
+)
+def test_other_inputs_in_the_same_folder_are_refused(texts, model, prepared, flags, message):
+    result = subprocess.run(
+        _command(texts, model, prepared[0], *flags), capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("prepare_data: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+def test_changed_file_is_other_input(tmp_path):
+    _write(tmp_path / "a.txt", "text")
+    corpus = Corpus(data=[str(tmp_path / "a.txt")], validation_fraction=0)
+    prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    _write(tmp_path / "a.txt", "longer text")
+    with pytest.raises(ValueError, match=r"num_source_bytes \(there 4, now 11\)"):
+        prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+
+
+def test_folder_with_a_store_of_unknown_origin_is_left_alone(tmp_path):
+    _write(tmp_path / "a.txt", "text")
+    _write(tmp_path / "out" / "train" / "something", "precious")
+    with pytest.raises(ValueError, match="was not made here"):
+        prepare(Corpus(data=[str(tmp_path / "a.txt")]), tokenizer="bytes", out=tmp_path / "out")
+    assert _content(tmp_path / "out").keys() == {"train/something"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no documents in .*; skipped: 1 empty"),
+        (b"\xff", "no documents in .*; skipped: 1 invalid_utf8"),
+        (b"text", "none of the 1 documents .* falls into (train|validation) .*--split=tail"),
+    ],
+)
+def test_split_without_documents_is_an_error_and_leaves_nothing(tmp_path, content, message):
+    _write(tmp_path / "a.txt", content)
+    corpus = Corpus(data=[str(tmp_path / "a.txt")])
+    with pytest.raises(ValueError, match=message):
+        prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    assert {file for file in _content(tmp_path / "out")} <= {"lock"}
+    _write(tmp_path / "a.txt", "another text")
+    corpus = Corpus(data=[str(tmp_path / "a.txt")], validation_fraction=0)
+    assert prepare(corpus, tokenizer="bytes", out=tmp_path / "out").manifests.keys() == {"train"}
+
+
+def test_tail_split_keeps_the_last_characters_of_each_document(tmp_path):
+    text = "".join(chr(0xE0 + i % 20) for i in range(1000))
+    _write(tmp_path / "a.txt", text)
+    corpus = Corpus(data=[str(tmp_path)], validation_fraction=0.1, split="tail")
+    prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    for split, part in (("train", text[:900]), ("validation", text[900:])):
+        store = TokenStore.open(tmp_path / "out" / split)
+        assert store.tokenizer().decode(store.tokens(0, store.num_tokens)) == part
+        assert store.document_ids(0) == "a.txt"
+
+
+def test_duplicates_of_a_document_are_found_across_sources_and_splits(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    for i in range(60):
+        _write(tmp_path / "one" / f"{i:02d}.txt", f"text {i % 30}")
+        _write(tmp_path / "two" / f"x{i:02d}.txt", f"text {i}")
+    corpus = Corpus(data=[str(tmp_path / "one"), str(tmp_path / "two")], validation_fraction=0.3)
+    assert len(plan_parts(corpus.sources())) == 120
+    prepare(corpus, tokenizer="bytes", out=tmp_path / "out", num_workers=1)
+    ids = []
+    for split in corpus.splits:
+        store = TokenStore.open(tmp_path / "out" / split)
+        ids += [store.document_ids(i) for i in range(store.num_documents)]
+    assert sorted(ids) == [f"{i:02d}.txt" for i in range(30)] + [f"x{i}.txt" for i in range(30, 60)]
+
+
+def test_split_depends_on_nothing_but_the_id():
+    corpus = Corpus(data=["x"], validation_fraction=0.05)
+    ids = [f"file{i}.py" for i in range(20_000)]
+    held_out = [i for i in ids if corpus.split_of(i) == "validation"]
+    assert len(held_out) / len(ids) == pytest.approx(0.05, abs=0.005)
+    more = Corpus(data=["y"], validation_fraction=0.1)
+    assert all(more.split_of(i) == "validation" for i in held_out)
+    assert [corpus.split_of(i) for i in ("ast.py", "wave.py", "json/decoder.py")] == [
+        "train",
+        "train",
+        "train",
+    ]
+
+
+def test_two_fields_are_prepared_side_by_side(tmp_path):
+    lines = [json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in range(50)]
+    _write(tmp_path / "a.jsonl", "\n".join(lines))
+    out = tmp_path / "out"
+    flags = ["--field=inputs=q", "--field=targets=a", "--validation-fraction=0.2"]
+    table = _run(*_command(tmp_path / "a.jsonl", "bytes", out, *flags))
+    assert "train/inputs" in table
+    inputs, targets = (TokenStore.open(out / "train", field=f) for f in ("inputs", "targets"))
+    decode = inputs.tokenizer().decode
+    for i in range(inputs.num_documents):
+        question = decode(inputs.tokens(inputs.offsets[i], inputs.offsets[i + 1]))
+        answer = decode(targets.tokens(targets.offsets[i], targets.offsets[i + 1]))
+        assert question.replace("question", "answer") == answer
+
+
+def test_line_of_100_megabytes_is_prepared_in_bounded_memory(tmp_path):
+    line = b"x" * 99 + b" "
+    (tmp_path / "a.txt").write_bytes(line * 1_000_000)
+    code = (
+        "import resource, sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    flags = ["--split=tail", "--validation-fraction=0.01", "--workers=1"]
+    command = _command(tmp_path / "a.txt", "bytes", tmp_path / "out", *flags)
+    output = _run(sys.executable, "-c", code, *command[1:])
+    assert int(output.splitlines()[-1]) < 2_000_000  # KiB
+    store = TokenStore.open(tmp_path / "out" / "train")
+    assert store.num_bytes == 99_000_000
+    assert store.num_tokens == 99_000_001
+
+
+def test_tokenizer_is_trained_on_the_train_split_alone(texts):
+    corpus = Corpus(data=[str(texts)], validation_fraction=0.3)
+    expected = [
+        item.fields["text"]
+        for part in plan_parts(corpus.sources())
+        for split, item, _ in read_part(corpus, part)
+        if split == "train" and not isinstance(item, Skipped)
+    ]
+    trained = list(training_texts(corpus, sample_bytes=10**9))
+    assert set(trained) == set(expected)
+    assert len(trained) == len(set(trained))
+    total = sum(map(len, trained))
+    sample = list(training_texts(corpus, sample_bytes=total // 4))
+    assert set(sample) < set(trained)
+    assert sum(map(len, sample)) == pytest.approx(total // 4, rel=0.4)
+
+
+def test_train_tokenizer_script_writes_a_model_that_prepares(texts, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py")]
+    model = tmp_path / "new" / "x.model"
+    first = f"{texts}/00*.txt"
+    output = _run(*command, f"--data={first}", f"--out={model}", "--vocab-size=500")
+    assert "trained on" in output
+    assert os.listdir(model.parent) == ["x.model"]
+    _run(*_command(first, model, tmp_path / "out", "--validation-fraction=0.3"))
+    result = subprocess.run(
+        [*command, f"--data={first}", f"--out={model}x"], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "must end in .model" in result.stderr

@@ -1,0 +1,143 @@
+"""A run is a pure function of (config, step): killed, stopped and resumed runs end with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lm import metrics
+from lm.checkpoint import Checkpoints
+from lm.experiment import load
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(workdir: pathlib.Path, *overrides: str) -> list[str]:
+    script = str(ROOT / "scripts" / "train.py")
+    config = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+    return [sys.executable, script, config, f"--workdir={workdir}", *overrides]
+
+
+def environment(num_devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def run(workdir: pathlib.Path, num_devices: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(workdir, *overrides),
+        env=environment(num_devices),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def stop_at(
+    workdir: pathlib.Path, step: int, number: signal.Signals, num_devices: int, *overrides: str
+) -> int:
+    """Starts the run, sends it the signal once it has logged `step`, and returns its exit code."""
+    process = subprocess.Popen(
+        command(workdir, *overrides),
+        env=environment(num_devices),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        records = metrics.read(str(workdir))
+        if records and records[-1]["step"] >= step:
+            break
+        assert process.poll() is None, f"ended before step {step} with {process.returncode}"
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+def final_state(workdir: pathlib.Path, step: int = 200) -> dict[str, bytes]:
+    """Every parameter and optimizer leaf of the checkpoint at `step`, as bytes."""
+    experiment = load(str(workdir), jax.devices()[:1])
+    with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
+        state = checkpoints.restore(experiment.abstract_state, step)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "mesh"), [(1, ()), (4, ("--config.mesh.data=2", "--config.mesh.fsdp=2"))]
+)
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, num_devices, mesh):
+    assert run(tmp_path / "whole", num_devices, *mesh).returncode == 0
+    code = stop_at(tmp_path / "killed", 120, signal.SIGKILL, num_devices, *mesh)
+    assert code == -signal.SIGKILL
+    resumed = run(tmp_path / "killed", num_devices, *mesh)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 0 " not in resumed.stdout
+    whole, killed = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+    losses = [
+        {r["step"]: r["loss"] for r in metrics.read(str(tmp_path / name)) if r["kind"] == "train"}
+        for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1]
+    assert sorted(losses[0]) == list(range(1, 201))
+
+
+def test_ctrl_c_saves_at_the_step_it_came_in_and_the_run_goes_on(tmp_path):
+    code = stop_at(tmp_path, 30, signal.SIGINT, 1, "--config.checkpoint.every=0")
+    assert code == 130
+    stopped_at = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert stopped_at >= 30
+    resumed = run(tmp_path, 1, "--config.checkpoint.every=0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"from step {stopped_at} to 200" in resumed.stdout
+    assert "finished" in run(tmp_path, 1).stdout
+
+
+def test_a_changed_model_is_refused_unless_allowed_by_name(tmp_path):
+    short = ("--config.train.num_steps=2",)
+    assert run(tmp_path, 1, *short).returncode == 0
+    refused = run(tmp_path, 1, *short, "--config.model.embed_dim=64", "--config.data.length=16")
+    assert refused.returncode == 1
+    assert "config.model.embed_dim: 32 -> 64" in refused.stderr
+    assert "config.data.length: 32 -> 16" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    allowed = run(
+        tmp_path,
+        1,
+        "--config.train.num_steps=4",
+        "--config.data.batch_size=4",
+        "--config.checkpoint.allow_changed=('data.batch_size',)",
+    )
+    assert allowed.returncode == 0, allowed.stderr
+    assert "config.data.batch_size: 8 -> 4" in allowed.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.model.num_layer=2", 'Did you mean "num_layers"'),
+        ("--config.model.num_layers=two", "invalid literal"),
+        ("--config.model.num_heads=5", "config.model.embed_dim (32) must be divisible by num_heads (5)"),
+        ("--config.data.batch_size=9", "config.data.batch_size (9) must be divisible by mesh"),
+        ("--config.mesh.fsdp=3", "must use all devices (2)"),
+        ("--config.data.length=64", "config.model.max_length (32) must be at least config.data.length (64)"),
+        ("--config.optimizer.name=adam", "config.optimizer.name must be one of adamw"),
+    ],
+)
+def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override, message):
+    result = run(tmp_path / "run", 2, override)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,201 @@
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data.sources import Document, Skipped, text
+from lm.data.sources.text import TextSource
+
+TEXT = {"text": "text"}
+
+
+def _read(spec, columns=TEXT, separator=""):
+    source = TextSource(str(spec), columns, separator)
+    return [item for unit in source.units() for item in source.read(unit)]
+
+
+def _write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_every_file_type_plain_and_compressed_gives_the_same_document(tmp_path):
+    content = "line\r\nline äöü\n\ttab\0 "
+    for suffix in (".txt", ".md", ".py"):
+        file = _write(tmp_path / f"a{suffix}", content)
+        _write(tmp_path / f"b{suffix}.gz", gzip.compress(content.encode()))
+        _write(tmp_path / f"c{suffix}.zst", zstandard.compress(content.encode()))
+        assert _read(file) == [Document(f"a{suffix}", {"text": content})]
+    items = _read(tmp_path)
+    assert len(items) == 9
+    assert {item.fields["text"] for item in items} == {content}
+
+
+def test_concatenated_compressed_streams_are_read_to_the_end(tmp_path):
+    for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+        file = _write(tmp_path / f"a.txt{suffix}", compress(b"one ") + compress(b"two"))
+        assert _read(file)[0].fields["text"] == "one two"
+
+
+def test_ids_are_the_same_wherever_the_folder_lies(tmp_path):
+    ids = []
+    for root in ("here", "over/there"):
+        for name in ("a/x.txt", "a/b/y.md", "z.txt"):
+            _write(tmp_path / root / name, name)
+        for spec in ("", "**/*.txt", "a/**", "z.txt"):
+            ids.append([item.id for item in _read(tmp_path / root / spec)])
+    assert ids[:4] == ids[4:]
+    assert ids[:4] == [
+        ["a/b/y.md", "a/x.txt", "z.txt"],
+        ["a/x.txt", "z.txt"],
+        ["b/y.md", "x.txt"],
+        ["z.txt"],
+    ]
+
+
+def test_folder_counts_files_of_other_types_and_passes_over_hidden_ones(tmp_path):
+    for name in ("a.txt", "b.png", ".git/c.txt", ".d.txt"):
+        _write(tmp_path / name, "content")
+    assert _read(tmp_path) == [
+        Document("a.txt", {"text": "content"}),
+        Skipped("b.png", "other_file_type"),
+    ]
+
+
+def test_records_that_are_no_documents_are_skipped_by_reason(tmp_path):
+    lines = [
+        b'{"text": "good"}',
+        b"",
+        b'{"text": ""}',
+        b'{"text": "cut',
+        b"[" * 100_000,
+        b'{"other": "x"}',
+        b'"text"',
+        b'{"text": 3}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "last\\nline"}',
+    ]
+    items = _read(_write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    assert [i.reason if isinstance(i, Skipped) else i.fields["text"] for i in items] == [
+        "good",
+        "empty",
+        "empty",
+        "malformed_json",
+        "malformed_json",
+        "missing_field",
+        "missing_field",
+        "field_is_not_text",
+        "invalid_utf8",
+        "invalid_utf8",
+        "last\nline",
+    ]
+    assert [item.id for item in items[:3]] == ["a.jsonl@0", "a.jsonl@17", "a.jsonl@18"]
+
+
+def test_files_that_are_no_documents_are_skipped_by_reason(tmp_path):
+    assert _read(_write(tmp_path / "a.txt", b"\xff")) == [Skipped("a.txt", "invalid_utf8")]
+    for name in ("e.txt", "e.jsonl", "e.txt.gz", "e.jsonl.gz"):
+        content = gzip.compress(b"") if name.endswith("gz") else b""
+        assert _read(_write(tmp_path / name, content)) == [Skipped(name, "empty")]
+
+
+def test_two_fields_come_from_their_columns(tmp_path):
+    line = json.dumps({"question": "q", "answer": "a", "other": 1})
+    file = _write(tmp_path / "a.jsonl", line + "\n")
+    columns = {"inputs": "question", "targets": "answer"}
+    assert _read(file, columns) == [Document("a.jsonl@0", {"inputs": "q", "targets": "a"})]
+    with pytest.raises(ValueError, match=r"a\.txt: a \.txt file has only the field text"):
+        _read(_write(tmp_path / "a.txt", "x"), columns)
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
+def test_separator_makes_several_documents_of_a_file(tmp_path, separator):
+    file = _write(tmp_path / "a.txt", separator.join(["one", "two äö", " ", "three"]) + separator)
+    items = _read(file, separator=separator)
+    assert [i.reason if isinstance(i, Skipped) else i.fields["text"] for i in items] == [
+        "one",
+        "two äö",
+        "empty",
+        "three",
+    ]
+    assert items[1].id == f"a.txt@{3 + len(separator)}"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lines=st.lists(st.text(alphabet="ab\u00e9", max_size=12), max_size=20),
+    step=st.integers(1, 40),
+    block=st.integers(1, 20),
+)
+def test_ranges_of_a_file_hold_each_record_once(tmp_path_factory, lines, step, block):
+    file = tmp_path_factory.mktemp("ranges") / "a.jsonl"
+    content = "\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in lines)
+    file.write_text(content)
+    whole = _read(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_RANGE", step)
+        patch.setattr(text, "_BLOCK", block)
+        ranged = _read(file)
+    assert whole == ranged
+    assert len(whole) == max(len(lines), 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("absent.txt", "no such file"),
+        ("*.txt", "no file matches"),
+        ("absent/**", "no file matches"),
+        ("empty", "no files"),
+        ("pictures", "no files"),
+        ("pictures/a.png", "unknown file type"),
+        ("pictures/*", "unknown file type"),
+    ],
+)
+def test_missing_empty_and_unknown_data_are_errors(tmp_path, spec, message):
+    (tmp_path / "empty").mkdir()
+    _write(tmp_path / "pictures" / "a.png", "x")
+    with pytest.raises(ValueError, match=message):
+        TextSource(str(tmp_path / spec), TEXT).units()
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst"])
+def test_damaged_compressed_file_is_an_error_that_names_it(tmp_path, name):
+    zst = zstandard.ZstdCompressor(write_checksum=True)  # as the zstd command does
+    compress = gzip.compress if name.endswith("gz") else zst.compress
+    content = compress(bytes(range(256)) * 100)
+    for damaged in (content[:-20], content[:40] + b"?" * 8 + content[48:], b"no such format"):
+        file = _write(tmp_path / name, damaged)
+        with pytest.raises(ValueError, match=f"{name}: damaged"):
+            _read(file)
+
+
+def test_file_changed_after_planning_is_an_error(tmp_path):
+    file = _write(tmp_path / "a.txt", "before")
+    source = TextSource(str(file), TEXT)
+    (unit,) = source.units()
+    _write(file, "afterwards")
+    with pytest.raises(ValueError, match="was changed"):
+        list(source.read(unit))
+
+
+def test_stdlib_is_source_without_tests_and_installed_packages():
+    source = TextSource("stdlib", TEXT)
+    units = source.units()
+    names = {unit.name for unit in units}
+    assert {"argparse.py", "asyncio/events.py"} <= names
+    folders = {folder for name in names for folder in Path(name).parts[:-1]}
+    assert not folders & {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    assert 5e6 < sum(unit.size for unit in units) < 20e6
+    everything = {unit.name for unit in TextSource("stdlib:all", TEXT).units()}
+    assert names < everything
+    document = next(i for u in units if u.name == "argparse.py" for i in source.read(u))
+    file = Path(sysconfig.get_path("stdlib"), "argparse.py")
+    assert document == Document("argparse.py", {"text": file.read_bytes().decode()})

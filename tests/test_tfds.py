@@ -1,0 +1,115 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lm.data.sources import Document, Skipped
+from lm.data.sources.tfds import TfdsSource
+
+BUILDER = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class Poems(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="short", version="1.0.0")]
+
+    def _info(self):
+        features = {"poem": tfds.features.Text(), "title": tfds.features.Text(), "year": np.int64}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(40), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            poem = b"\\xff" if i == 7 else f"poem {i} \\u00e4\\n".encode() * 20
+            yield i, {"poem": poem, "title": f"title {i}", "year": i}
+"""
+RUN = "import sys; from poems import Poems; Poems(data_dir=sys.argv[1]).download_and_prepare()"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A data set that TFDS itself has built: its class must live in a package folder."""
+    root = tmp_path_factory.mktemp("tfds")
+    (root / "code" / "poems").mkdir(parents=True)
+    (root / "code" / "poems" / "__init__.py").write_text("from poems.poems import Poems\n")
+    (root / "code" / "poems" / "poems.py").write_text(BUILDER)
+    subprocess.run(
+        [sys.executable, "-c", RUN, str(root / "data")],
+        cwd=root / "code",
+        check=True,
+        capture_output=True,
+    )
+    return root / "data"
+
+
+def _read(source):
+    return [item for unit in source.units() for item in source.read(unit)]
+
+
+def _poems(items):
+    return [item.fields["text"] if isinstance(item, Document) else item.reason for item in items]
+
+
+def test_prepared_data_set_gives_its_records(data_dir):
+    items = _read(TfdsSource("poems/short", {"text": "poem"}, data_dir=str(data_dir)))
+    expected = {f"poem {i} ä\n" * 20 for i in range(40) if i != 7} | {"invalid_utf8"}
+    assert len(items) == 40
+    assert set(_poems(items)) == expected
+    assert items[0].id == "poems/short/1.0.0/train@0"
+
+
+def test_units_of_any_size_give_the_same_documents_as_the_folder(data_dir, monkeypatch):
+    whole = _read(TfdsSource("poems/short", {"text": "poem"}, data_dir=str(data_dir)))
+    monkeypatch.setattr("lm.data.sources.tfds._UNIT_BYTES", 1500)
+    source = TfdsSource(str(data_dir / "poems/short/1.0.0"), {"text": "poem"})
+    assert len(source.units()) > 5
+    assert _read(source) == whole
+
+
+def test_splits_and_fields_are_chosen_by_name(data_dir):
+    columns = {"inputs": "title", "targets": "poem"}
+    source = TfdsSource("poems/short", columns, split="test+train", data_dir=str(data_dir))
+    items = _read(source)
+    assert len(items) == 43
+    titles = {item.fields["inputs"] for item in items[:3]}
+    assert titles == {"title 0", "title 1", "title 2"}
+    years = _read(TfdsSource("poems/short", {"text": "year"}, "test", str(data_dir)))
+    assert {item.reason for item in years if isinstance(item, Skipped)} == {"field_is_not_text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("poems/short", {"columns": {"text": "text"}}, "no feature 'text'; it has .*poem"),
+        ("poems/short", {"split": "dev"}, "no split 'dev'; it has .*train"),
+        ("poems/short", {"split": "train[:5]"}, "no split"),
+        ("poems/long", {}, "poems/long is not prepared in .*--tfds-download"),
+        ("imdb_reviews/plain_text", {}, "is not prepared in"),
+        ("imdb_reviews", {}, "is not prepared in"),
+        ("no_such_data_set", {}, "is not prepared in"),
+        ("no_such_data_set", {"download": True}, "could not be downloaded and prepared"),
+        (".", {}, "a folder, but no data set"),
+    ],
+)
+def test_data_set_that_is_not_there_is_one_quick_error(data_dir, name, changes, message):
+    source = TfdsSource(
+        **{"name": name, "columns": {"text": "poem"}, "data_dir": str(data_dir), **changes}
+    )
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as caught:
+        source.units()
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 20
+
+
+def test_tensorflow_is_imported_only_to_read_a_data_set():
+    code = "import sys, lm.data.prepare; print({'tensorflow', 'jax'} & set(sys.modules))"
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,234 @@
+import http.server
+import json
+import os
+import shutil
+import threading
+import urllib.parse
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.data.sources import Document
+from lm.data.sources.token_writer import StoreWriter, encode_block, write_store
+from lm.data.sources.tokens import TokenStore
+from lm.data.tokenizer import ByteTokenizer, from_bytes
+from lm.data.tokenizer_training import train_sentencepiece
+
+TEXTS = ["first", "zweiter Text äöü", "", "the fourth document\n" * 30]
+DOCUMENTS = [Document(f"ids/{i} é", {"text": text}) for i, text in enumerate(TEXTS)]
+STREAM = [i for text in TEXTS for i in [*text.encode(), ByteTokenizer.eos_id]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stores") / "store"
+    write_store(path, DOCUMENTS, ByteTokenizer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """A web server on loopback that answers byte ranges, also in the API of gs://."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            url = urllib.parse.urlparse(self.path)
+            name = urllib.parse.unquote(url.path)
+            if "/o/" in name:  # /storage/v1/b/BUCKET/o/OBJECT?alt=media
+                name = name.split("/o/", 1)[1]
+            file = folder.parent / name.lstrip("/")
+            body, status = (file.read_bytes(), 200) if file.is_file() else (b"", 404)
+            headers = {"x-goog-generation": "1", "ETag": '"1"'}
+            if status == 200 and "Range" in self.headers:
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                first, stop = int(first), int(last or len(body) - 1) + 1
+                if first >= len(body):
+                    status, body = 416, b""
+                else:
+                    headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(body)}"
+                    status, body = 206, body[first:stop]
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://localhost:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["local", "file", "http", "gs"])
+def store(request, folder, monkeypatch):
+    if request.param == "local":
+        return TokenStore.open(folder)
+    if request.param == "file":
+        return TokenStore.open(f"file://{folder}")
+    url = request.getfixturevalue("server")
+    if request.param == "http":
+        return TokenStore.open(f"{url}/store")
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+    return TokenStore.open("gs://bucket/store")
+
+
+def test_store_holds_every_document_and_its_end(store):
+    assert (store.num_documents, store.num_tokens) == (len(TEXTS), len(STREAM))
+    assert store.num_bytes == sum(store.document_bytes) == sum(len(t.encode()) for t in TEXTS)
+    for i, document in enumerate(DOCUMENTS):
+        tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+        assert tokens.dtype == np.int32
+        assert tokens[-1] == ByteTokenizer.eos_id
+        assert ByteTokenizer().decode(tokens) == document.fields["text"]
+        assert store.document_ids(i) == document.id
+        assert store.document_bytes[i] == len(document.fields["text"].encode())
+    store.verify()
+    assert store.tokenizer().fingerprint == ByteTokenizer.fingerprint
+
+
+def test_gather_is_slicing_with_zeros_beyond_the_end(store):
+    padded = np.array(STREAM + [0] * 50)
+    starts = np.array([0, 3, 3, len(STREAM) - 5, len(STREAM), len(STREAM) + 40, 10**12])
+    windows = store.gather(starts, 9)
+    assert windows.dtype == np.int32
+    for start, window in zip(starts, windows, strict=True):
+        np.testing.assert_array_equal(window, padded[start : start + 9] if start < 10**9 else 0)
+    assert store.gather(np.empty(0, np.int64), 9).shape == (0, 9)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_tokens_are_slices_of_the_stream(folder, data):
+    store = TokenStore.open(folder)
+    start = data.draw(st.integers(0, len(STREAM)))
+    stop = data.draw(st.integers(start, len(STREAM)))
+    assert store.tokens(start, stop).tolist() == STREAM[start:stop]
+
+
+def test_positions_outside_the_store_are_refused(folder):
+    store = TokenStore.open(folder)
+    with pytest.raises(ValueError, match=f"not within {len(STREAM)}"):
+        store.tokens(0, len(STREAM) + 1)
+    with pytest.raises(ValueError, match="cannot start at -1"):
+        store.gather(np.array([0, -1]), 4)
+
+
+def test_two_fields_share_ids_and_have_their_own_streams(tmp_path):
+    documents = [
+        Document(f"d{i}", {"inputs": "q" * i, "targets": "answer" * i}) for i in range(1, 5)
+    ]
+    write_store(tmp_path / "s", documents, ByteTokenizer(), fields=["inputs", "targets"])
+    inputs = TokenStore.open(tmp_path / "s", field="inputs")
+    targets = TokenStore.open(tmp_path / "s", field="targets")
+    for i, document in enumerate(documents):
+        for store, text in zip((inputs, targets), document.fields.values(), strict=True):
+            tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+            assert ByteTokenizer().decode(tokens) == text
+            assert store.document_ids(i) == document.id
+    with pytest.raises(ValueError, match="no field 'text'; it has inputs, targets"):
+        TokenStore.open(tmp_path / "s")
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    class Large(ByteTokenizer):
+        vocab_size = 70_000
+        eos_id = 69_999
+
+    write_store(tmp_path / "s", DOCUMENTS, Large())
+    store = TokenStore.open(tmp_path / "s")
+    assert store.manifest["dtype"] == "<u4"
+    assert store.tokens(5, 6).tolist() == [69_999]
+
+
+def test_store_without_documents_opens(tmp_path):
+    write_store(tmp_path / "s", [], ByteTokenizer())
+    store = TokenStore.open(tmp_path / "s")
+    assert (store.num_documents, store.num_tokens) == (0, 0)
+    assert store.gather(np.array([0]), 3).tolist() == [[0, 0, 0]]
+
+
+def _damaged(folder, tmp_path, name, change):
+    shutil.copytree(folder, tmp_path / "s")
+    file = tmp_path / "s" / name
+    content = change(file.read_bytes())
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("manifest.json", lambda b: None, r"no manifest\.json"),
+        ("text/tokens.bin", lambda b: b[:-1], "tokens.bin .*manifest says"),
+        ("text/tokens.bin", lambda b: b + b"0", "tokens.bin .*manifest says"),
+        ("text/tokens.bin", lambda b: None, "tokens.bin is missing"),
+        ("text/offsets.bin", lambda b: b[:8], "offsets.bin .*manifest says"),
+        ("ids.bin", lambda b: b"", "ids.bin .*manifest says"),
+        ("manifest.json", lambda b: b.replace(b'"format": 1', b'"format": 9'), "format 9"),
+    ],
+)
+def test_damaged_store_does_not_open(folder, tmp_path, scheme, name, change, message):
+    path = _damaged(folder, tmp_path, name, change)
+    with pytest.raises(ValueError, match=message):
+        TokenStore.open(f"{scheme}{path}")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_verify_finds_a_changed_token(folder, tmp_path, scheme):
+    path = _damaged(folder, tmp_path, "text/tokens.bin", lambda b: b[:100] + b"?" + b[101:])
+    store = TokenStore.open(f"{scheme}{path}")
+    with pytest.raises(ValueError, match=r"text/tokens\.bin: content hash"):
+        store.verify()
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path):
+    model = train_sentencepiece(["some text to train on\n" * 20], vocab_size=275)
+    tokenizer = from_bytes("x.model", model)
+    write_store(tmp_path / "s", DOCUMENTS, tokenizer)
+    store = TokenStore.open(tmp_path / "s")
+    store.check_tokenizer(tokenizer)
+    assert store.tokenizer().fingerprint == tokenizer.fingerprint
+    message = f"(?s){tokenizer.fingerprint}.*{ByteTokenizer.fingerprint}"
+    with pytest.raises(ValueError, match=message):
+        store.check_tokenizer(ByteTokenizer())
+
+
+def test_store_moved_elsewhere_needs_nothing_outside(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    store = TokenStore.open(tmp_path / "elsewhere")
+    store.check_tokenizer(store.tokenizer())
+
+
+def test_store_appears_only_when_closed(tmp_path):
+    writer = StoreWriter(tmp_path / "s", ByteTokenizer(), fields=["text"])
+    writer.add(encode_block(DOCUMENTS, ByteTokenizer(), fields=["text"]))
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError, match="not a complete token store"):
+            TokenStore.open(path)
+    writer.close(tokenizer_name="bytes", source=[], split="", skipped={})
+    assert os.listdir(tmp_path) == ["s"]
+    assert TokenStore.open(tmp_path / "s").num_documents == len(DOCUMENTS)
+
+
+def test_blocks_appended_one_by_one_give_the_same_bytes(folder, tmp_path):
+    writer = StoreWriter(tmp_path / "s", ByteTokenizer(), fields=["text"])
+    for document in DOCUMENTS:
+        writer.add(encode_block([document], ByteTokenizer(), fields=["text"]))
+    writer.close(tokenizer_name="bytes", source=[], split="", skipped={})
+    one, other = (
+        json.loads((path / "manifest.json").read_text()) for path in (folder, tmp_path / "s")
+    )
+    assert one == other

@@ -1,0 +1,23 @@
+"""A run that takes seconds, for tests of whole processes."""
+
+from lm.config import default
+
+
+def get_config(arg: str | None = None):
+    config = default()
+    config.data.train = ("synthetic:markov:4096",)
+    config.data.validation = ("synthetic:markov:40:7",)
+    config.data.length = 32
+    config.data.batch_size = 8
+    model = config.model
+    model.vocab_size, model.max_length = 264, 32
+    model.num_layers, model.embed_dim, model.num_heads = 2, 32, 4
+    model.dropout = 0.1
+    config.loader.kind = "thread"  # TensorFlow's import would be most of the time
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.ema_decay = 0.99
+    config.train.num_steps = 200
+    config.train.log_every = 1
+    config.checkpoint.every = 20
+    config.log.tensorboard = False
+    return config
