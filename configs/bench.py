@@ -4,8 +4,8 @@
     configs/bench.py:gpt2_124m   vocab 50257, 12 layers, width 768, 12 heads, 2 rows of 512 a batch
 
 Layer norms without bias, no biases, exact GELU, learned positions, tied head, no dropout; AdamW
-3e-4 (0.9, 0.95, decay 0.1 on everything), gradient clip 1.0. Small enough for two CPU cores.
-There is nothing to learn.
+3e-4 (0.9, 0.95, decay 0.1 on everything), gradient clip 1.0. Small enough for two CPU cores. Tokens
+are those of the tokenizer `bytes`, below 259. There is nothing to learn.
 
     python scripts/bench.py --config=configs/bench.py:small8k
 """

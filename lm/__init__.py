@@ -1,1 +1,1 @@
-"""lm: pretrain language models in JAX and Flax, from a laptop CPU to thousands of TPU or GPU chips."""
+"""Pretrain language models in JAX and Flax, from a laptop to thousands of chips."""

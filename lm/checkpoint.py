@@ -1,7 +1,7 @@
 """Checkpoints of a run, through Orbax: asynchronous, atomic, restored into any sharding.
 
-The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate items, so that either
-can be read alone.
+The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate
+items, so that either can be read alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -20,7 +20,7 @@ ITEMS = ("params", "opt_state")
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`/checkpoints. A context manager: leaving it waits for the last save."""
+    """The checkpoints below `workdir`; a context that waits for the last save when it is left."""
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
         directory = epath.Path(workdir).resolve() / "checkpoints"
@@ -45,7 +45,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> bool:
-        """Starts saving `state`; False if its step is saved already. Returns once the device arrays are copied."""
+        """Starts saving `state` and returns once it is copied; False if its step is saved already."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
@@ -63,7 +63,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState | None:
-        """The state at `step` (default: newest) laid out as the shardings of `abstract` say; None if there is none."""
+        """The state at `step` (default: newest) in the shardings of `abstract`; None if none is there."""
         step = self._find(step)
         if step is None:
             return None
@@ -74,7 +74,7 @@ class Checkpoints:
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
             ),
         )
-        count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        count = jax.device_put(np.int32(step), abstract.step.sharding)
         return TrainState(step=count, params=restored["params"], opt_state=restored["opt_state"])
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:

@@ -1,9 +1,10 @@
-"""The table of contents of a run: frozen dataclasses, and their way to and from `ml_collections.ConfigDict`.
+"""The table of contents of a run: frozen dataclasses, and their way to and from
+`ml_collections.ConfigDict`.
 
-`configs/*.py` and the command line work on a ConfigDict; `resolve` turns it into the frozen `Config` that the code reads. Model
-and objective are components: modules with a `Config` dataclass and a `build` function, found by the name in
-`config.model.name` and `config.objective.name` (a name with a dot is imported as it is, so that a component may live
-outside of this project).
+`configs/*.py` and the command line work on a ConfigDict; `resolve` turns it into the frozen
+`Config` that the code reads. Model and objective are components: modules with a `Config` dataclass
+and a `build` function, found by the name in `config.model.name` and `config.objective.name` (a name
+with a dot is imported as it is, so that a component may live outside of this project).
 """
 
 from __future__ import annotations
@@ -169,10 +170,12 @@ COMPONENTS = {"model": "lm.models", "objective": "lm.objectives"}
 
 
 def component(package: str, name: str) -> types.ModuleType:
-    """The module that `name` means inside `package`; with a dot in it, the module of that full name.
+    """The module that `name` means inside `package`; with a dot in it, the module of that full
+    name.
 
     Raises:
-        ValueError: no such module, or it has no `Config` and `build`; the message lists those that exist.
+        ValueError: no such module, or it has no `Config` and `build`; the message lists those that
+        exist.
     """
     path = name if "." in name else f"{package}.{name}"
     try:
@@ -192,7 +195,7 @@ def component(package: str, name: str) -> types.ModuleType:
 
 
 def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
-    """A ConfigDict with every field of every section at its default, for `configs/*.py` to change."""
+    """A ConfigDict with every field of every section at its default, for configs to change."""
     tree: dict[str, Any] = {}
     for f in dataclasses.fields(Config):
         if f.name in COMPONENTS:
@@ -208,7 +211,8 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     """The frozen `Config` of a ConfigDict (or of the plain dict that `to_dict` made of one).
 
     Raises:
-        ValueError: a key that nothing reads, a missing section, or a value of the wrong type; with the config path.
+        ValueError: a key that nothing reads, a missing section, or a value of the wrong type; with
+        the config path.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
@@ -232,7 +236,7 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 def names(config: ml_collections.ConfigDict) -> dict[str, str]:
     """The component names of a config: {"model": "decoder", "objective": "causal"}."""
-    return {key: config[key].name for key in COMPONENTS}
+    return {key: config[key]["name"] for key in COMPONENTS}  # pyright: ignore
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -241,18 +245,18 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """The ConfigDict that `to_json` wrote, with every field that has been added since at its default."""
+    """The ConfigDict that `to_json` wrote; fields added since get their defaults."""
     tree = json.loads(text)
     config = default(**{key: tree[key]["name"] for key in COMPONENTS})
     _check_keys(tree, set(config.keys()), "config")
     for path, value in _leaves(tree):
-        node, *rest = config, *path.split(".")
-        for key in rest[:-1]:
+        *sections, last = path.split(".")
+        node: Any = config
+        for key in sections:
             node = node[key]
-        if rest[-1] not in node:
-            _check_keys({rest[-1]: value}, set(node.keys()), "config." + ".".join(rest[:-1]))
+        _check_keys({last: value}, set(node.keys()), ".".join(["config", *sections]))
         with node.ignore_type():
-            node[rest[-1]] = _tuples(value)
+            node[last] = _tuples(value)
     return config
 
 
@@ -276,7 +280,7 @@ def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, 
     for f in dataclasses.fields(Config):
         if f.name in COMPONENTS:
             package = COMPONENTS[f.name]
-            cls = component(package, config[f.name].name).Config
+            cls = component(package, names(config)[f.name]).Config
             sentences[f"{f.name}.name"] = f"A module of {package}, or a full module name."
         else:
             cls = _hints(Config)[f.name]

@@ -1,7 +1,7 @@
 """Exact, token-weighted evaluation: loss, perplexity and bits per byte of every validation source.
 
-Each row of a source is read exactly once and sums are added up before the one division, so the figures don't depend on
-batch size or mesh (beyond float32 rounding).
+Each row of a source is read exactly once and sums are added up before the one division, so the
+figures don't depend on batch size or mesh (beyond float32 rounding).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}; losses in nats per token.
 
-    `max_batches` limits every source (0: all of it); bits per byte then uses the source's mean bytes per token. `report` takes
-    a line of progress.
+    `max_batches` limits every source (0: all of it); bits per byte then uses the source's mean
+    bytes per token. `report` takes a line of progress.
     """
     results = {}
     for name, source in experiment.validation.items():
@@ -51,7 +51,7 @@ def evaluate(
         values = metrics.means(jax.device_get(total))
         del values["objective"]
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
-        bytes_per_token = getattr(source, "bytes_per_token", None)
+        bytes_per_token = source.bytes_per_token
         if bytes_per_token is not None:
             values["bits_per_byte"] = values["loss"] / math.log(2) / bytes_per_token
         results[name] = values

@@ -1,7 +1,8 @@
-"""From config to objects, in one place: tokenizer, data, model, optimizer, mesh and compiled steps."""
+"""From config to objects, in one place: tokenizer, data, model, optimizer and compiled steps."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ CONFIG_FILE = "config.json"
 
 
 class Experiment:
-    """What a config means on some devices. Parts are made when they are first asked for: generation needs no data."""
+    """What a config means on some devices; parts are made when they are first asked for."""
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
@@ -48,8 +49,8 @@ class Experiment:
         tokenizer = tokenizers.load(self.config.data.tokenizer)
         if tokenizer.vocab_size > self.config.model.vocab_size:
             raise ValueError(
-                f"config.model.vocab_size ({self.config.model.vocab_size}) must be at least the tokenizer's "
-                f"({tokenizer.vocab_size}, {self.config.data.tokenizer})"
+                f"config.model.vocab_size ({self.config.model.vocab_size}) must be at least the "
+                f"tokenizer's ({tokenizer.vocab_size}, {self.config.data.tokenizer})"
             )
         return tokenizer
 
@@ -85,8 +86,9 @@ class Experiment:
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch on the devices) of every step from `start`, prepared ahead."""
         local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
-        for at, batch in local:
-            yield at, self.put(batch)
+        with contextlib.closing(local):
+            for at, batch in local:
+                yield at, self.put(batch)
 
     def put(self, batch: Batch) -> Batch:
         """Global arrays from this process's rows of a batch."""
@@ -101,14 +103,15 @@ class Experiment:
         given = [n for n in ("num_steps", "num_tokens", "num_epochs") if getattr(t, n) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"set one of config.train.num_steps, num_tokens and num_epochs; set: {given or 'none'}"
+                "set one of config.train.num_steps, num_tokens and num_epochs; set: "
+                f"{given or 'none'}"
             )
         if t.num_steps is not None:
             steps = t.num_steps
         elif t.num_tokens is not None:
             steps = math.ceil(t.num_tokens / (self.batch_size * self.config.data.length))
         else:
-            steps = self.train_data.num_batches(t.num_epochs)
+            steps = self.train_data.num_batches(t.num_epochs or 0.0)
         if steps < 1:
             raise ValueError(
                 f"config.train.{given[0]} ({getattr(t, given[0])}) gives {steps} steps"
@@ -208,7 +211,9 @@ class Experiment:
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """(state, batch) -> (state, sums), compiled here and once: other shapes are an error, not another compile."""
+        """(state, batch) -> (state, sums), compiled here and once: other shapes are an error, not
+        another compile.
+        """
         return self.lower_train_step().compile()
 
     @functools.cached_property
@@ -237,8 +242,8 @@ def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
     d, k = config.data, config.train.num_microbatches
     if (d.batch_size is None) == (d.batch_size_per_device is None):
         raise ValueError(
-            f"set one of config.data.batch_size ({d.batch_size}) and config.data.batch_size_per_device "
-            f"({d.batch_size_per_device})"
+            f"set one of config.data.batch_size ({d.batch_size}) and "
+            f"config.data.batch_size_per_device ({d.batch_size_per_device})"
         )
     size = d.batch_size
     if size is None:
@@ -255,7 +260,8 @@ def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
         )
     if d.length % rules.size("length"):
         raise ValueError(
-            f"config.data.length ({d.length}) must be divisible by mesh sequence ({rules.size('length')})"
+            f"config.data.length ({d.length}) must be divisible by mesh sequence "
+            f"({rules.size('length')})"
         )
     return size
 
@@ -263,7 +269,8 @@ def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
 def load(
     workdir: str, devices: Sequence[Any], changes: Mapping[str, Any] | None = None
 ) -> Experiment:
-    """The experiment of a run's folder on these devices, all data-parallel unless `changes` say otherwise.
+    """The experiment of a run's folder on these devices, all data-parallel unless `changes` say
+    otherwise.
 
     changes: {config path: value}. A batch that the devices don't divide is made larger.
 

@@ -11,7 +11,7 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 
 class StopSignals:
-    """Inside this context the first SIGINT or SIGTERM sets `received`; a second one ends the process at once."""
+    """The first SIGINT or SIGTERM in this context sets `received`; a second one is fatal."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -1,7 +1,9 @@
 """Token cross-entropy as sums, in chunks, so that [B, T, V] logits never exist.
 
-The gradient with respect to a chunk's logits needs nothing but that chunk, so it is formed in the forward pass while they are
-there: three products with the vocabulary matrix instead of four with rematerialization, and one chunk of logits in memory.
+The gradient with respect to a chunk's logits needs nothing but that chunk, so it is formed in the
+forward pass while they are
+there: three products with the vocabulary matrix instead of four with rematerialization, and one
+chunk of logits in memory.
 """
 
 from __future__ import annotations
@@ -62,10 +64,13 @@ def chunked_loss(
     targets: Array,
     weights: Array,
 ) -> tuple[Array, Sums]:
-    """(objective, sums) of hidden: [B, T, D] with `num_chunks` pieces of the length, a divisor of T."""
+    """(objective, sums) of hidden: [B, T, D] with `num_chunks` pieces of the length, a divisor of
+    T.
+    """
 
     def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        new, _ = _statistics(project(x[0], *parameters), *x[1:], config)
+        hidden, targets, weights = x
+        new, _ = _statistics(project(hidden, *parameters), targets, weights, config)
         return _add(sums, new), None
 
     sums, _ = _over_chunks(chunk, num_chunks, (hidden, targets, weights))
@@ -83,7 +88,8 @@ def _forward(
 ) -> tuple[tuple[Array, Sums], tuple[list[Array], Array]]:
     def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
         h, t, w = x
-        logits, pullback = jax.vjp(project, h, *parameters)
+        vjp: Any = jax.vjp(project, h, *parameters)
+        logits, pullback = vjp
         new, log_z = _statistics(logits, t, w, config)
         d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
         return _add(carry, (new, d_parameters)), d_hidden
@@ -113,7 +119,9 @@ def _add(a: Any, b: Any) -> Any:
 
 
 def _over_chunks(chunk: Any, num_chunks: int, xs: tuple[Array, ...]) -> tuple[Any, Any]:
-    """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T, ...]."""
+    """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T,
+    ...].
+    """
     if num_chunks == 1:
         return chunk(None, xs)
 
@@ -131,7 +139,7 @@ def _over_chunks(chunk: Any, num_chunks: int, xs: tuple[Array, ...]) -> tuple[An
 
 
 def num_chunks(chunk_size: int, rows: int, length: int) -> int:
-    """The fewest equal pieces of `length` with at most `chunk_size` tokens in each (of `rows` rows a device)."""
+    """The fewest equal pieces of `length` with at most `chunk_size` tokens each, of `rows` rows."""
     if chunk_size == 0:
         return 1
     wanted = max(1, min(length, -(-rows * length // chunk_size)))
@@ -143,7 +151,8 @@ def lm_loss(
 ) -> tuple[Array, Sums]:
     """(SUM to differentiate, additive sums) of one batch.
 
-    The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of auxiliary losses what to divide by it.
+    The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of
+    auxiliary losses what to divide by it.
     """
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
@@ -151,10 +160,12 @@ def lm_loss(
     batch_size, length, embed_dim = output.hidden.shape
     n = num_chunks(config.chunk_size, -(-batch_size // model.rules.size("batch")), length)
     piece = jax.ShapeDtypeStruct((batch_size, length // n, embed_dim), output.hidden.dtype)
-    # Only the parameters that the projection reads become arguments, and so get a gradient carried from chunk to chunk.
-    project, parameters = jax.closure_convert(
+    # Only the parameters that the projection reads become arguments, and so get a gradient carried
+    # from chunk to chunk.
+    closed: Any = jax.closure_convert(
         lambda hidden: model.apply(variables, hidden, method="logits"), piece
     )
+    project, parameters = closed
     objective, sums = chunked_loss(
         project, config, n, parameters, output.hidden, batch.targets, batch.weights
     )

@@ -39,11 +39,14 @@ class TensorBoard:
         self._records = RecordWriter(self._file)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import event_pb2, summary_pb2
 
-        scalars = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        event = Event(step=step, wall_time=time.time(), summary=Summary(value=scalars))
+        event = event_pb2.Event(step=step, wall_time=time.time())  # pyright: ignore
+        event.summary.CopyFrom(
+            summary_pb2.Summary(  # pyright: ignore
+                value=[{"tag": name, "simple_value": value} for name, value in values.items()]
+            )
+        )
         self._records.write(event.SerializeToString())
         self._records.flush()
 
@@ -68,7 +71,7 @@ def quantity(value: float) -> str:
 
 
 class Progress:
-    """One line that is drawn over itself on a terminal; elsewhere a new line at most every `pause` seconds."""
+    """One line, drawn over itself on a terminal; elsewhere at most a line every `pause` seconds."""
 
     def __init__(self, stream: TextIO = sys.stderr, pause: float = 10.0) -> None:
         self._stream, self._pause, self._last = stream, pause, -math.inf
@@ -99,10 +102,11 @@ class Progress:
 
 
 class Writer:
-    """Collects the sums of steps and writes their means; values are read one step late, so devices never wait.
+    """Collects the sums of steps and writes their means; values are read one step late, so devices
+    never wait.
 
-    `first_step` is where this process starts: what an earlier one wrote of later steps is dropped from
-    `metrics.jsonl`, since they will be done again. Only `active` writers (process 0) write.
+    `first_step` is where this process starts: what an earlier one wrote of later steps is dropped
+    from `metrics.jsonl`, since they will be done again. Only `active` writers (process 0) write.
     """
 
     def __init__(
@@ -137,7 +141,7 @@ class Writer:
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 
     def train(self, step: int, sums: Sums, **extra: float) -> None:
-        """Takes the sums of the step that ended at `step` (device arrays) and reads those of the one before."""
+        """Takes the sums (device arrays) of the step ending at `step`; reads those of the one before."""
         pending, self._pending = self._pending, (step, sums, extra)
         if pending is not None:
             self._read(*pending)
@@ -181,8 +185,9 @@ class Writer:
             self._emit(step, extra)
         if not finite:
             raise FloatingPointError(
-                f"the loss of step {step} is {host['loss']}: try a lower config.optimizer.learning_rate or a longer "
-                f"warm-up, and look at the data with explain_batch({step - 1})"
+                f"the loss of step {step} is {host['loss']}: try a lower "
+                "config.optimizer.learning_rate or a longer warm-up, and "
+                f"look at the data with explain_batch({step - 1})"
             )
 
     def _emit(self, step: int, extra: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -71,7 +72,7 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
 
 
 def roles(boxed: Any) -> Any:
-    """What each parameter of a tree of `nn.Partitioned` is: matrix, embedding (or vocabulary projection) or vector."""
+    """The role of each parameter in a tree of boxes; vocabulary projections count as embeddings."""
 
     def one(path: Any, leaf: nn.Partitioned) -> str:
         names = [n for n in leaf.names if n != "layers"]
@@ -95,7 +96,7 @@ def _is_dims(x: Any) -> bool:
 
 
 def _muon_dimensions(boxed: Any) -> Any:
-    """Which dimensions of each matrix are its rows and columns: those before and after the residual stream's."""
+    """Rows and columns of each matrix: the dimensions before and after the residual stream's."""
 
     def one(leaf: nn.Partitioned, role: str) -> MuonDimensionNumbers | optax.MaskedNode:
         if role != "matrix":
@@ -108,25 +109,27 @@ def _muon_dimensions(boxed: Any) -> Any:
 
 
 class EmaState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     params: Params
 
 
 def average_weights(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential average of the updated parameters; the last link of a chain, which it doesn't change.
+    """Keeps an exponential average of the updated parameters; the last link of a chain, which it
+    doesn't change.
 
-    The decay of step t is at most (1 + t) / (10 + t), so that the average forgets the initial values.
+    The decay of step t is at most (1 + t) / (10 + t), so that the average forgets the initial
+    values.
     """
 
     def init(params: Params) -> EmaState:
         return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates: Any, state: EmaState, params: Params | None = None) -> Any:
-        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+        d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
         new = jax.tree.map(
             lambda average, p, u: d * average + (1 - d) * (p + u), state.params, params, updates
         )
-        return updates, EmaState(state.count + 1, new)
+        return updates, EmaState(state.step + 1, new)
 
     return optax.GradientTransformation(init, update)
 
@@ -144,7 +147,8 @@ def averaged_params(opt_state: Any) -> Params | None:
 def shard_like_params(opt_state: Any, params: Params, replicated: Any) -> Any:
     """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
 
-    A leaf belongs to the parameter whose path ends its own, if the shapes agree; others are replicated.
+    A leaf belongs to the parameter whose path ends its own, if the shapes agree; others are
+    replicated.
     """
     known = {
         jax.tree_util.keystr(path): leaf
@@ -167,7 +171,7 @@ def _tails(path: Any) -> list[str]:
 def make_optimizer(
     config: OptimizerConfig, boxed: Any, num_steps: int
 ) -> optax.GradientTransformation:
-    """Clip, precondition, decay, scale: one optax chain for parameters whose abstract boxed tree is `boxed`."""
+    """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate."""
     check(config)
     kinds = roles(boxed)
 
@@ -200,7 +204,7 @@ def make_optimizer(
         dimensions, matrix_rate = _muon_dimensions(boxed), config.muon_learning_rate
 
         def scale(dims: MuonDimensionNumbers, update: jax.Array) -> jax.Array:
-            sides = [math.prod(update.shape[i] for i in axes) for axes in dims]
+            sides = [math.prod(np.take(update.shape, axes)) for axes in dims]
             return update * (0.2 * max(sides) ** 0.5)  # the size of AdamW's updates
 
         muon = [

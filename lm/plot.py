@@ -12,8 +12,8 @@ from lm import metrics
 def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> str:
     """Draws WORKDIR/loss.png from metrics.jsonl and returns its path.
 
-    Left: training and validation loss in nats per token; right, where it is known: bits per byte of validation. `references` are
-    named horizontal lines in bits per byte, such as what gzip needs.
+    Left: training and validation loss in nats per token; right, where it is known: bits per byte of
+    validation. `references` are named horizontal lines in bits per byte, such as what gzip needs.
 
     Raises:
         ValueError: the run has written no metrics yet.

@@ -1,4 +1,4 @@
-"""How a script starts: flags with clear errors, and what a process sets up once before JAX is first used."""
+"""How a script starts: flags with clear errors, and settings that must precede JAX."""
 
 from __future__ import annotations
 
@@ -29,7 +29,24 @@ def run(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> No
             print(f"error: {error}", file=sys.stderr)
             return 1
 
+    _use_huge_pages()
     app.run(guarded, flags_parser=functools.partial(_parse, allow_rest))
+
+
+def _use_huge_pages() -> None:
+    """Starts this program again with glibc's huge pages, unless it has them; where there is no
+    glibc, does nothing.
+
+    XLA's CPU client takes fresh memory for the temporaries of every step. Mapping it in pages of 4
+    KiB nearly halves the speed of training on a CPU, and glibc reads its settings only when a
+    process starts.
+    """
+    name = "GLIBC_TUNABLES"
+    if not sys.platform.startswith("linux") or "hugetlb" in os.environ.get(name, ""):
+        return
+    settings = [os.environ[name]] if os.environ.get(name) else []
+    environment = {**os.environ, name: ":".join([*settings, "glibc.malloc.hugetlb=1"])}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _parse(allow_rest: bool, argv: Sequence[str]) -> Any:
@@ -54,7 +71,7 @@ def _start() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lm", "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,7 +1,8 @@
 """Meshes, the table from logical axes to mesh axes, and host rows to global arrays.
 
-Devices enter here once and travel as `Rules`, a frozen object that modules hold as a field: it needs no context manager, and it is
-part of jit's cache key. Collectives are left to the compiler (GSPMD, arXiv:2105.04663).
+Devices enter here once and travel as `Rules`, a frozen object that modules hold as a field: it
+needs no context manager, and it is part of jit's cache key. Collectives are left to the compiler
+(GSPMD, arXiv:2105.04663).
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Rules:
 
     @functools.cached_property
     def platform(self) -> str:
-        """The platform of the mesh's devices, which need not be the default backend: cpu, gpu or tpu."""
+        """The platform of the mesh's devices, which need not be the default backend: cpu, gpu or
+        tpu.
+        """
         platform = self.mesh.devices.flat[0].platform
         return "gpu" if platform in ("cuda", "rocm") else platform
 
@@ -85,7 +88,9 @@ class Rules:
         return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """The partition spec of an array whose dimensions have these logical names (None: replicated)."""
+        """The partition spec of an array whose dimensions have these logical names (None:
+        replicated).
+        """
         entries, used = [], set()
         for name in logical:
             axes = (
@@ -111,17 +116,18 @@ class Rules:
         return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
 
     def check(self, path: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
-        """Raises ValueError unless every sharded dimension divides evenly; `path` names the array."""
+        """Raises ValueError unless all sharded dimensions divide evenly; `path` names the array."""
         for dimension, name in zip(shape, logical, strict=True):
             if name is not None and dimension % self.size(name):
                 axes = "*".join(self.axes(name))
                 raise ValueError(
-                    f"{path}: {name} ({dimension}) must be divisible by mesh {axes} ({self.size(name)}); "
-                    f"change the size, or config.mesh.rules=(('{name}', None),) to replicate it"
+                    f"{path}: {name} ({dimension}) must be divisible by mesh {axes} "
+                    f"({self.size(name)}); change the size, or replicate it with "
+                    f"config.mesh.rules=(('{name}', None),)"
                 )
 
     def shardings(self, boxed: Any) -> Any:
-        """Shardings of a tree whose leaves are boxed by `nn.with_partitioning` (others: replicated)."""
+        """Shardings of a tree of boxes of `nn.with_partitioning`; other leaves are replicated."""
 
         def one(path: Any, leaf: Any) -> NamedSharding:
             if not isinstance(leaf, nn.Partitioned):
@@ -155,13 +161,15 @@ def local_rows(rules: Rules, batch_size: int) -> np.ndarray:
 
 
 def put(rules: Rules, tree: Any, batch_size: int) -> Any:
-    """Global arrays [B, ...] from this process's rows (those of `local_rows`) of every leaf of `tree`."""
+    """Global arrays [B, ...] from this process's rows (those of `local_rows`) of every leaf of
+    `tree`.
+    """
     rows = local_rows(rules, batch_size)
 
     def one(x: np.ndarray) -> jax.Array:
         logical = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
             return x[first : first + stop - start][(slice(None), *index[1:])]

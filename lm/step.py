@@ -46,8 +46,9 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """The state after `batch` and the sums of its loss.
 
-    Gradients are summed over micro-batches and divided once by the total weight of the scored tokens: neither the number of
-    micro-batches nor that of devices changes what the update means. `grad_norm`, before clipping, is the one entry that is no sum.
+    Gradients are summed over micro-batches and divided once by the total weight of the scored
+    tokens: neither the number of micro-batches nor that of devices changes what the update means.
+    `grad_norm`, before clipping, is the one entry that is no sum.
     """
     rng = jax.random.fold_in(rng, state.step)
     grads, sums = _gradients(loss_fn, state.params, batch, rng, num_microbatches)

@@ -1,4 +1,6 @@
-"""The loop: from a config and a folder to a trained model, from wherever the folder's last checkpoint is."""
+"""The loop: from a config and a folder to a trained model, from wherever the folder's last
+checkpoint is.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from etils import epath
 
 from lm import config as configs
@@ -19,12 +21,14 @@ from lm.experiment import CONFIG_FILE, Experiment
 from lm.guard import StopSignals
 from lm.metrics import Writer
 
-# A resumed run with other values here would be another run; everything else may change, and is reported.
+# A resumed run with other values here would be another run; everything else may change, and is
+# reported.
 FIXED = ("model", "objective", "data", "seed")
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any]) -> int:
-    """Trains to the end of the run, or to a SIGINT or SIGTERM, which saves first; returns the exit code.
+    """Trains to the end of the run, or to a SIGINT or SIGTERM, which saves first; returns the exit
+    code.
 
     `workdir` gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
 
@@ -67,7 +71,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
         for step, batch in _profiled(batches, c.log, workdir):
             state, sums = train_step(state, batch)
             done = step + 1
-            rate = c.optimizer.learning_rate * float(schedule(np.int32(step)))
+            rate = c.optimizer.learning_rate * float(jnp.asarray(schedule(step)))
             writer.train(done, sums, learning_rate=rate)
             if experiment.validation and _due(done, c.train.eval_every, num_steps):
                 with writer.pause():
@@ -147,7 +151,8 @@ def _describe(experiment: Experiment, say: Any) -> None:
     per_step = experiment.batch_size * c.data.length
     device = mesh.devices.flat[0].device_kind
     say(
-        f"{metrics.quantity(count)} parameters · {mesh.size} × {device}{' · ' + shape if shape else ''} · "
+        f"{metrics.quantity(count)} parameters · {mesh.size} × {device}"
+        f"{' · ' + shape if shape else ''} · "
         f"{experiment.num_steps} steps of {metrics.quantity(per_step)} tokens "
         f"({metrics.quantity(experiment.num_steps * per_step)} in all)"
     )

@@ -2,8 +2,8 @@
 
 Letters, those of `jax.nn.dot_product_attention` where it has one:
 
-    B batch   T query length   S key length   D embed   N heads   K kv heads   G = N / K   H head dim
-    F mlp     V vocab          E experts      L layers
+    B batch   T query length   S key length   D embed   N heads   K kv heads   G = N / K   H head
+    dim F mlp     V vocab          E experts      L layers
 
 Data code fills these types with numpy arrays, device code with jax arrays.
 """
@@ -14,10 +14,8 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import flax.struct
-import jax
-import numpy as np
 
-Array: TypeAlias = jax.Array | np.ndarray
+Array: TypeAlias = Any  # jax.Array, or np.ndarray where data code fills it
 Params: TypeAlias = Any  # nested dict of arrays
 Cache: TypeAlias = Any  # opaque pytree, owned by the model that made it
 Sums: TypeAlias = dict[
@@ -29,7 +27,8 @@ Sums: TypeAlias = dict[
 class Tokens:
     """One packed stream of tokens.
 
-    Tokens see each other only inside one segment. Segment 0 is padding; positions restart at 0 in every segment.
+    Tokens see each other only inside one segment. Segment 0 is padding; positions restart at 0 in
+    every segment.
     """
 
     ids: Array  # int32 [B, T]
@@ -40,7 +39,9 @@ class Tokens:
 
 @flax.struct.dataclass
 class Batch:
-    """What an objective makes of rows: inputs, what to predict at each of them, and how much each counts."""
+    """What an objective makes of rows: inputs, what to predict at each of them, and how much each
+    counts.
+    """
 
     inputs: Tokens
     targets: Array  # int32 [B, T]

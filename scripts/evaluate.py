@@ -3,21 +3,27 @@
     python scripts/evaluate.py --workdir=runs/tiny
     python scripts/evaluate.py --workdir=runs/tiny --data=data/other/validation --batch-size=64
 
-Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy. Sums
-are added up before the one division, so the figures don't depend on batch size or devices.
+Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
+Sums are added up before the one division, so the figures don't depend on batch size or devices.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
 from lm import runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_DATA = flags.DEFINE_multi_string("data", [], "Token store to use instead of the run's; repeatable.")
+_DATA = flags.DEFINE_multi_string(
+    "data", [], "Token store to use instead of the run's; repeatable."
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows in a batch; default: as in training.")
 

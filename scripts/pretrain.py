@@ -1,11 +1,13 @@
-"""From text to a trained model in one command: corpus, tokenizer, token store, training, samples, summary.
+"""From text to a trained model in one command: corpus, tokenizer, token store, training, samples,
+summary.
 
-    python scripts/pretrain.py                                     # Python's standard library, configs/tiny.py
-    python scripts/pretrain.py --data='books/**/*.txt' --workdir=runs/books
-    python scripts/pretrain.py --config.train.num_steps=100        # any key of the config
+    python scripts/pretrain.py                                     # Python's standard library,
+    configs/tiny.py python scripts/pretrain.py --data='books/**/*.txt' --workdir=runs/books python
+    scripts/pretrain.py --config.train.num_steps=100        # any key of the config
 
 Run again, it goes on where it stopped: finished parts are kept, and training resumes from its last
-checkpoint. The run's folder gets what scripts/train.py writes, loss.png, samples.txt and summary.json.
+checkpoint. The run's folder gets what scripts/train.py writes, loss.png, samples.txt and
+summary.json.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
     from lm.metrics import seconds
     from lm.train import train
 
-    given = [*argv[1:]] if any(a.startswith("--data") for a in argv) else ["--data=stdlib", *argv[1:]]
+    given = (
+        [*argv[1:]] if any(a.startswith("--data") for a in argv) else ["--data=stdlib", *argv[1:]]
+    )
     corpus = corpora.from_flags(_DATA.parse_args(given))
     name = corpus_name(corpus)
     config = _CONFIG.value
@@ -94,8 +98,10 @@ def main(argv: Sequence[str]) -> int:
         f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
         f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}, xz -9 {summary['xz_bits_per_byte']:.3f})\n"
         f"training                 {seconds(summary['train_seconds'])}, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['parameters'] / 1e6:.2f}M parameters\n"
-        f"run                      {workdir}   (checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
+        f"{summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{summary['parameters'] / 1e6:.2f}M parameters\n"
+        f"run                      {workdir}   "
+        "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
         f"loss curve               {workdir / 'loss.png'}\n\n"
         "What next:\n"
         f"  python scripts/generate.py --workdir={workdir} --prompt='def main(' --stream\n"
@@ -110,7 +116,7 @@ def step(number: int, text: str) -> None:
 
 
 def corpus_name(corpus: corpora.Corpus) -> str:
-    """A folder name for a corpus: what it is called, and a hash of all that decides what is in it."""
+    """A folder name for a corpus: what it is called, and a hash of what decides its content."""
     if list(corpus.data) == ["stdlib"] and corpus == corpora.Corpus(data=corpus.data):
         return "stdlib"
     words = re.sub(r"[^a-zA-Z0-9]+", "-", " ".join(corpus.data)).strip("-").lower()[:30]

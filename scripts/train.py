@@ -11,7 +11,11 @@ goes on where the last checkpoint is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 from ml_collections import config_flags

@@ -83,6 +83,8 @@ def test_fields_without_a_default_value_can_be_set_and_stay_typed():
     config = default()
     for path, value in leaves(config.to_dict()):
         if value is None:
+            with pytest.raises(TypeError):
+                assign(config, path, "three")
             for good in (3, 3.0):
                 try:
                     assign(config, path, good)
@@ -91,8 +93,6 @@ def test_fields_without_a_default_value_can_be_set_and_stay_typed():
                     continue
             else:
                 pytest.fail(f"{path} takes no number")
-            with pytest.raises(TypeError):
-                assign(config, path, "three")
     frozen = resolve(config)
     assert frozen.train.num_tokens == 3 and frozen.model.query_scale == 3.0
 
@@ -151,6 +151,7 @@ def test_json_gives_back_the_same_config():
     config.seed = 7
     config.model.window = 16
     config.model.layer_pattern = ("local", "global")
+    config.model.init_std = None
     config.train.num_tokens = 10**12
     again = from_json(to_json(config))
     assert resolve(again) == resolve(config)
@@ -195,7 +196,8 @@ def test_changed_lists_the_paths_that_differ_with_both_values():
 
 def test_changed_sees_no_difference_between_lists_and_tuples():
     old, new = default(), default()
-    old.data.train, new.data.train = ("a",), ["a"]
+    old.mesh.rules = (("mlp", ("tensor", "fsdp")),)
+    new.mesh.rules = [["mlp", ["tensor", "fsdp"]]]
     assert changed(old, new) == {}
 
 

@@ -533,7 +533,7 @@ def test_decode_continues_a_cache_with_room_to_spare(subject):
         ({"layer_pattern": ("round",)}, r"layer_pattern must list .* \('round',\)"),
         ({"layer_pattern": ()}, r"layer_pattern must list .* \(\)"),
         ({"max_length": 16}, r"max_length \(16\) .* config.data.length \(32\)"),
-        ({"scan_unroll": 3}, r"scan_unroll \(3\) .* num_layers \(2\)"),
+        ({"scan_unroll": 3}, r"scan_unroll \(3\) must be -1 or in 1..num_layers \(2\)"),
         ({"scan_unroll": 0}, r"scan_unroll \(0\)"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout must be in \[0, 1\), got -0.1"),

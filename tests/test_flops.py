@@ -241,9 +241,10 @@ def test_optimizer_without_a_formula_is_refused():
 @pytest.mark.parametrize("name", ["plain", "grouped", "windows"])
 def test_cache_bytes_are_those_of_the_keys_and_values_of_a_cache(name):
     config = variant(name)
-    cache = jax.eval_shape(lambda: build(config).init_cache(3, 12))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
-    assert flops.kv_cache_bytes(config, 12, batch_size=3) == size
+    for length in (12, 3):  # longer and shorter than the window
+        cache = jax.eval_shape(functools.partial(build(config).init_cache, 3, length))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
+        assert flops.kv_cache_bytes(config, length, batch_size=3) == size
     assert flops.parameter_bytes(config) == 4 * flops.parameters(config).total
 
 

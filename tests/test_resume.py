@@ -1,4 +1,6 @@
-"""A run is a pure function of (config, step): killed, stopped and resumed runs end with the same bytes."""
+"""A run is a pure function of (config, step): killed, stopped and resumed runs end with the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def environment(num_devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run(workdir: pathlib.Path, num_devices: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(
+    workdir: pathlib.Path, num_devices: int, *overrides: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(workdir, *overrides),
         env=environment(num_devices),
@@ -128,10 +132,16 @@ def test_a_changed_model_is_refused_unless_allowed_by_name(tmp_path):
     [
         ("--config.model.num_layer=2", 'Did you mean "num_layers"'),
         ("--config.model.num_layers=two", "invalid literal"),
-        ("--config.model.num_heads=5", "config.model.embed_dim (32) must be divisible by num_heads (5)"),
+        (
+            "--config.model.num_heads=5",
+            "config.model.embed_dim (32) must be divisible by num_heads (5)",
+        ),
         ("--config.data.batch_size=9", "config.data.batch_size (9) must be divisible by mesh"),
         ("--config.mesh.fsdp=3", "must use all devices (2)"),
-        ("--config.data.length=64", "config.model.max_length (32) must be at least config.data.length (64)"),
+        (
+            "--config.data.length=64",
+            "config.model.max_length (32) must be at least config.data.length (64)",
+        ),
         ("--config.optimizer.name=adam", "config.optimizer.name must be one of adamw"),
     ],
 )

@@ -116,7 +116,9 @@ def test_two_fields_come_from_their_columns(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
-def test_separator_makes_several_documents_of_a_file(tmp_path, separator):
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_separator_makes_several_documents_of_a_file(tmp_path, monkeypatch, separator, block):
+    monkeypatch.setattr(text, "_BLOCK", block)
     file = _write(tmp_path / "a.txt", separator.join(["one", "two äö", " ", "three"]) + separator)
     items = _read(file, separator=separator)
     assert [i.reason if isinstance(i, Skipped) else i.fields["text"] for i in items] == [

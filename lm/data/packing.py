@@ -65,6 +65,11 @@ class Packed:
     def __len__(self) -> int:
         return self._num_rows
 
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the store's text per token, ends of documents included in the tokens."""
+        return self.store.num_bytes / self.store.num_tokens
+
     def fill(self) -> float:
         """Returns the fraction of all positions that hold a token."""
         return self.store.num_tokens / (self._num_rows * self.length)

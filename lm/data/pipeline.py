@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -40,7 +40,10 @@ class OutOfData(Exception):
 
 
 class RowSource(Source, Protocol):
-    """A source that can say which documents its rows hold."""
+    """A source that can say which documents its rows hold, and how much text that is."""
+
+    @property
+    def bytes_per_token(self) -> float | None: ...
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
 
@@ -126,7 +129,7 @@ class Pipeline:
         *,
         rows: RowIndex = ALL_ROWS,
         loader: LoaderConfig,
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch], None, None]:
         """Returns an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
 
         loader.kind: "tf.data", or "thread", which needs no TensorFlow; the batches are the same.
@@ -276,7 +279,7 @@ def _make_synthetic(path: str, config: DataConfig, tokenizer: Tokenizer) -> Synt
 
 def _iterate_threads(
     make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
     pending: collections.deque[Future[Batch]] = collections.deque()
     try:
@@ -292,7 +295,7 @@ def _iterate_threads(
 
 def _iterate_tf_data(
     make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     try:
         import tensorflow as tf
     except ModuleNotFoundError as error:
@@ -308,7 +311,7 @@ def _iterate_tf_data(
 
 def _run_tf_data(
     tf: Any, make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     if start >= stop:
         return
     like = make(start)  # tf.data wants to know types and shapes before the first batch

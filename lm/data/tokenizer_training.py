@@ -9,10 +9,9 @@ from pathlib import Path
 
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.sources import Skipped
-from lm.data.tokenizer import pieces
+from lm.data.tokenizer import LONG_TEXT, pieces
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
-_MAX_SENTENCE = 1 << 14  # characters; SentencePiece counts positions in 16 bits
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 
 
@@ -83,7 +82,7 @@ def train_sentencepiece(
             split_by_unicode_script=False,
             max_sentencepiece_length=32,
             character_coverage=0.9999,
-            max_sentence_length=1 << 24,  # bytes; a longer sentence would be left out
+            max_sentence_length=4 * LONG_TEXT,  # bytes; SentencePiece leaves out longer ones
             num_threads=16,  # a constant: unigram's sums depend on it
             pad_id=PAD_ID,
             bos_id=BOS_ID,
@@ -103,7 +102,7 @@ def _sentences(texts: Iterable[str], piece_span: str) -> Iterator[str]:
     """Yields what SentencePiece counts pairs in; never across two of these."""
     for text in texts:
         for line in [text] if piece_span == "word" else _LINE.split(text):
-            yield from pieces(line, limit=_MAX_SENTENCE)
+            yield from pieces(line)
 
 
 def train_tokenizer(

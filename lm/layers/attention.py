@@ -1,4 +1,6 @@
-"""Multi-head, grouped-query and multi-query attention (arXiv:1706.03762, arXiv:2305.13245) over packed segments."""
+"""Multi-head, grouped-query and multi-query attention (arXiv:1706.03762, arXiv:2305.13245) over
+packed segments.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ NEGATIVE = -1e30  # finite, so that a row that sees nothing gives no NaN
 class Mask:
     """Who sees whom, from what is known of queries and keys: no [T, S] array is stored.
 
-    A key is seen from its own segment (never segment 0, padding), at positions up to the query's when `causal`, less than
-    `window` back where one is given, and anyway where it belongs to a bidirectional prefix.
+    A key is seen from its own segment (never segment 0, padding), at positions up to the query's
+    when `causal`, less than `window` back where one is given, and anyway where it belongs to a
+    bidirectional prefix.
     """
 
     query_segments: Array  # int32 [B, T]
@@ -57,7 +60,9 @@ def self_mask(tokens: Tokens, causal: bool = True) -> Mask:
 
 @flax.struct.dataclass
 class Context:
-    """What every layer of one forward pass shares. Lists have one entry per kind of layer (see `windows`)."""
+    """What every layer of one forward pass shares. Lists have one entry per kind of layer (see
+    `windows`).
+    """
 
     masks: tuple[Mask, ...]
     biases: tuple[Array | None, ...]  # float32 [B or 1, N, T, S], added to the scores
@@ -77,7 +82,8 @@ def attention_scores(
     softcap: float | None = None,
     bias: Array | None = None,
 ) -> jax.Array:
-    """Logits of the attention weights, float32 [B, N, T, S], of q: [B, N, T, H] over k: [B, K, S, H].
+    """Logits of the attention weights, float32 [B, N, T, S], of q: [B, N, T, H] over k: [B, K, S,
+    H].
 
     Query head n reads kv head n // G. Keys that the mask hides get a score that is as good as -inf.
     """
@@ -108,8 +114,8 @@ def attend(
 ) -> jax.Array:
     """Softmax of the scores times values: [B, N, T, H] of q: [B, N, T, H], k and v: [B, K, S, H].
 
-    The softmax, in float32, is normalised after the product with v: [T, H] numbers to divide instead of [T, S], and as
-    many fewer to read for the row sums of its gradient.
+    The softmax, in float32, is normalised after the product with v: [T, H] numbers to divide
+    instead of [T, S], and as many fewer to read for the row sums of its gradient.
     """
     scores = attention_scores(q, k, mask, scale=scale, window=window, softcap=softcap, bias=bias)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -125,10 +131,11 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Self-attention. Parameters: `query` `key` `value` `out`, and `query_norm` `key_norm` [H] with `qk_norm`.
+    """Self-attention. Parameters: `query` `key` `value` `out`, and `query_norm` `key_norm` [H] with
+    `qk_norm`.
 
-    `windows` lists the kinds of layer of the model (None sees everything); which kind this layer is, is data, so that
-    layers of different kinds share one scanned body.
+    `windows` lists the kinds of layer of the model (None sees everything); which kind this layer
+    is, is data, so that layers of different kinds share one scanned body.
     """
 
     embed_dim: int
@@ -167,8 +174,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], cache).
 
-        kind: int32 [], an index into `windows`, or None with a single one; layer: int32 [], the place of this layer among those of
-        its kind, which is its place in the cache.
+        kind: int32 [], an index into `windows`, or None with a single one; layer: int32 [], the
+        place of this layer among those of its kind, which is its place in the cache.
         """
         q = self._heads("query", self.num_heads, "heads")(x)  # [B, T, N, H]
         k = self._heads("key", self.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]

@@ -1,7 +1,8 @@
 """Keys and values of the tokens seen so far: an argument and a result, never state.
 
-One entry per kind of layer. A layer without a window holds `length` slots; one with a window holds a ring of at most `window`
-slots. Slots carry the segment and position of their token, so masks come from data and prompts may be padded on the left.
+One entry per kind of layer. A layer without a window holds `length` slots; one with a window holds
+a ring of at most `window` slots. Slots carry the segment and position of their token, so masks come
+from data and prompts may be padded on the left.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def init(
     dtype: Any,
     rules: Rules,
 ) -> dict[str, Any]:
-    """An empty cache: `index` int32 [] counts tokens; per kind, key and value [L, B, K, S, H], segments and positions [B, S]."""
+    """An empty cache: `index` int32 [] counts tokens; per kind, key and value [L, B, K, S, H],
+    segments and positions [B, S].
+    """
     entries, marks = [], []
     for window, layers in zip(windows, num_layers, strict=True):
         slots = length if window is None else min(window, length)
@@ -71,12 +74,14 @@ def mark(
 
 
 def append(
-    entry: dict[str, Array], key: Array, value: Array, layer: Array, index: Array | None
+    entry: dict[str, Array], key: Array, value: Array, layer: Array, index: Array
 ) -> tuple[jax.Array, jax.Array, dict[str, Array]]:
-    """(keys, values [B, K, S, H] to attend to, updated entry) after adding key, value: [B, K, T, H] of one layer.
+    """(keys, values [B, K, S, H] to attend to, updated entry) after adding key, value: [B, K, T, H]
+    of one layer.
 
-    One token attends to the slots after its write: a ring then has dropped exactly the one that left the window. A longer
-    piece attends to the slots before it and to itself, since its later tokens may overwrite what its first ones need.
+    One token attends to the slots after its write: a ring then has dropped exactly the one that
+    left the window. A longer piece attends to the slots before it and to itself, since its later
+    tokens may overwrite what its first ones need.
     """
     news = {"key": key, "value": value}
     if key.shape[2] == 1:

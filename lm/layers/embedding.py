@@ -1,4 +1,6 @@
-"""Tables of vectors, and their use as the vocabulary projection (tied embeddings, arXiv:1608.05859)."""
+"""Tables of vectors, and their use as the vocabulary projection (tied embeddings,
+arXiv:1608.05859).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.layers.linear import initializer, project
+from lm.layers.linear import initializer, parameter, project
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -24,12 +26,15 @@ class Embedding(nn.Module):
     init_std: float = 0.02
 
     def setup(self) -> None:
-        init = nn.with_partitioning(initializer(self.init_std, self.size), (self.axis, "embed"))
-        self.weight = self.param("weight", init, (self.size, self.embed_dim))
+        init = initializer(self.init_std, self.size)
+        shape = (self.size, self.embed_dim)
+        self.weight = parameter(self, "weight", init, shape, (self.axis, "embed"))
 
     def _table(self) -> jax.Array:
-        # Gathering from a table sharded over `embed` into rows sharded over `batch` (the same mesh axis) makes the
-        # compiler rematerialize the table everywhere: collect that axis first, as for every FSDP weight.
+        # Gathering from a table sharded over `embed` into rows sharded over `batch` (the same mesh
+        # axis) makes the
+        # compiler rematerialize the table everywhere: collect that axis first, as for every FSDP
+        # weight.
         return self.rules.constrain(self.weight.astype(self.dtype), self.axis, None)
 
     def __call__(self, ids: Array) -> jax.Array:

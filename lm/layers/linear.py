@@ -17,20 +17,25 @@ def initializer(std: float | None, fan_in: int, scale: float = 1.0) -> Any:
     return nn.initializers.normal(scale * (fan_in**-0.5 if std is None else std))
 
 
+def parameter(
+    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> jax.Array:
+    """A parameter of `module` whose dimensions have the logical names `axes`."""
+    value: Any = module.param(name, nn.with_partitioning(init, axes), shape)
+    return value
+
+
 def project(x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1) -> jax.Array:
     """x: [B, T, *in] times weight: [*in, *out] -> [B, T, *out].
 
-    One matrix product on rows flattened to [B * T, in]: XLA's CPU products and their gradients are much faster in
-    two dimensions, and on other platforms the reshape is free. Not where the length is sharded: merging two
-    sharded dimensions would gather one of them.
+    One matrix product on rows flattened to [B * T, in]: XLA's CPU products and their gradients are
+    much faster in two dimensions, and on other platforms the reshape is free. Not where the length
+    is sharded: merging two sharded dimensions would gather one of them.
     """
     lead, inner, outer = x.shape[:-num_in], weight.shape[:num_in], weight.shape[num_in:]
     flat = weight.reshape(math.prod(inner), math.prod(outer))
     x = x.reshape(*lead, flat.shape[0])
-    if rules.size("length") == 1:
-        y = x.reshape(-1, flat.shape[0]) @ flat
-    else:
-        y = x @ flat
+    y = (x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x) @ flat
     return y.reshape(*lead, *outer)
 
 
@@ -54,11 +59,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.in_shape, *self.out_shape)
         init = initializer(self.init_std, math.prod(self.in_shape), self.init_scale)
-        weight = self.param(
-            "weight", nn.with_partitioning(init, (*self.in_axes, *self.out_axes)), shape
-        )
+        weight = parameter(self, "weight", init, shape, (*self.in_axes, *self.out_axes))
         y = project(x, weight.astype(self.dtype), self.rules, len(self.in_shape))
         if self.bias:
-            zeros = nn.with_partitioning(nn.initializers.zeros, self.out_axes)
-            y = y + self.param("bias", zeros, self.out_shape).astype(self.dtype)
+            zeros = nn.initializers.zeros
+            bias = parameter(self, "bias", zeros, self.out_shape, self.out_axes)
+            y = y + bias.astype(self.dtype)
         return y

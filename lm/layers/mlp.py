@@ -17,10 +17,11 @@ from lm.sharding import Rules
 from lm.types import Array
 
 
-
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x) (arXiv:1606.08415). Its own gradient: autodiff would save, not only read, three arrays of the MLP's width."""
+    """x Phi(x) (arXiv:1606.08415). Its own gradient: autodiff would save, not only read, three
+    arrays of the MLP's width.
+    """
     return x * _normal_cdf(x)
 
 
@@ -55,7 +56,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 
 
 class Mlp(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)). Parameters: `up` `down`, and `gate` if gated."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)). Parameters: `up` `down`, and `gate` if
+    gated.
+    """
 
     embed_dim: int
     mlp_dim: int
@@ -81,9 +84,7 @@ class Mlp(nn.Module):
         """x: [B, T, D] -> [B, T, D]."""
         act, gated = ACTIVATIONS[self.activation]
         up = checkpoint_name(self._linear("up")(x), "up")  # [B, T, F]
-        if gated:
-            h = act(checkpoint_name(self._linear("gate")(x), "gate")) * up
-        else:
-            h = act(up)
+        gate = checkpoint_name(self._linear("gate")(x), "gate") if gated else None
+        h = act(up) if gate is None else act(gate) * up
         h = self.rules.constrain(h, "batch", "length", "mlp")
         return self._linear("down", out=True)(h)

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.layers.linear import parameter
+
 KINDS = ("layer", "rms")
 
 
@@ -28,9 +30,7 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        replicated = nn.with_partitioning(nn.initializers.ones, (None,))
-        x = x * self.param("scale", replicated, x.shape[-1:])
+        x = x * parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
         if self.bias:
-            zeros = nn.with_partitioning(nn.initializers.zeros, (None,))
-            x = x + self.param("bias", zeros, x.shape[-1:])
+            x = x + parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
         return x.astype(self.dtype)

@@ -1,5 +1,6 @@
-"""Where a token stands: rotary (arXiv:2104.09864), sinusoidal (arXiv:1706.03762), T5 relative (arXiv:1910.10683), ALiBi
-(arXiv:2108.12409). Learned absolute positions are an `Embedding`."""
+"""Where a token stands: rotary (arXiv:2104.09864), sinusoidal (arXiv:1706.03762), T5 relative
+(arXiv:1910.10683), ALiBi (arXiv:2108.12409). Learned absolute positions are an `Embedding`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import field
+from lm.layers.linear import parameter
 
 KINDS = ("rotary", "learned", "sinusoidal", "relative", "alibi", "none")
 
@@ -43,9 +45,10 @@ def rotary_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Radians per position [H/2], and the factor on cos and sin (YaRN's temperature, else 1).
 
-    Llama 3: wavelengths above `original_length / low_frequency_factor` are stretched by `factor`, those below
-    `original_length / high_frequency_factor` kept, linear in between. YaRN (arXiv:2309.00071, eq. 23 and section 3.4): the same
-    between dimensions that turn `beta_slow` and `beta_fast` times, and 0.1 ln(factor) + 1 on the magnitudes.
+    Llama 3: wavelengths above `original_length / low_frequency_factor` are stretched by `factor`,
+    those below `original_length / high_frequency_factor` kept, linear in between. YaRN
+    (arXiv:2309.00071, eq. 23 and section 3.4): the same between dimensions that turn `beta_slow`
+    and `beta_fast` times, and 0.1 ln(factor) + 1 on the magnitudes.
     """
     own_theta = local and config.local_theta is not None
     theta = config.local_theta if own_theta else config.theta
@@ -116,7 +119,8 @@ def relative_buckets(
 ) -> jax.Array:
     """T5's bucket of distance = key position - query position: int32, same shape.
 
-    Half of the buckets are exact, the rest logarithmic up to `max_distance`; with `bidirectional` each direction has half.
+    Half of the buckets are exact, the rest logarithmic up to `max_distance`; with `bidirectional`
+    each direction has half.
     """
     bucket = jnp.zeros_like(distance)
     if bidirectional:
@@ -144,8 +148,9 @@ class RelativeBias(nn.Module):
     @nn.compact
     def __call__(self, distance: jax.Array) -> jax.Array:
         """distance: int32 [..., T, S] -> float32 [..., N, T, S]."""
-        init = nn.with_partitioning(nn.initializers.normal(self.num_heads**-0.5), (None, "heads"))
-        weight = self.param("weight", init, (self.num_buckets, self.num_heads))
+        init = nn.initializers.normal(self.num_heads**-0.5)
+        shape = (self.num_buckets, self.num_heads)
+        weight = parameter(self, "weight", init, shape, (None, "heads"))
         buckets = relative_buckets(
             distance, self.num_buckets, self.max_distance, self.bidirectional
         )

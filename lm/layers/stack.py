@@ -24,10 +24,12 @@ REMAT: dict[str, Any] = {
 def stack(
     block: Callable[..., nn.Module], num_layers: int, *, remat: str = "none", unroll: int = 1
 ) -> Callable[..., nn.Module]:
-    """The module of `num_layers` blocks with parameters stacked as [L, ...] under the logical axis `layers`.
+    """The module of `num_layers` blocks with parameters stacked as [L, ...] under the logical axis
+    `layers`.
 
-    A block is called as `block(carry, per_layer, shared) -> (carry, outputs)`; `per_layer` and `outputs` have a leading [L].
-    `unroll` layers make up one iteration; with all of them there is no loop left.
+    A block is called as `block(carry, per_layer, shared) -> (carry, outputs)`; `per_layer` and
+    `outputs` have a leading [L]. `unroll` layers make up one iteration; with all of them there is
+    no loop left.
     """
     if remat != "none":
         block = nn.remat(block, policy=REMAT[remat], prevent_cse=unroll > 1)  # pyright: ignore
@@ -35,7 +37,7 @@ def stack(
         block,  # pyright: ignore
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # pyright: ignore
         length=num_layers,
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -1,4 +1,6 @@
-"""Decoder-only transformers: GPT-2, GPT-3, Llama 3, Mistral, Qwen 3 and Gemma 3 are values of this `Config`."""
+"""Decoder-only transformers: GPT-2, GPT-3, Llama 3, Mistral, Qwen 3 and Gemma 3 are values of this
+`Config`.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ class Config:
         return tuple(self.window if kind == "local" else None for kind in self.kinds)
 
     def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for rows of `length`."""
+        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        rows of `length`.
+        """
 
         def need(condition: bool, message: str) -> None:
             if not condition:
@@ -117,7 +121,8 @@ class Config:
             need(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         need(
             self.head_dim is not None or self.embed_dim % self.num_heads == 0,
-            f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads}), or set head_dim",
+            f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads}), "
+            "or set head_dim",
         )
         need(
             self.kv_heads > 0 and self.num_heads % self.kv_heads == 0,
@@ -137,7 +142,8 @@ class Config:
         )
         need(
             ("local" in self.layer_pattern) == (self.window is not None),
-            f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: local layers, and only they, need one",
+            f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
+            "local layers, and only they, need one",
         )
         need(self.window is None or self.window > 0, f"window must be positive, got {self.window}")
         for name in ("dropout", "attention_dropout"):
@@ -228,7 +234,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. Parameters: `embedding`, `layers` (stacked), `norm`, and `positions` `relative` `head` where used."""
+    """The model. Parameters: `embedding`, `layers` (stacked), `norm`, and `positions` `relative`
+    `head` where used.
+    """
 
     config: Config
     rules: Rules
@@ -267,7 +275,9 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         train: bool = False,
     ) -> Output:
-        """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it holds."""
+        """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it
+        holds.
+        """
         if encoder is not None:
             raise ValueError("config.model.name=decoder takes no encoder tokens")
         c, rules = self.config, self.rules
@@ -359,7 +369,7 @@ class Decoder(nn.Module):
         if kind == "relative":
             return self.relative(distance)
         slopes = pe.alibi_slopes(self.config.num_heads)
-        return -slopes[:, None, None] * jnp.abs(distance)[:, None].astype(jnp.float32)
+        return jnp.abs(distance)[:, None].astype(jnp.float32) * -slopes[:, None, None]
 
 
 def build(config: Config, rules: Rules) -> Decoder:

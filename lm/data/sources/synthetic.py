@@ -50,6 +50,8 @@ class Synthetic:
         self.document_length = document_length
         self.seed = seed
 
+    bytes_per_token = None  # no text behind the tokens
+
     def __len__(self) -> int:
         return self.num_rows
 

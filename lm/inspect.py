@@ -1,0 +1,151 @@
+"""A run from the inside: attention weights and losses, token by token, as arrays.
+
+`lm.show` makes pictures of them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.pipeline import Pipeline, evaluation_batches
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import Experiment
+from lm.layers.attention import Attention, Context, attention_scores
+from lm.types import Array, Batch, Model, Params, Tokens
+
+
+class TokenLosses(NamedTuple):
+    """What a model says about every target of a batch."""
+
+    nats: np.ndarray  # float32 [B, T]: -log p(target)
+    guesses: np.ndarray  # int32 [B, T]: the most likely id
+    confidence: np.ndarray  # float32 [B, T]: the probability of the guess
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
+    """Attention weights of every layer and head, float32 [L, B, N, T, S]; padding has none."""
+
+    def keep_weights(call: Any, args: Any, kwargs: Any, called: Any) -> Any:
+        result = call(*args, **kwargs)
+        if isinstance(called.module, Attention) and called.method_name == "__call__":
+            weights = _weights(called.module, args[1], kwargs["kind"])
+            called.module.sow("intermediates", "weights", weights)
+        return result
+
+    # Masks, windows and biases are known only while the layer runs, so its call is intercepted.
+    with nn.intercept_methods(keep_weights):
+        _, kept = model.apply({"params": params}, tokens, mutable=["intermediates"])
+    [weights] = kept["intermediates"]["layers"]["attention"]["weights"]
+    return weights
+
+
+def _weights(layer: Attention, context: Context, kind: Array | None) -> jax.Array:
+    """[B, N, T, S] of an attention layer that has just sown its queries and keys."""
+    q, k = (layer.get_variable("intermediates", name)[-1] for name in ("query", "key"))
+    scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
+
+    def of_kind(i: int) -> jax.Array:
+        mask, window, bias = context.masks[i], layer.windows[i], context.biases[i]
+        scores = attention_scores(
+            q, k, mask, scale=scale, window=window, softcap=layer.softcap, bias=bias
+        )
+        return jnp.where(mask.allowed(window)[:, None], jax.nn.softmax(scores), 0.0)
+
+    weights = [of_kind(i) for i in range(len(layer.windows))]
+    return weights[0] if kind is None else jnp.stack(weights)[kind]
+
+
+def token_losses(model: Model, params: Params, batch: Batch) -> TokenLosses:
+    """The loss of every token of a batch, [B, T], and what the model would have said there."""
+    return TokenLosses(*jax.device_get(_token_losses(model, params, batch)))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _token_losses(model: Model, params: Params, batch: Batch) -> list[jax.Array]:
+    variables = {"params": params}
+    hidden = model.apply(variables, batch.inputs, encoder=batch.encoder).hidden
+
+    def column(x: tuple[Array, Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        h, targets = x  # [B, 1, D], [B, 1]
+        log_p = jax.nn.log_softmax(model.apply(variables, h, method="logits"))  # [B, 1, V]
+        nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return nats, jnp.argmax(log_p, axis=-1), jnp.exp(jnp.max(log_p, axis=-1))
+
+    # one column after the other, so that [B, T, V] logits never exist
+    columns = (jnp.moveaxis(x, 1, 0)[:, :, None] for x in (hidden, jnp.asarray(batch.targets)))
+    return [x[..., 0].T for x in jax.lax.map(column, tuple(columns))]
+
+
+def held_out(
+    experiment: Experiment, params: Params, *, num_batches: int = 8
+) -> tuple[Batch, TokenLosses]:
+    """The first `num_batches` batches of the first validation source, joined, and their losses.
+
+    Raises:
+        ValueError: the run has no validation source.
+    """
+    if not experiment.validation:
+        raise ValueError("config.data.validation is empty: name a token store that was held out")
+    source = next(iter(experiment.validation.values()))
+    batches, losses = [], []
+    size = experiment.batch_size
+    for _, batch in zip(
+        range(num_batches),
+        evaluation_batches(source, experiment.objective, batch_size=size),
+        strict=False,
+    ):
+        batches.append(batch)
+        losses.append(token_losses(experiment.model, params, experiment.put(batch)))
+    join = functools.partial(jax.tree.map, lambda *x: np.concatenate(x))
+    return join(*batches), join(*losses)
+
+
+def cut(tokens: Tokens, row: int, length: int) -> Tokens:
+    """The first `length` tokens of a row, as a stream of its own: [1, length]."""
+    return jax.tree.map(lambda x: x[row : row + 1, :length], tokens)
+
+
+def most_packed(pipeline: Pipeline, num_steps: int = 100) -> tuple[int, int]:
+    """(step, row) of the row with the most documents among the first `num_steps` batches."""
+    counts = [pipeline.batch_at(step).inputs.segments.max(axis=1) for step in range(num_steps)]
+    step, row = np.unravel_index(np.argmax(counts), np.shape(counts))
+    return int(step), int(row)
+
+
+def mean_distances(maps: Array) -> np.ndarray:
+    """Tokens back that each head looks on average: [L, N], of one document's maps: [L, N, T, S]."""
+    places = np.arange(maps.shape[-1])
+    back = np.abs(places[:, None] - places)
+    return (np.asarray(maps) * back).sum(-1).mean(-1)
+
+
+def nearest_to_farthest(maps: Array, count: int = 4) -> list[tuple[int, int]]:
+    """`count` heads (layer, head), spread evenly from the nearest-looking to the farthest."""
+    distances = mean_distances(maps)
+    order = np.argsort(distances, axis=None)
+    chosen = order[np.linspace(0, order.size - 1, min(count, order.size)).round().astype(int)]
+    return [(int(i // maps.shape[1]), int(i % maps.shape[1])) for i in chosen]
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token alone: special ids show their name, parts of characters U+FFFD."""
+    names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.bos_id: "⟨bos⟩", tokenizer.eos_id: "⟨eos⟩"}
+    return names.get(token) or tokenizer.decode([token])
+
+
+def token_texts(tokenizer: Tokenizer, ids: Array) -> list[str]:
+    """The text of each token of a stream; a character made of several stands at the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = []
+    for token in np.asarray(ids).tolist():
+        data = tokenizer.decode_bytes([token])
+        texts.append(decoder.decode(data) if data else token_text(tokenizer, token))
+    return texts

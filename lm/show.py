@@ -1,0 +1,253 @@
+"""Pictures of a run for notebooks: HTML text, and matplotlib figures that need no window."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lm import config as configs
+from lm import metrics
+from lm.data.pipeline import ExplainedRow
+from lm.data.tokenizer import Tokenizer
+from lm.experiment import Experiment
+from lm.inspect import TokenLosses, cut, mean_distances, token_text, token_texts
+from lm.layers.attention import self_mask
+from lm.types import Array, Batch, Tokens
+
+# One colour after the other for the segments of a row, light enough for text on top.
+COLORS = ("#8ecae6", "#ffb775", "#a3d9a5", "#f4a6b8", "#c3b1e1", "#e9d985", "#9fd8cf", "#d3bba3")
+_BOX = (
+    "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222; "
+    "border: 1px solid #ddd; padding: 8px 12px; max-height: 460px; overflow: auto"
+)
+_HOT = (240, 90, 60)  # the colour of the highest loss; zero is white
+
+
+def references(workdir: str) -> dict[str, float]:
+    """Bits per byte of gzip and xz on the held-out text, if the run has a summary.json."""
+    path = epath.Path(workdir) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte"}
+    return {name: summary[key] for name, key in names.items() if key in summary}
+
+
+def overview(experiment: Experiment, step: int) -> str:
+    """HTML tables: the size of the run, and every config value that is not the default."""
+    c, count = experiment.config, metrics.quantity
+    leaves = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
+    per_step = experiment.batch_size * c.data.length
+    facts = [
+        ("checkpoint", f"step {step:,} of {experiment.num_steps:,}"),
+        ("parameters", count(sum(x.size for _, x in leaves))),
+        ("batch", f"{experiment.batch_size} rows of {c.data.length} tokens"),
+        ("seen", f"{count(step * per_step)} tokens"),
+        ("computed", f"{count(step * per_step * experiment.flops_per_token)} FLOPs"),
+    ]
+    values = [
+        (path, repr(value), repr(default), sentence)
+        for path, value, default, sentence in configs.explain(experiment.config_dict)
+        if value != default
+    ]
+    return _table((), facts) + _table(("config", "this run", "default", ""), values)
+
+
+def row_html(tokenizer: Tokenizer, batch: Batch, row: int, explained: ExplainedRow) -> str:
+    """The text of a row as HTML, a colour for each document, whose name stands before it."""
+    segments, pieces = batch.inputs.segments[row], []
+    for number, (name, color) in enumerate(_labels(explained), start=1):
+        texts = token_texts(tokenizer, batch.targets[row][segments == number])
+        shown = html.escape("".join(texts))
+        pieces.append(
+            f'<div style="font: bold 12px sans-serif; margin-top: 6px">{html.escape(name)}</div>'
+            f'<span style="background: {color}90">{shown}</span>'
+        )
+    return f'<div style="{_BOX}">{"".join(pieces)}</div>'
+
+
+def losses_html(
+    tokenizer: Tokenizer,
+    ids: Array,
+    nats: Array,
+    guesses: Array | None = None,
+    *,
+    limit: float = 8.0,
+) -> str:
+    """HTML text of ids: [T], coloured by nats: [T] up to `limit`; point at a token to read more."""
+    texts = token_texts(tokenizer, ids)
+    spans = []
+    for i, (text, loss) in enumerate(zip(texts, np.asarray(nats).tolist(), strict=True)):
+        hint = f"{visible(text)}: {loss:.2f} nats"
+        if guesses is not None:
+            hint += f", guess {visible(token_text(tokenizer, int(guesses[i])))}"
+        shown = html.escape(text).replace("\n", '<span style="color: #aaa">↵</span>\n')
+        style = f"background: {_heat(loss / limit)}"
+        spans.append(f'<span style="{style}" title="{html.escape(hint)}">{shown}</span>')
+    bar = f"background: linear-gradient(to right, {_heat(0)}, {_heat(1)})"
+    legend = (
+        '<div style="font: 12px sans-serif; margin: 4px 0">0 <span style="display: inline-block; '
+        f'width: 160px; height: 10px; border: 1px solid #ddd; {bar}"></span> {limit:g} nats</div>'
+    )
+    return f'{legend}<div style="{_BOX}">{"".join(spans)}</div>'
+
+
+def hardest_html(
+    tokenizer: Tokenizer, batch: Batch, losses: TokenLosses, *, count: int = 12, context: int = 12
+) -> str:
+    """HTML table of the `count` tokens of highest loss, after the `context` tokens before them."""
+    weighted = losses.nats * (batch.weights > 0)
+    rows = []
+    for place in np.argsort(-weighted, axis=None)[:count]:
+        i, t = np.unravel_index(place, weighted.shape)
+        first = max(0, t - context, t - int(batch.inputs.positions[i, t]))
+        before = visible("".join(token_texts(tokenizer, batch.targets[i, first:t])))[-60:]
+        target, guess = (
+            visible(token_text(tokenizer, int(x[i, t]))) for x in (batch.targets, losses.guesses)
+        )
+        nats, confidence = losses.nats[i, t], losses.confidence[i, t]
+        rows.append((f"{nats:.1f}", before, target, f"{guess}  ({confidence:.0%})"))
+    return _table(("nats", "after", "comes", "the model's guess"), rows)
+
+
+def visible(text: str) -> str:
+    """Text with its white space made visible: `a·b↵`."""
+    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+
+
+def _heat(share: float) -> str:
+    share = min(max(share, 0.0), 1.0)
+    return f"rgb({', '.join(str(round(255 + share * (c - 255))) for c in _HOT)})"
+
+
+def _labels(explained: ExplainedRow) -> list[tuple[str, str]]:
+    """(name, colour) of every document of a row."""
+    return [
+        (f"{d.id}  tokens {d.start:,} to {d.stop:,}", COLORS[i % len(COLORS)])
+        for i, d in enumerate(explained.documents)
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cell = 'style="text-align: left; font: 12px monospace; white-space: pre"'
+    lines = [f"<tr>{''.join(f'<th {cell}>{html.escape(x)}</th>' for x in header)}</tr>"]
+    for row in rows:
+        lines.append(f"<tr>{''.join(f'<td {cell}>{html.escape(x)}</td>' for x in row)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def packing_figure(
+    tokens: Tokens,
+    row: int,
+    explained: ExplainedRow,
+    windows: Sequence[int | None] = (None,),
+) -> Any:
+    """A figure: a batch, a colour for each document, and the mask of one row for each window."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    colors = np.array([to_rgb(c) for c in COLORS])
+    white = np.ones(3)
+
+    def paint(segments: Array) -> np.ndarray:
+        known = np.asarray(segments)[..., None]
+        return np.where(known > 0, colors[(np.asarray(segments) - 1) % len(COLORS)], white)
+
+    figure, axes = _figure(1, 1 + len(windows), (5.0, 4.6))
+    left, *right = axes[0]
+    left.imshow(paint(tokens.segments), aspect="auto", interpolation="nearest")
+    left.set(title="the batch", xlabel="place in the row", ylabel="row")
+    left.set_yticks([row])
+    one = cut(tokens, row, tokens.ids.shape[1])
+    for axis, window in zip(right, windows, strict=True):
+        seen = np.asarray(self_mask(one).allowed(window))[0]
+        axis.imshow(np.where(seen[..., None], paint(one.segments[0])[:, None], white))
+        kind = "" if window is None else f", window {window}"
+        axis.set(title=f"who sees whom in row {row}{kind}", xlabel="seen (key)")
+        axis.set_ylabel("looks (query)")
+    labels = [Patch(color=color, label=name) for name, color in _labels(explained)[:8]]
+    figure.legend(handles=labels, loc="outside lower center", frameon=False, fontsize=9)
+    return figure
+
+
+def heads_figure(maps: Array) -> Any:
+    """A figure of all heads, small: maps [L, N, T, S]."""
+    num_layers, num_heads = maps.shape[:2]
+    figure, axes = _figure(num_layers, num_heads, (1.5, 1.5))
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            axis = axes[layer][head]
+            _show_weights(axis, maps[layer, head])
+            axis.set(xticks=[], yticks=[])
+            if layer == 0:
+                axis.set_title(f"head {head}", fontsize=9)
+        axes[layer][0].set_ylabel(f"layer {layer}", fontsize=9)
+    return figure
+
+
+def attention_figure(
+    maps: Array, texts: Sequence[str], heads: Sequence[tuple[int, int]], *, columns: int = 2
+) -> Any:
+    """A figure of chosen heads (layer, head) of maps: [L, N, T, S], tokens along both sides."""
+    size = 1.0 + 0.14 * len(texts)
+    figure, axes = _figure(-(-len(heads) // columns), columns, (size, size))
+    names = [visible(text)[:9] for text in texts]
+    distances, image = mean_distances(maps), None
+    for axis in axes.flat[len(heads) :]:
+        axis.remove()
+    for axis, (layer, head) in zip(axes.flat, heads, strict=False):
+        image = _show_weights(axis, maps[layer, head])
+        back = distances[layer, head]
+        axis.set_title(f"layer {layer}, head {head}: {back:.1f} tokens back", fontsize=10)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, family="monospace")
+        axis.set_yticks(range(len(names)), names, fontsize=7, family="monospace")
+        axis.tick_params(length=0)
+    figure.colorbar(image, ax=axes, shrink=0.4, label="attention weight")
+    return figure
+
+
+def position_figure(nats: Array, positions: Array, weights: Array) -> Any:
+    """A figure of mean loss and its standard error by tokens of context, of arrays [B, T]."""
+    scored = np.asarray(weights) > 0
+    nats, places = np.asarray(nats)[scored], np.asarray(positions)[scored]
+    bins = np.ceil(np.log2(places + 1)).astype(int)  # 0, 1, 2 to 3, 4 to 7, ...
+    kinds = np.unique(bins)
+    groups = [nats[bins == k] for k in kinds]
+    figure, axes = _figure(1, 1, (7.5, 3.6))
+    axis = axes[0][0]
+    errors = [g.std() / np.sqrt(len(g)) for g in groups]
+    axis.errorbar(kinds, [g.mean() for g in groups], errors, marker="o", capsize=3)
+    axis.axhline(nats.mean(), color="0.6", linestyle="--", linewidth=1)
+    axis.annotate(
+        f"mean {nats.mean():.2f}",
+        (kinds[-1], nats.mean()),
+        (0, 4),
+        ha="right",
+        textcoords="offset points",
+        color="0.4",
+    )
+    names = [f"{2**k // 2}–{2**k - 1}" if k > 1 else str(k) for k in kinds.tolist()]
+    axis.set_xticks(kinds, names)
+    axis.set(xlabel="tokens of context", ylabel="loss (nats per token)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _show_weights(axis: Any, weights: Array) -> Any:
+    from matplotlib.colors import PowerNorm
+
+    # the square root, since most weights are small
+    return axis.imshow(np.asarray(weights), cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
+    """(figure, axes [rows, columns]), each of `size` in inches; no window and no global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -1,0 +1,481 @@
+"""Measure the speed and the memory of a config on this machine, part by part.
+
+    python scripts/bench.py --config=configs/bench.py:small8k --parts=train
+    python scripts/bench.py --config=configs/gpt2.py:124m --batch=8 --json=gpt2.json
+    python scripts/bench.py --config=configs/tiny.py --parts=data --store=data/stdlib/train
+
+Parts, in the order in which they run:
+
+    start        scripts/train.py on a tiny model, from the command to its first step, with the
+                 compilation cache empty and filled
+    loss_memory  memory of the loss and its gradient, with the logits in chunks and whole
+    train        compile time, step time, tokens/s, FLOP/s beside matrix products', peak memory
+    generate     tokens/s and time per token, beside the time to read the weights once
+    checkpoint   save and restore, beside a plain file of the same size
+    data         tokens/s of batch_at and of the iterators, from a token store
+
+Rows are random tokens of the whole vocabulary, one document each and new ones for every step, so
+no files are needed, and only `data` uses TensorFlow, if it is there. The compilation cache is off.
+Progress goes to stderr, a table for each part and then all of it as one line of JSON to stdout.
+Temporary files are below $TMPDIR. For figures worth keeping take an idle machine, and the median of
+several runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import flops, loss, metrics, runtime
+from lm.checkpoint import Checkpoints
+from lm.config import LossConfig
+from lm.data.pipeline import Pipeline
+from lm.data.sources.synthetic import Synthetic
+from lm.data.sources.token_writer import Block, Ragged, StoreWriter
+from lm.data.tokenizer import ByteTokenizer
+from lm.experiment import Experiment
+from lm.generate import Generator
+
+ROOT = Path(__file__).resolve().parent.parent
+BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache
+STORE_TOKENS = 30_000_000
+TINY = (  # the run of part `start`
+    "configs/bench.py:small8k --config.model.vocab_size=512 --config.model.num_layers=2 "
+    "--config.model.embed_dim=64 --config.data.length=64 --config.train.num_steps=2 "
+    "--config.train.log_every=1 --config.loader.kind="
+)
+UNITS = {  # endings of names: the unit to show, and its size
+    "_flop_per_s": ("GFLOP/s", 1e9),
+    "_bytes_per_s": ("MB/s", 1e6),
+    "_per_s": ("/s", 1),
+    "_bytes": ("MiB", 2**20),
+    "_percent": ("%", 1),
+    "_ms": ("ms", 1),
+    "_s": ("s", 1),
+}
+Figures = dict[str, Any]
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_PARTS = flags.DEFINE_list("parts", None, "Parts to measure; default: all of them.")
+_BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: the config's.")
+_STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)
+_WARMUP = flags.DEFINE_integer("warmup", 3, "train: steps before those.", lower_bound=1)
+_SHAPE = flags.DEFINE_string(
+    "loss_shape", "8x1024x768x50257", "loss_memory: batch x length x width x vocabulary."
+)
+_STORE = flags.DEFINE_string(
+    "store", None, "data: a store of config.data.tokenizer; default: random bytes, made for it."
+)
+_JSON = flags.DEFINE_string("json", None, "File for the JSON, instead of the last line of stdout.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    config = _CONFIG.value
+    if config is None:
+        raise app.UsageError("--config=configs/NAME.py is needed")
+    chosen = list(PARTS) if _PARTS.value is None else _PARTS.value
+    if unknown := set(chosen) - set(PARTS):
+        raise ValueError(f"--parts: no {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    jax.config.update("jax_enable_compilation_cache", False)
+    if _BATCH.value is not None:
+        config.data.batch_size, config.data.batch_size_per_device = _BATCH.value, None
+    results: Figures = {}
+    for name in PARTS:
+        if name in chosen:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            results[name] = PARTS[name](config)
+            show(name, results[name])
+    results["machine"] = machine()
+    show("machine", results["machine"])
+    results["config"] = config.to_dict()
+    if _JSON.value is None:
+        print(json.dumps(results))
+    else:
+        Path(_JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def experiment_on(config: Any, **data: Any) -> Experiment:
+    """The experiment of a config on all devices; its one source is random rows, or that of `data`."""
+    config = config.copy_and_resolve_references()
+    config.data.update({"weights": (), "validation": (), "tokenizer": "bytes"})
+    config.data.update({"train": ("synthetic:random",), **data})
+    config.model.max_length = max(config.model.max_length, config.data.length)
+    return Experiment(config, jax.devices())
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """(result, seconds until it is there)."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - began
+
+
+def seconds_of(call: Callable[[], jax.Array]) -> list[float]:
+    """Seconds of a call, three times, each over as many calls in a row as take 20 ms."""
+    timed(call)  # compiles
+    repeat = max(1, int(0.02 / timed(call)[1]))
+    rounds = (timed(lambda: [call() for _ in range(repeat)])[1] for _ in range(3))
+    return [seconds / repeat for seconds in rounds]
+
+
+def start(config: Any) -> Figures:
+    """Seconds to the first step of a run, and what for, from its output and what jax logs."""
+    figures: Figures = {"loader": config.loader.kind}
+    command = f"{sys.executable} {ROOT}/scripts/train.py --config={TINY}{config.loader.kind}"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        environment |= {"JAX_LOG_COMPILES": "1", "XDG_CACHE_HOME": folder}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for name in ("cold", "warm"):
+            at: dict[str, float] = {}
+            began, lines = time.perf_counter(), []
+            with subprocess.Popen(
+                [*command.split(), f"--workdir={folder}/{name}"],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            ) as process:
+                for line in process.stdout or ():
+                    now = time.perf_counter() - began
+                    lines.append(line)
+                    if ready := re.match(r"ready in (\S+) s", line):
+                        at |= {"ready": now, "inside": float(ready[1])}
+                    elif line.startswith("step "):
+                        at.setdefault("step", now)
+                    elif log := re.search(r"Finished (\w+) .*_train_step\b.* (\S+) sec", line):
+                        at[log[1]] = float(log[2])
+            if process.returncode or not {"tracing", "jaxpr", "XLA", "ready", "step"} <= set(at):
+                raise RuntimeError(f"{command} took no step:\n{''.join(lines)}")
+            lower = at["tracing"] + at["jaxpr"]
+            parts = {"first_step": at["step"], "imports": at["ready"] - at["inside"]}
+            parts |= {"lower": lower, "compile": at["XLA"]}
+            parts |= {"build_and_init": at["inside"] - lower - at["XLA"]}
+            parts |= {"data_and_step": at["step"] - at["ready"]}
+            figures |= {f"{name}_{key}_s": value for key, value in parts.items()}
+    return figures
+
+
+def loss_memory(config: Any) -> Figures:
+    """Memory of the loss and its gradient in fresh processes, which have peaks of their own."""
+    shape = tuple(map(int, _SHAPE.value.split("x")))
+    figures: Figures = {"shape": _SHAPE.value}
+    for name, chunk_size in (("chunked", config.loss.chunk_size), ("whole", 0)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            measured = pool.submit(_loss_and_gradient, chunk_size, *shape).result()
+        figures |= {f"{name}_{key}": value for key, value in measured.items()}
+    return figures
+
+
+def _project(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return hidden @ table.T
+
+
+def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, vocab: int) -> Figures:
+    chunks = loss.num_chunks(chunk_size, rows, length)
+
+    def objective(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Any:
+        weights, config = jnp.ones(targets.shape), LossConfig(chunk_size=chunk_size)
+        return loss.chunked_loss(_project, config, chunks, [table], hidden, targets, weights)[0]
+
+    rng = np.random.default_rng(0)
+    hidden, table = (
+        jnp.asarray(rng.standard_normal(shape, np.float32) * width**-0.5)
+        for shape in ((rows, length, width), (vocab, width))
+    )
+    arguments = (hidden, table, jnp.asarray(rng.integers(0, vocab, (rows, length), np.int32)))
+    compiled = jax.jit(jax.value_and_grad(objective, argnums=(0, 1))).lower(*arguments).compile()
+    memory, before = compiled.memory_analysis(), peak_rss()
+    assert memory is not None, "every backend that lm knows reports it"
+    (value, _), seconds = timed(lambda: compiled(*arguments))
+    return {
+        "chunks": chunks,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "rss_before_bytes": before,
+        "peak_rss_bytes": peak_rss(),
+        "run_s": seconds,
+        "loss": float(value) / (rows * length),
+    }
+
+
+def train(config: Any) -> Figures:
+    """Speed of the training step: new data in every one, its sums read one step late, as by lm.train."""
+    experiment = experiment_on(config)
+    c, mesh = experiment.config, experiment.rules.mesh
+    device = mesh.devices.flat[0]
+    lowered, lower = timed(experiment.lower_train_step)
+    step, compiling = timed(lowered.compile)
+    state, init = timed(experiment.init_state)
+    vocab, length, batch_size = c.model.vocab_size, c.data.length, experiment.batch_size
+    rows = Synthetic("random", vocab_size=vocab, length=length, document_length=2**31)
+    source = Pipeline({"random": rows}, experiment.objective, batch_size=batch_size, seed=c.seed)
+    count = 1 + _WARMUP.value + _STEPS.value
+    batches = [experiment.put(source.batch_at(i, experiment.rows)) for i in range(count)]
+
+    gemms = _gemms(experiment)
+    (state, sums), first = timed(lambda: step(state, batches[0]))
+    losses, seconds, clock = [], [], time.perf_counter()
+    for batch in batches[1:]:
+        state, later = step(state, batch)
+        losses.append(metrics.means(jax.device_get(sums))["loss"])
+        sums, now = later, time.perf_counter()
+        seconds.append(now - clock)
+        clock = now
+    losses.append(metrics.means(jax.device_get(sums))["loss"])
+    seconds = seconds[-_STEPS.value :]
+    for name, values in _gemms(experiment).items():
+        gemms[name] += values  # before and after, as the machine's speed may change
+
+    lowest, median, highest = statistics.quantiles(seconds, n=4)
+    rate = batch_size * length / median
+    achieved = rate * experiment.flops_per_token
+    best = max(map(max, gemms.values()))
+    if device.platform != "cpu":  # fake devices of a CPU share its cores
+        best *= mesh.size
+    peak, memory = experiment.peak_flops(), step.memory_analysis()
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
+        "lower_s": lower,
+        "compile_s": compiling,
+        "init_s": init,
+        "first_step_s": first,
+        "step_ms": 1e3 * median,
+        "step_min_ms": 1e3 * min(seconds),
+        "step_quartiles_apart_ms": 1e3 * (highest - lowest),
+        "tokens_per_s": rate,
+        "model_flop_per_s": achieved,
+        "of_best_gemm_percent": 100 * achieved / best,
+        "mfu_percent": None if peak is None else 100 * achieved / peak,
+        **{f"gemm_{k}_flop_per_s": statistics.median(v) for k, v in gemms.items()},
+        **{f"gemm_{k}_best_flop_per_s": max(v) for k, v in gemms.items()},
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporaries_bytes": memory.temp_size_in_bytes,
+        "outputs_bytes": memory.output_size_in_bytes,
+        "outputs_in_place_bytes": memory.alias_size_in_bytes,
+        "peak_rss_bytes": peak_rss(),
+        "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+    }
+
+
+def _gemms(experiment: Experiment) -> dict[str, list[float]]:
+    """FLOP/s of matrix products on one device, in the model's compute type."""
+    c, rules = experiment.config, experiment.rules
+    tokens = experiment.batch_size * c.data.length // rules.size("batch")
+    width, vocab = c.model.embed_dim, c.model.vocab_size
+    squares = (1024, 2048) if rules.platform == "cpu" else (4096, 8192)
+    shapes = {f"square_{n}": (n, n, n) for n in squares}
+    shapes |= {"mlp": (tokens, width, 4 * width), "head": (min(tokens, 4096), width, vocab)}
+    rates, product = {}, jax.jit(jnp.matmul)
+    for name, (m, k, n) in shapes.items():
+        a, b = (jax.random.normal(jax.random.key(0), s, c.model.dtype) for s in ((m, k), (k, n)))
+        rates[name] = [2 * m * k * n / s for s in seconds_of(lambda a=a, b=b: product(a, b))]
+    return rates
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """A tokenizer whose ids stand for no text and never end it."""
+
+    vocab_size: int
+    name: str = "ids"
+    bos_id: int = 0
+    eos_id: int = -1
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"." * len(ids)  # a stream reports what has bytes
+
+
+def generate(config: Any) -> Figures:
+    """The speed of cached decoding after new random prompts, from untrained weights."""
+    experiment = experiment_on(config)
+    model = experiment.config.model
+    generator = Generator(experiment.model, experiment.init_state().params, Ids(model.vocab_size))
+    total = min(192, model.max_length)
+    prompt, new, chunk = total // 3, total - total // 3, max(1, total // 12)
+    side, multiply = BANDWIDTH_SIDE, jax.jit(jnp.matmul)
+    matrix, vector = jnp.ones((side, side)), jnp.ones((side, 1))
+    bandwidth = 4 * side**2 / min(seconds_of(lambda: multiply(matrix, vector)))
+    weights = 4 * sum(w.count for w in flops.layout(model).weights if w.uses)
+    figures: Figures = {"prompt_tokens": prompt, "new_tokens": new, "weights_bytes": weights}
+    figures |= {"memory_bytes_per_s": bandwidth, "floor_ms": 1e3 * weights / bandwidth}
+    rng = np.random.default_rng(0)
+    for batch_size in (1, 8):
+        whole, decode = [], []
+        for _ in range(4):  # the first one compiles
+            prompts = [*rng.integers(1, model.vocab_size, (batch_size, prompt))]
+            began, looks = time.perf_counter(), []
+            for piece in generator.stream(prompts, max_new_tokens=new, chunk=chunk):
+                looks.append(time.perf_counter())
+                assert piece.generation is None or len(piece.generation.ids) == new
+            whole.append(looks[-1] - began)
+            decode.append((looks[-1] - looks[0]) / (new - chunk))  # what follows the first chunk
+        seconds, step = statistics.median(whole[1:]), statistics.median(decode[1:])
+        values = {"first_s": whole[0], "tokens_per_s": batch_size * new / seconds}
+        values |= {"step_ms": 1e3 * step, "prompt_ms": 1e3 * (seconds - new * step)}
+        figures |= {f"batch_{batch_size}_{key}": value for key, value in values.items()}
+    return figures
+
+
+def checkpoint(config: Any) -> Figures:
+    """Times to save and restore the whole state (the page cache helps), and to write a plain file."""
+    experiment = experiment_on(config)
+    state = jax.block_until_ready(experiment.init_state())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    figures: Figures = {"state_bytes": size}
+    with tempfile.TemporaryDirectory() as folder:
+        with Checkpoints(folder, experiment.config.checkpoint) as checkpoints:
+            for name in ("first", "second"):  # the first one also sets Orbax up
+                _, blocking = timed(lambda: checkpoints.save(state))  # noqa: B023 - called here
+                _, rest = timed(checkpoints.wait)
+                figures |= {f"{name}_blocking_s": blocking, f"{name}_save_s": blocking + rest}
+                state = state.replace(step=state.step + 1)
+            _, restore = timed(lambda: checkpoints.restore(experiment.abstract_state))
+        content = jax.device_get(jax.tree.leaves(state))
+        with open(f"{folder}/plain", "wb") as file:
+            _, write = timed(lambda: [x.tofile(file) for x in content])
+            _, sync = timed(lambda: os.fsync(file.fileno()))
+    figures |= {"restore_s": restore, "save_bytes_per_s": size / figures["second_save_s"]}
+    figures |= {"restore_bytes_per_s": size / restore, "plain_write_bytes_per_s": size / write}
+    return figures | {"plain_write_and_sync_bytes_per_s": size / (write + sync)}
+
+
+def data(config: Any) -> Figures:
+    """Tokens/s of the pipeline over a token store, and how many cores were busy with that."""
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = {"train": (_STORE.value,), "tokenizer": config.data.tokenizer}
+        if _STORE.value is None:
+            source = {"train": (_random_store(f"{folder}/store"),)}
+        for length in sorted({1024, config.data.length}):
+            experiment = experiment_on(config, length=length, **source)
+            pipeline, loader = experiment.train_data, experiment.config.loader
+            _, far = timed(lambda: pipeline.batch_at(10**6))  # noqa: B023 - called here
+            figures[f"length_{length}_step_million_ms"] = 1e3 * far
+            kinds = ["batch_at", "thread"]
+            if importlib.util.find_spec("tensorflow"):
+                kinds.append("tf.data")
+            for kind in kinds:
+                batches = ((i, pipeline.batch_at(i)) for i in range(2**62))
+                if kind != "batch_at":
+                    batches = pipeline.iterate(0, loader=dataclasses.replace(loader, kind=kind))
+                rate, cores = _rate(batches)
+                figures[f"length_{length}_{kind}_tokens_per_s"] = rate
+                figures[f"length_{length}_{kind}_cores"] = cores
+    return figures
+
+
+def _rate(batches: Any) -> tuple[float, float]:
+    """(tokens/s, cores) of an iterator over one second, after its first batches."""
+    for _ in range(8):
+        next(batches)
+    began, busy, tokens = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() < began + 1:
+        tokens += next(batches)[1].targets.size
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    batches.close()
+    return tokens / seconds, busy / seconds
+
+
+def _random_store(path: str) -> str:
+    """A token store of random bytes in documents of about 3,000 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = rng.geometric(1 / 3000, STORE_TOKENS // 3000)
+    tokens = Ragged(rng.integers(0, 256, lengths.sum(), np.uint16), lengths)
+    ids = Ragged(np.zeros(0, np.uint8), np.zeros(len(lengths), np.int64))
+    writer = StoreWriter(path, ByteTokenizer(), fields=("text",))
+    writer.add(Block(ids, {"text": tokens}, {"text": lengths - 1}))
+    writer.close(tokenizer_name="bytes", source=["random"], split="train", skipped={})
+    return path
+
+
+# A GPU's memory is this process's once it used it: the parts that start others come first.
+PARTS: dict[str, Callable[[Any], Figures]] = {
+    "start": start,
+    "loss_memory": loss_memory,
+    "train": train,
+    "generate": generate,
+    "checkpoint": checkpoint,
+    "data": data,
+}
+
+
+def peak_rss() -> int | None:
+    """The most memory in bytes that was resident in this process, where the system says it."""
+    # Not getrusage: its maximum is handed down from parent to child.
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return None if found is None else 1024 * int(found[1])
+
+
+def machine() -> Figures:
+    """When, where and with which software."""
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit or None,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": len(os.sched_getaffinity(0)),
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: os.environ.get(name) for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
+    }
+
+
+def show(title: str, figures: Figures) -> None:
+    """Prints a table of names, values and units."""
+    rows = [_row(*item) for item in figures.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    print(f"\n{title}")
+    for name, value, unit in rows:
+        print(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {unit}".rstrip(), flush=True)
+
+
+def _row(name: str, value: Any) -> tuple[str, str, str]:
+    ending = next((ending for ending in UNITS if name.endswith(ending)), "")
+    unit, size = UNITS.get(ending, ("", 1))
+    name = name.removesuffix(ending).replace("_", " ")
+    if value is None or isinstance(value, str):
+        return name, value or "-", unit if value else ""
+    value = value / size
+    digits = 0 if value == round(value) else max(0, 3 - math.floor(math.log10(abs(value))))
+    return name, f"{value:,.{digits}f}", unit
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,221 @@
+"""The chunked loss against the textbook one, written out with automatic differentiation."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm.config import LossConfig
+from lm.loss import lm_loss, num_chunks
+from lm.types import Output
+
+BATCH, LENGTH, VOCAB = 2, 12, 40
+RNG = jax.random.key(0)
+
+
+def plain_loss(model, params, batch, config):
+    """(objective, sums) from all the logits at once."""
+    output = model.apply({"params": params}, batch.inputs)
+    logits = model.apply({"params": params}, output.hidden, method="logits")
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    nll = -jnp.sum(jax.nn.one_hot(batch.targets, logits.shape[-1]) * log_p, axis=-1)
+    smooth = config.label_smoothing
+    loss = (1 - smooth) * nll - smooth * jnp.mean(log_p, axis=-1)
+    loss += config.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2
+    w = batch.weights
+    hit = jnp.argmax(logits, axis=-1) == batch.targets
+    sums = {"objective": loss, "loss": nll, "accuracy": hit}
+    sums = {name: jnp.sum(jnp.where(w > 0, value * w, 0)) for name, value in sums.items()}
+    return sums["objective"], sums | {"tokens": jnp.sum(w)}
+
+
+def both(model, params, batch, config):
+    """((sums, gradients) of `lm_loss`, those of `plain_loss`)."""
+
+    def ours(params):
+        return lm_loss(model, params, batch, RNG, train=False, config=config)
+
+    results = []
+    for fn in (ours, lambda p: plain_loss(model, p, batch, config)):
+        (objective, sums), gradient = jax.jit(jax.value_and_grad(fn, has_aux=True))(params)
+        np.testing.assert_array_equal(objective, sums["objective"])
+        results.append((sums, gradient))
+    return results
+
+
+def assert_same(results, rtol):
+    (sums, gradient), (plain_sums, plain_gradient) = results
+    assert sums.keys() == plain_sums.keys()
+    for name in sums:
+        np.testing.assert_allclose(sums[name], plain_sums[name], rtol=rtol, err_msg=name)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(plain_gradient), strict=True
+    ):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        scale = np.abs(b).max()
+        assert scale > 0
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, atol=rtol * scale, rtol=0, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_decoder, packed_batch):
+    """(**changes of the model) -> (model, params, batch)."""
+
+    @functools.cache
+    def make(**changes):
+        model = tiny_decoder(vocab_size=VOCAB, num_layers=1, **changes)
+        batch = packed_batch(BATCH, LENGTH, VOCAB)
+        assert {0.0, 0.25, 1.0, 3.0} == set(batch.weights.ravel().tolist())
+        init = jax.jit(lambda rng: model.init(rng, batch.inputs, method=_everything))
+        return model, nn.meta.unbox(init(RNG))["params"], batch
+
+    return make
+
+
+def _everything(model, tokens):
+    return model.logits(model(tokens).hidden)
+
+
+FULL = {"z_loss": 0.01, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 6, 12])
+def test_chunked_loss_is_the_plain_one(setup, chunks, tie_embeddings):
+    chunk_size = 0 if chunks == 1 else BATCH * LENGTH // chunks
+    assert num_chunks(chunk_size, BATCH, LENGTH) == chunks
+    results = both(*setup(tie_embeddings=tie_embeddings), LossConfig(**FULL, chunk_size=chunk_size))
+    assert_same(results, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("smooth", [0.0, 0.2])
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+def test_every_term_has_the_gradient_of_the_plain_loss(setup, softcap, smooth, z_loss):
+    config = LossConfig(z_loss, smooth, chunk_size=8)
+    assert_same(both(*setup(logit_softcap=softcap), config), rtol=1e-5)
+
+
+def test_bfloat16_states_give_float32_sums_and_gradients(setup):
+    results = both(*setup(dtype="bfloat16"), LossConfig(**FULL, chunk_size=8))
+    assert_same(results, rtol=0.02)  # both round the states; bfloat16 keeps 8 bits
+    sums, gradient = results[0]
+    assert {x.dtype for x in jax.tree.leaves((sums, gradient))} == {jnp.dtype(jnp.float32)}
+
+
+def test_loss_is_the_numpy_one(setup):
+    model, params, batch = setup()
+    sums = lm_loss(model, params, batch, RNG, train=False, config=LossConfig(chunk_size=8))[1]
+    hidden = model.apply({"params": params}, batch.inputs).hidden
+    logits = np.asarray(model.apply({"params": params}, hidden, method="logits"), np.float64)
+    loss, hits = 0.0, 0.0
+    for b, t in np.ndindex(BATCH, LENGTH):
+        row, target, weight = logits[b, t], batch.targets[b, t], float(batch.weights[b, t])
+        loss += weight * (np.log(np.exp(row - row.max()).sum()) + row.max() - row[target])
+        hits += weight * (row.argmax() == target)
+    np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(sums["accuracy"], hits, rtol=1e-6)
+    np.testing.assert_allclose(sums["tokens"], batch.weights.sum(), rtol=1e-6)
+
+
+def test_targets_without_weight_change_nothing(setup):
+    model, params, batch = setup()
+    hidden = batch.weights == 0
+    other = batch.replace(targets=np.where(hidden, (batch.targets + 7) % VOCAB, batch.targets))
+    config = LossConfig(**FULL, chunk_size=8)
+
+    @jax.jit
+    def run(batch):
+        return jax.grad(
+            lambda p: lm_loss(model, p, batch, RNG, train=True, config=config), has_aux=True
+        )(params)
+
+    jax.tree.map(np.testing.assert_array_equal, run(batch), run(other))
+
+
+def test_a_batch_without_scored_tokens_has_zero_gradients(setup):
+    model, params, batch = setup()
+    empty = batch.replace(weights=np.zeros_like(batch.weights))
+    (sums, gradient), _ = both(model, params, empty, LossConfig(**FULL, chunk_size=8))
+    assert {float(value) for value in sums.values()} == {0.0}
+    assert not any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradient))
+
+
+def largest(jaxpr):
+    """The most elements that any value inside a jaxpr has, those of its inner jaxprs included."""
+    sizes = [v.aval.size for e in jaxpr.eqns for v in (*e.invars, *e.outvars) if hasattr(v, "aval")]
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest(inner))
+    return max(sizes, default=0)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_logits_of_the_whole_batch_never_exist_when_chunked(
+    tiny_decoder, packed_batch, tie_embeddings
+):
+    batch, length, vocab = 4, 32, 4096
+    model = tiny_decoder(vocab_size=vocab, tie_embeddings=tie_embeddings)
+    data = packed_batch(batch, length, vocab)
+    init = functools.partial(model.init, method=_everything)
+    params = nn.meta.unbox(jax.eval_shape(init, RNG, data.inputs))["params"]
+
+    def size(chunk_size):
+        config = LossConfig(**FULL, chunk_size=chunk_size)
+        fn = functools.partial(lm_loss, model, batch=data, rng=RNG, train=True, config=config)
+        step = jax.value_and_grad(lambda p: fn(p), has_aux=True)
+        return largest(jax.make_jaxpr(step)(params).jaxpr)
+
+    logits = batch * length * vocab
+    assert size(0) == logits
+    assert size(32) == logits // 4
+    assert size(8) == max(logits // 16, vocab * 16)  # then the table [V, D] is as large
+
+
+@given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 96))
+def test_chunks_are_the_fewest_equal_ones_that_are_small_enough(chunk_size, rows, length):
+    n = num_chunks(chunk_size, rows, length)
+    fitting = [
+        k for k in range(1, length + 1) if length % k == 0 and rows * (length // k) <= chunk_size
+    ]
+    assert n == (min(fitting) if fitting else length)
+    assert num_chunks(0, rows, length) == 1
+
+
+class WithAuxiliary(nn.Module):
+    """Not a decoder, but a model by the contract: hidden states, logits, and an auxiliary loss."""
+
+    rules: object
+    config: object = None
+
+    def setup(self):
+        self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, 4))
+
+    def __call__(self, inputs, *, encoder=None, cache=None, train=False):
+        return Output(hidden=self.table[inputs.ids], aux={"balance": jnp.sum(self.table**2)})
+
+    def logits(self, hidden):
+        return hidden @ self.table.T
+
+
+def test_auxiliary_losses_are_averaged_by_the_one_division(rules_on, packed_batch):
+    model, batch = WithAuxiliary(rules_on()), packed_batch(BATCH, LENGTH, VOCAB)
+    params = model.init(RNG, batch.inputs)["params"]
+    fn = functools.partial(
+        lm_loss, model, batch=batch, rng=RNG, train=True, config=LossConfig(chunk_size=8)
+    )
+    (objective, sums), gradient = jax.value_and_grad(lambda p: fn(p), has_aux=True)(params)
+    balance, tokens = np.sum(np.square(params["table"])), np.sum(batch.weights)
+    np.testing.assert_allclose(sums["balance"] / tokens, balance, rtol=1e-6)
+    np.testing.assert_allclose(objective, sums["loss"] + balance * tokens, rtol=1e-6)
+    plain = jax.grad(lambda p: plain_loss(model, p, batch, LossConfig())[0])(params)
+    expected = plain["table"] + 2 * tokens * params["table"]
+    np.testing.assert_allclose(gradient["table"], expected, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,304 @@
+"""Schedules by their values, optimizers by plain numpy, and what stacked or sharded parameters must not change."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm.config import OptimizerConfig, ScheduleConfig
+from lm.optim import (
+    OPTIMIZERS,
+    averaged_params,
+    check,
+    make_optimizer,
+    make_schedule,
+    roles,
+)
+
+CONSTANT = ScheduleConfig(kind="constant")
+
+
+def values(config, num_steps, steps):
+    schedule = make_schedule(config, num_steps)
+    return [float(schedule(jnp.int32(step))) for step in steps]
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"kind": "constant"}, {0: 1, 50: 1, 100: 1}),
+        ({"kind": "constant", "warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1, 4: 1, 100: 1}),
+        ({"kind": "constant", "warmup_steps": 1}, {0: 1, 1: 1}),
+        ({"kind": "cosine"}, {0: 1, 50: 0.55, 100: 0.1, 200: 0.1}),
+        ({"kind": "cosine", "warmup_steps": 20}, {0: 0.05, 19: 1, 20: 1, 60: 0.55, 100: 0.1}),
+        (
+            {"kind": "cosine", "final_fraction": 0.0},
+            {25: (1 + math.cos(math.pi / 4)) / 2, 50: 0.5, 100: 0},
+        ),
+        ({"kind": "linear", "warmup_steps": 20}, {9: 0.5, 20: 1, 60: 0.55, 100: 0.1}),
+        ({"kind": "linear", "final_fraction": 0.0}, {0: 1, 50: 0.5, 100: 0}),
+        ({"kind": "inverse_sqrt", "warmup_steps": 10}, {9: 1, 10: 1, 40: 0.5, 90: 1 / 3}),
+        ({"kind": "inverse_sqrt"}, {0: 1, 3: 0.5, 99: 0.1}),
+        ({"kind": "wsd"}, {0: 1, 80: 1, 90: 0.55, 100: 0.1}),
+        (
+            {"kind": "wsd", "warmup_steps": 10, "decay_steps": 40, "final_fraction": 0.0},
+            {0: 0.1, 10: 1, 60: 1, 80: 0.5, 100: 0},
+        ),
+    ],
+)
+def test_schedule_at_key_steps(config, expected):
+    found = values(ScheduleConfig(**config), 100, expected)
+    np.testing.assert_allclose(found, list(expected.values()), atol=1e-6)
+
+
+def test_schedules_longer_than_the_run_are_refused():
+    with pytest.raises(ValueError, match=r"warmup_steps \(20\) and decay need 70 .* has 60"):
+        make_schedule(ScheduleConfig(kind="wsd", warmup_steps=20, decay_steps=50), 60)
+    with pytest.raises(ValueError, match=r"warmup_steps \(20\) .* 20 .* has 10"):
+        make_schedule(ScheduleConfig(warmup_steps=20), 10)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"name": "adam"}, r"optimizer\.name must be one of adamw, .*'adam'"),
+        ({"schedule": ScheduleConfig(kind="step")}, r"schedule\.kind must be one of .*'step'"),
+        ({"decay_roles": ("matrices",)}, r"decay_roles must be one of .*'matrices'"),
+        ({"learning_rate": -1.0}, r"learning_rate must not be negative: -1.0"),
+        ({"weight_decay": -0.1}, r"weight_decay must not be negative: -0.1"),
+        ({"clip_norm": -1.0}, r"clip_norm must not be negative: -1.0"),
+    ],
+)
+def test_configs_that_no_optimizer_takes_are_refused(config, message):
+    with pytest.raises(
+        ValueError, match=r"config\." + ("optimizer\\." if "opt" not in message else "") + message
+    ):
+        check(OptimizerConfig(**config))
+
+
+# ---- small trees of parameters ----
+
+AXES = {
+    "embedding": ("vocab", "embed"),
+    "position": (None, "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("layers", "embed", "heads", "head_dim"),
+    "out": ("layers", "heads", "head_dim", "embed"),
+    "up": ("layers", "embed", "mlp"),
+    "scale": ("layers", None),
+    "bias": ("layers", "heads", "head_dim"),
+}
+SHAPES = {
+    "embedding": (10, 6),
+    "position": (7, 6),
+    "head": (6, 10),
+    "query": (3, 6, 2, 4),
+    "out": (3, 2, 4, 6),
+    "up": (3, 6, 9),
+    "scale": (3, 6),
+    "bias": (3, 2, 4),
+}
+
+
+def box(names=tuple(AXES), shapes=SHAPES, axes=AXES):
+    return {n: nn.Partitioned(jax.ShapeDtypeStruct(shapes[n], jnp.float32), axes[n]) for n in names}
+
+
+def random_tree(shapes, seed, size=1.0):
+    rng = np.random.default_rng(seed)
+    return {n: (size * rng.normal(size=shape)).astype(np.float32) for n, shape in shapes.items()}
+
+
+def run(config, params, gradients, boxed=None, num_steps=100):
+    """(parameters after each gradient, last state), and the transformation."""
+    tx = make_optimizer(config, box() if boxed is None else boxed, num_steps)
+    state, found = tx.init(params), []
+    update = jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(params)
+    return found, state
+
+
+def test_roles_follow_the_logical_axes():
+    assert roles(box()) == {
+        "embedding": "embedding",
+        "position": "embedding",
+        "head": "embedding",
+        "query": "matrix",
+        "out": "matrix",
+        "up": "matrix",
+        "scale": "vector",
+        "bias": "vector",
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("decay_roles", [("matrix",), ("embedding", "vector"), ()])
+def test_only_the_named_roles_decay(name, decay_roles):
+    config = OptimizerConfig(
+        name, 0.1, CONSTANT, weight_decay=0.5, decay_roles=decay_roles, muon_learning_rate=0.2
+    )
+    params = random_tree(SHAPES, 0)
+    zeros = jax.tree.map(np.zeros_like, params)
+    [after], _ = run(config, params, [zeros])
+    for leaf, role in roles(box()).items():
+        rate = 0.2 if name == "muon" and role == "matrix" else 0.1
+        factor = 1 - rate * 0.5 if role in decay_roles else 1.0
+        np.testing.assert_allclose(after[leaf], factor * params[leaf], rtol=1e-5, err_msg=leaf)
+
+
+def adamw(p, g, state, t, c, rate):
+    m, v = state
+    m, v = c.b1 * m + (1 - c.b1) * g, c.b2 * v + (1 - c.b2) * g * g
+    m_hat, v_hat = m / (1 - c.b1**t), v / (1 - c.b2**t)
+    return rate * m_hat / (np.sqrt(v_hat) + c.eps), (m, v)
+
+
+def lion(p, g, state, t, c, rate):
+    m, v = state
+    return rate * np.sign(c.b1 * m + (1 - c.b1) * g), (c.b2 * m + (1 - c.b2) * g, v)
+
+
+def sgd(p, g, state, t, c, rate):
+    m, v = state
+    return rate * (c.b1 * m + g), (c.b1 * m + g, v)
+
+
+@pytest.mark.parametrize("rule", [adamw, lion, sgd], ids=lambda rule: rule.__name__)
+def test_updates_are_the_numpy_ones(rule):
+    schedule = ScheduleConfig(kind="linear", warmup_steps=2, final_fraction=0.0)
+    config = OptimizerConfig(
+        rule.__name__, 0.01, schedule, weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-3, clip_norm=0.0
+    )
+    params = random_tree(SHAPES, 0)
+    gradients = [random_tree(SHAPES, seed) for seed in range(1, 6)]
+    found, _ = run(config, params, gradients, num_steps=10)
+    rates = [0.01 * f for f in (0.5, 1.0, 1.0, 0.875, 0.75)]
+    for name in SHAPES:
+        p, state = params[name].astype(np.float64), (0.0, 0.0)
+        decay = 0.3 if roles(box())[name] == "matrix" else 0.0
+        for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+            step, state = rule(p, gradient[name].astype(np.float64), state, t, config, rate)
+            p = p - step - rate * decay * p
+            np.testing.assert_allclose(found[t - 1][name], p, atol=2e-6, err_msg=f"{name} {t}")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_a_regression(name):
+    rng = np.random.default_rng(0)
+    x, truth = rng.normal(size=(64, 6)), rng.normal(size=(6, 9))
+    y = (x @ truth).astype(np.float32)
+    axes, shapes = {"up": ("embed", "mlp"), "bias": ("mlp",)}, {"up": (6, 9), "bias": (9,)}
+    rate = {"adafactor": 0.5, "sgd": 0.05, "muon": 0.3}.get(name, 0.1)
+    config = OptimizerConfig(name, rate, ScheduleConfig(), weight_decay=0.0, clip_norm=0.0)
+    tx = make_optimizer(config, box(shapes, shapes, axes), 150)
+
+    def loss(params):
+        return jnp.mean((x @ params["up"] + params["bias"] - y) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = random_tree(shapes, 1, size=0.1)
+    before, state = float(loss(params)), tx.init(params)
+    for _ in range(150):
+        params, state = step(params, state)
+    assert float(loss(params)) < 0.02 * before
+
+
+def test_muon_updates_stacked_layers_as_it_updates_each():
+    config = OptimizerConfig("muon", 0.1, CONSTANT, muon_learning_rate=0.3, clip_norm=0.0)
+    params = random_tree(SHAPES, 0)
+    gradients = [random_tree(SHAPES, seed) for seed in (1, 2)]
+    (*_, stacked), _ = run(config, params, gradients)
+    names = ("query", "out", "up")
+    boxed = box(names, {n: SHAPES[n][1:] for n in names}, {n: AXES[n][1:] for n in names})
+    for layer in range(3):
+        own = [{n: tree[n][layer] for n in names} for tree in (params, *gradients)]
+        (*_, alone), _ = run(config, own[0], own[1:], boxed)
+        for n in names:
+            np.testing.assert_allclose(stacked[n][layer], alone[n], atol=1e-5, err_msg=n)
+
+
+def test_muon_makes_the_singular_values_of_matrices_equal():
+    config = OptimizerConfig(
+        "muon", 1.0, CONSTANT, weight_decay=0.0, muon_learning_rate=1.0, clip_norm=0.0
+    )
+    params, gradient = random_tree(SHAPES, 0), random_tree(SHAPES, 1)
+    [after], _ = run(config, params, [gradient])
+    matrices = {"query": (6, 8), "out": (8, 6), "up": (6, 9)}
+    for name, (rows, columns) in matrices.items():
+        update = (np.asarray(after[name]) - params[name]).reshape(3, rows, columns)
+        singular = np.linalg.svd(update, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
+        assert 0.6 < singular.min() <= singular.max() < 1.3, name  # five Newton-Schulz steps
+        inner = np.sum(update * gradient[name].reshape(3, rows, columns), axis=(1, 2))
+        assert np.all(inner < 0), name
+    np.testing.assert_allclose(  # vectors and embeddings: Adam's first step is the sign
+        after["embedding"] - params["embedding"], -np.sign(gradient["embedding"]), atol=1e-4
+    )
+
+
+def test_the_average_of_weights_is_the_loop():
+    config = OptimizerConfig("sgd", 0.1, CONSTANT, weight_decay=0.1, ema_decay=0.3)
+    params = random_tree(SHAPES, 0)
+    found, state = run(config, params, [random_tree(SHAPES, seed) for seed in range(1, 7)])
+    expected = params
+    for count, new in enumerate(found):
+        d = min(0.3, (1 + count) / (10 + count))
+        expected = {n: d * expected[n] + (1 - d) * np.asarray(new[n]) for n in new}
+    averaged = averaged_params(state)
+    for n in params:
+        np.testing.assert_allclose(averaged[n], expected[n], atol=1e-6, err_msg=n)
+    assert averaged_params(run(OptimizerConfig(), params, [params])[1]) is None
+
+
+def test_averaging_leaves_the_updates_alone():
+    gradients = [random_tree(SHAPES, seed) for seed in (1, 2)]
+    params = random_tree(SHAPES, 0)
+    (*_, plain), _ = run(OptimizerConfig(), params, gradients)
+    (*_, averaged), _ = run(OptimizerConfig(ema_decay=0.9), params, gradients)
+    jax.tree.map(np.testing.assert_array_equal, plain, averaged)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    gradient = random_tree(SHAPES, 1)
+    norm = math.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
+    params = random_tree(SHAPES, 0)
+
+    def step(clip_norm):
+        config = OptimizerConfig("sgd", 1.0, CONSTANT, weight_decay=0.0, clip_norm=clip_norm)
+        [after], _ = run(config, params, [gradient])
+        return {n: params[n] - np.asarray(after[n]) for n in params}
+
+    for n in params:
+        np.testing.assert_allclose(step(0.5)[n], 0.5 / norm * gradient[n], atol=1e-6)
+        np.testing.assert_allclose(step(0.0)[n], gradient[n], atol=1e-6)
+        np.testing.assert_allclose(step(2 * norm)[n], gradient[n], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_is_sharded_like_its_parameters(make_experiment, name):
+    changes = {"optimizer.name": name, "optimizer.ema_decay": 0.9, "model.embed_dim": 64}
+    state = make_experiment(changes, fsdp=4, tensor=2).abstract_state
+    params = jax.tree_util.tree_leaves_with_path(state.params)
+    held = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    copies = {"adamw": 3, "adafactor": 2, "lion": 2, "muon": None, "sgd": 2}[name]
+    for path, leaf in params:
+        own = [
+            other for at, other in held if at[-len(path) :] == path and other.shape == leaf.shape
+        ]
+        if name == "muon":
+            matrix = "weight" in str(path[-1]) and "layers" in str(path[0])
+            copies = 2 if matrix else 3
+        assert len(own) == copies, jax.tree_util.keystr(path)
+        assert all(other.sharding == leaf.sharding for other in own)
+    sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in params)
+    assert sharded >= 6
