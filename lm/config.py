@@ -181,7 +181,7 @@ def component(package: str, name: str) -> types.ModuleType:
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name is None or not path.startswith(error.name):
+        if not f"{path}.".startswith(f"{error.name}."):
             raise  # the module exists, and something that it needs does not
         import pkgutil
 
@@ -372,11 +372,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, list | tuple):
-        value = _tuples(value)
-        inner = (typing.get_args(kind) or (Any,))[0]
-        return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
+        hints = typing.get_args(kind)
+        if hints[-1] is ...:
+            hints = hints[:1] * len(value)
+        if len(hints) != len(value):
+            raise ValueError(f"{path} must have {len(hints)} entries, got {value!r}")
+        pairs = enumerate(zip(hints, value, strict=True))
+        return tuple(_convert(hint, v, f"{path}[{i}]") for i, (hint, v) in pairs)
     if kind is Any:
-        return value
+        return _tuples(value)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):

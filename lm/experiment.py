@@ -222,8 +222,10 @@ class Experiment:
         return jax.jit(self._eval_step)
 
     @property
-    def flops_per_token(self) -> float:
-        """Model FLOPs of training on one token."""
+    def flops_per_token(self) -> float | None:
+        """Model FLOPs of training on one token; None for a model without a formula."""
+        if not flops.is_known(self.config.model):
+            return None
         return flops.flops_per_token(self.config.model, self.config.data.length)
 
     def peak_flops(self) -> float | None:

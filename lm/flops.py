@@ -110,6 +110,11 @@ def decoder(config: Any) -> Layout:
 LAYOUTS: dict[str, Callable[[Any], Layout]] = {"lm.models.decoder": decoder}
 
 
+def is_known(config: Any) -> bool:
+    """Whether there is a formula for a model Config."""
+    return type(config).__module__ in LAYOUTS
+
+
 def layout(config: Any) -> Layout:
     """The Layout of a model Config.
 
@@ -117,7 +122,7 @@ def layout(config: Any) -> Layout:
         ValueError: a model that `LAYOUTS` has no function for.
     """
     model = type(config).__module__
-    if model not in LAYOUTS:
+    if not is_known(config):
         raise ValueError(
             f"lm/flops.py has no formula for {model}: add a function from its Config to a Layout "
             f"to LAYOUTS; there are: {', '.join(LAYOUTS)}"

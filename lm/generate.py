@@ -420,10 +420,9 @@ def _decode(
     shape = (batch_size, chunk)
     start = (0, state, jnp.asarray(done), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     _, state, _, ids, logprobs = jax.lax.while_loop(unfinished, step, start)
-    if rules.mesh.size > 1:
-        leaves, tree = jax.tree.flatten(state.cache)
-        leaves = map(jax.lax.with_sharding_constraint, leaves, layout)
-        state = dataclasses.replace(state, cache=tree.unflatten(leaves))
+    leaves, tree = jax.tree.flatten(state.cache)
+    leaves = map(jax.lax.with_sharding_constraint, leaves, layout)
+    state = dataclasses.replace(state, cache=tree.unflatten(leaves))
     return state, rules.constrain(ids, None, None), rules.constrain(logprobs, None, None)
 
 

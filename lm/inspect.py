@@ -49,7 +49,7 @@ def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
 
 def _weights(layer: Attention, context: Context, kind: Array | None) -> jax.Array:
     """[B, N, T, S] of an attention layer that has just sown its queries and keys."""
-    q, k = (layer.get_variable("intermediates", name)[-1] for name in ("query", "key"))
+    q, k = (layer.get_variable("intermediates", name)[-1] for name in ("queries", "keys"))
     scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
 
     def of_kind(i: int) -> jax.Array:
@@ -142,7 +142,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def token_texts(tokenizer: Tokenizer, ids: Array) -> list[str]:
-    """The text of each token of a stream; a character made of several stands at the last of them."""
+    """The text of each token of a stream; a character made of several stands at the last one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in np.asarray(ids).tolist():

@@ -116,7 +116,7 @@ class Writer:
         first_step: int,
         num_steps: int,
         every: int,
-        flops_per_token: float,
+        flops_per_token: float | None,
         peak_flops: float | None,
         tensorboard: bool,
         active: bool = True,
@@ -196,17 +196,20 @@ class Writer:
         rate = self._timed_tokens / self._seconds if self._seconds else 0.0
         record = means(total) | {n: v for n, v in last.items() if n.endswith("_norm")} | extra
         record |= {"seconds": self._seconds, "tokens_per_second": rate}
-        speed = f"{quantity(rate * self._flops_per_token)}FLOP/s"
-        if self._peak_flops:
-            record["mfu"] = rate * self._flops_per_token / self._peak_flops
-            speed = f"{100 * record['mfu']:.1f}% MFU"
+        speed = ""
+        if self._flops_per_token is not None:
+            flops = rate * self._flops_per_token
+            speed = f" · {quantity(flops)}FLOP/s"
+            if self._peak_flops:
+                record["mfu"] = flops / self._peak_flops
+                speed = f" · {100 * record['mfu']:.1f}% MFU"
         self._window, self._seconds, self._timed_tokens = [], 0.0, 0.0
         self._write({"step": step, "kind": "train", **record})
         if self._active:
             left = (self._num_steps - step) * record["tokens"] / count / rate if rate else math.nan
             self.progress.show(
                 f"step {step}/{self._num_steps} · loss {record['loss']:.4f} · "
-                f"{quantity(rate)} tokens/s · {speed} · {seconds(left)} left",
+                f"{quantity(rate)} tokens/s{speed} · {seconds(left)} left",
                 final=step == self._num_steps,
             )
 

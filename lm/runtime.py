@@ -1,4 +1,4 @@
-"""How a script starts: flags with clear errors, and settings that must precede JAX."""
+"""How a script starts: settings that must precede JAX, and a user's mistake as one line."""
 
 from __future__ import annotations
 
@@ -8,38 +8,57 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags, logging
-
 USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 
 
-def run(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:
-    """`absl.app.run` in which a user's mistake is one line and exit code 1, not a traceback.
+def run(main: Callable[..., int], *args: Any) -> None:
+    """Ends the process with the exit code of `main(*args)`; a mistake of the user is one line."""
+    _use_huge_pages()
+    _set_up()
+    try:
+        sys.exit(main(*args))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
-    With `allow_rest`, `main` gets the arguments that are no flags of absl's.
+
+def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:
+    """`run` for scripts whose flags are absl's, since ml_collections' config flags are.
+
+    `main` gets the arguments that are no flags; without `allow_rest` there may be none.
     """
-
-    def guarded(argv: Sequence[str]) -> int:
-        if len(argv) > 1 and not allow_rest:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        _start()
-        try:
-            return main(argv)
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+    from absl import app
 
     _use_huge_pages()
-    app.run(guarded, flags_parser=functools.partial(_parse, allow_rest))
+    app.run(
+        functools.partial(run, main), flags_parser=functools.partial(_parse, allow_rest=allow_rest)
+    )
+
+
+def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:
+    from absl import flags
+
+    try:
+        rest = flags.FLAGS(argv, known_only=allow_rest)
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        # ml_collections raises an AttributeError of an unknown config key, with a traceback
+        text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
+        if isinstance(error, AttributeError):
+            text = f"config has no key {text}"
+        print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
+        sys.exit(2)
+    if len(rest) > 1 and not allow_rest:
+        print(f"error: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
+        sys.exit(2)
+    return rest
 
 
 def _use_huge_pages() -> None:
-    """Starts this program again with glibc's huge pages, unless it has them; where there is no
-    glibc, does nothing.
+    """Starts this program again with glibc's huge pages, unless it has them.
 
-    XLA's CPU client takes fresh memory for the temporaries of every step. Mapping it in pages of 4
-    KiB nearly halves the speed of training on a CPU, and glibc reads its settings only when a
-    process starts.
+    XLA's CPU client takes fresh memory for the temporaries of every step. Mapping it in pages of
+    4 KiB nearly halves the speed of training on a CPU, and glibc reads its settings only when a
+    process starts. Without glibc this changes nothing.
     """
     name = "GLIBC_TUNABLES"
     if not sys.platform.startswith("linux") or "hugetlb" in os.environ.get(name, ""):
@@ -49,28 +68,17 @@ def _use_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def _parse(allow_rest: bool, argv: Sequence[str]) -> Any:
-    try:
-        return flags.FLAGS(argv, known_only=allow_rest)
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        # ml_collections raises an AttributeError of an unknown config key, with a traceback
-        text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
-        if isinstance(error, AttributeError):
-            text = f"config has no key {text}"
-        print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
-        sys.exit(2)
-
-
-def _start() -> None:
+def _set_up() -> None:
     """Turns the persistent compilation cache on, and libraries' chatter off.
 
     The cache lies in ~/.cache/lm unless JAX_COMPILATION_CACHE_DIR names another place.
     """
+    import jax
+    from absl import logging
+
     logging.set_verbosity(logging.WARNING)  # Orbax tells some thirty lines a save
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lm", "xla"))

@@ -26,6 +26,7 @@ _BOX = (
     "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222; "
     "border: 1px solid #ddd; padding: 8px 12px; max-height: 460px; overflow: auto"
 )
+_GREYS = ("#dddddd", "#bbbbbb")
 _HOT = (240, 90, 60)  # the colour of the highest loss; zero is white
 
 
@@ -150,22 +151,21 @@ def packing_figure(
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
-    colors = np.array([to_rgb(c) for c in COLORS])
-    white = np.ones(3)
-
-    def paint(segments: Array) -> np.ndarray:
-        known = np.asarray(segments)[..., None]
-        return np.where(known > 0, colors[(np.asarray(segments) - 1) % len(COLORS)], white)
+    def paint(segments: Array, names: Sequence[str]) -> np.ndarray:  # [...] -> [..., 3]
+        colors, number = np.array([to_rgb(name) for name in names]), np.asarray(segments)
+        return np.where(number[..., None] > 0, colors[(number - 1) % len(colors)], 1.0)
 
     figure, axes = _figure(1, 1 + len(windows), (5.0, 4.6))
     left, *right = axes[0]
-    left.imshow(paint(tokens.segments), aspect="auto", interpolation="nearest")
-    left.set(title="the batch", xlabel="place in the row", ylabel="row")
-    left.set_yticks([row])
+    image = paint(tokens.segments, _GREYS)
+    image[row] = paint(tokens.segments[row], COLORS)
+    left.imshow(image, aspect="auto", interpolation="nearest")
+    left.hlines(np.arange(len(image) - 1) + 0.5, -0.5, image.shape[1] - 0.5, "white", linewidth=1)
+    left.set(title="the batch", xlabel="place in the row", ylabel="row", yticks=[row])
     one = cut(tokens, row, tokens.ids.shape[1])
     for axis, window in zip(right, windows, strict=True):
         seen = np.asarray(self_mask(one).allowed(window))[0]
-        axis.imshow(np.where(seen[..., None], paint(one.segments[0])[:, None], white))
+        axis.imshow(np.where(seen[..., None], paint(one.segments[0], COLORS)[:, None], 1.0))
         kind = "" if window is None else f", window {window}"
         axis.set(title=f"who sees whom in row {row}{kind}", xlabel="seen (key)")
         axis.set_ylabel("looks (query)")

@@ -1,7 +1,7 @@
 """Evaluate the newest checkpoint of a run on its validation stores, or on others.
 
-    python scripts/evaluate.py --workdir=runs/tiny
-    python scripts/evaluate.py --workdir=runs/tiny --data=data/other/validation --batch-size=64
+    python scripts/evaluate.py --workdir=runs/tiny-stdlib
+    python scripts/evaluate.py --workdir=runs/tiny-stdlib --data=data/other/validation
 
 Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
 Sums are added up before the one division, so the figures don't depend on batch size or devices.
@@ -9,29 +9,28 @@ Sums are added up before the one division, so the figures don't depend on batch 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags
-
 from lm import runtime
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_DATA = flags.DEFINE_multi_string(
-    "data", [], "Token store to use instead of the run's; repeatable."
-)
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default: the newest.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows in a batch; default: as in training.")
 
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument(
+        "--data", action="append", help="token store to use instead of the run's; repeatable"
+    )
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
+    parser.add_argument("--batch-size", type=int, help="rows in a batch (default: as in training)")
+    args = parser.parse_args()
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    if _WORKDIR.value is None:
-        raise app.UsageError("--workdir=FOLDER is needed")
     import jax
 
     from lm.checkpoint import Checkpoints
@@ -40,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
     from lm.metrics import Progress
 
     changes = {}
-    if _DATA.value:
-        changes["data.validation"] = tuple(_DATA.value)
-    if _BATCH_SIZE.value is not None:
-        changes |= {"data.batch_size": _BATCH_SIZE.value, "data.batch_size_per_device": None}
-    experiment = load(_WORKDIR.value, jax.devices(), changes)
-    with Checkpoints(_WORKDIR.value, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = checkpoints.restore_params(experiment.abstract_params, _STEP.value)
+    if args.data:
+        changes["data.validation"] = tuple(args.data)
+    if args.batch_size is not None:
+        changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
+    experiment = load(args.workdir, jax.devices(), changes)
+    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        step, params = checkpoints.restore_params(experiment.abstract_params, args.step)
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()

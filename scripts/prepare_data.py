@@ -48,6 +48,8 @@ def main() -> None:
         )
     except ValueError as error:
         sys.exit(f"prepare_data: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare_data: interrupted; the same command goes on from here")
     if result.manifests:
         done = (
             "were already there"

@@ -181,4 +181,4 @@ def held_out_text(store: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    runtime.run(main, allow_rest=True)
+    runtime.run_with_config(main, allow_rest=True)

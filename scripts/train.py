@@ -53,4 +53,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.run_with_config(main)

@@ -191,7 +191,7 @@ TEXT = "Größe 5 µm; 日本語 — naïve 🙂, then STOP and more."
 
 @pytest.fixture(scope="module")
 def memory():
-    """A decoder that knows a text by heart: at every position it wants one token, come what may."""
+    """A decoder that knows a text by heart: at each position it wants one token, come what may."""
     model, params = model_and_params(
         positions="learned", max_length=128, embed_dim=128, num_layers=1, tie_embeddings=False
     )

@@ -46,13 +46,17 @@ RULES = {
     "lm.evaluate": ("lm",),
     "lm.train": ("lm",),
     "lm.aot": ("lm",),
+    "lm.inspect": ("lm",),
+    "lm.show": ("lm",),
 }
 # The top of the stack, which only what stands here may import.
 TOP = {
-    "lm.experiment": ("lm.evaluate", "lm.train", "lm.aot"),
+    "lm.experiment": ("lm.evaluate", "lm.train", "lm.aot", "lm.inspect", "lm.show"),
     "lm.evaluate": ("lm.train",),
     "lm.train": (),
     "lm.aot": (),
+    "lm.inspect": ("lm.show",),
+    "lm.show": (),
 }
 LATE = {
     "matplotlib",

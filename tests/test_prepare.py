@@ -178,6 +178,24 @@ def test_finished_parts_are_kept(texts, model, tmp_path):
     assert len(before) == (len(plan_parts(corpus.sources())) + 1) // 2
 
 
+def test_interrupted_run_says_how_to_go_on(texts, model, prepared, tmp_path):
+    process = subprocess.Popen(
+        _command(texts, model, tmp_path / "out", "--workers=2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "out").glob("parts-*/*.npz")) and process.poll() is None:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "interrupted; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    _run(*_command(texts, model, tmp_path / "out"))
+    assert _content(tmp_path / "out") == _content(prepared[0])
+
+
 def test_workers_end_with_a_killed_parent(texts, model, tmp_path):
     process = subprocess.Popen(
         _command(texts, model, tmp_path / "out", "--workers=2"), stderr=subprocess.DEVNULL

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,7 +54,8 @@ def parallel(
 
 
 def _init_worker() -> None:
-    """One thread of work, and the end with the parent even if that is killed."""
+    """One thread of work; Ctrl-C is for the parent, and the worker ends with it, killed or not."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
