@@ -212,7 +212,6 @@ class Generator:
                 nucleus=sampling.top_p < 1 and top_k != 1,
                 eos_id=tokenizer.eos_id,
                 vocab_size=tokenizer.vocab_size,
-                layout=_layout(state.cache),
             )
             ids, logprobs = (np.asarray(x)[:, :count] for x in new)
             for i, row in enumerate(rows):
@@ -361,14 +360,9 @@ def _prefill(
     )
 
 
-def _layout(cache: Cache) -> tuple[Any, ...]:
-    """The shardings of a cache's leaves: a chunk returns them as it got them, for the next one."""
-    return tuple(leaf.sharding for leaf in jax.tree.leaves(cache))
-
-
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "chunk", "top_k", "nucleus", "eos_id", "vocab_size", "layout"),
+    static_argnames=("model", "chunk", "top_k", "nucleus", "eos_id", "vocab_size"),
     donate_argnames=("state",),
 )
 def _decode(
@@ -384,7 +378,6 @@ def _decode(
     nucleus: bool,
     eos_id: int,
     vocab_size: int,
-    layout: tuple[Any, ...],
 ) -> tuple[_State, jax.Array, jax.Array]:
     """(state, ids, log-probabilities) after `limit` steps, or when all rows are done.
 
@@ -420,9 +413,6 @@ def _decode(
     shape = (batch_size, chunk)
     start = (0, state, jnp.asarray(done), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     _, state, _, ids, logprobs = jax.lax.while_loop(unfinished, step, start)
-    leaves, tree = jax.tree.flatten(state.cache)
-    leaves = map(jax.lax.with_sharding_constraint, leaves, layout)
-    state = dataclasses.replace(state, cache=tree.unflatten(leaves))
     return state, rules.constrain(ids, None, None), rules.constrain(logprobs, None, None)
 
 

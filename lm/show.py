@@ -41,14 +41,12 @@ def references(workdir: str) -> dict[str, float]:
 def overview(experiment: Experiment, step: int) -> str:
     """HTML tables: the size of the run, and every config value that is not the default."""
     c, count = experiment.config, metrics.quantity
-    leaves = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
-    per_step = experiment.batch_size * c.data.length
+    seen = step * experiment.batch_size * c.data.length
     facts = [
         ("checkpoint", f"step {step:,} of {experiment.num_steps:,}"),
-        ("parameters", count(sum(x.size for _, x in leaves))),
+        ("parameters", count(sum(x.size for x in jax.tree.leaves(experiment.abstract_params)))),
         ("batch", f"{experiment.batch_size} rows of {c.data.length} tokens"),
-        ("seen", f"{count(step * per_step)} tokens"),
-        ("computed", f"{count(step * per_step * experiment.flops_per_token)} FLOPs"),
+        ("seen", f"{count(seen)} tokens"),
     ]
     values = [
         (path, repr(value), repr(default), sentence)
@@ -112,7 +110,7 @@ def hardest_html(
         )
         nats, confidence = losses.nats[i, t], losses.confidence[i, t]
         rows.append((f"{nats:.1f}", before, target, f"{guess}  ({confidence:.0%})"))
-    return _table(("nats", "after", "comes", "the model's guess"), rows)
+    return _table(("nats", "after", "comes", "the model's guess"), rows, right=(0, 1))
 
 
 def visible(text: str) -> str:
@@ -133,12 +131,22 @@ def _labels(explained: ExplainedRow) -> list[tuple[str, str]]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cell = 'style="text-align: left; font: 12px monospace; white-space: pre"'
-    lines = [f"<tr>{''.join(f'<th {cell}>{html.escape(x)}</th>' for x in header)}</tr>"]
-    for row in rows:
-        lines.append(f"<tr>{''.join(f'<td {cell}>{html.escape(x)}</td>' for x in row)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
+) -> str:
+    """HTML of a table whose columns `right` end, instead of begin, in one line."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        sides = ("right" if i in right else "left" for i in range(len(cells)))
+        parts = (
+            f'<{tag} style="text-align: {side}; font: 12px monospace; white-space: pre">'
+            f"{html.escape(cell)}</{tag}>"
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        return f"<tr>{''.join(parts)}</tr>"
+
+    lines = [line("th", header)] if header else []
+    return f"<table>{''.join([*lines, *(line('td', row) for row in rows)])}</table>"
 
 
 def packing_figure(
@@ -194,19 +202,20 @@ def attention_figure(
 ) -> Any:
     """A figure of chosen heads (layer, head) of maps: [L, N, T, S], tokens along both sides."""
     size = 1.0 + 0.14 * len(texts)
-    figure, axes = _figure(-(-len(heads) // columns), columns, (size, size))
+    figure, axes = _figure(-(-len(heads) // columns), columns, (size + 0.5, size))
     names = [visible(text)[:9] for text in texts]
     distances, image = mean_distances(maps), None
+    used = axes.flat[: len(heads)]
     for axis in axes.flat[len(heads) :]:
         axis.remove()
-    for axis, (layer, head) in zip(axes.flat, heads, strict=False):
+    for axis, (layer, head) in zip(used, heads, strict=True):
         image = _show_weights(axis, maps[layer, head])
         back = distances[layer, head]
         axis.set_title(f"layer {layer}, head {head}: {back:.1f} tokens back", fontsize=10)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, family="monospace")
         axis.set_yticks(range(len(names)), names, fontsize=7, family="monospace")
         axis.tick_params(length=0)
-    figure.colorbar(image, ax=axes, shrink=0.4, label="attention weight")
+    figure.colorbar(image, ax=used, shrink=0.4, label="attention weight")
     return figure
 
 
@@ -224,15 +233,14 @@ def position_figure(nats: Array, positions: Array, weights: Array) -> Any:
     axis.axhline(nats.mean(), color="0.6", linestyle="--", linewidth=1)
     axis.annotate(
         f"mean {nats.mean():.2f}",
-        (kinds[-1], nats.mean()),
-        (0, 4),
-        ha="right",
+        (kinds[0], nats.mean()),
+        (0, -12),
         textcoords="offset points",
         color="0.4",
     )
     names = [f"{2**k // 2}–{2**k - 1}" if k > 1 else str(k) for k in kinds.tolist()]
     axis.set_xticks(kinds, names)
-    axis.set(xlabel="tokens of context", ylabel="loss (nats per token)", ylim=(0, None))
+    axis.set(xlabel="tokens of context", ylabel="loss (nats per token)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

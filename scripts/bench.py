@@ -15,7 +15,8 @@ Parts, in the order in which they run:
     data         tokens/s of batch_at and of the iterators, from a token store
 
 Rows are random tokens of the whole vocabulary, one document each and new ones for every step, so
-no files are needed, and only `data` uses TensorFlow, if it is there. The compilation cache is off.
+no files are needed. TensorFlow is used by `data`, where it is there, and by `start`, where
+config.loader.kind says so. The compilation cache is off, but for `start`.
 Progress goes to stderr, a table for each part and then all of it as one line of JSON to stdout.
 Temporary files are below $TMPDIR. For figures worth keeping take an idle machine, and the median of
 several runs.
@@ -27,8 +28,8 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -50,12 +51,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from lm import flops, loss, metrics, runtime
+from lm import loss, metrics, runtime
 from lm.checkpoint import Checkpoints
 from lm.config import LossConfig
 from lm.data.pipeline import Pipeline
+from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
-from lm.data.sources.token_writer import Block, Ragged, StoreWriter
+from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
 from lm.experiment import Experiment
 from lm.generate import Generator
@@ -90,7 +92,7 @@ _SHAPE = flags.DEFINE_string(
     "loss_shape", "8x1024x768x50257", "loss_memory: batch x length x width x vocabulary."
 )
 _STORE = flags.DEFINE_string(
-    "store", None, "data: a store of config.data.tokenizer; default: random bytes, made for it."
+    "store", None, "data: a store of config.data.tokenizer; default: one of random letters."
 )
 _JSON = flags.DEFINE_string("json", None, "File for the JSON, instead of the last line of stdout.")
 
@@ -123,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def experiment_on(config: Any, **data: Any) -> Experiment:
-    """The experiment of a config on all devices; its one source is random rows, or that of `data`."""
+    """The experiment of a config on all devices; its data are random rows, or what `data` says."""
     config = config.copy_and_resolve_references()
     config.data.update({"weights": (), "validation": (), "tokenizer": "bytes"})
     config.data.update({"train": ("synthetic:random",), **data})
@@ -142,8 +144,13 @@ def seconds_of(call: Callable[[], jax.Array]) -> list[float]:
     """Seconds of a call, three times, each over as many calls in a row as take 20 ms."""
     timed(call)  # compiles
     repeat = max(1, int(0.02 / timed(call)[1]))
-    rounds = (timed(lambda: [call() for _ in range(repeat)])[1] for _ in range(3))
-    return [seconds / repeat for seconds in rounds]
+
+    def calls() -> jax.Array:
+        for _ in range(repeat - 1):
+            call()
+        return call()
+
+    return [timed(calls)[1] / repeat for _ in range(3)]
 
 
 def start(config: Any) -> Figures:
@@ -151,9 +158,10 @@ def start(config: Any) -> Figures:
     figures: Figures = {"loader": config.loader.kind}
     command = f"{sys.executable} {ROOT}/scripts/train.py --config={TINY}{config.loader.kind}"
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment |= {"JAX_LOG_COMPILES": "1", "XDG_CACHE_HOME": folder}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for name in ("JAX_COMPILATION_CACHE_DIR", "GLIBC_TUNABLES"):  # as runtime.run left them
+            environment.pop(name, None)
         for name in ("cold", "warm"):
             at: dict[str, float] = {}
             began, lines = time.perf_counter(), []
@@ -187,7 +195,9 @@ def start(config: Any) -> Figures:
 
 def loss_memory(config: Any) -> Figures:
     """Memory of the loss and its gradient in fresh processes, which have peaks of their own."""
-    shape = tuple(map(int, _SHAPE.value.split("x")))
+    if not re.fullmatch(r"\d+(x\d+){3}", _SHAPE.value):
+        raise ValueError(f"--loss_shape ({_SHAPE.value}) must be four sizes, like 8x1024x768x50257")
+    shape = [int(size) for size in _SHAPE.value.split("x")]
     figures: Figures = {"shape": _SHAPE.value}
     for name, chunk_size in (("chunked", config.loss.chunk_size), ("whole", 0)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -205,7 +215,8 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 
     def objective(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Any:
         weights, config = jnp.ones(targets.shape), LossConfig(chunk_size=chunk_size)
-        return loss.chunked_loss(_project, config, chunks, [table], hidden, targets, weights)[0]
+        total: Any = loss.chunked_loss(_project, config, chunks, [table], hidden, targets, weights)
+        return total[0]
 
     rng = np.random.default_rng(0)
     hidden, table = (
@@ -228,7 +239,7 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 
 
 def train(config: Any) -> Figures:
-    """Speed of the training step: new data in every one, its sums read one step late, as by lm.train."""
+    """Speed of the training step: new data in each, sums read one step late, as by lm.train."""
     experiment = experiment_on(config)
     c, mesh = experiment.config, experiment.rules.mesh
     device = mesh.devices.flat[0]
@@ -257,11 +268,11 @@ def train(config: Any) -> Figures:
 
     lowest, median, highest = statistics.quantiles(seconds, n=4)
     rate = batch_size * length / median
-    achieved = rate * experiment.flops_per_token
-    best = max(map(max, gemms.values()))
-    if device.platform != "cpu":  # fake devices of a CPU share its cores
-        best *= mesh.size
-    peak, memory = experiment.peak_flops(), step.memory_analysis()
+    # The fake devices of a CPU share its cores.
+    best = max(map(max, gemms.values())) * (1 if device.platform == "cpu" else mesh.size)
+    known, peak = experiment.flops_per_token, experiment.peak_flops()
+    achieved = None if known is None else rate * known
+    memory = step.memory_analysis()
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
         "lower_s": lower,
@@ -273,8 +284,8 @@ def train(config: Any) -> Figures:
         "step_quartiles_apart_ms": 1e3 * (highest - lowest),
         "tokens_per_s": rate,
         "model_flop_per_s": achieved,
-        "of_best_gemm_percent": 100 * achieved / best,
-        "mfu_percent": None if peak is None else 100 * achieved / peak,
+        "of_best_gemm_percent": achieved and 100 * achieved / best,
+        "mfu_percent": achieved and peak and 100 * achieved / peak,
         **{f"gemm_{k}_flop_per_s": statistics.median(v) for k, v in gemms.items()},
         **{f"gemm_{k}_best_flop_per_s": max(v) for k, v in gemms.items()},
         "arguments_bytes": memory.argument_size_in_bytes,
@@ -326,7 +337,7 @@ def generate(config: Any) -> Figures:
     side, multiply = BANDWIDTH_SIDE, jax.jit(jnp.matmul)
     matrix, vector = jnp.ones((side, side)), jnp.ones((side, 1))
     bandwidth = 4 * side**2 / min(seconds_of(lambda: multiply(matrix, vector)))
-    weights = 4 * sum(w.count for w in flops.layout(model).weights if w.uses)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(generator.params))
     figures: Figures = {"prompt_tokens": prompt, "new_tokens": new, "weights_bytes": weights}
     figures |= {"memory_bytes_per_s": bandwidth, "floor_ms": 1e3 * weights / bandwidth}
     rng = np.random.default_rng(0)
@@ -348,7 +359,7 @@ def generate(config: Any) -> Figures:
 
 
 def checkpoint(config: Any) -> Figures:
-    """Times to save and restore the whole state (the page cache helps), and to write a plain file."""
+    """Times to save and to restore the state (the page cache helps), and to write a plain file."""
     experiment = experiment_on(config)
     state = jax.block_until_ready(experiment.init_state())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -396,11 +407,11 @@ def data(config: Any) -> Figures:
 
 
 def _rate(batches: Any) -> tuple[float, float]:
-    """(tokens/s, cores) of an iterator over one second, after its first batches."""
+    """(tokens/s, cores) of an iterator over half a second, after its first batches."""
     for _ in range(8):
         next(batches)
     began, busy, tokens = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() < began + 1:
+    while time.perf_counter() < began + 0.5:
         tokens += next(batches)[1].targets.size
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     batches.close()
@@ -408,14 +419,12 @@ def _rate(batches: Any) -> tuple[float, float]:
 
 
 def _random_store(path: str) -> str:
-    """A token store of random bytes in documents of about 3,000 tokens."""
+    """A token store of random letters in documents of about 3,000 tokens."""
     rng = np.random.default_rng(0)
-    lengths = rng.geometric(1 / 3000, STORE_TOKENS // 3000)
-    tokens = Ragged(rng.integers(0, 256, lengths.sum(), np.uint16), lengths)
-    ids = Ragged(np.zeros(0, np.uint8), np.zeros(len(lengths), np.int64))
-    writer = StoreWriter(path, ByteTokenizer(), fields=("text",))
-    writer.add(Block(ids, {"text": tokens}, {"text": lengths - 1}))
-    writer.close(tokenizer_name="bytes", source=["random"], split="train", skipped={})
+    text = rng.integers(97, 123, STORE_TOKENS, np.uint8).tobytes().decode()
+    cuts = np.sort(rng.integers(0, len(text), len(text) // 3000)).tolist()
+    documents = (Document(str(a), {"text": text[a:b]}) for a, b in itertools.pairwise(cuts))
+    write_store(path, documents, ByteTokenizer())
     return path
 
 
@@ -458,12 +467,13 @@ def machine() -> Figures:
 
 
 def show(title: str, figures: Figures) -> None:
-    """Prints a table of names, values and units."""
+    """Prints a table: names, numbers on the right with their units, texts as they are."""
     rows = [_row(*item) for item in figures.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    left = max(len(name) for name, _, _ in rows)
+    right = max((len(value) for _, value, unit in rows if unit), default=0)
     print(f"\n{title}")
     for name, value, unit in rows:
-        print(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {unit}".rstrip(), flush=True)
+        print(f"  {name:<{left}}  {value:>{right}}  {unit}".rstrip(), flush=True)
 
 
 def _row(name: str, value: Any) -> tuple[str, str, str]:
@@ -473,9 +483,8 @@ def _row(name: str, value: Any) -> tuple[str, str, str]:
     if value is None or isinstance(value, str):
         return name, value or "-", unit if value else ""
     value = value / size
-    digits = 0 if value == round(value) else max(0, 3 - math.floor(math.log10(abs(value))))
-    return name, f"{value:,.{digits}f}", unit
+    return name, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", unit
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.run_with_config(main)

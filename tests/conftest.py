@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-# Before jax is imported. LLVM's optimisations halve nothing but the time to compile: on these sizes running takes no time,
-# and XLA's own passes, fusion and partitioning among them, stay as they are.
+# Before jax is imported. Without LLVM's optimisations compiling takes half the time, and running
+# tiny programs takes none; XLA's own passes, fusion and partitioning among them, stay as they are.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -14,7 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# One folder for this process and those that tests start, kept from run to run; keys hash the program, flags and versions.
+# One folder for this process and those that tests start, kept from run to run: a key is the hash of
+# the program, the flags and the versions.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache/xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -51,7 +52,7 @@ def devices():
 
 @pytest.fixture(scope="session")
 def rules_on(devices):
-    """(**axes) -> Rules on as many devices as the axes need; `rules=` replaces rows of the table."""
+    """(**axes) -> Rules on as many devices as they need; `rules` replaces rows of the table."""
 
     def make(rules=(), **axes):
         mesh = configs.MeshConfig(**{"data": 1, **axes}, rules=rules)
@@ -74,7 +75,7 @@ def tiny_decoder(rules_on):
 
 @pytest.fixture(scope="session")
 def pack():
-    """(rows of segment lengths, ...) -> Tokens with random ids; what the segments leave of `length` is padding."""
+    """(rows of segment lengths, ...) -> Tokens with random ids; what they leave is padding."""
 
     def make(rows, *, length, vocab_size, seed=0):
         rng = np.random.default_rng(seed)
@@ -94,7 +95,7 @@ def pack():
 
 @pytest.fixture(scope="session")
 def packed_batch(pack):
-    """(batch_size, length, vocab_size) -> a Batch of several segments and padding, with uneven weights, zeros among them."""
+    """(batch_size, length, vocab_size) -> a Batch of segments, padding and uneven weights."""
 
     def make(batch_size, length, vocab_size, *, seed=0):
         rng = np.random.default_rng([1, seed])
@@ -135,7 +136,7 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def make_experiment(make_config, devices):
-    """(changes by dotted path, **mesh axes) -> a tiny Experiment on as many devices as the axes need."""
+    """(changes by dotted path, **mesh axes) -> a tiny Experiment on the devices of the axes."""
 
     def make(changes=None, **axes):
         config = make_config(changes)

@@ -3,6 +3,9 @@
 import functools
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -11,6 +14,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from lm import config as configs
+from lm.checkpoint import Checkpoints
 from lm.config import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.generate import CHUNK, Generator, Sampling, choose
@@ -223,7 +228,7 @@ def test_eos_ends_a_text(memory):
 
 
 def stop_cases():
-    """(tokenizer, text, stops, what is left): strings of all lengths over every place of a chunk."""
+    """(tokenizer, text, stops, what is left), with strings over every place of a chunk."""
     for start in range(0, len(TEXT) - 14, 3):
         for length in (1, 2, 5, 14):
             stop = TEXT[start : start + length]
@@ -353,3 +358,52 @@ def test_every_mesh_makes_the_same_text_and_compiles_once(mesh, caplog):
     assert len(steps_compiled(caplog)) == 2
     found = sorted((p.generation for p in pieces if p.generation), key=lambda g: g.prompt)
     assert [made.ids.tolist() for made in found] == ids_of(24, sampling)
+
+
+@pytest.fixture(scope="module")
+def run_folder(make_experiment, tmp_path_factory):
+    """A run with one checkpoint, of parameters never trained."""
+    folder = tmp_path_factory.mktemp("run")
+    experiment = make_experiment({"model.max_length": 64})
+    (folder / "config.json").write_text(configs.to_json(experiment.config_dict))
+    with Checkpoints(str(folder), experiment.config.checkpoint) as checkpoints:
+        checkpoints.save(experiment.init_state())
+    return folder, experiment
+
+
+def run_script(*args, stdin=b""):
+    script = Path(__file__).parent.parent / "scripts" / "generate.py"
+    command = [sys.executable, str(script), *args]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_the_script_prints_what_the_generator_makes(run_folder, stream):
+    folder, experiment = run_folder
+    flags = ["--max-new-tokens=20", "--top-k=9", "--num-samples=2", "--seed=4", stream]
+    run = run_script(f"--workdir={folder}", *flags, stdin="Größe\n".encode())
+    assert run.returncode == 0, run.stderr
+    generator = Generator(experiment.model, experiment.init_state().params, TOKENIZER)
+    made = generator.generate(
+        ["Größe\n"], max_new_tokens=20, sampling=Sampling(top_k=9, num_samples=2, seed=4)
+    )
+    assert run.stdout == b"".join(
+        f"=== prompt 1, sample {i + 1} ===\nGröße\n".encode() + made[i].data + b"\n"
+        for i in range(2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--workdir=/nowhere"], "/nowhere holds no run"),
+        (["--step=7"], "no checkpoint of step 7"),
+        (["--max-new-tokens=70"], "config.model.max_length (64)"),
+        (["--top-p=0"], "top_p must be in (0, 1]"),
+    ],
+)
+def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):
+    run = run_script(f"--workdir={run_folder[0]}", "--prompt=a", *args)
+    assert (run.returncode, run.stdout) == (1, b"")
+    assert run.stderr.decode().startswith("error: ") and message in run.stderr.decode()
+    assert run.stderr.count(b"\n") == 1

@@ -62,7 +62,7 @@ def test_indivisible_dimensions_are_refused_with_path_and_numbers(rules_on, make
         rules_on(tensor=4).check("x.y", (4, 6), ("embed", "mlp"))
     experiment = make_experiment({"model.mlp_dim": 30}, tensor=4)
     with pytest.raises(ValueError, match=r"\['mlp'\].*mlp \(30\) .* tensor \(4\)"):
-        experiment.abstract_params
+        assert experiment.abstract_params
     with pytest.raises(ValueError, match=r"batch_size \(16\) .* data\*fsdp\*expert \(3\)"):
         make_experiment(fsdp=3)
     with pytest.raises(ValueError, match=r"batch_size \(16\) .*\(2\) \* .*num_microbatches \(16\)"):
@@ -89,9 +89,9 @@ def test_a_row_of_the_table_is_replaced(rules_on, make_experiment):
     rules = rules_on(rules=(("embed", None), ("mlp", ("tensor", "fsdp"))), fsdp=2, tensor=4)
     assert rules.spec("embed", "mlp") == PartitionSpec(None, ("tensor", "fsdp"))
     assert rules.spec("heads") == PartitionSpec("tensor")
-    changes = {"mesh.rules": (("embed", None), ("mlp", ("tensor", "fsdp")))}
+    changes = {"mesh.rules": (("embed", None), ("mlp", None))}
     params = make_experiment(changes, fsdp=2, tensor=4).abstract_params["layers"]
-    assert shard_shape(params["mlp"]["up"]["weight"]) == (2, 16, 4)
+    assert shard_shape(params["mlp"]["up"]["weight"]) == (2, 16, 32)
     assert shard_shape(params["attention"]["query"]["weight"]) == (2, 16, 1, 4)
 
 

@@ -192,8 +192,8 @@ class Attention(nn.Module):
         k = self.rules.constrain(k, "batch", "kv_heads", "length", "head_dim")
         v = self.rules.constrain(v, "batch", "kv_heads", "length", "head_dim")
         q, k, v = (checkpoint_name(a, n) for a, n in ((q, "query"), (k, "key"), (v, "value")))
-        self.sow("intermediates", "query", q)
-        self.sow("intermediates", "key", k)
+        self.sow("intermediates", "queries", q)
+        self.sow("intermediates", "keys", k)
 
         use_dropout = context.train and self.dropout > 0
         rng = self.make_rng("dropout") if use_dropout else None

@@ -1,0 +1,84 @@
+"""Every notebook runs on a finished run, defines nothing, and is saved clean."""
+
+import ast
+import sysconfig
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from lm.data import prepare, tokenizer_training
+from lm.data.corpus import Corpus
+from lm.train import train
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, make_config, devices):
+    """The folder of a finished run on a few files of Python's standard library."""
+    folder = tmp_path_factory.mktemp("run")
+    corpus = Corpus(
+        data=[str(Path(sysconfig.get_path("stdlib")) / "json" / "*.py")],
+        split="tail",
+        validation_fraction=0.2,
+    )
+    tokenizer = str(folder / "tokenizer.model")
+    tokenizer_training.train_tokenizer(
+        corpus,
+        out=tokenizer,
+        vocab_size=400,
+        model_type="bpe",
+        piece_span="line",
+        split_digits=False,
+        sample_bytes=1_000_000,
+    )
+    prepare.prepare(corpus, tokenizer=tokenizer, out=folder / "stores", num_workers=1)
+    changes = {
+        "data.tokenizer": tokenizer,
+        "data.train": (str(folder / "stores" / "train"),),
+        "data.validation": (str(folder / "stores" / "validation"),),
+        "data.length": 64,
+        "data.batch_size": 8,
+        "model.vocab_size": 400,
+        "model.max_length": 128,
+        "train.num_steps": 30,
+        "train.eval_every": 10,
+    }
+    assert train(make_config(changes), str(folder / "run"), devices[:1]) == 0
+    return str(folder / "run")
+
+
+def parameters(notebook):
+    """The one cell that says which run to look at."""
+    [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    return cell
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs_on_a_finished_run(path, run):
+    notebook = nbformat.read(path, as_version=4)
+    parameters(notebook)["source"] = f"workdir = {run!r}"
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    kinds = [
+        kind for c in notebook.cells for o in c.get("outputs", []) for kind in o.get("data", {})
+    ]
+    assert kinds.count("image/png") >= 5 and kinds.count("text/html") >= 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_defines_nothing_and_is_saved_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert parameters(notebook).source.startswith("workdir = ")
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        assert not cell.outputs and cell.execution_count is None
+        lines = [line for line in cell.source.split("\n") if not line.startswith("%")]
+        nodes = list(ast.walk(ast.parse("\n".join(lines))))
+        assert len(lines) <= 20
+        assert not [n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
