@@ -8,13 +8,12 @@ Hardware: two CPU cores, three to five minutes. Expected: README.md has the meas
 
     make pretrain
 
-scripts/pretrain.py makes tokenizer and stores and fills in their paths; by hand:
+or by hand:
 
-    python scripts/train_tokenizer.py --data=stdlib --vocab-size=4096 --out=bpe.model
-    python scripts/prepare_data.py --data=stdlib --tokenizer=bpe.model --out=data/stdlib
-    python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny \\
-        --config.data.tokenizer=bpe.model --config.data.train="('data/stdlib/train',)" \\
-        --config.data.validation="('data/stdlib/validation',)"
+    python scripts/train_tokenizer.py --data=stdlib --out=data/stdlib/tokenizer.model
+    python scripts/prepare_data.py --data=stdlib --tokenizer=data/stdlib/tokenizer.model \\
+        --out=data/stdlib
+    python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny-stdlib
 """
 
 from lm.config import default
@@ -25,6 +24,9 @@ def get_config(arg=None):
         raise ValueError(f"configs/tiny.py has one size, got {arg!r}")
     config = default(model="decoder", objective="causal")
 
+    config.data.tokenizer = "data/stdlib/tokenizer.model"
+    config.data.train = ("data/stdlib/train",)
+    config.data.validation = ("data/stdlib/validation",)
     config.data.length = 256
     config.data.batch_size = 16
 
@@ -52,6 +54,5 @@ def get_config(arg=None):
 
     config.train.num_steps = 600
     config.train.eval_every = 100
-    config.train.eval_batches = 8
     config.checkpoint.every = 100
     return config

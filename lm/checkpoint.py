@@ -45,7 +45,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> bool:
-        """Starts saving `state` and returns once it is copied; False if its step is saved already."""
+        """Starts saving `state`, returns once it is copied; False if its step is saved already."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
@@ -63,7 +63,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState | None:
-        """The state at `step` (default: newest) in the shardings of `abstract`; None if none is there."""
+        """The state at `step` (default: newest) in the shardings of `abstract`, or None."""
         step = self._find(step)
         if step is None:
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -162,10 +162,10 @@ def lm_loss(
     piece = jax.ShapeDtypeStruct((batch_size, length // n, embed_dim), output.hidden.dtype)
     # Only the parameters that the projection reads become arguments, and so get a gradient carried
     # from chunk to chunk.
-    closed: Any = jax.closure_convert(
-        lambda hidden: model.apply(variables, hidden, method="logits"), piece
+    project, parameters = cast(  # its annotation says less than it returns
+        Any,
+        jax.closure_convert(lambda hidden: model.apply(variables, hidden, method="logits"), piece),
     )
-    project, parameters = closed
     objective, sums = chunked_loss(
         project, config, n, parameters, output.hidden, batch.targets, batch.weights
     )

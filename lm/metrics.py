@@ -141,7 +141,7 @@ class Writer:
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 
     def train(self, step: int, sums: Sums, **extra: float) -> None:
-        """Takes the sums (device arrays) of the step ending at `step`; reads those of the one before."""
+        """Takes the sums of the step ending at `step`, on devices; reads those of the last one."""
         pending, self._pending = self._pending, (step, sums, extra)
         if pending is not None:
             self._read(*pending)

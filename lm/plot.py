@@ -53,7 +53,7 @@ def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> s
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("loss (nats per token)")
-    values = sorted(r["loss"] for r in train)
+    values = sorted(r["loss"] for r in [*train, *evals])
     left.set_ylim(values[0] * 0.95, values[int(0.97 * (len(values) - 1))] * 1.05)
     left.legend(frameon=False)
     if with_bytes:

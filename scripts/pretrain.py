@@ -33,7 +33,7 @@ from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data.sources.tokens import TokenStore
 
-PROMPTS = ("import os\n\n\ndef ", "class ")
+PROMPTS = ("def read(self, ", "class Handler(")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/tiny.py", "The config to train; its data section is filled in here."
@@ -136,7 +136,7 @@ def finish(workdir: Path, validation: Path, config: Any) -> None:
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
         at, params = checkpoints.restore_params(experiment.abstract_params)
     generator = Generator(experiment.model, params, experiment.tokenizer)
-    length = min(200, config.model.max_length - 50)
+    length = min(120, config.model.max_length - 50)
     made = generator.generate(
         _PROMPT.value, max_new_tokens=length, sampling=Sampling(temperature=0.7, top_p=0.95)
     )

@@ -20,9 +20,11 @@ from lm.data.sources import Document, Skipped, Unit
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 _COMPRESSED = (".gz", ".zst")
-# pydoc_data is one generated file of documentation, 7% of the corpus: no source code, and
-# wherever it falls it would be most of the held-out text.
-_NOT_CORPUS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+# pydoc_data is one generated file of documentation, 7% of the corpus, and would be most of the
+# held-out text if it fell there; encodings are mostly generated tables that differ in a few lines,
+# so that those held out would be known from training.
+_GENERATED = {"pydoc_data", "encodings"}
+_NOT_CORPUS = {"site-packages", "dist-packages", "__pycache__"} | _GENERATED
 _TESTS = {"test", "tests", "idle_test"}
 _RANGE = 1 << 26  # bytes; a longer .jsonl file is read in ranges, by several workers
 _BLOCK = 1 << 20
