@@ -162,13 +162,13 @@ def lm_loss(
     piece = jax.ShapeDtypeStruct((batch_size, length // n, embed_dim), output.hidden.dtype)
     # Only the parameters that the projection reads become arguments, and so get a gradient carried
     # from chunk to chunk.
-    project, parameters = cast(  # its annotation says less than it returns
-        Any,
-        jax.closure_convert(lambda hidden: model.apply(variables, hidden, method="logits"), piece),
+    project, parameters = jax.closure_convert(
+        lambda hidden: model.apply(variables, hidden, method="logits"), piece
     )
-    objective, sums = chunked_loss(
+    result = chunked_loss(
         project, config, n, parameters, output.hidden, batch.targets, batch.weights
     )
+    objective, sums = cast(tuple[Array, Sums], result)
     sums = {**sums, "tokens": jnp.sum(batch.weights)}
     for name, value in output.aux.items():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]
