@@ -24,6 +24,8 @@ class Checkpoints:
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
         directory = epath.Path(workdir).resolve() / "checkpoints"
+        if config.keep_last < 1:
+            raise ValueError(f"config.checkpoint.keep_last ({config.keep_last}) must be at least 1")
         if read_only and not directory.exists():
             raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
         options = ocp.CheckpointManagerOptions(

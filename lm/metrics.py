@@ -134,9 +134,10 @@ class Writer:
         if active:
             path = epath.Path(workdir) / METRICS_FILE
             kept = [record for record in read(workdir) if record["step"] <= first_step]
-            self._file = path.open("w")
-            self._file.write("".join(json.dumps(record) + "\n" for record in kept))
-            self._file.flush()
+            new = path.parent / (METRICS_FILE + ".new")
+            new.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            new.replace(path)  # a kill leaves the old file or the new one
+            self._file = path.open("a")
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 

@@ -111,9 +111,8 @@ class Rules:
             raise ValueError(
                 f"{len(logical)} logical axes {logical} for an array of shape {x.shape}"
             )
-        if self.mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(x, self.sharding(*logical))
+        sharding = self.sharding(*logical)  # checks the names on any mesh
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, sharding)
 
     def check(self, path: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
         """Raises ValueError unless all sharded dimensions divide evenly; `path` names the array."""

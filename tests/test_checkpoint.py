@@ -155,3 +155,8 @@ def test_the_checkpoint_at_step_n_is_the_state_before_batch_n(make_config, devic
             batch = experiment.put(experiment.train_data.batch_at(step))
             state, _ = experiment.train_step(state, batch)  # takes the memory of the old state
         assert_bitwise(state, wanted)
+
+
+def test_keep_last_must_keep_something(tmp_path):
+    with pytest.raises(ValueError, match=r"config.checkpoint.keep_last \(0\) must be at least 1"):
+        Checkpoints(str(tmp_path), CheckpointConfig(keep_last=0))

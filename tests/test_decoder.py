@@ -1,4 +1,8 @@
-"""The decoder in a dozen variants that together take every value of its config."""
+"""The decoder in a dozen variants that together take every value of its config.
+
+Measured, for logits up to 5: 3e-6 from numpy, 2e-6 from documents alone, 5e-6 from cached decode;
+scan and rematerialisation change no bit here, but another compiler may order sums differently.
+"""
 
 import dataclasses
 import functools
@@ -173,7 +177,7 @@ def test_decoder_is_the_numpy_model_on_every_packed_document(subject, name):
         for segment in set(tokens.segments[row].tolist()) - {0}:
             here = tokens.segments[row] == segment
             expected = reference(s.config, s.params, tokens.ids[row, here])
-            np.testing.assert_allclose(logits[row, here], expected, rtol=2e-4, atol=2e-4)
+            np.testing.assert_allclose(logits[row, here], expected, atol=1e-5, rtol=0)
 
 
 def test_the_variants_take_every_value():
@@ -292,7 +296,7 @@ def test_scan_is_a_loop(subject, name):
         scan.logits(scan.params, tokens), loop.logits(scan.params, tokens), atol=1e-5
     )
     a, b = (flat(s.pull(scan.params, tokens, d_logits)) for s in (scan, loop))
-    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+    np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("policy", [name for name in REMAT if name != "none"])
@@ -301,7 +305,7 @@ def test_rematerialisation_changes_no_gradient(subject, policy):
     tokens = rows([12], [5, 7], [4, 6])
     d_logits = np.random.default_rng(0).normal(size=(3, LENGTH, VOCAB)).astype(np.float32)
     a, b = (flat(s.pull(plain.params, tokens, d_logits)) for s in (plain, remat))
-    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+    np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())
 
 
 def test_rematerialisation_policies_save_less_and_less(subject):
@@ -386,7 +390,7 @@ def test_cached_decode_is_the_whole_forward_pass(subject, name, pieces):
         found.append(np.asarray(logits))
         start += size
     scored = tokens.segments != 0
-    np.testing.assert_allclose(np.concatenate(found, axis=1)[scored], expected[scored], atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1)[scored], expected[scored], atol=1e-5)
 
 
 def test_decode_continues_a_cache_with_room_to_spare(subject):
@@ -395,7 +399,7 @@ def test_decode_continues_a_cache_with_room_to_spare(subject):
     logits, cache = s.decode(s.params, tokens, s.model.init_cache(3, 20))
     expected = np.asarray(s.logits(s.params, tokens))
     scored = tokens.segments != 0
-    np.testing.assert_allclose(np.asarray(logits)[scored], expected[scored], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(logits)[scored], expected[scored], atol=1e-5)
     assert int(cache["index"]) == LENGTH
 
 
@@ -424,6 +428,13 @@ def test_decode_continues_a_cache_with_room_to_spare(subject):
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout must be in \[0, 1\), got -0.1"),
         ({"num_layers": 0}, r"num_layers must be positive, got 0"),
+        ({"mlp_dim": 0}, r"mlp_dim must be positive, got 0"),
+        ({"attention_softcap": 0.0}, r"attention_softcap must be positive, got 0.0"),
+        ({"norm_eps": -1.0}, r"norm_eps must be positive, got -1.0"),
+        (
+            {"positions": "relative", "relative_buckets": 1},
+            r"relative_buckets \(1\) must be at least 2",
+        ),
         ({"activation": "gelo"}, r"activation must be one of .*swiglu.*'gelo'"),
         ({"norm": "batch"}, r"norm must be one of layer, rms, got 'batch'"),
         ({"norm_placement": "mid"}, r"norm_placement must be one of pre, post, both, got 'mid'"),

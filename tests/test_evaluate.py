@@ -9,7 +9,7 @@ import pytest
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import load
-from lm.evaluate import evaluate
+from lm.evaluate import _add, evaluate
 from lm.optim import averaged_params
 
 ROWS = 21  # the last batch is not full for any batch size below but 1
@@ -113,3 +113,10 @@ def test_evaluation_leaves_parameters_and_training_alone(one_by_one):
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params))
     assert averaged_params(experiment.abstract_state.opt_state) is None
+
+
+def test_sums_over_many_batches_lose_nothing():
+    total: dict[str, float] = {}
+    for _ in range(6000):  # a float32 sum is 1,900 tokens off here
+        _add(total, {"tokens": np.float32(4093)})
+    assert total == {"tokens": 6000 * 4093.0}

@@ -186,3 +186,8 @@ def test_boxed_trees_get_the_shardings_of_their_axes(rules_on):
     shardings = rules.shardings(boxed)
     assert shardings["w"].spec == PartitionSpec("fsdp", "tensor")
     assert shardings["other"].spec == PartitionSpec()
+
+
+def test_a_misspelled_axis_is_an_error_on_one_device_too(rules_on):
+    with pytest.raises(ValueError, match="'embd' is not a logical axis"):
+        rules_on().constrain(np.zeros((2, 2)), "batch", "embd")

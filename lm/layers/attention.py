@@ -26,9 +26,9 @@ NEGATIVE = -1e30  # finite, so that a row that sees nothing gives no NaN
 class Mask:
     """Who sees whom, from what is known of queries and keys: no [T, S] array is stored.
 
-    A key is seen from its own segment (never segment 0, padding), at positions up to the query's
-    when `causal`, less than `window` back where one is given, and anyway where it belongs to a
-    bidirectional prefix.
+    A key is seen from its own segment (never segment 0, padding): at positions up to the query's
+    when `causal`, or anywhere in a bidirectional prefix; and only less than `window` away, where
+    one is given.
     """
 
     query_segments: Array  # int32 [B, T]

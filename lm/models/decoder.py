@@ -117,8 +117,19 @@ class Config:
             for part in name.split("."):
                 value = getattr(value, part)
             need(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for name in ("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"):
-            need(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in (
+            *("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"),
+            *("head_dim", "mlp_dim", "window", "norm_eps", "init_std", "query_scale"),
+            *("attention_softcap", "logit_softcap", "relative_max_distance"),
+        ):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name} must be positive, got {value}")
+        need(
+            self.positions != "relative"
+            or 2 <= self.relative_buckets < 2 * self.relative_max_distance,
+            f"relative_buckets ({self.relative_buckets}) must be at least 2 and less than twice "
+            f"relative_max_distance ({self.relative_max_distance})",
+        )
         need(
             self.head_dim is not None or self.embed_dim % self.num_heads == 0,
             f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads}), "
@@ -145,7 +156,6 @@ class Config:
             f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
             "local layers, and only they, need one",
         )
-        need(self.window is None or self.window > 0, f"window must be positive, got {self.window}")
         for name in ("dropout", "attention_dropout"):
             need(
                 0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}"
@@ -280,6 +290,10 @@ class Decoder(nn.Module):
         """
         if encoder is not None:
             raise ValueError("config.model.name=decoder takes no encoder tokens")
+        if cache is not None and inputs.bidirectional is not None:
+            raise ValueError(
+                "a cache keeps no bidirectional marks: encode such a prefix without one"
+            )
         c, rules = self.config, self.rules
         x = self.embedding(inputs.ids) * jnp.asarray(c.embed_scale, jnp.dtype(c.dtype))
         if c.positions == "learned":
