@@ -9,10 +9,10 @@ options for a CPU ("I only have a macbook"). 4 layers, 4 heads, width 128, rows 
 Characters are bytes in this text, so the losses compare, though our table has 259 rows (all bytes
 and three special tokens) and theirs 65.
 
-The first 90% of input.txt (1,003,854 bytes) as one document go to the token store
-data/shakespeare/train, the rest to data/shakespeare/validation, both with the tokenizer `bytes`.
-Then:
+The first 90% of input.txt (1,003,854 bytes) are for training, the rest for validation:
 
+    python scripts/prepare_data.py --data=input.txt --tokenizer=bytes --out=data/shakespeare \\
+        --split=tail --validation-fraction=0.1
     python scripts/train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
 """
 

@@ -20,6 +20,9 @@ def run(main: Callable[..., int], *args: Any) -> None:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # training itself saves first: see lm/guard.py
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:
