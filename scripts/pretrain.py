@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -93,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
         step(3, "samples, summary and loss curve")
         finish(workdir, stores / "validation", config)
     summary = json.loads(summary_file.read_text())
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
     print((workdir / "samples.txt").read_text())
     print(
         f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
@@ -104,9 +107,9 @@ def main(argv: Sequence[str]) -> int:
         "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
         f"loss curve               {workdir / 'loss.png'}\n\n"
         "What next:\n"
-        f"  python scripts/generate.py --workdir={workdir} --prompt='def main(' --stream\n"
-        f"  python scripts/evaluate.py --workdir={workdir}\n"
-        f"  python scripts/pretrain.py --workdir={workdir}-deeper --config.model.num_layers=8"
+        f"  {python} scripts/generate.py --workdir={workdir} --prompt='def main(' --stream\n"
+        f"  {python} scripts/evaluate.py --workdir={workdir}\n"
+        f"  {python} scripts/pretrain.py --workdir={workdir}-deeper --config.model.num_layers=8"
     )
     return 0
 
