@@ -39,11 +39,14 @@ def get_config(arg=None):
     model.tie_embeddings = True
     model.init_std = 0.02
     model.dtype = "float32"
+    model.scan_unroll = -1  # no loop over layers, as in the other codebases
 
     data = config.data
     data.train = ("synthetic:random",)
     data.length = length
     data.batch_size = batch_size
+
+    config.loss.chunk_size = 512
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
