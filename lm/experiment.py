@@ -18,6 +18,7 @@ from etils import epath
 
 from lm import config as configs
 from lm import flops, loss, optim, sharding, step
+from lm.checkpoint import Checkpoints
 from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
@@ -162,6 +163,21 @@ class Experiment:
 
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
         return jax.jit(init, out_shardings=shardings)(self._key("init"))
+
+    def restore_params(
+        self, checkpoints: Checkpoints, step: int | None = None
+    ) -> tuple[int, Params]:
+        """(step, the parameters that training evaluates): the averaged ones where it keeps them.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+        """
+        if not self.config.optimizer.ema_decay:
+            return checkpoints.restore_params(self.abstract_params, step)
+        state = checkpoints.restore(self.abstract_state, step)
+        if state is None:
+            raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
+        return int(state.step), optim.averaged_params(state.opt_state)
 
     def _key(self, purpose: str) -> Array:
         init, train = jax.random.split(jax.random.key(self.config.seed))

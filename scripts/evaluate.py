@@ -45,7 +45,7 @@ def main() -> int:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
     experiment = load(args.workdir, jax.devices(), changes)
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = checkpoints.restore_params(experiment.abstract_params, args.step)
+        step, params = experiment.restore_params(checkpoints, args.step)
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()

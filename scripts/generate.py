@@ -47,7 +47,7 @@ def main() -> int:
     )
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = checkpoints.restore_params(experiment.abstract_params, args.step)
+        _, params = experiment.restore_params(checkpoints, args.step)
     prompts = args.prompt or [_standard_input()]
     generator = Generator(experiment.model, params, experiment.tokenizer)
     request: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}

@@ -53,6 +53,7 @@ corpora.add_flags(_DATA)
 def main(argv: Sequence[str]) -> int:
     import jax
 
+    from lm import metrics
     from lm.metrics import seconds
     from lm.train import train
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     code = train(config, str(workdir), jax.devices())
     if code:
         return code
-    if not summary_file.exists():
+    if summarised_step(summary_file) != metrics.read(str(workdir))[-1]["step"]:
         step(3, "samples, summary and loss curve")
         finish(workdir, stores / "validation", config)
     summary = json.loads(summary_file.read_text())
@@ -118,6 +119,11 @@ def step(number: int, text: str) -> None:
     print(f"[{number}/3] {text}", flush=True)
 
 
+def summarised_step(file: Path) -> int | None:
+    """The step that a summary is of, None without one: a longer run needs a new one."""
+    return json.loads(file.read_text())["steps"] if file.exists() else None
+
+
 def corpus_name(corpus: corpora.Corpus) -> str:
     """A folder name for a corpus: what it is called, and a hash of what decides its content."""
     if list(corpus.data) == ["stdlib"] and corpus == corpora.Corpus(data=corpus.data):
@@ -137,7 +143,7 @@ def finish(workdir: Path, validation: Path, config: Any) -> None:
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        at, params = checkpoints.restore_params(experiment.abstract_params)
+        at, params = experiment.restore_params(checkpoints)
     generator = Generator(experiment.model, params, experiment.tokenizer)
     length = min(120, config.model.max_length - 50)
     made = generator.generate(

@@ -4,6 +4,7 @@ bytes.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
@@ -151,3 +152,18 @@ def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(tmp_path):
+    assert run(tmp_path, 1, "--config.train.num_steps=30").returncode == 0
+    script = str(ROOT / "scripts" / "evaluate.py")
+    result = subprocess.run(
+        [sys.executable, script, f"--workdir={tmp_path}"],
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    trained = metrics.read(str(tmp_path))[-1]
+    assert json.loads(result.stdout)["loss"] == pytest.approx(trained["loss"], rel=1e-6)
