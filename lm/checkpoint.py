@@ -1,11 +1,20 @@
-"""Checkpoints of a run, through Orbax: asynchronous, atomic, restored into any sharding.
+"""Checkpoints of a run, through Orbax: asynchronous, atomic, verified, restored into any sharding.
 
 The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate
-items, so that either can be read alone.
+items, so that either can be read alone. Beside them lies a manifest with the checksum of every leaf
+(lm/manifest.py): a save is read back from its files, a restore is compared on the devices, and
+nothing is deleted before its successor was read back.
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,71 +22,250 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm import manifest as manifests
+from lm import restore, stored
 from lm.config import CheckpointConfig
+from lm.exits import Exit, RunError
+from lm.manifest import Damaged, Manifest
 from lm.types import Params, TrainState
 
-ITEMS = ("params", "opt_state")
+# What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and
+# those of a barrier that a process didn't reach.
+SAVE_ERRORS = (OSError, ValueError, TimeoutError, jax.errors.JaxRuntimeError)
+
+
+class SaveFailed(RunError):
+    """A checkpoint could not be written, or what was written doesn't read back."""
+
+    code = Exit.SAVE_FAILED
+
+
+class CorruptCheckpoint(RunError):
+    """No checkpoint verifies, or the one that was asked for doesn't."""
+
+    code = Exit.CORRUPT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    step: int
+    committed: threading.Event  # Orbax is ready for the next save
+    verified: concurrent.futures.Future[None]
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`; a context that waits for the last save when it is left."""
+    """The checkpoints below `workdir`; a context that waits for the last save when it is left.
+
+    All processes of a run call its methods together. A read-only one writes, renames and deletes
+    nothing: it passes over what is bad.
+    """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        directory = epath.Path(workdir).resolve() / "checkpoints"
         if config.keep_last < 1:
             raise ValueError(f"config.checkpoint.keep_last ({config.keep_last}) must be at least 1")
-        if read_only and not directory.exists():
-            raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last,
-            keep_period=config.keep_every or None,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
+        root = epath.Path(workdir).resolve()
+        self.directory = root / "checkpoints"
+        self._bad = root / "bad_checkpoints"
+        self._config = config
+        self._read_only = read_only
+        self._lead = jax.process_index() == 0
+        self._saves: collections.deque[_Save] = collections.deque()
+        if read_only:
+            if not self.directory.exists():
+                raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
+            return
+        if self._lead:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            stored.delete_leftovers(self.directory)
+        handler = ocp.CompositeCheckpointHandler(
+            params=ocp.StandardCheckpointHandler(),
+            opt_state=ocp.StandardCheckpointHandler(),
+            manifest=ocp.JsonCheckpointHandler(filename=stored.MANIFEST_FILE),
         )
-        self._manager = ocp.CheckpointManager(directory, item_names=ITEMS, options=options)
-        self.directory = directory
+        # Made in the background, a folder that can't be made leaves threads that wait five minutes
+        # for it, and keep the process from ending.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._closing = threading.Event()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if self._read_only:
+            return
+        try:
+            if error is None:
+                self.wait()
+                self._checkpointer.close()
+            elif jax.process_count() == 1 or (
+                isinstance(error, RunError) and error.code != Exit.PEER_LOST
+            ):
+                # The save under way is worth keeping; its own error must not hide this one.
+                concurrent.futures.wait([save.verified for save in self._saves])
+        finally:
+            self._closing.set()
+            self._worker.shutdown(wait=False, cancel_futures=True)
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return stored.steps(self.directory)
 
-    def save(self, state: TrainState) -> bool:
-        """Starts saving `state`, returns once it is copied; False if its step is saved already."""
+    # ---- saving ----
+
+    def save(self, state: TrainState, *, manifest_extras: Mapping[str, Any] | None = None) -> bool:
+        """Starts saving `state`, returns once it is copied; False if its step is saved already.
+
+        manifest_extras: `ledger`, `config` and `parent` of the manifest.
+
+        Raises:
+            SaveFailed: this save could not begin, or an earlier one failed.
+        """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        self.poll()
+        if self._saves:
+            self._saves[-1].committed.wait()
+        if restore.from_lead(step in self.steps()):
             return False
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-            ),
+        tree = {"params": state.params, "opt_state": state.opt_state}
+        manifest = Manifest(
+            step=step,
+            leaves=manifests.leaves(tree, restore.sums(tree)),
+            code=manifests.code_version(),
+            time=time.time(),
+            **(manifest_extras or {}),
         )
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            manifest=ocp.args.JsonSave(manifest.to_dict()),
+        )
+        try:
+            self._checkpointer.save(self.directory / str(step), args=args)
+        except SAVE_ERRORS as error:
+            raise self._failed(step, error) from error
+        committed = threading.Event()
+        verified = self._worker.submit(self._finish, step, committed)
+        self._saves.append(_Save(step, committed, verified))
         return True
 
-    def wait(self) -> None:
-        """Returns when the last save is complete; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+    def poll(self) -> None:
+        """Raises SaveFailed if a save failed or doesn't read back; else returns at once."""
+        while self._saves and self._saves[0].verified.done():
+            self._settle()
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> TrainState | None:
-        """The state at `step` (default: newest) in the shardings of `abstract`, or None."""
-        step = self._find(step)
-        if step is None:
-            return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            ),
+    def wait(self) -> None:
+        """Returns when all saves are complete and verified, and what they replace is deleted.
+
+        Raises:
+            SaveFailed: as `poll`.
+        """
+        while self._saves:
+            self._settle()
+
+    def _settle(self) -> None:
+        save = self._saves.popleft()
+        try:
+            save.verified.result()
+        except SAVE_ERRORS as error:
+            raise self._failed(save.step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> SaveFailed:
+        others = [s for s in self.steps() if s != step]
+        return SaveFailed(
+            f"the checkpoint of step {step} could not be saved in {self.directory}: "
+            f"{stored.first_line(error)}; "
+            + (f"the last one is of step {others[-1]}" if others else "there is no other one")
         )
-        count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(step=count, params=restored["params"], opt_state=restored["opt_state"])
+
+    def _finish(self, step: int, committed: threading.Event) -> None:
+        """In the background: the end of a save, its verification, and what it allows to delete."""
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            committed.set()
+        folder = self.directory / str(step)
+        part, parts = jax.process_index(), jax.process_count()
+        if self._config.verify:
+            try:
+                fault = stored.find_fault(folder, stored.read_manifest(folder), part, parts)
+            except Damaged as error:
+                fault = str(error)
+            if fault:
+                self._move_aside(step)
+                raise SaveFailed(
+                    f"the checkpoint of step {step} doesn't read back: {fault}; "
+                    f"it was moved to {self._bad}"
+                )
+            stored.mark_verified(folder, part, parts)
+            while self._lead and not stored.is_verified(folder):
+                if self._closing.wait(0.05):
+                    return
+                if not folder.exists():
+                    raise SaveFailed(
+                        f"another process found that the checkpoint of step {step} doesn't read "
+                        f"back, and moved it to {self._bad}"
+                    )
+        if self._lead:
+            self._delete_old(step)
+
+    def _delete_old(self, newest: int) -> None:
+        """Deletes what neither keep_last nor keep_every wants, now that `newest` is good."""
+        old = [step for step in self.steps() if step < newest]
+        good = [
+            step
+            for step in old
+            if not self._config.verify or stored.is_verified(self.directory / str(step))
+        ]
+        keep = set(good[max(0, len(good) - self._config.keep_last + 1) :])
+        if every := self._config.keep_every:
+            keep |= {step for step in old if step % every == 0}
+        for step in old:
+            if step not in keep:
+                stored.delete(self.directory / str(step))
+
+    def set_aside(self, step: int) -> epath.Path:
+        """Moves a checkpoint to WORKDIR/bad_checkpoints, and returns its new place there."""
+        k = restore.from_lead(self._move_aside(step) if self._lead else 0)
+        return self._aside(step, k)
+
+    def _move_aside(self, step: int) -> int:
+        """Moves a checkpoint for one process, which may be one of several that do."""
+        self._bad.mkdir(parents=True, exist_ok=True)
+        k = 0
+        while self._aside(step, k).exists():
+            k += 1
+        # else another process was first
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory / str(step)).rename(self._aside(step, k))
+        return k
+
+    def _aside(self, step: int, k: int) -> epath.Path:
+        return self._bad / (f"{step}-{k}" if k else str(step))
+
+    # ---- restoring ----
+
+    def restore(
+        self, abstract: TrainState, step: int | None = None
+    ) -> tuple[TrainState, Manifest] | None:
+        """(state, manifest) of the newest good checkpoint, or of the one at `step`, in the
+        shardings of `abstract`; None if there is none.
+
+        A bad one is moved to WORKDIR/bad_checkpoints, with a line that says why, and the one before
+        it is tried.
+
+        Raises:
+            ValueError: the leaves are not those of `abstract`; the message lists all that differ.
+            FileNotFoundError: there is no checkpoint of `step`.
+            CorruptCheckpoint: the one at `step` is bad, or all are.
+        """
+        wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
+        found = self._restore(wanted, step)
+        if found is None:
+            return None
+        tree, manifest = found
+        count = jax.device_put(np.int32(manifest.step), abstract.step.sharding)
+        return TrainState(count, tree["params"], tree["opt_state"]), manifest
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:
         """(step, parameters) alone: nothing of the optimizer is read.
@@ -85,15 +273,60 @@ class Checkpoints:
         Raises:
             FileNotFoundError: there is no checkpoint.
         """
-        step = self._find(step)
-        if step is None:
+        found = self._restore({"params": abstract}, step)
+        if found is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}; train first")
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return step, self._manager.restore(step, args=args)["params"]
+        tree, manifest = found
+        return manifest.step, tree["params"]
 
-    def _find(self, step: int | None) -> int | None:
-        if step is not None and step not in self._manager.all_steps():
-            raise FileNotFoundError(
-                f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
+    def holds(self, state: TrainState) -> bool:
+        """Whether the checkpoint of the state's step has the same bits."""
+        tree = {"params": state.params, "opt_state": state.opt_state}
+        manifest = stored.read_manifest(self.directory / str(int(state.step)))
+        return manifests.leaves(tree, restore.sums(tree)) == manifest.leaves
+
+    def _restore(
+        self, wanted: dict[str, Any], step: int | None
+    ) -> tuple[dict[str, Any], Manifest] | None:
+        if not self._read_only:
+            self.wait()
+        bad: list[int] = []
+        while (at := self._choose(step, bad)) is not None:
+            folder, verify = self.directory / str(at), self._config.verify
+            fault, tree, manifest = restore.restore(folder, wanted, verify=verify)
+            if not fault and manifest is not None:
+                whole = verify and set(wanted) == set(stored.ITEMS)
+                if whole and not self._read_only and self._lead and not stored.is_verified(folder):
+                    stored.mark_verified(folder, 0, 1)
+                return tree, manifest
+            if step is not None:
+                raise CorruptCheckpoint(f"the checkpoint of step {step} is bad: {fault}")
+            bad.append(at)
+            self._pass_over(at, fault)
+        # Not from step 0 because all there was had to be set aside, not when asked again either.
+        if bad or restore.from_lead(self._bad.exists() and not self.steps()):
+            raise CorruptCheckpoint(
+                f"no checkpoint in {self.directory} is good; move one back from {self._bad}, or "
+                f"delete that folder to begin at step 0"
             )
-        return self._manager.latest_step() if step is None else step
+        return None
+
+    def _choose(self, step: int | None, bad: list[int]) -> int | None:
+        """The step to try next, the same in all processes."""
+        there = self.steps()
+        if step is not None:
+            if not restore.from_lead(step in there):
+                raise FileNotFoundError(
+                    f"no checkpoint of step {step} in {self.directory}; there are {there}"
+                )
+            return step
+        newest = restore.from_lead(max((s for s in there if s not in bad), default=-1))
+        return None if newest < 0 else newest
+
+    def _pass_over(self, step: int, fault: str) -> None:
+        if not self._lead:
+            return
+        done = "passed over"
+        if not self._read_only:
+            done = f"moved to {self._aside(step, self._move_aside(step))}"
+        print(f"the checkpoint of step {step} is bad and was {done}: {fault}", flush=True)

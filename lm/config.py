@@ -123,6 +123,9 @@ class TrainConfig:
     num_epochs: float | None = field(
         None, "Length of the run in epochs; an alternative to num_steps."
     )
+    max_epochs: float | None = field(
+        None, "Epochs of its sources that a run may not go beyond; unset: any number."
+    )
     num_microbatches: int = field(1, "Parts of a batch whose gradients are accumulated.")
     eval_every: int = field(0, "Steps between evaluations; 0: at the end only.")
     eval_batches: int = field(0, "Batches of each validation store per evaluation; 0: all of it.")
@@ -136,6 +139,33 @@ class CheckpointConfig:
     keep_last: int = field(2, "Newest checkpoints to keep.")
     keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.")
     allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
+    verify: bool = field(True, "Check every bit after a save, from its files, and after a restore.")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    policy: str = field(
+        "stop",
+        "At a loss or gradient that is not finite, or a spike: stop, skip the update, or rewind "
+        "to the last checkpoint, replay the step and say whose fault it was.",
+    )
+    spike_factor: float = field(
+        0.0, "A gradient norm this many times its running geometric mean is a spike; 0: none is."
+    )
+    spike_warmup: int = field(100, "Steps that the running mean needs before it judges.")
+    max_skips: int = field(10, "Bad steps in a row after which every policy stops.")
+    agreement_every: int = field(
+        100, "Steps between checks that replicas hold the same bits; 0: none."
+    )
+    self_check: bool = field(True, "Check attention and loss against a reference at the start.")
+    watchdog: bool = field(True, "End a process that makes no progress, with all stacks written.")
+    start_seconds: float = field(1800.0, "Budget of start, initialisation and restoring.")
+    compile_seconds: float = field(3600.0, "Budget of compiling, and of the first step.")
+    step_seconds: float = field(120.0, "Least budget of a step.")
+    step_factor: float = field(20.0, "Budget of a step, in running medians of the steps before.")
+    data_seconds: float = field(900.0, "Budget of waiting for one batch.")
+    save_seconds: float = field(1800.0, "Budget of what blocks in a save.")
+    evaluate_seconds: float = field(900.0, "Budget of one batch of an evaluation.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +193,7 @@ class Config:
     mesh: MeshConfig = field(MeshConfig(), "How devices are arranged; the product is their number.")
     train: TrainConfig = field(TrainConfig(), "Length and rhythm of the run.")
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "When to save and what to keep.")
+    guard: GuardConfig = field(GuardConfig(), "What to do when something goes wrong.")
     log: LogConfig = field(LogConfig(), "What is written and printed.")
 
 

@@ -17,13 +17,13 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, loss, optim, sharding, step
+from lm import flops, loss, manifest, optim, sharding, step
 from lm.checkpoint import Checkpoints
 from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
-from lm.types import Array, Batch, Model, Params, Sums, Tokens, TrainState
+from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
 
@@ -42,6 +42,12 @@ class Experiment:
         self.batch_size = _batch_size(c, self.rules)
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
+
+    def variant(self, changes: Mapping[str, Any]) -> Experiment:
+        """The same on the same mesh with other values, {config path: value}."""
+        config = self.config_dict.copy_and_resolve_references()
+        config.update_from_flattened_dict(dict(changes))
+        return Experiment(config, self.rules.mesh.devices.flatten().tolist())
 
     # ---- data ----
 
@@ -62,13 +68,15 @@ class Experiment:
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
+        t = self.config.train
+        limits = [n for n in (t.num_epochs, t.max_epochs) if n is not None]
         return pipeline.make_pipeline(
             self.config.data,
             self.objective,
             self.tokenizer,
             batch_size=self.batch_size,
             seed=self.config.seed,
-            num_epochs=self.config.train.num_epochs,
+            num_epochs=min(limits, default=None),
             cache_dir=self.config.loader.cache_dir,
         )
 
@@ -99,7 +107,11 @@ class Experiment:
 
     @functools.cached_property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run, from steps, tokens or epochs."""
+        """Optimizer steps of the whole run, from steps, tokens or epochs.
+
+        Raises:
+            OutOfData: they need more than `max_epochs`.
+        """
         t = self.config.train
         given = [n for n in ("num_steps", "num_tokens", "num_epochs") if getattr(t, n) is not None]
         if len(given) != 1:
@@ -116,6 +128,12 @@ class Experiment:
         if steps < 1:
             raise ValueError(
                 f"config.train.{given[0]} ({getattr(t, given[0])}) gives {steps} steps"
+            )
+        if t.max_epochs is not None and steps > self.train_data.num_batches(t.max_epochs):
+            raise pipeline.OutOfData(
+                f"config.train.{given[0]} ({getattr(t, given[0])}) is {steps} steps of "
+                f"{self.batch_size} rows; config.train.max_epochs ({t.max_epochs}) of the data "
+                f"are {self.train_data.num_batches(t.max_epochs)}"
             )
         return steps
 
@@ -174,9 +192,10 @@ class Experiment:
         """
         if not self.config.optimizer.ema_decay:
             return checkpoints.restore_params(self.abstract_params, step)
-        state = checkpoints.restore(self.abstract_state, step)
-        if state is None:
+        restored = checkpoints.restore(self.abstract_state, step)
+        if restored is None:
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
+        state, _ = restored
         return int(state.step), optim.averaged_params(state.opt_state)
 
     def _key(self, purpose: str) -> Array:
@@ -189,7 +208,12 @@ class Experiment:
         """The loss of training: a SUM to differentiate, and additive sums."""
         return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
+        """(gradients of the SUM of the loss, its sums) of step number `at`, as it computes them."""
+        rng = jax.random.fold_in(self._key("train"), at)
+        return step.gradients(self.loss_fn, params, batch, rng, self.config.train.num_microbatches)
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         return step.train_step(
             state,
             batch,
@@ -197,6 +221,8 @@ class Experiment:
             tx=self.tx,
             rng=self._key("train"),
             num_microbatches=self.config.train.num_microbatches,
+            spike_factor=self.config.guard.spike_factor,
+            spike_warmup=self.config.guard.spike_warmup,
         )
 
     def _eval_step(self, params: Params, batch: Batch) -> Sums:
@@ -222,20 +248,42 @@ class Experiment:
     def lower_train_step(self) -> Any:
         """The train step, traced and lowered for the abstract state and batch, ready to compile."""
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        jitted = jax.jit(self._train_step, donate_argnums=0, out_shardings=(shardings, None))
+        everywhere = self.rules.sharding()  # every process reads sums and facts
+        jitted = jax.jit(
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, everywhere, everywhere),
+        )
         return jitted.lower(self.abstract_state, self.abstract_batch)
 
     @functools.cached_property
     def train_step(self) -> Any:
-        """(state, batch) -> (state, sums), compiled here and once: other shapes are an error, not
-        another compile.
+        """(state, batch) -> (state, sums, facts), compiled here and once: other shapes are an
+        error, not another compile.
         """
         return self.lower_train_step().compile()
 
     @functools.cached_property
     def eval_step(self) -> Any:
         """(params, batch) -> sums, compiled once per batch structure."""
-        return jax.jit(self._eval_step)
+        return jax.jit(self._eval_step, out_shardings=self.rules.sharding())
+
+    @functools.cached_property
+    def _compare_replicas(self) -> Any:
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+        return jax.jit(
+            functools.partial(manifest.replica_mismatches, shardings=shardings),
+            out_shardings=self.rules.sharding(),
+        )
+
+    def replica_mismatches(self, state: TrainState) -> list[str]:
+        """Names of the leaves of which devices that should hold the same bits don't."""
+        if self.rules.mesh.size == 1:
+            return []
+        wrong = jax.tree_util.tree_leaves_with_path(jax.device_get(self._compare_replicas(state)))
+        return [
+            jax.tree_util.keystr(path, simple=True, separator=".") for path, bad in wrong if bad
+        ]
 
     @property
     def flops_per_token(self) -> float | None:

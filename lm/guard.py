@@ -1,40 +1,178 @@
-"""What may happen to a run from outside: so far, being asked to stop."""
+"""What watches over a run: signals from outside, and a thread that notices when nothing moves."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import faulthandler
+import os
 import signal
+import socket
+import statistics
+import sys
+import threading
+import time
 from types import FrameType
 from typing import Any
 
-EXIT_INTERRUPTED = 130  # Ctrl-C: 128 + SIGINT
-EXIT_TERMINATED = 143  # 128 + SIGTERM
+import jax
+import numpy as np
+from etils import epath
+
+from lm import distributed
+from lm.config import GuardConfig
+from lm.exits import Exit
+from lm.phases import Phases
+from lm.sharding import Rules
+
+STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 
 
 class StopSignals:
-    """The first SIGINT or SIGTERM in this context sets `received`; a second one is fatal."""
+    """The first SIGINT or SIGTERM in this context sets `received`; a second one ends the process
+    at once.
+
+    A thread reads the numbers, so that the second one works while the main thread waits for a
+    device. Ending at once is safe: checkpoints appear by one rename.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._old: dict[signal.Signals, Any] = {}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in STOPS:
+            self._old[number] = signal.signal(number, _ignore)  # the thread does the work
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()  # ends the thread
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received = signal.Signals(number)
-        for each, old in self._old.items():
-            signal.signal(each, old)
+    def _read(self) -> None:
+        while data := self._reader.recv(1):
+            if data[0] not in list(STOPS):
+                continue
+            if self.received is not None:
+                text = "second signal: ended without saving"
+                print(f"\n{text}", file=sys.stderr, flush=True)
+                os._exit(distributed.leave(STOPS[signal.Signals(data[0])], text))
+            self.received = signal.Signals(data[0])
 
-    @property
-    def exit_code(self) -> int:
-        """What the process should exit with: 0 without a signal."""
-        if self.received is None:
-            return 0
-        return EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_TERMINATED
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    del number, frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """What one process, or any of them, wants at the end of a step."""
+
+    signal: signal.Signals | None = None  # saving and ending
+    save: bool = False
+
+
+class Votes:
+    """One small all-gather a step, by which every process learns the same about all of them.
+
+    Each puts in its vote and the seconds in which it, not its devices, held up the step. With one
+    process there is nothing to ask.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        mesh = rules.mesh
+        self._by_device = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+        self._gather = jax.jit(lambda x: x, out_shardings=rules.sharding())
+        self._owners = [device.process_index for device in mesh.devices.flat]
+
+    def cast(self, vote: Vote, seconds: float) -> Any:
+        """Starts the vote; what it returns is for `result`."""
+        mine = np.array([[float(vote.signal or 0), float(vote.save), seconds]], np.float32)
+        if jax.process_count() == 1:
+            return mine
+        shape = (len(self._owners), mine.shape[1])
+        return self._gather(jax.make_array_from_callback(shape, self._by_device, lambda _: mine))
+
+    def result(self, votes: Any) -> tuple[Vote, int, float]:
+        """(what anybody wants, the slowest process, how much later it was than the fastest)."""
+        number, save, seconds = np.asarray(votes).T
+        vote = Vote(signal.Signals(int(number.max())) if number.any() else None, bool(save.any()))
+        slowest = self._owners[int(seconds.argmax())] if len(seconds) > 1 else 0
+        return vote, slowest, float(seconds.max() - seconds.min())
+
+
+class Watchdog:
+    """A thread that ends the process with `Exit.HUNG` when a phase is over its budget, after
+    writing the stacks of all threads to WORKDIR/stacks.
+
+    Every process has its own: one that is stuck leaves the others waiting for it in a collective,
+    and theirs run out too.
+    """
+
+    def __init__(self, config: GuardConfig, phases: Phases, workdir: str) -> None:
+        self._config, self._phases = config, phases
+        self._folder = epath.Path(workdir) / "stacks"
+        self._steps: collections.deque[float] = collections.deque(maxlen=101)
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        if self._config.watchdog:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+
+    def stepped(self, seconds: float) -> None:
+        """Takes the time of a step into the running median."""
+        self._steps.append(seconds)
+
+    def budget(self, phase: str) -> float:
+        """Seconds that a phase may go on without progress."""
+        c = self._config
+        if phase == "step":
+            if len(self._steps) < 3:
+                return c.compile_seconds
+            return max(c.step_seconds, c.step_factor * statistics.median(self._steps))
+        return {
+            "compile": c.compile_seconds,
+            "data": c.data_seconds,
+            "save": c.save_seconds,
+            "evaluate": c.evaluate_seconds,
+            "investigate": c.compile_seconds,
+        }.get(phase, c.start_seconds)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._shortest() / 4)):
+            moment = self._phases.moment
+            waited = time.monotonic() - moment.since
+            # read twice: progress since then means that all is well
+            if waited > self.budget(moment.phase) and self._phases.moment is moment:
+                self._end(moment.phase, waited)
+
+    def _shortest(self) -> float:
+        c = self._config
+        return min(c.step_seconds, c.data_seconds, c.save_seconds, c.evaluate_seconds)
+
+    def _end(self, phase: str, waited: float) -> None:
+        me = jax.process_index()
+        path = self._folder / f"process-{me}.txt"
+        text = (
+            f"process {me}: no progress for {waited:.0f} s in phase {phase!r}, whose budget is "
+            f"{self.budget(phase):.0f} s (config.guard); stacks in {path}"
+        )
+        print(f"\nhung: {text}", file=sys.stderr, flush=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as file:
+                file.write(f"{text}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:
+            os._exit(distributed.leave(Exit.HUNG, text))

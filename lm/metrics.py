@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import jax
 from etils import epath
 
-from lm.types import Sums
+from lm.types import Facts, Sums
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -101,12 +101,66 @@ class Progress:
         self._stream.flush()
 
 
-class Writer:
-    """Collects the sums of steps and writes their means; values are read one step late, so devices
-    never wait.
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A step whose values have reached the host."""
 
-    `first_step` is where this process starts: what an earlier one wrote of later steps is dropped
-    from `metrics.jsonl`, since they will be done again. Only `active` writers (process 0) write.
+    step: int  # its number, from 0
+    sums: dict[str, float]
+    facts: dict[str, Any]
+    votes: Any
+    seconds: float | None  # since the step before; None after a pause, and for a process's first
+
+    @property
+    def bad(self) -> bool:
+        return bool(self.facts["bad"])
+
+
+class Late:
+    """Reads the values of a step when the next one is on its way, so devices never wait."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, Sums, Facts, Any] | None = None
+        self._clock: float | None = None
+
+    def push(self, step: int, sums: Sums, facts: Facts, votes: Any = None) -> list[Finished]:
+        """Takes what step number `step` returned; gives the step before it, if there is one."""
+        finished = self._read()
+        self._pending = (step, sums, facts, votes)
+        return finished
+
+    def flush(self) -> list[Finished]:
+        """Waits for the last step, and gives it; what follows is no part of a step's time."""
+        finished = self._read()
+        self._clock = None
+        return finished
+
+    def resume(self) -> None:
+        """Starts the clock again after a pause."""
+        self._clock = time.monotonic()
+
+    def drop(self) -> None:
+        """Forgets what is pending."""
+        self._pending = self._clock = None
+
+    def _read(self) -> list[Finished]:
+        if self._pending is None:
+            return []
+        (step, *values), self._pending = self._pending, None
+        sums, facts, votes = jax.device_get(values)  # waits
+        now = time.monotonic()
+        seconds = None if self._clock is None else now - self._clock
+        self._clock = now
+        host = {name: float(value) for name, value in sums.items()}
+        return [Finished(step, host, facts, votes, seconds)]
+
+
+class Writer:
+    """Collects the values of steps and writes their means every few steps.
+
+    Steps whose update was not applied count as `skipped` and stay out of the means. `first_step` is
+    where this process starts: what an earlier one wrote of later steps is dropped from
+    `metrics.jsonl`, since they will be done again. Only `active` writers (process 0) write.
     """
 
     def __init__(
@@ -124,12 +178,7 @@ class Writer:
         self._num_steps, self._every = num_steps, every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._active = active
-        self._pending: tuple[int, Sums, dict[str, float]] | None = None
-        self._window: list[Sums] = []
-        self._seconds = self._timed_tokens = 0.0  # of the window
-        self._clock: float | None = (
-            None  # when the last step ended; the first one of a process is not timed
-        )
+        self._window: list[Finished] = []
         self.progress = Progress()
         if active:
             path = epath.Path(workdir) / METRICS_FILE
@@ -141,62 +190,46 @@ class Writer:
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 
-    def train(self, step: int, sums: Sums, **extra: float) -> None:
-        """Takes the sums of the step ending at `step`, on devices; reads those of the last one."""
-        pending, self._pending = self._pending, (step, sums, extra)
-        if pending is not None:
-            self._read(*pending)
+    def is_due(self, done: int) -> bool:
+        """Whether a record is written after `done` steps."""
+        return done % self._every == 0 or done == self._num_steps
+
+    def train(self, finished: Finished, **extra: float) -> None:
+        """Takes a finished step, and writes a record where one is due."""
+        self._window.append(finished)
+        if self.is_due(finished.step + 1):
+            self._emit(finished.step + 1, extra)
 
     def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Writes the metrics of every validation source."""
         for source, values in results.items():
             self._write({"step": step, "kind": "eval", "source": source, **values})
             shown = " · ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
-            if self._active:
-                self.progress.note(f"eval {step} · {source} · {shown}")
+            self.note(f"eval {step} · {source} · {shown}")
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves the time inside of this context out of the speed."""
-        self.flush()
-        yield
-        self._clock = time.monotonic()
-
-    def flush(self) -> None:
-        """Reads and writes what is still pending."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._read(*pending)
+    def note(self, text: str) -> None:
+        """A line that stays on the terminal, above the progress line."""
+        if self._active:
+            self.progress.note(text)
 
     def close(self) -> None:
-        self.flush()
         if self._active:
             self._file.close()
 
-    def _read(self, step: int, sums: Sums, extra: dict[str, float]) -> None:
-        host = {name: float(value) for name, value in jax.device_get(sums).items()}  # waits
-        now = time.monotonic()
-        if self._clock is not None:
-            self._seconds += now - self._clock
-            self._timed_tokens += host["tokens"]
-        self._clock = now
-        self._window.append(host)
-        finite = math.isfinite(host["loss"])
-        if step % self._every == 0 or step == self._num_steps or not finite:
-            self._emit(step, extra)
-        if not finite:
-            raise FloatingPointError(
-                f"the loss of step {step} is {host['loss']}: try a lower "
-                "config.optimizer.learning_rate or a longer warm-up, and "
-                f"look at the data with explain_batch({step - 1})"
-            )
-
     def _emit(self, step: int, extra: dict[str, float]) -> None:
-        count, last = len(self._window), self._window[-1]
-        total = {n: sum(s[n] for s in self._window) for n in last if not n.endswith("_norm")}
-        rate = self._timed_tokens / self._seconds if self._seconds else 0.0
-        record = means(total) | {n: v for n, v in last.items() if n.endswith("_norm")} | extra
-        record |= {"seconds": self._seconds, "tokens_per_second": rate}
+        window, self._window = self._window, []
+        good = [f for f in window if not f.bad]
+        timed = [f for f in window if f.seconds is not None]
+        elapsed = sum(f.seconds or 0.0 for f in timed)
+        per_step = sum(f.sums["tokens"] for f in good) / max(1, len(good))
+        rate = per_step * len(timed) / elapsed if elapsed else 0.0
+        record: dict[str, Any] = {}
+        if good:
+            record = means({n: sum(f.sums[n] for f in good) for n in good[-1].sums})
+            record["grad_norm"] = float(good[-1].facts["grad_norm"])
+        if len(good) < len(window):
+            record["skipped"] = len(window) - len(good)
+        record |= extra | {"seconds": elapsed, "tokens_per_second": rate}
         speed = ""
         if self._flops_per_token is not None:
             flops = rate * self._flops_per_token
@@ -204,12 +237,12 @@ class Writer:
             if self._peak_flops:
                 record["mfu"] = flops / self._peak_flops
                 speed = f" · {100 * record['mfu']:.1f}% MFU"
-        self._window, self._seconds, self._timed_tokens = [], 0.0, 0.0
         self._write({"step": step, "kind": "train", **record})
         if self._active:
-            left = (self._num_steps - step) * record["tokens"] / count / rate if rate else math.nan
+            left = (self._num_steps - step) * elapsed / len(timed) if timed else math.nan
+            loss = f"loss {record['loss']:.4f}" if good else "every update skipped"
             self.progress.show(
-                f"step {step}/{self._num_steps} · loss {record['loss']:.4f} · "
+                f"step {step}/{self._num_steps} · {loss} · "
                 f"{quantity(rate)} tokens/s{speed} · {seconds(left)} left",
                 final=step == self._num_steps,
             )

@@ -144,6 +144,45 @@ def averaged_params(opt_state: Any) -> Params | None:
     return found[0].params if found else None
 
 
+class NormState(NamedTuple):
+    steps: jax.Array  # int32 []: updates so far
+    log_mean: jax.Array  # float32 []: running mean of the log of the gradient's norm
+
+
+def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
+    """Keeps the running geometric mean of the gradient's norm; the first link of a chain, which it
+    doesn't change.
+
+    It lives in the optimizer state, so that whether a step is a spike is a function of the state
+    and the batch alone, and a step that is not applied leaves no trace in it.
+    """
+
+    def init(params: Params) -> NormState:
+        del params
+        return NormState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+        del params
+        log_norm = jnp.log(jnp.maximum(optax.tree.norm(updates), 1e-30))
+        d = jnp.minimum(decay, state.steps / (state.steps + 1))  # a plain mean at first
+        return updates, NormState(state.steps + 1, d * state.log_mean + (1 - d) * log_norm)
+
+    return optax.GradientTransformation(init, update)
+
+
+def norm_state(opt_state: Any) -> NormState:
+    """What `track_norms` keeps inside an optimizer state."""
+    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, NormState))
+    [state] = [s for s in found if isinstance(s, NormState)]
+    return state
+
+
+def is_spike(opt_state: Any, norm: jax.Array, *, factor: float, warmup: int) -> jax.Array:
+    """bool []: is the gradient's norm `factor` times its running mean, after `warmup` updates?"""
+    state = norm_state(opt_state)
+    return (state.steps >= warmup) & (jnp.log(norm) > state.log_mean + jnp.log(factor))
+
+
 def shard_like_params(opt_state: Any, params: Params, replicated: Any) -> Any:
     """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
 
@@ -226,4 +265,4 @@ def make_optimizer(
         ]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
-    return optax.chain(*clip, *core, *average)
+    return optax.chain(track_norms(), *clip, *core, *average)

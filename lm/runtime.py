@@ -1,4 +1,4 @@
-"""How a script starts: settings that must precede JAX, and a user's mistake as one line."""
+"""How a script starts and ends: settings that must precede JAX, and an error as one line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,33 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lm import distributed
+from lm.exits import Exit, RunError
+
 USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 
 
 def run(main: Callable[..., int], *args: Any) -> None:
-    """Ends the process with the exit code of `main(*args)`; a mistake of the user is one line."""
+    """Ends the process with the exit code of `main(*args)`, or of the error in it (lm/exits.py)."""
     _use_huge_pages()
     _set_up()
+    code, message = _outcome(main, *args)
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(distributed.leave(code, message))
+
+
+def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
+    """(exit code, what to tell the user) of `main(*args)`; a mistake of the user is one line."""
     try:
-        sys.exit(main(*args))
+        with distributed.peers():
+            return main(*args), ""
+    except RunError as error:
+        return error.code, f"error: {error}"
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return Exit.ERROR, f"error: {error}"
     except KeyboardInterrupt:  # training itself saves first: see lm/guard.py
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
 
 
 def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:

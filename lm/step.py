@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.types import Array, Batch, LossFn, Sums, TrainState
+from lm import optim
+from lm.manifest import checksums
+from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
 
 
-def _gradients(
+def gradients(
     loss_fn: LossFn, params: Any, batch: Batch, rng: Array, num_microbatches: int
 ) -> tuple[Any, Sums]:
     """Gradients of the SUM of the loss, and additive sums, over all micro-batches."""
@@ -35,6 +38,25 @@ def _gradients(
     return jax.lax.scan(add, zeros, jnp.arange(num_microbatches))[0]
 
 
+def fingerprint(batch: Batch) -> Facts:
+    """What a batch is, exactly, in integers that don't depend on how it is sharded.
+
+    records: uint32 [2], of the ids of its records. content: uint32 [2], of every bit that the model
+    and the loss get. filled, scored: int32 [], tokens that aren't padding, and those that count.
+    """
+    records = jnp.zeros((1,), jnp.uint32) if batch.records is None else batch.records
+    # a hash per row already: its sum is one of their set, and mixing it makes a second one
+    twice = jnp.stack([records, records * (records >> 15 | 1)])
+    parts = jax.tree.leaves(checksums(dataclasses.replace(batch, records=None)))
+    weights = 2 * jnp.arange(len(parts), dtype=jnp.uint32)[:, None] + 1
+    return {
+        "records": jnp.sum(twice, axis=1, dtype=jnp.uint32),
+        "content": jnp.sum(jnp.stack(parts) * weights, axis=0, dtype=jnp.uint32),
+        "filled": jnp.sum(batch.inputs.segments != 0, dtype=jnp.int32),
+        "scored": jnp.sum(batch.weights != 0, dtype=jnp.int32),
+    }
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -43,18 +65,37 @@ def train_step(
     tx: optax.GradientTransformation,
     rng: Array,
     num_microbatches: int = 1,
-) -> tuple[TrainState, Sums]:
-    """The state after `batch` and the sums of its loss.
+    spike_factor: float = 0.0,
+    spike_warmup: int = 0,
+) -> tuple[TrainState, Sums, Facts]:
+    """The state after `batch`, the sums of its loss, and the facts of the step.
 
     Gradients are summed over micro-batches and divided once by the total weight of the scored
     tokens: neither the number of micro-batches nor that of devices changes what the update means.
-    `grad_norm`, before clipping, is the one entry that is no sum.
+
+    A step is bad if its loss or the norm of its gradient is not finite, or if that norm is
+    `spike_factor` times its running geometric mean (0: never). Its update is not applied:
+    parameters and optimizer state keep every bit, and only `step` moves on.
+
+    Facts: grad_norm, before clipping; bad, bool; updates, int32, applied before this one; and those
+    of `fingerprint`.
     """
     rng = jax.random.fold_in(rng, state.step)
-    grads, sums = _gradients(loss_fn, state.params, batch, rng, num_microbatches)
+    grads, sums = gradients(loss_fn, state.params, batch, rng, num_microbatches)
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens changes nothing
     grads = jax.tree.map(lambda g: g * scale, grads)
+    norm = optax.tree.norm(grads)
+    bad = ~jnp.isfinite(norm) | ~jnp.isfinite(sums["objective"])
+    if spike_factor:
+        bad |= optim.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    sums = {**sums, "grad_norm": optax.global_norm(grads)}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums
+    # selected, not multiplied by zero: 0 * nan is nan
+    params, opt_state = jax.tree.map(
+        lambda old, new: jnp.where(bad, old, new),
+        (state.params, state.opt_state),
+        (params, opt_state),
+    )
+    facts = {"grad_norm": norm, "bad": bad, **fingerprint(batch)}
+    facts["updates"] = optim.norm_state(state.opt_state).steps
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, facts

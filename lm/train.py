@@ -9,17 +9,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from etils import epath
 
 from lm import config as configs
-from lm import metrics, optim
+from lm import distributed, manifest, metrics, selfcheck
 from lm.checkpoint import Checkpoints
-from lm.evaluate import evaluate
+from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
-from lm.guard import StopSignals
-from lm.metrics import Writer
+from lm.goodput import process_start
+from lm.goodput import read as read_goodput
+from lm.guard import STOPS, StopSignals, Watchdog
+from lm.ledger import Ledger
+from lm.phases import Phases
+from lm.rewind import first_state, replay
+from lm.run import POLICIES, Rewind, Run
+from lm.types import TrainState
 
 # A resumed run with other values here would be another run; everything else may change, and is
 # reported.
@@ -30,83 +35,121 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
     """Trains to the end of the run, or to a SIGINT or SIGTERM, which saves first; returns the exit
     code.
 
-    `workdir` gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+    `workdir` gets config.json, metrics.jsonl, ledger.jsonl, goodput.jsonl, tensorboard/ and
+    checkpoints/; stacks/, evidence/ and bad_checkpoints/ where something went wrong.
 
     Raises:
         ValueError: the config is inconsistent, or differs from that of the run in `workdir`.
+        RunError: the run can't go on; its `code` is for the process to exit with.
     """
-    began = time.monotonic()
+    phases = Phases(process_start())
     experiment = Experiment(config, devices)
-    c, num_steps = experiment.config, experiment.num_steps
+    c = experiment.config
+    if c.guard.policy not in POLICIES:
+        raise ValueError(f"config.guard.policy ({c.guard.policy!r}) must be one of {POLICIES}")
     lead = jax.process_index() == 0
     say = print if lead else lambda *_: None
-    _record_config(config, workdir, experiment, say, lead)
+    distributed.agree("config", config.to_dict())
+    distributed.agree("code", manifest.code_version())
+    num_steps = experiment.num_steps
+    with (
+        Watchdog(c.guard, phases, workdir) as watchdog,
+        StopSignals() as signals,
+        distributed.peers(),
+    ):
+        same_data = _record_config(config, workdir, experiment, say, lead)
+        with Checkpoints(workdir, c.checkpoint) as checkpoints:
+            if max(checkpoints.steps(), default=-1) >= num_steps:
+                say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
+                return Exit.SUCCESS
+            _describe(experiment, say)
+            if c.guard.self_check:
+                say(selfcheck.check(c, experiment.rules))
+            with phases("compile"):
+                _ = experiment.train_step
+            state, totals = first_state(experiment, checkpoints, phases)
+            say(
+                f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "
+                f"to {num_steps}"
+            )
+            run = Run(
+                experiment,
+                workdir,
+                checkpoints,
+                watchdog,
+                signals,
+                phases,
+                Ledger(workdir, totals, compare=same_data, active=lead),
+            )
+            while True:
+                try:
+                    stopped = _steps(run, state)
+                    break
+                except Rewind as rewind:
+                    with phases("investigate"):
+                        state = replay(run, rewind)
+            run.close()
+    if (report := read_goodput(workdir)) is not None:
+        say(report)
+    return Exit.SUCCESS if stopped is None else STOPS[stopped]
 
-    with Checkpoints(workdir, c.checkpoint) as checkpoints, StopSignals() as stop:
-        steps = checkpoints.steps()
-        if steps and steps[-1] >= num_steps:
-            say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train to go on")
-            return 0
-        _describe(experiment, say)
-        train_step = experiment.train_step  # compiled here
-        state = checkpoints.restore(experiment.abstract_state)
-        if state is None:
-            state = experiment.init_state()
-        start = int(state.step)
-        say(f"ready in {time.monotonic() - began:.1f} s; from step {start} to {num_steps}")
 
-        writer = Writer(
-            workdir,
-            first_step=start,
-            num_steps=num_steps,
-            every=c.train.log_every,
-            flops_per_token=experiment.flops_per_token,
-            peak_flops=experiment.peak_flops(),
-            tensorboard=c.log.tensorboard,
-            active=lead,
-        )
-        schedule = optim.make_schedule(c.optimizer.schedule, num_steps)
-        saved = time.monotonic()
-        batches = experiment.batches(start, num_steps)
-        for step, batch in _profiled(batches, c.log, workdir):
-            state, sums = train_step(state, batch)
-            done = step + 1
-            rate = c.optimizer.learning_rate * float(jnp.asarray(schedule(step)))
-            writer.train(done, sums, learning_rate=rate)
-            if experiment.validation and _due(done, c.train.eval_every, num_steps):
-                with writer.pause():
-                    params = optim.averaged_params(state.opt_state) or state.params
-                    limit = 0 if done == num_steps else c.train.eval_batches
-                    report = writer.progress.show
-                    writer.eval(
-                        done, evaluate(experiment, params, max_batches=limit, report=report)
-                    )
-            late = 0 < c.checkpoint.every_seconds < time.monotonic() - saved
-            if stop.received or late or _due(done, c.checkpoint.every, num_steps):
-                with writer.pause():
-                    checkpoints.save(state)
-                saved = time.monotonic()
-            if stop.received:
-                say(f"\n{stop.received.name}: saved at step {done}; run the same command to go on")
-                break
-        checkpoints.wait()
-        writer.close()
-    return stop.exit_code
+def _steps(run: Run, state: TrainState) -> Any:
+    """Trains from `state` to the end, or to a signal, which it returns."""
+    c, experiment, phases = run.experiment.config, run.experiment, run.phases
+    start, num_steps = int(state.step), experiment.num_steps
+    batches = _profiled(experiment.batches(start, num_steps), c.log, run.workdir)
+    began = time.monotonic()
+    for step, batch in _timed(batches, phases):
+        late_by = time.monotonic() - began
+        with phases("step"):
+            state, sums, facts = experiment.train_step(state, batch)
+            run.finish(run.late.push(step, sums, facts, run.cast(late_by)))
+            began = time.monotonic()
+            run.checkpoints.poll()
+            if _due(step + 1, c.guard.agreement_every, num_steps):
+                run.check_replicas(state)
+        done, vote = step + 1, run.agreed()
+        if experiment.validation and _due(done, c.train.eval_every, num_steps):
+            run.flush()
+            with phases("evaluate"):
+                run.evaluate(state, done)
+        if vote.signal or vote.save or _due(done, c.checkpoint.every, num_steps):
+            run.flush()
+            with phases("save"):
+                run.save(state)
+        if vote.signal:
+            run.say(f"\n{vote.signal.name}: saved at step {done}; run the same command to go on")
+            return vote.signal
+        run.late.resume()
+    return None
 
 
 def _due(done: int, every: int, num_steps: int) -> bool:
     return done == num_steps or (every > 0 and done % every == 0)
 
 
+def _timed(batches: Iterator[Any], phases: Phases) -> Iterator[Any]:
+    """`batches`, with the waiting for each counted."""
+    while True:
+        with phases("data"):
+            item = next(batches, None)
+        if item is None:
+            return
+        yield item
+
+
 def _record_config(
     config: ml_collections.ConfigDict, workdir: str, experiment: Experiment, say: Any, lead: bool
-) -> None:
-    """Writes config.json, or checks that a resumed run is the same run.
+) -> bool:
+    """Writes config.json, or checks that a resumed run is the same run; False if it reads other
+    data than it did, as was allowed.
 
     Raises:
         ValueError: a fixed value differs and `checkpoint.allow_changed` doesn't name it.
     """
     path = epath.Path(workdir) / CONFIG_FILE
+    same_data = True
     if path.exists():
         allowed = experiment.config.checkpoint.allow_changed
         refused = []
@@ -117,6 +160,7 @@ def _record_config(
                 refused.append(f"{line} (--config.checkpoint.allow_changed=\"('{key}',)\")")
             else:
                 say(f"changed since this run began: {line}")
+                same_data &= key.split(".")[0] not in ("objective", "data", "seed")
         if refused:
             raise ValueError(
                 f"{workdir} holds a run with another config; use another --workdir, or allow:\n  "
@@ -127,6 +171,7 @@ def _record_config(
         written = path.parent / (CONFIG_FILE + ".new")
         written.write_text(configs.to_json(config))
         written.replace(path)
+    return same_data
 
 
 def _describe(experiment: Experiment, say: Any) -> None:

@@ -18,9 +18,9 @@ import flax.struct
 Array: TypeAlias = Any  # jax.Array, or np.ndarray where data code fills it
 Params: TypeAlias = Any  # nested dict of arrays
 Cache: TypeAlias = Any  # opaque pytree, owned by the model that made it
-Sums: TypeAlias = dict[
-    str, Any
-]  # additive scalars: sums over tokens and the counts to divide them by
+# additive scalars: sums over tokens and the counts to divide them by
+Sums: TypeAlias = dict[str, Any]
+Facts: TypeAlias = dict[str, Any]  # of one step, not additive: see lm/step.py
 
 
 @flax.struct.dataclass
@@ -47,6 +47,7 @@ class Batch:
     targets: Array  # int32 [B, T]
     weights: Array  # float32 [B, T]; 0 where nothing is scored
     encoder: Tokens | None = None  # encoder-decoder models only
+    records: Array | None = None  # uint32 [B]; a hash of where each row comes from
 
 
 @flax.struct.dataclass

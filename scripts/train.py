@@ -7,6 +7,9 @@
 Every value of the config can be given as --config.SECTION.KEY=VALUE; --explain lists them all. The
 folder gets config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same command, run again,
 goes on where the last checkpoint is.
+
+On several machines start it once on each: SLURM, Kubernetes and Cloud TPUs are recognized (see
+scripts/launch), elsewhere say --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import app, flags
 from ml_collections import config_flags
 
-from lm import runtime
+from lm import distributed, runtime
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
@@ -29,6 +32,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it d
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every config key with its value, default and meaning, and exit."
 )
+_INITIALIZE = distributed.define_flags()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if _WORKDIR.value is None:
         raise app.UsageError("--workdir=FOLDER is needed")
 
+    _INITIALIZE()
     import jax
 
     from lm.train import train

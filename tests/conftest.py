@@ -106,7 +106,8 @@ def packed_batch(pack):
         inputs = pack(rows, length=length, vocab_size=vocab_size, seed=seed)
         weights = rng.choice([0, 0.25, 1, 3], inputs.ids.shape) * (inputs.segments != 0)
         targets = rng.integers(0, vocab_size, inputs.ids.shape)
-        return Batch(inputs, targets.astype(np.int32), weights.astype(np.float32))
+        records = rng.integers(0, 2**32, batch_size, np.uint32)
+        return Batch(inputs, targets.astype(np.int32), weights.astype(np.float32), records=records)
 
     return make
 

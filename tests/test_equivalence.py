@@ -40,7 +40,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def trained(make_experiment, packed_batch):
-    """(num_microbatches, **axes) -> [(sums, state), ...] on packed, unevenly weighted rows."""
+    """(num_microbatches, **axes) -> [(sums, state, facts), ...] on packed, uneven rows."""
 
     @functools.cache
     def run(num_microbatches=1, **axes):
@@ -49,8 +49,8 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(STEPS):
             batch = packed_batch(16, 32, 264, seed=step)
-            state, sums = experiment.train_step(state, experiment.put(batch))
-            found.append(jax.device_get((sums, state)))
+            state, sums, facts = experiment.train_step(state, experiment.put(batch))
+            found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
 
@@ -67,7 +67,11 @@ def assert_same(a, b):
 
 
 def assert_equivalent(one, other):
-    for (sums, state), (other_sums, other_state) in zip(one, other, strict=True):
+    for (sums, state, facts), (other_sums, other_state, other_facts) in zip(
+        one, other, strict=True
+    ):
+        for name in ("records", "content", "filled", "scored", "updates", "bad"):
+            np.testing.assert_array_equal(facts[name], other_facts[name], err_msg=name)
         assert_same(sums, other_sums)
         assert_same(state.params, other_state.params)
         assert_same(averaged_params(state.opt_state), averaged_params(other_state.opt_state))
@@ -82,7 +86,7 @@ def gradients(run):
 
 def test_three_steps_move_every_parameter(trained):
     """Else the tests below would compare initial values."""
-    states = [state for _, state in trained()]
+    states = [state for _, state, _ in trained()]
     for (path, g), before, after in zip(
         jax.tree_util.tree_leaves_with_path(gradients(trained())),
         jax.tree.leaves(states[0].params),
@@ -92,8 +96,8 @@ def test_three_steps_move_every_parameter(trained):
         assert np.abs(g).max() > 1e-4, jax.tree_util.keystr(path)
         moved = np.abs(before - after).max() / np.abs(before).max()
         assert moved > 100 * TOLERANCE, jax.tree_util.keystr(path)
-    sums = trained()[0][0]
-    assert sums["grad_norm"] > 1.0  # clipping acts
+    facts = trained()[0][2]
+    assert facts["grad_norm"] > 1.0  # clipping acts
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -115,7 +119,7 @@ def test_a_batch_without_scored_tokens_changes_nothing_but_the_step(make_experim
     batch = packed_batch(16, 32, 264)
     empty = batch.replace(weights=np.zeros_like(batch.weights))
     before = jax.device_get(experiment.init_state())
-    after, sums = experiment.train_step(experiment.init_state(), experiment.put(empty))
-    assert float(sums["tokens"]) == 0 and float(sums["grad_norm"]) == 0
+    after, sums, facts = experiment.train_step(experiment.init_state(), experiment.put(empty))
+    assert float(sums["tokens"]) == 0 and float(facts["grad_norm"]) == 0
     assert int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)

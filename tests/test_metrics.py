@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from lm.metrics import Progress, Writer, means, quantity, read, seconds
+from lm.metrics import Finished, Late, Progress, Writer, means, quantity, read, seconds
 
 
 def make_writer(folder, **changes):
@@ -23,10 +23,10 @@ def make_writer(folder, **changes):
     return Writer(str(folder), **{**options, **changes})
 
 
-def sums(tokens, loss, **more):
-    """Sums of a step whose mean loss is `loss`."""
-    values = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": tokens, "grad_norm": 1.0}
-    return {name: np.float32(value) for name, value in {**values, **more}.items()}
+def finished(done, tokens, loss, *, grad_norm=1.0, bad=False, seconds=0.1):
+    """The step that ended at `done`, with a mean loss of `loss`."""
+    sums = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": float(tokens)}
+    return Finished(done - 1, sums, {"grad_norm": grad_norm, "bad": bad}, None, seconds)
 
 
 class Unready:
@@ -45,30 +45,42 @@ def test_means_divide_by_tokens_once():
     assert means({"loss": 0.0, "tokens": 0.0}) == {"loss": 0.0, "tokens": 0.0}
 
 
-def test_metrics_of_a_step_are_written_when_the_next_one_is_under_way(tmp_path):
-    writer = make_writer(tmp_path, every=1)
-    writer.train(1, sums(4, 2.0))
-    assert read(str(tmp_path)) == []
-    writer.train(2, {"loss": Unready(), "tokens": Unready()})
-    assert [record["step"] for record in read(str(tmp_path))] == [1]
+def test_values_of_a_step_are_read_when_the_next_one_is_under_way():
+    late = Late()
+    assert late.push(0, {"loss": np.float32(2)}, {"bad": np.bool_(False)}) == []
+    [first] = late.push(1, {"loss": Unready()}, {})
+    assert (first.step, first.sums, first.bad) == (0, {"loss": 2.0}, False)
     with pytest.raises(AssertionError, match="read before"):
-        writer.train(3, sums(4, 2.0))
+        late.push(2, {}, {})
 
 
-def test_closing_writes_the_last_step(tmp_path):
-    writer = make_writer(tmp_path, every=2)
-    for step in (1, 2, 3, 4):
-        writer.train(step, sums(4, float(step)))
-    assert [record["step"] for record in read(str(tmp_path))] == [2]
-    writer.close()
-    assert [record["step"] for record in read(str(tmp_path))] == [2, 4]
+def test_the_first_step_and_those_after_a_pause_have_no_time():
+    late, found = Late(), []
+    for step in range(6):
+        found += late.push(step, {}, {"bad": False})
+        time.sleep(0.05)
+        if step == 2:
+            found += late.flush()
+            time.sleep(0.5)
+            late.resume()
+    found += late.flush()
+    assert [f.step for f in found] == list(range(6))
+    assert found[0].seconds is None
+    assert all(0.04 < f.seconds < 0.3 for f in found[1:])
+
+
+def test_a_window_is_written_when_it_is_full_and_at_the_end_of_the_run(tmp_path):
+    writer = make_writer(tmp_path, every=2, num_steps=5)
+    for done in (1, 2, 3, 4, 5):
+        writer.train(finished(done, 4, 1.0))
+    assert [record["step"] for record in read(str(tmp_path))] == [2, 4, 5]
 
 
 def test_means_over_a_window_weigh_every_token_alike(tmp_path):
     writer = make_writer(tmp_path, every=3)
     steps = [(1, 8.0), (1000, 2.0), (10, 5.0)]
     for step, (tokens, loss) in enumerate(steps, start=1):
-        writer.train(step, sums(tokens, loss, grad_norm=float(step)), learning_rate=0.1 * step)
+        writer.train(finished(step, tokens, loss, grad_norm=float(step)), learning_rate=0.1 * step)
     writer.close()
     [record] = read(str(tmp_path))
     assert record["loss"] == pytest.approx((8 + 2000 + 50) / 1011)
@@ -81,53 +93,39 @@ def test_means_over_a_window_weigh_every_token_alike(tmp_path):
 def test_windows_do_not_overlap(tmp_path):
     writer = make_writer(tmp_path, every=2)
     for step in range(1, 7):
-        writer.train(step, sums(2, float(step)))
+        writer.train(finished(step, 2, float(step)))
     writer.close()
     assert [record["loss"] for record in read(str(tmp_path))] == [1.5, 3.5, 5.5]
 
 
-def test_a_window_is_not_cut_by_a_pause(tmp_path):
-    writer = make_writer(tmp_path, every=4)
-    for step in range(1, 5):
-        writer.train(step, sums(2, float(step)))
-        with writer.pause():
-            pass
-    writer.close()
-    assert [record["loss"] for record in read(str(tmp_path))] == [2.5]
-
-
-def test_speed_leaves_out_the_first_step_and_pauses(tmp_path):
+def test_speed_is_that_of_the_steps_with_a_time(tmp_path):
     writer = make_writer(tmp_path, every=4, peak_flops=1e6)
-    for step in range(1, 5):
-        writer.train(step, sums(1000, 1.0))
-        time.sleep(0.5 if step == 1 else 0.05)  # its compilation, then steps
-        if step == 2:
-            with writer.pause():
-                time.sleep(0.5)
-    writer.close()
+    for step, spent in enumerate((None, 0.2, None, 0.3), start=1):
+        writer.train(finished(step, 1000, 1.0, seconds=spent))
     [record] = read(str(tmp_path))
-    assert 0.05 < record["seconds"] < 0.4
-    assert 2500 < record["tokens_per_second"] < 60_000
-    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * 10 / 1e6)
+    assert record["seconds"] == pytest.approx(0.5)
+    assert record["tokens_per_second"] == pytest.approx(4000)
+    assert record["mfu"] == pytest.approx(4000 * 10 / 1e6)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_on_record(tmp_path):
-    writer = make_writer(tmp_path, every=10)
-    writer.train(1, sums(4, 2.0))
-    writer.train(2, sums(4, math.nan))
-    with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan.*learning_rate"):
-        writer.train(3, sums(4, 2.0))
-    [record] = read(str(tmp_path))
-    assert record["step"] == 2 and math.isnan(record["loss"])
+def test_steps_that_were_not_applied_are_counted_and_stay_out_of_the_means(tmp_path):
+    writer = make_writer(tmp_path, every=3)
+    writer.train(finished(1, 4, 2.0, grad_norm=7.0))
+    writer.train(finished(2, 4, math.nan, bad=True))
+    writer.train(finished(3, 4, math.inf, bad=True))
+    for step in (4, 5, 6):
+        writer.train(finished(step, 4, math.nan, bad=True))
+    first, second = read(str(tmp_path))
+    assert (first["loss"], first["grad_norm"], first["skipped"]) == (2.0, 7.0, 2)
+    assert second["skipped"] == 3 and "loss" not in second
 
 
 def test_resuming_drops_the_steps_that_will_be_done_again(tmp_path):
     writer = make_writer(tmp_path)
     for step in range(1, 9):
-        writer.train(step, sums(2, float(step)))
+        writer.train(finished(step, 2, float(step)))
         if step == 6:
-            with writer.pause():
-                writer.eval(6, {"held_out": {"loss": 3.0, "tokens": 7.0}})
+            writer.eval(6, {"held_out": {"loss": 3.0, "tokens": 7.0}})
     writer.close()
     kept = read(str(tmp_path))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -139,7 +137,7 @@ def test_resuming_drops_the_steps_that_will_be_done_again(tmp_path):
     assert read(str(tmp_path)) == kept
     assert [(r["step"], r["kind"]) for r in kept][-2:] == [(6, "train"), (6, "eval")]
     for step in (7, 8):
-        writer.train(step, sums(2, 10.0 * step))
+        writer.train(finished(step, 2, 10.0 * step))
     writer.close()
     [*before, last] = read(str(tmp_path))
     assert before == kept and (last["step"], last["loss"]) == (8, 75.0)
@@ -161,9 +159,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
 
     writer = make_writer(tmp_path, tensorboard=True)
     for step in range(1, 5):
-        writer.train(step, sums(2, float(step)))
-    with writer.pause():
-        writer.eval(4, {"held_out": {"loss": 3.25}})
+        writer.train(finished(step, 2, float(step)))
+    writer.eval(4, {"held_out": {"loss": 3.25}})
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -173,12 +170,12 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert abs(event.wall_time - time.time()) < 60
 
 
-def test_a_writer_that_is_not_active_writes_nothing_but_still_watches_the_loss(tmp_path):
+def test_a_writer_that_is_not_active_writes_nothing(tmp_path):
     writer = make_writer(tmp_path, active=False, tensorboard=True)
-    writer.train(1, sums(2, 1.0))
-    writer.train(2, sums(2, math.inf))
-    with pytest.raises(FloatingPointError, match="step 2"):
-        writer.close()
+    for step in (1, 2):
+        writer.train(finished(step, 2, 1.0))
+    writer.eval(2, {"held_out": {"loss": 3.25}})
+    writer.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +198,7 @@ def test_progress_draws_over_itself_on_a_terminal_only():
 
 def test_records_are_json_lines(tmp_path):
     writer = make_writer(tmp_path, every=1)
-    writer.train(1, sums(2, 1.0))
+    writer.train(finished(1, 2, 1.0))
     writer.close()
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["kind"] == "train"

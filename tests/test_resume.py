@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def command(workdir: pathlib.Path, *overrides: str) -> list[str]:
     script = str(ROOT / "scripts" / "train.py")
-    config = f"--config={ROOT / 'tests' / 'tiny_config.py'}"
+    config = f"--config={ROOT / 'configs' / 'smoke.py'}"
     return [sys.executable, script, config, f"--workdir={workdir}", *overrides]
 
 
@@ -72,7 +72,7 @@ def final_state(workdir: pathlib.Path, step: int = 200) -> dict[str, bytes]:
     """Every parameter and optimizer leaf of the checkpoint at `step`, as bytes."""
     experiment = load(str(workdir), jax.devices()[:1])
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        state = checkpoints.restore(experiment.abstract_state, step)
+        state, _ = checkpoints.restore(experiment.abstract_state, step)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 

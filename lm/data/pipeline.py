@@ -20,11 +20,12 @@ import numpy as np
 from lm.config import DataConfig, LoaderConfig
 from lm.data import packing
 from lm.data.packing import Span
-from lm.data.sampler import Sampler
+from lm.data.sampler import Sampler, hash_words
 from lm.data.sources import Rows, Source
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import Tokenizer
+from lm.exits import Exit, RunError
 from lm.types import Batch
 
 Objective = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]
@@ -35,8 +36,10 @@ PACKINGS = ("split", "best_fit")
 _EVALUATION_SEED = 2**32 - 1  # for objectives that are random: the same for every run
 
 
-class OutOfData(Exception):
+class OutOfData(RunError):
     """A batch would need a row of a later epoch than the pipeline may read."""
+
+    code = Exit.OUT_OF_DATA
 
 
 class RowSource(Source, Protocol):
@@ -104,7 +107,9 @@ class Pipeline:
         def rng(i: int) -> np.random.Generator:
             return np.random.default_rng([self._seed, int(location.epoch[i]), int(index[i])])
 
-        return self._objective(self._read(location.source, location.row), rng)
+        batch = self._objective(self._read(location.source, location.row), rng)
+        records = hash_words(location.source, location.epoch, location.row, index)
+        return dataclasses.replace(batch, records=(records >> np.uint64(32)).astype(np.uint32))
 
     def explain_batch(
         self, step: int, tokenizer: Tokenizer, *, rows: RowIndex = ALL_ROWS, num_tokens: int = 24
@@ -166,7 +171,7 @@ class Pipeline:
     def _out_of_data(self, step: int) -> str:
         return (
             f"step {step} needs rows beyond the last epoch: the data has {self._limit} batches of "
-            f"{self.batch_size} rows; train for fewer steps or more epochs"
+            f"{self.batch_size} rows; train for fewer steps, or raise config.train.max_epochs"
         )
 
     def _read(self, source: np.ndarray, row: np.ndarray) -> Rows:

@@ -4,12 +4,14 @@ Model`.
 The contract (`lm.types.Model`) is one linen module with the fields `config` and `rules` and three
 methods:
 
-    model(inputs, *, encoder=None, cache=None, train=False) -> Output    hidden states before the
-    vocabulary projection model.logits(hidden) -> [B, T, V]
-    float32 logits of (a chunk of) them model.init_cache(batch_size, length) -> Cache
-    what generation carries
+    model(inputs, *, encoder=None, cache=None, train=False) -> Output    hidden states, before the
+                                                                         vocabulary projection
+    model.logits(hidden) -> [B, T, V]                float32 logits of (a chunk of) them
+    model.init_cache(batch_size, length) -> Cache    what generation carries
 
 `Config` has `check(length)`, which raises ValueError on sizes that don't fit together, naming the
-config path, and the properties `vocab_size` and `max_length` or fields of these names. Everything
-else (loss, optimizer, generation, export) knows models through this alone.
+config path, and the properties `vocab_size` and `max_length` or fields of these names. It may offer
+`attention_kinds` (dicts of the fields of `lm.selfcheck.Heads`) and `logit_softcap`, which the
+start-up check then covers. Everything else (loss, optimizer, generation, export) knows models
+through this alone.
 """

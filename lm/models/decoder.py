@@ -95,6 +95,19 @@ class Config:
         """The window of each of `kinds`."""
         return tuple(self.window if kind == "local" else None for kind in self.kinds)
 
+    @property
+    def attention_kinds(self) -> tuple[dict[str, Any], ...]:
+        """What attention is called with in each of `kinds`: fields of `lm.selfcheck.Heads`."""
+        shared = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "scale": self.head_size**-0.5 if self.query_scale is None else self.query_scale,
+            "softcap": self.attention_softcap,
+            "bias": self.positions in ("relative", "alibi"),
+        }
+        return tuple({**shared, "window": window} for window in self.windows)
+
     def check(self, length: int) -> None:
         """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
         rows of `length`.

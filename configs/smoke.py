@@ -1,9 +1,16 @@
-"""A run that takes seconds, for tests of whole processes."""
+"""A run of seconds on synthetic data, to try a machine, a launcher or a change of the code.
+
+    python scripts/train.py --config=configs/smoke.py --workdir=runs/smoke
+
+33 thousand parameters and 200 steps: a few seconds on any machine, without any file to prepare. The
+loss falls from 5.6 to 2.3 nats per token; what is learnt is of no use.
+"""
 
 from lm.config import default
 
 
 def get_config(arg: str | None = None):
+    del arg
     config = default()
     config.data.train = ("synthetic:markov:4096",)
     config.data.validation = ("synthetic:markov:40:7",)

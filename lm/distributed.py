@@ -1,0 +1,322 @@
+"""The processes of one run: found from the environment, started together, ended together.
+
+`jax.distributed` answers a peer that never comes, or goes away, with SIGABRT and a page of stack.
+Here the processes first meet over the coordinator's port (lm/presence.py), which says who is
+missing, and stay connected, which says who went away. The others then end with one line and the
+exit code of that process, where it told it, else `Exit.PEER_LOST`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lm.environment import Environment, detect, gce_metadata
+from lm.exits import Exit, RunError
+from lm.presence import Mismatch, PeerLost, Presence, meet
+
+__all__ = [
+    "Environment",
+    "Mismatch",
+    "PeerLost",
+    "agree",
+    "define_flags",
+    "detect",
+    "differences",
+    "initialize",
+    "leave",
+    "peers",
+]
+
+# Seconds that a process has to end by itself (an error in a collective, a save, evidence being
+# written) after another one is gone; then it is ended.
+GRACE = 30.0
+# JAX's own heartbeats would end a run for a process that is only stopped, before the watchdog has
+# written the stacks; dead processes and machines are found by their connections.
+HEARTBEAT = 600
+COMMUNICATION = ("gloo", "nccl", "coordination", "peer", "unavailable")  # in texts of errors
+
+_presence: Presence | None = None
+_peer_timeout = 300.0
+_count = itertools.count()
+
+
+def define_flags() -> Callable[[], Environment]:
+    """Defines the absl flags of a process that may be one of several; returns what reads them and
+    initializes.
+    """
+    from absl import flags
+
+    names = [
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing else says."),
+        flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator."),
+        flags.DEFINE_integer("process_id", None, "Which one this is, from 0; with --coordinator."),
+        flags.DEFINE_float("peer_timeout", 300.0, "Seconds to wait for the other processes."),
+    ]
+    return lambda: initialize(**{flag.name: flag.value for flag in names})
+
+
+def initialize(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    peer_timeout: float = 300.0,
+) -> Environment:
+    """What this process is part of, joined; before anything asks JAX for its devices.
+
+    The arguments, given together, win over what the environment says.
+
+    Raises:
+        PeerLost: not all processes came within `peer_timeout` seconds.
+        Mismatch: the processes count themselves differently.
+        ValueError: the arguments or the environment are incomplete.
+    """
+    global _presence, _peer_timeout
+    given = (coordinator, num_processes, process_id)
+    if given == (None, None, None):
+        found = detect(os.environ, metadata=gce_metadata)
+    elif None in given:
+        raise ValueError("give --coordinator, --num_processes and --process_id together, or none")
+    else:
+        found = Environment("flags", coordinator or "", num_processes or 0, process_id or 0)
+    if not 0 <= found.process_id < found.num_processes:
+        raise ValueError(
+            f"{found.launcher}: the process id ({found.process_id}) must be from 0 to below the "
+            f"number of processes ({found.num_processes})"
+        )
+    if found.process_id == 0:
+        print(found)
+    if found.num_processes == 1:
+        return found
+    _peer_timeout = peer_timeout
+    _end_when_the_coordinator_fails()
+    sys.excepthook = _report_and_leave
+    _presence = _connect(found, peer_timeout)
+    _presence.watch(lambda: threading.Thread(target=_end_later, daemon=True).start())
+    return found
+
+
+def _connect(found: Environment, timeout: float) -> Presence:
+    """Meets the others and then does what `jax.distributed.initialize` does.
+
+    That function offers no callback for errors of the coordinator, and without one they abort.
+    """
+    import jax
+    from jax._src import distributed
+    from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
+
+    # its handler of SIGTERM would take the place of ours: see lm/guard.py
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    state = distributed.global_state
+    state.coordinator_address = found.coordinator
+    state.process_id, state.num_processes = found.process_id, found.num_processes
+
+    def serve() -> None:
+        port = found.coordinator.rpartition(":")[2]
+        state.service = runtime.get_distributed_runtime_service(
+            f"[::]:{port}", found.num_processes, heartbeat_timeout=HEARTBEAT
+        )
+
+    presence = meet(
+        found.coordinator, found.num_processes, found.process_id, timeout=timeout, serve=serve
+    )
+    client = state.client = runtime.get_distributed_runtime_client(
+        found.coordinator,
+        found.process_id,
+        init_timeout=max(1, round(timeout)),
+        heartbeat_timeout=HEARTBEAT,
+        missed_heartbeat_callback=lambda status: None,  # see _end_when_the_coordinator_fails
+        shutdown_on_destruction=False,
+        use_compression=True,
+    )
+    try:
+        client.connect()
+    except RuntimeError as error:
+        if loss := presence.loss(wait=1.0):
+            raise loss.error() from error
+        raise PeerLost(f"the processes could not connect: {error}") from error
+    return presence
+
+
+def agree(name: str, value: Mapping[str, Any]) -> None:
+    """Returns once all processes have called it with the same JSON value under the same name.
+
+    Process 0 compares and the others read its verdict, so thousands of processes may agree.
+
+    Raises:
+        Mismatch: in every process; names the first differences by key path.
+        PeerLost: a process went away, or never came here.
+    """
+    if _presence is None:
+        return
+    from jax._src.distributed import global_state as state
+
+    client, prefix = state.client, f"lm/{next(_count)}/{name}"
+    assert client is not None  # made by initialize
+    client.key_value_set(f"{prefix}/{state.process_id}", json.dumps(value, sort_keys=True))
+    if state.process_id == 0:
+        others = {
+            process: json.loads(_wait_for(f"{prefix}/{process}", process, name))
+            for process in range(1, state.num_processes)
+        }
+        lines = differences(name, json.loads(json.dumps(value)), others)
+        client.key_value_set(f"{prefix}/verdict", json.dumps(lines))
+    lines = json.loads(_wait_for(f"{prefix}/verdict", 0, name))
+    if lines:
+        raise Mismatch(
+            f"the processes differ in {name}; start all of them alike:\n  " + "\n  ".join(lines)
+        )
+
+
+def differences(name: str, first: Any, others: Mapping[int, Any], *, most: int = 8) -> list[str]:
+    """Lines such as "config.seed: process 0 has 0, process 1 has 1", at most `most` of them."""
+    mine, lines = _flat(first, name), []
+    theirs = {process: _flat(value, name) for process, value in others.items()}
+    for path in sorted(set(mine).union(*theirs.values())):
+        wrong = [process for process, flat in theirs.items() if flat.get(path) != mine.get(path)]
+        if wrong:
+            has = [f"process {p} has {theirs[p].get(path, 'nothing')}" for p in wrong[:2]]
+            more = f", {len(wrong) - 2} more differ" if len(wrong) > 2 else ""
+            lines.append(
+                f"{path}: process 0 has {mine.get(path, 'nothing')}, {', '.join(has)}{more}"
+            )
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+
+
+def _flat(value: Any, path: str) -> dict[str, str]:
+    """{dotted path: JSON} of every leaf; a list is one."""
+    if not isinstance(value, dict) or not value:
+        return {path: json.dumps(value)}
+    return {
+        key: leaf
+        for name, part in value.items()
+        for key, leaf in _flat(part, f"{path}.{name}").items()
+    }
+
+
+def _wait_for(key: str, process: int, name: str) -> str:
+    """The value that `process` sets for `key`."""
+    import jax
+    from jax._src.distributed import global_state as state
+
+    assert _presence is not None and state.client is not None
+    deadline = time.monotonic() + _peer_timeout
+    while True:
+        try:
+            return state.client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if loss := _presence.loss():
+                raise loss.error() from error
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"process {process} said nothing of its {name} in {_peer_timeout:g} s"
+                ) from error
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """A context in which errors that come of a lost process are `PeerLost`.
+
+    Collectives fail with errors of any class and text. What counts is that a process is gone:
+    without a word, or with a word and this error speaks of communication.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, RunError) as error:
+        if _presence is None or isinstance(error, PeerLost):
+            raise
+        text = str(error).lower()
+        talk = not isinstance(error, RunError) and any(word in text for word in COMMUNICATION)
+        loss = _presence.loss(wait=2.0 if talk else 0.0)
+        if loss and (talk or loss.code is None):
+            raise loss.error() from error
+        if "gloo" in text:
+            raise PeerLost(f"a connection to another process failed: {error}") from error
+        raise
+
+
+def leave(code: int, message: str = "") -> int:
+    """The exit code for this process, now that the others know; call it last.
+
+    Without a message all processes have come to the end: they wait for each other. With one this
+    process ends here and now, and the others are told the message.
+    """
+    if _presence is None:
+        return code
+    if not message:
+        import jax
+
+        _presence.leave(code, "", wait=0.0)
+        try:
+            jax.distributed.shutdown()
+            return code
+        except RuntimeError as error:
+            loss = _presence.loss(wait=1.0)
+            code = loss.error().code if loss else Exit.PEER_LOST
+            print(f"error: {loss or error}", file=sys.stderr)
+    else:
+        _presence.leave(code, message[:2000], wait=1.0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # JAX's own end waits for those that don't come
+
+
+def _report_and_leave(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Takes the place of sys.excepthook."""
+    sys.__excepthook__(kind, error, trace)
+    leave(Exit.ERROR, f"{kind.__name__}: {error}")
+
+
+def _end_later() -> None:
+    """Ends this process when the main thread hasn't done so in time, knowing of a loss."""
+    time.sleep(GRACE)
+    assert _presence is not None
+    loss = _presence.loss()
+    why = loss.error() if loss else PeerLost("the coordinator, in process 0, failed")
+    print(f"error: {why} (ended {GRACE:g} s later)", file=sys.stderr, flush=True)
+    os._exit(why.code)
+
+
+def _end_when_the_coordinator_fails() -> None:
+    """Lets `_end_later` end this process where JAX's client of the coordinator would abort.
+
+    The client reports errors in a thread of its own, through `missed_heartbeat_callback`. A Python
+    callback never gets to run, since jaxlib 0.10 can't convert its argument: std::bad_cast, which
+    nobody catches, and std::terminate. So this is where we get hold of it.
+    """
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+    except OSError:  # not Linux: it aborts
+        return
+    exception_type = library.__cxa_current_exception_type
+    exception_type.restype = ctypes.POINTER(ctypes.c_char_p)  # of {vtable, name}
+    set_terminate = library._ZSt13set_terminatePFvvE
+    set_terminate.restype = _HANDLER
+    set_terminate.argtypes = [_HANDLER]
+
+    @_HANDLER
+    def terminate() -> None:
+        thrown = exception_type()
+        if thrown and thrown[1] == b"St8bad_cast":
+            _end_later()
+        previous()
+
+    previous = set_terminate(terminate)
+    _kept.append(terminate)
+
+
+_HANDLER = ctypes.CFUNCTYPE(None)
+_kept: list[Any] = []  # C++ calls what would otherwise be collected

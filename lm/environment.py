@@ -1,0 +1,114 @@
+"""Which launcher started this process, and as which of how many."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+PORT = 8476  # of the coordinator, where each job has its machines for itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What started this process."""
+
+    launcher: str
+    coordinator: str = ""  # HOST:PORT of process 0
+    num_processes: int = 1
+    process_id: int = 0
+
+    def __str__(self) -> str:
+        if self.num_processes == 1:
+            return f"launcher: {self.launcher}; one process"
+        return (
+            f"launcher: {self.launcher}; {self.num_processes} processes, "
+            f"coordinator {self.coordinator}"
+        )
+
+
+def detect(
+    environ: Mapping[str, str], *, metadata: Callable[[str], str | None] = lambda key: None
+) -> Environment:
+    """The first of SLURM, Kubernetes, Cloud TPU and none that the environment shows.
+
+    metadata: the attributes of a Cloud TPU VM by name, asked only if nothing else fits.
+
+    Raises:
+        ValueError: a launcher is there but doesn't say enough.
+    """
+    if "SLURM_STEP_NUM_TASKS" in environ:  # of the step: a shell inside an allocation is one task
+        return _slurm(environ)
+    if "TPU_WORKER_HOSTNAMES" in environ:  # set by GKE, and before Kubernetes, which shows too
+        return _tpu(environ, environ["TPU_WORKER_HOSTNAMES"], environ.get("TPU_WORKER_ID", "0"))
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return _kubernetes(environ)
+    worker = metadata("agent-worker-number")
+    if worker is not None:
+        # either HOST,HOST or NAME:ID:HOST,NAME:ID:HOST
+        endpoints = (metadata("worker-network-endpoints") or "").split(",")
+        hosts = ",".join(endpoint.split(":")[-1] for endpoint in endpoints)
+        lines = re.findall(r"^(\w+):\s*'?([^'\n]*)", metadata("tpu-env") or "", re.MULTILINE)
+        return _tpu({**dict(lines), **environ}, hosts, worker)
+    return Environment("none")
+
+
+def _slurm(environ: Mapping[str, str]) -> Environment:
+    tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+    if tasks == 1:
+        return Environment("SLURM")
+    nodes = environ["SLURM_STEP_NODELIST"]  # node[001-003,7],other or node001,other
+    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host")
+    host = "".join(part or "" for part in match.groups())
+    # jobs share machines: a port of its own for each, above the ephemeral range of most
+    port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
+    return Environment("SLURM", f"{host}:{port}", tasks, int(environ["SLURM_PROCID"]))
+
+
+def _kubernetes(environ: Mapping[str, str]) -> Environment:
+    wanted = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_INDEX", "JOB_PODS", "NUM_PROCESSES")
+    missing = [name for name in wanted if name not in environ]
+    if missing:
+        raise ValueError(
+            f"this is a pod of an indexed Kubernetes Job, but {', '.join(missing)} "
+            "are not set: set them as scripts/launch/gke.yaml does, or give --coordinator"
+        )
+    name, job = environ["JOBSET_NAME"], environ["REPLICATED_JOB_NAME"]
+    index, pods = int(environ["JOB_INDEX"]), int(environ["JOB_PODS"])
+    return Environment(
+        "Kubernetes JobSet",
+        f"{name}-{job}-0-0.{name}:{PORT}",
+        int(environ["NUM_PROCESSES"]),
+        index * pods + int(environ["JOB_COMPLETION_INDEX"]),
+    )
+
+
+def _tpu(environ: Mapping[str, str], hosts: str, worker: str) -> Environment:
+    workers = hosts.split(",")
+    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
+    if len(workers) * slices == 1:
+        return Environment("Cloud TPU")
+    first = environ.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
+    number = int(environ.get("MEGASCALE_SLICE_ID") or 0) * len(workers) + int(worker)
+    return Environment("Cloud TPU", f"{first.split(':')[0]}:{PORT}", len(workers) * slices, number)
+
+
+def gce_metadata(key: str) -> str | None:
+    """An attribute of the Cloud TPU VM that this is, or None: it is none, or has no such."""
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return None
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5.0) as answer:
+            return answer.read().decode()
+    except (urllib.error.URLError, TimeoutError):
+        return None

@@ -1,0 +1,121 @@
+"""Which part of a run's wall time, across restarts, made steps that lasted; every loss has a name.
+
+Each process that leads a run appends a line to goodput.jsonl at every log line, so a kill loses
+little. What it did after the checkpoint that its successor starts from was done twice, and the time
+between the two nobody used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from typing import Any
+
+from etils import epath
+
+from lm.phases import PHASES, Phases
+
+GOODPUT_FILE = "goodput.jsonl"
+
+
+def process_start() -> float:
+    """time.monotonic() at which this process started, imports included; now, where that is unknown.
+
+    Linux counts both from the start of the machine, but for time spent suspended.
+    """
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return time.monotonic()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
+class Goodput:
+    """Writes where the time of this process goes."""
+
+    def __init__(self, workdir: str, phases: Phases, *, first_step: int) -> None:
+        self._path = epath.Path(workdir) / GOODPUT_FILE
+        self._before = _last_records(self._path)
+        self._phases, self._first_step = phases, first_step
+        self._began = time.time() - (time.monotonic() - phases.began)
+
+    def write(self, step: int) -> float:
+        """The run's goodput, 0 to 1, now that the seconds of every phase are written.
+
+        step: the number of steps done.
+        """
+        record = {
+            "began": round(self._began, 3),  # names the process
+            "wrote": round(time.time(), 3),
+            "first_step": self._first_step,
+            "step": step,
+            "seconds": {k: round(v, 3) for k, v in self._phases.seconds().items() if v},
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return report([*self._before, record]).goodput
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Seconds since the run first began: productive ones, and the others by name."""
+
+    wall: float
+    productive: float
+    losses: dict[str, float]  # phases, `redone` and `down`
+    processes: int
+
+    @property
+    def goodput(self) -> float:
+        return self.productive / self.wall if self.wall else 0.0
+
+    def __str__(self) -> str:
+        named = sorted(self.losses.items(), key=lambda item: -item[1])
+        parts = [f"{k} {100 * v / self.wall:.1f}%" for k, v in named if v >= 0.0005 * self.wall]
+        starts = f"{self.processes} start{'s' if self.processes > 1 else ''}"
+        return f"goodput {100 * self.goodput:.1f}% of {self.wall:.0f} s, {starts}; lost to " + (
+            ", ".join(parts) or "nothing"
+        )
+
+
+def read(workdir: str) -> Report | None:
+    """The report of a run's folder; None where nothing was written yet."""
+    records = _last_records(epath.Path(workdir) / GOODPUT_FILE)
+    return report(records) if records else None
+
+
+def _last_records(path: epath.Path) -> list[dict[str, Any]]:
+    """The last record of each process, in order."""
+    last: dict[float, dict[str, Any]] = {}
+    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
+        record = json.loads(line)
+        last[record["began"]] = record
+    return list(last.values())
+
+
+def report(records: list[dict[str, Any]]) -> Report:
+    """The report of the last records of all processes, in order; at least one.
+
+    A step counts as done again when a later process started at or before it; its time is the mean
+    step time of the process that did it first.
+    """
+    losses = dict.fromkeys([p for p in PHASES if p != "step"] + ["redone", "down"], 0.0)
+    productive = 0.0
+    for i, record in enumerate(records):
+        seconds = record["seconds"]
+        for phase in PHASES:
+            if phase != "step":
+                losses[phase] += seconds.get(phase, 0.0)
+        steps = record["step"] - record["first_step"]
+        kept = min([record["step"], *(r["first_step"] for r in records[i + 1 :])])
+        share = max(0, kept - record["first_step"]) / steps if steps else 0.0
+        productive += seconds.get("step", 0.0) * share
+        losses["redone"] += seconds.get("step", 0.0) * (1 - share)
+        if i:
+            losses["down"] += max(0.0, record["began"] - records[i - 1]["wrote"])
+    wall = records[-1]["wrote"] - records[0]["began"]
+    return Report(wall, productive, losses, len(records))

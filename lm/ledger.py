@@ -1,0 +1,132 @@
+"""What every step of a run consumed, one line a step, and exact counts of it.
+
+    {"step": 12, "records": "9f...", "content": "03...", "filled": 4000, "padding": 96,
+     "scored": 4000, "chain": "5c..."}
+
+`step` is the step's number, from 0: the one that `batch_at` gets. `records` is a hash of the ids of
+its records and `content` one of every bit of the batch (see `lm.step.fingerprint`), so two runs
+with the same `chain`, which hashes all lines up to its own, saw the same data in the same order. A
+step that is done again must consume what it consumed before.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lm.exits import Exit, RunError
+
+LEDGER_FILE = "ledger.jsonl"
+COUNTS = ("filled", "padding", "scored")
+
+
+class LedgerMismatch(RunError):
+    """A step consumed something else than when it was done before."""
+
+    code = Exit.MISMATCH
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The lines of a run's ledger; a last one that a kill has cut is left out."""
+    path = epath.Path(workdir) / LEDGER_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def start_totals() -> dict[str, Any]:
+    """The totals before step 0."""
+    return {"steps": 0, **dict.fromkeys(COUNTS, 0), "chain": "0" * 16}
+
+
+class Ledger:
+    """Takes the facts of steps in order; all processes compare, the `active` one writes."""
+
+    def __init__(
+        self, workdir: str, totals: Mapping[str, Any], *, compare: bool = True, active: bool = True
+    ) -> None:
+        """totals: those of the checkpoint that the run goes on from.
+
+        compare: False where the config of the data was changed on purpose; what was written of
+        later steps is then dropped.
+        """
+        self._totals = dict(totals)
+        self._path = epath.Path(workdir) / LEDGER_FILE
+        lines = read(workdir)
+        start = totals["steps"]
+        before = next((e for e in reversed(lines) if e["step"] == start - 1), None)
+        if compare and before is not None and before["chain"] != totals["chain"]:
+            raise LedgerMismatch(
+                f"{self._path}: the checkpoint at step {start} says chain {totals['chain']}, the "
+                f"ledger {before['chain']}: they are not of the same run"
+            )
+        kept = lines if compare else [e for e in lines if e["step"] < start]
+        self._before = {e["step"]: e for e in kept if e["step"] >= start}
+        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=10_000)
+        self._written = kept[-1]["step"] if kept else -1
+        self._file = None
+        if active:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.parent / (LEDGER_FILE + ".new")
+            new.write_text("".join(json.dumps(e) + "\n" for e in kept))
+            new.replace(self._path)  # a kill leaves the old file or the new one
+            self._file = self._path.open("a")
+
+    def record(self, step: int, facts: Mapping[str, Any], size: int) -> None:
+        """Adds step number `step`; facts: those of `lm.step` on the host; size: tokens of a batch.
+
+        Raises:
+            LedgerMismatch: the step was done before and consumed something else.
+        """
+        if step != self._totals["steps"]:
+            raise AssertionError(f"step {step} after {self._totals['steps']} steps")
+        filled = int(facts["filled"])
+        entry = {
+            "step": step,
+            "records": _hex(facts["records"]),
+            "content": _hex(facts["content"]),
+            "filled": filled,
+            "padding": size - filled,
+            "scored": int(facts["scored"]),
+        }
+        link = f"{self._totals['chain']} {json.dumps(entry)}".encode()
+        entry["chain"] = hashlib.blake2b(link, digest_size=8).hexdigest()
+        before = self._before.pop(step, None)
+        if before is not None and before != entry:
+            changed = [f"{k}: {before[k]} -> {entry[k]}" for k in entry if before[k] != entry[k]]
+            raise LedgerMismatch(
+                f"{self._path}: step {step} consumed something else than before "
+                f"({', '.join(changed)}): the data or the code that reads it has changed"
+            )
+        self._totals["steps"] = step + 1
+        self._totals["chain"] = entry["chain"]
+        for name in COUNTS:
+            self._totals[name] += entry[name]
+        self._recent.append(entry)
+        if step > self._written and self._file is not None:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            self._written = step
+
+    def rewind(self, totals: Mapping[str, Any]) -> None:
+        """Goes back to the totals of an earlier checkpoint; what follows is done again."""
+        self._before |= {e["step"]: e for e in self._recent if e["step"] >= totals["steps"]}
+        self._totals = dict(totals)
+
+    def totals(self) -> dict[str, Any]:
+        """steps, filled, padding and scored tokens up to now, and the chain."""
+        return dict(self._totals)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _hex(words: Any) -> str:
+    return "".join(f"{int(word):08x}" for word in np.asarray(words).tolist())

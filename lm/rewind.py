@@ -1,0 +1,83 @@
+"""Back to the last checkpoint, and forward again to the step that was bad: whose fault was it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lm import diagnose
+from lm.checkpoint import Checkpoints
+from lm.experiment import Experiment
+from lm.ledger import start_totals
+from lm.metrics import Finished, Late
+from lm.phases import Phases
+from lm.run import Rewind, Run
+from lm.types import TrainState
+
+
+def first_state(
+    experiment: Experiment, checkpoints: Checkpoints, phases: Phases, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest good checkpoint (or of that at `step`), or a new one, with the
+    ledger's totals.
+    """
+    with phases("restore"):
+        restored = checkpoints.restore(experiment.abstract_state, step)
+    if restored is not None:
+        state, saved = restored
+        return state, dict(saved.ledger)
+    with phases("init"):
+        return jax.block_until_ready(experiment.init_state()), start_totals()
+
+
+def replay(run: Run, rewind: Rewind) -> TrainState:
+    """The state to go on from, with the verdict about the bad step written down.
+
+    A run is a function of (config, step): what differs from the first time is the hardware's doing.
+    It may have been so some steps ago, and be in the last checkpoint: where the step repeats from
+    there, that checkpoint must be what the one before it leads to.
+    """
+    bad, checkpoints = rewind.bad, run.checkpoints
+    run.late.drop()
+    checkpoints.wait()
+    state, totals = first_state(run.experiment, checkpoints, run.phases)
+    run.ledger.rewind(totals)
+    start = int(state.step)
+    run.writer.note(f"{rewind}; back to step {start}")
+    if bad is None:
+        return state
+    state, evidence = _redo(run, state, bad.step + 1, bad)
+    older = [step for step in checkpoints.steps() if step < start]
+    if older and evidence["verdict"] != "hardware":
+        run.writer.note(f"it repeats from step {start}; is that what step {older[-1]} leads to?")
+        state, totals = first_state(run.experiment, checkpoints, run.phases, older[-1])
+        run.ledger.rewind(totals)
+        state, _ = _redo(run, state, start)
+        if not checkpoints.holds(state):
+            place = checkpoints.set_aside(start)
+            run.writer.note(f"no: a device had spoilt the checkpoint of step {start}, now {place}")
+            state, evidence = _redo(run, state, bad.step + 1, bad)
+        else:
+            state, _ = _redo(run, state, bad.step + 1)
+    run.judged.add(bad.step)
+    path = diagnose.write(run.workdir, evidence, active=run.lead)
+    run.writer.note(f"{diagnose.summary(evidence)}\nevidence: {path}")
+    return state
+
+
+def _redo(
+    run: Run, state: TrainState, stop: int, bad: Finished | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state before step `stop`, done again from `state`, and the evidence about step `bad`."""
+    experiment, evidence = run.experiment, {}
+    for step, batch in experiment.batches(int(state.step), stop):
+        run.phases.beat()
+        state, sums, facts = experiment.train_step(state, batch)
+        late = Late()
+        late.push(step, sums, facts)
+        [again] = late.flush()
+        run.ledger.record(step, again.facts, experiment.batch_size * experiment.config.data.length)
+        if bad is not None and step == bad.step:  # not applied: the state is that from before it
+            evidence = diagnose.diagnose(experiment, state, batch, bad, again)
+    return state, evidence

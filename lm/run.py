@@ -1,0 +1,182 @@
+"""The parts of a run that is under way, and what becomes of the values that its steps give back."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import diagnose, optim
+from lm.checkpoint import Checkpoints
+from lm.evaluate import evaluate
+from lm.exits import Exit, RunError
+from lm.experiment import Experiment
+from lm.goodput import Goodput
+from lm.guard import StopSignals, Vote, Votes, Watchdog
+from lm.ledger import Ledger
+from lm.metrics import Finished, Late, Writer
+from lm.phases import Phases
+from lm.types import TrainState
+
+POLICIES = ("stop", "skip", "rewind")
+
+
+class Diverged(RunError):
+    """A step was bad, and the policy doesn't go on."""
+
+    code = Exit.DIVERGED
+
+
+class ReplicasDisagree(RunError):
+    """Devices that should hold the same bits don't."""
+
+    code = Exit.CORRUPT
+
+
+class Rewind(Exception):
+    """Go back to the last checkpoint; `bad` is the step to look at, if one is to blame."""
+
+    def __init__(self, reason: str, bad: Finished | None = None) -> None:
+        super().__init__(reason)
+        self.bad = bad
+
+
+class Run:
+    """The parts of a running run, and what happens to the values that steps give back."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: str,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
+        signals: StopSignals,
+        phases: Phases,
+        ledger: Ledger,
+    ) -> None:
+        c = experiment.config
+        self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
+        self.phases, self.ledger, self.late = phases, ledger, Late()
+        self.lead = jax.process_index() == 0
+        self._watchdog, self._signals, self._votes = watchdog, signals, Votes(experiment.rules)
+        self._vote = Vote()
+        self._schedule = optim.make_schedule(c.optimizer.schedule, experiment.num_steps)
+        self._saved = time.monotonic()
+        self._bad_in_a_row = 0
+        self.judged = diagnose.judged_steps(workdir)
+        first = ledger.totals()["steps"]
+        self._goodput = Goodput(workdir, phases, first_step=first) if self.lead else None
+        self.writer = Writer(
+            workdir,
+            first_step=first,
+            num_steps=experiment.num_steps,
+            every=c.train.log_every,
+            flops_per_token=experiment.flops_per_token,
+            peak_flops=experiment.peak_flops(),
+            tensorboard=c.log.tensorboard,
+            active=self.lead,
+        )
+
+    def say(self, text: str) -> None:
+        if self.lead:
+            print(text, flush=True)
+
+    def cast(self, held_up: float) -> Any:
+        every = self.experiment.config.checkpoint.every_seconds
+        overdue = 0 < every < time.monotonic() - self._saved
+        return self._votes.cast(Vote(self._signals.received, overdue), held_up)
+
+    def agreed(self) -> Vote:
+        """What all processes know: of themselves with one, of the step before with several."""
+        if jax.process_count() > 1:
+            return self._vote
+        return self._votes.result(self.cast(0.0))[0]
+
+    def finish(self, steps: list[Finished]) -> None:
+        """Takes account of steps whose values are there: ledger, metrics, and the policy.
+
+        Raises:
+            LedgerMismatch, Diverged, Rewind
+        """
+        c = self.experiment.config
+        for finished in steps:
+            size = self.experiment.batch_size * c.data.length
+            self.ledger.record(finished.step, finished.facts, size)
+            extra = {"learning_rate": self._learning_rate(int(finished.facts["updates"]))}
+            extra["tokens_seen"] = self.ledger.totals()["filled"]
+            if finished.seconds is not None:
+                self._watchdog.stepped(finished.seconds)
+            if jax.process_count() > 1:
+                self._vote, slowest, lag = self._votes.result(finished.votes)
+                extra |= {"slowest_process": slowest, "lag_seconds": lag}
+            if self._goodput and self.writer.is_due(finished.step + 1):
+                extra["goodput"] = self._goodput.write(finished.step + 1)
+            self.writer.train(finished, **extra)
+            self._bad_in_a_row = self._bad_in_a_row + 1 if finished.bad else 0
+            if finished.bad:
+                self._judge(finished)
+
+    def _judge(self, finished: Finished) -> None:
+        guard = self.experiment.config.guard
+        text = diagnose.describe(finished)
+        if guard.policy == "stop" or self._bad_in_a_row > guard.max_skips:
+            raise Diverged(
+                f"{text}\nIts update was not applied. Lower config.optimizer.learning_rate or warm "
+                "up for longer; --config.guard.policy=rewind replays the step and says whether the "
+                "data, the numerics or the hardware did it; policy=skip goes on without it"
+                + (f" (at most {guard.max_skips} in a row)" if guard.policy != "stop" else "")
+            )
+        if guard.policy == "rewind" and finished.step not in self.judged:
+            raise Rewind(text, finished)
+        self.writer.note(f"{text}; its update is skipped")
+
+    def _learning_rate(self, updates: int) -> float:
+        peak = self.experiment.config.optimizer.learning_rate
+        return peak * float(jnp.asarray(self._schedule(updates)))
+
+    def flush(self) -> None:
+        self.finish(self.late.flush())
+
+    def check_replicas(self, state: TrainState) -> None:
+        """Raises unless all devices that should hold the same bits do."""
+        wrong = self.experiment.replica_mismatches(state)
+        if not wrong:
+            return
+        text = f"step {int(state.step)}: replicas hold different bits of {', '.join(wrong[:5])}"
+        text += f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        if self.experiment.config.guard.policy == "rewind":
+            raise Rewind(f"{text}: hardware")
+        raise ReplicasDisagree(
+            f"{text}. A device has computed or kept something wrong; the checkpoints before it are "
+            "good: run the same command, without that machine if it happens again"
+        )
+
+    def save(self, state: TrainState) -> None:
+        self.check_replicas(state)  # what is saved is one replica's
+        extras = {"ledger": self.ledger.totals(), "config": self.experiment.config_dict.to_dict()}
+        self.checkpoints.save(state, manifest_extras=extras)
+        self._saved = time.monotonic()
+
+    def evaluate(self, state: TrainState, done: int) -> None:
+        c, experiment = self.experiment.config, self.experiment
+        params = optim.averaged_params(state.opt_state)
+        params = state.params if params is None else params
+        limit = 0 if done == experiment.num_steps else c.train.eval_batches
+
+        def report(text: str) -> None:
+            self.phases.beat()
+            if self.lead:
+                self.writer.progress.show(text)
+
+        self.writer.eval(done, evaluate(experiment, params, max_batches=limit, report=report))
+
+    def close(self) -> None:
+        self.flush()
+        with self.phases("save"):
+            self.checkpoints.wait()
+        if self._goodput:
+            self._goodput.write(self.ledger.totals()["steps"])
+        self.writer.close()
+        self.ledger.close()

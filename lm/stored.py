@@ -1,0 +1,163 @@
+"""The folder of a checkpoint as a host reads it: which there are, whether their bits are those of
+the manifest, and single leaves. No devices are needed.
+
+    WORKDIR/checkpoints/STEP/params/        Orbax's files of the parameters
+                             opt_state/     and of the optimizer's state
+                             manifest/      the manifest
+                             verified-I-of-N   process I of N has read its part back
+    WORKDIR/bad_checkpoints/STEP[-K]/       what didn't verify
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lm import manifest as manifests
+from lm.manifest import Damaged, Leaf, Manifest
+
+ITEMS = ("params", "opt_state")
+MANIFEST = "manifest"
+MANIFEST_FILE = "manifest.json"
+DELETING = "deleting"  # a step with this file in it is no checkpoint any more
+TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
+COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+
+
+def steps(directory: epath.Path) -> list[int]:
+    """The steps whose checkpoints in `directory` are complete, ascending."""
+    if not directory.exists():
+        return []
+    found = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(step for step in found if _complete(directory / str(step)))
+
+
+def _complete(folder: epath.Path) -> bool:
+    # Where folders can be renamed, a step has its name only once it is complete.
+    by_file = str(folder).startswith("gs://")
+    return not (folder / DELETING).exists() and (not by_file or (folder / COMMITTED).exists())
+
+
+def delete(folder: epath.Path) -> None:
+    """Deletes a checkpoint in an order that never leaves half of one under a step's name."""
+    (folder / DELETING).touch()
+    for path in folder.iterdir():
+        if path.name != DELETING:
+            path.rmtree() if path.is_dir() else path.unlink()
+    folder.rmtree()
+
+
+def delete_leftovers(directory: epath.Path) -> None:
+    """Deletes what killed processes left: saves that never were complete, half deleted steps."""
+    for path in directory.iterdir():
+        if TEMPORARY in path.name or (path.name.isdigit() and not _complete(path)):
+            path.rmtree()
+
+
+def read_manifest(folder: epath.Path) -> Manifest:
+    """The manifest of a step's folder.
+
+    Raises:
+        Damaged: there is none, or it isn't what was written for this step.
+    """
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST / MANIFEST_FILE).read_bytes())
+    except OSError as error:
+        raise Damaged(f"no manifest can be read: {error}") from None
+    if str(manifest.step) != folder.name:
+        raise Damaged(f"its manifest is that of step {manifest.step}")
+    return manifest
+
+
+def mark_verified(folder: epath.Path, part: int, parts: int) -> None:
+    (folder / f"verified-{part}-of-{parts}").touch()
+
+
+def is_verified(folder: epath.Path) -> bool:
+    """Whether every part of a step's files has been read back and found good."""
+    marks = {path.name for path in folder.iterdir() if path.name.startswith("verified-")}
+    counts = {int(name.rsplit("-", 1)[1]) for name in marks}
+    return any(marks >= {f"verified-{i}-of-{n}" for i in range(n)} for n in counts)
+
+
+def size(folder: epath.Path) -> int:
+    """Bytes of all files."""
+    return sum(size(p) if p.is_dir() else p.stat().length for p in folder.iterdir())
+
+
+def find_fault(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with the files of a step, or "". Reads every `parts`-th leaf, the largest
+    first, chunk by chunk.
+    """
+    by_size = sorted(manifest.leaves, key=lambda n: (-np.prod(manifest.leaves[n].shape), n))
+    for name in by_size[part::parts]:
+        leaf, sums = manifest.leaves[name], np.zeros(2, np.uint32)
+        try:
+            for start, block in _chunks(open_leaf(folder, name, leaf), name):
+                sums += manifests.host_checksums(block, start, leaf.shape)
+        except Damaged as error:
+            return str(error)
+        if (found := manifests.hexadecimal(sums)) != leaf.checksum:
+            return f"{name}: checksum {found}, the manifest says {leaf.checksum}"
+    return ""
+
+
+def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> Any:
+    """The TensorStore of a leaf that the manifest lists, in Orbax's files.
+
+    Raises:
+        Damaged: it can't be opened, or has another shape or dtype.
+    """
+    import tensorstore as ts
+
+    item, path = name.split(".", 1)
+    base = str(folder / item)
+    base = base if "://" in base else f"file://{base}"
+    kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{path}/"}
+    array = result(ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True), name)
+    found = Leaf(tuple(array.shape), array.dtype.name)
+    if str(found) != str(leaf):
+        raise Damaged(f"{name}: stored as {found}, the manifest says {leaf}")
+    return array
+
+
+def read_leaf(folder: epath.Path, name: str, leaf: Leaf) -> np.ndarray:
+    """All values of a leaf; raises as `open_leaf`."""
+    return np.asarray(result(open_leaf(folder, name, leaf).read(), name))
+
+
+def result(future: Any, name: str) -> Any:
+    """What a future of TensorStore gives.
+
+    Raises:
+        Damaged: the file is damaged or missing, of which TensorStore raises ValueErrors alone.
+    """
+    try:
+        return future.result()
+    except ValueError as error:
+        raise Damaged(f"{name}: {first_line(error)}") from None
+
+
+def _chunks(array: Any, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """(first index, values) of every chunk of a TensorStore: one at a time is in memory."""
+    chunk = array.chunk_layout.read_chunk.shape or ()
+    ranges = [range(0, n, step) for n, step in zip(array.shape, chunk, strict=True)]
+    for start in itertools.product(*ranges):
+        index = tuple(
+            slice(a, min(a + c, n)) for a, c, n in zip(start, chunk, array.shape, strict=True)
+        )
+        yield start, np.asarray(result(array[index].read(), name))
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message as one line that isn't too long: TensorStore's name every path twice, then
+    the reason, then all settings.
+    """
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = text.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+    return text if len(text) <= 400 else f"{text[:150]} … {text[-240:]}"

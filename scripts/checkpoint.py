@@ -1,0 +1,227 @@
+"""List, verify, compare and show the checkpoints of a run, without its model.
+
+    python scripts/checkpoint.py ls runs/tiny
+    python scripts/checkpoint.py verify runs/tiny --step=2000
+    python scripts/checkpoint.py diff runs/a@2000 runs/b
+    python scripts/checkpoint.py show runs/tiny
+
+`verify` reads all files back; it ends with code 44 if one is bad. `diff` ends with 0 where all bits
+are equal and with 1 where not; `relative` is the norm of the difference over that of A. A run's
+folder stands for its newest checkpoint, FOLDER@STEP for another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    ls = commands.add_parser("ls", help="one line for each checkpoint")
+    ls.add_argument("workdir", help="folder of the run")
+    verify = commands.add_parser("verify", help="read all files back and compare checksums")
+    verify.add_argument("workdir", help="folder of the run")
+    verify.add_argument("--step", type=int, help="this one alone (default: all)")
+    diff = commands.add_parser("diff", help="compare two checkpoints, leaf by leaf")
+    diff.add_argument("a", metavar="A[@STEP]")
+    diff.add_argument("b", metavar="B[@STEP]")
+    show = commands.add_parser("show", help="what a checkpoint says of itself, and its parameters")
+    show.add_argument("checkpoint", metavar="WORKDIR[@STEP]")
+    args = parser.parse_args()
+    if args.command == "ls":
+        return _ls(args.workdir)
+    if args.command == "verify":
+        return _verify(args.workdir, args.step)
+    if args.command == "diff":
+        return _diff(args.a, args.b)
+    return _show(args.checkpoint)
+
+
+def _folders(workdir: str, step: int | None = None) -> list[Any]:
+    """The folders of all checkpoints of a run, ascending, or of the one at `step`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from etils import epath
+
+    from lm import stored
+
+    directory = epath.Path(workdir).resolve() / "checkpoints"
+    steps = stored.steps(directory)
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {directory}; train first")
+    if step is not None and step not in steps:
+        raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are {steps}")
+    return [directory / str(s) for s in (steps if step is None else [step])]
+
+
+def _find(text: str) -> Any:
+    """The folder that WORKDIR[@STEP] means."""
+    workdir, at, step = text.rpartition("@")
+    if at and step.isdigit():
+        return _folders(workdir, int(step))[0]
+    return _folders(text)[-1]
+
+
+def _ls(workdir: str) -> int:
+    from lm import metrics, stored
+    from lm.manifest import Damaged
+
+    folders = _folders(workdir)
+    rows = [("step", "saved", "size", "verified", "tokens", "parent")]
+    for folder in folders:
+        verified = "yes" if stored.is_verified(folder) else "no"
+        try:
+            manifest = stored.read_manifest(folder)
+        except Damaged as error:
+            rows.append((folder.name, "?", _size(stored.size(folder)), "BAD", "?", str(error)))
+            continue
+        tokens, parent = manifest.ledger.get("filled"), manifest.parent
+        rows.append(
+            (
+                folder.name,
+                _time(manifest.time),
+                _size(stored.size(folder)),
+                verified,
+                "-" if tokens is None else metrics.quantity(tokens),
+                "-" if parent is None else f"{parent['workdir']}@{parent['step']}",
+            )
+        )
+    _print_table(rows)
+    bad = folders[0].parent.parent / "bad_checkpoints"
+    if bad.exists():
+        names = ", ".join(sorted(path.name for path in bad.iterdir()))
+        print(f"set aside in {bad}: {names}")
+    return 0
+
+
+def _verify(workdir: str, step: int | None) -> int:
+    from lm import stored
+    from lm.exits import Exit
+    from lm.manifest import Damaged
+
+    code = 0
+    for folder in _folders(workdir, step):
+        start, leaves = time.monotonic(), 0
+        try:
+            manifest = stored.read_manifest(folder)
+            leaves, fault = len(manifest.leaves), stored.find_fault(folder, manifest)
+        except Damaged as error:
+            fault = str(error)
+        seconds = time.monotonic() - start
+        if fault:
+            code = int(Exit.CORRUPT)
+            print(f"step {folder.name}: BAD: {fault}")
+        else:
+            size = _size(stored.size(folder))
+            print(f"step {folder.name}: good; {leaves} leaves, {size} read in {seconds:.1f} s")
+    return code
+
+
+def _diff(a: str, b: str) -> int:
+    from lm import stored
+
+    folders = [_find(a), _find(b)]
+    left, right = (stored.read_manifest(folder).leaves for folder in folders)
+    rows, equal = [("leaf", "bits", "largest", "relative")], 0
+    for name in [*left, *(n for n in right if n not in left)]:
+        if name not in left or name not in right:
+            rows.append((name, f"only in {'A' if name in left else 'B'}", "", ""))
+        elif str(left[name]) != str(right[name]):
+            rows.append((name, f"{left[name]} / {right[name]}", "", ""))
+        elif left[name] == right[name]:
+            equal += 1
+            rows.append((name, "equal", "", ""))
+        else:
+            values = (stored.read_leaf(f, name, left[name]) for f in folders)
+            rows.append((name, "differ", *_distance(*values)))
+    _print_table(rows)
+    others = len(rows) - 1 - equal
+    print(f"A {folders[0]}\nB {folders[1]}\n{equal} leaves are equal, {others} are not")
+    return int(others > 0)
+
+
+def _distance(a: Any, b: Any) -> tuple[str, str]:
+    """(largest absolute difference, norm of the difference over the norm of `a`)."""
+    import numpy as np
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norm = np.linalg.norm(a.ravel())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.linalg.norm((a - b).ravel()) / norm
+        return f"{np.max(np.abs(a - b)):.3g}", f"{relative:.3g}"
+
+
+def _show(checkpoint: str) -> int:
+    import numpy as np
+
+    from lm import metrics, stored
+
+    folder = _find(checkpoint)
+    manifest = stored.read_manifest(folder)
+    rows = [
+        ("folder", str(folder)),
+        ("step", str(manifest.step)),
+        ("saved", _time(manifest.time)),
+        ("size", _size(stored.size(folder))),
+        ("verified", "yes" if stored.is_verified(folder) else "no"),
+    ]
+    for section in ("ledger", "code", "parent", "config"):
+        rows += _flat(section, getattr(manifest, section))
+    _print_table(rows)
+    print()
+    table, count = [("parameter", "shape", "dtype", "norm")], 0
+    for name, leaf in manifest.leaves.items():
+        if name.startswith("params."):
+            values = stored.read_leaf(folder, name, leaf).astype(np.float64)
+            norm = np.linalg.norm(values.ravel())
+            shape = str(list(leaf.shape))
+            table.append((name.removeprefix("params."), shape, leaf.dtype, f"{norm:.6g}"))
+            count += values.size
+    _print_table(table)
+    others = len(manifest.leaves) - len(table) + 1
+    print(f"{metrics.quantity(count)} parameters; {others} leaves of the optimizer's state")
+    return 0
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(dotted path, text) of everything in a nested dict."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}", inner)
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        line = "  ".join(f"{x:<{width}}" for x, width in zip(row, widths, strict=True))
+        print(line.rstrip())
+
+
+def _time(seconds: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+if __name__ == "__main__":
+    runtime.run(main)

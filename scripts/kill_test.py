@@ -1,0 +1,317 @@
+"""Kill a run many times, and see that it ends with the bits of one that nobody touched.
+
+    python scripts/kill_test.py --kills=20
+    python scripts/kill_test.py --kills=50 --processes=2 --devices-per-process=2 --seed=1
+    python scripts/kill_test.py --kills=6 --processes=2 --restart-on=1,2,4 -- \
+        --config=configs/tiny.py --config.train.num_steps=400
+
+Trains once without interruption. Then again, with SIGKILL at random moments: in start-up, inside a
+step, inside an asynchronous save, inside an evaluation; of one process of several, or of all. In
+between, the preparation of the data is killed too. At the end every parameter, every leaf of the
+optimizer and every batch that was consumed are compared. On one and the same mesh all must be equal
+to the bit; with --restart-on, which changes the number of processes (the batch stays), the batches
+must be, and the largest difference of the weights is printed.
+
+Arguments after -- go to scripts/train.py in place of --config=configs/smoke.py. Exit code 0 if
+nothing differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from etils import epath
+
+from lm import goodput, ledger, manifest, runtime, stored
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("whole", "killed")
+INTENTS = ("start", "step", "save", "evaluate")
+# Smaller than a checkpoint's interval, so that runs get ahead.
+SMOKE = (
+    f"--config={ROOT / 'configs' / 'smoke.py'}",
+    "--config.checkpoint.every=10",
+    "--config.train.eval_every=15",
+    "--config.log.parameter_table=False",
+)
+
+
+def main(argv: list[str]) -> int:
+    ours, theirs = argv, []
+    if "--" in argv:
+        at = argv.index("--")
+        ours, theirs = argv[:at], argv[at + 1 :]
+    flags = _parser().parse_args(ours)
+    rng = random.Random(flags.seed)
+    folder = Path(flags.out or tempfile.mkdtemp(prefix="kill_test."))
+    folder.mkdir(parents=True, exist_ok=True)
+    train = list(theirs or (*SMOKE, f"--config.train.num_steps={max(100, 15 * flags.kills)}"))
+    test = KillTest(folder, train, flags.devices_per_process)
+    if not theirs:
+        test.train.append(f"--config.data.train=('{prepare(folder, rng)}',)")
+
+    print(f"in {folder}: the run that nobody touches", flush=True)
+    test.begin("whole", flags.processes).wait()
+    counts = [int(n) for n in flags.restart_on.split(",")] if flags.restart_on else []
+    intents = [INTENTS[i % len(INTENTS)] for i in range(flags.kills)]
+    rng.shuffle(intents)
+    killed = []
+    for i, intent in enumerate(intents):
+        processes = rng.choice(counts) if counts and i else flags.processes
+        kill = test.kill(intent, processes, rng)
+        if kill is None:
+            break
+        killed.append(kill)
+        print(f"kill {i + 1}/{flags.kills} · {intent:8} · {kill['text']}", flush=True)
+    test.begin("killed", flags.processes).wait()
+    return test.compare(killed, flags.kills, same_mesh=not counts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=10, help="default: 10")
+    parser.add_argument("--processes", type=int, default=1, help="default: 1")
+    parser.add_argument("--devices-per-process", type=int, default=4, help="default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument(
+        "--restart-on",
+        default="",
+        metavar="N,M,...",
+        help="numbers of processes to go on with, one of them at random after every kill",
+    )
+    parser.add_argument("--out", help="folder for the runs; default: a new one in $TMPDIR")
+    return parser
+
+
+def prepare(folder: Path, rng: random.Random) -> Path:
+    """A token store of a part of the standard library, its preparation killed three times, that is
+    byte for byte that of a preparation left alone.
+    """
+    script = str(ROOT / "scripts" / "prepare_data.py")
+    source = Path(json.__file__).parent.parent
+
+    def command(out: Path) -> list[str]:
+        data = [f"--data={source / part}/*.py" for part in ("json", "email", "asyncio", "xml/dom")]
+        return [sys.executable, script, *data, "--tokenizer=bytes", f"--out={out}", "--workers=2"]
+
+    began = time.monotonic()
+    subprocess.run(command(folder / "data"), check=True, capture_output=True)
+    took = time.monotonic() - began
+    again = folder / "data_killed"
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(again),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(rng.uniform(0, took))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(again), check=True, capture_output=True)
+    for path in sorted((folder / "data").rglob("*")):
+        other = again / path.relative_to(folder / "data")
+        if path.is_file() and path.read_bytes() != other.read_bytes():
+            raise ValueError(f"{other} differs from {path} after its preparation was killed")
+    print("data: killed 3 times while it was prepared, byte for byte the same", flush=True)
+    return again / "train"
+
+
+class KillTest:
+    """Two runs in a folder, `whole` and `killed`."""
+
+    def __init__(self, folder: Path, train: list[str], devices: int) -> None:
+        self.folder, self.train, self._devices = folder, train, devices
+        self._start_seconds = 5.0  # from the command to the first step, measured
+        self.workdir = folder / "killed"
+        for name in RUNS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+    def begin(self, name: str, processes: int) -> Job:
+        launcher = str(ROOT / "scripts" / "launch" / "local.py")
+        workdir = self.folder / name
+        command = [sys.executable, launcher, f"--processes={processes}", "--grace=5"]
+        command += [f"--devices-per-process={self._devices}", "--"]
+        command += [str(ROOT / "scripts" / "train.py"), *self.train, f"--workdir={workdir}"]
+        return Job(command, self.folder / f"{name}.log")
+
+    def last_step(self) -> int:
+        """The number of the last step in the ledger of the killed run, -1 before the first."""
+        path = self.workdir / ledger.LEDGER_FILE
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 600))
+            lines = file.read().split(b"\n")[:-1]
+            if lines:
+                return int(lines[-1].split(b'"step": ')[-1].split(b",")[0])
+        return -1
+
+    def kill(self, intent: str, processes: int, rng: random.Random) -> dict[str, Any] | None:
+        """Starts the killed run, kills it as intended, and says where it was; None if it ended."""
+        before, saved = self.last_step(), self._saved()
+        began = time.monotonic()
+        job = self.begin("killed", processes)
+        if intent == "start":
+            job.sleep(rng.uniform(0, self._start_seconds))
+        else:
+            job.wait_for(lambda: self._goes_on(job))
+            self._start_seconds = 0.5 * self._start_seconds + 0.5 * (time.monotonic() - began)
+            first = self.last_step()
+            if intent == "step":
+                target = first + rng.randint(1, 12)
+                job.wait_for(lambda: self.last_step() >= target)
+                job.sleep(rng.uniform(0, 0.02))
+            elif intent == "save":
+                job.wait_for(lambda: bool(self._saving()))
+                job.sleep(rng.uniform(0, 0.05))
+            else:
+                at = (max(first, 0) // 15 + 1) * 15 - 1
+                job.wait_for(lambda: self.last_step() >= at)
+                job.sleep(rng.uniform(0, 0.1))
+        victims = job.pids()
+        if not victims:
+            job.wait()
+            return None
+        chosen = victims if len(victims) == 1 or rng.random() < 0.5 else [rng.choice(victims)]
+        saving = bool(self._saving())
+        for pid in chosen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        code = job.wait(check=False)
+        saving &= bool(self._saving())  # its folder is still there: it never ended
+        reached = self.last_step()
+        new = reached > before
+        where = f"after step {reached}" if new else f"before it got beyond step {before}"
+        text = f"{where}, {'inside a save, ' if saving else ''}exit code {code}"
+        if processes > 1:
+            text += f", {len(chosen)} of {processes} processes"
+        return {
+            "intent": intent,
+            "saving": saving,
+            "text": text,
+            "processes": processes,
+            "reached": reached,
+            "saved_before": saved,
+        }
+
+    def _goes_on(self, job: Job) -> bool:
+        """Has this start done a step that is new, or been there long enough to redo old ones?"""
+        return "ready in" in job.output()
+
+    def _saved(self) -> int:
+        folder = self.workdir / "checkpoints"
+        return max(stored.steps(epath.Path(folder)), default=0) if folder.exists() else 0
+
+    def _saving(self) -> list[Path]:
+        folder = self.workdir / "checkpoints"
+        return list(folder.glob(f"*{stored.TEMPORARY}*")) if folder.exists() else []
+
+    def compare(self, killed: list[dict[str, Any]], wanted: int, *, same_mesh: bool) -> int:
+        """Prints what differs; 0 if nothing does that must not."""
+        whole, other = (self._last_manifest(name) for name in RUNS)
+        differ = [p for p in whole.leaves if whole.leaves[p] != other.leaves.get(p)]
+        chains = whole.ledger == other.ledger
+        lines = ledger.read(str(self.folder / "whole")) == ledger.read(str(self.workdir))
+        bad = self.workdir / "bad_checkpoints"
+        counts = collections.Counter(kill["intent"] for kill in killed)
+        result = {
+            "kills": len(killed),
+            "intents": dict(counts),
+            "inside_a_save": sum(kill["saving"] for kill in killed),
+            "steps": whole.step,
+            "leaves": len(whole.leaves),
+            "leaves_that_differ": len(differ),
+            "same_ledger": chains and lines,
+            "bad_checkpoints": len(list(bad.iterdir())) if bad.exists() else 0,
+            "goodput": str(self._goodput()),
+        }
+        if not same_mesh:
+            result["largest_relative_difference"] = self._largest_difference(whole.step)
+        print(json.dumps(result, indent=2))
+        failed = not result["same_ledger"] or (same_mesh and differ) or result["bad_checkpoints"]
+        if len(killed) < wanted:
+            print(f"the run ended after {len(killed)} of {wanted} kills: give it more steps")
+        print("FAILED" if failed else "ok: nothing differs" + ("" if same_mesh else " in the data"))
+        return 1 if failed else 0
+
+    def _last_manifest(self, name: str) -> manifest.Manifest:
+        folder = epath.Path(self.folder / name / "checkpoints")
+        return stored.read_manifest(folder / str(stored.steps(folder)[-1]))
+
+    def _goodput(self) -> Any:
+        return goodput.read(str(self.workdir))
+
+    def _largest_difference(self, step: int) -> float:
+        """The largest difference of two parameters, in parts of the largest of their array."""
+        largest = 0.0
+        folders = [epath.Path(self.folder / n / "checkpoints") / str(step) for n in RUNS]
+        manifests = [stored.read_manifest(folder) for folder in folders]
+        for name, leaf in manifests[0].leaves.items():
+            if name.startswith("params."):
+                a, b = (
+                    np.asarray(stored.open_leaf(folder, name, leaf).read().result())
+                    for folder in folders
+                )
+                largest = max(largest, float(np.abs(a - b).max() / np.abs(a).max()))
+        return largest
+
+
+class Job:
+    """One start of the launcher, with its output in a file."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._log = log
+        self._start = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def output(self) -> str:
+        with self._log.open("rb") as file:
+            file.seek(self._start)
+            return file.read().decode(errors="replace")
+
+    def pids(self) -> list[int]:
+        """The training processes that are alive."""
+        path = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        try:
+            return [int(pid) for pid in path.read_text().split()]
+        except OSError:
+            return []
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Returns when the condition holds, or the job has ended."""
+        while self._process.poll() is None and not condition():
+            time.sleep(0.002)
+
+    def sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.wait_for(lambda: time.monotonic() >= until)
+
+    def wait(self, *, check: bool = True) -> int:
+        code = self._process.wait()
+        if check and code:
+            raise ValueError(f"exit code {code}, see {self._log}:\n{self.output()[-3000:]}")
+        return code
+
+
+if __name__ == "__main__":
+    runtime.run(main, sys.argv[1:])

@@ -1,0 +1,25 @@
+"""The causal objective over a source that stops giving anything: for tests of the watchdog."""
+
+import dataclasses
+import itertools
+import time
+
+from lm.config import field
+from lm.objectives import causal
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    batches: int = field(20, "Batches before it gets slow.")
+    seconds: float = field(600.0, "How long each takes then.")
+
+
+def build(config, tokenizer):
+    inner, made = causal.build(causal.Config(), tokenizer), itertools.count()
+
+    def slow(rows, rng):
+        if next(made) >= config.batches:
+            time.sleep(config.seconds)
+        return inner(rows, rng)
+
+    return slow

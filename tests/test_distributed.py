@@ -1,0 +1,345 @@
+"""Processes find each other, refuse each other with reasons, and end when one is lost."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lm.distributed import differences
+from lm.environment import Environment, detect
+from lm.exits import Exit
+from lm.presence import Mismatch, PeerLost, Presence, meet
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Collectives in a loop, through the same entry as every script.
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, ROOT)
+from absl import flags
+from lm import distributed, runtime
+from lm.exits import Exit, RunError
+
+what = flags.DEFINE_string("what", "", "What the last process does at step 5.")
+initialize = distributed.define_flags()
+
+class Full(RunError):
+    code = Exit.SAVE_FAILED
+
+def main(argv):
+    env = initialize()
+    import jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    last = env.process_id == env.num_processes - 1
+    seed = 1 if what.value == "seed" and last else 0
+    distributed.agree("code", {"commit": "abc"})
+    distributed.agree("config", {"seed": seed, "model": {"dim": 3}})
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    x = jax.make_array_from_callback((len(jax.devices()),), sharding, lambda i: np.ones(8)[i])
+    step = jax.jit(lambda x: x * 0.5 + x.sum(), out_shardings=sharding)
+    for i in range(20 if what.value in ("", "stop") else 1000):
+        x = jax.block_until_ready(step(x))
+        if i == 5 and last and what.value == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if i == 5 and last and what.value == "full":
+            raise Full("no space left")
+        if i == 5 and last and what.value == "bug":
+            raise KeyError("bug")
+        if i == 5 and what.value == "kill lead" and env.process_id == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01)
+    return Exit.TERMINATED if what.value == "stop" else 0
+
+runtime.run_with_config(main)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(
+    script: pathlib.Path, process_id: int, port: int, *arguments: str, num_processes: int = 2
+):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [
+        *(sys.executable, str(script), f"--coordinator=localhost:{port}"),
+        *(f"--num_processes={num_processes}", f"--process_id={process_id}", *arguments),
+    ]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def together(tmp_path):
+    """(what) -> [(exit code, stdout, stderr)] of the two processes of SCRIPT."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("ROOT", repr(str(ROOT))))
+
+    def run(*arguments: str, ids=(0, 1)):
+        port = free_port()
+        processes = [start(script, i, port, *arguments) for i in ids]
+        try:
+            output = [process.communicate(timeout=60) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(p.returncode, *texts) for p, texts in zip(processes, output, strict=True)]
+
+    return run
+
+
+# ---- detection ----
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Environment("none")),
+        (
+            {
+                "SLURM_JOB_ID": "4097",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_STEP_NODELIST": "gpu[007-009,12],other",
+                "SLURM_PROCID": "2",
+            },
+            Environment("SLURM", "gpu007:61441", 4, 2),
+        ),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "a-1.cluster,a-2.cluster",
+                "SLURM_PROCID": "0",
+            },
+            Environment("SLURM", "a-1.cluster:61447", 2, 0),
+        ),
+        # an interactive shell in an allocation of four tasks is one task
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
+            Environment("SLURM"),
+        ),
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "JOB_COMPLETION_INDEX": "1",
+                "JOBSET_NAME": "lm",
+                "REPLICATED_JOB_NAME": "train",
+                "JOB_INDEX": "2",
+                "JOB_PODS": "4",
+                "NUM_PROCESSES": "12",
+            },
+            Environment("Kubernetes JobSet", "lm-train-0-0.lm:8476", 12, 9),
+        ),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, Environment("none")),  # a plain pod
+        # GKE says where the TPU's hosts are, so the Job's own variables are not needed
+        (
+            {
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "JOB_COMPLETION_INDEX": "1",
+                "TPU_WORKER_HOSTNAMES": "t-0.lm,t-1.lm",
+                "TPU_WORKER_ID": "1",
+            },
+            Environment("Cloud TPU", "t-0.lm:8476", 2, 1),
+        ),
+        (
+            {
+                "TPU_WORKER_HOSTNAMES": "s1-0,s1-1",
+                "TPU_WORKER_ID": "1",
+                "MEGASCALE_NUM_SLICES": "3",
+                "MEGASCALE_SLICE_ID": "1",
+                "MEGASCALE_COORDINATOR_ADDRESS": "s0-0:8080",
+            },
+            Environment("Cloud TPU", "s0-0:8476", 6, 3),
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, Environment("Cloud TPU")),
+    ],
+)
+def test_the_launcher_is_read_from_the_environment(environ, expected):
+    assert detect(environ) == expected
+
+
+@pytest.mark.parametrize("endpoints", ["10.0.0.2,10.0.0.3", "a:0:10.0.0.2,b:1:10.0.0.3"])
+def test_a_tpu_vm_is_read_from_its_metadata(endpoints):
+    metadata = {"agent-worker-number": "1", "worker-network-endpoints": endpoints}
+    assert detect({}, metadata=metadata.get) == Environment("Cloud TPU", "10.0.0.2:8476", 2, 1)
+    metadata["tpu-env"] = (
+        "ZONE: 'x'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+        "MEGASCALE_COORDINATOR_ADDRESS: '10.9.9.9'\n"
+    )
+    assert detect({}, metadata=metadata.get) == Environment("Cloud TPU", "10.9.9.9:8476", 4, 3)
+
+
+def test_an_indexed_job_that_says_too_little_is_refused_not_run_as_many_single_ones():
+    with pytest.raises(ValueError, match=r"JOBSET_NAME.*NUM_PROCESSES are not set"):
+        detect({"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "0", "JOB_INDEX": "0"})
+
+
+# ---- meeting ----
+
+
+def meeting(members, *, timeout=10.0):
+    """What `meet` gave or raised for each (process id, number of processes it knows of)."""
+    address = f"localhost:{free_port()}"
+    results = [None] * len(members)
+
+    def work(at, process_id, of):
+        try:
+            results[at] = meet(address, of, process_id, timeout=timeout, serve=lambda: None)
+        except (PeerLost, Mismatch) as error:
+            results[at] = error
+
+    threads = []
+    for at, (process_id, of) in enumerate(members):
+        threads.append(threading.Thread(target=work, args=(at, process_id, of)))
+        threads[-1].start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(timeout=30)
+    return results
+
+
+def test_processes_meet_in_any_order_and_learn_who_goes_away():
+    last, lead, second = meeting([(2, 3), (0, 3), (1, 3)])
+    told = threading.Event()
+    for presence in (last, lead, second):
+        assert isinstance(presence, Presence)
+        presence.watch(told.set)
+    assert lead.loss() is None
+    last.leave(43, "error: disk full", wait=0)
+    # process 1 has no connection to process 2: process 0 tells it
+    expected = "process 2 ended with exit code 43 (SAVE_FAILED): disk full"
+    assert str(second.loss(wait=5)) == str(lead.loss(wait=5)) == expected
+    assert lead.loss().error().code == Exit.SAVE_FAILED
+    assert told.is_set()
+
+
+def test_a_closed_connection_is_a_loss_and_a_good_bye_is_none():
+    lead, second = meeting([(0, 2), (1, 2)])
+    lead.watch(lambda: None)
+    second.watch(lambda: None)
+    second.leave(0, "", wait=0)
+    second._links[0].shutdown(socket.SHUT_RDWR)
+    assert lead.loss(wait=0.3) is None
+    lead, second = meeting([(0, 2), (1, 2)])
+    lead.watch(lambda: None)
+    second._links[0].shutdown(socket.SHUT_RDWR)
+    assert "process 1 went away" in str(lead.loss(wait=5))
+    assert lead.loss().error().code == Exit.PEER_LOST
+
+
+def test_the_missing_process_is_named_to_those_that_came():
+    results = meeting([(0, 4), (2, 4)], timeout=1.0)
+    assert [type(result) for result in results] == [PeerLost, PeerLost]
+    assert all("processes 1, 3 of 4 never came" in str(result) for result in results)
+
+
+def test_a_process_counted_twice_or_differently_is_refused_by_all():
+    for members, message in (
+        ([(0, 3), (1, 3), (1, 3)], "two processes have --process_id=1"),
+        ([(0, 3), (1, 3), (2, 4)], "one of 3 processes, process 2 as one of 4"),
+    ):
+        results = meeting(members)
+        assert [type(result) for result in results] == [Mismatch] * 3
+        assert all(message in str(result) for result in results)
+
+
+def test_a_stranger_on_the_port_and_a_process_started_again_do_no_harm():
+    port = free_port()
+    results = {}
+
+    def work(process_id):
+        results[process_id] = meet(
+            f"localhost:{port}", 3, process_id, timeout=20, serve=lambda: None
+        )
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    threads[0].start()
+    time.sleep(0.3)
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    with socket.create_connection(("localhost", port)) as first_try:
+        first_try.sendall(b'{"hello": 1, "of": 3}\n')
+        time.sleep(0.3)
+    threads[1].start()
+    threads.append(threading.Thread(target=work, args=(2,)))
+    threads[2].start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(results) == [0, 1, 2]
+
+
+def test_differences_are_named_by_path_and_process():
+    first = {"seed": 0, "model": {"dim": 3, "deep": {"x": [1]}}}
+    assert differences("config", first, {1: first}) == []
+    others = {1: {**first, "seed": 1}, 2: {**first, "model": {"dim": 3}, "extra": None}}
+    assert differences("config", first, others) == [
+        "config.extra: process 0 has nothing, process 2 has null",
+        "config.model.deep.x: process 0 has [1], process 2 has nothing",
+        "config.seed: process 0 has 0, process 1 has 1",
+    ]
+    many = {i: {**first, "seed": i} for i in range(1, 6)}
+    assert differences("config", first, many) == [
+        "config.seed: process 0 has 0, process 1 has 1, process 2 has 2, 3 more differ"
+    ]
+
+
+# ---- real processes ----
+
+
+@pytest.mark.parametrize(("what", "code"), [("", 0), ("stop", Exit.TERMINATED)])
+def test_processes_that_end_together_end_with_their_own_code(together, what, code):
+    results = together(f"--what={what}" if what else "--what=")
+    assert [result[0] for result in results] == [code, code], results
+    assert "launcher: flags; 2 processes" in results[0][1]
+    assert [result[2] for result in results] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [(0, "process 1 of 2 never came"), (1, "process 0 of 2 doesn't answer at localhost")],
+)
+def test_a_missing_process_ends_the_others_with_one_line(together, present, message):
+    began = time.monotonic()
+    [(code, _, errors)] = together("--peer_timeout=1", ids=[present])
+    assert code == Exit.PEER_LOST
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert time.monotonic() - began < 20
+
+
+def test_another_config_is_refused_by_both_processes_with_the_difference(together):
+    results = together("--what=seed")
+    assert [result[0] for result in results] == [Exit.MISMATCH] * 2
+    assert all("config.seed: process 0 has 0, process 1 has 1" in r[2] for r in results)
+    assert not any("Traceback" in result[2] for result in results)
+
+
+@pytest.mark.parametrize(
+    ("what", "gone", "codes"),
+    [
+        ("kill", 1, (Exit.PEER_LOST, -signal.SIGKILL)),
+        ("kill lead", 0, (-signal.SIGKILL, Exit.PEER_LOST)),
+        ("full", 1, (Exit.SAVE_FAILED, Exit.SAVE_FAILED)),
+        ("bug", 1, (Exit.ERROR, Exit.ERROR)),
+    ],
+)
+def test_when_a_process_goes_away_the_other_says_so_and_ends(together, what, gone, codes):
+    results = together(f"--what={what}")
+    assert tuple(result[0] for result in results) == codes
+    errors = results[1 - gone][2]
+    assert f"error: process {gone} " in errors
+    assert "Traceback" not in errors and "stack trace" not in errors
+    assert ("Traceback" in results[gone][2]) == (what == "bug")
+    if what == "full":
+        assert "process 1 ended with exit code 43 (SAVE_FAILED): no space left" in errors

@@ -1,0 +1,146 @@
+"""Signals and the watchdog, in real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from lm.config import GuardConfig
+from lm.exits import Exit
+from lm.guard import Vote, Votes, Watchdog
+from lm.phases import Phases
+
+
+def start(body, *arguments):
+    code = """
+        import signal, sys, time
+        from lm.config import GuardConfig
+        from lm.guard import StopSignals, Watchdog
+        from lm.phases import Phases
+    """
+    program = textwrap.dedent(code) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_ends_at_once(number):
+    process = start(
+        """
+        with StopSignals() as signals:
+            print("up", flush=True)
+            while signals.received is None:
+                time.sleep(0.01)
+            print(signals.received.name, flush=True)
+            import ctypes
+            mutex = ctypes.create_string_buffer(64)
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # waits in C for ever, as for a device
+        """
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == f"{number.name}\n"
+    process.send_signal(number)
+    assert process.wait(timeout=90) == {2: Exit.INTERRUPTED, 15: Exit.TERMINATED}[number]
+    assert "second signal" in process.stderr.read()
+
+
+def test_outside_of_the_context_signals_are_as_before():
+    process = start(
+        """
+        with StopSignals():
+            pass
+        print("up", flush=True)
+        time.sleep(60)
+        """
+    )
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+STUCK = """
+    config = GuardConfig(
+        start_seconds=1, compile_seconds=1, step_seconds=1, data_seconds=1, save_seconds=1,
+        evaluate_seconds=1, step_factor=2,
+    )
+    phases = Phases()
+    def forever():
+        with phases(sys.argv[2]):
+            print("stuck", flush=True)
+            time.sleep(60)
+    with Watchdog(config, phases, sys.argv[1]):
+        forever()
+"""
+
+
+@pytest.mark.parametrize("phase", ["compile", "step", "data", "save", "evaluate"])
+def test_a_phase_without_progress_ends_the_process_with_its_stacks(tmp_path, phase):
+    began = time.monotonic()
+    process = start(STUCK, tmp_path, phase)
+    assert process.wait(timeout=60) == Exit.HUNG
+    assert time.monotonic() - began < 30
+    errors = process.stderr.read()
+    assert f"no progress for 1 s in phase '{phase}', whose budget is 1 s" in errors
+    [stacks] = (tmp_path / "stacks").iterdir()
+    assert "in forever" in stacks.read_text() and "Thread" in stacks.read_text()
+
+
+def test_beats_and_ends_of_phases_keep_the_watchdog_quiet(tmp_path):
+    process = start(
+        """
+        config = GuardConfig(evaluate_seconds=0.5, data_seconds=0.5)
+        phases = Phases()
+        with Watchdog(config, phases, sys.argv[1]):
+            for _ in range(20):
+                with phases("data"):
+                    time.sleep(0.1)
+            with phases("evaluate"):
+                for _ in range(20):
+                    time.sleep(0.1)
+                    phases.beat()
+        time.sleep(1)
+        """,
+        tmp_path,
+    )
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_process_writes_its_stacks_when_it_is_woken(tmp_path):
+    process = start(STUCK.replace("step_seconds=1", "step_seconds=3"), tmp_path, "data")
+    assert process.stdout.readline() == "stuck\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    assert not (tmp_path / "stacks").exists()
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=30) == Exit.HUNG
+    assert (tmp_path / "stacks" / "process-0.txt").exists()
+
+
+def test_the_budget_of_a_step_follows_the_running_median(tmp_path):
+    config = GuardConfig(step_seconds=5.0, step_factor=10.0, compile_seconds=1000.0)
+    watchdog = Watchdog(config, Phases(), str(tmp_path))
+    assert watchdog.budget("step") == 1000.0  # the first ones may still compile
+    for seconds in (0.1, 0.1, 0.1):
+        watchdog.stepped(seconds)
+    assert watchdog.budget("step") == 5.0
+    for seconds in (2.0, 2.0, 2.0, 2.0, 300.0):
+        watchdog.stepped(seconds)
+    assert watchdog.budget("step") == 20.0  # one slow step doesn't loosen it
+
+
+def test_one_process_needs_no_vote(rules_on):
+    votes = Votes(rules_on(data=4))
+    for vote in (Vote(), Vote(signal.SIGTERM), Vote(None, save=True)):
+        assert votes.result(votes.cast(vote, 1.5)) == (vote, 0, 0.0)

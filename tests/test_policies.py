@@ -1,0 +1,253 @@
+"""A bad step: nothing of it reaches the parameters, and the verdict about it is right."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lm import ledger, metrics
+from lm import train as training
+from lm.checkpoint import Checkpoints
+from lm.exits import Exit, RunError
+from lm.experiment import Experiment
+from lm.models import decoder
+from lm.run import Diverged, ReplicasDisagree
+
+STEPS = 12
+BAD = 7  # between the checkpoints at 4 and 8
+CHANGES = {
+    "model.dtype": "bfloat16",
+    "data.batch_size": 8,
+    "train.num_steps": STEPS,
+    "train.log_every": 1,
+    "checkpoint.every": 4,
+    "guard.self_check": False,  # tests/test_selfcheck.py
+    "guard.agreement_every": 2,
+}
+
+
+class Injector(Experiment):
+    """An experiment whose batches pass through `spoil(step, batch)`, and whose states, whenever a
+    step is done, through `fault(state)`.
+    """
+
+    spoil = staticmethod(lambda step, batch: batch)
+    fault = staticmethod(lambda state: state)
+
+    def batches(self, start, stop):
+        for step, batch in super().batches(start, stop):
+            yield step, type(self).spoil(step, batch)
+
+    @functools.cached_property
+    def train_step(self):
+        compiled = Experiment.train_step.func(self)
+        return lambda state, batch: compiled(type(self).fault(state), batch)
+
+
+@pytest.fixture
+def run(make_config, devices, monkeypatch):
+    """(folder, changes, fault=, spoil=, **mesh axes) -> the exit code of a run with that fault."""
+    monkeypatch.setattr(training, "Experiment", Injector)
+
+    def start(folder, changes=None, *, fault=Injector.fault, spoil=Injector.spoil, **axes):
+        monkeypatch.setattr(Injector, "fault", staticmethod(fault))
+        monkeypatch.setattr(Injector, "spoil", staticmethod(spoil))
+        config = make_config({**CHANGES, **(changes or {})})
+        config.mesh.update({"data": 1, **axes})
+        size = int(np.prod(list(axes.values()), dtype=int))
+        return training.train(config, str(folder), devices[:size])
+
+    return start
+
+
+def final_bits(folder, make_config, devices):
+    config = make_config(CHANGES)
+    experiment = Experiment(config, devices[:1])
+    with Checkpoints(str(folder), experiment.config.checkpoint, read_only=True) as checkpoints:
+        state, manifest = checkpoints.restore(experiment.abstract_state)
+    assert manifest.step == STEPS
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def evidence(folder):
+    return json.loads((folder / "evidence" / f"step-{BAD}.json").read_text())
+
+
+def spoil_row(value):
+    """One row of batch BAD gets a target weight that is no number of a real batch."""
+
+    def spoil(step, batch):
+        if step != BAD:
+            return batch
+        return batch.replace(weights=batch.weights.at[3, 5].set(value))
+
+    return spoil
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_policy_stop_ends_before_anything_is_lost(run, tmp_path, value):
+    with pytest.raises(Diverged, match=f"step {BAD}: not finite") as error:
+        run(tmp_path, spoil=spoil_row(value))
+    assert error.value.code == Exit.DIVERGED
+    assert "guard.policy=rewind" in str(error.value)
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 4
+    assert metrics.read(str(tmp_path))[-1]["skipped"] == 1
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_policy_skip_goes_on_without_the_step(run, tmp_path, microbatches):
+    changes = {"guard.policy": "skip", "train.num_microbatches": microbatches}
+    assert run(tmp_path, changes, spoil=spoil_row(np.nan)) == Exit.SUCCESS
+    records = {r["step"]: r for r in metrics.read(str(tmp_path)) if r["kind"] == "train"}
+    assert records[BAD + 1]["skipped"] == 1 and "skipped" not in records[BAD + 2]
+    assert all(np.isfinite(r["loss"]) for step, r in records.items() if step != BAD + 1)
+    assert len(ledger.read(str(tmp_path))) == STEPS  # what it consumed, it consumed
+
+
+def test_policy_skip_stops_after_too_many_in_a_row(run, tmp_path):
+    def spoil(step, batch):
+        return batch.replace(weights=batch.weights * np.nan)
+
+    changes = {"guard.policy": "skip", "guard.max_skips": 3}
+    with pytest.raises(Diverged, match=r"(?s)step 3: .*at most 3 in a row"):
+        run(tmp_path, changes, spoil=spoil)
+
+
+def test_a_bad_batch_is_found_to_be_the_data_and_named(run, tmp_path):
+    assert run(tmp_path, {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == Exit.SUCCESS
+    found = evidence(tmp_path)
+    assert found["verdict"] == "data" and found["changed_bits"] == []
+    assert len(ledger.read(str(tmp_path))) == STEPS
+
+
+def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_config, devices):
+    for policy in ("rewind", "skip"):
+        run(tmp_path / policy, {"guard.policy": policy}, spoil=spoil_row(np.inf))
+    ends = [final_bits(tmp_path / name, make_config, devices) for name in ("rewind", "skip")]
+    assert ends[0] == ends[1]
+
+
+def flip_once(at, path, index):
+    """The top bit of the exponent of a number of a parameter flips in memory, once, before step
+    `at`.
+    """
+    left = [1]
+
+    def fault(state):
+        if int(state.step) != at or not left:
+            return state
+        left.clear()
+
+        def flip(where, x):
+            if jax.tree_util.keystr(where, simple=True, separator=".") != path:
+                return x
+            bits = np.array(x).view(np.uint32)
+            bits.flat[index] ^= 1 << 30
+            return jax.device_put(bits.view(np.float32), x.sharding)
+
+        return state.replace(params=jax.tree_util.tree_map_with_path(flip, state.params))
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("at", "path", "index", "saved"),
+    [
+        (9, "norm.scale", 0, False),  # from 1 to inf: bad at once
+        (
+            7,
+            "layers.mlp.up.weight",
+            579,
+            True,
+        ),  # 2^128 times as large: bad two steps later, in step 9
+    ],
+)
+def test_a_flipped_bit_is_found_to_be_hardware_and_leaves_no_trace(
+    run, tmp_path, make_config, devices, at, path, index, saved
+):
+    """Also where the checkpoint at 8 has the wrong weight, saved before anything was bad."""
+    assert (
+        run(tmp_path / "flip", {"guard.policy": "rewind"}, fault=flip_once(at, path, index))
+        == Exit.SUCCESS
+    )
+    [found] = (tmp_path / "flip" / "evidence").iterdir()
+    assert json.loads(found.read_text())["verdict"] == "hardware"
+    assert (tmp_path / "flip" / "bad_checkpoints").exists() == saved
+    assert run(tmp_path / "clean") == Exit.SUCCESS
+    ends = [final_bits(tmp_path / name, make_config, devices) for name in ("flip", "clean")]
+    assert ends[0] == ends[1]
+    assert ledger.read(str(tmp_path / "flip")) == ledger.read(str(tmp_path / "clean"))
+
+
+def test_an_overflow_of_the_compute_dtype_is_found_to_be_numerics(run, tmp_path, monkeypatch):
+    # bfloat16 overflows where float32 does; float16, which configs refuse for it, at 65,504
+    monkeypatch.setattr(decoder.Config, "check", lambda self, length: None)
+
+    def fault(state):
+        if int(state.step) != BAD:
+            return state
+        params = jax.tree.map(lambda x: x, state.params)
+        mlp = params["layers"]["mlp"]
+        mlp["up"]["weight"] = mlp["up"]["weight"] * 3e4
+        return state.replace(params=params)
+
+    changes = {"guard.policy": "rewind", "model.dtype": "float16"}
+    assert run(tmp_path, changes, fault=fault) == Exit.SUCCESS
+    found = evidence(tmp_path)
+    assert found["verdict"] == "numerics"
+    assert found["again"]["bad"] and not found["float32"]["bad"]
+
+
+def one_replica_differs(left):
+    """The second of two replicas of one weight differs in its last bit, from step BAD on."""
+
+    def fault(state):
+        if int(state.step) != BAD or not left:
+            return state
+        left.clear()
+        scale = state.params["norm"]["scale"]
+        shards = [np.array(shard.data) for shard in scale.addressable_shards]
+        shards[1].view(np.uint32)[0] ^= 1
+        placed = [
+            jax.device_put(x, s.device)
+            for x, s in zip(shards, scale.addressable_shards, strict=True)
+        ]
+        wrong = jax.make_array_from_single_device_arrays(scale.shape, scale.sharding, placed)
+        params = {**state.params, "norm": {"scale": wrong}}
+        return state.replace(params=params)
+
+    return fault
+
+
+def test_replicas_that_differ_in_one_bit_end_the_run_before_it_saves(run, tmp_path):
+    with pytest.raises(ReplicasDisagree, match=r"step 8: .*params\.norm\.scale") as error:
+        run(tmp_path, fault=one_replica_differs([1]), data=2)
+    assert error.value.code == Exit.CORRUPT
+    assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 4
+
+
+def test_rewinding_mends_a_replica(run, tmp_path):
+    changes = {"guard.policy": "rewind"}
+    assert run(tmp_path / "mended", changes, fault=one_replica_differs([1]), data=2) == Exit.SUCCESS
+    assert run(tmp_path / "clean", data=2) == Exit.SUCCESS
+    for step in (8, 12):
+        manifests = [
+            json.loads((tmp_path / n / f"checkpoints/{step}/manifest/manifest.json").read_text())
+            for n in ("mended", "clean")
+        ]
+        assert manifests[0]["leaves"] == manifests[1]["leaves"]
+
+
+def test_more_epochs_than_allowed_are_refused_before_anything_is_compiled(run, tmp_path):
+    changes = {"data.train": ("synthetic:markov:16",), "train.max_epochs": 2.0}
+    with pytest.raises(RunError, match=r"is 12 steps of 8 rows; .*\(2.0\) .* are 4") as e:
+        run(tmp_path, changes)
+    assert e.value.code == Exit.OUT_OF_DATA
+    assert not tmp_path.joinpath("config.json").exists()
+
+
+def test_an_unknown_policy_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"config.guard.policy \('hope'\)"):
+        run(tmp_path, {"guard.policy": "hope"})

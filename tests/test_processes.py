@@ -1,0 +1,153 @@
+"""Two real processes of one run, and what the world does to one of them."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm import ledger
+from lm.exits import Exit
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def start(tmp_path):
+    """(overrides) -> a launcher of two processes with one device each, in tmp_path / "run"."""
+    started = []
+
+    def begin(*overrides):
+        command = [sys.executable, str(ROOT / "scripts" / "launch" / "local.py"), "--processes=2"]
+        command += ["--grace=15", "--", str(ROOT / "scripts" / "train.py")]
+        command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'run'}"]
+        command += ["--config.train.num_steps=100000", "--config.checkpoint.every=0"]
+        command += ["--config.log.parameter_table=False", "--config.train.log_every=1", *overrides]
+        with (tmp_path / "log").open("w") as log:
+            started.append(subprocess.Popen(command, stdout=log, stderr=log))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()  # its children die with it
+        process.wait()
+
+
+def reach(folder, process, step, timeout=120):
+    """Waits until the run has done `step` steps."""
+    deadline = time.monotonic() + timeout
+    while len(ledger.read(str(folder / "run"))) < step:
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        assert time.monotonic() < deadline, (folder / "log").read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def children(process):
+    path = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return sorted(map(int, path.read_text().split()))
+
+
+def checkpoints(folder):
+    return sorted(int(p.name) for p in (folder / "run/checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_a_sigterm_to_one_of_two_saves_both_at_the_same_step(start, tmp_path):
+    process = start()
+    reach(tmp_path, process, 20)
+    os.kill(children(process)[1], signal.SIGTERM)  # not the one that leads
+    assert process.wait(timeout=60) == Exit.TERMINATED
+    [step] = checkpoints(tmp_path)
+    log = (tmp_path / "log").read_text()
+    assert f"SIGTERM: saved at step {step}" in log
+    folder = tmp_path / "run/checkpoints" / str(step)
+    assert {p.name for p in folder.glob("verified-*")} == {"verified-0-of-2", "verified-1-of-2"}
+    manifest = json.loads((folder / "manifest/manifest.json").read_text())
+    assert manifest["ledger"]["steps"] == step == len(ledger.read(str(tmp_path / "run")))
+
+    again = start(f"--config.train.num_steps={step + 5}")
+    assert again.wait(timeout=120) == Exit.SUCCESS, (tmp_path / "log").read_text()
+    assert f"from step {step} to" in (tmp_path / "log").read_text()
+
+
+def test_a_stopped_process_ends_both_with_their_stacks(start, tmp_path):
+    process = start("--config.guard.step_seconds=4", "--config.guard.step_factor=2")
+    reach(tmp_path, process, 20)
+    began = time.monotonic()
+    os.kill(children(process)[1], signal.SIGSTOP)
+    assert process.wait(timeout=60) == Exit.HUNG
+    assert time.monotonic() - began < 30
+    stacks = {p.name: p.read_text() for p in (tmp_path / "run/stacks").iterdir()}
+    assert set(stacks) == {"process-0.txt", "process-1.txt"}
+    assert all("lm/train.py" in text for text in stacks.values())
+
+
+def test_a_source_that_gives_nothing_ends_the_run_with_its_stacks(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import importlib.util, pathlib\n"
+        "from lm import config as configs\n"
+        f"path = pathlib.Path({str(ROOT)!r}) / 'configs/smoke.py'\n"
+        "spec = importlib.util.spec_from_file_location('smoke', path)\n"
+        "smoke = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(smoke)\n"
+        "def get_config(arg=None):\n"
+        "    config = smoke.get_config()\n"
+        "    slow = configs.default(objective='tests.slow_objective')\n"
+        "    config.objective = slow.objective\n"
+        "    return config\n"
+    )
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command += [f"--config={tmp_path / 'slow.py'}", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.guard.data_seconds=2", "--config.train.log_every=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == Exit.HUNG, done.stderr
+    assert "no progress for 2 s in phase 'data', whose budget is 2 s" in done.stderr
+    assert "slow_objective.py" in (tmp_path / "run/stacks/process-0.txt").read_text()
+
+
+def two(commands):
+    """(exit code, output) of two processes that meet on a port."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    given = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command, *given, f"--process_id={i}"],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i, command in enumerate(commands)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    return [(p.returncode, output) for p, output in zip(started, outputs, strict=True)]
+
+
+def test_processes_with_different_configs_refuse_to_train_and_name_the_difference(tmp_path):
+    config = f"--config={ROOT / 'configs' / 'smoke.py'}"
+    command = [str(ROOT / "scripts" / "train.py"), config, f"--workdir={tmp_path / 'run'}"]
+    changed = [*command, "--config.optimizer.learning_rate=0.5"]
+    for code, output in two([command, changed]):
+        assert code == Exit.MISMATCH, output
+        expected = "config.optimizer.learning_rate: process 0 has 0.003, process 1 has 0.5"
+        assert expected in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_code_refuse_to_train_and_say_so(tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("lm", "scripts", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "lm" / "loss.py").open("a") as file:
+        file.write("\n# another version\n")
+    given = [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'run'}"]
+    commands = [[str(root / "scripts" / "train.py"), *given] for root in (ROOT, copy)]
+    for code, output in two(commands):
+        assert code == Exit.MISMATCH, output
+        assert "code.source: process 0 has" in output and "Traceback" not in output
