@@ -269,18 +269,22 @@ class Experiment:
         return jax.jit(self._eval_step, out_shardings=self.rules.sharding())
 
     @functools.cached_property
-    def _compare_replicas(self) -> Any:
+    def compare_replicas(self) -> Any:
+        """state -> whether devices that should hold the same bits don't, for every leaf; compiled
+        here.
+        """
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        return jax.jit(
+        jitted = jax.jit(
             functools.partial(manifest.replica_mismatches, shardings=shardings),
             out_shardings=self.rules.sharding(),
         )
+        return jitted.lower(self.abstract_state).compile()
 
     def replica_mismatches(self, state: TrainState) -> list[str]:
         """Names of the leaves of which devices that should hold the same bits don't."""
         if self.rules.mesh.size == 1:
             return []
-        wrong = jax.tree_util.tree_leaves_with_path(jax.device_get(self._compare_replicas(state)))
+        wrong = jax.tree_util.tree_leaves_with_path(jax.device_get(self.compare_replicas(state)))
         return [
             jax.tree_util.keystr(path, simple=True, separator=".") for path, bad in wrong if bad
         ]

@@ -122,6 +122,7 @@ class Late:
     def __init__(self) -> None:
         self._pending: tuple[int, Sums, Facts, Any] | None = None
         self._clock: float | None = None
+        self._paused = False
 
     def push(self, step: int, sums: Sums, facts: Facts, votes: Any = None) -> list[Finished]:
         """Takes what step number `step` returned; gives the step before it, if there is one."""
@@ -132,12 +133,13 @@ class Late:
     def flush(self) -> list[Finished]:
         """Waits for the last step, and gives it; what follows is no part of a step's time."""
         finished = self._read()
-        self._clock = None
+        self._clock, self._paused = None, True
         return finished
 
     def resume(self) -> None:
-        """Starts the clock again after a pause."""
-        self._clock = time.monotonic()
+        """Starts the clock again, if it was stopped."""
+        if self._paused:
+            self._clock, self._paused = time.monotonic(), False
 
     def drop(self) -> None:
         """Forgets what is pending."""

@@ -67,7 +67,7 @@ class Run:
         self._bad_in_a_row = 0
         self.judged = diagnose.judged_steps(workdir)
         first = ledger.totals()["steps"]
-        self._goodput = Goodput(workdir, phases, first_step=first) if self.lead else None
+        self._goodput = Goodput(workdir, phases, first_step=first)
         self.writer = Writer(
             workdir,
             first_step=first,
@@ -104,14 +104,15 @@ class Run:
         for finished in steps:
             size = self.experiment.batch_size * c.data.length
             self.ledger.record(finished.step, finished.facts, size)
-            extra = {"learning_rate": self._learning_rate(int(finished.facts["updates"]))}
-            extra["tokens_seen"] = self.ledger.totals()["filled"]
             if finished.seconds is not None:
                 self._watchdog.stepped(finished.seconds)
+            extra = {}
             if jax.process_count() > 1:
                 self._vote, slowest, lag = self._votes.result(finished.votes)
-                extra |= {"slowest_process": slowest, "lag_seconds": lag}
-            if self._goodput and self.writer.is_due(finished.step + 1):
+                extra = {"slowest_process": slowest, "lag_seconds": lag}
+            if self.lead and self.writer.is_due(finished.step + 1):
+                extra["learning_rate"] = self._learning_rate(int(finished.facts["updates"]))
+                extra["tokens_seen"] = self.ledger.totals()["filled"]
                 extra["goodput"] = self._goodput.write(finished.step + 1)
             self.writer.train(finished, **extra)
             self._bad_in_a_row = self._bad_in_a_row + 1 if finished.bad else 0
@@ -176,7 +177,7 @@ class Run:
         self.flush()
         with self.phases("save"):
             self.checkpoints.wait()
-        if self._goodput:
+        if self.lead:
             self._goodput.write(self.ledger.totals()["steps"])
         self.writer.close()
         self.ledger.close()

@@ -67,6 +67,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
                 say(selfcheck.check(c, experiment.rules))
             with phases("compile"):
                 _ = experiment.train_step
+                if experiment.rules.mesh.size > 1:
+                    _ = experiment.compare_replicas
             state, totals = first_state(experiment, checkpoints, phases)
             say(
                 f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "

@@ -253,10 +253,10 @@ def train(config: Any) -> Figures:
     batches = [experiment.put(source.batch_at(i, experiment.rows)) for i in range(count)]
 
     gemms = _gemms(experiment)
-    (state, sums), first = timed(lambda: step(state, batches[0]))
+    (state, sums, _), first = timed(lambda: step(state, batches[0]))
     losses, seconds, clock = [], [], time.perf_counter()
     for batch in batches[1:]:
-        state, later = step(state, batch)
+        state, later, _ = step(state, batch)
         losses.append(metrics.means(jax.device_get(sums))["loss"])
         sums, now = later, time.perf_counter()
         seconds.append(now - clock)
