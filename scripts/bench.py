@@ -154,7 +154,9 @@ def seconds_of(call: Callable[[], jax.Array]) -> list[float]:
 
 
 def start(config: Any) -> Figures:
-    """Seconds to the first step of a run, and what for, from its output and what jax logs."""
+    """Seconds to the first step of a run, and what for: from its output, what jax logs, and the
+    phases of its goodput.jsonl.
+    """
     figures: Figures = {"loader": config.loader.kind}
     command = f"{sys.executable} {ROOT}/scripts/train.py --config={TINY}{config.loader.kind}"
     with tempfile.TemporaryDirectory() as folder:
@@ -176,19 +178,18 @@ def start(config: Any) -> Figures:
                 for line in process.stdout or ():
                     now = time.perf_counter() - began
                     lines.append(line)
-                    if ready := re.match(r"ready in (\S+) s", line):
-                        at |= {"ready": now, "inside": float(ready[1])}
-                    elif line.startswith("step "):
+                    if line.startswith("step "):
                         at.setdefault("step", now)
                     elif log := re.search(r"Finished (\w+) .*_train_step\b.* (\S+) sec", line):
                         at[log[1]] = float(log[2])
-            if process.returncode or not {"tracing", "jaxpr", "XLA", "ready", "step"} <= set(at):
+            if process.returncode or not {"tracing", "jaxpr", "XLA", "step"} <= set(at):
                 raise RuntimeError(f"{command} took no step:\n{''.join(lines)}")
-            lower = at["tracing"] + at["jaxpr"]
-            parts = {"first_step": at["step"], "imports": at["ready"] - at["inside"]}
-            parts |= {"lower": lower, "compile": at["XLA"]}
-            parts |= {"build_and_init": at["inside"] - lower - at["XLA"]}
-            parts |= {"data_and_step": at["step"] - at["ready"]}
+            first = Path(folder, name, "goodput.jsonl").read_text().splitlines()[0]
+            phases = json.loads(first)["seconds"]
+            parts = {"start": phases["start"], "lower": at["tracing"] + at["jaxpr"]}
+            parts |= {"compile": phases["compile"] - parts["lower"], "init": phases["init"]}
+            parts |= {"data_and_step": at["step"] - sum(parts.values())}
+            parts |= {"first_step": at["step"]}
             figures |= {f"{name}_{key}_s": value for key, value in parts.items()}
     return figures
 

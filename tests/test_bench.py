@@ -76,7 +76,7 @@ def test_training_is_measured_without_tensorflow_or_any_file(tmp_path):
 def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
     start = results["start"]
     for name in ("cold", "warm"):
-        parts = ("imports", "lower", "compile", "build_and_init", "data_and_step")
+        parts = ("start", "lower", "compile", "init", "data_and_step")
         values = [start[f"{name}_{part}_s"] for part in parts]
         assert all(value > 0 for value in values)
         assert sum(values) == pytest.approx(start[f"{name}_first_step_s"])
