@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,6 +36,26 @@ class ReplicasDisagree(RunError):
     """Devices that should hold the same bits don't."""
 
     code = Exit.CORRUPT
+
+
+class CannotWrite(RunError):
+    """The disk of the run's folder is full or read-only."""
+
+    code = Exit.SAVE_FAILED
+
+
+@contextlib.contextmanager
+def writing(workdir: str) -> Iterator[None]:
+    """Turns the errors of a full or read-only disk into CannotWrite."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise CannotWrite(
+            f"{workdir} can't be written: {error.strerror}; make space, and run the same command: "
+            "it goes on from the last checkpoint"
+        ) from error
 
 
 class Rewind(Exception):

@@ -83,6 +83,14 @@ def _use_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _report(unraisable: Any) -> None:
+    """sys.unraisablehook, but for TensorStore's threads: after the first write that fails Orbax
+    closes the event loop that the others report to, and each would print a stack about that.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _set_up() -> None:
     """Turns the persistent compilation cache on, and libraries' chatter off.
 
@@ -91,7 +99,9 @@ def _set_up() -> None:
     import jax
     from absl import logging
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells some thirty lines a save
+    sys.unraisablehook = _report
+    # Orbax tells some thirty lines a save, and a page of stack about every error that it raises
+    logging.set_verbosity(logging.FATAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

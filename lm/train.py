@@ -23,7 +23,7 @@ from lm.guard import STOPS, StopSignals, Watchdog
 from lm.ledger import Ledger
 from lm.phases import Phases
 from lm.rewind import first_state, replay
-from lm.run import POLICIES, Rewind, Run
+from lm.run import POLICIES, Rewind, Run, writing
 from lm.types import TrainState
 
 # A resumed run with other values here would be another run; everything else may change, and is
@@ -56,6 +56,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
         Watchdog(c.guard, phases, workdir) as watchdog,
         StopSignals() as signals,
         distributed.peers(),
+        writing(workdir),
     ):
         same_data = _record_config(config, workdir, experiment, say, lead)
         with Checkpoints(workdir, c.checkpoint) as checkpoints:

@@ -12,8 +12,8 @@ optimizer and every batch that was consumed are compared. On one and the same me
 to the bit; with --restart-on, which changes the number of processes (the batch stays), the batches
 must be, and the largest difference of the weights is printed.
 
-Arguments after -- go to scripts/train.py in place of --config=configs/smoke.py. Exit code 0 if
-nothing differs.
+Arguments after -- go to scripts/train.py in place of --config=configs/smoke.py; both evaluate every
+15 steps. Exit code 0 if nothing differs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ from lm import goodput, ledger, manifest, runtime, stored
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("whole", "killed")
 INTENTS = ("start", "step", "save", "evaluate")
-# Smaller than a checkpoint's interval, so that runs get ahead.
+EVAL_EVERY = 15
 SMOKE = (
     f"--config={ROOT / 'configs' / 'smoke.py'}",
     "--config.checkpoint.every=10",
-    "--config.train.eval_every=15",
     "--config.log.parameter_table=False",
 )
 
@@ -63,6 +62,7 @@ def main(argv: list[str]) -> int:
     folder = Path(flags.out or tempfile.mkdtemp(prefix="kill_test."))
     folder.mkdir(parents=True, exist_ok=True)
     train = list(theirs or (*SMOKE, f"--config.train.num_steps={max(100, 15 * flags.kills)}"))
+    train.append(f"--config.train.eval_every={EVAL_EVERY}")
     test = KillTest(folder, train, flags.devices_per_process)
     if not theirs:
         test.train.append(f"--config.data.train=('{prepare(folder, rng)}',)")
@@ -184,7 +184,7 @@ class KillTest:
                 job.wait_for(lambda: bool(self._saving()))
                 job.sleep(rng.uniform(0, 0.05))
             else:
-                at = (max(first, 0) // 15 + 1) * 15 - 1
+                at = ((first + 1) // EVAL_EVERY + 1) * EVAL_EVERY - 1
                 job.wait_for(lambda: self.last_step() >= at)
                 job.sleep(rng.uniform(0, 0.1))
         victims = job.pids()

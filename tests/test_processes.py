@@ -14,6 +14,7 @@ import pytest
 
 from lm import ledger
 from lm.exits import Exit
+from tests import faults
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -108,6 +109,23 @@ def test_a_source_that_gives_nothing_ends_the_run_with_its_stacks(tmp_path):
     assert done.returncode == Exit.HUNG, done.stderr
     assert "no progress for 2 s in phase 'data', whose budget is 2 s" in done.stderr
     assert "slow_objective.py" in (tmp_path / "run/stacks/process-0.txt").read_text()
+
+
+def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'disk/run'}"]
+    command += ["--config.checkpoint.keep_last=10", "--config.checkpoint.every=10"]
+    with faults.small_disk(tmp_path / "disk", megabytes=2):
+        full = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert full.returncode == Exit.SAVE_FAILED, full.stderr
+        assert "No space left on device" in full.stderr
+        assert "Traceback (most recent call last)" not in full.stderr
+        good = max(checkpoints(tmp_path / "disk"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
+        again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert again.returncode == Exit.SUCCESS, again.stderr
+        assert f"from step {good} to 200" in again.stdout
+        assert not (tmp_path / "disk/run/bad_checkpoints").exists()
 
 
 def two(commands):
