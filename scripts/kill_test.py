@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     rng = random.Random(flags.seed)
     folder = Path(flags.out or tempfile.mkdtemp(prefix="kill_test."))
     folder.mkdir(parents=True, exist_ok=True)
-    train = list(theirs or (*SMOKE, f"--config.train.num_steps={max(100, 15 * flags.kills)}"))
+    train = list(theirs or (*SMOKE, f"--config.train.num_steps={max(200, 30 * flags.kills)}"))
     train.append(f"--config.train.eval_every={EVAL_EVERY}")
     test = KillTest(folder, train, flags.devices_per_process)
     if not theirs:
@@ -171,7 +171,8 @@ class KillTest:
         began = time.monotonic()
         job = self.begin("killed", processes)
         if intent == "start":
-            job.sleep(rng.uniform(0, self._start_seconds))
+            until = time.monotonic() + rng.uniform(0, self._start_seconds)
+            job.wait_for(lambda: time.monotonic() >= until or self._goes_on(job))
         else:
             job.wait_for(lambda: self._goes_on(job))
             self._start_seconds = 0.5 * self._start_seconds + 0.5 * (time.monotonic() - began)
@@ -214,7 +215,7 @@ class KillTest:
         }
 
     def _goes_on(self, job: Job) -> bool:
-        """Has this start done a step that is new, or been there long enough to redo old ones?"""
+        """Whether this start is over, and steps begin."""
         return "ready in" in job.output()
 
     def _saved(self) -> int:
