@@ -17,8 +17,9 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, loss, manifest, optim, sharding, step
-from lm.checkpoint import Checkpoints
+from lm import flops, loss, optim, sharding, step
+from lm.checkpoint import manifest
+from lm.checkpoint.manager import Checkpoints
 from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline

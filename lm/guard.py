@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import distributed
 from lm.config import GuardConfig
 from lm.exits import Exit
 from lm.phases import Phases
+from lm.processes import distributed
 from lm.sharding import Rules
 
 STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}

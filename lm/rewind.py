@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lm import diagnose
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.experiment import Experiment
 from lm.ledger import start_totals
 from lm.metrics import Finished, Late

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import diagnose, optim
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.evaluate import evaluate
 from lm.exits import Exit, RunError
 from lm.experiment import Experiment

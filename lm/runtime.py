@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lm import distributed
 from lm.exits import Exit, RunError
+from lm.processes import distributed
 
 USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lm import optim
-from lm.manifest import checksums
+from lm.checkpoint.manifest import checksums
 from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
 
 

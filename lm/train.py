@@ -13,8 +13,9 @@ import ml_collections
 from etils import epath
 
 from lm import config as configs
-from lm import distributed, manifest, metrics, selfcheck
-from lm.checkpoint import Checkpoints
+from lm import metrics, selfcheck
+from lm.checkpoint import manifest
+from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.goodput import process_start
@@ -22,6 +23,7 @@ from lm.goodput import read as read_goodput
 from lm.guard import STOPS, StopSignals, Watchdog
 from lm.ledger import Ledger
 from lm.phases import Phases
+from lm.processes import distributed
 from lm.rewind import first_state, replay
 from lm.run import POLICIES, Rewind, Run, writing
 from lm.types import TrainState

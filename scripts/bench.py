@@ -52,7 +52,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm import loss, metrics, runtime
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.config import LossConfig
 from lm.data.pipeline import Pipeline
 from lm.data.sources import Document

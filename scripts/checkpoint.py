@@ -59,7 +59,7 @@ def _folders(workdir: str, step: int | None = None) -> list[Any]:
     """
     from etils import epath
 
-    from lm import stored
+    from lm.checkpoint import stored
 
     directory = epath.Path(workdir).resolve() / "checkpoints"
     steps = stored.steps(directory)
@@ -79,8 +79,9 @@ def _find(text: str) -> Any:
 
 
 def _ls(workdir: str) -> int:
-    from lm import metrics, stored
-    from lm.manifest import Damaged
+    from lm import metrics
+    from lm.checkpoint import stored
+    from lm.checkpoint.manifest import Damaged
 
     folders = _folders(workdir)
     rows = [("step", "saved", "size", "verified", "tokens", "parent")]
@@ -111,9 +112,9 @@ def _ls(workdir: str) -> int:
 
 
 def _verify(workdir: str, step: int | None) -> int:
-    from lm import stored
+    from lm.checkpoint import stored
+    from lm.checkpoint.manifest import Damaged
     from lm.exits import Exit
-    from lm.manifest import Damaged
 
     code = 0
     for folder in _folders(workdir, step):
@@ -134,7 +135,7 @@ def _verify(workdir: str, step: int | None) -> int:
 
 
 def _diff(a: str, b: str) -> int:
-    from lm import stored
+    from lm.checkpoint import stored
 
     folders = [_find(a), _find(b)]
     left, right = (stored.read_manifest(folder).leaves for folder in folders)
@@ -170,7 +171,8 @@ def _distance(a: Any, b: Any) -> tuple[str, str]:
 def _show(checkpoint: str) -> int:
     import numpy as np
 
-    from lm import metrics, stored
+    from lm import metrics
+    from lm.checkpoint import stored
 
     folder = _find(checkpoint)
     manifest = stored.read_manifest(folder)

@@ -33,7 +33,7 @@ def main() -> int:
 
     import jax
 
-    from lm.checkpoint import Checkpoints
+    from lm.checkpoint.manager import Checkpoints
     from lm.evaluate import evaluate
     from lm.experiment import load
     from lm.metrics import Progress

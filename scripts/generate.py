@@ -32,7 +32,7 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm.checkpoint import Checkpoints
+    from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
     from lm.generate import Generator, Piece, Sampling
 

@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from etils import epath
 
-from lm import goodput, ledger, manifest, runtime, stored
+from lm import goodput, ledger, runtime
+from lm.checkpoint import manifest, stored
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("whole", "killed")

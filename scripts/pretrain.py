@@ -137,7 +137,7 @@ def finish(workdir: Path, validation: Path, config: Any) -> None:
     import jax
 
     from lm import metrics, plot
-    from lm.checkpoint import Checkpoints
+    from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
     from lm.generate import Generator, Sampling
 

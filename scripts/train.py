@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import app, flags
 from ml_collections import config_flags
 
-from lm import distributed, runtime
+from lm import runtime
+from lm.processes import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as FILE or FILE:ARG."

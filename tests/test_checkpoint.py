@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import stored
-from lm.checkpoint import Checkpoints, CorruptCheckpoint, SaveFailed
+from lm.checkpoint import stored
+from lm.checkpoint.manager import Checkpoints, CorruptCheckpoint, SaveFailed
 from lm.config import CheckpointConfig
 from lm.exits import Exit
 from lm.experiment import Experiment
@@ -488,7 +488,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 port, index, workdir = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, index)
-from lm.checkpoint import Checkpoints, SaveFailed
+from lm.checkpoint.manager import Checkpoints, SaveFailed
 from lm.config import CheckpointConfig
 from lm.types import TrainState
 from jax.experimental import multihost_utils

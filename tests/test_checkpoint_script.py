@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
 from lm.types import TrainState
 

@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from lm.distributed import differences
-from lm.environment import Environment, detect
 from lm.exits import Exit
-from lm.presence import Mismatch, PeerLost, Presence, meet
+from lm.processes.distributed import differences
+from lm.processes.environment import Environment, detect
+from lm.processes.presence import Mismatch, PeerLost, Presence, meet
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -25,7 +25,8 @@ SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, ROOT)
 from absl import flags
-from lm import distributed, runtime
+from lm import runtime
+from lm.processes import distributed
 from lm.exits import Exit, RunError
 
 what = flags.DEFINE_string("what", "", "What the last process does at step 5.")

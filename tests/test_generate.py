@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 from lm import config as configs
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.config import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.generate import CHUNK, Generator, Sampling, choose

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import manifest
-from lm.manifest import Damaged, Leaf, Manifest
+from lm.checkpoint import manifest
+from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
 checksums = jax.jit(manifest.checksums)
 SHAPES = [(), (1,), (5,), (16, 24), (3, 4, 40), (2, 33_000), (70_000, 1), (0, 3), (3, 0)]

@@ -9,7 +9,7 @@ import pytest
 
 from lm import ledger, metrics
 from lm import train as training
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit, RunError
 from lm.experiment import Experiment
 from lm.models import decoder

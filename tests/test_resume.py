@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lm import metrics
-from lm.checkpoint import Checkpoints
+from lm.checkpoint.manager import Checkpoints
 from lm.experiment import load
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -289,7 +289,7 @@ def _digest(tree: Any) -> str:
 @functools.cache
 def code_version() -> dict[str, Any]:
     """Which code this is: a hash of lm's files, git's commit where there is one, and versions."""
-    package = pathlib.Path(__file__).parent
+    package = pathlib.Path(__file__).parents[1]
     source = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source.update(f"{path.relative_to(package).as_posix()}\0".encode())

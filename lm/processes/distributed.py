@@ -1,7 +1,7 @@
 """The processes of one run: found from the environment, started together, ended together.
 
 `jax.distributed` answers a peer that never comes, or goes away, with SIGABRT and a page of stack.
-Here the processes first meet over the coordinator's port (lm/presence.py), which says who is
+Here the processes first meet over the coordinator's port (presence.py), which says who is
 missing, and stay connected, which says who went away. The others then end with one line and the
 exit code of that process, where it told it, else `Exit.PEER_LOST`.
 """
@@ -20,9 +20,9 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lm.environment import Environment, detect, gce_metadata
 from lm.exits import Exit, RunError
-from lm.presence import Mismatch, PeerLost, Presence, meet
+from lm.processes.environment import Environment, detect, gce_metadata
+from lm.processes.presence import Mismatch, PeerLost, Presence, meet
 
 __all__ = [
     "Environment",

@@ -17,9 +17,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lm import manifest as manifests
-from lm import stored
-from lm.manifest import Damaged, Manifest
+from lm.checkpoint import manifest as manifests
+from lm.checkpoint import stored
+from lm.checkpoint.manifest import Damaged, Manifest
 
 NUM_READERS = 8  # leaves that are read at the same time
 

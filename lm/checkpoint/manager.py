@@ -2,8 +2,8 @@
 
 The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate
 items, so that either can be read alone. Beside them lies a manifest with the checksum of every leaf
-(lm/manifest.py): a save is read back from its files, a restore is compared on the devices, and
-nothing is deleted before its successor was read back.
+(manifest.py): a save is read back from its files, a restore is compared on the devices, and nothing
+is deleted before its successor was read back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import manifest as manifests
-from lm import restore, stored
+from lm.checkpoint import manifest as manifests
+from lm.checkpoint import restore, stored
+from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config import CheckpointConfig
 from lm.exits import Exit, RunError
-from lm.manifest import Damaged, Manifest
 from lm.types import Params, TrainState
 
 # What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import manifest as manifests
-from lm.manifest import Damaged, Leaf, Manifest
+from lm.checkpoint import manifest as manifests
+from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
 ITEMS = ("params", "opt_state")
 MANIFEST = "manifest"
