@@ -171,6 +171,7 @@ class KillTest:
         before, saved = self.last_step(), self._saved()
         began = time.monotonic()
         job = self.begin("killed", processes)
+        job.wait_for(lambda: bool(job.pids()))
         if intent == "start":
             until = time.monotonic() + rng.uniform(0, self._start_seconds)
             job.wait_for(lambda: time.monotonic() >= until or self._goes_on(job))
