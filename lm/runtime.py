@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
         return error.code, f"error: {error}"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE, ""
     except KeyboardInterrupt:  # training itself saves first: see lm/guard.py
         return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
 
