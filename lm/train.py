@@ -115,7 +115,8 @@ def _steps(run: Run, state: TrainState) -> Any:
             if _due(step + 1, c.guard.agreement_every, num_steps):
                 run.check_replicas(state)
         done, vote = step + 1, run.agreed()
-        if experiment.validation and _due(done, c.train.eval_every, num_steps):
+        hurry = vote.signal and done < num_steps  # an evaluation may take longer than there is
+        if experiment.validation and not hurry and _due(done, c.train.eval_every, num_steps):
             run.flush()
             with phases("evaluate"):
                 run.evaluate(state, done)
@@ -171,6 +172,7 @@ def _record_config(
                 f"{workdir} holds a run with another config; use another --workdir, or allow:\n  "
                 + "\n  ".join(refused)
             )
+    distributed.agree("resumed run", {"same_data": same_data})  # all have read the file by now
     if lead:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.parent / (CONFIG_FILE + ".new")

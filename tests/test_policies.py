@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -127,6 +128,27 @@ def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_conf
         run(tmp_path / policy, {"guard.policy": policy}, spoil=spoil_row(np.inf))
     ends = [final_bits(tmp_path / name, make_config, devices) for name in ("rewind", "skip")]
     assert ends[0] == ends[1]
+
+
+def one_target_everywhere(step, batch):
+    """A batch whose gradient is finite and many times as large as usual."""
+    return batch.replace(targets=jnp.zeros_like(batch.targets)) if step == BAD else batch
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
+def test_a_finite_spike_is_treated_like_a_gradient_that_is_not_finite(run, tmp_path, policy):
+    changes = {"guard.policy": policy, "guard.spike_factor": 4.0, "guard.spike_warmup": 3}
+    if policy == "stop":
+        with pytest.raises(Diverged, match=f"step {BAD}: its gradient is a spike"):
+            run(tmp_path, changes, spoil=one_target_everywhere)
+        return
+    assert run(tmp_path, changes, spoil=one_target_everywhere) == Exit.SUCCESS
+    skipped = [r["step"] for r in metrics.read(str(tmp_path)) if "skipped" in r]
+    assert skipped == [BAD + 1]
+    if policy == "rewind":
+        found = evidence(tmp_path)
+        assert found["verdict"] == "data"
+        assert found["first"]["grad_norm"] > 4 * found["usual_grad_norm"]
 
 
 def flip_once(at, path, index):
