@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging as stdlib_logging
 import os
 import signal
 import sys
@@ -105,7 +106,8 @@ def _set_up() -> None:
 
     sys.unraisablehook = _report
     # Orbax tells some thirty lines a save, and a page of stack about every error that it raises
-    logging.set_verbosity(logging.FATAL)
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: record.levelno >= stdlib_logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
