@@ -99,6 +99,8 @@ class OptimizerConfig:
     ema_decay: float = field(
         0.0, "Decay of an average of the weights, used by evaluation; 0: none."
     )
+    moment_dtype: str = field("float32", "Type of stored moments: float32 or bfloat16.")
+    memory: str = field("device", "Where the state lies between steps: device or host.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,10 @@ class MeshConfig:
     tensor: int = field(1, "Shards of heads, MLP width and vocabulary.")
     sequence: int = field(1, "Shards of the sequence.")
     stage: int = field(1, "Pipeline stages.")
+    slices: int = field(1, "Slices joined by a slow network, over which `data` is spread.")
+    zero: int = field(
+        3, "ZeRO stage over fsdp: 3 shards parameters and optimizer state, 1 the latter alone."
+    )
     rules: tuple[tuple[str, Any], ...] = field(
         (), "Rows of the sharding table to replace: (logical axis, mesh axis, axes or None)."
     )

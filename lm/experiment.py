@@ -38,6 +38,7 @@ class Experiment:
         self.config = configs.resolve(config)
         c = self.config
         self.rules = sharding.make_rules(c.mesh, devices)
+        self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         optim.check(c.optimizer)
         c.model.check(c.data.length)
         self.batch_size = _batch_size(c, self.rules)
@@ -144,7 +145,8 @@ class Experiment:
         def everything(model: Any, tokens: Tokens) -> Array:
             return model.logits(model(tokens).hidden)
 
-        zeros = jnp.zeros((self.rules.size("batch"), self.rules.size("length")), jnp.int32)
+        shape = (self.rules.size("batch"), self.rules.size("act_length"))
+        zeros = jnp.zeros(shape, jnp.int32)
         tokens = Tokens(zeros, zeros, zeros)
         return self.model.init({"params": rng}, tokens, method=everything)["params"]
 
@@ -156,7 +158,7 @@ class Experiment:
     @functools.cached_property
     def abstract_params(self) -> Params:
         """Shapes, dtypes and shardings of the parameters."""
-        shardings = self.rules.shardings(self.boxed_params)
+        shardings = self.param_rules.shardings(self.boxed_params)
         return jax.tree.map(_with_sharding, nn.meta.unbox(self.boxed_params), shardings)
 
     @functools.cached_property
@@ -167,8 +169,12 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
         params = self.abstract_params
+        owners = jax.tree.map(_with_sharding, params, self.rules.shardings(self.boxed_params))
         opt_state = optim.shard_like_params(
-            jax.eval_shape(self.tx.init, params), params, self.rules.sharding()
+            jax.eval_shape(self.tx.init, params),
+            owners,
+            self.rules.sharding(),
+            self.config.optimizer.memory,
         )
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.rules.sharding())
         return TrainState(step=count, params=params, opt_state=opt_state)
@@ -215,6 +221,8 @@ class Experiment:
         return step.gradients(self.loss_fn, params, batch, rng, self.config.train.num_microbatches)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
+        if self.config.optimizer.memory != "device":
+            state = state.replace(opt_state=optim.on_device(state.opt_state))
         return step.train_step(
             state,
             batch,
@@ -224,6 +232,7 @@ class Experiment:
             num_microbatches=self.config.train.num_microbatches,
             spike_factor=self.config.guard.spike_factor,
             spike_warmup=self.config.guard.spike_warmup,
+            shardings=self.rules.shardings(self.boxed_params),
         )
 
     def _eval_step(self, params: Params, batch: Batch) -> Sums:
@@ -329,10 +338,11 @@ def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
             f"config.data.batch_size ({size}) must be divisible by mesh {axes} ({shards}) * "
             f"config.train.num_microbatches ({k})"
         )
-    if d.length % rules.size("length"):
+    shards, axes = rules.size("act_length"), "*".join(rules.axes("act_length"))
+    if d.length % shards or d.length % rules.size("length"):
         raise ValueError(
-            f"config.data.length ({d.length}) must be divisible by mesh sequence "
-            f"({rules.size('length')})"
+            f"config.data.length ({d.length}) must be divisible by mesh {axes} ({shards}), "
+            "over which the residual stream is sharded"
         )
     return size
 

@@ -14,8 +14,10 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lm.config import LossConfig
+from lm.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 
 
@@ -58,50 +60,57 @@ Project = Callable[..., Array]  # (hidden [B, t, D], *parameters) -> logits floa
 def chunked_loss(
     project: Project,
     config: LossConfig,
-    num_chunks: int,
+    rules: Rules | None,
     parameters: list[Array],
     hidden: Array,
     targets: Array,
     weights: Array,
 ) -> tuple[Array, Sums]:
-    """(objective, sums) of hidden: [B, T, D] with `num_chunks` pieces of the length, a divisor of
-    T.
+    """(objective, sums) of hidden: [B, T, D], in pieces of the length of `config.chunk_size` tokens
+    on each device.
     """
 
-    def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-        hidden, targets, weights = x
-        new, _ = _statistics(project(hidden, *parameters), targets, weights, config)
-        return _add(sums, new), None
+    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+        def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
+            hidden, targets, weights = x
+            new, _ = _statistics(project(hidden, *parameters), targets, weights, config)
+            return _add(sums, new), None
 
-    sums, _ = _over_chunks(chunk, num_chunks, (hidden, targets, weights))
+        return _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+
+    sums, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights), None)
     return sums["objective"], sums
 
 
 def _forward(
     project: Project,
     config: LossConfig,
-    num_chunks: int,
+    rules: Rules | None,
     parameters: list[Array],
     hidden: Array,
     targets: Array,
     weights: Array,
 ) -> tuple[tuple[Array, Sums], tuple[list[Array], Array]]:
-    def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-        h, t, w = x
-        vjp: Any = jax.vjp(project, h, *parameters)
-        logits, pullback = vjp
-        new, log_z = _statistics(logits, t, w, config)
-        d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
-        return _add(carry, (new, d_parameters)), d_hidden
+    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+        def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+            h, t, w = x
+            vjp: Any = jax.vjp(project, h, *parameters)
+            logits, pullback = vjp
+            new, log_z = _statistics(logits, t, w, config)
+            d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
+            return _add(carry, (new, d_parameters)), d_hidden
 
-    (sums, d_parameters), d_hidden = _over_chunks(chunk, num_chunks, (hidden, targets, weights))
+        return _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+
+    xs = (hidden, targets, weights)
+    (sums, d_parameters), d_hidden = _on_each_device(rules, local, parameters, xs, hidden)
     return (sums["objective"], sums), (d_parameters, d_hidden)
 
 
 def _backward(
     project: Project,
     config: LossConfig,
-    num_chunks: int,
+    rules: Rules | None,
     residuals: tuple[list[Array], Array],
     cotangents: tuple[Array, Sums],
 ) -> tuple[Any, ...]:
@@ -112,6 +121,43 @@ def _backward(
 
 
 chunked_loss.defvjp(_forward, _backward)
+
+
+def _on_each_device(
+    rules: Rules | None, local: Any, parameters: list[Array], xs: tuple[Array, ...], like: Any
+) -> tuple[Any, Any]:
+    """`local(parameters, xs) -> (sums, outputs)` of every device's own rows and part of the length;
+    sums are added up over devices once, at the end.
+
+    Left to the compiler, the gradient of the vocabulary matrix would be reduced in every chunk, and
+    a chunk of a sharded length would lie on some of the devices. Axes that shard neither stay with
+    the compiler. Outputs are like hidden, or None where `like` is.
+    """
+    rows = PartitionSpec() if rules is None else rules.spec("batch", "length")
+    axes = _axes(rows)
+    if rules is None or not axes:
+        return local(parameters, xs)
+
+    def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+        sums, outputs = local(parameters, xs)
+        return jax.lax.psum(sums, axes), outputs
+
+    mapped = jax.shard_map(
+        add_up,
+        mesh=rules.mesh,
+        in_specs=(PartitionSpec(), rows),
+        out_specs=(PartitionSpec(), None if like is None else rows),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return mapped(parameters, xs)
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    found: list[str] = []
+    for entry in spec:
+        found += [entry] if isinstance(entry, str) else entry or ()
+    return tuple(found)
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -146,6 +192,29 @@ def num_chunks(chunk_size: int, rows: int, length: int) -> int:
     return next(n for n in range(wanted, length + 1) if length % n == 0)
 
 
+def _projection(model: Model, params: Params, hidden: Array) -> tuple[Project, list[Array]]:
+    """(logits as a function of hidden and parameters, the parameters that it reads).
+
+    Only these get a gradient that is carried from chunk to chunk. Matrices are in the compute type
+    already, so that collecting their shards moves no more bytes than needed.
+    """
+    leaves, structure = jax.tree.flatten(params)
+
+    def logits(leaves: list[Any], hidden: Array) -> Array:
+        tree = jax.tree.unflatten(structure, leaves)
+        return model.apply({"params": tree}, hidden, method="logits")
+
+    jaxpr = jax.make_jaxpr(logits)(leaves, hidden).jaxpr
+    read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    places = [i for i, v in enumerate(jaxpr.invars[: len(leaves)]) if id(v) in read]
+
+    def project(hidden: Array, *parameters: Array) -> Array:
+        given = dict(zip(places, parameters, strict=True))
+        return logits([given.get(i) for i in range(len(leaves))], hidden)
+
+    return project, [leaves[i] for i in places]
+
+
 def lm_loss(
     model: Model, params: Params, batch: Batch, rng: Array, *, train: bool, config: LossConfig
 ) -> tuple[Array, Sums]:
@@ -157,16 +226,9 @@ def lm_loss(
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
-    batch_size, length, embed_dim = output.hidden.shape
-    n = num_chunks(config.chunk_size, -(-batch_size // model.rules.size("batch")), length)
-    piece = jax.ShapeDtypeStruct((batch_size, length // n, embed_dim), output.hidden.dtype)
-    # Only the parameters that the projection reads become arguments, and so get a gradient carried
-    # from chunk to chunk.
-    project, parameters = jax.closure_convert(
-        lambda hidden: model.apply(variables, hidden, method="logits"), piece
-    )
+    project, parameters = _projection(model, params, output.hidden)
     result = chunked_loss(
-        project, config, n, parameters, output.hidden, batch.targets, batch.weights
+        project, config, model.rules, parameters, output.hidden, batch.targets, batch.weights
     )
     objective, sums = cast(tuple[Array, Sums], result)
     sums = {**sums, "tokens": jnp.sum(batch.weights)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from lm.types import Params
 ROLES = ("matrix", "embedding", "vector")
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+MOMENT_DTYPES = ("float32", "bfloat16")
+MEMORIES = ("device", "host")
+# An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
+LARGEST_BFLOAT16_DECAY = 0.99
 
 
 def check(config: OptimizerConfig) -> None:
@@ -25,12 +30,25 @@ def check(config: OptimizerConfig) -> None:
     for path, value, known in (
         ("name", config.name, OPTIMIZERS),
         ("schedule.kind", config.schedule.kind, SCHEDULES),
+        ("moment_dtype", config.moment_dtype, MOMENT_DTYPES),
+        ("memory", config.memory, MEMORIES),
         *(("decay_roles", role, ROLES) for role in config.decay_roles),
     ):
         if value not in known:
             raise ValueError(
                 f"config.optimizer.{path} must be one of {', '.join(known)}, got {value!r}"
             )
+    if config.moment_dtype != "float32" and config.name == "adafactor":
+        raise ValueError(
+            "config.optimizer.name (adafactor) averages ever more slowly: "
+            f"config.optimizer.moment_dtype ({config.moment_dtype}) would round its steps away"
+        )
+    if config.moment_dtype == "bfloat16" and max(config.b1, config.b2) > LARGEST_BFLOAT16_DECAY:
+        raise ValueError(
+            f"config.optimizer.b1 ({config.b1}) and b2 ({config.b2}) must be at most "
+            f"{LARGEST_BFLOAT16_DECAY} for config.optimizer.moment_dtype (bfloat16): smaller steps "
+            "of an average are lost to its rounding"
+        )
     for path in ("learning_rate", "weight_decay", "clip_norm"):
         if getattr(config, path) < 0:
             raise ValueError(
@@ -108,6 +126,26 @@ def _muon_dimensions(boxed: Any) -> Any:
     return jax.tree.map(one, boxed, roles(boxed), is_leaf=_is_box)
 
 
+def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, computing in float32 on a state that is stored as `dtype`; its integers stay."""
+    if dtype == "float32":
+        return inner
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+        )
+
+    def init(params: Params) -> Any:
+        return cast(inner.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
 class EmaState(NamedTuple):
     step: jax.Array
     params: Params
@@ -183,11 +221,13 @@ def is_spike(opt_state: Any, norm: jax.Array, *, factor: float, warmup: int) -> 
     return (state.steps >= warmup) & (jnp.log(norm) > state.log_mean + jnp.log(factor))
 
 
-def shard_like_params(opt_state: Any, params: Params, replicated: Any) -> Any:
+def shard_like_params(
+    opt_state: Any, params: Params, replicated: Any, memory: str = "device"
+) -> Any:
     """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
 
-    A leaf belongs to the parameter whose path ends its own, if the shapes agree; others are
-    replicated.
+    A leaf belongs to the parameter whose path ends its own, if the shapes agree, and lies in
+    `memory`; others are replicated, on the devices.
     """
     known = {
         jax.tree_util.keystr(path): leaf
@@ -196,11 +236,18 @@ def shard_like_params(opt_state: Any, params: Params, replicated: Any) -> Any:
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owner = next((known[t] for t in _tails(path) if t in known), None)
-        same = owner is not None and owner.shape == leaf.shape
-        sharding = owner.sharding if same else replicated  # pyright: ignore
+        sharding = replicated
+        if owner is not None and owner.shape == leaf.shape:
+            kinds = {"device": None, "host": "pinned_host"}
+            sharding = owner.sharding.with_memory_kind(kinds[memory])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def on_device(tree: Any) -> Any:
+    """The same arrays in the memory of their devices, wherever they lie; for use inside jit."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def _tails(path: Any) -> list[str]:
@@ -225,13 +272,14 @@ def make_optimizer(
         decay = optax.add_decayed_weights(config.weight_decay, decays)
         return [decay, optax.scale_by_learning_rate(lambda step: peak * schedule(step))]
 
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov)
+    stored = functools.partial(store_as, config.moment_dtype)
+    adam = stored(optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov))
     if config.name == "adamw":
         core = [adam, *finish(config.learning_rate)]
     elif config.name == "lion":
-        core = [optax.scale_by_lion(config.b1, config.b2), *finish(config.learning_rate)]
+        core = [stored(optax.scale_by_lion(config.b1, config.b2)), *finish(config.learning_rate)]
     elif config.name == "sgd":
-        core = [optax.trace(config.b1, config.nesterov), *finish(config.learning_rate)]
+        core = [stored(optax.trace(config.b1, config.nesterov)), *finish(config.learning_rate)]
     elif config.name == "adafactor":  # arXiv:1804.04235, as in optax.adafactor
         core = [
             optax.scale_by_factored_rms(),
@@ -247,7 +295,7 @@ def make_optimizer(
             return update * (0.2 * max(sides) ** 0.5)  # the size of AdamW's updates
 
         muon = [
-            scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),
+            stored(scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions)),
             optax.stateless(
                 lambda updates, _: jax.tree.map(scale, dimensions, updates, is_leaf=_is_dims)
             ),

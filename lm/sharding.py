@@ -16,16 +16,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
 
-# FSDP shards parameters on `embed`; tensor parallelism shards heads, MLP width and vocabulary.
+# FSDP shards parameters on `embed`; tensor parallelism shards heads, MLP width and vocabulary, and
+# between those the length of the residual stream (sequence parallelism of arXiv:2205.05198).
 DEFAULT_TABLE: dict[str, Any] = {
     "batch": ("data", "fsdp", "expert"),
     "length": "sequence",
+    "act_length": ("sequence", "tensor"),
     "act_embed": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -41,8 +44,12 @@ DEFAULT_TABLE: dict[str, Any] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """A mesh with all of `AXES` over `devices`; one axis may be -1 and takes what the others leave.
 
+    With several slices, the outer part of `data` crosses them, and every other axis stays inside
+    one.
+
     Raises:
-        ValueError: the axes don't multiply to the number of devices.
+        ValueError: the axes don't multiply to the number of devices, or the slices of the config
+            aren't those of the devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -54,10 +61,36 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"config.mesh ({described}) must use all devices ({len(devices)})")
+    slices = _slices(config, devices)
+    if sizes["data"] % len(slices):
+        raise ValueError(
+            f"config.mesh.data ({sizes['data']}) must be divisible by config.mesh.slices "
+            f"({len(slices)}): no other axis crosses the network between slices"
+        )
+    sizes["data"] //= len(slices)
+    grids = [
+        mesh_utils.create_device_mesh(tuple(sizes.values()), slice_, allow_split_physical_axes=True)
+        for slice_ in slices
+    ]
     # Auto: linen's constraints and Explicit axis types (the default of make_mesh) don't mix.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(config: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each slice. Those that know no slice (GPU, CPU) are cut into equal runs."""
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    n = config.slices
+    if n < 1 or (len(groups) > 1 and len(groups) != n) or len(devices) % n:
+        raise ValueError(
+            f"config.mesh.slices ({n}) must be the slices of the devices ({len(groups)}), or "
+            f"divide devices that have none ({len(devices)})"
+        )
+    if len(groups) == n:
+        return list(groups.values())
+    size = len(devices) // n
+    return [list(devices[i : i + size]) for i in range(0, len(devices), size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +145,12 @@ class Rules:
                 f"{len(logical)} logical axes {logical} for an array of shape {x.shape}"
             )
         sharding = self.sharding(*logical)  # checks the names on any mesh
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, sharding)
+        if self.mesh.size == 1:
+            return x
+        context = jax.sharding.get_abstract_mesh()
+        if context.manual_axes:  # inside shard_map: only the other axes are left to pin
+            sharding = NamedSharding(context, _without(sharding.spec, context.manual_axes))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
     def check(self, path: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
         """Raises ValueError unless all sharded dimensions divide evenly; `path` names the array."""
@@ -139,6 +177,12 @@ class Rules:
         )
 
 
+def _without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    entries = ((e,) if isinstance(e, str) else e or () for e in spec)
+    kept = (tuple(a for a in entry if a not in axes) for entry in entries)
+    return PartitionSpec(*(entry or None for entry in kept))
+
+
 def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
     """The default table with the rows of `config.mesh.rules` replaced, on a mesh of `devices`."""
     table = dict(DEFAULT_TABLE)
@@ -150,6 +194,22 @@ def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
             raise ValueError(f"config.mesh.rules: {sorted(unknown)} are no mesh axes of {AXES}")
         table[row[0]] = row[1]
     return Rules(make_mesh(config, devices), tuple(table.items()))
+
+
+def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
+    """The rules of parameters: those of their optimizer state, without fsdp in ZeRO stage 1
+    (arXiv:1910.02054).
+    """
+    if config.zero not in (1, 3):
+        raise ValueError(f"config.mesh.zero must be 1 or 3, got {config.zero}")
+    if config.zero == 3:
+        return rules
+    names = ("batch", "length", "act_length", "act_embed")  # of activations
+    kept = {
+        name: rules.axes(name) if name in names else tuple(set(rules.axes(name)) - {"fsdp"})
+        for name, _ in rules.table
+    }
+    return dataclasses.replace(rules, table=tuple(kept.items()))
 
 
 def local_rows(rules: Rules, batch_size: int) -> np.ndarray:

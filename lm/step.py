@@ -67,6 +67,7 @@ def train_step(
     num_microbatches: int = 1,
     spike_factor: float = 0.0,
     spike_warmup: int = 0,
+    shardings: Any = None,
 ) -> tuple[TrainState, Sums, Facts]:
     """The state after `batch`, the sums of its loss, and the facts of the step.
 
@@ -77,6 +78,9 @@ def train_step(
     `spike_factor` times its running geometric mean (0: never). Its update is not applied:
     parameters and optimizer state keep every bit, and only `step` moves on.
 
+    `shardings`, those of the optimizer's view of the parameters, are pinned on the gradients: where
+    that view is finer (ZeRO-1), devices reduce and update only their own part.
+
     Facts: grad_norm, before clipping; bad, bool; updates, int32, applied before this one; and those
     of `fingerprint`.
     """
@@ -84,6 +88,8 @@ def train_step(
     grads, sums = gradients(loss_fn, state.params, batch, rng, num_microbatches)
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens changes nothing
     grads = jax.tree.map(lambda g: g * scale, grads)
+    if shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
     norm = optax.tree.norm(grads)
     bad = ~jnp.isfinite(norm) | ~jnp.isfinite(sums["objective"])
     if spike_factor:

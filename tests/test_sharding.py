@@ -67,7 +67,7 @@ def test_indivisible_dimensions_are_refused_with_path_and_numbers(rules_on, make
         make_experiment(fsdp=3)
     with pytest.raises(ValueError, match=r"batch_size \(16\) .*\(2\) \* .*num_microbatches \(16\)"):
         make_experiment({"train.num_microbatches": 16}, fsdp=2)
-    with pytest.raises(ValueError, match=r"data\.length \(30\) .* sequence \(4\)"):
+    with pytest.raises(ValueError, match=r"data\.length \(30\) .* sequence\*tensor \(4\)"):
         make_experiment({"data.length": 30}, sequence=4)
 
 

@@ -11,13 +11,27 @@ import jax
 _policies = jax.checkpoint_policies
 PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
 
-# What the backward pass finds saved of each layer; everything else is computed again.
+
+def _on_host(*names: str) -> Any:
+    return _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=names,
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# What the backward pass finds saved of each layer; everything else is computed again. `attended` is
+# what an attention kernel leaves for its gradient: without it the kernel runs twice.
 REMAT: dict[str, Any] = {
     "none": None,  # everything is saved
     "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
     "projections": _policies.save_only_these_names(*PROJECTIONS),
     "attended": _policies.save_only_these_names("attended"),
     "full": _policies.nothing_saveable,  # only the layer's input
+    "offload": _on_host("input"),  # as full, the input on the host
+    "offload_attended": _on_host("input", "attended"),
+    "offload_projections": _on_host("input", *PROJECTIONS),
 }
 
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import field
 from lm.layers import cache as kv_cache
@@ -197,6 +198,7 @@ class Block(nn.Module):
     def __call__(self, carry: Any, per_layer: Any, context: Context) -> tuple[Any, None]:
         c = self.config
         x, cache = carry
+        x = checkpoint_name(x, "input")
         dtype = jnp.dtype(c.dtype)
         out_scale = (
             2 * c.num_layers
@@ -234,11 +236,21 @@ class Block(nn.Module):
         dropout = nn.Dropout(c.dropout, deterministic=not context.train)
         before, after = c.norm_placement != "post", c.norm_placement == "both"
 
-        h = self._norm("attention_norm")(x) if before else x
+        # with a cache there may be one token, which the residual stream can't be sharded over
+        length = "act_length" if context.index is None else "length"
+
+        def gather(x: Array) -> jax.Array:  # what a sublayer reads
+            return self.rules.constrain(x, "batch", "length", "act_embed")
+
+        def scatter(x: Array) -> jax.Array:  # what it adds
+            return self.rules.constrain(x, "batch", length, "act_embed")
+
+        h = gather(self._norm("attention_norm")(x) if before else x)
         a, cache = attention(h, context, **per_layer, cache=cache)
+        a = scatter(a)
         a = dropout(self._norm("attention_post_norm")(a) if after else a)
         if c.parallel_block:
-            m = mlp(h)
+            m = scatter(mlp(h))
             m = dropout(self._norm("mlp_post_norm")(m) if after else m)
             x = x + a + m
             if not before:
@@ -247,11 +259,11 @@ class Block(nn.Module):
             x = x + a
             if not before:
                 x = self._norm("attention_norm")(x)
-            m = mlp(self._norm("mlp_norm")(x) if before else x)
+            m = scatter(mlp(gather(self._norm("mlp_norm")(x) if before else x)))
             x = x + dropout(self._norm("mlp_post_norm")(m) if after else m)
             if not before:
                 x = self._norm("mlp_norm")(x)
-        x = self.rules.constrain(x, "batch", "length", "act_embed")
+        x = scatter(x)
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
 
@@ -313,7 +325,8 @@ class Decoder(nn.Module):
             x = x + self.position(inputs.positions)
         elif c.positions == "sinusoidal":
             x = x + pe.sinusoids(inputs.positions, c.embed_dim).astype(x.dtype)
-        x = rules.constrain(x, "batch", "length", "act_embed")
+        length = "act_length" if cache is None else "length"
+        x = rules.constrain(x, "batch", length, "act_embed")
         x = self.dropout(x, deterministic=not train)
 
         if cache is None:
@@ -334,6 +347,7 @@ class Decoder(nn.Module):
         (x, layer_cache), _ = self.layers((x, layer_cache), self._per_layer(), context)
         if c.norm_placement != "post":
             x = self.norm(x)
+        x = rules.constrain(x, "batch", "length", "act_embed")
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
