@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,7 +223,8 @@ class Experiment:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         if self.config.optimizer.memory != "device":
-            state = state.replace(opt_state=optim.on_device(state.opt_state))
+            on_device = optim.on_device(state.opt_state)
+            state = dataclasses.replace(state, opt_state=on_device)
         return step.train_step(
             state,
             batch,

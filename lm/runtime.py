@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging as stdlib_logging
 import os
 import signal
@@ -96,11 +97,25 @@ def _report(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _skip_absent_tpu() -> None:
+    """Keeps jax from looking for a TPU where libtpu is installed for its compiler alone: it would
+    ask a metadata server that isn't there, and fill the screen.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
+        return
+    from jax._src import hardware_utils
+
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0] == 0:
+        gpu = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if gpu else "cpu"
+
+
 def _set_up() -> None:
     """Turns the persistent compilation cache on, and libraries' chatter off.
 
     The cache lies in ~/.cache/lm unless JAX_COMPILATION_CACHE_DIR names another place.
     """
+    _skip_absent_tpu()
     import jax
     from absl import logging
 

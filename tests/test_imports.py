@@ -57,6 +57,7 @@ RULES = {
     "lm.rewind": ("lm",),
     "lm.train": ("lm",),
     "lm.aot": ("lm",),
+    "lm.verify": ("lm",),
     "lm.inspect": ("lm",),
     "lm.show": ("lm",),
 }
@@ -70,6 +71,7 @@ TOP = {
         "lm.train",
         "lm.aot",
         "lm.inspect",
+        "lm.verify",
         "lm.show",
     ),
     "lm.evaluate": ("lm.run",),
@@ -78,6 +80,7 @@ TOP = {
     "lm.rewind": ("lm.train",),
     "lm.train": (),
     "lm.aot": (),
+    "lm.verify": (),
     "lm.inspect": ("lm.show",),
     "lm.show": (),
 }

@@ -300,3 +300,38 @@ def test_optimizer_state_is_sharded_like_its_parameters(make_experiment, name):
         assert all(other.sharding == leaf.sharding for other in own)
     sharded = sum(not leaf.sharding.is_fully_replicated for _, leaf in params)
     assert sharded >= 6
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
+def test_moments_in_bfloat16_take_half_and_steer_the_same_way(name):
+    boxed = {"w": nn.Partitioned(jax.ShapeDtypeStruct((8, 16), jnp.float32), ("embed", "mlp"))}
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 16))}
+    updates, sizes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(name, schedule=CONSTANT, moment_dtype=dtype, weight_decay=0.0)
+        tx = make_optimizer(config, boxed, 10)
+        state = tx.init(params)
+        for step in range(20):
+            gradient = {"w": jax.random.normal(jax.random.key(step // 4), (8, 16))}
+            updates[dtype], state = tx.update(gradient, state, params)
+        moments = [x for x in jax.tree.leaves(state) if x.ndim == 2]
+        assert moments and {x.dtype for x in moments} == {jnp.dtype(dtype)}
+        sizes[dtype] = sum(x.nbytes for x in moments)
+    assert sizes["float32"] == 2 * sizes["bfloat16"]
+    a, b = (np.asarray(updates[dtype]["w"]) for dtype in ("float32", "bfloat16"))
+    if name == "lion":  # signs: a few sums near zero fall on the other side
+        assert np.mean(a == b) > 0.95
+    else:
+        # each step rounds at 2^-9; muon's orthogonalisation magnifies what is small
+        assert 0 < np.linalg.norm(b - a) < 0.05 * np.linalg.norm(a)
+
+
+def test_moments_that_bfloat16_would_round_away_are_refused():
+    with pytest.raises(ValueError, match=r"b2 \(0\.999\) must be at most 0\.99 .*bfloat16"):
+        check(OptimizerConfig(b2=0.999, moment_dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"adafactor.*moment_dtype \(bfloat16\)"):
+        check(OptimizerConfig("adafactor", moment_dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"moment_dtype must be one of .*, got 'float16'"):
+        check(OptimizerConfig(moment_dtype="float16"))
+    with pytest.raises(ValueError, match=r"memory must be one of device, host, got 'disk'"):
+        check(OptimizerConfig(memory="disk"))

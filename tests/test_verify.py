@@ -1,0 +1,173 @@
+"""scripts/verify_sharding.py finds what can go wrong on a mesh: each defect below is seeded."""
+
+import dataclasses
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from lm import loss, optim, sharding, verify
+from lm.config import resolve
+
+ROOT = Path(__file__).parents[1]
+FSDP = {"data": 2, "fsdp": 4}
+TENSOR = {"fsdp": 4, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def check(make_config, devices):
+    """(mesh, changes) -> the report of a tiny decoder with windows and grouped heads."""
+
+    def run(mesh, changes=None):
+        changes = {"model.num_kv_heads": 2, "model.tie_embeddings": False, **(changes or {})}
+        return verify.verify(make_config(changes), mesh, devices)
+
+    return run
+
+
+def wrong(report):
+    return {d.what for d in report.differences if not d.ok}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        (TENSOR, {"mesh.zero": 1, "optimizer.memory": "host", "model.remat": "offload"}),
+        ({"data": 4, "fsdp": 2, "slices": 2}, {}),
+    ],
+)
+def test_a_mesh_that_is_right_passes(check, mesh, changes):
+    report = check(mesh, changes)
+    assert report.ok, verify.describe(report)
+    assert {d.step for d in report.differences} == {0, 1, 2}
+    assert all(d.value > 0 for d in report.differences if d.what == "parameters")
+
+
+def test_a_missing_psum_is_found(check, monkeypatch):
+    monkeypatch.setattr(loss.jax.lax, "psum", lambda x, axes: x)
+    assert wrong(check(FSDP)) == {"objective", "gradient norm", "gradients", "parameters"}
+
+
+def test_a_mean_of_means_is_found(check, monkeypatch):
+    def mean_of_means(sums, axes):
+        """Every device divides by its own tokens, and means are averaged."""
+        sums, *rest = sums if isinstance(sums, tuple) else (sums,)
+        share = jax.lax.axis_size(axes)
+        own = jax.lax.all_gather(jnp.float32(1.0), axes).sum() / share
+        scale = own * (1.0 + 0.01 * jax.lax.axis_index(axes))
+        summed = jax.tree.map(lambda x: psum(x * scale, axes), (sums, *rest))
+        return summed if rest else summed[0]
+
+    psum = jax.lax.psum
+    monkeypatch.setattr(loss.jax.lax, "psum", mean_of_means)
+    assert "gradients" in wrong(check(FSDP))
+
+
+def test_dropout_with_a_key_for_each_shard_is_found(check, monkeypatch):
+    def call(self, x, deterministic=None, rng=None):
+        if deterministic or sharding_mesh[0] is None:  # None: shapes alone are wanted
+            return x
+        key = self.make_rng("dropout")
+        mesh = sharding_mesh[0]
+        axes = tuple(a for a in ("data", "fsdp") if mesh.shape[a] > 1)
+
+        def local(x):
+            mine = jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+            return jnp.where(jax.random.bernoulli(mine, 1 - self.rate, x.shape), x, 0)
+
+        spec = PartitionSpec(axes or None)
+        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+    sharding_mesh = [None]
+
+    class PerExperiment(verify.Experiment):
+        def lower_train_step(self):
+            sharding_mesh[0] = self.rules.mesh
+            return super().lower_train_step()
+
+    monkeypatch.setattr(verify, "Experiment", PerExperiment)
+    monkeypatch.setattr(nn.Dropout, "__call__", call)
+    assert wrong(check(FSDP)) >= {"objective", "gradients"}
+
+
+def test_segment_ids_of_the_wrong_rows_are_found(check, monkeypatch):
+    """Every device gets the segment ids of the first rows, as if they weren't sharded."""
+    put = sharding.put
+
+    def unsharded(rules, batch, batch_size):
+        rows = batch_size // rules.size("batch")
+        segments = np.tile(batch.inputs.segments[:rows], (rules.size("batch"), 1))
+        inputs = batch.inputs.replace(segments=segments)
+        return put(rules, batch.replace(inputs=inputs), batch_size)
+
+    monkeypatch.setattr(sharding, "put", unsharded)
+    assert wrong(check(FSDP)) >= {"objective", "gradients"}
+
+
+def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
+    """A norm whose squares replicas count again is that of a smaller bound."""
+
+    class Twice(verify.Experiment):
+        @functools.cached_property
+        def tx(self):
+            config = self.config.optimizer
+            bound = config.clip_norm / self.rules.mesh.shape["data"] ** 0.5
+            config = dataclasses.replace(config, clip_norm=bound)
+            return optim.make_optimizer(config, self.boxed_params, self.num_steps)
+
+    monkeypatch.setattr(verify, "Experiment", Twice)
+    assert wrong(check(FSDP)) >= {"gradients", "parameters"}
+
+
+def test_what_is_replicated_by_accident_is_named(check):
+    report = check(FSDP, {"mesh.rules": (("embed", None), ("batch", "data"))})
+    text = verify.describe(report)
+    assert re.search(r"parameter embedding.weight \(264, \d+\) .* are on every device", text)
+    assert not report.ok and not wrong(report)
+
+
+def test_activations_of_every_token_are_named(check, monkeypatch):
+    constrain = sharding.Rules.constrain
+
+    def forget(self, x, *logical):
+        names = tuple(None if n in ("batch", "length", "act_length") else n for n in logical)
+        return constrain(self, x, *names)
+
+    monkeypatch.setattr(sharding.Rules, "constrain", forget)
+    report = check(FSDP)
+    assert any("holds the tokens of all devices" in line for line in report.layout)
+
+
+def test_shrinking_keeps_the_structure():
+    from configs import llama3
+
+    config = llama3.get_config("70b")
+    small = verify.shrink(config)
+    assert small.model.num_heads / small.model.num_kv_heads == 8
+    assert small.model.activation == config.model.activation
+    resolved = resolve(small).model
+    assert resolved.kv_heads == 1
+    resolved.check(verify.LENGTH)
+
+
+def test_the_script_says_what_was_compared_and_ends_with_1_where_it_differs():
+    script = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
+    config = [f"--config={ROOT}/configs/smoke.py"]
+    done = subprocess.run([*script, *config, "--mesh=fsdp=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "layout: as the config says" in done.stdout and "the same" in done.stdout
+    rules = "--config.mesh.rules=(('embed', None),)"
+    done = subprocess.run(
+        [*script, *config, "--mesh=fsdp=2", rules], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "on every device" in done.stdout
+    done = subprocess.run([*script, *config, "--mesh=fdsp=2"], capture_output=True, text=True)
+    assert done.returncode == 1 and "'fdsp'" in done.stderr
