@@ -1,12 +1,12 @@
 #!/bin/bash
 # A SLURM of its own on this machine, to test scripts/launch/slurm.sbatch with. As root, on Debian:
 #
-#     source <(tests/slurm/setup.sh start)   # installs what is missing, starts, sets SLURM_CONF
+#     eval "$(tests/slurm/setup.sh start)"   # installs what is missing, starts, sets SLURM_CONF
 #     python -m pytest -m slurm tests/test_slurm.py
 #     tests/slurm/setup.sh stop              # ends the daemons, deletes their folder
 #
-# One node, this machine, and nothing outside DIR: ports, sockets and keys are its own, so that it
-# lives beside another SLURM.
+# One node, this machine. Ports (PORT=26817 and the next), sockets, keys and all files (in
+# DIR=/run/lm-slurm) are its own, so that it lives beside another SLURM.
 set -euo pipefail
 
 DIR=${DIR:-/run/lm-slurm}
