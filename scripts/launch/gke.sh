@@ -68,14 +68,14 @@ slices_of_tpus() {
   NODES=$((chips / on_node))
   ((NODES * on_node == chips)) ||
     fail "TOPOLOGY=$TOPOLOGY ($chips chips) must be a multiple of DEVICES_PER_NODE ($on_node)"
-  DEVICES="{google.com/tpu: $on_node}"
+  DEVICES="{google.com/tpu: '$on_node'}"
   NODE_SELECTOR="{cloud.google.com/gke-tpu-accelerator: $ACCELERATOR, cloud.google.com/gke-tpu-topology: $TOPOLOGY}"
   ANNOTATIONS='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
 }
 
 nodes_of_gpus() {
   ((SLICES == 1)) || fail "SLICES=$SLICES: only TPUs come in slices; set NODES"
-  DEVICES="{nvidia.com/gpu: ${DEVICES_PER_NODE:-8}}"
+  DEVICES="{nvidia.com/gpu: '${DEVICES_PER_NODE:-8}'}"
   NODE_SELECTOR="{cloud.google.com/gke-accelerator: $ACCELERATOR}"
   ANNOTATIONS='{}'
 }
