@@ -101,12 +101,12 @@ start() {
 }
 
 stop() {
-  local file tries
+  local file pid tries
   for file in "$DIR"/slurmd.pid "$DIR"/slurmctld.pid "$DIR"/munge/munged.pid; do
-    [[ -s $file ]] || continue
-    kill "$(<"$file")" 2>/dev/null || continue
+    pid=$(cat "$file" 2>/dev/null) || continue # the daemon deletes it at its end
+    kill "$pid" 2>/dev/null || continue
     for ((tries = 0; tries < 40; tries++)); do
-      kill -0 "$(<"$file")" 2>/dev/null || break
+      kill -0 "$pid" 2>/dev/null || break
       sleep 0.25
     done
   done
