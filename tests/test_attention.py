@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers.attention import Attention, Context, attend, self_mask
+from lm.layers.attention import Attention, Context
+from lm.layers.dot_product import attend, self_mask
 from lm.types import Tokens
 
 
