@@ -148,16 +148,34 @@ def test_where_attended_is_saved_the_ring_does_not_turn_again_for_it(rules_on):
     assert saved == turns(policies.everything_saveable) < again
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 9}], ids=["plain", "window"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_what_cudnn_is_asked_for_is_the_equation(rules_on, monkeypatch, options, prefix):
+    """By jax's own XLA version of the function, for the kernel needs a GPU."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def dot_product_attention(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    monkeypatch.setattr(kernels, "choose", lambda *_, **__: "cudnn")
+    tokens = packed(64)
+    if prefix:
+        tokens = tokens.replace(bidirectional=tokens.positions < 5)
+    rules = rules_on(fsdp=2, tensor=2)
+    assert_is_the_equation(rules, tokens, kernel="cudnn", **options)
+    assert asked == ["cudnn"]
+
+
 # ---- the choice ----
 
 
-class Tpu:
+class On:
     """Rules, as the choice of a kernel sees them."""
 
-    platform = "tpu"
-
-    def __init__(self, **sizes):
-        self._sizes = sizes
+    def __init__(self, platform, **sizes):
+        self.platform, self._sizes = platform, sizes
 
     def size(self, axis):
         return self._sizes.get(axis, 1)
@@ -167,29 +185,68 @@ MASK = self_mask(packed(512))
 PREFIX = self_mask(packed(512).replace(bidirectional=np.ones((2, 512), bool)))
 
 
-def test_auto_is_splash_on_tpus_and_xla_on_cpus(rules_on):
-    assert kernels.choose("auto", Tpu(), MASK, 512) == "splash"
-    assert kernels.choose("auto", rules_on(), MASK, 512) == "xla"
+Q = jax.ShapeDtypeStruct((2, 4, 512, 64), jnp.bfloat16)
+
+
+def test_auto_is_splash_on_tpus_and_xla_elsewhere(rules_on):
+    assert kernels.choose("auto", On("tpu"), MASK, Q) == "splash"
+    assert kernels.choose("auto", On("gpu"), MASK, Q) == "xla"
+    assert kernels.choose("auto", rules_on(), MASK, Q) == "xla"
+
+
+def test_a_named_kernel_is_that_kernel(rules_on):
+    assert kernels.choose("xla", On("tpu"), MASK, Q) == "xla"
+    assert kernels.choose("splash", rules_on(), MASK, Q) == "splash"
+    assert kernels.choose("cudnn", On("gpu"), MASK, Q) == "cudnn"
+    assert kernels.choose("cudnn", On("gpu"), PREFIX, Q) == "cudnn"
 
 
 def test_a_cache_is_for_xla():
     mask = Mask(MASK.query_segments, MASK.query_positions, MASK.key_segments, MASK.key_positions)
-    assert kernels.choose("splash", Tpu(), mask, 512) == "xla"
+    assert kernels.choose("splash", On("tpu"), mask, Q) == "xla"
 
 
 @pytest.mark.parametrize(
     "rules, mask, asked, reason",
     [
-        (Tpu(), PREFIX, {}, "bidirectional"),
-        (Tpu(), MASK, {"bias": True}, "bias"),
-        (Tpu(), MASK, {"dropout": True}, "drops no weights"),
-        (Tpu(length=8), MASK, {}, r"a shard \(64\) to be a multiple of 128"),
+        (On("tpu"), PREFIX, {}, "bidirectional"),
+        (On("tpu"), MASK, {"bias": True}, "bias"),
+        (On("tpu"), MASK, {"dropout": True}, "drops no weights"),
+        (On("tpu", length=8), MASK, {}, r"a shard \(64\) to be a multiple of 128"),
+        (On("tpu", length=2), MASK, {"sequence_parallel": "ring"}, "ring"),
     ],
-    ids=["prefix", "bias", "dropout", "length"],
+    ids=["prefix", "bias", "dropout", "length", "ring"],
 )
 def test_what_splash_cannot_do_is_xlas_or_an_error_where_splash_is_named(
     rules, mask, asked, reason
 ):
-    assert kernels.choose("auto", rules, mask, 512, **asked) == "xla"
+    assert kernels.choose("auto", rules, mask, Q, **asked) == "xla"
     with pytest.raises(ValueError, match=f"attention_kernel=splash.*{reason}"):
-        kernels.choose("splash", rules, mask, 512, **asked)
+        kernels.choose("splash", rules, mask, Q, **asked)
+
+
+@pytest.mark.parametrize(
+    "rules, q, asked, reason",
+    [
+        (On("tpu"), Q, {}, "runs on GPUs"),
+        (On("gpu"), Q, {"bias": True}, "bias"),
+        (On("gpu"), Q, {"dropout": True}, "drops no weights"),
+        (On("gpu"), Q, {"softcap": True}, "soft cap"),
+        (On("gpu", length=2), Q, {}, r"mesh.sequence \(2\) must be 1"),
+        (On("gpu"), jax.ShapeDtypeStruct(Q.shape, jnp.float32), {}, "bfloat16, not float32"),
+        (On("gpu"), jax.ShapeDtypeStruct((2, 4, 512, 100), Q.dtype), {}, r"head_dim \(100\)"),
+        (On("gpu"), jax.ShapeDtypeStruct((2, 4, 512, 256), Q.dtype), {}, r"head_dim \(256\)"),
+    ],
+    ids=["platform", "bias", "dropout", "softcap", "length", "dtype", "odd head", "large head"],
+)
+def test_what_cudnn_cannot_do_is_an_error(rules, q, asked, reason):
+    with pytest.raises(ValueError, match=f"attention_kernel=cudnn.*{reason}"):
+        kernels.choose("cudnn", rules, MASK, q, **asked)
+
+
+def test_a_ring_takes_no_bias(rules_on):
+    bias = np.zeros((1, HEADS, 64, 64), np.float32)
+    with pytest.raises(ValueError, match="sequence_parallel=ring adds no bias"):
+        assert_is_the_equation(
+            rules_on(sequence=2), packed(64), kernel="xla", sequence_parallel="ring", bias=bias
+        )

@@ -1,7 +1,7 @@
 """Which code computes attention: by the platform of the mesh, and by what is asked of it.
 
-`auto` takes the platform's kernel where it can do exactly what is asked, and XLA's products
-everywhere else. A kernel that is named is that kernel, or an error.
+`auto` takes splash on TPUs where it can do exactly what is asked, and XLA's products everywhere
+else. A kernel that is named is that kernel, or an error.
 
 Where the length is sharded, a device has its own queries, and reaches all keys in one of two ways:
 `gather` collects keys and values (arXiv:2407.21783, section 3.3.2), `ring` passes them on from
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lm.layers import dot_product, splash, zigzag
+from lm.layers import cudnn, dot_product, splash, zigzag
 from lm.layers.dot_product import Mask
 from lm.layers.manual import shard_map
 from lm.layers.ring import ring_attend
 from lm.sharding import Rules
 from lm.types import Array
 
-KERNELS = ("auto", "xla", "splash")
+KERNELS = ("auto", "xla", "splash", "cudnn")
 SEQUENCE_PARALLEL = ("gather", "ring")
 _BY_PLATFORM = {"tpu": "splash"}
 
@@ -34,13 +34,14 @@ def choose(
     kernel: str,
     rules: Rules,
     mask: Mask,
-    length: int,
+    q: Any,
     *,
     sequence_parallel: str = "gather",
+    softcap: bool = False,
     bias: bool = False,
     dropout: bool = False,
 ) -> str:
-    """`kernel`, or what `auto` means for rows of `length` tokens.
+    """`kernel`, or what `auto` means for queries like q: [B, N, T, H].
 
     Raises:
         ValueError: the kernel is named and cannot do it.
@@ -50,24 +51,39 @@ def choose(
     wanted = _BY_PLATFORM.get(rules.platform, "xla") if kernel == "auto" else kernel
     if wanted == "xla":
         return wanted
-    chunk = length // rules.size("length") // (2 if mask.order > 1 else 1)
-    reasons = {
+    shards = rules.size("length")
+    broken = {
         "adds no bias to scores, as model.positions asks for": bias,
         "drops no weights, as model.attention_dropout asks for": dropout,
-        "knows no bidirectional prefix": mask.key_bidirectional is not None,
-        "runs on TPUs, or interpreted on CPUs": rules.platform not in ("tpu", "cpu"),
-        "does not run in a ring: set model.sequence_parallel=gather": (
-            sequence_parallel == "ring" and rules.size("length") > 1
-        ),
-        f"needs the consecutive tokens of a shard ({chunk}) to be a multiple of "
-        f"{splash.LANES}": chunk % splash.LANES != 0,
     }
-    broken = [reason for reason, holds in reasons.items() if holds]
-    if not broken:
+    if wanted == "splash":
+        chunk = q.shape[2] // shards // (2 if mask.order > 1 else 1)
+        broken |= {
+            "knows no bidirectional prefix": mask.key_bidirectional is not None,
+            "runs on TPUs, or interpreted on CPUs": rules.platform not in ("tpu", "cpu"),
+            "does not run in a ring: set model.sequence_parallel=gather": (
+                sequence_parallel == "ring" and shards > 1
+            ),
+            f"needs the consecutive tokens of a shard ({chunk}) to be a multiple of "
+            f"{splash.LANES}": chunk % splash.LANES != 0,
+        }
+    else:
+        size = q.shape[3]
+        broken |= {
+            "runs on GPUs": rules.platform != "gpu",
+            "has no soft cap, as model.attention_softcap asks for": softcap,
+            f"computes in bfloat16, not {q.dtype}: set model.dtype": q.dtype != jnp.bfloat16,
+            f"needs a head_dim ({size}) that is a multiple of 8, at most {cudnn.LARGEST_HEAD}": (
+                size % 8 != 0 or size > cudnn.LARGEST_HEAD
+            ),
+            f"needs whole rows: mesh.sequence ({shards}) must be 1": shards > 1,
+        }
+    reasons = [reason for reason, holds in broken.items() if holds]
+    if not reasons:
         return wanted
     if kernel == "auto":
         return "xla"
-    raise ValueError(f"config.model.attention_kernel={kernel} {broken[0]}")
+    raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
 
 
 def attend(
@@ -95,8 +111,9 @@ def attend(
         kernel,
         rules,
         mask,
-        q.shape[2],
+        q,
         sequence_parallel=sequence_parallel,
+        softcap=softcap is not None,
         bias=bias is not None,
         dropout=dropout_rng is not None,
     )
@@ -112,6 +129,8 @@ def attend(
     tokens = rules.spec("batch", "length")
     if chosen == "splash":
         return _splash(q, k, v, mask, rules, (queries, keys, tokens), **options)
+    if chosen == "cudnn":
+        return _cudnn(q, k, v, mask, rules, (queries, keys, tokens), scale=scale, window=window)
     if sequence_parallel == "ring":
         if bias is not None:
             raise ValueError(
@@ -170,6 +189,25 @@ def _splash(
     return run(q, k, v, mask.query_segments, infos)
 
 
+def _cudnn(
+    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
+) -> jax.Array:
+    def local(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+        return cudnn.attend(q, k, v, mask, **options)
+
+    queries, keys, _ = specs
+    in_specs = (queries, keys, keys, _mask_specs(mask, rules, "length", "length"))
+    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
+    return checkpoint_name(run(q, k, v, mask), "attended")
+
+
+def _mask_specs(mask: Mask, rules: Rules, queries: str | None, keys: str | None) -> Mask:
+    """The specs of a mask's arrays, with the logical axes of their lengths."""
+    own, others = rules.spec("batch", queries), rules.spec("batch", keys)
+    marks = None if mask.key_bidirectional is None else others
+    return Mask(own, own, others, others, marks, mask.causal, mask.order)
+
+
 def _gather(
     q: Array,
     k: Array,
@@ -184,10 +222,8 @@ def _gather(
         k, v = (_collect(x, rules, 2) for x in (k, v))
         return dot_product.attend(q, k, v, mask, bias=bias, **options)
 
-    queries, keys, tokens = specs
-    whole = rules.spec("batch", None)
-    marks = None if mask.key_bidirectional is None else whole
-    seen = Mask(tokens, tokens, whole, whole, marks, mask.causal, mask.order)
+    queries, keys, _ = specs
+    seen = _mask_specs(mask, rules, "length", None)
     rows = "batch" if bias is not None and bias.shape[0] > 1 else None
     of_bias = None if bias is None else rules.spec(rows, "heads", "length", None)
     in_specs = (queries, keys, keys, seen, of_bias)
@@ -202,8 +238,7 @@ def _ring(
         axes = rules.axes("length")
         return ring_attend(q, k, v, mask, axes=axes, shards=rules.size("length"), **options)
 
-    queries, keys, tokens = specs
-    marks = None if mask.key_bidirectional is None else tokens
-    seen = Mask(tokens, tokens, tokens, tokens, marks, mask.causal, mask.order)
+    queries, keys, _ = specs
+    seen = _mask_specs(mask, rules, "length", "length")
     run = shard_map(local, rules, in_specs=(queries, keys, keys, seen), out_specs=queries)
     return run(q, k, v, mask)

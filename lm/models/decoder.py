@@ -66,8 +66,8 @@ class Config:
     attention_dropout: float = field(0.0, "Dropout of attention weights.")
     attention_kernel: str = field(
         "auto",
-        "auto: the platform's own where it can do what is asked; or xla; or splash (TPU, and "
-        "interpreted on CPU).",
+        "xla, splash (TPU; interpreted on CPU) or cudnn (GPU, bfloat16); auto: splash on TPU where "
+        "it can do what is asked, else xla.",
     )
     sequence_parallel: str = field(
         "gather", "mesh.sequence > 1: gather all keys and values, or pass them on in a ring."
