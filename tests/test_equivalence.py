@@ -52,12 +52,12 @@ def trained(make_experiment, packed_batch):
     """
 
     @functools.cache
-    def run(num_microbatches=1, more=(), **axes):
+    def run(num_microbatches=1, more=(), length=32, **axes):
         changes = CHANGES | {"train.num_microbatches": num_microbatches} | dict(more)
         experiment = make_experiment(changes, **axes)
         state, found = experiment.init_state(), []
         for step in range(STEPS):
-            batch = packed_batch(16, 32, 264, seed=step)
+            batch = packed_batch(16, length, 264, seed=step)
             state, sums, facts = experiment.train_step(state, experiment.put(batch))
             found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
@@ -118,6 +118,16 @@ def test_eight_devices_train_as_one(trained, mesh):
 def test_a_sharded_length_trains_as_a_whole_one(trained, name):
     more = tuple(SEQUENCE[name].items())
     assert_equivalent(trained(), trained(more=more, sequence=4, fsdp=2))
+
+
+@pytest.mark.slow
+def test_splash_trains_as_xla(trained):
+    """On a sharded, balanced length; interpreted."""
+    long = {"model.max_length": 512, "data.length": 512, "model.window": 70}
+    splash = {**long, "model.attention_kernel": "splash"}
+    one = trained(more=tuple(long.items()), length=512)
+    eight = trained(more=tuple(splash.items()), length=512, sequence=2, fsdp=2, tensor=2)
+    assert_equivalent(one, eight)
 
 
 def test_four_micro_batches_train_as_one(trained):

@@ -10,6 +10,7 @@ import pytest
 
 from lm.layers import dot_product, kernels, ring, zigzag
 from lm.layers.dot_product import Mask, self_mask
+from lm.models import decoder
 from lm.types import Tokens
 
 TOLERANCE = 5e-6
@@ -244,9 +245,17 @@ def test_what_cudnn_cannot_do_is_an_error(rules, q, asked, reason):
         kernels.choose("cudnn", rules, MASK, q, **asked)
 
 
-def test_a_ring_takes_no_bias(rules_on):
-    bias = np.zeros((1, HEADS, 64, 64), np.float32)
-    with pytest.raises(ValueError, match="sequence_parallel=ring adds no bias"):
-        assert_is_the_equation(
-            rules_on(sequence=2), packed(64), kernel="xla", sequence_parallel="ring", bias=bias
-        )
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"attention_kernel": "cudnn"}, "attention_kernel=cudnn runs on GPUs"),
+        ({"attention_kernel": "splash", "positions": "alibi"}, "splash adds no bias"),
+        ({"attention_kernel": "splash", "sequence_parallel": "ring"}, "splash does not run in a"),
+        ({"sequence_parallel": "ring", "positions": "relative"}, "ring adds no bias"),
+        ({"sequence_parallel": "ring", "attention_dropout": 0.1}, "ring drops no weights"),
+    ],
+)
+def test_a_model_is_not_built_where_its_attention_cannot_be(rules_on, changes, reason):
+    config = decoder.Config(embed_dim=16, num_heads=4, **changes)
+    with pytest.raises(ValueError, match=f"config.model.*{reason}"):
+        decoder.build(config, rules_on(sequence=2))

@@ -86,6 +86,33 @@ def choose(
     raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
 
 
+def check(
+    kernel: str,
+    sequence_parallel: str,
+    rules: Rules,
+    *,
+    head_dim: int,
+    dtype: Any,
+    softcap: bool,
+    bias: bool,
+    dropout: bool,
+) -> None:
+    """Raises ValueError unless attention can be what a config says, whatever the length."""
+    shards = rules.size("length")
+    q = jax.ShapeDtypeStruct((1, 1, 2 * shards * splash.LANES, head_dim), dtype)
+    asked: dict[str, Any] = {"sequence_parallel": sequence_parallel, "softcap": softcap}
+    choose(
+        kernel, rules, Mask(None, None, None, None, order=1), q, **asked, bias=bias, dropout=dropout
+    )
+    if sequence_parallel == "ring" and shards > 1:
+        for holds, reason in (
+            (bias, "adds no bias to scores, as model.positions asks for"),
+            (dropout, "drops no weights, as model.attention_dropout asks for"),
+        ):
+            if holds:
+                raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
+
+
 def attend(
     q: Array,
     k: Array,
@@ -132,11 +159,7 @@ def attend(
     if chosen == "cudnn":
         return _cudnn(q, k, v, mask, rules, (queries, keys, tokens), scale=scale, window=window)
     if sequence_parallel == "ring":
-        if bias is not None:
-            raise ValueError(
-                "config.model.sequence_parallel=ring adds no bias to scores, as model.positions "
-                "asks for: set it to gather"
-            )
+        assert bias is None, "refused by `check`"
         return _ring(q, k, v, mask, rules, (queries, keys, tokens), **options)
     return _gather(q, k, v, mask, bias, rules, (queries, keys, tokens), **options)
 

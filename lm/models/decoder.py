@@ -14,12 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import field
 from lm.layers import cache as kv_cache
+from lm.layers import kernels, zigzag
 from lm.layers import positions as pe
-from lm.layers import zigzag
 from lm.layers.attention import Attention, Context
 from lm.layers.dot_product import Mask, self_mask
 from lm.layers.embedding import Embedding
-from lm.layers.kernels import KERNELS, SEQUENCE_PARALLEL
 from lm.layers.linear import Linear
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.norm import KINDS as NORMS
@@ -140,8 +139,8 @@ class Config:
             ("rotary.scaling", pe.SCALINGS),
             ("dtype", ("float32", "bfloat16")),
             ("remat", REMAT),
-            ("attention_kernel", KERNELS),
-            ("sequence_parallel", SEQUENCE_PARALLEL),
+            ("attention_kernel", kernels.KERNELS),
+            ("sequence_parallel", kernels.SEQUENCE_PARALLEL),
         ):
             value: Any = self
             for part in name.split("."):
@@ -448,4 +447,15 @@ class Decoder(nn.Module):
 
 
 def build(config: Config, rules: Rules) -> Decoder:
+    """Raises ValueError where attention can't be on this mesh what the config says."""
+    kernels.check(
+        config.attention_kernel,
+        config.sequence_parallel,
+        rules,
+        head_dim=config.head_size,
+        dtype=jnp.dtype(config.dtype),
+        softcap=config.attention_softcap is not None,
+        bias=config.positions in ("relative", "alibi"),
+        dropout=config.attention_dropout > 0,
+    )
     return Decoder(config, rules)
