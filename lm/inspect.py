@@ -17,7 +17,8 @@ import numpy as np
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
-from lm.layers.attention import Attention, Context, attention_scores
+from lm.layers.attention import Attention, Context
+from lm.layers.dot_product import attention_scores
 from lm.types import Array, Batch, Model, Params, Tokens
 
 

@@ -26,7 +26,8 @@ import numpy as np
 from lm import loss, reference, sharding
 from lm.config import Config, LossConfig, MeshConfig
 from lm.exits import Exit, RunError
-from lm.layers.attention import attend, self_mask
+from lm.layers.dot_product import self_mask
+from lm.layers.kernels import attend
 from lm.sharding import Rules
 from lm.types import Array, Batch, Output, Tokens
 
@@ -53,6 +54,7 @@ class Heads:
     window: int | None
     softcap: float | None
     bias: bool
+    kernel: str
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,7 +64,8 @@ class Heads:
         parts = [f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}"]
         parts += [] if self.window is None else [f"window {self.window}"]
         parts += [] if self.softcap is None else [f"softcap {self.softcap:g}"]
-        return ", ".join([*parts, *(["bias"] if self.bias else [])])
+        parts += ["bias"] if self.bias else []
+        return ", ".join([*parts, *([] if self.kernel == "auto" else [self.kernel])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,8 @@ def check_attention(kinds: tuple[Heads, ...], dtype: Any, rules: Rules) -> float
     Raises:
         SelfCheckFailed: it reads what it must not, or a difference is too large.
     """
-    length = 64 if rules.platform == "cpu" else 384  # kernels work on blocks of 128
+    plain = rules.platform == "cpu" and all(heads.kernel in ("auto", "xla") for heads in kinds)
+    length = 64 if plain else 384  # kernels work on blocks of 128
     tokens, ends = _row(length)
     # in so few tokens a wide window hides nothing, and a high cap cuts nothing
     kinds = tuple(
@@ -248,7 +252,8 @@ def check_attention(kinds: tuple[Heads, ...], dtype: Any, rules: Rules) -> float
         mask = self_mask(jax.tree.map(lambda x: jnp.repeat(x, len(q), axis=0), tokens))
 
         def run(q: Array, k: Array, v: Array) -> jax.Array:
-            return attend(q, k, v, mask, bias=bias, **heads.options)
+            kernel = {"rules": rules, "kernel": heads.kernel}
+            return attend(q, k, v, mask, bias=bias, **kernel, **heads.options)
 
         vjp: Any = jax.vjp(run, q, k, v)
         out, pull = vjp

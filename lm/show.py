@@ -17,7 +17,7 @@ from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.inspect import TokenLosses, cut, mean_distances, token_text, token_texts
-from lm.layers.attention import self_mask
+from lm.layers.dot_product import self_mask
 from lm.types import Array, Batch, Tokens
 
 # One colour after the other for the segments of a row, light enough for text on top.

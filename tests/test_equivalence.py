@@ -36,19 +36,28 @@ MESHES = {
     "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
     "data2_sequence2_tensor2": {"data": 2, "sequence": 2, "tensor": 2},
 }
+# how a device reaches the keys of the others, and whether its share of the mask is balanced
+SEQUENCE = {
+    "gather": {},
+    "gather_unbalanced": {"model.sequence_balance": False},
+    "ring": {"model.sequence_parallel": "ring"},
+    "ring_unbalanced": {"model.sequence_parallel": "ring", "model.sequence_balance": False},
+}
 
 
 @pytest.fixture(scope="module")
 def trained(make_experiment, packed_batch):
-    """(num_microbatches, **axes) -> [(sums, state, facts), ...] on packed, uneven rows."""
+    """(num_microbatches, more changes, **axes) -> [(sums, state, facts), ...] on packed, uneven
+    rows.
+    """
 
     @functools.cache
-    def run(num_microbatches=1, **axes):
-        changes = CHANGES | {"train.num_microbatches": num_microbatches}
+    def run(num_microbatches=1, more=(), length=32, **axes):
+        changes = CHANGES | {"train.num_microbatches": num_microbatches} | dict(more)
         experiment = make_experiment(changes, **axes)
         state, found = experiment.init_state(), []
         for step in range(STEPS):
-            batch = packed_batch(16, 32, 264, seed=step)
+            batch = packed_batch(16, length, 264, seed=step)
             state, sums, facts = experiment.train_step(state, experiment.put(batch))
             found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
@@ -103,6 +112,22 @@ def test_three_steps_move_every_parameter(trained):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_train_as_one(trained, mesh):
     assert_equivalent(trained(), trained(**MESHES[mesh]))
+
+
+@pytest.mark.parametrize("name", SEQUENCE)
+def test_a_sharded_length_trains_as_a_whole_one(trained, name):
+    more = tuple(SEQUENCE[name].items())
+    assert_equivalent(trained(), trained(more=more, sequence=4, fsdp=2))
+
+
+@pytest.mark.slow
+def test_splash_trains_as_xla(trained):
+    """On a sharded, balanced length; interpreted."""
+    long = {"model.max_length": 512, "data.length": 512, "model.window": 70}
+    splash = {**long, "model.attention_kernel": "splash"}
+    one = trained(more=tuple(long.items()), length=512)
+    eight = trained(more=tuple(splash.items()), length=512, sequence=2, fsdp=2, tensor=2)
+    assert_equivalent(one, eight)
 
 
 def test_four_micro_batches_train_as_one(trained):

@@ -15,7 +15,7 @@ from lm import loss, reference, selfcheck
 from lm.config import LossConfig, resolve
 from lm.exits import Exit
 from lm.layers import attention
-from lm.layers.attention import Mask
+from lm.layers.dot_product import Mask
 from lm.selfcheck import SelfCheckFailed, check
 
 ROOT = Path(__file__).parents[1]
@@ -259,15 +259,16 @@ def test_decoder_lists_what_its_layers_call_attention_with(
     changes = {path.removeprefix("model."): value for path, value in changes.items()}
     model, called = tiny_decoder(num_kv_heads=2, **changes), []
 
-    def attend(q, k, v, mask, *, dropout, dropout_rng, bias, **options):
+    def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
         heads, size = q.shape[1], q.shape[3]
         assert q.dtype == k.dtype == jnp.dtype(model.config.dtype) and mask.causal
         called.append(selfcheck.Heads(heads, k.shape[1], size, bias=bias is not None, **options))
         return q
 
-    monkeypatch.setattr(attention, "attend", attend)
     inputs = packed_batch(2, 32, 264).inputs
-    jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
+    monkeypatch.setattr(attention, "attend", attend)
+    jax.eval_shape(lambda variables: model.apply(variables, inputs), variables)
     listed = {selfcheck.Heads(**kind) for kind in model.config.attention_kinds}
     assert set(called) == listed and len(listed) == len(model.config.kinds)
 

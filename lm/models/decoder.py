@@ -10,13 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import field
 from lm.layers import cache as kv_cache
+from lm.layers import kernels, zigzag
 from lm.layers import positions as pe
-from lm.layers.attention import Attention, Context, Mask, self_mask
+from lm.layers.attention import Attention, Context
+from lm.layers.dot_product import Mask, self_mask
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
 from lm.layers.mlp import ACTIVATIONS, Mlp
@@ -62,6 +63,17 @@ class Config:
     embed_scale: float = field(1.0, "Factor on the embeddings.")
     dropout: float = field(0.0, "Dropout of embeddings and residual branches.")
     attention_dropout: float = field(0.0, "Dropout of attention weights.")
+    attention_kernel: str = field(
+        "auto",
+        "xla, splash (TPU; interpreted on CPU) or cudnn (GPU, bfloat16); auto: splash on TPU where "
+        "it can do what is asked, else xla.",
+    )
+    sequence_parallel: str = field(
+        "gather", "mesh.sequence > 1: gather all keys and values, or pass them on in a ring."
+    )
+    sequence_balance: bool = field(
+        True, "mesh.sequence > 1: give every shard the same share of a causal mask."
+    )
     init_std: float | None = field(0.02, "Deviation of initial weights; unset: fan_in ** -0.5.")
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
@@ -106,6 +118,7 @@ class Config:
             "scale": self.head_size**-0.5 if self.query_scale is None else self.query_scale,
             "softcap": self.attention_softcap,
             "bias": self.positions in ("relative", "alibi"),
+            "kernel": self.attention_kernel,
         }
         return tuple({**shared, "window": window} for window in self.windows)
 
@@ -126,6 +139,8 @@ class Config:
             ("rotary.scaling", pe.SCALINGS),
             ("dtype", ("float32", "bfloat16")),
             ("remat", REMAT),
+            ("attention_kernel", kernels.KERNELS),
+            ("sequence_parallel", kernels.SEQUENCE_PARALLEL),
         ):
             value: Any = self
             for part in name.split("."):
@@ -217,6 +232,8 @@ class Block(nn.Module):
             scale=c.query_scale,
             softcap=c.attention_softcap,
             dropout=c.attention_dropout,
+            kernel=c.attention_kernel,
+            sequence_parallel=c.sequence_parallel,
             dtype=dtype,
             init_std=c.init_std,
             out_scale=out_scale,
@@ -320,6 +337,9 @@ class Decoder(nn.Module):
                 "a cache keeps no bidirectional marks: encode such a prefix without one"
             )
         c, rules = self.config, self.rules
+        order = rules.size("length") if self._balances(inputs, cache, train) else 1
+        if order > 1:
+            inputs = jax.tree.map(lambda x: zigzag.shuffle(x, rules), inputs)
         x = self.embedding(inputs.ids) * jnp.asarray(c.embed_scale, jnp.dtype(c.dtype))
         if c.positions == "learned":
             x = x + self.position(inputs.positions)
@@ -330,7 +350,7 @@ class Decoder(nn.Module):
         x = self.dropout(x, deterministic=not train)
 
         if cache is None:
-            marks, masks = None, (self_mask(inputs),) * len(c.kinds)
+            marks, masks = None, (self_mask(inputs, order=order),) * len(c.kinds)
         else:
             marks, seen = kv_cache.mark(cache, inputs)
             masks = tuple(
@@ -338,7 +358,7 @@ class Decoder(nn.Module):
             )
         context = Context(
             masks=masks,
-            biases=tuple(self._bias(mask, packed=cache is None) for mask in masks),
+            biases=tuple(self._bias(mask) for mask in masks),
             **self._rotary(inputs.positions),
             index=None if cache is None else cache["index"],
             train=train,
@@ -348,6 +368,8 @@ class Decoder(nn.Module):
         if c.norm_placement != "post":
             x = self.norm(x)
         x = rules.constrain(x, "batch", "length", "act_embed")
+        if order > 1:
+            x = zigzag.unshuffle(x, rules)
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
@@ -398,12 +420,23 @@ class Decoder(nn.Module):
         cos, sin = zip(*tables, strict=True)
         return {"cos": jnp.stack(cos), "sin": jnp.stack(sin)}
 
-    def _bias(self, mask: Mask, packed: bool) -> jax.Array | None:
+    def _balances(self, inputs: Tokens, cache: Cache | None, train: bool) -> bool:
+        """Whether the length stands in zig-zag order inside of the model.
+
+        Not where bits of a dropout are drawn by place, nor where states are sown for others.
+        """
+        c = self.config
+        random = train and (c.dropout > 0 or c.attention_dropout > 0)
+        sown = self.is_mutable_collection("intermediates")
+        fits = zigzag.fits(inputs.ids.shape[1], self.rules.size("length"))
+        return c.sequence_balance and fits and cache is None and not (random or sown)
+
+    def _bias(self, mask: Mask) -> jax.Array | None:
         kind = self.config.positions
         if kind not in ("relative", "alibi"):
             return None
-        if packed:  # inside a segment, distance in positions is distance in places
-            places = np.arange(mask.key_positions.shape[1])
+        if mask.order:  # inside a segment, distance in positions is distance in places
+            places = zigzag.places(mask.key_positions.shape[1], mask.order)
             distance = jnp.asarray(places[None, :] - places[:, None])[None]
         else:
             distance = mask.key_positions[:, None, :] - mask.query_positions[:, :, None]
@@ -414,4 +447,15 @@ class Decoder(nn.Module):
 
 
 def build(config: Config, rules: Rules) -> Decoder:
+    """Raises ValueError where attention can't be on this mesh what the config says."""
+    kernels.check(
+        config.attention_kernel,
+        config.sequence_parallel,
+        rules,
+        head_dim=config.head_size,
+        dtype=jnp.dtype(config.dtype),
+        softcap=config.attention_softcap is not None,
+        bias=config.positions in ("relative", "alibi"),
+        dropout=config.attention_dropout > 0,
+    )
     return Decoder(config, rules)

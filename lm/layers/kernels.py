@@ -1,0 +1,267 @@
+"""Which code computes attention: by the platform of the mesh, and by what is asked of it.
+
+`auto` takes splash on TPUs where it can do exactly what is asked, and XLA's products everywhere
+else. A kernel that is named is that kernel, or an error.
+
+Where the length is sharded, a device has its own queries, and reaches all keys in one of two ways:
+`gather` collects keys and values (arXiv:2407.21783, section 3.3.2), `ring` passes them on from
+device to device (arXiv:2310.01889) and never holds more than its share.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from lm.layers import cudnn, dot_product, splash, zigzag
+from lm.layers.dot_product import Mask
+from lm.layers.manual import shard_map
+from lm.layers.ring import ring_attend
+from lm.sharding import Rules
+from lm.types import Array
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+SEQUENCE_PARALLEL = ("gather", "ring")
+_BY_PLATFORM = {"tpu": "splash"}
+
+
+def choose(
+    kernel: str,
+    rules: Rules,
+    mask: Mask,
+    q: Any,
+    *,
+    sequence_parallel: str = "gather",
+    softcap: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+) -> str:
+    """`kernel`, or what `auto` means for queries like q: [B, N, T, H].
+
+    Raises:
+        ValueError: the kernel is named and cannot do it.
+    """
+    if mask.order is None:  # a cache: few queries, of which kernels have nothing to gain
+        return "xla"
+    wanted = _BY_PLATFORM.get(rules.platform, "xla") if kernel == "auto" else kernel
+    if wanted == "xla":
+        return wanted
+    shards = rules.size("length")
+    broken = {
+        "adds no bias to scores, as model.positions asks for": bias,
+        "drops no weights, as model.attention_dropout asks for": dropout,
+    }
+    if wanted == "splash":
+        chunk = q.shape[2] // shards // (2 if mask.order > 1 else 1)
+        broken |= {
+            "knows no bidirectional prefix": mask.key_bidirectional is not None,
+            "runs on TPUs, or interpreted on CPUs": rules.platform not in ("tpu", "cpu"),
+            "does not run in a ring: set model.sequence_parallel=gather": (
+                sequence_parallel == "ring" and shards > 1
+            ),
+            f"needs the consecutive tokens of a shard ({chunk}) to be a multiple of "
+            f"{splash.LANES}": chunk % splash.LANES != 0,
+        }
+    else:
+        size = q.shape[3]
+        broken |= {
+            "runs on GPUs": rules.platform != "gpu",
+            "has no soft cap, as model.attention_softcap asks for": softcap,
+            f"computes in bfloat16, not {q.dtype}: set model.dtype": q.dtype != jnp.bfloat16,
+            f"needs a head_dim ({size}) that is a multiple of 8, at most {cudnn.LARGEST_HEAD}": (
+                size % 8 != 0 or size > cudnn.LARGEST_HEAD
+            ),
+            f"needs whole rows: mesh.sequence ({shards}) must be 1": shards > 1,
+        }
+    reasons = [reason for reason, holds in broken.items() if holds]
+    if not reasons:
+        return wanted
+    if kernel == "auto":
+        return "xla"
+    raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
+
+
+def check(
+    kernel: str,
+    sequence_parallel: str,
+    rules: Rules,
+    *,
+    head_dim: int,
+    dtype: Any,
+    softcap: bool,
+    bias: bool,
+    dropout: bool,
+) -> None:
+    """Raises ValueError unless attention can be what a config says, whatever the length."""
+    shards = rules.size("length")
+    q = jax.ShapeDtypeStruct((1, 1, 2 * shards * splash.LANES, head_dim), dtype)
+    asked: dict[str, Any] = {"sequence_parallel": sequence_parallel, "softcap": softcap}
+    choose(
+        kernel, rules, Mask(None, None, None, None, order=1), q, **asked, bias=bias, dropout=dropout
+    )
+    if sequence_parallel == "ring" and shards > 1:
+        for holds, reason in (
+            (bias, "adds no bias to scores, as model.positions asks for"),
+            (dropout, "drops no weights, as model.attention_dropout asks for"),
+        ):
+            if holds:
+                raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    *,
+    rules: Rules,
+    kernel: str = "auto",
+    sequence_parallel: str = "gather",
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    dropout: float = 0.0,
+    dropout_rng: Array | None = None,
+) -> jax.Array:
+    """`lm.layers.dot_product.attend` by the chosen kernel: [B, N, T, H] of q: [B, N, T, H], k and
+    v: [B, K, S, H].
+
+    What the backward pass needs of it is named "attended", for `jax.checkpoint`'s policies.
+    """
+    chosen = choose(
+        kernel,
+        rules,
+        mask,
+        q,
+        sequence_parallel=sequence_parallel,
+        softcap=softcap is not None,
+        bias=bias is not None,
+        dropout=dropout_rng is not None,
+    )
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+    whole = rules.size("length") == 1 or mask.order is None
+    # the bits of a dropout are those of one device only where the compiler shards them
+    if chosen == "xla" and (whole or dropout_rng is not None):
+        extra = {"bias": bias, "dropout": dropout, "dropout_rng": dropout_rng}
+        return checkpoint_name(dot_product.attend(q, k, v, mask, **options, **extra), "attended")
+    k, v, kv_axis = _spread(k, v, rules)
+    queries = rules.spec("batch", "heads", "length", "head_dim")
+    keys = rules.spec("batch", kv_axis, "length", "head_dim")
+    tokens = rules.spec("batch", "length")
+    if chosen == "splash":
+        return _splash(q, k, v, mask, rules, (queries, keys, tokens), **options)
+    if chosen == "cudnn":
+        return _cudnn(q, k, v, mask, rules, (queries, keys, tokens), scale=scale, window=window)
+    if sequence_parallel == "ring":
+        assert bias is None, "refused by `check`"
+        return _ring(q, k, v, mask, rules, (queries, keys, tokens), **options)
+    return _gather(q, k, v, mask, bias, rules, (queries, keys, tokens), **options)
+
+
+def _spread(k: Array, v: Array, rules: Rules) -> tuple[Array, Array, str]:
+    """Keys, values and their logical axis, so that each shard of query heads finds its own."""
+    shards = rules.size("heads")
+    if rules.axes("kv_heads") == rules.axes("heads") or shards == 1:
+        return k, v, "kv_heads"
+    copies = shards // math.gcd(k.shape[1], shards)
+    return jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1), "heads"
+
+
+Specs = tuple[PartitionSpec, PartitionSpec, PartitionSpec]  # of queries, of keys, of [B, T]
+
+
+def _collect(x: Array, rules: Rules, axis: int) -> Array:
+    """The whole length of `x`, of which each device holds a piece."""
+    if rules.size("length") == 1:
+        return x
+    return jax.lax.all_gather(x, rules.axes("length"), axis=axis, tiled=True)
+
+
+def _splash(
+    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
+) -> jax.Array:
+    shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
+    places = zigzag.places(length, order).reshape(shards, -1)
+    chunk = places.shape[1] // (2 if order > 1 else 1)
+    sizes = splash.block_sizes(chunk, length)
+    infos = splash.mask_infos(places, length, sizes, mask.causal, options["window"])
+
+    def local(q: Array, k: Array, v: Array, segments: Array, infos: Any) -> jax.Array:
+        k, v = (zigzag.restore(_collect(x, rules, 2), order, 2) for x in (k, v))
+        key_segments = zigzag.restore(_collect(segments, rules, 1), order, 1)
+        return splash.attend(
+            *(q, k, v, segments, key_segments, infos),
+            sizes=sizes,
+            causal=mask.causal,
+            interpret=rules.platform == "cpu",
+            **options,
+        )
+
+    def spec(x: Array) -> PartitionSpec:
+        return rules.spec("length", *(None,) * (x.ndim - 1))
+
+    queries, keys, tokens = specs
+    in_specs = (queries, keys, keys, tokens, jax.tree.map(spec, infos))
+    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
+    return run(q, k, v, mask.query_segments, infos)
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
+) -> jax.Array:
+    def local(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+        return cudnn.attend(q, k, v, mask, **options)
+
+    queries, keys, _ = specs
+    in_specs = (queries, keys, keys, _mask_specs(mask, rules, "length", "length"))
+    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
+    return checkpoint_name(run(q, k, v, mask), "attended")
+
+
+def _mask_specs(mask: Mask, rules: Rules, queries: str | None, keys: str | None) -> Mask:
+    """The specs of a mask's arrays, with the logical axes of their lengths."""
+    own, others = rules.spec("batch", queries), rules.spec("batch", keys)
+    marks = None if mask.key_bidirectional is None else others
+    return Mask(own, own, others, others, marks, mask.causal, mask.order)
+
+
+def _gather(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    bias: Array | None,
+    rules: Rules,
+    specs: Specs,
+    **options: Any,
+) -> jax.Array:
+    def local(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> jax.Array:
+        k, v = (_collect(x, rules, 2) for x in (k, v))
+        return dot_product.attend(q, k, v, mask, bias=bias, **options)
+
+    queries, keys, _ = specs
+    seen = _mask_specs(mask, rules, "length", None)
+    rows = "batch" if bias is not None and bias.shape[0] > 1 else None
+    of_bias = None if bias is None else rules.spec(rows, "heads", "length", None)
+    in_specs = (queries, keys, keys, seen, of_bias)
+    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
+    return checkpoint_name(run(q, k, v, mask, bias), "attended")
+
+
+def _ring(
+    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
+) -> jax.Array:
+    def local(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
+        axes = rules.axes("length")
+        return ring_attend(q, k, v, mask, axes=axes, shards=rules.size("length"), **options)
+
+    queries, keys, _ = specs
+    seen = _mask_specs(mask, rules, "length", "length")
+    run = shard_map(local, rules, in_specs=(queries, keys, keys, seen), out_specs=queries)
+    return run(q, k, v, mask)

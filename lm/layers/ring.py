@@ -1,0 +1,211 @@
+"""Ring attention (arXiv:2310.01889): keys and values travel, queries stay.
+
+Each of n devices sees each piece of the keys once, in n steps, keeping the maximum and the sum of
+its softmax (arXiv:2205.14135). The backward pass sends keys and values round once more, with their
+gradients, and computes the scores again: neither [T, S] scores nor gathered keys ever exist. A
+block whose keys are all hidden costs its mask and no more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.layers.dot_product import NEGATIVE, Mask, capped_scores
+from lm.types import Array
+
+BLOCK = 1024  # queries, and keys, whose scores exist at once
+
+
+def ring_attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    *,
+    axes: tuple[str, ...],
+    shards: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """[B, N, T, H] of one shard inside of a `shard_map`, named "attended" with the log-sums of its
+    softmax [B, N, T]. All arguments are the pieces of this shard. A query that sees nothing gets 0.
+    """
+    options = (axes, shards, scale, window, softcap)
+    return _ring(options, q, k, v, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(options: Any, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    return _forward(options, q, k, v, mask)[0]
+
+
+def _pieces(x: Array, axis: int, size: int) -> Array:
+    """`x` cut along `axis` into pieces of `size`, which lead."""
+    cut = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
+
+
+def _join(pieces: Array, axis: int) -> Array:
+    joined = jnp.moveaxis(pieces, 0, axis)
+    return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
+
+
+def _block(length: int) -> int:
+    """The largest divisor of a length up to `BLOCK`."""
+    return next(b for b in range(min(length, BLOCK), 0, -1) if length % b == 0)
+
+
+def _cut_keys(mask: Mask, size: int) -> Any:
+    """(segments, positions, marks) of the keys, in pieces [pieces, B, size]."""
+    keys = (mask.key_segments, mask.key_positions, mask.key_bidirectional)
+    return jax.tree.map(lambda x: _pieces(x, 1, size), keys)
+
+
+def _rotate(tree: Any, axes: tuple[str, ...], shards: int) -> Any:
+    """What the device before this one holds."""
+    route = [(i, (i + 1) % shards) for i in range(shards)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, route), tree)
+
+
+def _allowed(mask: Mask, query: Any, key: Any, window: int | None) -> jax.Array:
+    """bool [B, 1, t, s] of one block, from (segments, positions) and (..., marks)."""
+    return Mask(*query, *key, causal=mask.causal).allowed(window)[:, None]
+
+
+def _where_seen(allowed: Array, work: Callable[[Any], Any], carry: Any) -> Any:
+    """`work` of the carry, unless the block hides all of its keys."""
+    return jax.lax.cond(jnp.any(allowed), work, lambda carry: carry, carry)
+
+
+def _forward(options: Any, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Any]:
+    axes, shards, scale, window, softcap = options
+    b, n, t, h = q.shape
+    rows, columns = _block(t), _block(k.shape[2])
+    queries = tuple(
+        _pieces(x, axis, rows)
+        for x, axis in ((q, 2), (mask.query_segments, 1), (mask.query_positions, 1))
+    )
+
+    def block(carry: Any, query: Any, key: Any) -> Any:
+        q, *own = query
+        k, v, marks = key
+        allowed = _allowed(mask, own, marks, window)
+
+        def work(carry: Any) -> Any:
+            top, total, acc = carry
+            scores = capped_scores(q, k, scale=scale, softcap=softcap)
+            scores = jnp.where(allowed, scores, NEGATIVE)
+            new = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            # zero, also where a row has seen nothing yet and `new` is as low as what it hides
+            weights = jnp.where(allowed, jnp.exp(scores - new), 0.0)
+            fade = jnp.exp(top - new)
+            total = fade * total + jnp.sum(weights, axis=-1, keepdims=True)
+            grouped = weights.astype(v.dtype).reshape(b, v.shape[1], -1, columns)
+            y = jnp.einsum("bkts,bksh->bkth", grouped, v, preferred_element_type=jnp.float32)
+            return new, total, fade * acc + y.reshape(b, n, -1, h)
+
+        return _where_seen(allowed, work, carry)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        state, travelling = carry
+        k, v, marks = travelling
+        keys = (_pieces(k, 2, columns), _pieces(v, 2, columns), marks)
+
+        def row(each: Any) -> Any:
+            state, query = each
+            return jax.lax.scan(lambda c, key: (block(c, query, key), None), state, keys)[0]
+
+        state = jax.lax.map(row, (state, queries))
+        return (state, _rotate(travelling, axes, shards)), None
+
+    def full(value: float, size: int) -> jax.Array:
+        return jnp.full((t // rows, b, n, rows, size), value, jnp.float32)
+
+    state = (full(NEGATIVE, 1), full(0.0, 1), full(0.0, h))
+    travelling = (k, v, _cut_keys(mask, columns))
+    ((top, total, acc), _), _ = jax.lax.scan(step, (state, travelling), None, length=shards)
+    total = jnp.where(total > 0, total, 1.0)
+    out = checkpoint_name(_join((acc / total).astype(q.dtype), 2), "attended")
+    log_sum = checkpoint_name(_join(top + jnp.log(total), 2), "attended")  # [B, N, T, 1]
+    return out, (q, k, v, mask, out, log_sum)
+
+
+def _backward(options: Any, residuals: Any, d_out: Array) -> Any:
+    axes, shards, scale, window, softcap = options
+    q, k, v, mask, out, log_sum = residuals
+    b, n, t, h = q.shape
+    rows, columns = _block(t), _block(k.shape[2])
+    weight = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    queries = tuple(
+        _pieces(x, axis, rows)
+        for x, axis in (
+            *((q, 2), (d_out, 2), (log_sum, 2), (weight, 2)),
+            *((mask.query_segments, 1), (mask.query_positions, 1)),
+        )
+    )
+
+    def grouped(x: Array, like: Array) -> Array:
+        return x.reshape(b, k.shape[1], -1, x.shape[-1]).astype(like.dtype)  # [B, K, G * t, ...]
+
+    def block(d_q: Array, d_key: Any, query: Any, key: Any) -> Any:
+        q, d_out, log_sum, weight, *own = query
+        k, v, marks = key
+        allowed = _allowed(mask, own, marks, window)
+
+        def work(carry: Any) -> Any:
+            d_q, (d_k, d_v) = carry
+            scores = capped_scores(q, k, scale=scale, softcap=softcap)
+            p = jnp.where(allowed, jnp.exp(scores - log_sum), 0.0)  # [B, N, t, s]
+            given = grouped(d_out, v)
+            d_p = jnp.einsum("bkth,bksh->bkts", given, v, preferred_element_type=jnp.float32)
+            d_s = p * (d_p.reshape(p.shape) - weight) * scale
+            if softcap is not None:
+                d_s = d_s * (1 - jnp.square(scores / softcap))
+            d_s, p = grouped(d_s, k), grouped(p, v)
+            f32: Any = {"preferred_element_type": jnp.float32}
+            new_q = jnp.einsum("bkts,bksh->bkth", d_s, k, **f32).reshape(d_q.shape)
+            new_k = jnp.einsum("bkts,bkth->bksh", d_s, grouped(q, k), **f32)
+            new_v = jnp.einsum("bkts,bkth->bksh", p, given, **f32)
+            return d_q + new_q, (d_k + new_k, d_v + new_v)
+
+        return _where_seen(allowed, work, (d_q, d_key))
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        d_q, travelling, d_keys = carry
+        k, v, marks = travelling
+        keys = (_pieces(k, 2, columns), _pieces(v, 2, columns), marks)
+
+        def row(d_keys: Any, each: Any) -> Any:
+            d_q, query = each
+
+            def column(d_q: Array, each: Any) -> Any:
+                key, d_key = each
+                return block(d_q, d_key, query, key)
+
+            d_q, d_keys = jax.lax.scan(column, d_q, (keys, d_keys))
+            return d_keys, d_q
+
+        d_keys, d_q = jax.lax.scan(row, d_keys, (d_q, queries))
+        return (d_q, *_rotate((travelling, d_keys), axes, shards)), None
+
+    d_q = jnp.zeros((t // rows, b, n, rows, h), jnp.float32)
+    zeros = jnp.zeros((k.shape[2] // columns, b, k.shape[1], columns, h), jnp.float32)
+    carry = (d_q, (k, v, _cut_keys(mask, columns)), (zeros, zeros))
+    # after as many steps as there are devices, the gradients are back where their keys are
+    (d_q, _, (d_k, d_v)), _ = jax.lax.scan(step, carry, None, length=shards)
+    return (
+        _join(d_q, 2).astype(q.dtype),
+        _join(d_k, 2).astype(k.dtype),
+        _join(d_v, 2).astype(v.dtype),
+        None,
+    )
+
+
+_ring.defvjp(_forward, _backward)
