@@ -9,6 +9,7 @@ chunk of logits in memory.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -70,15 +71,16 @@ def chunked_loss(
     on each device.
     """
 
-    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
         def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
             hidden, targets, weights = x
             new, _ = _statistics(project(hidden, *parameters), targets, weights, config)
             return _add(sums, new), None
 
-        return _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+        sums, _ = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+        return sums, [], ()
 
-    sums, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights), None)
+    sums, _, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights))
     return sums["objective"], sums
 
 
@@ -91,19 +93,22 @@ def _forward(
     targets: Array,
     weights: Array,
 ) -> tuple[tuple[Array, Sums], tuple[list[Array], Array]]:
-    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
+    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
         def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
             h, t, w = x
             vjp: Any = jax.vjp(project, h, *parameters)
             logits, pullback = vjp
             new, log_z = _statistics(logits, t, w, config)
             d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
+            d_parameters = [g.astype(jnp.float32) for g in d_parameters]
             return _add(carry, (new, d_parameters)), d_hidden
 
-        return _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+        total, d_hidden = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
+        return (*total, (d_hidden,))
 
     xs = (hidden, targets, weights)
-    (sums, d_parameters), d_hidden = _on_each_device(rules, local, parameters, xs, hidden)
+    sums, d_parameters, (d_hidden,) = _on_each_device(rules, local, parameters, xs)
+    d_parameters = [g.astype(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)]
     return (sums["objective"], sums), (d_parameters, d_hidden)
 
 
@@ -124,29 +129,45 @@ chunked_loss.defvjp(_forward, _backward)
 
 
 def _on_each_device(
-    rules: Rules | None, local: Any, parameters: list[Array], xs: tuple[Array, ...], like: Any
-) -> tuple[Any, Any]:
-    """`local(parameters, xs) -> (sums, outputs)` of every device's own rows and part of the length;
-    sums are added up over devices once, at the end.
+    rules: Rules | None, local: Any, parameters: list[Array], xs: tuple[Array, ...]
+) -> tuple[Any, ...]:
+    """`local(parameters, xs) -> (sums, gradients of parameters, outputs like hidden)` of every
+    device's own rows and part of the length.
 
-    Left to the compiler, the gradient of the vocabulary matrix would be reduced in every chunk, and
-    a chunk of a sharded length would lie on some of the devices. Axes that shard neither stay with
-    the compiler. Outputs are like hidden, or None where `like` is.
+    Sums and gradients are added up over devices once, at the end, and each device keeps its part of
+    the gradients' embedding dimension. Left to the compiler, the gradient of the vocabulary matrix
+    would be reduced in every chunk, and a chunk of a sharded length would lie on some of the
+    devices. Axes that shard neither stay with the compiler.
     """
+    # matrices are used in the compute type: collected in it, they are half as many bytes
+    hidden = xs[0]
+    parameters = [p.astype(hidden.dtype) if p.ndim > 1 else p for p in parameters]
     rows = PartitionSpec() if rules is None else rules.spec("batch", "length")
     axes = _axes(rows)
     if rules is None or not axes:
         return local(parameters, xs)
+    shards = math.prod(rules.mesh.shape[axis] for axis in axes)
+    # with axes left to the compiler, jaxlib 0.10.2 ends the process at psum_scatter
+    width = hidden.shape[-1] if shards == rules.mesh.size and hidden.shape[-1] % shards == 0 else 0
+    kept = [p.shape.index(width) if width in p.shape else None for p in parameters]
 
-    def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, Any]:
-        sums, outputs = local(parameters, xs)
-        return jax.lax.psum(sums, axes), outputs
+    def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
+        sums, gradients, outputs = local(parameters, xs)
+        parts = [
+            jax.lax.psum(g, axes)
+            if dim is None
+            else jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
+            for g, dim in zip(gradients, kept, strict=False)
+        ]
+        return jax.lax.psum(sums, axes), parts, outputs
 
+    parts = [PartitionSpec() if d is None else PartitionSpec(*[None] * d, axes) for d in kept]
+    found = jax.eval_shape(local, parameters, xs)
     mapped = jax.shard_map(
         add_up,
         mesh=rules.mesh,
         in_specs=(PartitionSpec(), rows),
-        out_specs=(PartitionSpec(), None if like is None else rows),
+        out_specs=(PartitionSpec(), parts[: len(found[1])], rows),
         axis_names=set(axes),
         check_vma=False,
     )
@@ -195,8 +216,7 @@ def num_chunks(chunk_size: int, rows: int, length: int) -> int:
 def _projection(model: Model, params: Params, hidden: Array) -> tuple[Project, list[Array]]:
     """(logits as a function of hidden and parameters, the parameters that it reads).
 
-    Only these get a gradient that is carried from chunk to chunk. Matrices are in the compute type
-    already, so that collecting their shards moves no more bytes than needed.
+    Only these get a gradient that is carried from chunk to chunk.
     """
     leaves, structure = jax.tree.flatten(params)
 
