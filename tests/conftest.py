@@ -14,6 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Threads of XLA's CPU client, which are otherwise as many as devices or cores. A device runs what
+# doesn't depend on each other at once, and a collective holds its thread until all devices have
+# come: two that wait on one device then keep another one from ever starting, and XLA aborts.
+os.environ.setdefault("NPROC", "64")
 # One folder for this process and those that tests start, kept from run to run: a key is the hash of
 # the program, the flags and the versions.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache/xla")

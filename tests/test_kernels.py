@@ -149,6 +149,37 @@ def test_where_attended_is_saved_the_ring_does_not_turn_again_for_it(rules_on):
     assert saved == turns(policies.everything_saveable) < again
 
 
+def largest(jaxpr):
+    """The most numbers that any value of a jaxpr holds, inner ones included."""
+    inner = [
+        largest(getattr(leaf, "jaxpr", leaf))
+        for equation in jaxpr.eqns
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        if hasattr(leaf, "eqns")
+    ]
+    return max([v.aval.size for e in jaxpr.eqns for v in e.outvars] + inner, default=0)
+
+
+def test_layers_in_a_ring_keep_no_masks_of_all_pairs(rules_on, monkeypatch):
+    """They share the mask, which jax would take out of the loop over them, block by block."""
+    monkeypatch.setattr(ring, "BLOCK", 64)
+    length, layers = 512, 2
+    rules, tokens = rules_on(sequence=2), packed(length)
+    mask = self_mask(jax.tree.map(jnp.asarray, tokens))
+
+    def loss(x, scales):
+        def layer(x, scale):
+            how = {"kernel": "xla", "sequence_parallel": "ring", "scale": 1.0}
+            return kernels.attend(x * scale, x, x, mask, rules=rules, **how), None
+
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, scales)[0])
+
+    shape = (ROWS, HEADS, length, SIZE)
+    x, scales = jax.ShapeDtypeStruct(shape, jnp.float32), jnp.ones(layers)
+    found = largest(jax.make_jaxpr(jax.grad(loss))(x, scales).jaxpr)
+    assert found <= layers * np.prod(shape) < ROWS * length * length // 2
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 9}], ids=["plain", "window"])
 @pytest.mark.parametrize("prefix", [False, True])
 def test_what_cudnn_is_asked_for_is_the_equation(rules_on, monkeypatch, options, prefix):

@@ -86,6 +86,9 @@ def _where_seen(allowed: Array, work: Callable[[Any], Any], carry: Any) -> Any:
 
 def _forward(options: Any, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Array, Any]:
     axes, shards, scale, window, softcap = options
+    # Layers share the mask. Without this, jax takes what depends on it alone out of the loop over
+    # the layers, and keeps the blocks of all steps: [T, S] numbers for every head.
+    q, mask = jax.lax.optimization_barrier((q, mask))
     b, n, t, h = q.shape
     rows, columns = _block(t), _block(k.shape[2])
     queries = tuple(
@@ -140,6 +143,7 @@ def _forward(options: Any, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Ar
 def _backward(options: Any, residuals: Any, d_out: Array) -> Any:
     axes, shards, scale, window, softcap = options
     q, k, v, mask, out, log_sum = residuals
+    d_out, mask = jax.lax.optimization_barrier((d_out, mask))
     b, n, t, h = q.shape
     rows, columns = _block(t), _block(k.shape[2])
     weight = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
