@@ -126,7 +126,8 @@ def route(logits: Array, filled: Array, config: MoeConfig, bias: Array | None = 
     k = config.num_experts_per_token
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    _, chosen = jax.lax.top_k(ranked, k)
+    # not jax.lax.top_k, whose operand the compiler gathers: it cannot divide it over devices
+    chosen = jnp.argsort(ranked, axis=-1, descending=True, stable=True)[..., :k]
     if config.router == "topk_softmax":
         weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
     else:
