@@ -237,4 +237,4 @@ def lm_loss(
         sums[name] = value * sums["tokens"]
     for name, value in output.stats.items():
         sums[name] = value * sums["tokens"]
-    return objective, sums
+    return objective, {**sums, "objective": objective}

@@ -287,8 +287,10 @@ def test_spread_and_collect_are_transposes_of_each_other():
     np.testing.assert_array_equal(groups[order[: sum(sizes)]], np.sort(groups)[: sum(sizes)])
     slots = slots.reshape(8, 3)
     x, rows = rng.normal(size=(8, 2)), rng.normal(size=(24, 2))
-    left = np.sum(spread(x, order, slots) * rows)
-    assert left == pytest.approx(np.sum(x * collect(rows, order, slots)), rel=1e-5)
+    rows[order == 24] = 0  # a row that has no assignment is read by nobody
+    left = float(np.sum(spread(x, order, slots) * rows))
+    right = float(np.sum(x * collect(rows, order, slots)))
+    assert left == pytest.approx(right, rel=1e-5)
     plain, pulled = jax.vjp(lambda x: jnp.take(x, order // 3, axis=0, mode="fill", fill_value=0), x)
     np.testing.assert_array_equal(plain, spread(x, order, slots))
     [dx] = jax.vjp(lambda x: spread(x, order, slots), x)[1](rows.astype(plain.dtype))
@@ -365,19 +367,23 @@ def test_three_steps_on_eight_devices_are_those_on_one(trained, mesh, dispatch):
         assert_same(facts["grad_norm"], other_facts["grad_norm"], TOLERANCE)
 
 
-def test_biases_move_by_their_rate_alone_and_spread_the_load(trained):
+def test_biases_move_by_their_rate_whatever_the_learning_rate(trained):
     moved = [state.params["layers"]["moe"]["selection_bias"] for _, state, _ in trained()]
-    assert set(np.unique(np.round(moved[0], 6))) <= {-0.01, 0.0, 0.01}
-    assert np.abs(moved[0]).max() == np.float32(0.01)
+    assert set(np.abs(moved[0]).flat) <= {np.float32(0.01), np.float32(0)}
+    assert moved[0].min() < 0 < moved[0].max()
     assert np.abs(moved[2] - moved[1]).max() == pytest.approx(0.01, rel=1e-4)
 
 
 def test_biases_do_not_show_in_the_norm_of_the_gradient(trained, make_experiment, packed_batch):
+    params = make_experiment(MODEL).init_state().params
+    del params["layers"]["moe"]["selection_bias"]
     experiment = make_experiment(MODEL | {"model.moe.selection_bias": False})
+    state = experiment.init_state().replace(params=params)
     batch = experiment.put(packed_batch(16, 32, 264, seed=0))
-    _, sums, facts = experiment.train_step(experiment.init_state(), batch)
-    assert float(facts["grad_norm"]) == pytest.approx(float(trained()[0][2]["grad_norm"]), rel=1e-6)
-    assert float(sums["loss"]) == pytest.approx(float(trained()[0][0]["loss"]), rel=1e-6)
+    _, sums, facts = experiment.train_step(state, batch)
+    other, _, biased = trained()[0]
+    assert float(facts["grad_norm"]) == pytest.approx(float(biased["grad_norm"]), rel=1e-6)
+    assert float(sums["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
 
 
 def test_terms_of_the_loss_are_per_token_and_statistics_are_not_in_it(trained):
@@ -429,7 +435,10 @@ def test_cached_decoding_is_the_whole_pass(tiny_decoder, pack):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"num_experts_per_token": 9}, r"moe.num_experts_per_token \(9\) .* moe.num_experts \(8\)"),
+        (
+            {"num_experts_per_token": 9},
+            r"moe.num_experts_per_token \(9\) must be in 1..moe.num_experts \(8\)",
+        ),
         ({"router": "hash"}, "moe.router must be one of softmax_topk.*'hash'"),
         ({"dispatch": "some"}, "moe.dispatch must be one of dropless, capacity"),
         ({"capacity_factor": 0.0}, "moe.capacity_factor must be positive"),

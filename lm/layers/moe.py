@@ -214,10 +214,11 @@ class Moe(nn.Module):
     def __call__(self, x: Array, filled: Array) -> tuple[jax.Array, Report]:
         """x: [B, T, D], filled: bool [B, T] -> ([B, T, D], report)."""
         c, e = self.config, self.config.num_experts
+        self.rules.check("config.model.moe", (e, self.embed_dim, self.mlp_dim), AXES["up"])
         init = initializer(self.init_std, self.embed_dim)
         router = parameter(self, "router", init, (self.embed_dim, e), ("embed", "expert"))
         router = self.rules.constrain(router, None, None)
-        bias = None
+        experts, bias = self._experts(), None
         if c.selection_bias:
             bias = parameter(self, "selection_bias", nn.initializers.zeros, (e,), (None,))
         # in float32, also where products of float32 default to less
@@ -225,7 +226,7 @@ class Moe(nn.Module):
         routing = route(logits, filled, c, bias)
         report = balance(routing, filled, c, bias)
         act, _ = ACTIVATIONS[self.activation]
-        inputs = (x, routing.chosen, routing.weights, self._experts(), act, self.rules)
+        inputs = (x, routing.chosen, routing.weights, experts, act, self.rules)
         if c.dispatch == "dropless":
             y = dropless(*inputs)
         else:
