@@ -96,6 +96,9 @@ class OptimizerConfig:
         None, "muon: peak learning rate of the matrices; unset: learning_rate."
     )
     muon_momentum: float = field(0.95, "muon: decay of the momentum of the matrices.")
+    bias_rate: float = field(
+        0.001, "Step of the selection biases of routers, against the load of their experts."
+    )
     ema_decay: float = field(
         0.0, "Decay of an average of the weights, used by evaluation; 0: none."
     )

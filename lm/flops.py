@@ -55,9 +55,15 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by group: embedding, positions, attention, mlp, norm, head; absent where none."""
+    """Parameters by group: embedding, positions, attention, mlp, router,
+    balance (selection biases), experts, norm, head; absent where none.
+
+    active: those that one token meets, of the experts the fraction that it is sent to; tables count
+    whole, as in the names of models (Mixtral's 12.9B, Qwen's A3B).
+    """
 
     groups: dict[str, int]
+    active: int
 
     @property
     def total(self) -> int:
@@ -89,13 +95,20 @@ def decoder(config: Any) -> Layout:
         "relative": c.relative_buckets * heads,
     }.get(c.positions, 0)
     table = c.vocab_size * embed
+    moe, experts = c.moe, c.moe.num_experts
+    mlp_size = moe.shared_mlp_dim if experts else c.mlp_size
+    share = moe.num_experts_per_token / experts if experts else 0.0
+    expert = (num_up + 1) * embed * c.expert_size
     weights = (
         Weight("embedding", table, uses=1.0 if c.tie_embeddings else 0.0),
         Weight("positions", positions),
         Weight("attention", layers * 2 * embed * (heads + kv_heads) * head, uses=1.0),
         Weight("attention", layers * attention_bias),
-        Weight("mlp", layers * (num_up + 1) * embed * c.mlp_size, uses=1.0),
+        Weight("mlp", layers * (num_up + 1) * embed * mlp_size, uses=1.0),
         Weight("mlp", layers * mlp_bias),
+        Weight("router", layers * embed * experts, uses=1.0),
+        Weight("balance", layers * experts * moe.selection_bias),
+        Weight("experts", layers * experts * expert, uses=share),
         Weight("norm", num_norms * embed * (1 + c.norm_bias) + layers * c.qk_norm * 2 * head),
         Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
     )
@@ -133,10 +146,13 @@ def layout(config: Any) -> Layout:
 def parameters(config: Any) -> ParameterCount:
     """The numbers of parameters of a model Config, equal to those of `model.init`."""
     groups: dict[str, int] = {}
+    active = 0
     for weight in layout(config).weights:
         if weight.count:
             groups[weight.group] = groups.get(weight.group, 0) + weight.count
-    return ParameterCount(groups)
+            experts = weight.group == "experts"
+            active += round(weight.count * weight.uses) if experts else weight.count
+    return ParameterCount(groups, active)
 
 
 def mean_keys(length: int, *, window: int | None = None, causal: bool = True) -> float:
@@ -161,6 +177,9 @@ def flops_per_token(
     included, and 4 S N H for each layer's scores and weighted values, where S is the mean number
     of keys that causality and window leave (`mean_keys`). Documents packed into a row see fewer
     still; that is not counted off, so MFU means the same for all data.
+
+    Experts count for the k that a token is sent to: places left empty by a capacity are not model
+    FLOPs, nor is what an uneven load makes others wait for.
 
     full_square counts S = length instead, as appendix B of PaLM does (arXiv:2204.02311, 12 L H Q
     T for training), and with it most published MFU. Compare like with like: on scores without
@@ -199,7 +218,8 @@ def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
     matrices = sum(w.count for w in layout(config).weights if w.uses and w.group not in TABLES)
     total = parameters(config).total
     of_matrix, of_other = OPTIMIZER_SLOTS[optimizer.name]
-    slots = of_matrix * matrices + of_other * (total - matrices)
+    steered = sum(w.count for w in layout(config).weights if w.group == "balance")  # stateless
+    slots = of_matrix * matrices + of_other * (total - matrices - steered)
     return FLOAT32_BYTES * (slots + (total if optimizer.ema_decay else 0))
 
 

@@ -241,7 +241,7 @@ def lm_loss(
     """(SUM to differentiate, additive sums) of one batch.
 
     The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of
-    auxiliary losses what to divide by it.
+    auxiliary losses and of the model's statistics what to divide by it.
     """
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
@@ -255,4 +255,6 @@ def lm_loss(
     for name, value in output.aux.items():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]
         sums[name] = value * sums["tokens"]
-    return objective, sums
+    for name, value in output.stats.items():
+        sums[name] = value * sums["tokens"]
+    return objective, {**sums, "objective": objective}

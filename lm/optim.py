@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from lm.config import OptimizerConfig, ScheduleConfig
 from lm.types import Params
 
-ROLES = ("matrix", "embedding", "vector")
+ROLES = ("matrix", "embedding", "vector")  # and balance, which no optimizer takes: see `steer`
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 MOMENT_DTYPES = ("float32", "bfloat16")
@@ -49,7 +49,7 @@ def check(config: OptimizerConfig) -> None:
             f"{LARGEST_BFLOAT16_DECAY} for config.optimizer.moment_dtype (bfloat16): smaller steps "
             "of an average are lost to its rounding"
         )
-    for path in ("learning_rate", "weight_decay", "clip_norm"):
+    for path in ("learning_rate", "weight_decay", "clip_norm", "bias_rate"):
         if getattr(config, path) < 0:
             raise ValueError(
                 f"config.optimizer.{path} must not be negative: {getattr(config, path)}"
@@ -94,6 +94,8 @@ def roles(boxed: Any) -> Any:
 
     def one(path: Any, leaf: nn.Partitioned) -> str:
         names = [n for n in leaf.names if n != "layers"]
+        if path[-1].key == "selection_bias":
+            return "balance"
         if path[-1].key == "bias" or len(names) < 2:
             return "vector"
         return "embedding" if "vocab" in names or None in names else "matrix"
@@ -119,7 +121,8 @@ def _muon_dimensions(boxed: Any) -> Any:
     def one(leaf: nn.Partitioned, role: str) -> MuonDimensionNumbers | optax.MaskedNode:
         if role != "matrix":
             return optax.MaskedNode()  # as `optax.partition` leaves them
-        dims = [i for i, name in enumerate(leaf.names) if name != "layers"]
+        stacked = ("layers", "expert")  # many matrices; a router's `expert` is a column of one
+        dims = [i for i, n in enumerate(leaf.names) if n not in stacked or i == leaf.value.ndim - 1]
         cut = 1 if leaf.names[dims[0]] == "embed" else len(dims) - 1
         return MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
 
@@ -144,6 +147,19 @@ def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientT
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def steer(
+    inner: optax.GradientTransformation, rate: float, kinds: Any
+) -> optax.GradientTransformation:
+    """`inner`, but parameters of the role `balance` move by `rate` against their gradient's sign.
+
+    They are selection biases of routers, and their gradient is the excess of each expert's load
+    (arXiv:2408.15664): neither clipping, decay nor the learning rate's schedule concern them.
+    """
+    labels = jax.tree.map(lambda role: "balance" if role == "balance" else "other", kinds)
+    sign = optax.chain(optax.scale_by_sign(), optax.scale(-rate))
+    return optax.partition({"balance": sign, "other": inner}, labels)
 
 
 class EmaState(NamedTuple):
@@ -313,4 +329,7 @@ def make_optimizer(
         ]
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
-    return optax.chain(track_norms(), *clip, *core, *average)
+    links = [track_norms(), *clip, *core]
+    if "balance" in jax.tree.leaves(kinds):
+        links = [steer(optax.chain(*links), config.bias_rate, kinds)]
+    return optax.chain(*links, *average)

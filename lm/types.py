@@ -56,7 +56,9 @@ class Output:
 
     hidden: Array  # [B, T, D], before the vocabulary projection, so that the loss can chunk
     cache: Cache | None = None
-    aux: dict[str, Array] = flax.struct.field(default_factory=dict)  # additive scalars
+    # scalars: terms of the loss per token, and what is reported beside it
+    aux: dict[str, Array] = flax.struct.field(default_factory=dict)
+    stats: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

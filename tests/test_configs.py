@@ -18,8 +18,9 @@ from lm.types import Tokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Parameters of the published checkpoints. gpt2, llama3, mistral, qwen3: the tensors of the Hugging
-# Face files; gemma3: KerasHub's text presets (keras_hub/src/models/gemma3/gemma3_presets.py).
+# Parameters of the published checkpoints. gpt2, llama3, mistral, mixtral, olmoe, qwen3,
+# qwen3_moe: the tensors of the Hugging Face files; gemma3: KerasHub's text presets
+# (keras_hub/src/models/gemma3/gemma3_presets.py).
 PUBLISHED = {
     "gpt2": {
         "124m": 124_439_808,
@@ -46,6 +47,10 @@ PUBLISHED = {
         "14b": 14_768_307_200,
         "32b": 32_762_123_264,
     },
+    "mixtral": {"8x7b": 46_702_792_704, "8x22b": 140_620_634_112},
+    "qwen3_moe": {"30b-a3b": 30_532_122_624, "235b-a22b": 235_093_634_560},
+    # 61,440 fewer than the checkpoint: norms of queries and keys are one head wide
+    "olmoe": {"1b-7b": 6_919_161_856 - 61_440},
     "gemma3": {
         "270m": 268_098_176,
         "1b": 999_885_952,
@@ -167,6 +172,9 @@ def shrink(model):
         head_dim=None if model.head_dim is None else 8,
         mlp_dim=None if model.mlp_dim is None else 48,
         window=None if model.window is None else 3,
+        moe=dataclasses.replace(model.moe, num_experts=8, num_experts_per_token=2, mlp_dim=16)
+        if model.moe.num_experts
+        else model.moe,
     )
 
 
@@ -205,6 +213,23 @@ def test_shapes_of_the_benchmark_are_those_of_the_script_it_is_compared_with():
     assert (config.data.length, config.data.batch_size) == (256, 16)
     assert not (m.norm_bias or m.qkv_bias or m.out_bias or m.mlp_bias) and m.activation == "gelu"
     assert (o.learning_rate, o.b1, o.b2, o.weight_decay, o.clip_norm) == (3e-4, 0.9, 0.95, 0.1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "name, size, billions",
+    [
+        ("mixtral", "8x7b", 12.9),
+        ("mixtral", "8x22b", 39.2),
+        ("olmoe", "1b-7b", 1.3),
+        ("qwen3_moe", "30b-a3b", 3.3),
+        ("qwen3_moe", "235b-a22b", 22.2),
+        ("qwen3", "8b", 8.2),  # dense: all of them
+    ],
+)
+def test_active_parameters_are_those_of_the_model_cards(name, size, billions):
+    model = resolve(load(name).get_config(size)).model
+    # Qwen cuts 3.35 off after the digit
+    assert flops.parameters(model).active / 1e9 == pytest.approx(billions, abs=0.06)
 
 
 def test_gemma_27b_scales_its_scores_by_the_width_of_an_undivided_head():

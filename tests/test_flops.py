@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lm import flops, optim
 from lm.config import MeshConfig, OptimizerConfig
 from lm.layers.mlp import ACTIVATIONS
+from lm.layers.moe import MoeConfig
 from lm.models import decoder
 from lm.sharding import make_rules
 from lm.types import Tokens
@@ -45,6 +46,19 @@ VARIANTS = {
     "parallel, post": {"parallel_block": True, "norm_placement": "post"},
     "relative": {"positions": "relative"},
     "windows": {"layer_pattern": ("local", "global"), "window": 5},
+    # with as many places as assignments, the products are those of the formula
+    "experts": {
+        "activation": "swiglu",
+        "moe": MoeConfig(
+            num_experts=8,
+            num_experts_per_token=2,
+            mlp_dim=24,
+            shared_mlp_dim=40,
+            dispatch="capacity",
+            capacity_factor=1.0,
+            selection_bias=True,
+        ),
+    },
 }
 
 
@@ -106,6 +120,17 @@ def test_groups_are_the_parts_of_the_parameter_tree():
     assert groups["attention"] + groups["mlp"] + groups["norm"] == size["layers"] + size["norm"]
 
 
+def test_experts_are_a_group_of_their_own():
+    layers = nn.meta.unbox(boxed_params(build(variant("experts"))))["layers"]
+    size = {name: sum(x.size for x in jax.tree.leaves(v)) for name, v in layers["moe"].items()}
+    groups = flops.parameters(variant("experts")).groups
+    assert groups["experts"] == size["up"] + size["gate"] + size["down"]
+    assert groups["mlp"] == size["shared"] and groups["router"] == size["router"]
+    assert groups["balance"] == size["selection_bias"]
+    count = flops.parameters(variant("experts"))
+    assert count.total - count.active == groups["experts"] * (8 - 2) / 8
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_flops_are_the_dot_products_of_the_traced_model(name):
     # XLA attention forms all T * T scores, so the full square is what the program holds.
@@ -117,7 +142,7 @@ def test_flops_are_the_dot_products_of_the_traced_model(name):
     assert product_flops(traced.jaxpr) == rows * length * expected
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped", "gated biases"])
+@pytest.mark.parametrize("name", ["plain", "grouped", "gated biases", "experts"])
 def test_backward_pass_has_twice_the_dot_products(name):
     config, (rows, length) = variant(name), (2, 16)
     model, inputs = build(config), tokens(2, 16)
@@ -131,12 +156,15 @@ def test_backward_pass_has_twice_the_dot_products(name):
     assert product_flops(traced.jaxpr) == rows * length * expected
 
 
-def test_flops_agree_with_the_compiler_where_products_dominate():
+@pytest.mark.parametrize("experts", [0, 4])
+def test_flops_agree_with_the_compiler_where_products_dominate(experts):
     # The compiler counts element-wise work too, and what GELU costs depends on how it is expanded:
     # with ReLU everything but the products is below 1%. It counts loops once: none here.
     config = dataclasses.replace(
         BASE, vocab_size=512, num_layers=2, embed_dim=256, activation="relu", scan_unroll=-1
     )
+    places = {"dispatch": "capacity", "capacity_factor": 1.0}  # as many as assignments
+    config = dataclasses.replace(config, moe=MoeConfig(num_experts=experts, mlp_dim=512, **places))
     model, inputs = build(config), tokens(2, 16)
     params = nn.meta.unbox(boxed_params(model))
     compiled = jax.jit(functools.partial(forward, model, inputs)).lower(params).compile()
@@ -221,8 +249,9 @@ def test_gated_activations_are_those_of_the_mlp():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.99])
-def test_optimizer_bytes_are_those_of_its_state(name, ema_decay):
-    config = variant("biases")
+@pytest.mark.parametrize("kind", ["biases", "experts"])
+def test_optimizer_bytes_are_those_of_its_state(kind, name, ema_decay):
+    config = variant(kind)
     optimizer = OptimizerConfig(name=name, ema_decay=ema_decay)
     boxed = boxed_params(build(config))
     tx = optim.make_optimizer(optimizer, boxed, 10)

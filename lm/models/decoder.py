@@ -21,6 +21,7 @@ from lm.layers.dot_product import Mask, self_mask
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
 from lm.layers.mlp import ACTIVATIONS, Mlp
+from lm.layers.moe import Moe, MoeConfig, Report
 from lm.layers.norm import KINDS as NORMS
 from lm.layers.norm import Norm
 from lm.layers.stack import REMAT, stack
@@ -38,6 +39,7 @@ class Config:
     num_kv_heads: int | None = field(None, "Key and value heads; unset: num_heads.")
     head_dim: int | None = field(None, "Width of a head; unset: embed_dim / num_heads.")
     mlp_dim: int | None = field(None, "Width of the MLP; unset: 4 * embed_dim.")
+    moe: MoeConfig = field(MoeConfig(), "Mixture of experts in place of the MLP.")
     activation: str = field("gelu", f"One of {', '.join(ACTIVATIONS)}.")
     norm: str = field("rms", "rms or layer.")
     norm_placement: str = field("pre", "pre, post (of 2017), or both (around each sublayer).")
@@ -90,6 +92,10 @@ class Config:
     @property
     def mlp_size(self) -> int:
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def expert_size(self) -> int:
+        return self.mlp_size if self.moe.mlp_dim is None else self.moe.mlp_dim
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -185,6 +191,12 @@ class Config:
             f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
             "local layers, and only they, need one",
         )
+        self.moe.check(need)
+        need(
+            not (self.moe.num_experts and self.mlp_bias),
+            f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
+            "no biases",
+        )
         for name in ("dropout", "attention_dropout"):
             need(
                 0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}"
@@ -200,7 +212,9 @@ class Config:
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream. Parameters: `attention` `mlp` and their norms."""
+    """Attention and MLP around a residual stream. Parameters: `attention`, `mlp` or `moe`, and
+    their norms.
+    """
 
     config: Config
     rules: Rules
@@ -210,7 +224,7 @@ class Block(nn.Module):
         return Norm(c.norm, c.norm_eps, c.norm_bias, jnp.dtype(c.dtype), name=name)
 
     @nn.compact
-    def __call__(self, carry: Any, per_layer: Any, context: Context) -> tuple[Any, None]:
+    def __call__(self, carry: Any, per_layer: Any, context: Context) -> tuple[Any, Report | None]:
         c = self.config
         x, cache = carry
         x = checkpoint_name(x, "input")
@@ -239,17 +253,14 @@ class Block(nn.Module):
             out_scale=out_scale,
             name="attention",
         )
-        mlp = Mlp(
-            embed_dim=c.embed_dim,
-            mlp_dim=c.mlp_size,
-            rules=self.rules,
-            activation=c.activation,
-            bias=c.mlp_bias,
-            dtype=dtype,
-            init_std=c.init_std,
-            out_scale=out_scale,
-            name="mlp",
-        )
+        shared = {"embed_dim": c.embed_dim, "rules": self.rules, "activation": c.activation}
+        shared |= {"dtype": dtype, "init_std": c.init_std, "out_scale": out_scale}
+        mlp: Moe | Mlp
+        if c.moe.num_experts:
+            mlp = Moe(mlp_dim=c.expert_size, config=c.moe, name="moe", **shared)
+        else:
+            mlp = Mlp(mlp_dim=c.mlp_size, bias=c.mlp_bias, name="mlp", **shared)
+        filled = context.masks[0].query_segments != 0
         dropout = nn.Dropout(c.dropout, deterministic=not context.train)
         before, after = c.norm_placement != "post", c.norm_placement == "both"
 
@@ -262,12 +273,16 @@ class Block(nn.Module):
         def scatter(x: Array) -> jax.Array:  # what it adds
             return self.rules.constrain(x, "batch", length, "act_embed")
 
+        def feed_forward(x: Array) -> tuple[jax.Array, Report | None]:
+            y, report = mlp(x, filled) if isinstance(mlp, Moe) else (mlp(gather(x)), None)
+            return scatter(y), report
+
         h = gather(self._norm("attention_norm")(x) if before else x)
         a, cache = attention(h, context, **per_layer, cache=cache)
         a = scatter(a)
         a = dropout(self._norm("attention_post_norm")(a) if after else a)
         if c.parallel_block:
-            m = scatter(mlp(h))
+            m, report = feed_forward(h)
             m = dropout(self._norm("mlp_post_norm")(m) if after else m)
             x = x + a + m
             if not before:
@@ -276,13 +291,13 @@ class Block(nn.Module):
             x = x + a
             if not before:
                 x = self._norm("attention_norm")(x)
-            m = scatter(mlp(gather(self._norm("mlp_norm")(x) if before else x)))
+            m, report = feed_forward(self._norm("mlp_norm")(x) if before else x)
             x = x + dropout(self._norm("mlp_post_norm")(m) if after else m)
             if not before:
                 x = self._norm("mlp_norm")(x)
         x = scatter(x)
         self.sow("intermediates", "hidden", x)
-        return (x, cache), None
+        return (x, cache), report
 
 
 class Decoder(nn.Module):
@@ -364,7 +379,7 @@ class Decoder(nn.Module):
             train=train,
         )
         layer_cache = None if cache is None else cache["layers"]
-        (x, layer_cache), _ = self.layers((x, layer_cache), self._per_layer(), context)
+        (x, layer_cache), reports = self.layers((x, layer_cache), self._per_layer(), context)
         if c.norm_placement != "post":
             x = self.norm(x)
         x = rules.constrain(x, "batch", "length", "act_embed")
@@ -373,7 +388,10 @@ class Decoder(nn.Module):
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
-        return Output(hidden=x, cache=cache)
+        if reports is None:
+            return Output(hidden=x, cache=cache)
+        report = reports.mean()
+        return Output(hidden=x, cache=cache, aux=report.aux, stats=report.stats)
 
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""

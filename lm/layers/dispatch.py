@@ -1,0 +1,320 @@
+"""Tokens to the experts that a router chose, and their weighted results back.
+
+Both ways are explicit about devices; what each of them receives, in tokens of the residual stream:
+
+    dropless       Each shard of experts (and of their width) gathers the tokens of all the shards
+                   beside it, applies the experts that are here to those tokens that chose them,
+                   and adds the results up where the tokens came from: (s - 1) times its own tokens
+                   over s shards, each way, whatever the load. Rows sent only where they are wanted
+                   would be k (s - 1) / s times at a balanced load, which is less for s > k.
+    with_capacity  Rows of C places for every expert are exchanged by an all-to-all, each way:
+                   capacity_factor * k * (s - 1) / s times its own tokens over s shards.
+
+The weights that FSDP divides are gathered before, and their gradients reduced and scattered after.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from lm.layers.grouped import collect, grouped_matmul, sort_by_group, spread
+from lm.sharding import Rules
+from lm.types import Array
+
+Experts = dict[str, jax.Array]  # up and, if gated, gate: [E, D, F], down: [E, F, D]
+Activation = Callable[[jax.Array], jax.Array]
+
+AXES = {
+    "up": ("expert", "embed", "mlp"),
+    "gate": ("expert", "embed", "mlp"),
+    "down": ("expert", "mlp", "embed"),
+}
+
+# Rows of one pass over what a shard of experts was sent, relative to a balanced load.
+ROOM = 1.25
+
+
+def _feed_forward(
+    rows: Array, experts: Experts, act: Activation, product: Callable[[Array, Array], jax.Array]
+) -> jax.Array:
+    up = checkpoint_name(product(rows, experts["up"]), "up")
+    if "gate" in experts:
+        up = act(checkpoint_name(product(rows, experts["gate"]), "gate")) * up
+    else:
+        up = act(up)
+    return product(up, experts["down"])
+
+
+def _on_shards(
+    apply: Callable[..., jax.Array],
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    experts: Experts,
+    rules: Rules,
+    *,
+    over: tuple[str, ...],
+) -> jax.Array:
+    """`apply(x, chosen, weights, experts)` on every device: [b, t, D] with the experts that it has.
+
+    It gets the tokens of all shards along the logical axes `over`, and what it makes of them is
+    added up over those shards.
+    """
+    if rules.mesh.size == 1:
+        return apply(x, chosen, weights, experts)
+    batch, length = _live(rules, "batch"), _length_axes(rules, x.shape[1])
+    # which dimension of the tokens an axis shards; those that shard none hold the same ones
+    place = {axis: 0 for axis in batch} | {axis: 1 for axis in length}
+    divided = dict.fromkeys(a for name in over for a in _live(rules, name))
+
+    def gather(a: Array) -> jax.Array:
+        for axis in reversed(divided):
+            if axis in place:
+                a = jax.lax.all_gather(a, axis, axis=place[axis], tiled=True)
+        return a
+
+    def add_up(a: Array) -> jax.Array:
+        for axis in divided:
+            if axis in place:
+                a = jax.lax.psum_scatter(a, axis, scatter_dimension=place[axis], tiled=True)
+            else:
+                a = jax.lax.psum(a, axis)
+        return a
+
+    def run(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
+        for axis in _live(rules, "embed"):
+            experts = {
+                name: jax.lax.all_gather(w, axis, axis=AXES[name].index("embed"), tiled=True)
+                for name, w in experts.items()
+            }
+        return add_up(apply(gather(x), gather(chosen), gather(weights), experts))
+
+    spec = PartitionSpec(batch, length)
+    layout = {name: rules.spec(*AXES[name]) for name in experts}
+    context = jax.sharding.get_abstract_mesh()
+    mesh = context if context.manual_axes else rules.mesh  # inside of another shard_map: its rest
+    # unchecked: kernels don't say over which axes their outputs vary
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        axis_names=set(mesh.axis_names) - set(context.manual_axes),
+        in_specs=(spec, spec, spec, layout),
+        out_specs=spec,
+        check_vma=False,
+    )(x, chosen, weights, experts)
+
+
+def _live(rules: Rules, logical: str) -> tuple[str, ...]:
+    """The mesh axes of a logical axis that have more than one device."""
+    return tuple(axis for axis in rules.axes(logical) if rules.mesh.shape[axis] > 1)
+
+
+def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
+    """The mesh axes of the length of the residual stream; one token isn't divided further."""
+    divides = length % rules.size("act_length") == 0
+    return _live(rules, "act_length" if divides else "length")
+
+
+# ---- dropless ----
+
+
+def dropless(
+    x: Array, chosen: Array, weights: Array, experts: Experts, act: Activation, rules: Rules
+) -> jax.Array:
+    """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
+    axes = _live(rules, "expert")
+
+    def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
+        # of n = b t tokens: [n, D], [n, k], [n, k]
+        flat, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+        if not axes:
+            return _sorted(act, rules.platform, flat, chosen, weights, experts).reshape(x.shape)
+        here = experts["up"].shape[0]
+        chosen = chosen - here * jax.lax.axis_index(axes)
+        chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)
+        tokens, k = chosen.shape
+        size = min(math.ceil(ROOM * tokens * k / rules.size("expert")), tokens * min(k, here))
+        y: Any = _in_passes(act, rules.platform, size, flat, chosen, weights, experts)
+        return y.reshape(x.shape)
+
+    return _on_shards(apply, x, chosen, weights, experts, rules, over=("expert", "mlp"))
+
+
+def _sorted(
+    act: Activation, platform: str, x: Array, chosen: Array, weights: Array, experts: Experts
+) -> jax.Array:
+    """All experts on all tokens [n, D], in one pass over their n k assignments."""
+    order, slots, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
+    product = functools.partial(grouped_matmul, platform, sizes=sizes)
+    rows = spread(x, order, slots.reshape(chosen.shape))
+    y = _feed_forward(rows, experts, act, product)
+    y = y * spread(weights.reshape(-1, 1), order, slots[:, None]).astype(y.dtype)
+    return collect(y, order, slots.reshape(chosen.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_passes(
+    act: Activation,
+    platform: str,
+    size: int,
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    experts: Experts,
+) -> jax.Array:
+    """Some experts on the tokens of all shards [n, D]; chosen: [n, k], E for those elsewhere.
+
+    How many assignments are for here is known only when it happens: from none to n min(k, E).
+    They are taken `size` at a time until none is left, so memory is that of a capacity of that
+    size, but what would be beyond it takes another pass instead of being dropped. The loop's
+    length being data, its gradient is written out: it computes each pass again.
+    """
+    order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
+    part = _passes(act, platform, size, order, sizes, chosen.shape[1])
+
+    def body(i: Array, out: jax.Array) -> jax.Array:
+        apply, token, assignment = part(i)
+        y = apply(_rows(x, token), _rows(weights.reshape(-1), assignment), experts)
+        return out.at[token].add(y.astype(out.dtype), mode="drop")
+
+    zeros = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(0, _count(sizes, size), body, zeros).astype(x.dtype)
+
+
+def _in_passes_backward(
+    act: Activation, platform: str, size: int, residuals: Any, dy: jax.Array
+) -> tuple[jax.Array, None, jax.Array, Experts]:
+    x, chosen, weights, experts = residuals
+    order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
+    part = _passes(act, platform, size, order, sizes, chosen.shape[1])
+    flat = weights.reshape(-1)
+
+    def body(i: Array, sums: Any) -> Any:
+        dx, d_flat, d_experts = sums
+        apply, token, assignment = part(i)
+        _, pullback = jax.vjp(apply, _rows(x, token), _rows(flat, assignment), experts)
+        d_rows, d_weight, d_part = pullback(_rows(dy, token))
+        dx = dx.at[token].add(d_rows.astype(dx.dtype), mode="drop")
+        d_flat = d_flat.at[assignment].add(d_weight, mode="drop")
+        return dx, d_flat, jax.tree.map(jnp.add, d_experts, d_part)
+
+    zeros = (
+        jnp.zeros(x.shape, jnp.float32),
+        jnp.zeros_like(flat),
+        jax.tree.map(jnp.zeros_like, experts),
+    )
+    dx, d_flat, d_experts = jax.lax.fori_loop(0, _count(sizes, size), body, zeros)
+    return dx.astype(x.dtype), None, d_flat.reshape(weights.shape), d_experts
+
+
+_in_passes.defvjp(
+    lambda act, platform, size, *arrays: (_in_passes(act, platform, size, *arrays), arrays),
+    _in_passes_backward,
+)
+
+
+def _passes(
+    act: Activation, platform: str, size: int, order: Array, sizes: Array, k: int
+) -> Callable[[Array], tuple[Any, jax.Array, jax.Array]]:
+    """i -> (what pass i applies to its rows, their tokens [size], their assignments [size])."""
+    none = order.shape[0]
+    padded = jnp.pad(order, (0, -none % size), constant_values=none)
+    ends = jnp.cumsum(sizes)
+
+    def part(i: Array) -> tuple[Any, jax.Array, jax.Array]:
+        start = i * size
+        assignment = jax.lax.dynamic_slice_in_dim(padded, start, size)
+        within = [jnp.clip(edge, start, start + size) for edge in (ends, ends - sizes)]
+        product = functools.partial(grouped_matmul, platform, sizes=within[0] - within[1])
+
+        def apply(rows: Array, weights: Array, experts: Experts) -> jax.Array:
+            y = _feed_forward(rows, experts, act, product)
+            return y * weights[:, None].astype(y.dtype)
+
+        return apply, assignment // k, assignment
+
+    return part
+
+
+def _count(sizes: Array, size: int) -> jax.Array:
+    return (jnp.sum(sizes) + size - 1) // size
+
+
+def _rows(a: Array, index: Array) -> jax.Array:
+    """a[index], zeros beyond the end."""
+    return jnp.take(a, index, axis=0, mode="fill", fill_value=0)
+
+
+# ---- capacity ----
+
+
+def with_capacity(
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    experts: Experts,
+    act: Activation,
+    rules: Rules,
+    *,
+    capacity: int,
+) -> jax.Array:
+    """[B, T, D] of x, chosen and weights as for `dropless`.
+
+    Of each row, every expert takes the first `capacity` tokens that chose it.
+    """
+    axes, length = _live(rules, "expert"), _live(rules, "length")
+    num_experts = experts["up"].shape[0]
+    # shards of the length divide the places: each fills its own from the whole row
+    room = -(-capacity // rules.size("length"))
+
+    def product(rows: Array, weight: Array) -> jax.Array:
+        return jnp.einsum("becd,edf->becf", rows, weight)
+
+    def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
+        b, t, k = chosen.shape
+        first = room * jax.lax.axis_index(length) if length else 0
+        places = functools.partial(_places, num_experts, capacity, first, room)
+        order, slots = jax.vmap(places)(chosen.reshape(b, -1))
+        rows = jax.vmap(spread)(x, order, slots.reshape(b, t, k))
+        rows = rows.reshape(b, num_experts, room, -1)
+        if axes:
+            rows = jax.lax.all_to_all(rows, axes, split_axis=1, concat_axis=0, tiled=True)
+        y = _feed_forward(rows, experts, act, product)
+        if axes:
+            y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
+        y = y.reshape(b, num_experts * room, -1)
+        factor = jax.vmap(spread)(weights.reshape(b, -1, 1), order, slots[..., None])
+        return jax.vmap(collect)(y * factor.astype(y.dtype), order, slots.reshape(b, t, k))
+
+    over = ("act_length", "length", "mlp")
+    return _on_shards(apply, x, chosen, weights, experts, rules, over=over)
+
+
+def _places(
+    num_experts: int, capacity: int, first: Array | int, room: int, chosen: Array
+) -> tuple[Array, Array]:
+    """(order [E * room], slots [T k]) of the choices of one row, int32 [T k], for the places first
+    .. first + room of all experts.
+
+    By token first and choice second: that a later token is there changes nothing for an earlier.
+    """
+    count = chosen.shape[0]
+    order, ranks, sizes = sort_by_group(chosen, num_experts)
+    starts = jnp.cumsum(sizes) - sizes
+    place = ranks - jnp.take(starts, chosen, mode="fill", fill_value=0)
+    taken = (chosen < num_experts) & (place < capacity)
+    taken &= (place >= first) & (place < first + room)
+    slots = jnp.where(taken, chosen * room + place - first, num_experts * room)
+    place = first + jnp.arange(room)
+    filled = place < jnp.minimum(sizes, capacity)[:, None]  # [E, room]
+    where = jnp.where(filled, starts[:, None] + place, count)
+    order = jnp.take(order, where, mode="fill", fill_value=count)
+    return order.reshape(-1), slots

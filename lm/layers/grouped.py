@@ -1,0 +1,102 @@
+"""Rows sorted by group, one matrix for each group, and the way there and back.
+
+A grouped product multiplies every row of a sorted array by the matrix of its group. An assignment
+is one of the R = n k pairs of a token and a choice, numbered token * k + choice; the assignment of
+row r is `order[r]` (n k: none), and the row of assignment a is `slots[a]` (R or more: none).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Tile of rows, columns in and columns out of the TPU's kernel for the gradient of the matrices: of
+# the products of bfloat16 a tile of [512, 1024] columns does as many for each byte read as the
+# chip's memory asks for, and fits its 16 MiB of vector memory twice.
+TILES = (512, 512, 1024)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_matmul(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x: [R, D] in groups of `sizes` [G] successive rows, times weights: [G, D, F] -> [R, F].
+
+    Rows beyond the groups may come back as anything, NaN among it: read none of them. `platform` is
+    that of the mesh (`Rules.platform`). Its own gradient: that of `jax.lax.ragged_dot` with respect
+    to the weights is, on TPU, a product of every row with every group, masked.
+    """
+    del platform
+    return jax.lax.ragged_dot(x, weights, sizes)
+
+
+def _forward(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
+    return grouped_matmul(platform, x, weights, sizes), (x, weights, sizes)
+
+
+def _backward(platform: str, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, weights, sizes = residuals
+    rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+    dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)
+    return dx, _weight_gradient(platform, x, dy, sizes).astype(weights.dtype), None
+
+
+def _weight_gradient(platform: str, x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x: [R, D] transposed times dy: [R, F] within each group: [G, D, F]."""
+    if platform == "tpu":
+        # imported here: other platforms need no Pallas for TPU
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        rows, width, out = TILES
+        pad = -x.shape[0] % rows
+        x, dy = (jnp.pad(a, ((0, pad), (0, 0))) for a in (x, dy))
+        tiling = (rows, min(width, x.shape[1]), min(out, dy.shape[1]))
+        return tgmm(x.T, dy, sizes, preferred_element_type=x.dtype, tiling=tiling)
+    rows_contracted = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return jax.lax.ragged_dot_general(x, dy, sizes, rows_contracted)
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(order [A], slots [A], sizes [num_groups]) of the groups: int32 [A] of assignments.
+
+    Assignments of group `num_groups` belong to none. Those of one group keep their order.
+    """
+    order = jnp.argsort(groups, stable=True)
+    rows = jnp.argsort(order)  # the inverse; a sort, as scatters are slow on TPU
+    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    count = groups.shape[0]
+    order = jnp.where(jnp.arange(count) < jnp.sum(sizes), order, count)
+    return order, jnp.where(groups < num_groups, rows, count), sizes
+
+
+@jax.custom_vjp
+def spread(x: jax.Array, order: jax.Array, slots: jax.Array) -> jax.Array:
+    """x: [n, D] -> the rows [R, D] of assignments; zeros where a row has none.
+
+    The transpose of `collect`; with both directions of the permutation at hand, neither needs a
+    scatter, which is slow on TPU and adds in no fixed order on GPU.
+    """
+    return jnp.take(x, order // (slots.size // x.shape[0]), axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def collect(rows: jax.Array, order: jax.Array, slots: jax.Array) -> jax.Array:
+    """rows: [R, D] -> [n, D], each token's sum over its `slots` [n, k], in float32."""
+    picked = jnp.take(rows, slots, axis=0, mode="fill", fill_value=0)  # [n, k, D]
+    return jnp.sum(picked, axis=1, dtype=jnp.float32).astype(rows.dtype)
+
+
+def _spread_backward(plan: Any, d_rows: jax.Array) -> tuple[jax.Array, None, None]:
+    return collect(d_rows, *plan), None, None
+
+
+def _collect_backward(plan: Any, d_x: jax.Array) -> tuple[jax.Array, None, None]:
+    return spread(d_x, *plan), None, None
+
+
+spread.defvjp(lambda x, *plan: (spread(x, *plan), plan), _spread_backward)
+collect.defvjp(lambda rows, *plan: (collect(rows, *plan), plan), _collect_backward)

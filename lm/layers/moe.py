@@ -1,0 +1,246 @@
+"""Mixtures of experts: a router picks the few MLPs that each token passes (arXiv:1701.06538).
+
+Every layer of a model is one: the stack scans a single body (models that interleave dense layers,
+or begin with some, are not expressible). Two ways to bring tokens to their experts:
+
+    dropless   sorted by expert and multiplied by grouped products (arXiv:2211.15841). No token is
+               dropped, whatever the load, and none sees another.
+    capacity   each expert takes up to C = capacity_factor * k * T / E tokens of a row of T, the
+               earliest ones, and the rest pass it by (arXiv:2006.16668, with its groups being
+               rows). Static shapes and an all-to-all of C tokens per expert and row; packed
+               neighbours do compete for places, but nobody with those that come later.
+
+Padding (segment 0) is routed to no expert: it takes no place and counts in no statistic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.config import field
+from lm.layers.dispatch import AXES, dropless, with_capacity
+from lm.layers.linear import initializer, parameter
+from lm.layers.mlp import ACTIVATIONS, Mlp
+from lm.sharding import Rules
+from lm.types import Array
+
+ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid")
+DISPATCHES = ("dropless", "capacity")
+
+# The gradient of a selection bias is how far its expert's load is above the mean, times this. The
+# optimizer takes its sign alone; so small, it shows in no norm of the gradient, and float32 still
+# holds it exactly.
+BIAS_GRADIENT = 2.0**-64
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    num_experts: int = field(0, "Experts in every layer; 0: one dense MLP instead.")
+    num_experts_per_token: int = field(2, "Experts that each token passes: the k of top-k.")
+    mlp_dim: int | None = field(None, "Width of an expert; unset: that of the dense MLP.")
+    shared_mlp_dim: int = field(0, "Width of a shared MLP that every token passes; 0: none.")
+    router: str = field(
+        "softmax_topk",
+        "softmax_topk: weights are probabilities of all experts; topk_softmax: of the chosen "
+        "ones; sigmoid: each expert's own.",
+    )
+    normalize: bool = field(True, "Divide the weights of a token's experts by their sum.")
+    scale: float = field(1.0, "Factor on the weights.")
+    dispatch: str = field("dropless", f"How tokens reach experts: {' or '.join(DISPATCHES)}.")
+    capacity_factor: float = field(
+        1.25, "capacity: places of an expert in a row, relative to a balanced load."
+    )
+    balance_loss: float = field(
+        0.0, "Coefficient of the load-balance loss, 1 at a balanced load (arXiv:2101.03961)."
+    )
+    z_loss: float = field(
+        0.0, "Coefficient of the router's log(Z)^2, against large logits (arXiv:2202.08906)."
+    )
+    selection_bias: bool = field(
+        False,
+        "A bias for each expert, on the selection alone, that optimizer.bias_rate moves against "
+        "its load (arXiv:2408.15664).",
+    )
+
+    def check(self, need: Callable[[bool, str], None]) -> None:
+        """Calls `need(condition, message)` for all that must hold, paths relative to the model's
+        config.
+        """
+        e, k = self.num_experts, self.num_experts_per_token
+        need(e >= 0, f"moe.num_experts must not be negative, got {e}")
+        need(
+            e == 0 or 1 <= k <= e,
+            f"moe.num_experts_per_token ({k}) must be in 1..moe.num_experts ({e})",
+        )
+        for name, known in (("router", ROUTERS), ("dispatch", DISPATCHES)):
+            value = getattr(self, name)
+            need(value in known, f"moe.{name} must be one of {', '.join(known)}, got {value!r}")
+        for name in ("mlp_dim", "scale", "capacity_factor"):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"moe.{name} must be positive, got {value}")
+        for name in ("shared_mlp_dim", "balance_loss", "z_loss"):
+            value = getattr(self, name)
+            need(value >= 0, f"moe.{name} must not be negative, got {value}")
+
+    def capacity(self, length: int) -> int:
+        """Places of each expert in a row of `length` tokens: C."""
+        balanced = length * self.num_experts_per_token / self.num_experts
+        return max(1, min(length, math.ceil(self.capacity_factor * balanced)))
+
+
+@flax.struct.dataclass
+class Report:
+    """What a layer says beside its output, float32 scalars: terms of the loss, and statistics."""
+
+    aux: dict[str, Array]
+    stats: dict[str, Array]
+
+    def mean(self) -> Report:
+        """The mean over layers, of reports stacked along a leading [L]."""
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), self)
+
+
+@flax.struct.dataclass
+class Routing:
+    """Where tokens go. Arrays follow [B, T]."""
+
+    logits: Array  # float32 [B, T, E]
+    scores: Array  # float32 [B, T, E]
+    chosen: Array  # int32 [B, T, k]; E for padding
+    weights: Array  # float32 [B, T, k]
+
+
+def route(logits: Array, filled: Array, config: MoeConfig, bias: Array | None = None) -> Routing:
+    """The experts of each token and their weights, by its logits: float32 [B, T, E].
+
+    filled: bool [B, T], False at padding. bias: [E], added to the scores for the choice alone.
+    """
+    k = config.num_experts_per_token
+    scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
+    ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    # not jax.lax.top_k, whose operand the compiler gathers: it cannot divide it over devices
+    chosen = jnp.argsort(ranked, axis=-1, descending=True, stable=True)[..., :k]
+    if config.router == "topk_softmax":
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
+    else:
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if config.normalize:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    nowhere = config.num_experts
+    chosen = jnp.where(filled[..., None], chosen, nowhere)
+    return Routing(logits, scores, chosen, config.scale * weights)
+
+
+@jax.custom_vjp
+def against_load(bias: Array, excess: Array) -> jax.Array:
+    """0, with the gradient `excess` with respect to `bias`, both float32 [E].
+
+    A term of the loss, and so summed over micro-batches and divided by tokens like all of it.
+    """
+    del bias, excess
+    return jnp.zeros((), jnp.float32)
+
+
+against_load.defvjp(
+    lambda bias, excess: (against_load(bias, excess), excess),
+    lambda excess, ct: (ct * excess, jnp.zeros_like(excess)),
+)
+
+
+def balance(
+    routing: Routing, filled: Array, config: MoeConfig, bias: Array | None = None
+) -> Report:
+    """Terms of the loss and statistics of a layer, over the tokens of the whole (micro-)batch.
+
+    The load-balance loss is E times the sum over experts of the fraction of assignments and the
+    mean probability (arXiv:2101.03961, equations 4 to 6, with k choices): products of means, so
+    that accumulating over micro-batches averages their losses and is not the loss of the batch.
+    """
+    e, k = config.num_experts, config.num_experts_per_token
+    tokens = jnp.maximum(jnp.sum(filled, dtype=jnp.float32), 1.0)
+    chose = routing.chosen[..., None] == jnp.arange(e)  # [B, T, k, E]
+    of_rows = jnp.sum(chose, axis=(1, 2), dtype=jnp.int32)  # [B, E]
+    count = jnp.sum(of_rows, axis=0).astype(jnp.float32)  # [E]
+    aux = {}
+    if config.balance_loss:
+        share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+        share = jnp.sum(share * filled[..., None], axis=(0, 1)) / tokens  # [E]
+        aux["balance_loss"] = config.balance_loss * e * jnp.sum(count * share) / (tokens * k)
+    if config.z_loss:
+        log_z = jax.nn.logsumexp(routing.logits, axis=-1)
+        aux["router_z_loss"] = config.z_loss * jnp.sum(jnp.square(log_z) * filled) / tokens
+    if bias is not None:
+        excess = BIAS_GRADIENT * (count - jnp.sum(count) / e) / (tokens * k)
+        aux["balance_loss"] = aux.get("balance_loss", 0.0) + against_load(bias, excess)
+    stats = {"expert_imbalance": e * jnp.max(count) / (tokens * k)}  # largest load over the mean
+    if config.dispatch == "capacity":
+        over = jnp.maximum(of_rows - config.capacity(filled.shape[1]), 0)
+        stats["expert_dropped"] = jnp.sum(over).astype(jnp.float32) / (tokens * k)
+    return Report(aux, stats)
+
+
+class Moe(nn.Module):
+    """A mixture of gated or plain MLPs. Parameters: `router` [D, E], `up` and `gate` [E, D, F],
+    `down` [E, F, D], `selection_bias` [E] and `shared` (an Mlp) where asked for.
+    """
+
+    embed_dim: int
+    mlp_dim: int
+    config: MoeConfig
+    rules: Rules
+    activation: str = "swiglu"
+    dtype: Any = jnp.float32
+    init_std: float | None = None
+    out_scale: float = 1.0
+
+    def _experts(self) -> dict[str, jax.Array]:
+        """The stacked matrices, in the type of the computation."""
+        d, f, e = self.embed_dim, self.mlp_dim, self.config.num_experts
+        wide, narrow = initializer(self.init_std, d), initializer(self.init_std, f, self.out_scale)
+        names = ("up", "gate") if ACTIVATIONS[self.activation][1] else ("up",)
+        weights = {n: parameter(self, n, wide, (e, d, f), AXES[n]) for n in names}
+        weights["down"] = parameter(self, "down", narrow, (e, f, d), AXES["down"])
+        return {name: weight.astype(self.dtype) for name, weight in weights.items()}
+
+    @nn.compact
+    def __call__(self, x: Array, filled: Array) -> tuple[jax.Array, Report]:
+        """x: [B, T, D], filled: bool [B, T] -> ([B, T, D], report)."""
+        c, e = self.config, self.config.num_experts
+        self.rules.check("config.model.moe", (e, self.embed_dim, self.mlp_dim), AXES["up"])
+        init = initializer(self.init_std, self.embed_dim)
+        router = parameter(self, "router", init, (self.embed_dim, e), ("embed", "expert"))
+        router = self.rules.constrain(router, None, None)
+        experts, bias = self._experts(), None
+        if c.selection_bias:
+            bias = parameter(self, "selection_bias", nn.initializers.zeros, (e,), (None,))
+        # in float32, also where products of float32 default to less
+        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision="highest")
+        routing = route(logits, filled, c, bias)
+        report = balance(routing, filled, c, bias)
+        act, _ = ACTIVATIONS[self.activation]
+        inputs = (x, routing.chosen, routing.weights, experts, act, self.rules)
+        if c.dispatch == "dropless":
+            y = dropless(*inputs)
+        else:
+            y = with_capacity(*inputs, capacity=c.capacity(x.shape[1]))
+        if c.shared_mlp_dim:
+            whole = self.rules.constrain(x, "batch", "length", "act_embed")
+            y = y + Mlp(
+                embed_dim=self.embed_dim,
+                mlp_dim=c.shared_mlp_dim,
+                rules=self.rules,
+                activation=self.activation,
+                dtype=self.dtype,
+                init_std=self.init_std,
+                out_scale=self.out_scale,
+                name="shared",
+            )(whole)
+        return y, report
