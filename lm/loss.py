@@ -133,7 +133,7 @@ def _on_each_device(
     a chunk of a sharded length would lie on some of the devices. Axes that shard neither stay with
     the compiler. Outputs are like hidden, or None where `like` is.
     """
-    rows = PartitionSpec() if rules is None else rules.spec("batch", "length")
+    rows = PartitionSpec() if rules is None else rules.spec("act_batch", "length")
     axes = _axes(rows)
     if rules is None or not axes:
         return local(parameters, xs)
