@@ -119,7 +119,8 @@ def diagnose(
 def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: int) -> Outcome:
     """What the step comes to in float32."""
     guard, k = experiment.config.guard, experiment.config.train.num_microbatches
-    if experiment.batch_size % (2 * k * experiment.rules.size("batch")) == 0:
+    parts = experiment.rules.size("batch") * experiment.model.num_microbatches
+    if experiment.batch_size % (2 * k * parts) == 0:
         k *= 2  # as activations take twice the memory
     other = experiment.variant({"model.dtype": "float32", "train.num_microbatches": k})
 
@@ -179,7 +180,7 @@ def _tokens(experiment: Experiment, params: Params, batch: Batch) -> tuple[Array
     variables = {"params": params}
     hidden = model.apply(variables, batch.inputs, encoder=batch.encoder, train=False).hidden
     size, length = batch.targets.shape
-    n = loss.num_chunks(chunk_size, size // experiment.rules.size("batch"), length)
+    n = loss.num_chunks(chunk_size, size // experiment.rules.size("act_batch"), length)
 
     def split(x: Array) -> Array:  # [B, T, ...] -> [n, B, T / n, ...]
         return jnp.moveaxis(x.reshape(size, n, -1, *x.shape[2:]), 1, 0)

@@ -25,6 +25,7 @@ from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
+from lm.layers import pipelining
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
@@ -42,9 +43,9 @@ class Experiment:
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         optim.check(c.optimizer)
         c.model.check(c.data.length)
-        self.batch_size = _batch_size(c, self.rules)
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
+        self.batch_size = _batch_size(c, self.rules, self.model.num_microbatches)
 
     def variant(self, changes: Mapping[str, Any]) -> Experiment:
         """The same on the same mesh with other values, {config path: value}."""
@@ -146,7 +147,7 @@ class Experiment:
         def everything(model: Any, tokens: Tokens) -> Array:
             return model.logits(model(tokens).hidden)
 
-        shape = (self.rules.size("batch"), self.rules.size("act_length"))
+        shape = (self.rules.size("act_batch"), self.rules.size("act_length"))
         zeros = jnp.zeros(shape, jnp.int32)
         tokens = Tokens(zeros, zeros, zeros)
         return self.model.init({"params": rng}, tokens, method=everything)["params"]
@@ -214,6 +215,7 @@ class Experiment:
 
     def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         """The loss of training: a SUM to differentiate, and additive sums."""
+        batch = pipelining.interleave(self.rules, self.model.num_microbatches, batch)
         return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
 
     def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
@@ -320,7 +322,7 @@ def _with_sharding(x: jax.ShapeDtypeStruct, s: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
 
-def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
+def _batch_size(config: configs.Config, rules: sharding.Rules, parts: int) -> int:
     d, k = config.data, config.train.num_microbatches
     if (d.batch_size is None) == (d.batch_size_per_device is None):
         raise ValueError(
@@ -335,10 +337,11 @@ def _batch_size(config: configs.Config, rules: sharding.Rules) -> int:
             f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
         )
     shards, axes = rules.size("batch"), "*".join(rules.axes("batch"))
-    if size % (shards * k):
+    if size % (shards * k * parts):
         raise ValueError(
             f"config.data.batch_size ({size}) must be divisible by mesh {axes} ({shards}) * "
             f"config.train.num_microbatches ({k})"
+            + (f" * config.model.pipeline.num_microbatches ({parts})" if parts > 1 else "")
         )
     shards, axes = rules.size("act_length"), "*".join(rules.axes("act_length"))
     if d.length % shards or d.length % rules.size("length"):
@@ -364,8 +367,10 @@ def load(
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = configs.from_json(path.read_text())
-    config.mesh = configs.default(**configs.names(config)).mesh
-    config.train.num_microbatches = 1
+    usual = configs.default(**configs.names(config))
+    config.mesh, config.train.num_microbatches = usual.mesh, 1
+    if "pipeline" in usual.model:
+        config.model.pipeline = usual.model.pipeline
     config.update_from_flattened_dict(dict(changes or {}))
     if config.data.batch_size is not None:
         config.data.batch_size = -(-config.data.batch_size // len(devices)) * len(devices)

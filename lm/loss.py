@@ -142,7 +142,7 @@ def _on_each_device(
     # matrices are used in the compute type: collected in it, they are half as many bytes
     hidden = xs[0]
     parameters = [p.astype(hidden.dtype) if p.ndim > 1 else p for p in parameters]
-    rows = PartitionSpec() if rules is None else rules.spec("batch", "length")
+    rows = PartitionSpec() if rules is None else rules.spec("act_batch", "length")
     axes = _axes(rows)
     if rules is None or not axes:
         return local(parameters, xs)

@@ -27,6 +27,8 @@ AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
 # between those the length of the residual stream (sequence parallelism of arXiv:2205.05198).
 DEFAULT_TABLE: dict[str, Any] = {
     "batch": ("data", "fsdp", "expert"),
+    # outside of the pipeline, where the embedding and the loss are shared out among stages
+    "act_batch": ("data", "fsdp", "expert", "stage"),
     "length": "sequence",
     "act_length": ("sequence", "tensor"),
     "act_embed": None,

@@ -43,7 +43,6 @@ RULES = {
     "lm.metrics": LEAF,
     "lm.generate": LEAF,
     "lm.hf": LEAF,
-    "lm.pipelining": LEAF,
     "lm.guard": (*LEAF, "lm.exits", "lm.phases", "lm.processes"),
     "lm.ledger": ("lm.exits",),
     "lm.goodput": ("lm.phases",),

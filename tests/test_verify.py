@@ -19,6 +19,7 @@ from lm.config import resolve
 
 ROOT = Path(__file__).parents[1]
 FSDP = {"data": 2, "fsdp": 4}
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}  # here gradients of the loss go through psum
 TENSOR = {"fsdp": 4, "tensor": 2}
 
 
@@ -53,7 +54,7 @@ def test_a_mesh_that_is_right_passes(check, mesh, changes):
 
 def test_a_missing_psum_is_found(check, monkeypatch):
     monkeypatch.setattr(loss.jax.lax, "psum", lambda x, axes: x)
-    assert "objective" in wrong(check(FSDP))
+    assert wrong(check(MIXED)) == {"objective", "gradient norm", "gradients", "parameters"}
 
 
 def test_a_mean_of_means_is_found(check, monkeypatch):
@@ -68,7 +69,7 @@ def test_a_mean_of_means_is_found(check, monkeypatch):
 
     psum = jax.lax.psum
     monkeypatch.setattr(loss.jax.lax, "psum", mean_of_means)
-    assert "gradients" in wrong(check(FSDP))
+    assert "gradients" in wrong(check(MIXED))
 
 
 def test_dropout_with_a_key_for_each_shard_is_found(check, monkeypatch):

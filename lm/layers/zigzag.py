@@ -77,5 +77,6 @@ def _exchange(x: Array, rules: Rules, *, back: bool) -> Any:
         moved = [jax.lax.ppermute(h, axes, r) for h, r in zip(halves, routes, strict=True)]
         return jnp.concatenate(moved if back else swap(*moved), axis=1)
 
-    spec = rules.spec("batch", "length", *(None,) * (x.ndim - 2))
+    rows = "act_batch" if back else "batch"  # what the model computes, and what it reads
+    spec = rules.spec(rows, "length", *(None,) * (x.ndim - 2))
     return shard_map(local, rules, in_specs=(spec,), out_specs=spec)(x)

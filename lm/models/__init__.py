@@ -1,13 +1,13 @@
 """Models: one file per architecture, each with a frozen `Config` and `build(config, rules) ->
 Model`.
 
-The contract (`lm.types.Model`) is one linen module with the fields `config` and `rules` and three
-methods:
+The contract (`lm.types.Model`) is one linen module with the fields `config` and `rules` and:
 
     model(inputs, *, encoder=None, cache=None, train=False) -> Output    hidden states, before the
                                                                          vocabulary projection
     model.logits(hidden) -> [B, T, V]                float32 logits of (a chunk of) them
     model.init_cache(batch_size, length) -> Cache    what generation carries
+    model.num_microbatches                           parts that it cuts the rows of a pass into
 
 `Config` has `check(length)`, which raises ValueError on sizes that don't fit together, naming the
 config path, and the properties `vocab_size` and `max_length` or fields of these names. It may offer

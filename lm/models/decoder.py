@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.config import field
 from lm.layers import cache as kv_cache
-from lm.layers import kernels, zigzag
+from lm.layers import kernels, pipelining, zigzag
 from lm.layers import positions as pe
 from lm.layers.attention import Attention, Context
 from lm.layers.dot_product import Mask, self_mask
@@ -80,6 +80,9 @@ class Config:
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
     scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+    pipeline: pipelining.PipelineConfig = field(
+        pipelining.PipelineConfig(), "How micro-batches pass the stages of the mesh."
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -361,7 +364,12 @@ class Decoder(nn.Module):
         elif c.positions == "sinusoidal":
             x = x + pe.sinusoids(inputs.positions, c.embed_dim).astype(x.dtype)
         length = "act_length" if cache is None else "length"
-        x = rules.constrain(x, "batch", length, "act_embed")
+        x = rules.constrain(x, "act_batch", length, "act_embed")
+        if self._is_pipelined(cache, train):
+            x, _ = self._pipelined(x, inputs, train, order)
+            x = x if c.norm_placement == "post" else self.norm(x)
+            x = rules.constrain(x, "act_batch", "length", "act_embed")
+            return Output(hidden=x if order == 1 else zigzag.unshuffle(x, rules))
         x = self.dropout(x, deterministic=not train)
 
         if cache is None:
@@ -371,18 +379,15 @@ class Decoder(nn.Module):
             masks = tuple(
                 Mask(inputs.segments, inputs.positions, s["segments"], s["positions"]) for s in seen
             )
-        context = Context(
-            masks=masks,
-            biases=tuple(self._bias(mask) for mask in masks),
-            **self._rotary(inputs.positions),
-            index=None if cache is None else cache["index"],
-            train=train,
-        )
+        biases = tuple(self._bias(mask) for mask in masks)
+        context = self._context(inputs, masks, biases, train)
+        if cache is not None:
+            context = context.replace(index=cache["index"])  # pyright: ignore
         layer_cache = None if cache is None else cache["layers"]
         (x, layer_cache), reports = self.layers((x, layer_cache), self._per_layer(), context)
         if c.norm_placement != "post":
             x = self.norm(x)
-        x = rules.constrain(x, "batch", "length", "act_embed")
+        x = rules.constrain(x, "act_batch", "length", "act_embed")
         if order > 1:
             x = zigzag.unshuffle(x, rules)
         if cache is not None:
@@ -397,8 +402,72 @@ class Decoder(nn.Module):
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
         x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
-        x = self.rules.constrain(x.astype(jnp.float32), "batch", "length", "vocab")
+        x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts that the rows of a forward pass are cut into."""
+        return self.config.pipeline.num_microbatches
+
+    def _is_pipelined(self, cache: Cache | None, train: bool) -> bool:
+        """Whether micro-batches make a difference: on several stages, and to what is drawn or
+        averaged for each in training. What layers `sow` is kept by the plain loop over layers.
+        """
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return False
+        stages = self.rules.size("layers")
+        if cache is not None and stages > 1:
+            raise ValueError(
+                f"generation keeps no cache on several stages: config.mesh.stage ({stages}) must "
+                "be 1, which any checkpoint can be restored to"
+            )
+        return stages > 1 or (train and self.num_microbatches > 1)
+
+    def _pipelined(
+        self, x: Array, inputs: Tokens, train: bool, order: int
+    ) -> tuple[jax.Array, Any]:
+        """(what the layers make of x: [B, T, D], micro-batch by micro-batch, the means over
+        micro-batches of the layers' outputs, [L, ...]).
+        """
+        c, rules, m = self.config, self.rules, self.num_microbatches
+        schedule = pipelining.make_schedule(c.pipeline, c.num_layers, rules)
+        x, rows = jax.tree.map(lambda a: pipelining.split(rules, m, a), (x, inputs))
+        x = self.dropout(x, deterministic=not train)
+        first = jax.tree.map(lambda a: a[0], rows)
+        biases = (self._bias(self_mask(first, order=order)),) * len(c.kinds)
+        block = Block(c, rules, parent=None)
+        # groups have the same kinds in the same places, and nothing else tells layers apart
+        per_layer = jax.tree.map(lambda a: a[: schedule.group_size], self._per_layer())
+
+        def prepare(tokens: Tokens, biases: Any) -> Context:
+            return self._context(
+                tokens, (self_mask(tokens, order=order),) * len(c.kinds), biases, train
+            )
+
+        def layer(params: Any, own: Any, x: Array, shared: Context, rng: Any) -> Any:
+            rngs = {} if rng is None else {"dropout": rng}
+            (x, _), outputs = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
+            return x, outputs
+
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)
+        draws = train and (c.dropout > 0 or c.attention_dropout > 0)
+        x, outputs = pipelining.pipeline(
+            layer,
+            prepare,
+            self.layers.variables["params"],
+            per_layer,
+            x,
+            rows,
+            biases,
+            schedule=schedule,
+            rules=rules,
+            rng=self.make_rng("dropout") if draws else None,
+            unroll=c.num_layers if c.scan_unroll == -1 else c.scan_unroll,
+        )
+        outputs = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs)
+        return pipelining.merge(rules, x), outputs
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `length` tokens of `batch_size` streams."""
@@ -423,6 +492,10 @@ class Decoder(nn.Module):
             "kind": jnp.asarray(kinds, jnp.int32) if several else None,
             "layer": jnp.asarray(places, jnp.int32),
         }
+
+    def _context(self, tokens: Tokens, masks: Any, biases: Any, train: bool) -> Context:
+        """What the layers share on tokens that continue nothing."""
+        return Context(masks, biases, **self._rotary(tokens.positions), index=None, train=train)
 
     def _rotary(self, where: Array) -> dict[str, Array | None]:
         c = self.config
@@ -465,7 +538,24 @@ class Decoder(nn.Module):
 
 
 def build(config: Config, rules: Rules) -> Decoder:
-    """Raises ValueError where attention can't be on this mesh what the config says."""
+    """Raises ValueError where the mesh can't do what the config says."""
+    schedule = pipelining.make_schedule(config.pipeline, config.num_layers, rules)
+    period = len(config.layer_pattern) if len(config.kinds) > 1 else 1
+    if schedule.num_stages > 1 and schedule.group_size % period:
+        raise ValueError(
+            f"config.model.layer_pattern ({period} layers) must divide the layers that a stage has "
+            f"in each repeat ({schedule.group_size}): config.model.num_layers "
+            f"({config.num_layers}) / (mesh stage ({schedule.num_stages}) * "
+            f"config.model.pipeline.num_repeats ({schedule.num_repeats})), so that all stages "
+            "run the same kind of layer at the same time"
+        )
+    if config.moe.num_experts and max(schedule.num_stages, schedule.num_microbatches) > 1:
+        raise ValueError(
+            f"config.model.moe.num_experts ({config.moe.num_experts}): experts exchange tokens "
+            "inside a layer, which the stages of a pipeline can't; config.mesh.stage "
+            f"({schedule.num_stages}) and config.model.pipeline.num_microbatches "
+            f"({schedule.num_microbatches}) must be 1"
+        )
     kernels.check(
         config.attention_kernel,
         config.sequence_parallel,
