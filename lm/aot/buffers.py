@@ -203,3 +203,9 @@ def _union(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((low, high))
     return merged
+
+
+def schedule(live_ranges: str) -> dict[str, int]:
+    """Positions of the instructions in the order in which they run, bodies of loops in place."""
+    found = re.findall(r"^    (\d+):([\w.\-]+)$", live_ranges, re.M)
+    return {name: int(position) for position, name in found}

@@ -24,9 +24,6 @@ _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_CALLED = re.compile(
-    r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%([\w.\-]+)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +135,15 @@ class Visit:
     instruction: Instruction
     computation: Computation
     times: float
-    fused: bool  # inside a fusion: its result is no buffer
+    outer: Instruction | None  # the fusion that it is inside of: its result is no buffer
+
+    @property
+    def op_name(self) -> str:
+        return self.instruction.op_name or (self.outer.op_name if self.outer else "")
+
+    @property
+    def frame(self) -> int:
+        return self.instruction.frame or (self.outer.frame if self.outer else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,27 +185,26 @@ class Module:
         """Every instruction that a step runs. Branches count in equal parts: which one runs is
         data.
         """
-        yield from self._walk(self.entry, 1.0, False)
+        yield from self._walk(self.entry, 1.0, None)
 
-    def _walk(self, computation: Computation, times: float, fused: bool) -> Iterator[Visit]:
+    def _walk(
+        self, computation: Computation, times: float, outer: Instruction | None
+    ) -> Iterator[Visit]:
         for instruction in computation.instructions.values():
-            yield Visit(instruction, computation, times, fused)
+            yield Visit(instruction, computation, times, outer)
             opcode = instruction.opcode
             if opcode == "while":
                 trips = times * self.trip_count(instruction, computation)
                 for role in ("body", "condition"):
-                    yield from self._walk(
-                        self.computations[instruction.called(role)], trips, fused
-                    )
+                    yield from self._walk(self.computations[instruction.called(role)], trips, outer)
             elif opcode == "conditional":
                 branches = instruction.branches
                 for branch in branches:
-                    yield from self._walk(self.computations[branch], times / len(branches), fused)
+                    yield from self._walk(self.computations[branch], times / len(branches), outer)
             elif opcode in ("call", "async-start", "fusion"):
                 inner = instruction.called("calls") or instruction.called("to_apply")
-                yield from self._walk(
-                    self.computations[inner], times, fused or opcode == "fusion"
-                )
+                within = outer or (instruction if opcode == "fusion" else None)
+                yield from self._walk(self.computations[inner], times, within)
 
     def trip_count(self, loop: Instruction, computation: Computation) -> int:
         """How often the body of a while loop runs: what the compiler noted, or the bound of its
