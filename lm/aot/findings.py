@@ -38,6 +38,7 @@ def warnings(
     return (
         *_involuntary(messages),
         *_full(plan),
+        *_doubled(collectives),
         *_replicated(plan, experiment),
         *_unsharded(plan, experiment),
         *_in_loss(experiment, collectives),
@@ -66,6 +67,19 @@ def _full(plan: Any) -> list[str]:
         share = plan.memory.total / plan.capacity
         return [f"HBM is {share:.1%} full: fragmentation at run time may not leave that much"]
     return []
+
+
+def _doubled(collectives: Sequence[Collective]) -> list[str]:
+    """All-gathers that became all-reduces. Seen on v5p for groups of 64 chips and more, never for
+    32: the all-gather of libtpu 0.0.42 does not span a torus of three dimensions.
+    """
+    found = [c for c in collectives if c.unsliced and c.bytes > MIB]
+    return [
+        f"all-gathers over {axis} ({size} devices) are compiled as all-reduces of zeros: "
+        f"{sum(c.bytes for c in found if c.axis == axis) / GIB:.2f} GiB a step, twice what gathers "
+        "would send"
+        for axis, size in dict.fromkeys((c.axis, c.size) for c in found)
+    ]
 
 
 def _replicated(plan: Any, experiment: Experiment) -> list[str]:
@@ -249,6 +263,15 @@ def _to_gain(plan: Any, experiment: Experiment) -> list[Advice]:
             )
         )
     tensor, fsdp = plan.mesh.get("tensor", 1), plan.mesh.get("fsdp", 1)
+    state = plan.memory.groups.get("parameters", 0) + plan.memory.groups.get("optimizer", 0)
+    if any("as all-reduces of zeros" in w for w in plan.warnings) and fsdp >= 64 and room > state:
+        found.append(
+            Advice(
+                "gathers over 32 devices stay gathers: half the bytes",
+                f"{_flag('mesh.data', plan.mesh.get('data', 1) * fsdp // 32)} "
+                f"{_flag('mesh.fsdp', 32)}",
+            )
+        )
     if "tensor" in binding and tensor > 1:
         found.append(
             Advice(

@@ -88,7 +88,7 @@ class Attribution:
         backward = [
             positions[name]
             for name, (instruction, _) in module.instructions.items()
-            if name in positions and "transpose(" in instruction.op_name
+            if name in positions and _is_backward(instruction)
         ]
         self._first_backward = min(backward, default=math.inf)
         self._last_backward = max(backward, default=-math.inf)
@@ -181,6 +181,15 @@ class Attribution:
 
     def _named_parameter(self, instruction: hlo.Instruction) -> bool:
         return instruction.op_name.startswith(("state.params", "params"))
+
+
+def _is_backward(instruction: hlo.Instruction) -> bool:
+    """A product of the backward pass. Not just any of its operations: zeros to add gradients to
+    may be made at the very start.
+    """
+    works = instruction.opcode in ("fusion", "dot", "convolution", "custom-call")
+    product = instruction.op_name.endswith("dot_general") or _is_kernel(instruction)
+    return works and product and "transpose(jvp(" in instruction.op_name
 
 
 def _is_kernel(instruction: hlo.Instruction) -> bool:

@@ -217,8 +217,9 @@ def analyse(
         compile_seconds=compiled.seconds,
     )
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)
+    plan = dataclasses.replace(plan, warnings=warnings)
     advice = findings.advice(plan, experiment) if decode is None else ()
-    return dataclasses.replace(plan, warnings=warnings, advice=advice)
+    return dataclasses.replace(plan, advice=advice)
 
 
 def _model_flops(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import textwrap
 
-from lm.aot import chips
 from lm.aot.memory import GROUPS, Line
 from lm.aot.plan import Plan
 
@@ -96,11 +95,11 @@ def _traffic(plan: Plan) -> str:
     for t in plan.transfers:
         if t.bytes < scale / 1000:
             continue
-        seconds = "?" if t.seconds is None else _seconds(t.seconds)
+        least = "?" if t.seconds is None else seconds(t.seconds)
         where = "network" if t.network else "links"
         rows.append(
             f"  {t.kind:20} {t.axis:14} {_bytes(t.bytes):>10}  {_bar(t.bytes / scale)} "
-            f"{t.count:6.0f} x {t.size:<4} {seconds:>9} {where:8} {t.source}"
+            f"{t.count:6.0f} x {t.size:<4} {least:>9} {where:8} {t.source}"
         )
     head = "traffic: what a device sends in a step, by collective and mesh axis (count x devices)"
     return "\n".join([head, *rows])
@@ -116,19 +115,18 @@ def _time(plan: Plan) -> str:
         return f"time: no published peaks for {plan.topology}\n  {flops}"
     longest = max(parts.values())
     rows = [
-        f"  {name:22} {_seconds(t):>10}  {_bar(t / longest)}"
+        f"  {name:22} {seconds(t):>10}  {_bar(t / longest)}"
         f"{'  binds' if name == plan.times.binding else ''}"
         for name, t in parts.items()
     ]
     least, most = plan.times.least, plan.times.most
-    lines = [f"  step {_seconds(least)} (all overlaps) to {_seconds(most)} (nothing does)"]
+    lines = [f"  step {seconds(least)} (all overlaps) to {seconds(most)} (nothing does)"]
     low, high = plan.mfu(most), plan.mfu(least)
     if low is not None and high is not None:
         lines[0] += f"; MFU {low:.1%} to {high:.1%}"
     rate = plan.tokens / most, plan.tokens / least
     lines.append(f"  {_count(rate[0])} to {_count(rate[1])} tokens/s; {flops}")
-    source = chips.CHIPS[plan.topology.split(":")[0].split("x", 1)[-1]].source if False else ""
-    return "\n".join(["time of a step, from published peaks", *rows, *lines, *([source] if source else [])])
+    return "\n".join(["time of a step, from published peaks", *rows, *lines])
 
 
 def _list(title: str, items: tuple[str, ...] | list[str]) -> str:
@@ -153,13 +151,14 @@ def _list(title: str, items: tuple[str, ...] | list[str]) -> str:
 
 def short(op: str) -> str:
     """The telling part of an operation's path."""
-    op = re.sub(r"state\.(params|opt_state)", r"\1", op)
-    op = re.sub(r"\['([^']*)'\]", r".\1", op)
     direction = "backward " if "transpose(" in op else ""
-    op = re.sub(r"^jit\([^)]*\)/|closed_call/|checkpoint/|while/body/", "", op)
-    op = re.sub(r"(transpose\()?jvp\(\w*\)\)?/", "", op)
-    op = op.replace("rematted_computation/", "again ")
-    return (direction + op)[-60:]
+    op = re.sub(r"^state\.", "", op)
+    op = re.sub(r"\['([^']*)'\]", r".\1", op)
+    op = re.sub(r"\bjit\(_train_step\)/|closed_call/|checkpoint/|while/body/|shard_map/", "", op)
+    op = re.sub(r"transpose\(jvp\([\w.]*\)\)/|jvp\([\w.]*\)/", "", op)
+    op = op.replace("rematted_computation/", "again: ")
+    words = (direction + op).split("/")
+    return "/".join(words[-4:]) if len(words) > 4 else direction + op
 
 
 def _bar(share: float) -> str:
@@ -177,7 +176,7 @@ def _bytes(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def _seconds(t: float) -> str:
+def seconds(t: float) -> str:
     if t >= 1:
         return f"{t:.2f} s"
     return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"

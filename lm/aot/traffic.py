@@ -37,6 +37,7 @@ class Collective:
     op: str
     source: str
     shape: str
+    unsliced: bool = False  # an all-gather that the compiler wrote as an all-reduce of zeros
 
     @property
     def size(self) -> int:
@@ -97,6 +98,7 @@ def collectives(
                 visit.op_name,
                 module.source(visit.frame, "/lm/"),
                 ", ".join(str(s) for s in instruction.shapes[:2]),
+                kind == "all-reduce" and _pads(visit, module),
             )
         )
     return found
@@ -107,6 +109,19 @@ def _keeps_a_slice(computation: hlo.Computation) -> bool:
     while root.opcode in ("bitcast", "copy", "convert", "reshape"):
         root = computation.operand(root)
     return root.opcode == "dynamic-slice"
+
+
+def _pads(visit: hlo.Visit, module: hlo.Module) -> bool:
+    """Whether an all-reduce adds shards that were put among zeros."""
+    for name in visit.instruction.operands:
+        operand = visit.computation.instructions.get(name)
+        while operand is not None and operand.opcode in ("copy-done", "copy-start", "bitcast"):
+            operand = visit.computation.operand(operand)
+        if operand is not None and operand.opcode == "fusion":
+            operand = module.computations[operand.called("calls")].root
+        if operand is None or operand.opcode != "dynamic-update-slice":
+            return False
+    return bool(visit.instruction.operands)
 
 
 def _pairs(attributes: str) -> list[tuple[int, int]]:
