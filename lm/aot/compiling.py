@@ -44,9 +44,8 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
     with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         sizes, host, refusal = {}, {}, ""
-        # a program from the cache of compilations would come without its dump
         cache = jax.config.jax_enable_compilation_cache
-        jax.config.update("jax_enable_compilation_cache", False)
+        _use_cache(False)  # a program from the cache of compilations comes without its dump
         try:
             with _ticking(label, start, show):
                 stats = lowered.compile(compiler_options=options).memory_analysis()
@@ -57,7 +56,7 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
             if "RESOURCE_EXHAUSTED" not in refusal:
                 raise ValueError(f"the compiler refuses this program: {refusal}") from None
         finally:
-            jax.config.update("jax_enable_compilation_cache", cache)
+            _use_cache(cache)
         seconds = time.monotonic() - start
         program = _dumped(folder, "after_optimizations.txt")
         assignment = _dumped(folder, "after_optimizations-buffer-assignment.txt")
@@ -76,6 +75,15 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
         tuple(written),
         seconds,
     )
+
+
+def _use_cache(wanted: bool) -> None:
+    """Turns jax's persistent cache on or off. It looks at its setting once, until it is reset."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    compilation_cache.reset_cache()
 
 
 def _dumped(folder: str, ending: str) -> str:

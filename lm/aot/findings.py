@@ -221,9 +221,7 @@ def _to_fit(plan: Any, experiment: Experiment) -> list[Advice]:
         )
     if c.optimizer.moment_dtype == "float32" and groups.get("optimizer", 0) / 2 > missing / 2:
         found.append(
-            Advice(
-                "store moments in half the bytes", _flag("optimizer.moment_dtype", "bfloat16")
-            )
+            Advice("store moments in half the bytes", _flag("optimizer.moment_dtype", "bfloat16"))
         )
     if remat != "full" and not any("remat" in a.flags for a in found):
         found.append(Advice("save only the inputs of layers", _flag("model.remat", "full")))
@@ -283,7 +281,7 @@ def _to_gain(plan: Any, experiment: Experiment) -> list[Advice]:
         size = plan.rows * 2
         found.append(
             Advice(
-                f"{binding} binds, and takes about as long for more tokens", 
+                f"{binding} binds, and takes about as long for more tokens",
                 _flag("data.batch_size", size),
             )
         )

@@ -32,7 +32,7 @@ GROUPS = {
     "temporaries": "everything else that is live at the peak",
     "idle": "gaps of the heap at the peak",
     "code": "instructions",
-    "compiler": "scratch inside of operations, alignment, and what the runtime reserves",
+    "unassigned": "what memory_analysis() adds to the buffers that the compiler assigned",
 }
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
 _MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")
@@ -62,9 +62,9 @@ class Memory:
     largest_temporary: tuple[Line, ...]  # of those in the heap at its peak
 
     @property
-    def attributed(self) -> int:
-        """Without what only the compiler's total shows."""
-        return self.total - self.groups.get("compiler", 0)
+    def assigned(self) -> int:
+        """What the compiler holds against the capacity before it refuses a program."""
+        return self.total - self.groups.get("unassigned", 0)
 
 
 class Attribution:
@@ -257,7 +257,7 @@ def measure(
         groups["code"] = s["generated_code"]
         stated = s["argument"] + s["output"] - s["alias"] + s["temp"]
         stated += s["generated_code"] if code_apart else 0
-        groups["compiler"] = max(0, stated - sum(groups.values()))
+        groups["unassigned"] = max(0, stated - sum(groups.values()))
     h = compiled.host_sizes
     host = h["argument"] + h["output"] - h["alias"] + h["temp"] if h else 0
     return Memory(

@@ -14,7 +14,7 @@ COLORS = {
     **{"parameters": "#1f4e79", "optimizer": "#2e75b6", "cache": "#5b9bd5", "batch": "#9dc3e6"},
     **{"outputs": "#bdd7ee", "gradients": "#c55a11", "saved activations": "#ed7d31"},
     **{"parameter copies": "#f4b183", "kernels": "#ffd966", "temporaries": "#ffe699"},
-    **{"idle": "#d9d9d9", "code": "#a6a6a6", "compiler": "#7f7f7f"},
+    **{"idle": "#d9d9d9", "code": "#a6a6a6", "unassigned": "#7f7f7f"},
 }
 KINDS = {
     **{"all-gather": "#2e75b6", "reduce-scatter": "#70ad47", "all-reduce": "#c55a11"},
@@ -88,13 +88,13 @@ def _times(axis: Any, plan: Plan) -> None:
         axis.set_axis_off()
         axis.set_title(f"time: no published peaks for {plan.topology}", loc="left", fontsize=10)
         return
+    parts = {n: t for n, t in parts.items() if t > plan.times.least / 200}
     names, values = list(parts), [t * 1e3 for t in parts.values()]
     places = range(1, len(names) + 1)
     binds = plan.times.binding
     axis.barh(places, values, 0.6, color=["#c55a11" if n == binds else "#9dc3e6" for n in names])
     low, high = plan.times.least * 1e3, plan.times.most * 1e3
     axis.barh(0, high - low, 0.35, left=low, color="#404040")
-    axis.plot([low, low], [-0.3, len(names) + 0.4], color="0.4", linestyle=":", linewidth=1)
     for place, value in zip(places, values, strict=True):
         axis.text(value, place, f" {report.seconds(value / 1e3)}", va="center", fontsize=9)
     mfu = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
@@ -104,7 +104,7 @@ def _times(axis: Any, plan: Plan) -> None:
     axis.text(high, 0, words, va="center", fontsize=9)
     axis.set_yticks(range(len(names) + 1), ["step", *names])
     axis.invert_yaxis()
-    axis.set_xlim(0, high * 1.45)
+    axis.set_xlim(0, high * 1.6)
     axis.set_xlabel("ms of a step, at published peaks")
     _bare(axis, f"time: {binds} binds")
 

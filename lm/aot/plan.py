@@ -83,7 +83,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.refusal and (self.capacity is None or self.memory.total <= self.capacity)
+        room = self.capacity is None or self.memory.assigned <= self.capacity
+        return room and not self.refusal
 
     @property
     def headroom(self) -> int | None:

@@ -82,7 +82,9 @@ def _buffers(plan: Plan) -> str:
         ]
 
     largest = rows(plan.memory.largest)
-    temporary = rows(tuple(t for t in plan.memory.largest_temporary if t not in plan.memory.largest))
+    temporary = rows(
+        tuple(t for t in plan.memory.largest_temporary if t not in plan.memory.largest)
+    )
     more = ["largest of the rest of the heap", *temporary[:6]] if temporary else []
     return "\n".join(["largest buffers", *largest, *more])
 

@@ -145,13 +145,12 @@ def _first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
     """Positions of the first of the replica groups, in any of the forms in which XLA writes them:
 
     {{0,1},{2,3}}    [2,4]<=[8]    [4,2]<=[2,4]T(1,0)    mesh['a'=2,'b'=4] {'b'}
+    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
     """
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return tuple(int(n) for n in listed[1].split(","))
-    iota = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
-    )
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
         shape, dims = _numbers(iota[1]), _numbers(iota[2])
         ids = np.arange(math.prod(dims)).reshape(dims)
@@ -159,7 +158,7 @@ def _first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
             ids = ids.transpose(_numbers(iota[3]))
         return tuple(int(i) for i in ids.reshape(shape)[0])
     mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(?([^{]*?)\)?)? \{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     )
     if mesh:
         return _mesh_group(mesh[1], mesh[2] or "", mesh[3])
@@ -169,12 +168,12 @@ def _first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
 def _mesh_group(sizes_text: str, order: str, axes_text: str) -> tuple[int, ...]:
     sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", sizes_text)}
     ids = np.arange(math.prod(sizes.values()))
-    permuted = re.search(r"\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", order)
-    if permuted and permuted[2]:
-        base = np.arange(len(ids)).reshape(_numbers(permuted[2]))
-        ids = (base.transpose(_numbers(permuted[3])) if permuted[3] else base).reshape(-1)
-    elif permuted and len(_numbers(permuted[1])) == len(ids):
-        ids = np.array(_numbers(permuted[1]))
+    listed = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if listed and math.prod(_numbers(listed[1])) == len(ids):
+        ids = ids.reshape(_numbers(listed[1]))
+        ids = ids.transpose(_numbers(listed[2])) if listed[2] else ids
+    elif listed:
+        ids = np.array(_numbers(listed[1]))
     grid = ids.reshape(tuple(sizes.values()))
     index: list[slice | int] = [0] * len(sizes)
     names = list(sizes)
