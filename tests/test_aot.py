@@ -14,7 +14,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm import flops
-from lm.aot import buffers, compiling, hlo, memory, plan, report, topology, traffic, wires, work
+from lm.aot import (
+    buffers,
+    compiling,
+    hlo,
+    memory,
+    plan,
+    report,
+    search,
+    topology,
+    traffic,
+    wires,
+    work,
+)
+from lm.aot import estimate as estimating
 from lm.experiment import Experiment
 
 needs_tpu = pytest.mark.skipif(
@@ -400,3 +413,64 @@ def test_decode_is_planned_with_its_cache(make_config):
     )
     assert c["cache"] >= expected
     assert memory.GROUPS.keys() >= c.keys()
+
+
+# ---- search ----
+
+
+def test_every_candidate_divides_the_sizes_of_the_config(make_config):
+    config = make_config({"model.num_kv_heads": 2, "data.batch_size": 16})
+    found = list(search.candidates(config, 8))
+    assert {c["mesh.tensor"] for c in found} == {1, 2}  # of two kv heads
+    for c in found:
+        shards = c["mesh.data"] * c["mesh.fsdp"]
+        assert shards * c["mesh.tensor"] == 8
+        assert 16 % (shards * c["train.num_microbatches"]) == 0
+
+
+def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
+    target = topology.parse("v5e:2x4")
+
+    def of(changes=None, **axes):
+        e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
+        grid = [wires.Place(0, (i // 4, i % 4), 0) for i in range(8)]
+        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
+
+    saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
+    assert saving[0].memory < saving[1].memory < saving[2].memory
+    assert saving[0].parts["compute"] > saving[2].parts["compute"]
+    again = of({"train.num_microbatches": 2}, fsdp=8)
+    assert again.parts["fsdp"] == 2 * saving[2].parts["fsdp"]
+    assert of(fsdp=4, data=2).memory > of(fsdp=8).memory
+
+
+def test_the_search_names_a_winner_and_why_the_others_lost(small_plan, make_config):
+    """With plans of known times: the fastest that fits wins, one that doesn't never."""
+    base = small_plan[2][0]
+
+    def make(config, name):
+        tensor = config.mesh.tensor
+        times = dataclasses.replace(base.times, compute=1.0 + tensor, hbm=0.5, links={})
+        refusal = "too large" if config.mesh.fsdp == 4 else ""
+        return dataclasses.replace(base, times=times, refusal=refusal, capacity=2**40)
+
+    config = make_config({"model.dtype": "bfloat16", "model.num_kv_heads": 2})
+    found = search.judge(
+        [
+            search.Candidate(c, estimating.Estimate(0.0, {"compute": 1.0}), make(changed, ""))
+            for c in (
+                {"mesh.data": 1, "mesh.fsdp": 4},
+                {"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2},
+                {"mesh.data": 4, "mesh.fsdp": 1, "mesh.tensor": 1},
+            )
+            for changed in [search.changed(config, c)]
+        ],
+        {},
+    )
+    assert found.winner is not None and found.winner.changes["mesh.tensor"] == 1
+    assert found.winner.lost == ""
+    slower, refused = found.compiled[1:]
+    assert "compute takes 3.000 s, not 2.000 s" in slower.lost
+    assert refused.lost.startswith("does not fit")
+    page = report.search_page(found)
+    assert page.index("* --config.mesh.data=4") < page.index("--config.mesh.data=2")

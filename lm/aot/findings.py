@@ -174,7 +174,7 @@ def _padding(plan: Any, experiment: Experiment, topology: Topology) -> list[str]
                 f"config.model.{name} ({size}{of}) fills {shard / full:.0%} of tiles of {lanes}"
             )
     wasted = sum(line.padding for line in plan.memory.largest)
-    if wasted > 0.01 * plan.memory.total:
+    if wasted > max(0.01 * plan.memory.total, 64 * MIB):
         worst = max(plan.memory.largest, key=lambda line: line.padding)
         found.append(
             f"padding to tiles of {rows} x {lanes} takes {wasted / GIB:.2f} GiB of the largest "

@@ -58,7 +58,7 @@ class Instruction:
     def op_name(self) -> str:
         """The path of JAX scopes and primitives that the instruction came from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
     @functools.cached_property
     def frame(self) -> int:

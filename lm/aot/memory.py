@@ -96,7 +96,7 @@ class Attribution:
     def argument(self, allocation: Allocation) -> tuple[str, str]:
         """(group, path) of an argument."""
         instruction = self.module.entry.parameters[allocation.parameter or 0]
-        path = instruction.op_name.replace("\\'", "'")
+        path = instruction.op_name
         for prefix, group in (
             ("state.params", "parameters"),
             ("params", "parameters"),
@@ -114,6 +114,8 @@ class Attribution:
             return "kernels"
         if makers and all(self._is_parameter(m.name) for m in makers):
             return "parameter copies"
+        if makers and all(m.op_name.startswith("state.opt_state") for m in makers):
+            return "optimizer"
         dims = tuple(sorted(d for d in buffer.shape.dims if d > 1)) if buffer.shape else ()
         if dims in self._gradient_shapes and buffer.start <= self._last_backward:
             return "gradients"

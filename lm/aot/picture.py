@@ -31,7 +31,8 @@ def draw(plan: Plan, path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(13, 6.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.5))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1.0, 1.5))
+    left, right = parts
     _memory(left.subplots(), plan)
     times, traffic = right.subplots(2, 1)
     _times(times, plan)

@@ -130,16 +130,18 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
 
 def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
+    changes: dict[str, Any] = {
+        "data.tokenizer": "bytes",
+        "data.train": ("synthetic:random",),
+        "data.weights": (),
+        "data.validation": (),
+        "train.max_epochs": None,
+    }
+    c = configs.resolve(config)
+    if c.train.num_epochs is not None:  # data would have to say how many steps that is
+        changes |= {"train.num_epochs": None, "train.num_steps": 1000}
     config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.tokenizer = "bytes"
-        config.data.train = ("synthetic:random",)
-        config.data.weights = ()
-        config.data.validation = ()
-    if config.train.num_steps is None and config.train.num_tokens is None:
-        config.train.num_epochs = None
-        config.train.num_steps = 1000
-    config.train.max_epochs = None
+    config.update_from_flattened_dict(changes)
     return config
 
 

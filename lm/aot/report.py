@@ -7,6 +7,7 @@ import textwrap
 
 from lm.aot.memory import GROUPS, Line
 from lm.aot.plan import Plan
+from lm.aot.search import Found
 
 WIDTH = 100
 BAR = 24
@@ -36,6 +37,39 @@ def verdict(plan: Plan) -> str:
         return f"fits: {used} on each device, {_bytes(plan.headroom or 0)} free"
     least = "at least " if plan.refusal else ""
     return f"DOES NOT FIT: needs {least}{used}, {_bytes(-(plan.headroom or 0))} too much"
+
+
+def days(plan: Plan, tokens: float) -> str:
+    """How long a run of so many tokens takes."""
+    if not plan.times.least or plan.step != "train":
+        return f"no published peaks for {plan.topology}: no rate"
+    fast, slow = (tokens / plan.tokens * t / 86400 for t in (plan.times.least, plan.times.most))
+    rate = (plan.tokens / t * 86400 for t in (plan.times.most, plan.times.least))
+    daily = " to ".join(_count(r) for r in rate)
+    return f"{daily} tokens a day: {_count(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
+
+
+def search_page(found: Found) -> str:
+    """What a search compiled, the winner first, and why the others lost."""
+    rows = []
+    for candidate in found.compiled:
+        plan, guess = candidate.plan, candidate.estimate
+        mark = "* " if candidate is found.winner else "  "
+        rows.append(f"{mark}{candidate.flags}")
+        formula = f"by formula {_bytes(guess.memory)}, {seconds(guess.seconds)}"
+        if plan is not None and plan.fits:
+            low, high = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+            mfu = "" if low is None or high is None else f", MFU {low:.1%} to {high:.1%}"
+            rows.append(
+                f"      {_bytes(plan.memory.total)}, step {seconds(plan.times.least)} to "
+                f"{seconds(plan.times.most)}{mfu} ({formula})"
+            )
+        if candidate.lost:
+            rows.append(f"      {candidate.lost}" + ("" if plan and plan.fits else f" ({formula})"))
+    left = [f"  {count} candidates {reason}" for reason, count in found.pruned.items()]
+    head = "search: the fastest that fits (*), by the middle of its interval"
+    nothing = [] if found.winner else ["nothing that was compiled fits"]
+    return "\n".join([head, *rows, *left, *nothing, ""])
 
 
 def _title(plan: Plan) -> str:

@@ -10,6 +10,7 @@ https://jax-ml.github.io/scaling-book/sharding for the model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def path(topology: Topology, members: Sequence[Place]) -> Path:
         if len(at) < 2:
             continue
         ring = len(at) == length and chip.wraps > 0 and length % chip.wraps == 0
-        stride = min(b - a for a, b in zip(at, at[1:], strict=False))
+        stride = min(b - a for a, b in itertools.pairwise(at))
         links += 2.0 if ring else 1.0 / stride
         # of an all-to-all, bytes travel a quarter of a ring or a third of a line on average
         hops = max(hops, len(at) / 4 if ring else len(at) / 3)

@@ -130,7 +130,7 @@ def _custom_call(instruction: Instruction, computation: Computation) -> float | 
         # q and k: [B, T, N, H] in the layout of cuDNN; scores and values, each 2 B N T S H
         q = computation.operand(instruction, 0).shapes[0].dims
         k = computation.operand(instruction, 1).shapes[0].dims
-        scores = 2.0 * math.prod(q) * k[-3 if "Backward" not in target else -3]
+        scores = 2.0 * math.prod(q) * k[-3]
         return scores * (5 if "Backward" in target else 2)
     return None if any(n in target for n in ("tpu_custom_call", "triton")) else 0.0
 
@@ -155,7 +155,8 @@ def _moved(instruction: Instruction, computation: Computation, module: Module) -
             if o in computation.instructions
         )
         out = _hbm(instruction)
-        return float(read + (out - read if opcode.endswith("-start") and out > read else out))
+        # what starts a collective returns its input beside its result
+        return float(out if opcode.endswith("-start") and out > read else read + out)
     inner = module.computations[instruction.called("calls")]
     moved = 0.0
     for i, name in enumerate(instruction.operands):
