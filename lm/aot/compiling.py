@@ -44,7 +44,7 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
     with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         sizes, host, refusal = {}, {}, ""
-        cache = bool(jax.config.read("jax_enable_compilation_cache"))
+        cache = bool(jax.config.values["jax_enable_compilation_cache"])
         _use_cache(False)  # a program from the cache of compilations comes without its dump
         try:
             with _ticking(label, start, show):

@@ -117,7 +117,11 @@ class Attribution:
         if makers and all(m.op_name.startswith("state.opt_state") for m in makers):
             return "optimizer"
         dims = tuple(sorted(d for d in buffer.shape.dims if d > 1)) if buffer.shape else ()
-        if dims in self._gradient_shapes and buffer.start <= self._last_backward:
+        if (
+            dims in self._gradient_shapes
+            and buffer.start <= self._last_backward
+            and not any(_is_activation(m) for m in makers)
+        ):
             return "gradients"
         if buffer.start < self._first_backward <= buffer.stop:
             return "saved activations"
@@ -183,6 +187,12 @@ class Attribution:
 
     def _named_parameter(self, instruction: hlo.Instruction) -> bool:
         return instruction.op_name.startswith(("state.params", "params"))
+
+
+def _is_activation(instruction: hlo.Instruction) -> bool:
+    """Element-wise work inside of a module: of activations, whatever their shape."""
+    last = instruction.op_name.rpartition("/")[2]
+    return "/layers/" in instruction.op_name and last in ("mul", "add_any", "exp", "logistic", "div")
 
 
 def _is_backward(instruction: hlo.Instruction) -> bool:
