@@ -163,6 +163,35 @@ def test_groups_are_named_by_the_axes_that_they_span(group, axis):
     assert ("" if whole else "part of ") + "+".join(names) == axis
 
 
+def test_attributes_of_a_kernel_may_take_several_lines():
+    text = """HloModule m
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0), metadata={op_name="x"}
+  ROOT %k = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={
+"meta":"{block: 128}"
+}}, metadata={op_name="attend"}
+}
+"""
+    entry = hlo.parse(text).entry
+    assert entry.root.name == "k" and entry.root.op_name == "attend"
+
+
+def test_what_slices_send_each_other_is_read_from_their_hosts_transfers():
+    text = """HloModule m
+
+ENTRY %main (x: f32[8]) -> token[] {
+  %x = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  ROOT %s = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    [found] = traffic.collectives(hlo.parse(text), ("data", "fsdp"), (2, 4), slices=2)
+    assert (found.kind, found.axis, found.group) == ("all-reduce", "data", (0, 4))
+    assert found.bytes == 2 * 8 * 4 / 2
+
+
 # ---- work ----
 
 

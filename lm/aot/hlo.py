@@ -23,6 +23,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
+_CLOSING = re.compile(r"\}(?:, execution_thread=.*)?\s*$")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
@@ -301,19 +302,40 @@ def parse(text: str) -> Module:
     """The module of an HLO text, as `compiled.as_text()` gives it."""
     name = re.match(r"HloModule ([\w.\-]+)", text)
     computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if current is not None and line.startswith(" "):
+    entry = ""
+    current: Computation | None = None
+    for line in _logical_lines(text):
+        if current is not None and not _CLOSING.match(line):
             instruction = _instruction(line)
             if instruction:
-                computations[current].instructions[instruction.name] = instruction
+                current.instructions[instruction.name] = instruction
             continue
         opened = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
-        current = opened[2] if opened else None
-        if opened:
-            computations[opened[2]] = Computation(opened[2], {})
+        current = Computation(opened[2], {}) if opened else None
+        if opened and current is not None:
+            computations[opened[2]] = current
             entry = opened[2] if opened[1] else entry
     return Module(name[1] if name else "", computations, computations[entry], _frames(text))
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines of a module, where the attributes of an instruction may take several: those of a
+    kernel hold its own metadata as it was written.
+    """
+    kept: str | None = None
+    for line in text.splitlines():
+        if kept is not None and not (_HEAD.match(line) or _CLOSING.match(line)):
+            kept += line
+            continue
+        if kept is not None:
+            yield kept
+            kept = None
+        if _HEAD.match(line):
+            kept = line
+        else:
+            yield line
+    if kept is not None:
+        yield kept
 
 
 def _frames(text: str) -> dict[int, Frame]:

@@ -192,7 +192,13 @@ class Attribution:
 def _is_activation(instruction: hlo.Instruction) -> bool:
     """Element-wise work inside of a module: of activations, whatever their shape."""
     last = instruction.op_name.rpartition("/")[2]
-    return "/layers/" in instruction.op_name and last in ("mul", "add_any", "exp", "logistic", "div")
+    return "/layers/" in instruction.op_name and last in (
+        "mul",
+        "add_any",
+        "exp",
+        "logistic",
+        "div",
+    )
 
 
 def _is_backward(instruction: hlo.Instruction) -> bool:

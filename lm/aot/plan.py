@@ -189,7 +189,8 @@ def analyse(
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
     used = memory.measure(compiled, module, shapes, code_apart=target.chip.platform != "tpu")
-    found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
+    sizes = tuple(mesh.shape.values())
+    found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
     places = wires.places(target, mesh.devices.flatten().tolist())
     done = work.measure(module)
     needed = roofline.times(target, done, found, places, c.model.dtype)

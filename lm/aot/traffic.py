@@ -62,13 +62,22 @@ class Collective:
 
 
 def collectives(
-    module: hlo.Module, axis_names: Sequence[str], axis_sizes: Sequence[int]
+    module: hlo.Module, axis_names: Sequence[str], axis_sizes: Sequence[int], *, slices: int = 1
 ) -> list[Collective]:
-    """The collectives that a step runs, over a mesh of these axes; starts without their dones."""
+    """The collectives that a step runs, over a mesh of these axes; starts without their dones.
+
+    The outermost axis of the mesh crosses its `slices`; what goes between those is a transfer of
+    hosts, which libtpu (megascale) writes as a send.
+    """
     found = []
     for visit in module.walk():
         instruction = visit.instruction
         kind = instruction.opcode.removesuffix("-start")
+        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        if kind == "send" and between:
+            kind = between[1].lower().replace("_", "-")
+        else:
+            between = None
         if kind not in KINDS or not visit.times:
             continue
         inputs = [
@@ -76,7 +85,10 @@ def collectives(
             for o in instruction.operands
             if o in visit.computation.instructions
         ]
-        if kind == "collective-permute":
+        if between:  # a host sends for its chips to the same place in every other slice
+            group = tuple(range(0, math.prod(axis_sizes), math.prod(axis_sizes) // slices))
+            payload = inputs[0] * (slices if kind == "all-gather" else 1)
+        elif kind == "collective-permute":
             group = _longest_cycle(_pairs(instruction.attributes))
             payload = inputs[0]
         else:
