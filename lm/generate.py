@@ -101,10 +101,7 @@ class Generator:
                 f"config.model.vocab_size ({model.config.vocab_size}) must be at least the "
                 f"vocabulary of tokenizer {tokenizer.name} ({tokenizer.vocab_size})"
             )
-        # A step has one token per row: there is no length to shard, whatever training did.
-        table = tuple((n, None if n == "length" else axes) for n, axes in model.rules.table)
-        rules = dataclasses.replace(model.rules, table=table)
-        self.model: Model = cast(Any, model).clone(rules=rules)
+        self.model = without_length(model)  # whatever training did
         self.params, self.tokenizer = params, tokenizer
 
     def generate(
@@ -414,6 +411,44 @@ def _decode(
     start = (0, state, jnp.asarray(done), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     _, state, _, ids, logprobs = jax.lax.while_loop(unfinished, step, start)
     return state, rules.constrain(ids, None, None), rules.constrain(logprobs, None, None)
+
+
+def lower_decode(model: Model, params: Params, *, batch_size: int, length: int) -> Any:
+    """The loop of cached steps that `Generator` runs, greedy, lowered and ready to compile.
+
+    params: shapes with shardings. batch_size: rows; length: slots of their cache.
+    """
+    model = without_length(model)
+    ids, names = np.zeros((batch_size, 1), np.int32), np.zeros((2, batch_size), np.uint32)
+    # A prefill of nothing: its compiler says where the state lies.
+    arguments = (params, Tokens(ids, ids, ids), np.uint32(0), names)
+    empty = _prefill.lower(model, *arguments, length=length)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        empty.out_info,
+        empty.compile().output_shardings,
+    )
+    return _decode.lower(
+        model,
+        params,
+        state,
+        np.zeros(batch_size, bool),
+        np.int32(CHUNK),
+        np.zeros(3, np.float32),
+        chunk=CHUNK,
+        top_k=1,
+        nucleus=False,
+        eos_id=-1,
+        vocab_size=model.config.vocab_size,
+    )
+
+
+def without_length(model: Model) -> Model:
+    """The model with the length whole on every device: a step has one token for each row."""
+    table = tuple(
+        (n, None if n in ("length", "act_length") else axes) for n, axes in model.rules.table
+    )
+    return cast(Any, model).clone(rules=dataclasses.replace(model.rules, table=table))
 
 
 def choose(logits: Array, keys: Array, values: Array, *, top_k: int, nucleus: bool) -> jax.Array:

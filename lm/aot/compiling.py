@@ -1,0 +1,144 @@
+"""One compilation with everything that the compiler leaves behind: program, buffers, complaints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What is known of a program. One that does not fit has buffers, but no `sizes`."""
+
+    program: str  # optimized HLO
+    assignment: str  # XLA's buffer assignment
+    live_ranges: str
+    sizes: dict[str, int]  # bytes by field of memory_analysis()
+    host_sizes: dict[str, int]  # the same for memory of the host
+    refusal: str  # the compiler's words where the program doesn't fit
+    available: int | None  # bytes of memory that the refusal speaks of
+    messages: tuple[str, ...]  # what the compiler wrote while it ran
+    seconds: float
+
+
+def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -> Compiled:
+    """Compiles a lowered step; `show` gets a line with the time so far, once a second.
+
+    Raises:
+        ValueError: the compiler refuses the program for another reason than memory.
+    """
+    import jax
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        sizes, host, refusal = {}, {}, ""
+        cache = bool(jax.config.values["jax_enable_compilation_cache"])
+        _use_cache(False)  # a program from the cache of compilations comes without its dump
+        try:
+            with _ticking(label, start, show):
+                stats = lowered.compile(compiler_options=options).memory_analysis()
+            sizes = {n: int(getattr(stats, f"{n}_size_in_bytes")) for n in FIELDS}
+            host = {n: int(getattr(stats, f"host_{n}_size_in_bytes")) for n in FIELDS}
+        except jax.errors.JaxRuntimeError as error:
+            refusal = str(error)
+            if "RESOURCE_EXHAUSTED" not in refusal:
+                raise ValueError(f"the compiler refuses this program: {refusal}") from None
+        finally:
+            _use_cache(cache)
+        seconds = time.monotonic() - start
+        program = _dumped(folder, "after_optimizations.txt")
+        assignment = _dumped(folder, "after_optimizations-buffer-assignment.txt")
+        live_ranges = _dumped(folder, "after_optimizations-live-range.txt")
+        written = messages()
+    if not program or not assignment:
+        raise ValueError(f"the compiler left no program to look at: {refusal or 'no dump'}")
+    return Compiled(
+        program,
+        assignment,
+        live_ranges,
+        sizes,
+        host,
+        refusal,
+        _available(refusal),
+        tuple(written),
+        seconds,
+    )
+
+
+def _use_cache(wanted: bool) -> None:
+    """Turns jax's persistent cache on or off. It looks at its setting once, until it is reset."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    compilation_cache.reset_cache()
+
+
+def _dumped(folder: str, ending: str) -> str:
+    """The largest dump of this kind: the step, beside which small modules may be compiled."""
+    found = list(Path(folder).glob(f"*{ending}"))
+    return max((path.read_text() for path in found), key=len, default="")
+
+
+def _available(refusal: str) -> int | None:
+    """Bytes of HBM that a program may use, from "exceeds available HBM (15.75G)" or "of 15.75G"."""
+    found = re.search(r"(?:available HBM \(|of )([\d.]+)([KMGT])", refusal)
+    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return int(float(found[1]) * scale[found[2]]) if found else None
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
+    """Takes what libraries write to file descriptor 2; yields a function that returns the lines so
+    far.
+    """
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as taken:
+        os.dup2(taken.fileno(), 2)
+
+        def lines() -> list[str]:
+            taken.seek(0)
+            return taken.read().decode(errors="replace").splitlines()
+
+        try:
+            yield lines
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+@contextlib.contextmanager
+def _ticking(label: str, start: float, show: TextIO | None) -> Iterator[None]:
+    """Keeps one line of `show` saying how long it has taken."""
+    if show is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            show.write(f"\r{label}: compiling, {time.monotonic() - start:.0f} s ")
+            show.flush()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        show.write("\r\x1b[K")
+        show.flush()

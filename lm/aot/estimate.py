@@ -1,0 +1,113 @@
+"""Memory and time of a step by formula, in a millisecond: to leave out what isn't worth compiling.
+
+The arithmetic of a dense decoder: state in shards, what remat saves of each token and layer, two
+layers' gathered parameters, a chunk of logits; products at the peak, parameters over `fsdp`,
+activations over `tensor`, gradients over `data`. It knows no fusion, no fragmentation, no kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lm import flops, sharding
+from lm.aot import wires
+from lm.aot.topology import Topology
+from lm.config import Config
+
+HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+# FLOPs of a step with each policy over the model's: what the backward pass computes again
+AGAIN = {"none": 1.0, "dots": 1.03, "projections": 1.05, "attended": 1.3, "full": 1.33}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    memory: float  # bytes of a device
+    parts: dict[str, float]  # seconds: compute, and links or network by axis
+
+    @property
+    def seconds(self) -> float:
+        """Half of what could overlap does."""
+        return (max(self.parts.values()) + sum(self.parts.values())) / 2
+
+
+def saved(config: Any, remat: str) -> float:
+    """Values that the forward pass keeps of each token of a layer, by remat policy."""
+    c = config
+    heads, kv, width = c.num_heads * c.head_size, c.kv_heads * c.head_size, c.embed_dim
+    inner = (2 if c.activation in flops.GATED else 1) * c.mlp_size
+    projections = heads + 2 * kv + heads + inner
+    return {
+        "full": width,
+        "attended": width + heads,
+        "projections": width + projections,
+        "dots": 3 * width + projections,
+        "none": 6 * width + 2 * projections + c.mlp_size,
+    }.get(remat, width)
+
+
+def estimate(
+    config: Config,
+    batch_size: int,
+    topology: Topology,
+    rules: sharding.Rules,
+    *,
+    places: Sequence[wires.Place],
+) -> Estimate:
+    """Of the train step of a config on the mesh of `rules`, with its devices at `places`."""
+    mesh, c = rules.mesh.shape, config.model
+    count = flops.parameters(c)
+    tokens = batch_size * config.data.length / rules.size("batch") / mesh["sequence"]
+    micro = tokens / config.train.num_microbatches
+    tensor, stage, fsdp = mesh["tensor"], mesh["stage"], mesh["fsdp"]
+    shards = fsdp * tensor * stage
+    moments = flops.optimizer_bytes(c, config.optimizer)
+    if config.optimizer.moment_dtype == "bfloat16":
+        moments /= 2
+    held = count.total * FULL / shards
+    layer = count.non_embedding / c.num_layers / tensor
+    table = c.vocab_size * c.embed_dim / tensor
+    chunk = min(config.loss.chunk_size or micro, micro) * c.vocab_size / tensor
+    memory = (
+        (held if config.mesh.zero == 3 else held * fsdp)
+        + (moments / shards if config.optimizer.memory == "device" else 0.0)
+        + held * (2 if config.train.num_microbatches > 1 else 1)
+        + micro * saved(c, c.remat) / tensor * c.num_layers / stage * HALF
+        + 4 * layer * HALF
+        + table * (HALF + FULL)
+        + 2 * chunk * FULL
+    )
+    peak = topology.chip.peak_flops(c.dtype)
+    if peak is None:
+        raise ValueError(f"no published peak for {topology.chip.name} in {c.dtype}")
+    done = flops.flops_per_token(c, config.data.length) * batch_size * config.data.length
+    parts = {"compute": done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak}
+    # gathered for the forward and the backward pass, and gradients scattered, per micro-batch
+    whole = count.total / tensor / stage * HALF
+    moved = {
+        "fsdp": 3 * config.train.num_microbatches * whole * (fsdp - 1) / fsdp,
+        "data": 2 * count.total / shards * FULL * (mesh["data"] - 1) / mesh["data"],
+        # gather and scatter around attention and MLP: forward, backward, and what is done again
+        "tensor": (8 + 4 * (c.remat == "full"))
+        * c.num_layers
+        / stage
+        * tokens
+        * c.embed_dim
+        * HALF,
+    }
+    moved["tensor"] *= (tensor - 1) / tensor
+    for axis, sent in moved.items():
+        if mesh[axis] > 1:
+            path = wires.path(topology, [places[i] for i in group(rules, axis)])
+            parts[axis] = sent / path.bandwidth if path.bandwidth else math.inf
+    return Estimate(memory, parts)
+
+
+def group(rules: sharding.Rules, axis: str) -> Sequence[int]:
+    """Positions in the mesh of the first group along one axis."""
+    sizes = list(rules.mesh.shape.values())
+    at = list(rules.mesh.shape).index(axis)
+    stride = math.prod(sizes[at + 1 :])
+    return range(0, stride * sizes[at], stride)

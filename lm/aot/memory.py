@@ -1,0 +1,307 @@
+"""HBM of a program by what it is for, at the moment when most is in use.
+
+Arguments are named by the state that they are. What is in the heap at its peak is told apart by
+what made it (a kernel, a cast or gather of parameters), by its shape (that of a parameter, or of a
+shard or a layer of one: a gradient) and by its life (from the forward into the backward pass: a
+saved activation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+from lm.aot import buffers as xla_buffers
+from lm.aot import hlo
+from lm.aot.buffers import Allocation, Buffer
+from lm.aot.compiling import Compiled
+
+# Every group, in the order of tables and pictures, and what is in it.
+GROUPS = {
+    "parameters": "parameters",
+    "optimizer": "state of the optimizer",
+    "cache": "keys and values of earlier tokens",
+    "batch": "inputs of the step",
+    "outputs": "results that share no memory with arguments",
+    "gradients": "gradients, whole or in part",
+    "saved activations": "what the forward pass keeps for the backward pass",
+    "parameter copies": "parameters gathered from other devices, or cast to the compute type",
+    "kernels": "results and scratch of custom kernels",
+    "temporaries": "everything else that is live at the peak",
+    "idle": "gaps of the heap at the peak",
+    "code": "instructions",
+    "unassigned": "what memory_analysis() adds to the buffers that the compiler assigned",
+}
+KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
+_MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")
+_MOVES = (*_MOVES, "all-gather", "all-gather-start", "all-gather-done", "dynamic-slice")
+_HOLDERS = ("parameter", "while", "tuple", "get-tuple-element", "conditional", "call")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One buffer of the report."""
+
+    bytes: int
+    shape: str
+    group: str
+    op: str  # the path of an argument, or of the operation that made it
+    source: str  # FILE:LINE of the project
+    padding: int  # bytes of these that hold no element
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    groups: dict[str, int]  # bytes of a device's HBM by group; absent where none
+    total: int  # their sum
+    stated: int | None  # by memory_analysis(); None where the program doesn't fit
+    host: int  # bytes of the host's memory for a device
+    largest: tuple[Line, ...]  # the ten largest buffers
+    largest_temporary: tuple[Line, ...]  # of those in the heap at its peak
+
+    @property
+    def assigned(self) -> int:
+        """What the compiler holds against the capacity before it refuses a program."""
+        return self.total - self.groups.get("unassigned", 0)
+
+
+class Attribution:
+    """What the values of a program are for."""
+
+    def __init__(
+        self,
+        module: hlo.Module,
+        live_ranges: str,
+        parameters: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        """parameters: (global shape, shape of a shard) of every parameter."""
+        self.module = module
+        self._loops = {
+            loop.called("body"): (loop, computation)
+            for loop, computation in module.instructions.values()
+            if loop.opcode == "while"
+        }
+        self._gradient_shapes = {s for p in parameters for s in _parts(*p)}
+        positions = xla_buffers.schedule(live_ranges)
+        backward = [
+            positions[name]
+            for name, (instruction, _) in module.instructions.items()
+            if name in positions and _is_backward(instruction)
+        ]
+        self._first_backward = min(backward, default=math.inf)
+        self._last_backward = max(backward, default=-math.inf)
+
+    def argument(self, allocation: Allocation) -> tuple[str, str]:
+        """(group, path) of an argument."""
+        instruction = self.module.entry.parameters[allocation.parameter or 0]
+        path = instruction.op_name
+        for prefix, group in (
+            ("state.params", "parameters"),
+            ("params", "parameters"),
+            ("state.opt_state", "optimizer"),
+            ("state.cache", "cache"),
+        ):
+            if path.startswith(prefix):
+                return group, path
+        return "batch", path
+
+    def group(self, buffer: Buffer) -> str:
+        """Of a buffer in the heap."""
+        makers = self.makers(buffer)
+        if any(m.opcode == "custom-call" and _is_kernel(m) for m in makers):
+            return "kernels"
+        if makers and all(self._is_parameter(m.name) for m in makers):
+            return "parameter copies"
+        if makers and all(m.op_name.startswith("state.opt_state") for m in makers):
+            return "optimizer"
+        dims = tuple(sorted(d for d in buffer.shape.dims if d > 1)) if buffer.shape else ()
+        if (
+            dims in self._gradient_shapes
+            and buffer.start <= self._last_backward
+            and not any(_is_activation(m) for m in makers)
+        ):
+            return "gradients"
+        if buffer.start < self._first_backward <= buffer.stop:
+            return "saved activations"
+        return "temporaries"
+
+    def makers(self, buffer: Buffer) -> list[hlo.Instruction]:
+        """The instructions that write a buffer, without those that only hand it on."""
+        found = (self.module.instructions.get(v.name) for v in buffer.values)
+        return [i for i, _ in (f for f in found if f) if i.opcode not in _HOLDERS]
+
+    def describe(self, buffer: Buffer) -> tuple[str, str]:
+        """(operation, FILE:LINE) that made a buffer: of several the one that updates it in a loop,
+        since the first only makes room.
+        """
+        makers = [m for m in self.makers(buffer) if m.op_name] or [
+            i
+            for i, _ in (
+                self.module.instructions[v.name]
+                for v in buffer.values
+                if v.name in self.module.instructions
+            )
+            if i.op_name
+        ]
+        if not makers:
+            return "", ""
+        chosen = max(makers, key=lambda m: ("while/body" in m.op_name, len(m.op_name)))
+        return chosen.op_name, self.module.source(chosen.frame, "/lm/")
+
+    def _is_parameter(self, name: str, depth: int = 0) -> bool:
+        """Whether a value is a parameter, moved, gathered or cast."""
+        if name not in self.module.instructions or depth > 40:
+            return False
+        instruction, computation = self.module.instructions[name]
+        if instruction.opcode == "parameter":
+            return computation is self.module.entry and self._named_parameter(instruction)
+        if instruction.opcode == "get-tuple-element":
+            holder = computation.operand(instruction)
+            if holder.opcode == "parameter" and computation.name in self._loops:
+                loop, outside = self._loops[computation.name]
+                initial = outside.operand(loop)
+                if initial.opcode != "tuple" or not self._is_invariant(
+                    computation, instruction.index
+                ):
+                    return False
+                return self._is_parameter(initial.operands[instruction.index], depth + 1)
+            return holder.opcode == "copy-start" and self._is_parameter(holder.name, depth + 1)
+        if instruction.opcode in _MOVES:
+            return self._is_parameter(instruction.operands[0], depth + 1)
+        if instruction.opcode == "fusion":
+            inner = self.module.computations[instruction.called("calls")]
+            if not all(_only_moves(i) for i in inner.instructions.values()):
+                return False
+            large = [o for o in instruction.operands if _elements(computation, o) > 1]
+            return bool(large) and all(self._is_parameter(o, depth + 1) for o in large)
+        return False
+
+    def _is_invariant(self, body: hlo.Computation, index: int) -> bool:
+        """Whether a loop hands part `index` of its carry on as it is."""
+        if body.root.opcode != "tuple":
+            return False
+        handed = body.operand(body.root, index)
+        return handed.opcode == "get-tuple-element" and handed.index == index
+
+    def _named_parameter(self, instruction: hlo.Instruction) -> bool:
+        return instruction.op_name.startswith(("state.params", "params"))
+
+
+def _is_activation(instruction: hlo.Instruction) -> bool:
+    """Element-wise work inside of a module: of activations, whatever their shape."""
+    last = instruction.op_name.rpartition("/")[2]
+    return "/layers/" in instruction.op_name and last in (
+        "mul",
+        "add_any",
+        "exp",
+        "logistic",
+        "div",
+    )
+
+
+def _is_backward(instruction: hlo.Instruction) -> bool:
+    """A product of the backward pass. Not just any of its operations: zeros to add gradients to
+    may be made at the very start.
+    """
+    works = instruction.opcode in ("fusion", "dot", "convolution", "custom-call")
+    product = instruction.op_name.endswith("dot_general") or _is_kernel(instruction)
+    return works and product and "transpose(jvp(" in instruction.op_name
+
+
+def _is_kernel(instruction: hlo.Instruction) -> bool:
+    return any(name in instruction.target for name in KERNELS)
+
+
+def _only_moves(instruction: hlo.Instruction) -> bool:
+    return instruction.opcode in (*_MOVES, "parameter", "constant", "fusion", "tuple", "iota")
+
+
+def _elements(computation: hlo.Computation, name: str) -> int:
+    found = computation.instructions.get(name)
+    return max((math.prod(s.dims) for s in found.shapes), default=0) if found else 0
+
+
+def _parts(whole: tuple[int, ...], shard: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Shapes, without order and ones, of a parameter with any of its sharded dimensions whole,
+    and of one of its slices along the first: a layer.
+    """
+    parts = set()
+    for dims in itertools.product(*({a, b} for a, b in zip(whole, shard, strict=True))):
+        for kept in (dims, dims[1:]) if len(dims) > 2 else (dims,):
+            parts.add(tuple(sorted(d for d in kept if d > 1)))
+    return parts
+
+
+def measure(
+    compiled: Compiled,
+    module: hlo.Module,
+    parameters: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    code_apart: bool,
+) -> Memory:
+    """The memory of a compiled step.
+
+    code_apart: the compiler's temporaries don't hold its code, as they do on TPU.
+    """
+    allocations = xla_buffers.parse(compiled.assignment, compiled.live_ranges)
+    attribution = Attribution(module, compiled.live_ranges, parameters)
+    groups = dict.fromkeys(GROUPS, 0)
+    lines: list[Line] = []
+    heap: list[Line] = []
+    for allocation in allocations:
+        if allocation.space != hlo.HBM or allocation.kind == "thread":
+            continue
+        if allocation.kind == "temporary":
+            found = list(_heap(allocation, attribution))
+            heap += found
+            for line in found:
+                groups[line.group] += line.bytes
+            groups["idle"] += allocation.size - sum(line.bytes for line in found)
+            continue
+        group, op = "temporaries", "constant"
+        if allocation.kind == "parameter":
+            group, op = attribution.argument(allocation)
+        elif allocation.kind == "output":
+            group, op = "outputs", "output"
+        groups[group] += allocation.size
+        shape = next((b.shape for b in allocation.buffers if b.size == allocation.size), None)
+        padding = allocation.size - shape.bytes if shape else 0
+        lines.append(Line(allocation.size, str(shape or ""), group, op, "", max(0, padding)))
+    stated = None
+    if compiled.sizes:
+        s = compiled.sizes
+        groups["code"] = s["generated_code"]
+        stated = s["argument"] + s["output"] - s["alias"] + s["temp"]
+        stated += s["generated_code"] if code_apart else 0
+        groups["unassigned"] = max(0, stated - sum(groups.values()))
+    h = compiled.host_sizes
+    host = h["argument"] + h["output"] - h["alias"] + h["temp"] if h else 0
+    return Memory(
+        groups={name: size for name, size in groups.items() if size},
+        total=sum(groups.values()),
+        stated=stated,
+        host=host,
+        largest=_ten([*lines, *heap]),
+        largest_temporary=_ten(heap),
+    )
+
+
+def _ten(lines: list[Line]) -> tuple[Line, ...]:
+    return tuple(sorted(lines, key=lambda line: -line.bytes)[:10])
+
+
+def _heap(allocation: Allocation, attribution: Attribution) -> Iterable[Line]:
+    """The buffers of a heap at its peak; those below a ten-thousandth of it as one."""
+    least = allocation.size // 10_000
+    small = 0
+    for buffer, size in xla_buffers.peak(allocation.buffers, least=least).buffers:
+        if buffer.shape is None or size < least:
+            small += size
+            continue
+        op, source = attribution.describe(buffer)
+        padding = max(0, buffer.size - buffer.shape.bytes)
+        yield Line(size, str(buffer.shape), attribution.group(buffer), op, source, padding)
+    if small:
+        yield Line(small, "", "temporaries", "small buffers", "", 0)

@@ -1,0 +1,147 @@
+"""A plan as one picture: memory against capacity, times against each other, traffic by axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.aot import report
+from lm.aot.memory import GROUPS
+from lm.aot.plan import Plan
+
+GIB = 2**30
+# One hue for what stays between steps, one for what a step makes, greys for what is overhead.
+COLORS = {
+    **{"parameters": "#1f4e79", "optimizer": "#2e75b6", "cache": "#5b9bd5", "batch": "#9dc3e6"},
+    **{"outputs": "#bdd7ee", "gradients": "#c55a11", "saved activations": "#ed7d31"},
+    **{"parameter copies": "#f4b183", "kernels": "#ffd966", "temporaries": "#ffe699"},
+    **{"idle": "#d9d9d9", "code": "#a6a6a6", "unassigned": "#7f7f7f"},
+}
+KINDS = {
+    **{"all-gather": "#2e75b6", "reduce-scatter": "#70ad47", "all-reduce": "#c55a11"},
+    **{"all-to-all": "#7030a0", "ragged-all-to-all": "#a86ed4", "collective-permute": "#ffc000"},
+    **{"collective-broadcast": "#7f7f7f"},
+}
+
+
+def draw(plan: Plan, path: str) -> None:
+    """Writes the picture of a plan to a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(13, 6.2), layout="constrained")
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1.0, 1.5))
+    left, right = parts
+    _memory(left.subplots(), plan)
+    times, traffic = right.subplots(2, 1)
+    _times(times, plan)
+    _traffic(traffic, plan)
+    color = "#2f7d32" if plan.fits else "#b00020"
+    name = plan.name or "plan"
+    figure.suptitle(f"{name} on {plan.topology}\n{report.verdict(plan)}", color=color, fontsize=12)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bare(axis: Any, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _memory(axis: Any, plan: Plan) -> None:
+    """One column, what stays at the bottom; names beside it, moved apart where they would touch."""
+    total = plan.memory.total / GIB
+    top = max(total, (plan.capacity or 0) / GIB) * 1.04
+    bottom, labels = 0.0, []
+    for group in GROUPS:
+        size = plan.memory.groups.get(group, 0) / GIB
+        if not size:
+            continue
+        axis.bar(0, size, 0.6, bottom=bottom, color=COLORS[group], edgecolor="white", linewidth=0.6)
+        if size > total / 400:
+            labels.append((bottom + size / 2, group, size))
+        bottom += size
+    at = -1.0
+    for middle, group, size in labels:
+        at = max(middle, at + top * 0.038)
+        axis.plot([0.3, 0.38], [middle, at], color="0.6", linewidth=0.7)
+        axis.text(0.4, at, f"{group}  {size:.2f}", va="center", fontsize=9)
+    if plan.capacity:
+        axis.axhline(plan.capacity / GIB, color="#b00020", linestyle="--", linewidth=1.2)
+        axis.text(
+            *(-0.34, plan.capacity / GIB, f"HBM {plan.capacity / GIB:.1f}"),
+            color="#b00020",
+            va="bottom",
+            fontsize=9,
+        )
+    axis.set_xlim(-0.35, 1.25)
+    axis.set_ylim(0, max(top, at * 1.05))
+    axis.set_xticks([])
+    axis.set_ylabel("GiB on each device, at the peak")
+    _bare(axis, f"memory: {total:.2f} GiB")
+
+
+def _times(axis: Any, plan: Plan) -> None:
+    """A bar for each time, and the step between all overlapped and nothing overlapped."""
+    parts = plan.times.parts()
+    if not parts:
+        axis.set_axis_off()
+        axis.set_title(f"time: no published peaks for {plan.topology}", loc="left", fontsize=10)
+        return
+    parts = {n: t for n, t in parts.items() if t > plan.times.least / 200}
+    names, values = list(parts), [t * 1e3 for t in parts.values()]
+    places = range(1, len(names) + 1)
+    binds = plan.times.binding
+    axis.barh(places, values, 0.6, color=["#c55a11" if n == binds else "#9dc3e6" for n in names])
+    low, high = plan.times.least * 1e3, plan.times.most * 1e3
+    axis.barh(0, high - low, 0.35, left=low, color="#404040")
+    for place, value in zip(places, values, strict=True):
+        axis.text(value, place, f" {report.seconds(value / 1e3)}", va="center", fontsize=9)
+    mfu = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+    words = f" {report.seconds(low / 1e3)} to {report.seconds(high / 1e3)}"
+    if mfu[0] is not None and mfu[1] is not None:
+        words += f", MFU {mfu[0]:.0%} to {mfu[1]:.0%}"
+    axis.text(high, 0, words, va="center", fontsize=9)
+    axis.set_yticks(range(len(names) + 1), ["step", *names])
+    axis.invert_yaxis()
+    axis.set_xlim(0, high * 1.6)
+    axis.set_xlabel("ms of a step, at published peaks")
+    _bare(axis, f"time: {binds} binds")
+
+
+def _traffic(axis: Any, plan: Plan) -> None:
+    """A bar for each mesh axis, of its collectives."""
+    sums: dict[str, float] = {}
+    for t in plan.transfers:
+        sums[t.axis] = sums.get(t.axis, 0.0) + t.bytes
+    axes = [a for a in sorted(sums, key=lambda a: -sums[a]) if sums[a] > max(sums.values()) / 1000]
+    if not axes:
+        axis.set_axis_off()
+        axis.set_title("traffic: none", loc="left", fontsize=10)
+        return
+    start = dict.fromkeys(axes, 0.0)
+    seen = set()
+    for t in plan.transfers:
+        if t.axis not in start or t.bytes < sums[t.axis] / 1000:
+            continue
+        label = None if t.kind in seen else t.kind
+        seen.add(t.kind)
+        size = t.bytes / GIB
+        axis.barh(
+            *(axes.index(t.axis), size, 0.6),
+            left=start[t.axis],
+            color=KINDS[t.kind],
+            edgecolor="white",
+            label=label,
+        )
+        start[t.axis] += size
+    for i, name in enumerate(axes):
+        axis.text(start[name], i, f" {start[name]:.2f} GiB", va="center", fontsize=9)
+    axis.set_yticks(range(len(axes)), axes)
+    axis.invert_yaxis()
+    axis.set_ylim(len(axes) - 0.4, -0.6)
+    axis.set_xlim(0, max(start.values()) * 1.2)
+    axis.set_xlabel("GiB that a device sends in a step")
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    _bare(axis, "traffic by mesh axis")

@@ -1,0 +1,330 @@
+"""The plan of a run: its real train step (or decode step), compiled for devices that are not here.
+
+    plan = make(config, "v5p:4x4x4")
+
+A Plan holds numbers and names only, and goes to JSON and back: `lm.aot.report` makes a page of it,
+`lm.aot.picture` a picture, `lm.aot.search` compares many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import ml_collections
+
+from lm import config as configs
+from lm import flops, generate
+from lm.aot import compiling, findings, hlo, memory, roofline, topology, traffic, wires, work
+from lm.aot.findings import Advice
+from lm.aot.memory import Line, Memory
+from lm.aot.roofline import Times
+from lm.aot.topology import Topology
+from lm.aot.work import Work
+from lm.experiment import Experiment
+
+LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """A decode step: one new token for each of `batch_size` rows with a cache of `length`."""
+
+    batch_size: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """All collectives of one kind over the same mesh axes."""
+
+    kind: str
+    axis: str
+    size: int  # devices of a group
+    count: float  # in a step
+    bytes: float  # that a device sends in a step
+    seconds: float | None  # at least
+    network: bool  # leaves the slice or the node
+    source: str  # of the largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    name: str  # of the config
+    topology: str
+    step: str  # train or decode
+    num_devices: int
+    num_chips: int
+    mesh: dict[str, int]  # axes larger than 1
+    rows: int  # of a step, all devices together
+    length: int
+    tokens: int  # that a step takes in
+    parameters: int
+    capacity: int | None  # bytes of a device's HBM
+    refusal: str  # the compiler's words where it doesn't fit
+    memory: Memory
+    transfers: tuple[Transfer, ...]
+    work: Work
+    model_flops: float | None  # of a step, for each device
+    peak_flops: float | None  # of a device
+    times: Times
+    warnings: tuple[str, ...]
+    advice: tuple[Advice, ...]
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        room = self.capacity is None or self.memory.assigned <= self.capacity
+        return room and not self.refusal
+
+    @property
+    def headroom(self) -> int | None:
+        """Bytes of HBM that are left; negative: that are missing."""
+        return None if self.capacity is None else self.capacity - self.memory.total
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs of a step of this length, as a part of the peak."""
+        if not seconds or self.model_flops is None or self.peak_flops is None:
+            return None
+        return self.model_flops / (seconds * self.peak_flops)
+
+    def to_json(self) -> str:
+        tree = dataclasses.asdict(self)
+        derived = {
+            "fits": self.fits,
+            "headroom": self.headroom,
+            "step_seconds": [self.times.least, self.times.most],
+            "mfu": [self.mfu(self.times.most), self.mfu(self.times.least)],
+            "binding": self.times.binding,
+        }
+        return json.dumps({**tree, "derived": derived}, indent=2)
+
+
+def from_json(text: str) -> Plan:
+    """The Plan that `to_json` wrote."""
+    tree = json.loads(text)
+    del tree["derived"]
+    m = tree["memory"]
+    m["largest"] = tuple(Line(**line) for line in m["largest"])
+    m["largest_temporary"] = tuple(Line(**line) for line in m["largest_temporary"])
+    tree["memory"] = Memory(**m)
+    tree["transfers"] = tuple(Transfer(**t) for t in tree["transfers"])
+    tree["work"] = Work(**_tuples(tree["work"]))
+    tree["times"] = Times(**_tuples(tree["times"]))
+    tree["advice"] = tuple(Advice(**a) for a in tree["advice"])
+    return Plan(**_tuples(tree))
+
+
+def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+
+
+def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
+    changes: dict[str, Any] = {
+        "data.tokenizer": "bytes",
+        "data.train": ("synthetic:random",),
+        "data.weights": (),
+        "data.validation": (),
+        "train.max_epochs": None,
+    }
+    c = configs.resolve(config)
+    if c.train.num_epochs is not None:  # data would have to say how many steps that is
+        changes |= {"train.num_epochs": None, "train.num_steps": 1000}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make(
+    config: ml_collections.ConfigDict,
+    name: str,
+    *,
+    config_name: str = "",
+    decode: Decode | None = None,
+    show: TextIO | None = None,
+) -> Plan:
+    """Compiles the step of `config` for the topology called `name`.
+
+    Raises:
+        ValueError: the config doesn't fit the mesh, or the topology or its compiler isn't there.
+    """
+    target = topology.parse(name)
+    devices = topology.devices(target)
+    experiment = Experiment(without_data(config), devices)
+    label = f"{config_name or 'step'} on {name}"
+    if decode is None:
+        lowered = experiment.lower_train_step()
+    else:
+        lowered = generate.lower_decode(
+            experiment.model,
+            experiment.abstract_params,
+            batch_size=decode.batch_size,
+            length=decode.length,
+        )
+    compiled = compiling.compile_step(lowered, label=label, show=show)
+    return analyse(experiment, target, compiled, config_name=config_name, decode=decode)
+
+
+def analyse(
+    experiment: Experiment,
+    target: Topology,
+    compiled: compiling.Compiled,
+    *,
+    config_name: str = "",
+    decode: Decode | None = None,
+) -> Plan:
+    """The Plan of a program that has been compiled, or refused for want of memory."""
+    c, mesh = experiment.config, experiment.rules.mesh
+    module = hlo.parse(compiled.program)
+    leaves = jax.tree.leaves(experiment.abstract_params)
+    shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
+    used = memory.measure(compiled, module, shapes, code_apart=target.chip.platform != "tpu")
+    sizes = tuple(mesh.shape.values())
+    found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
+    places = wires.places(target, mesh.devices.flatten().tolist())
+    done = work.measure(module)
+    needed = roofline.times(target, done, found, places, c.model.dtype)
+    rows = experiment.batch_size if decode is None else decode.batch_size
+    length = c.data.length if decode is None else decode.length
+    tokens = rows * length if decode is None else rows
+    plan = Plan(
+        name=config_name,
+        topology=target.name,
+        step="train" if decode is None else "decode",
+        num_devices=mesh.size,
+        num_chips=target.num_chips,
+        mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
+        rows=rows,
+        length=length,
+        tokens=tokens,
+        parameters=sum(math.prod(x.shape) for x in leaves),
+        capacity=compiled.available or target.chip.hbm or None,
+        refusal=compiled.refusal,
+        memory=used,
+        transfers=_transfers(found, target, places),
+        work=done,
+        model_flops=_model_flops(experiment, rows, length, decode),
+        peak_flops=target.chip.peak_flops(c.model.dtype),
+        times=needed,
+        warnings=(),
+        advice=(),
+        compile_seconds=compiled.seconds,
+    )
+    warnings = findings.warnings(plan, experiment, target, found, compiled.messages)
+    plan = dataclasses.replace(plan, warnings=warnings)
+    advice = findings.advice(plan, experiment) if decode is None else ()
+    return dataclasses.replace(plan, advice=advice)
+
+
+def _model_flops(
+    experiment: Experiment, rows: int, length: int, decode: Decode | None
+) -> float | None:
+    """Model FLOPs of a step, for each device."""
+    model, size = experiment.config.model, experiment.rules.mesh.size
+    if not flops.is_known(model):
+        return None
+    if decode is None:
+        return flops.flops_per_token(model, length) * rows * length / size
+    # a new token attends to every slot of the cache
+    one = flops.flops_per_token(model, length, training=False, full_square=True)
+    return one * rows / size
+
+
+def _transfers(
+    found: Sequence[traffic.Collective], target: Topology, places: Sequence[wires.Place]
+) -> tuple[Transfer, ...]:
+    groups: dict[tuple[str, str, bool], list[tuple[traffic.Collective, float | None]]] = {}
+    for collective in found:
+        path = wires.path(target, [places[i] for i in collective.group])
+        key = (collective.kind, collective.axis, path.network)
+        groups.setdefault(key, []).append((collective, wires.seconds(collective, path)))
+    transfers = []
+    for (kind, axis, network), members in groups.items():
+        seconds = [t for _, t in members]
+        transfers.append(
+            Transfer(
+                kind=kind,
+                axis=axis,
+                size=members[0][0].size,
+                count=sum(c.times for c, _ in members),
+                bytes=sum(c.bytes for c, _ in members),
+                seconds=None if None in seconds else sum(t or 0.0 for t in seconds),
+                network=network,
+                source=max((c for c, _ in members), key=lambda c: c.bytes).source,
+            )
+        )
+    return tuple(sorted(transfers, key=lambda t: -t.bytes))
+
+
+# ---- cache ----
+
+
+def cached(
+    config: ml_collections.ConfigDict,
+    name: str,
+    *,
+    config_name: str = "",
+    decode: Decode | None = None,
+    show: TextIO | None = None,
+    folder: Path | None = None,
+) -> tuple[Plan, bool]:
+    """(the plan of `make`, whether it was found in the cache): by config, topology, code and
+    versions.
+    """
+    folder = folder or _folder()
+    path = folder / f"{key(config, name, decode)}.json"
+    if path.exists():
+        return dataclasses.replace(from_json(path.read_text()), name=config_name), True
+    plan = make(config, name, config_name=config_name, decode=decode, show=show)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
+    part.write_text(plan.to_json())
+    part.replace(path)  # whole or not at all, however many write it
+    return plan, False
+
+
+def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = None) -> str:
+    """What a plan depends on, as a hash."""
+    configs.resolve(config)  # a mistake in it is told before anything is looked up
+    parts: dict[str, Any] = {
+        "config": json.loads(configs.to_json(without_data(config))),
+        "topology": name,
+        "decode": None if decode is None else dataclasses.asdict(decode),
+        "code": _code(),
+        "versions": _versions(),
+        "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> str:
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "lm" / "plan"

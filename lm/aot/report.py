@@ -1,0 +1,225 @@
+"""A plan as a page for the terminal."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from lm.aot.memory import GROUPS, Line
+from lm.aot.plan import Plan
+from lm.aot.search import Found
+
+WIDTH = 100
+BAR = 24
+GIB = 2**30
+
+
+def page(plan: Plan) -> str:
+    """The whole report."""
+    parts = [
+        _title(plan),
+        _memory(plan),
+        _buffers(plan),
+        _traffic(plan),
+        _time(plan),
+        _list("warnings", plan.warnings),
+        _list("what to try next", [f"{a.why}\n{a.flags}" for a in plan.advice]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict(plan: Plan) -> str:
+    """One line: does it fit, by how much."""
+    if plan.capacity is None:
+        return f"needs {_bytes(plan.memory.total)} on each device"
+    used = f"{_bytes(plan.memory.total)} of {_bytes(plan.capacity)}"
+    if plan.fits:
+        return f"fits: {used} on each device, {_bytes(plan.headroom or 0)} free"
+    least = "at least " if plan.refusal else ""
+    return f"DOES NOT FIT: needs {least}{used}, {_bytes(-(plan.headroom or 0))} too much"
+
+
+def days(plan: Plan, tokens: float) -> str:
+    """How long a run of so many tokens takes."""
+    if not plan.times.least or plan.step != "train":
+        return f"no published peaks for {plan.topology}: no rate"
+    fast, slow = (tokens / plan.tokens * t / 86400 for t in (plan.times.least, plan.times.most))
+    rate = (plan.tokens / t * 86400 for t in (plan.times.most, plan.times.least))
+    daily = " to ".join(_count(r) for r in rate)
+    return f"{daily} tokens a day: {_count(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
+
+
+def search_page(found: Found) -> str:
+    """What a search compiled, the winner first, and why the others lost."""
+    rows = []
+    for candidate in found.compiled:
+        plan, guess = candidate.plan, candidate.estimate
+        mark = "* " if candidate is found.winner else "  "
+        rows.append(f"{mark}{candidate.flags}")
+        formula = f"by formula {_bytes(guess.memory)}, {seconds(guess.seconds)}"
+        if plan is not None and plan.fits:
+            low, high = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+            mfu = "" if low is None or high is None else f", MFU {low:.1%} to {high:.1%}"
+            rows.append(
+                f"      {_bytes(plan.memory.total)}, step {seconds(plan.times.least)} to "
+                f"{seconds(plan.times.most)}{mfu} ({formula})"
+            )
+        if candidate.lost:
+            rows.append(f"      {candidate.lost}" + ("" if plan and plan.fits else f" ({formula})"))
+    left = [f"  {count} candidates {reason}" for reason, count in found.pruned.items()]
+    head = "search: the fastest that fits (*), by the middle of its interval"
+    nothing = [] if found.winner else ["nothing that was compiled fits"]
+    return "\n".join([head, *rows, *left, *nothing, ""])
+
+
+def _title(plan: Plan) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
+    chips_of = f"{plan.num_chips} chips"
+    if plan.num_devices != plan.num_chips:
+        chips_of += f" ({plan.num_devices} devices)"
+    what = (
+        f"train step of {plan.rows} rows x {plan.length} tokens"
+        if plan.step == "train"
+        else f"decode step of {plan.rows} rows, cache of {plan.length} tokens"
+    )
+    return "\n".join(
+        [
+            f"{plan.name or 'plan'} on {plan.topology}: {verdict(plan)}",
+            f"{_count(plan.parameters)} parameters, {what}; {chips_of}, mesh {mesh}; "
+            f"compiled in {plan.compile_seconds:.0f} s",
+        ]
+    )
+
+
+def _memory(plan: Plan) -> str:
+    total = plan.memory.total
+    scale = max(total, plan.capacity or 0)
+    rows = []
+    for group, meaning in GROUPS.items():
+        size = plan.memory.groups.get(group, 0)
+        if size > total / 10_000:
+            rows.append(f"  {group:18} {_bytes(size):>10}  {_bar(size / scale)}  {meaning}")
+    rows.append(f"  {'total':18} {_bytes(total):>10}  {_bar(total / scale)}")
+    if plan.capacity:
+        rows.append(f"  {'HBM':18} {_bytes(plan.capacity):>10}")
+    if plan.memory.host:
+        rows.append(f"  {'host memory':18} {_bytes(plan.memory.host):>10}")
+    return "\n".join(["memory of a device at the peak", *rows])
+
+
+def _buffers(plan: Plan) -> str:
+    def rows(lines: tuple[Line, ...]) -> list[str]:
+        return [
+            f"  {_bytes(line.bytes):>10}  {line.shape:28} {line.group:18} "
+            f"{short(line.op)}{'  ' + line.source if line.source else ''}"
+            for line in lines
+        ]
+
+    largest = rows(plan.memory.largest)
+    temporary = rows(
+        tuple(t for t in plan.memory.largest_temporary if t not in plan.memory.largest)
+    )
+    more = ["largest of the rest of the heap", *temporary[:6]] if temporary else []
+    return "\n".join(["largest buffers", *largest, *more])
+
+
+def _traffic(plan: Plan) -> str:
+    if not plan.transfers:
+        return ""
+    rows = []
+    scale = max(t.bytes for t in plan.transfers)
+    for t in plan.transfers:
+        if t.bytes < scale / 1000:
+            continue
+        least = "?" if t.seconds is None else seconds(t.seconds)
+        where = "network" if t.network else "links"
+        rows.append(
+            f"  {t.kind:20} {t.axis:14} {_bytes(t.bytes):>10}  {_bar(t.bytes / scale)} "
+            f"{t.count:6.0f} x {t.size:<4} {least:>9} {where:8} {t.source}"
+        )
+    head = "traffic: what a device sends in a step, by collective and mesh axis (count x devices)"
+    return "\n".join([head, *rows])
+
+
+def _time(plan: Plan) -> str:
+    parts = plan.times.parts()
+    flops = f"{plan.work.flops / 1e12:.2f} TFLOP a device"
+    if plan.model_flops:
+        ratio = plan.work.flops / plan.model_flops
+        flops += f", {ratio:.2f} times the model's {plan.model_flops / 1e12:.2f}"
+    if not parts:
+        return f"time: no published peaks for {plan.topology}\n  {flops}"
+    longest = max(parts.values())
+    rows = [
+        f"  {name:22} {seconds(t):>10}  {_bar(t / longest)}"
+        f"{'  binds' if name == plan.times.binding else ''}"
+        for name, t in parts.items()
+    ]
+    least, most = plan.times.least, plan.times.most
+    lines = [f"  step {seconds(least)} (all overlaps) to {seconds(most)} (nothing does)"]
+    low, high = plan.mfu(most), plan.mfu(least)
+    if low is not None and high is not None:
+        lines[0] += f"; MFU {low:.1%} to {high:.1%}"
+    rate = plan.tokens / most, plan.tokens / least
+    lines.append(f"  {_count(rate[0])} to {_count(rate[1])} tokens/s; {flops}")
+    return "\n".join(["time of a step, from published peaks", *rows, *lines])
+
+
+def _list(title: str, items: tuple[str, ...] | list[str]) -> str:
+    if not items:
+        return ""
+    rows = []
+    for item in items:
+        for i, line in enumerate(item.split("\n")):
+            start = "  - " if i == 0 else "      "
+            rows.append(
+                textwrap.fill(
+                    line,
+                    WIDTH,
+                    initial_indent=start,
+                    subsequent_indent="    ",
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                )
+            )
+    return "\n".join([title, *rows])
+
+
+def short(op: str) -> str:
+    """The telling part of an operation's path."""
+    direction = "backward " if "transpose(" in op else ""
+    op = re.sub(r"^state\.", "", op)
+    op = re.sub(r"\['([^']*)'\]", r".\1", op)
+    op = re.sub(r"\bjit\(_train_step\)/|closed_call/|checkpoint/|while/body/|shard_map/", "", op)
+    op = re.sub(r"transpose\(jvp\([\w.]*\)\)/|jvp\([\w.]*\)/", "", op)
+    op = op.replace("rematted_computation/", "again: ")
+    words = (direction + op).split("/")
+    return "/".join(words[-4:]) if len(words) > 4 else direction + op
+
+
+def _bar(share: float) -> str:
+    """A bar of eighths of a character."""
+    eighths = round(max(0.0, min(1.0, share)) * BAR * 8)
+    full, part = divmod(eighths, 8)
+    text = "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
+    return f"{text:{BAR}}"
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(n) >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n:.0f} B"
+
+
+def seconds(t: float) -> str:
+    if t >= 1:
+        return f"{t:.2f} s"
+    return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"
+
+
+def _count(n: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f}{unit}"
+    return f"{n:.0f}"

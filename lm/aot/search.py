@@ -1,0 +1,249 @@
+"""Many plans compared: the fastest mesh, remat policy and micro-batch of a config on a topology.
+
+Formulas (lm/aot/estimate.py) leave out what cannot fit or is far slower; the best few are compiled,
+and the compiler's plans decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import ml_collections
+
+from lm import config as configs
+from lm import flops, sharding
+from lm.aot import topology as topologies
+from lm.aot import wires
+from lm.aot.estimate import Estimate, estimate
+from lm.aot.plan import Plan
+from lm.layers.stack import REMAT
+
+# Shapes of slices that Cloud TPU offers, and numbers of GPUs: powers of two.
+SLICES = {
+    3: (
+        *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+        *("8x16x16", "16x16x16", "16x16x24"),
+    ),
+    2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    1: tuple(str(2**i) for i in range(13)),
+}
+LARGEST_BATCH = 1024  # rows of a device beyond which nobody looks
+
+Make = Callable[[ml_collections.ConfigDict, str], Plan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Changes to a config, what formulas say of them, and what became of it."""
+
+    changes: dict[str, Any]
+    estimate: Estimate
+    plan: Plan | None = None
+    lost: str = ""  # why; "" for the winner
+
+    @property
+    def flags(self) -> str:
+        return " ".join(f"--config.{path}={value}" for path, value in self.changes.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    winner: Candidate | None
+    compiled: tuple[Candidate, ...]  # the winner first
+    pruned: dict[str, int]  # how many were left out, by reason
+
+
+def seconds(plan: Plan) -> float:
+    """What plans are compared by: the middle between all overlapped and nothing overlapped."""
+    return (plan.times.least + plan.times.most) / 2
+
+
+def candidates(config: ml_collections.ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]:
+    """Every mesh of data, fsdp and tensor, remat policy and number of micro-batches that divides
+    its sizes; the other axes stay as the config has them.
+    """
+    c = configs.resolve(config)
+    kept = c.mesh.expert * c.mesh.sequence * c.mesh.stage
+    batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
+    heads = getattr(c.model, "kv_heads", 1)
+    free = num_devices // kept
+    # host offload and the like are asked for, not found
+    policies = [name for name in REMAT if "offload" not in name and "host" not in name]
+    for tensor, data in itertools.product(_powers(free), _powers(free)):
+        if free % (tensor * data) or heads % tensor or tensor > 16 or data % c.mesh.slices:
+            continue
+        fsdp = free // tensor // data
+        shards = data * fsdp * c.mesh.expert
+        sizes_fit = (
+            c.model.embed_dim % fsdp == 0
+            and c.model.mlp_size % tensor == 0
+            and c.model.vocab_size % tensor == 0
+            and c.data.length % (tensor * c.mesh.sequence) == 0
+            and batch % shards == 0
+        )
+        if not sizes_fit:
+            continue
+        for remat, k in itertools.product(policies, _powers(batch // shards)):
+            if batch % (shards * k) == 0:
+                yield {
+                    "mesh.data": data,
+                    "mesh.fsdp": fsdp,
+                    "mesh.tensor": tensor,
+                    "model.remat": remat,
+                    "train.num_microbatches": k,
+                }
+
+
+def _powers(limit: int) -> list[int]:
+    return [2**i for i in range(max(1, limit).bit_length()) if 2**i <= limit]
+
+
+def changed(
+    config: ml_collections.ConfigDict, changes: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    """A copy of the config with changes by path."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
+def search(
+    config: ml_collections.ConfigDict,
+    name: str,
+    make: Make,
+    *,
+    num_compiled: int = 4,
+    show: TextIO | None = None,
+) -> Found:
+    """The fastest candidate that fits, after compiling `num_compiled` and more until one fits.
+
+    Raises:
+        ValueError: a model that has no formula, or a topology without published peaks.
+    """
+    target = topologies.parse(name)
+    devices = topologies.devices(target)
+    if not flops.is_known(configs.resolve(config).model):
+        raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/flops.py")
+    pruned: dict[str, int] = {}
+    ranked: list[Candidate] = []
+    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[wires.Place]]] = {}
+    for changes in candidates(config, len(devices)):
+        c = configs.resolve(changed(config, changes))
+        if c.mesh not in rules_of:
+            rules = sharding.make_rules(c.mesh, devices)
+            places = wires.places(target, rules.mesh.devices.flatten().tolist())
+            rules_of[c.mesh] = (rules, places)
+        batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * len(devices)
+        rules, places = rules_of[c.mesh]
+        guess = estimate(c, batch, target, rules, places=places)
+        if target.chip.hbm and guess.memory > target.chip.hbm:
+            pruned["do not fit, by formula"] = pruned.get("do not fit, by formula", 0) + 1
+        else:
+            ranked.append(Candidate(changes, guess))
+    ranked.sort(key=lambda r: r.estimate.seconds)
+    tried: list[Candidate] = []
+    for candidate in _spread(ranked):
+        enough = len(tried) >= num_compiled and any(t.plan and t.plan.fits for t in tried)
+        if enough or len(tried) >= 3 * num_compiled:
+            break
+        if show is not None:
+            show.write(f"\n{len(tried) + 1}: {candidate.flags}\n")
+        try:
+            made = make(changed(config, candidate.changes), name)
+        except ValueError as error:
+            tried.append(dataclasses.replace(candidate, lost=f"refused: {error}"))
+            continue
+        tried.append(dataclasses.replace(candidate, plan=made))
+    left = len(ranked) - len(tried)
+    if left:
+        pruned["slower, by formula"] = left
+    return judge(tried, pruned)
+
+
+def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
+    """The best first, one of each mesh and remat policy before a second of any: neighbours share
+    their faults.
+    """
+    seen: dict[tuple[Any, ...], int] = {}
+    rounds: list[list[Candidate]] = []
+    for candidate in ranked:
+        kind = tuple(v for k, v in candidate.changes.items() if k != "train.num_microbatches")
+        number = seen[kind] = seen.get(kind, -1) + 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(candidate)
+    best = ranked[0].estimate.seconds if ranked else 0.0
+    later: list[Candidate] = []
+    for members in rounds:
+        for candidate in members:
+            near = candidate.estimate.seconds < 1.5 * best
+            if near:
+                yield candidate
+            else:
+                later.append(candidate)
+    yield from later
+
+
+def judge(tried: list[Candidate], pruned: dict[str, int]) -> Found:
+    """The winner, and why each of the others lost."""
+    fitting = [t for t in tried if t.plan is not None and t.plan.fits]
+    if not fitting:
+        return Found(None, tuple(_with_reason(t, None) for t in tried), pruned)
+    winner = min(fitting, key=lambda t: seconds(t.plan))  # pyright: ignore
+    others = [_with_reason(t, winner.plan) for t in tried if t is not winner]
+    others.sort(key=lambda t: seconds(t.plan) if t.plan and t.plan.fits else float("inf"))
+    return Found(winner, (winner, *others), pruned)
+
+
+def _with_reason(candidate: Candidate, best: Plan | None) -> Candidate:
+    plan = candidate.plan
+    if plan is None:
+        return candidate
+    if not plan.fits:
+        lost = f"does not fit: {-(plan.headroom or 0) / 2**30:.2f} GiB too much"
+    elif best is None:
+        lost = ""
+    else:
+        mine, its = plan.times.parts(), best.times.parts()
+        extra = {n: t - its.get(n, 0.0) for n, t in mine.items()}
+        worst = max(extra, key=lambda n: extra[n])
+        lost = (
+            f"{seconds(plan) / seconds(best) - 1:+.0%} time: {worst} takes {mine[worst]:.3f} s, "
+            f"not {its.get(worst, 0.0):.3f} s"
+        )
+    return dataclasses.replace(candidate, lost=lost)
+
+
+def largest_batch(config: ml_collections.ConfigDict, name: str, make: Make) -> Plan | None:
+    """The plan with most rows on each device, in powers of two and one micro-batch; None where not
+    even one fits.
+    """
+    best, rows = None, 1
+    while rows <= LARGEST_BATCH:
+        changes = {"data.batch_size": None, "data.batch_size_per_device": rows}
+        made = make(changed(config, {**changes, "train.num_microbatches": 1}), name)
+        if not made.fits:
+            break
+        best, rows = made, rows * 2
+    return best
+
+
+def fewest_chips(config: ml_collections.ConfigDict, name: str, make: Make) -> Plan | None:
+    """The plan on the smallest slice of this kind of chip that the step fits on; its mesh must
+    have an axis of -1, and its batch be per device or divisible.
+    """
+    kind = topologies.parse(name).chip
+    for shape in SLICES[kind.dims]:
+        at = f"{kind.name}:{shape}"
+        try:
+            made = make(config, at)
+        except ValueError as error:
+            if "must be" not in str(error):
+                raise
+            continue  # too few or too many devices for the config
+        if made.fits:
+            return made
+    return None

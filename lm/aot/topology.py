@@ -1,0 +1,143 @@
+"""Devices that need not be here, by name: v5p:4x4x4, 2xv5e:16x16, h100:64, cpu:8.
+
+    KIND:SHAPE      a TPU slice by its torus of chips: v4, v5e, v5p, v6e, tpu7x
+    NxKIND:SHAPE    N slices, joined by the data centre's network
+    KIND:COUNT      GPUs in nodes of 8, or KIND:NODESxGPUS: h100, h200, b200
+    cpu:COUNT       fake devices of this machine
+
+TPUs are described by libtpu, GPUs by jax's CUDA plugin; neither needs the hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lm.aot import chips, gpus
+from lm.aot.chips import Chip
+
+GPUS_PER_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A number of chips and how they are wired."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice's torus; (nodes, GPUs of a node); (count,)
+    slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices
+
+
+def parse(name: str) -> Topology:
+    """Raises ValueError, with the forms that exist, for a name that is none."""
+    found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    if not found or found[2] not in chips.CHIPS:
+        raise ValueError(
+            f"--topology={name} is unknown: KIND:SHAPE with KIND of {', '.join(chips.CHIPS)}, as "
+            "v5p:4x4x4, 2xv5e:16x16 (slices), h100:64 (in nodes of 8), h100:8x4 (nodes x GPUs), "
+            "cpu:8"
+        )
+    slices, chip = int(found[1] or 1), chips.CHIPS[found[2]]
+    shape = tuple(int(n) for n in found[3].split("x"))
+    if chip.platform == "tpu":
+        if len(shape) != chip.dims:
+            raise ValueError(
+                f"--topology={name}: a {found[2]} slice has {chip.dims} dimensions, as "
+                f"{found[2]}:{'x'.join(['4'] * chip.dims)}; given {len(shape)}"
+            )
+    elif slices > 1:
+        raise ValueError(f"--topology={name}: only TPUs come in slices")
+    elif chip.platform == "gpu" and len(shape) == 1:
+        nodes, rest = divmod(shape[0], GPUS_PER_NODE)
+        if rest and nodes:
+            raise ValueError(
+                f"--topology={name}: {shape[0]} GPUs must be divisible by the {GPUS_PER_NODE} of "
+                f"a node; name other nodes as {found[2]}:NODESxGPUS"
+            )
+        shape = (nodes, GPUS_PER_NODE) if nodes else (1, shape[0])
+    if min(shape) < 1 or slices < 1:
+        raise ValueError(f"--topology={name}: sizes must be positive")
+    return Topology(name, chip, shape, slices)
+
+
+def devices(topology: Topology) -> Sequence[Any]:
+    """The devices of a topology, for meshes and for compiling, not for running.
+
+    Call it before anything else asks jax for devices: fake CPU devices and the quiet settings of
+    libtpu count only then.
+
+    Raises:
+        ValueError: the compiler is not installed, or knows no such topology.
+    """
+    import jax
+
+    if topology.chip.platform == "cpu":
+        return _cpus(topology.num_chips)
+    with contextlib.suppress(RuntimeError):  # jax has started: its platform stays
+        jax.config.update("jax_platforms", "cpu")  # a chip that is here is not to be taken
+    describe = {"tpu": _tpus, "gpu": gpus.devices}[topology.chip.platform]
+    found = describe(topology)
+    assert len(found) == topology.num_devices, (topology, len(found))
+    return found
+
+
+def _cpus(count: int) -> Sequence[Any]:
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # jax has started: there are as many as there are
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise ValueError(
+            f"--topology=cpu:{count} needs {count} fake devices and jax has started with "
+            f"{len(found)}: set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return found[:count]
+
+
+def _tpus(topology: Topology) -> Sequence[Any]:
+    import jax
+    from jax.experimental import topologies
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"--topology={topology.name} needs the TPU compiler: pip install libtpu (no TPU needed)"
+        )
+    # What libtpu would ask the machine for, and complain about, where there is no TPU.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", "v5p-128"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chip.config:
+        options["chip_config_name"] = topology.chip.config
+    try:
+        described = topologies.get_topology_desc(
+            topology_name=f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}",
+            platform="tpu",
+            **options,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--topology={topology.name}: {error}") from None
+    return described.devices

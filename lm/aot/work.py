@@ -1,0 +1,206 @@
+"""What a device does in a step: FLOPs of its products, and bytes between HBM and the chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+from lm.aot import hlo
+from lm.aot.hlo import Computation, Instruction, Module
+
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "after-all", "partition-id", "replica-id", "copy-done", "async-done", "iota"),
+    *("all-gather-done", "all-reduce-done", "collective-permute-done", "async-update"),
+    *("opt-barrier", "add-dependency", "send-done", "recv-done"),
+)
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    flops: float  # of products, rematerialization included
+    unknown: tuple[str, ...]  # kernels that don't say how much they compute
+    hbm_bytes: float
+
+
+def measure(module: Module) -> Work:
+    """The work of one device in a step, trip counts multiplied in."""
+    total, moved = 0.0, 0.0
+    unknown: dict[str, None] = {}
+    for visit in module.walk():
+        if not visit.times:
+            continue
+        count = flops(visit.instruction, visit.computation)
+        if count is None:
+            unknown[visit.op_name or visit.instruction.target] = None
+        else:
+            total += visit.times * count
+        if visit.outer is None:
+            moved += visit.times * _moved(visit.instruction, visit.computation, module)
+    return Work(total, tuple(unknown), moved)
+
+
+def flops(instruction: Instruction, computation: Computation) -> float | None:
+    """FLOPs of one run of an instruction, 2 for a product and its addition; None: a kernel that
+    doesn't say.
+    """
+    opcode = instruction.opcode
+    if opcode == "dot":
+        left = computation.operand(instruction).shapes[0]
+        inner = instruction.numbers("lhs_contracting_dims")
+        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[i] for i in inner)
+    if opcode == "convolution":
+        return _convolution(instruction, computation)
+    if opcode == "custom-call":
+        return _custom_call(instruction, computation)
+    return 0.0
+
+
+def _convolution(instruction: Instruction, computation: Computation) -> float:
+    """The TPU compiler writes products as convolutions, with batch dimensions as space in which
+    most taps of the window meet padding: only those that meet an element count.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels, instruction.attributes
+    left = computation.operand(instruction, 0).shapes[0].dims
+    right = computation.operand(instruction, 1).shapes[0].dims
+    out = instruction.shapes[0].dims
+    window = _window(instruction.attributes)
+    valid = 1
+    for digit in sorted(c for c in labels[1] if c.isdigit()):
+        d = int(digit)
+        w = window.get(d, {})
+        valid *= _taps(
+            left[labels[1].index(digit)],
+            right[labels[2].index(digit)],
+            out[labels[3].index(digit)],
+            stride=w.get("stride", 1),
+            low=w.get("low", 0),
+            spread=w.get("lhs_dilate", 1),
+            dilate=w.get("rhs_dilate", 1),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    batch = left[labels[1].index("b")] // (int(groups[1]) if groups else 1)
+    return 2.0 * valid * batch * right[labels[2].index("i")] * right[labels[2].index("o")]
+
+
+def _window(attributes: str) -> dict[int, dict[str, int]]:
+    """window={size=4x1 stride=3x1 pad=3_3x0_0 lhs_dilate=4x1} by dimension."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    result: dict[int, dict[str, int]] = {}
+    for name, text in re.findall(r"(\w+)=(\S+)", found[1] if found else ""):
+        for i, part in enumerate(text.split("x")):
+            if name == "pad":
+                result.setdefault(i, {})["low"] = int(part.split("_")[0])
+            elif part.lstrip("-").isdigit():
+                result.setdefault(i, {})[name] = int(part)
+    return result
+
+
+def _taps(
+    size: int, kernel: int, out: int, *, stride: int, low: int, spread: int, dilate: int
+) -> int:
+    """Pairs of an output and a tap of the window that meet an element of the input."""
+    if (stride, low, spread, dilate) == (1, 0, 1, 1) and out + kernel - 1 <= size:
+        return out * kernel
+    reach = (size - 1) * spread
+    count = 0
+    for tap in range(kernel):
+        for o in range(out):
+            at = o * stride + tap * dilate - low
+            count += 0 <= at <= reach and at % spread == 0
+    return count
+
+
+def _custom_call(instruction: Instruction, computation: Computation) -> float | None:
+    """Of a Pallas kernel what it declares; of cuBLAS and cuDNN what their shapes say."""
+    target = instruction.target
+    declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+    if declared:
+        return float(declared[1])
+    if target.startswith("__cublas"):
+        dims = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.attributes)
+        left = computation.operand(instruction).shapes[0].dims
+        inner = [int(i) for i in json.loads(dims[1])] if dims else []
+        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[i] for i in inner)
+    if target.startswith("__cudnn$fmha"):
+        # q and k: [B, T, N, H] in the layout of cuDNN; scores and values, each 2 B N T S H
+        q = computation.operand(instruction, 0).shapes[0].dims
+        k = computation.operand(instruction, 1).shapes[0].dims
+        scores = 2.0 * math.prod(q) * k[-3]
+        return scores * (5 if "Backward" in target else 2)
+    return None if any(n in target for n in ("tpu_custom_call", "triton")) else 0.0
+
+
+def _moved(instruction: Instruction, computation: Computation, module: Module) -> float:
+    """Bytes that one run reads from and writes to HBM; of what it takes or changes a slice of, the
+    slice.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or instruction.target == "AllocateBuffer":
+        return 0.0
+    if opcode == "dynamic-update-slice":
+        return 2.0 * _hbm(computation.operand(instruction, 1))
+    if opcode in _SLICES:
+        return 2.0 * _hbm(instruction)
+    if opcode == "copy-start":  # (destination, source, a flag)
+        return float(sum(s.bytes for s in instruction.shapes[:2] if s.space == hlo.HBM))
+    if opcode != "fusion":
+        read = sum(
+            _hbm(computation.instructions[o])
+            for o in instruction.operands
+            if o in computation.instructions
+        )
+        out = _hbm(instruction)
+        # what starts a collective returns its input beside its result
+        return float(out if opcode.endswith("-start") and out > read else read + out)
+    inner = module.computations[instruction.called("calls")]
+    moved = 0.0
+    for i, name in enumerate(instruction.operands):
+        operand = computation.instructions[name]
+        if _hbm(operand) and i in inner.parameters:
+            moved += min(_hbm(operand), _read(inner.parameters[i], inner, module))
+    return moved + _written(instruction, inner)
+
+
+def _hbm(instruction: Instruction) -> int:
+    return sum(s.bytes for s in instruction.shapes if s.space == hlo.HBM)
+
+
+def _read(parameter: Instruction, inner: Computation, module: Module) -> float:
+    """Bytes of its parameter that a fused computation reads."""
+    total = 0.0
+    for user in inner.users[parameter.name]:
+        if user.opcode in _SLICES and user.operands[0] == parameter.name:
+            total += user.bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue  # in place
+        elif user.opcode == "bitcast":
+            total += _read(user, inner, module)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called("calls")]
+            for i, name in enumerate(user.operands):
+                if name == parameter.name:
+                    total += _read(nested.parameters[i], nested, module)
+        else:
+            return parameter.bytes
+    return total
+
+
+def _written(instruction: Instruction, inner: Computation) -> float:
+    """Bytes that a fusion writes."""
+    roots = [inner.root]
+    if inner.root.opcode == "tuple":
+        roots = [inner.instructions[o] for o in inner.root.operands]
+    total = 0.0
+    for root, shape in zip(roots, instruction.shapes, strict=False):
+        if shape.space != hlo.HBM:
+            continue
+        while root.opcode == "bitcast":
+            root = inner.operand(root)
+        update = root.opcode == "dynamic-update-slice"
+        total += inner.operand(root, 1).bytes if update else shape.bytes
+    return total

@@ -1,0 +1,121 @@
+"""Know before you launch: the real compiler says what a run needs, on devices that aren't here.
+
+    python scripts/plan.py --config=configs/llama3.py:70b --topology=v5p:8x8x8
+    python scripts/plan.py --config=configs/gpt2.py:124m --topology=v5e:4x4 --json=plan.json \
+        --picture=plan.png --config.model.remat=full
+
+Compiles the actual train step (with --decode the decode step) from shapes alone, so neither data
+nor chips are needed, and reports memory by what it is for, collectives by mesh axis, the least time
+by what binds it, warnings, and what to try next. TPU topologies need libtpu, GPU topologies
+jax[cuda13]; see lm/aot/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
+
+--search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for
+the most rows of a device, --fewest-chips for the smallest slice; each compiles a few plans.
+
+The exit code is 0 where the step fits and 1 where it doesn't.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
+)
+_DECODE = flags.DEFINE_bool("decode", False, "Plan a step of generation instead of training.")
+_BATCH = flags.DEFINE_integer("decode_batch", 8, "--decode: rows.")
+_LENGTH = flags.DEFINE_integer("decode_length", 2048, "--decode: slots of the cache.")
+_JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
+_PICTURE = flags.DEFINE_string("picture", None, "Also draw the plan to this PNG file.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Compile again, whatever is in the cache.")
+_TOKENS = flags.DEFINE_string("tokens", None, "Also say how many days so many tokens take: 15T.")
+_SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, remat and micro-batch.")
+_COMPILE = flags.DEFINE_integer("search_compiles", 4, "--search: candidates to compile.")
+_LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of a device that fit.")
+_FEWEST = flags.DEFINE_bool("fewest_chips", False, "Find the smallest slice that fits.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    if _CONFIG.value is None or _TOPOLOGY.value is None:
+        raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
+    from lm.aot import plan as plans
+    from lm.aot import report
+
+    decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
+    name = flags.FLAGS["config"].config_filename  # pyright: ignore
+    show = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
+
+    def make(config: Any, topology: str) -> plans.Plan:
+        options: dict[str, Any] = {"config_name": name, "decode": decode, "show": show}
+        if _FRESH.value:
+            return plans.make(config, topology, **options)
+        return plans.cached(config, topology, **options)[0]
+
+    plan = _find(make, show)
+    if plan is None:
+        return 1
+    print(report.page(plan), end="")
+    if _TOKENS.value:
+        print("\n" + report.days(plan, _number(_TOKENS.value)))
+    if _JSON.value:
+        Path(_JSON.value).write_text(plan.to_json())
+    if _PICTURE.value:
+        from lm.aot import picture
+
+        picture.draw(plan, _PICTURE.value)
+        print(f"\npicture: {_PICTURE.value}")
+    return 0 if plan.fits else 1
+
+
+def _find(make: Any, show: Any) -> Any:
+    """The plan that was asked for, by search or by its config; None where nothing fits."""
+    from lm.aot import report, search
+
+    config, topology = _CONFIG.value, str(_TOPOLOGY.value)
+    if sum((_SEARCH.value, _LARGEST.value, _FEWEST.value)) > 1:
+        raise app.UsageError("one of --search, --largest_batch and --fewest_chips")
+    if _SEARCH.value:
+        found = search.search(config, topology, make, num_compiled=_COMPILE.value, show=show)
+        print(report.search_page(found))
+        return found.winner.plan if found.winner else None
+    if _LARGEST.value:
+        plan = search.largest_batch(config, topology, make)
+        rows = plan and plan.rows // plan.num_devices
+        print(f"largest batch: {rows} rows a device" if plan else "not even one row a device fits")
+        print(f"--config.data.batch_size_per_device={rows}\n" if plan else "", end="")
+        return plan
+    if _FEWEST.value:
+        plan = search.fewest_chips(config, topology, make)
+        print(f"fewest chips: {plan.topology}\n" if plan else "no slice of this kind is enough")
+        return plan
+    return make(config, topology)
+
+
+def _number(text: str) -> float:
+    """15T, 300B, 2.5e9."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+    try:
+        if text[-1:].upper() in scale:
+            return float(text[:-1]) * scale[text[-1].upper()]
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--tokens={text} is no number such as 15T, 300B or 2.5e9") from None
+
+
+if __name__ == "__main__":
+    runtime.run_with_config(main)

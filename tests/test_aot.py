@@ -1,0 +1,506 @@
+"""What a plan reads from a compiled program, against formulas and against the compiler's totals."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lm import flops
+from lm.aot import (
+    buffers,
+    compiling,
+    hlo,
+    memory,
+    plan,
+    report,
+    search,
+    topology,
+    traffic,
+    wires,
+    work,
+)
+from lm.aot import estimate as estimating
+from lm.experiment import Experiment
+
+needs_tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+B, D, F = 16, 32, 64  # rows, width, hidden width of the toys
+ITEM = 4  # bytes of a float32
+
+
+@functools.cache
+def mesh_of(**axes):
+    devices = np.array(jax.devices()[: math.prod(axes.values())])
+    return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
+
+
+def program_of(f, mesh, **arrays):
+    """(module, collectives) of f over arrays given as name=(shape, spec)."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in arrays.values()
+    ]
+    module = hlo.parse(jax.jit(f).lower(*shapes).compile().as_text())
+    return module, traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
+
+
+def sums(collectives):
+    return traffic.by_kind_and_axis(collectives)
+
+
+# ---- traffic ----
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_fsdp_gathers_every_layer_once_in_a_forward_pass(layers):
+    """An all-gather of each layer's matrix sends (n - 1) / n of it, as often as the loop runs."""
+    mesh = mesh_of(data=1, fsdp=4)
+
+    def forward(x, stack):
+        def layer(x, weight):
+            whole = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ whole), None
+
+        return jax.lax.scan(layer, x, stack)[0]
+
+    x, stack = ((B, D), P("fsdp")), ((layers, D, D), P(None, "fsdp"))
+    _, found = program_of(forward, mesh, x=x, stack=stack)
+    assert sums(found) == {("all-gather", "fsdp"): layers * D * D * ITEM * 3 / 4}
+
+
+def test_fsdp_sums_gradients_over_its_axis():
+    mesh = mesh_of(data=1, fsdp=4)
+
+    def gradient(x, weight):
+        grad = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(weight)
+        return jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, P()))
+
+    _, found = program_of(gradient, mesh, x=((B, D), P("fsdp")), weight=((D, D), P()))
+    assert sums(found) == {("all-reduce", "fsdp"): 2 * D * D * ITEM * 3 / 4}
+
+
+def test_tensor_parallel_mlp_reduces_its_output_alone():
+    """Column then row parallel: one all-reduce of [B / data, D] (arXiv:1909.08053)."""
+    mesh = mesh_of(data=2, tensor=4)
+
+    def mlp(x, up, down):
+        y = jnp.tanh(x @ up) @ down
+        return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P("data")))
+
+    shapes = {"x": ((B, D), P("data")), "up": ((D, F), P(None, "tensor"))}
+    _, found = program_of(mlp, mesh, **shapes, down=((F, D), P("tensor")))
+    assert sums(found) == {("all-reduce", "tensor"): 2 * (B // 2) * D * ITEM * 3 / 4}
+
+
+def test_expert_parallel_exchange_is_an_all_to_all():
+    mesh = mesh_of(data=1, expert=4)
+
+    def exchange(x):
+        def local(x):
+            return jax.lax.all_to_all(x, "expert", 0, 1, tiled=True)
+
+        return jax.shard_map(local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))(x)
+
+    _, found = program_of(exchange, mesh, x=((B, D), P("expert")))
+    assert sums(found) == {("all-to-all", "expert"): (B // 4) * D * ITEM * 3 / 4}
+
+
+def test_ring_sends_its_shard_at_every_turn():
+    mesh = mesh_of(data=1, sequence=4)
+
+    def ring(x):
+        def local(x):
+            def turn(i, x):
+                return jax.lax.ppermute(x, "sequence", [(j, (j + 1) % 4) for j in range(4)]) + 1
+
+            return jax.lax.fori_loop(0, 3, turn, x)
+
+        specs = {"in_specs": P("sequence"), "out_specs": P("sequence")}
+        return jax.shard_map(local, mesh=mesh, **specs)(x)
+
+    _, found = program_of(ring, mesh, x=((B, D), P("sequence")))
+    assert sums(found) == {("collective-permute", "sequence"): 3 * (B // 4) * D * ITEM}
+
+
+@pytest.mark.parametrize(
+    "text, group",
+    [
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", (0, 4)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", tuple(range(8))),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
+        ("replica_groups={}", tuple(range(8))),
+    ],
+)
+def test_replica_groups_are_read_in_every_form(text, group):
+    assert traffic._first_group(f"channel_id=1, {text}, dimensions={{0}}", 8) == group
+
+
+@pytest.mark.parametrize(
+    "group, axis",
+    [
+        ((0, 4), "data"),
+        ((0, 1, 2, 3), "fsdp"),
+        (tuple(range(8)), "data+fsdp"),
+        ((0, 1), "part of fsdp"),
+    ],
+)
+def test_groups_are_named_by_the_axes_that_they_span(group, axis):
+    names, whole = traffic._axes(group, ("data", "fsdp"), (2, 4), "all-reduce")
+    assert ("" if whole else "part of ") + "+".join(names) == axis
+
+
+def test_attributes_of_a_kernel_may_take_several_lines():
+    text = """HloModule m
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0), metadata={op_name="x"}
+  ROOT %k = f32[2]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={
+"meta":"{block: 128}"
+}}, metadata={op_name="attend"}
+}
+"""
+    entry = hlo.parse(text).entry
+    assert entry.root.name == "k" and entry.root.op_name == "attend"
+
+
+def test_what_slices_send_each_other_is_read_from_their_hosts_transfers():
+    text = """HloModule m
+
+ENTRY %main (x: f32[8]) -> token[] {
+  %x = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  ROOT %s = (f32[8]{0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    [found] = traffic.collectives(hlo.parse(text), ("data", "fsdp"), (2, 4), slices=2)
+    assert (found.kind, found.axis, found.group) == ("all-reduce", "data", (0, 4))
+    assert found.bytes == 2 * 8 * 4 / 2
+
+
+# ---- work ----
+
+
+@pytest.mark.parametrize("trips", [1, 7])
+def test_products_in_a_loop_count_as_often_as_it_runs(trips):
+    def f(x, w):
+        return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ w), x)
+
+    module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
+    assert work.measure(module).flops == trips * 2 * B * D * D
+
+
+@pytest.mark.parametrize("tie, heads", [(True, 4), (False, 2)])
+def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, heads):
+    """Within 2%: the program multiplies the whole square of scores, and nothing else is missing."""
+    changes = {"model.scan_unroll": -1, "model.num_kv_heads": heads, "model.tie_embeddings": tie}
+    experiment = make_experiment({**changes, "loss.chunk_size": 0})
+    module = hlo.parse(experiment.lower_train_step().compile().as_text())
+    c = experiment.config
+    formula = flops.flops_per_token(c.model, c.data.length, full_square=True)
+    formula *= experiment.batch_size * c.data.length
+    assert work.measure(module).flops == pytest.approx(formula, rel=0.02)
+
+
+def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
+    def count(unroll):
+        experiment = make_experiment({"model.scan_unroll": unroll, "model.num_layers": 3})
+        return work.measure(hlo.parse(experiment.lower_train_step().compile().as_text())).flops
+
+    assert count(1) == count(-1)
+
+
+def test_a_window_that_meets_padding_counts_its_hits_alone():
+    """How TPUs write a batched product: size n over n dilated elements, one hit each."""
+    assert work._taps(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
+    assert work._taps(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
+    assert work._taps(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10  # same padding
+
+
+# ---- memory ----
+
+
+@pytest.fixture(scope="module")
+def compiled(make_experiment):
+    experiment = make_experiment({"model.remat": "none", "train.num_microbatches": 2}, fsdp=4)
+    return experiment, compiling.compile_step(experiment.lower_train_step())
+
+
+def test_groups_add_up_to_the_compilers_total(compiled):
+    experiment, made = compiled
+    found = plan.analyse(experiment, topology.parse("cpu:4"), made).memory
+    assert found.stated is not None
+    assert sum(found.groups.values()) == found.total
+    assert found.total == pytest.approx(found.stated, rel=0.02)
+    assert found.assigned == pytest.approx(found.stated, rel=0.02)
+
+
+def test_state_is_told_apart_exactly(compiled):
+    """Parameters and optimizer state are the bytes of their shards."""
+    experiment, made = compiled
+    groups = plan.analyse(experiment, topology.parse("cpu:4"), made).memory.groups
+
+    def size(tree):
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    assert groups["parameters"] == size(experiment.abstract_params)
+    assert groups["optimizer"] == size(experiment.abstract_state.opt_state)
+
+
+def test_saving_less_shrinks_saved_activations_alone(make_experiment):
+    def groups(remat):
+        changes = {"model.remat": remat, "model.num_layers": 8, "data.batch_size": 32}
+        experiment = make_experiment(changes)
+        made = compiling.compile_step(experiment.lower_train_step())
+        return plan.analyse(experiment, topology.parse("cpu:1"), made).memory.groups
+
+    none, full = groups("none"), groups("full")
+    assert full["saved activations"] < 0.5 * none["saved activations"]
+    for group in ("parameters", "optimizer"):
+        assert full[group] == none[group]
+
+
+def test_a_heaps_peak_counts_shared_bytes_once():
+    def buffer(offset, size, start, stop):
+        value = buffers.Value("x", "", size, offset, hlo.Shape("f32", (size // 4,)), start, stop)
+        return buffers.Buffer((value,), size, offset, start, stop)
+
+    apart = (buffer(0, 8, 0, 5), buffer(8, 8, 3, 9), buffer(0, 4, 6, 9))
+    found = buffers.peak(apart)
+    assert (found.used, found.position) == (16, 3)
+    in_place = (buffer(0, 8, 0, 5), buffer(0, 8, 5, 9))
+    found = buffers.peak(in_place)
+    assert found.used == sum(size for _, size in found.buffers) == 8
+
+
+# ---- wires ----
+
+
+def torus(name):
+    target = topology.parse(name)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in target.shape), indexing="ij"), -1)
+    return target, [wires.Place(0, tuple(c), 0) for c in grid.reshape(-1, len(target.shape))]
+
+
+@pytest.mark.parametrize(
+    "name, members, links",
+    [
+        ("v5p:4x4x4", [0, 1, 2, 3], 2),  # a ring
+        ("v5p:2x2x1", [0, 1], 1),  # a line
+        ("v5p:4x4x4", list(range(16)), 4),  # two rings
+        ("v5e:8x8", list(range(8)), 1),  # does not close below 16
+        ("v5e:16x16", list(range(16)), 2),
+        ("v5p:4x4x4", [0, 2], 0.5),  # every second chip shares its line with another group
+    ],
+)
+def test_a_group_has_the_links_that_its_shape_gives(name, members, links):
+    target, places = torus(name)
+    found = wires.path(target, [places[i] for i in members])
+    assert found.bandwidth == links * target.chip.link
+
+
+def test_groups_of_two_slices_use_the_network():
+    target = topology.parse("2xv5e:16x16")
+    path = wires.path(target, [wires.Place(0, (0, 0), 0), wires.Place(1, (0, 0), 0)])
+    assert path.network and path.bandwidth == target.chip.network
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    "name, shape, chips",
+    [
+        ("v5p:4x4x8", (4, 4, 8), 128),
+        ("2xv5e:16x16", (16, 16), 512),
+        ("h100:64", (8, 8), 64),
+        ("h100:4", (1, 4), 4),
+        ("b200:4x2", (4, 2), 8),
+        ("cpu:8", (8,), 8),
+    ],
+)
+def test_topologies_are_named_by_their_shape(name, shape, chips):
+    found = topology.parse(name)
+    assert (found.shape, found.num_chips) == (shape, chips)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v9:2x2", "v5p:4x4", "2xh100:8", "h100:12", "v5e:0x4", ""])
+def test_a_wrong_topology_is_refused_with_its_name(name):
+    with pytest.raises(ValueError, match=f"--topology={name}"):
+        topology.parse(name)
+
+
+# ---- plans ----
+
+
+@pytest.fixture(scope="module")
+def small_plan(make_config, tmp_path_factory):
+    config = make_config({"mesh.data": 2, "mesh.fsdp": 4, "data.train": ("not/there",)})
+    folder = tmp_path_factory.mktemp("plans")
+    make = functools.partial(plan.cached, folder=folder)
+    return make, config, make(config, "cpu:8")
+
+
+def test_a_plan_needs_no_data_and_goes_to_json_and_back(small_plan):
+    made, found = small_plan[2]
+    assert not found
+    assert plan.from_json(made.to_json()) == made
+    assert json.loads(made.to_json())["derived"]["fits"] is True
+
+
+def test_a_plan_is_found_again_until_the_config_changes(small_plan):
+    make, config, (made, _) = small_plan
+    assert make(config, "cpu:8") == (made, True)
+    changed = config.copy_and_resolve_references()
+    changed.optimizer.learning_rate = 0.5
+    assert plan.key(changed, "cpu:8") != plan.key(config, "cpu:8")
+
+
+def test_the_page_names_every_group_and_axis(small_plan):
+    made = small_plan[2][0]
+    page = report.page(made)
+    assert all(
+        name in page for name, n in made.memory.groups.items() if n > made.memory.total / 100
+    )
+    assert "fsdp" in page and "data" in page
+
+
+def test_parameters_that_an_axis_could_shard_are_pointed_out(make_experiment):
+    experiment = make_experiment(fsdp=4, data=2)
+    made = compiling.compile_step(experiment.lower_train_step())
+    found = plan.analyse(experiment, topology.parse("cpu:8"), made)
+    tiny = dataclasses.replace(found, capacity=found.memory.total)
+    warned = plan.findings.warnings(tiny, experiment, topology.parse("cpu:8"), (), ())
+    assert any(w.startswith("replicated over data=2") for w in warned)
+    assert not any(w.startswith("replicated over fsdp") for w in warned)
+
+
+def test_an_involuntary_rematerialization_is_told(small_plan, make_experiment):
+    line = (
+        "W0000 spmd_partitioner.cc:652] [SPMD] Involuntary full rematerialization. The compiler "
+        "cannot go from one sharding to another for HLO operation %gather.1 = bf16[8,16]{1,0} "
+        'gather(...), metadata={op_name="jit(f)/embedding/gather"}'
+    )
+    target = topology.parse("cpu:8")
+    experiment = make_experiment(fsdp=4, data=2)
+    found = plan.findings.warnings(small_plan[2][0], experiment, target, (), (line, "other"))
+    assert "bf16[8,16] jit(f)/embedding/gather" in found[0]
+
+
+@needs_tpu
+def test_a_tpu_step_is_planned_with_its_groups_and_times(make_config):
+    changes = {
+        "model.dtype": "bfloat16",
+        "model.embed_dim": 128,
+        "model.head_dim": 128,
+        "mesh.data": 1,
+        "mesh.fsdp": 4,
+    }
+    made = plan.make(make_config(changes), "v5e:2x2")
+    assert made.fits and made.memory.stated is not None
+    # code counts in the compiler's total of large programs alone, and this one is mostly code
+    slack = 0.02 * made.memory.stated + made.memory.groups["code"]
+    assert abs(made.memory.total - made.memory.stated) <= slack
+    assert made.memory.groups["parameters"] * 2 <= made.memory.groups["optimizer"]
+    assert 0 < made.times.least < made.times.most
+    axes = {t.axis for t in made.transfers}
+    assert axes == {"fsdp"}
+
+
+@needs_tpu
+def test_a_step_that_does_not_fit_says_by_how_much_and_why(make_config):
+    changes = {"model.embed_dim": 8192, "model.mlp_dim": 65536, "mesh.data": 4}
+    made = plan.make(make_config(changes), "v5e:2x2")
+    assert not made.fits and made.refusal
+    assert made.headroom is not None and made.headroom < 0
+    assert made.memory.largest[0].group in ("parameters", "optimizer", "gradients")
+    assert "DOES NOT FIT" in report.page(made)
+    assert made.advice
+
+
+def test_decode_is_planned_with_its_cache(make_config):
+    made = plan.make(make_config({"mesh.data": 4}), "cpu:4", decode=plan.Decode(8, 32))
+    c = made.memory.groups
+    expected = flops.kv_cache_bytes(
+        Experiment(make_config(), jax.devices()[:1]).config.model, 32, batch_size=2
+    )
+    assert c["cache"] >= expected
+    assert memory.GROUPS.keys() >= c.keys()
+
+
+# ---- search ----
+
+
+def test_every_candidate_divides_the_sizes_of_the_config(make_config):
+    config = make_config({"model.num_kv_heads": 2, "data.batch_size": 16})
+    found = list(search.candidates(config, 8))
+    assert {c["mesh.tensor"] for c in found} == {1, 2}  # of two kv heads
+    for c in found:
+        shards = c["mesh.data"] * c["mesh.fsdp"]
+        assert shards * c["mesh.tensor"] == 8
+        assert 16 % (shards * c["train.num_microbatches"]) == 0
+
+
+def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
+    target = topology.parse("v5e:2x4")
+
+    def of(changes=None, **axes):
+        e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
+        grid = [wires.Place(0, (i // 4, i % 4), 0) for i in range(8)]
+        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
+
+    saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
+    assert saving[0].memory < saving[1].memory < saving[2].memory
+    assert saving[0].parts["compute"] > saving[2].parts["compute"]
+    again = of({"train.num_microbatches": 2}, fsdp=8)
+    assert again.parts["fsdp"] == 2 * saving[2].parts["fsdp"]
+    assert of(fsdp=4, data=2).memory > of(fsdp=8).memory
+
+
+def test_the_search_names_a_winner_and_why_the_others_lost(small_plan, make_config):
+    """With plans of known times: the fastest that fits wins, one that doesn't never."""
+    base = small_plan[2][0]
+
+    def make(config, name):
+        tensor = config.mesh.tensor
+        times = dataclasses.replace(base.times, compute=1.0 + tensor, hbm=0.5, links={})
+        refusal = "too large" if config.mesh.fsdp == 4 else ""
+        return dataclasses.replace(base, times=times, refusal=refusal, capacity=2**40)
+
+    config = make_config({"model.dtype": "bfloat16", "model.num_kv_heads": 2})
+    found = search.judge(
+        [
+            search.Candidate(c, estimating.Estimate(0.0, {"compute": 1.0}), make(changed, ""))
+            for c in (
+                {"mesh.data": 1, "mesh.fsdp": 4},
+                {"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2},
+                {"mesh.data": 4, "mesh.fsdp": 1, "mesh.tensor": 1},
+            )
+            for changed in [search.changed(config, c)]
+        ],
+        {},
+    )
+    assert found.winner is not None and found.winner.changes["mesh.tensor"] == 1
+    assert found.winner.lost == ""
+    slower, refused = found.compiled[1:]
+    assert "compute takes 3.000 s, not 2.000 s" in slower.lost
+    assert refused.lost.startswith("does not fit")
+    page = report.search_page(found)
+    assert page.index("* --config.mesh.data=4") < page.index("--config.mesh.data=2")
