@@ -1,5 +1,7 @@
 """The schedule of splash attention's blocks, against masks written out; and the TPU compiler."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,14 @@ def compile_gradient(chips, policy, *, length=1024, head_dim=128, dtype="bfloat1
         return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
-    return gradient.lower(heads(4), heads(2), heads(2), tokens).compile()
+    lowered = gradient.lower(heads(4), heads(2), heads(2), tokens)
+    # what the cache keeps can't be read without the chips
+    kept: Any = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 POLICIES = {
