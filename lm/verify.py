@@ -239,7 +239,7 @@ def _whole_activations(experiment: Experiment, program: str) -> list[str]:
     seen: dict[str, str] = {}
     for match in re.finditer(r"= (f32|bf16)\[([\d,]+)\]\S* ([\w-]+)\(", program):
         sizes = [int(n) for n in match[2].split(",")]
-        if len(sizes) > 2 and sizes[0] == rows and length in sizes[1:3]:
+        if len(sizes) > 2 and sizes[0] == rows and length in sizes[1:-1]:  # [B, T, D], [B, N, T, H]
             seen.setdefault(match[2], match[3])
     return [f"[{shape}] holds the tokens of all devices ({op})" for shape, op in seen.items()]
 

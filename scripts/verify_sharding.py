@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     number = math.prod(size for name, size in sizes.items() if name != "slices")
     os.environ["JAX_PLATFORMS"] = "cpu"
     flag = f"--xla_force_host_platform_device_count={number}"
+    # collectives of fake devices wait in threads of XLA's pool, as many as it believes cores to be
+    os.environ.setdefault("NPROC", "64")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     import jax
 

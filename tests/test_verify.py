@@ -43,6 +43,14 @@ def wrong(report):
     [
         (TENSOR, {"mesh.zero": 1, "optimizer.memory": "host", "model.remat": "offload"}),
         ({"data": 4, "fsdp": 2, "slices": 2}, {}),
+        (
+            {"stage": 2, "expert": 2, "fsdp": 2},
+            {
+                "model.pipeline.num_microbatches": 2,
+                "model.moe.num_experts": 4,
+                "model.moe.num_experts_per_token": 2,
+            },
+        ),
     ],
 )
 def test_a_mesh_that_is_right_passes(check, mesh, changes):

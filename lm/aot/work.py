@@ -132,7 +132,38 @@ def _custom_call(instruction: Instruction, computation: Computation) -> float | 
         k = computation.operand(instruction, 1).shapes[0].dims
         scores = 2.0 * math.prod(q) * k[-3]
         return scores * (5 if "Backward" in target else 2)
+    if target == "tpu_custom_call" and instruction.name.startswith("splash_"):
+        return _splash(instruction, computation)
     return None if any(n in target for n in ("tpu_custom_call", "triton")) else 0.0
+
+
+# Products of [T, H] and [T, S] matrices of each kernel; the suffix of its block sizes.
+_SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
+
+
+def _splash(instruction: Instruction, computation: Computation) -> float | None:
+    """Of the blocks that a splash attention kernel works on. Where a row of blocks may be as long
+    as the keys, attention is taken to be causal, and half of them are hidden.
+    """
+    kinds = [kind for name, kind in _SPLASH.items() if name in instruction.name]
+    operands = [computation.instructions[o].shapes[0] for o in instruction.operands]
+    streams = [s.dims for s in operands if len(s.dims) == 4 and s.dtype in ("bf16", "f32")]
+    tables = [s.dims for s in operands if len(s.dims) == 3 and s.dtype in ("s8", "s16", "s32")]
+    if len(kinds) != 1 or len(streams) < 2 or not tables:
+        return None
+    (products, suffix), (q, k) = kinds[0], streams[:2]
+    blocks = {
+        name: int(size)
+        for name, size in re.findall(r'(block_\w+)\\?": (\d+)', instruction.attributes)
+    }
+    block_q, block_kv = blocks.get(f"block_q{suffix}"), blocks.get(f"block_kv{suffix}")
+    if not block_q or not block_kv:
+        return None
+    rows, columns = q[2] // block_q, k[2] // block_kv
+    seen = math.prod(tables[0][1:])
+    if seen >= rows * columns:
+        seen = (rows * columns + max(rows, columns)) / 2
+    return 2.0 * products * q[0] * q[1] * q[3] * seen * block_q * block_kv
 
 
 def _moved(instruction: Instruction, computation: Computation, module: Module) -> float:

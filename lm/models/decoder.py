@@ -366,10 +366,10 @@ class Decoder(nn.Module):
         length = "act_length" if cache is None else "length"
         x = rules.constrain(x, "act_batch", length, "act_embed")
         if self._is_pipelined(cache, train):
-            x, _ = self._pipelined(x, inputs, train, order)
+            x, reports = self._pipelined(x, inputs, train, order)
             x = x if c.norm_placement == "post" else self.norm(x)
             x = rules.constrain(x, "act_batch", "length", "act_embed")
-            return Output(hidden=x if order == 1 else zigzag.unshuffle(x, rules))
+            return _output(x if order == 1 else zigzag.unshuffle(x, rules), None, reports)
         x = self.dropout(x, deterministic=not train)
 
         if cache is None:
@@ -393,10 +393,7 @@ class Decoder(nn.Module):
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
-        if reports is None:
-            return Output(hidden=x, cache=cache)
-        report = reports.mean()
-        return Output(hidden=x, cache=cache, aux=report.aux, stats=report.stats)
+        return _output(x, cache, reports)
 
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
@@ -537,6 +534,14 @@ class Decoder(nn.Module):
         return jnp.abs(distance)[:, None].astype(jnp.float32) * -slopes[:, None, None]
 
 
+def _output(hidden: jax.Array, cache: Cache | None, reports: Any) -> Output:
+    """reports: of experts, stacked over layers; None without any."""
+    if reports is None:
+        return Output(hidden=hidden, cache=cache)
+    report = reports.mean()
+    return Output(hidden=hidden, cache=cache, aux=report.aux, stats=report.stats)
+
+
 def build(config: Config, rules: Rules) -> Decoder:
     """Raises ValueError where the mesh can't do what the config says."""
     schedule = pipelining.make_schedule(config.pipeline, config.num_layers, rules)
@@ -548,13 +553,6 @@ def build(config: Config, rules: Rules) -> Decoder:
             f"({config.num_layers}) / (mesh stage ({schedule.num_stages}) * "
             f"config.model.pipeline.num_repeats ({schedule.num_repeats})), so that all stages "
             "run the same kind of layer at the same time"
-        )
-    if config.moe.num_experts and max(schedule.num_stages, schedule.num_microbatches) > 1:
-        raise ValueError(
-            f"config.model.moe.num_experts ({config.moe.num_experts}): experts exchange tokens "
-            "inside a layer, which the stages of a pipeline can't; config.mesh.stage "
-            f"({schedule.num_stages}) and config.model.pipeline.num_microbatches "
-            f"({schedule.num_microbatches}) must be 1"
         )
     kernels.check(
         config.attention_kernel,
