@@ -70,8 +70,8 @@ def _full(plan: Any) -> list[str]:
 
 
 def _doubled(collectives: Sequence[Collective]) -> list[str]:
-    """All-gathers that became all-reduces. Seen with libtpu 0.0.42 on v5p for groups of 64 chips and
-    more, never for 32; on v5e and v6e groups of 64 stay gathers.
+    """All-gathers that became all-reduces. Seen with libtpu 0.0.42 on v5p for groups of 64
+    chips and more, never for 32; on v5e and v6e groups of 64 stay gathers.
     """
     found = [c for c in collectives if c.unsliced and c.bytes > MIB]
     return [

@@ -1,0 +1,142 @@
+"""Compile shipped configs for the machines they are meant for; the table goes to docs/scale.md.
+
+    python scripts/scale_table.py                  # every row: about two minutes of compiling each
+    python scripts/scale_table.py --only=llama3    # rows whose config or topology contains this
+
+Plans are cached (see scripts/plan.py), so a second run is immediate, and a run that was cut short
+goes on. A row that this machine has no compiler for says so and leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    config: str  # FILE:ARG of configs/
+    topology: str
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _batch(rows: int) -> dict[str, Any]:
+    return {"data.batch_size": None, "data.batch_size_per_device": rows}
+
+
+FULL = {"model.remat": "full"}
+ROWS = (
+    Row("gpt2:124m", "v5e:4x4", _batch(16)),
+    Row("gpt2:1.5b", "v5e:16x16", {"mesh.data": 1, "mesh.fsdp": -1, **FULL, **_batch(4)}),
+    Row("gpt3:175b", "v5p:8x8x16", {"mesh.data": 32, "mesh.fsdp": 32, **FULL, **_batch(2)}),
+    Row("llama3:8b", "v5p:4x4x4", {"mesh.data": 2, "mesh.fsdp": 32, **FULL, **_batch(2)}),
+    Row("llama3:8b", "v6e:16x16", {"mesh.data": 1, "mesh.fsdp": -1, **FULL, **_batch(1)}),
+    Row("llama3:8b", "tpu7x:4x4x4", {"mesh.data": 4, "mesh.fsdp": 32, **FULL, **_batch(2)}),
+    Row(
+        "llama3:8b",
+        "2xv5e:16x16",
+        {"mesh.data": 2, "mesh.slices": 2, "mesh.fsdp": 256, **FULL, **_batch(1)},
+    ),
+    Row("llama3:8b", "h100:8x8", {"mesh.data": 1, "mesh.fsdp": -1, **FULL, **_batch(1)}),
+    Row("llama3:70b", "v5p:8x8x8", {"mesh.data": 16, "mesh.fsdp": 32, **FULL, **_batch(2)}),
+    Row("llama3:405b", "v5p:8x16x16", {"mesh.data": 64, "mesh.fsdp": 32, **FULL, **_batch(1)}),
+    Row("qwen3:32b", "v6e:16x16", {"mesh.data": 1, "mesh.fsdp": -1, **FULL, **_batch(1)}),
+    Row(
+        "mixtral:8x7b",
+        "v5p:4x4x4",
+        {"mesh.data": 1, "mesh.fsdp": 8, "mesh.expert": 8, "data.length": 4096, **_batch(2)},
+    ),
+)
+HEAD = """# Shipped configs, compiled for the machines they are meant for
+
+Made by `python scripts/scale_table.py` with the compilers of jax {jax} and libtpu {libtpu}. Memory
+is that of one device. Step time and MFU are intervals: everything overlaps, nothing does. They come
+from published peaks and the compiler's own program, and know nothing of clocks, stragglers and
+kernels below peak: read them as bounds, not as a forecast. Compile times are of two shared cores.
+
+| config | topology | mesh | rows × length | HBM used, of | step | MFU | binds | compiled in |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def line(row: Row, plan: Any) -> str:
+    """One row of the table."""
+    gib = 2**30
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    capacity = f"{plan.capacity / gib:.0f} GiB" if plan.capacity else "?"
+    most, least = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+    mfu = "" if most is None or least is None else f"{most:.0%} to {least:.0%}"
+    verdict = f"{plan.memory.total / gib:.1f}, {capacity}" + ("" if plan.fits else " **too much**")
+    cells = (
+        row.config,
+        row.topology,
+        mesh,
+        f"{plan.rows} × {plan.length}",
+        verdict,
+        f"{plan.times.least:.2f} to {plan.times.most:.2f} s" if plan.fits else "",
+        mfu if plan.fits else "",
+        plan.times.binding if plan.fits else "",
+        f"{plan.compile_seconds:.0f} s",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _make(row: Row) -> Any:
+    from lm.aot import plan as plans
+
+    file, _, arg = row.config.partition(":")
+    spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    assert spec and spec.loader, f"configs/{file}.py is shipped"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg or None)
+    config.update_from_flattened_dict(dict(row.changes))
+    return plans.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose config or topology contains this")
+    parser.add_argument("--out", default=str(ROOT / "docs/scale.md"), help="file of the table")
+    args = parser.parse_args()
+
+    import importlib.metadata
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    table, failed = [], 0
+    chosen = [row for row in ROWS if args.only in f"{row.config} {row.topology}"]
+    for number, row in enumerate(chosen, 1):
+        print(f"{number}/{len(chosen)} {row.config} on {row.topology} ...", flush=True)
+        began = time.perf_counter()
+        try:
+            plan = _make(row)
+        except ValueError as error:  # no compiler for it here, or sizes that don't fit
+            failed += 1
+            print(f"  {error}", file=sys.stderr)
+            table.append(f"| {row.config} | {row.topology} |||| not compiled: {error} ||||")
+            continue
+        table.append(line(row, plan))
+        print(f"  {table[-1]}  ({time.perf_counter() - began:.0f} s)", flush=True)
+        failed += not plan.fits
+    if not args.only:
+        Path(args.out).parent.mkdir(exist_ok=True)
+        Path(args.out).write_text(HEAD.format(**versions) + "\n".join(table) + "\n")
+        print(f"written: {args.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)
