@@ -120,9 +120,10 @@ def _set_up() -> None:
     from absl import logging
 
     sys.unraisablehook = _report
-    # Orbax tells some thirty lines a save, and a page of stack about every error that it raises
+    # Orbax tells some thirty lines a save, and asyncio a page of stack about every error in one
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().addFilter(lambda record: record.levelno >= stdlib_logging.CRITICAL)
+    for logger in (logging.get_absl_logger(), stdlib_logging.getLogger("asyncio")):
+        logger.addFilter(lambda record: record.levelno >= stdlib_logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -221,7 +221,7 @@ def test_two_processes_train_as_one_with_as_many_devices(whole, tmp_path):
 
 
 def test_a_job_of_which_a_process_was_killed_goes_on_to_the_same_numbers(whole, tmp_path):
-    process = train(tmp_path, 2, 2, "--max-restarts=1")
+    process = train(tmp_path, 2, 2, "--max-restarts=1", "--grace=60")
     try:
         wait_for(lambda: len(metrics.read(str(tmp_path))) >= 15)
         os.kill(children(process)[1], signal.SIGKILL)

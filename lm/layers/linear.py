@@ -59,8 +59,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*self.in_shape, *self.out_shape)
         init = initializer(self.init_std, math.prod(self.in_shape), self.init_scale)
-        weight = parameter(self, "weight", init, shape, (*self.in_axes, *self.out_axes))
-        y = project(x, weight.astype(self.dtype), self.rules, len(self.in_shape))
+        axes = (*self.in_axes, *self.out_axes)
+        weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)
+        y = project(x, self.rules.collect(weight, *axes), self.rules, len(self.in_shape))
         if self.bias:
             zeros = nn.initializers.zeros
             bias = parameter(self, "bias", zeros, self.out_shape, self.out_axes)
