@@ -40,7 +40,10 @@ class DataConfig:
     validation: tuple[str, ...] = field(
         (), "Token stores to evaluate on, each reported separately."
     )
-    length: int = field(1024, "Tokens in a row.")
+    length: int = field(1024, "Tokens in a row; with an encoder, in a row of the decoder.")
+    encoder_length: int | None = field(
+        None, "Tokens in a row of the encoder; for models that have one beside a decoder."
+    )
     batch_size: int | None = field(None, "Rows in a global batch.")
     batch_size_per_device: int | None = field(
         None, "Rows per device; an alternative to batch_size."

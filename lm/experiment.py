@@ -26,6 +26,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.layers import pipelining
+from lm.objectives import Form
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
@@ -43,6 +44,12 @@ class Experiment:
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         optim.check(c.optimizer)
         c.model.check(c.data.length)
+        if c.model.takes_encoder != (c.data.encoder_length is not None):
+            raise ValueError(
+                f"config.data.encoder_length ({c.data.encoder_length}) must be "
+                + ("given" if c.model.takes_encoder else "unset")
+                + f" for config.model.name={config.model.name}"
+            )
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
         self.batch_size = _batch_size(c, self.rules, self.model.num_microbatches)
@@ -68,7 +75,13 @@ class Experiment:
     @functools.cached_property
     def objective(self) -> pipeline.Objective:
         component = configs.component("lm.objectives", self.config_dict.objective.name)
-        return component.build(self.config.objective, self.tokenizer)
+        return component.build(self.config.objective, self.tokenizer, self.form)
+
+    @property
+    def form(self) -> Form:
+        """What the model takes of the data."""
+        d, m = self.config.data, self.config.model
+        return Form(d.length, d.encoder_length, m.is_causal)
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
@@ -145,11 +158,12 @@ class Experiment:
 
     def _init_params(self, rng: Array) -> Any:
         def everything(model: Any, tokens: Tokens) -> Array:
-            return model.logits(model(tokens).hidden)
+            return model.logits(model(tokens, encoder=encoder).hidden)
 
         shape = (self.rules.size("act_batch"), self.rules.size("act_length"))
         zeros = jnp.zeros(shape, jnp.int32)
         tokens = Tokens(zeros, zeros, zeros)
+        encoder = tokens if self.config.model.takes_encoder else None
         return self.model.init({"params": rng}, tokens, method=everything)["params"]
 
     @functools.cached_property
@@ -344,11 +358,12 @@ def _batch_size(config: configs.Config, rules: sharding.Rules, parts: int) -> in
             + (f" * config.model.pipeline.num_microbatches ({parts})" if parts > 1 else "")
         )
     shards, axes = rules.size("act_length"), "*".join(rules.axes("act_length"))
-    if d.length % shards or d.length % rules.size("length"):
-        raise ValueError(
-            f"config.data.length ({d.length}) must be divisible by mesh {axes} ({shards}), "
-            "over which the residual stream is sharded"
-        )
+    for name, length in (("length", d.length), ("encoder_length", d.encoder_length or 0)):
+        if length % shards or length % rules.size("length"):
+            raise ValueError(
+                f"config.data.{name} ({length}) must be divisible by mesh {axes} ({shards}), "
+                "over which the residual stream is sharded"
+            )
     return size
 
 

@@ -35,6 +35,7 @@ class Tokens:
     segments: Array  # int32 [B, T]
     positions: Array  # int32 [B, T]
     bidirectional: Array | None = None  # bool [B, T]; True: a prefix that its whole segment may see
+    types: Array | None = None  # int32 [B, T]; which of the parts of a pair, for models that ask
 
 
 @flax.struct.dataclass
@@ -48,6 +49,7 @@ class Batch:
     weights: Array  # float32 [B, T]; 0 where nothing is scored
     encoder: Tokens | None = None  # encoder-decoder models only
     records: Array | None = None  # uint32 [B]; a hash of where each row comes from
+    tasks: Array | None = None  # int32 [B]; which of several tasks, where losses are told apart
 
 
 @flax.struct.dataclass

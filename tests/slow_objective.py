@@ -14,8 +14,8 @@ class Config:
     seconds: float = field(600.0, "How long each takes then.")
 
 
-def build(config, tokenizer):
-    inner, made = causal.build(causal.Config(), tokenizer), itertools.count()
+def build(config, tokenizer, form):
+    inner, made = causal.build(causal.Config(), tokenizer, form), itertools.count()
 
     def slow(rows, rng):
         if next(made) >= config.batches:

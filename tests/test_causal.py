@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import causal
+from lm.objectives import Form, causal
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -18,7 +18,7 @@ def no_randomness(i):
 
 
 def causal_batch(rows):
-    return causal.build(causal.Config(), TOKENIZER)(rows, no_randomness)
+    return causal.build(causal.Config(), TOKENIZER, Form(rows.ids.shape[1]))(rows, no_randomness)
 
 
 def make_rows(ids, segments, previous):

@@ -18,11 +18,11 @@ from lm.data.sources.synthetic import KINDS, Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import causal
+from lm.objectives import Form, causal
 from lm.types import Batch, Tokens
 
 TOKENIZER = ByteTokenizer()
-CAUSAL = causal.build(causal.Config(), TOKENIZER)
+CAUSAL = causal.build(causal.Config(), TOKENIZER, Form(8))
 LOADERS = [LoaderConfig(kind="tf.data"), LoaderConfig(kind="thread")]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "over", "hills"]
 
@@ -265,10 +265,10 @@ def test_batches_and_the_thread_loader_need_no_tensorflow(stores):
         "from lm.config import DataConfig, LoaderConfig\n"
         "from lm.data.pipeline import make_pipeline\n"
         "from lm.data.tokenizer import load\n"
-        "from lm.objectives import causal\n"
+        "from lm.objectives import Form, causal\n"
         "tokenizer = load('bytes')\n"
         "config = DataConfig(train=(sys.argv[1],), length=16)\n"
-        "objective = causal.build(causal.Config(), tokenizer)\n"
+        "objective = causal.build(causal.Config(), tokenizer, Form(16))\n"
         "data = make_pipeline(config, objective, tokenizer, batch_size=4, seed=0)\n"
         "steps = data.iterate(0, 3, loader=LoaderConfig(kind='thread'))\n"
         "print([batch.targets.shape for _, batch in steps])\n"

@@ -10,7 +10,9 @@ The contract (`lm.types.Model`) is one linen module with the fields `config` and
     model.num_microbatches                           parts that it cuts the rows of a pass into
 
 `Config` has `check(length)`, which raises ValueError on sizes that don't fit together, naming the
-config path, and the properties `vocab_size` and `max_length` or fields of these names. It may offer
+config path, and properties or fields `vocab_size`, `max_length`, `is_causal` (a token of `inputs`
+sees only itself and those before it, but for marked prefixes) and `takes_encoder` (`encoder` must
+be given; with a cache, in the first call alone, which keeps what later ones need). It may offer
 `attention_kinds` (dicts of the fields of `lm.selfcheck.Heads`) and `logit_softcap`, which the
 start-up check then covers. Everything else (loss, optimizer, generation, export) knows models
 through this alone.

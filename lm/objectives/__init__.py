@@ -3,8 +3,9 @@
 The contract. An objective is a module with
 
     Config                     a frozen dataclass, the fields of `config.objective`
-    build(config, tokenizer)   returns an `Objective`; ValueError where tokenizer or config cannot
-                               work
+    build(config, tokenizer, form)
+                               returns an `Objective`; ValueError where tokenizer, config or what
+                               the model takes cannot work
 
 An objective is a pure function of rows and randomness: the same rows and the same generators give
 the same batch. It uses numpy only, keeps the shape [B, T] of its targets for all batches, and
@@ -19,6 +20,7 @@ it is asked for, as making one costs 15 us.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +30,19 @@ from lm.data.sources import Rows
 from lm.types import Batch
 
 RowGenerator = Callable[[int], np.random.Generator]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the model takes, and so what an objective must make.
+
+    length: T of the inputs and targets. encoder_length: of the encoder's stream, None without one.
+    is_causal: whether a token of the inputs sees only itself and those before it.
+    """
+
+    length: int
+    encoder_length: int | None = None
+    is_causal: bool = True
 
 
 class Objective(Protocol):

@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Objective, RowGenerator
+from lm.objectives import Form, Objective, RowGenerator
 from lm.types import Batch, Tokens
 
 
@@ -17,7 +17,7 @@ class Config:
     """Nothing to choose."""
 
 
-def build(config: Config, tokenizer: Tokenizer) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     """Returns the causal objective: targets are the tokens, inputs are the tokens before them.
 
     The input of a document's first token is bos; that of a row's first token is the last one of the
@@ -29,6 +29,11 @@ def build(config: Config, tokenizer: Tokenizer) -> Objective:
         inputs    ^ a b ^ c      (`^` is bos)
     """
     del config
+    if not form.is_causal or form.encoder_length is not None:
+        raise ValueError(
+            "config.objective.name=causal needs a model in which a token sees only those before "
+            "it, without an encoder: config.model.name=decoder, say"
+        )
     bos = np.int32(tokenizer.bos_id)
 
     def causal(rows: Rows, rng: RowGenerator) -> Batch:
