@@ -71,9 +71,10 @@ class Transformer(nn.Module):
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
-        return self._finish(x), cache, reports
+        return self.finish(x), cache, reports
 
-    def _finish(self, x: Array) -> jax.Array:
+    def finish(self, x: Array) -> jax.Array:
+        """What the vocabulary projection reads of a residual stream x: [B, T, D]."""
         x = x if self.config.norm_placement == "post" else self.norm(x)
         return self.rules.constrain(x, "act_batch", "length", "act_embed")
 

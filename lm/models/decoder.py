@@ -103,7 +103,7 @@ class Decoder(Transformer):
         x = rules.constrain(x, "act_batch", length, "act_embed")
         if self._is_pipelined(cache, train):
             x, reports = self._pipelined(x, inputs, train, order)
-            x = self._finish(x)
+            x = self.finish(x)
         else:
             x = self.dropout(x, deterministic=not train)
             x, cache, reports = self.run(x, inputs, cache=cache, order=order, train=train)
