@@ -57,7 +57,9 @@ RULES = {
     "lm.train": ("lm",),
     "lm.aot": ("lm",),
     "lm.verify": ("lm",),
+    "lm.inside": ("lm.types", "lm.layers"),
     "lm.inspect": ("lm",),
+    "lm.figures": ("lm",),
     "lm.show": ("lm",),
 }
 # The top of the stack, which only what stands here may import.
@@ -81,7 +83,8 @@ TOP = {
     "lm.aot": (),
     "lm.verify": (),
     "lm.inspect": ("lm.show",),
-    "lm.show": (),
+    "lm.show": ("lm.figures",),
+    "lm.figures": (),
 }
 LATE = {
     "matplotlib",

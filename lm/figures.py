@@ -1,0 +1,133 @@
+"""Pictures of the inside of a model: matplotlib figures that need no window, and HTML text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.inside import Lens, Norms
+from lm.show import visible
+from lm.types import Array
+
+_BLUE, _ORANGE = (33, 102, 172), (214, 96, 19)  # for and against
+
+
+def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str]]) -> Any:
+    """What every layer would say after each token of one row: its guess, and how sure it is.
+
+    lens: [L, 1, T]; texts: [T], the inputs; guesses: [L][T], the text of `lens.guesses`.
+    """
+    from matplotlib.figure import Figure
+
+    confidence = np.asarray(lens.confidence)[:, 0]
+    layers, length = confidence.shape
+    figure = Figure(figsize=(1.5 + 0.62 * length, 1.6 + 0.34 * layers), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for layer in range(layers):
+        for place in range(length):
+            sure = confidence[layer, place] > 0.6
+            axis.text(
+                place,
+                layer,
+                visible(guesses[layer][place])[:7],
+                ha="center",
+                va="center",
+                fontsize=7,
+                family="monospace",
+                color="white" if sure else "black",
+            )
+    names = [visible(text)[:9] for text in texts]
+    axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family="monospace")
+    axis.set_yticks(range(layers), [f"after layer {i}" for i in range(layers)], fontsize=8)
+    axis.set_xlabel("the token that was read")
+    axis.tick_params(length=0)
+    figure.colorbar(image, ax=axis, shrink=0.7, label="probability of the guess")
+    return figure
+
+
+def lens_loss_figure(lens: Lens, weights: Array) -> Any:
+    """The mean loss after each layer, over scored tokens: how early the answer is there."""
+    from matplotlib.figure import Figure
+
+    scored = np.asarray(weights) > 0
+    nats = np.asarray(lens.nats)[:, scored].mean(axis=1)
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    layers = np.arange(len(nats))
+    axis.plot(layers, nats, marker="o")
+    for layer, loss in zip(layers, nats, strict=True):
+        axis.annotate(f"{loss:.2f}", (layer, loss), (0, 7), textcoords="offset points", ha="center")
+    axis.set(xlabel="after layer", ylabel="loss (nats per token)", xticks=layers)
+    axis.margins(y=0.15)
+    _quiet(axis)
+    return figure
+
+
+def norms_figure(norms: Norms, weights: Array) -> Any:
+    """Size of the residual stream and of what each layer adds: median, and the middle 80%."""
+    from matplotlib.figure import Figure
+
+    scored = np.asarray(weights) > 0
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for name, values in (("residual stream", norms.stream), ("update", norms.update)):
+        low, middle, high = np.quantile(np.asarray(values)[:, scored], (0.1, 0.5, 0.9), axis=1)
+        layers = np.arange(len(middle))
+        [line] = axis.plot(layers, middle, marker="o", label=name)
+        axis.fill_between(layers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axis.set(xlabel="layer", ylabel="root mean square", xticks=layers, yscale="log")
+    axis.legend(frameon=False)
+    _quiet(axis)
+    return figure
+
+
+def attributions_html(texts: Sequence[str], nats: Array, answer: str) -> str:
+    """Text coloured by how much each token speaks for (blue) or against (orange) `answer`.
+
+    texts: [T]; nats: [T]. Point at a token to read its number.
+    """
+    values = np.asarray(nats, np.float64)
+    largest = max(float(np.abs(values).max()), 1e-9)
+    spans = []
+    for text, value in zip(texts, values.tolist(), strict=True):
+        share, color = abs(value) / largest, _BLUE if value > 0 else _ORANGE
+        mixed = ", ".join(str(round(255 + share * 0.75 * (c - 255))) for c in color)
+        hint = html.escape(f"{visible(text)}: {value:+.2f} nats")
+        shown = html.escape(text).replace("\n", '<span style="color: #aaa">↵</span>\n')
+        spans.append(f'<span style="background: rgb({mixed})" title="{hint}">{shown}</span>')
+    box = "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222"
+    legend = (
+        f"for <b>{html.escape(visible(answer))}</b>: blue speaks for it, orange against; "
+        f"{values.sum():+.2f} nats in all, at most {largest:.2f} from one token"
+    )
+    return (
+        f'<div style="font: 12px sans-serif; margin: 4px 0">{legend}</div>'
+        f'<div style="{box}; border: 1px solid #ddd; padding: 8px 12px">{"".join(spans)}</div>'
+    )
+
+
+def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Any:
+    """Bars of log p(first) - log p(second) of minimal pairs. nats: [pairs, 2], their losses."""
+    from matplotlib.figure import Figure
+
+    gains = np.asarray(nats)[:, 1] - np.asarray(nats)[:, 0]
+    figure = Figure(figsize=(9.0, 1.2 + 0.34 * len(pairs)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(pairs))[::-1]
+    colors = ["C0" if gain > 0 else "C1" for gain in gains]
+    axis.barh(places, gains, color=colors, height=0.6)
+    names = [f"{visible(a)}  |  {visible(b)}" for a, b in pairs]
+    axis.set_yticks(places, names, fontsize=8, family="monospace")
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set_xlabel("nats by which the first is likelier than the second")
+    _quiet(axis)
+    return figure
+
+
+def _quiet(axis: Any) -> None:
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,110 @@
+"""Between the layers of a model: what it would say there, how large the residual stream is, and
+which inputs an answer comes from.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.layers.embedding import Embedding
+from lm.types import Array, Model, Params, Tokens
+
+
+class Lens(NamedTuple):
+    """What each layer's residual stream says, if the rest of the layers is left out."""
+
+    guesses: jax.Array  # int32 [L, B, T]: the most likely id
+    confidence: jax.Array  # float32 [L, B, T]: its probability
+    nats: jax.Array  # float32 [L, B, T]: -log p(target)
+
+
+class Norms(NamedTuple):
+    """Root mean squares over the width, float32 [L, B, T]."""
+
+    stream: jax.Array  # of the residual stream after each layer
+    update: jax.Array  # of what each layer adds to it
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def residual_streams(model: Model, params: Params, tokens: Tokens) -> jax.Array:
+    """The residual stream after each layer: [L, B, T, D]."""
+    _, kept = model.apply({"params": params}, tokens, mutable=["intermediates"])
+    [hidden] = kept["intermediates"]["layers"]["hidden"]
+    return hidden
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logit_lens(model: Model, params: Params, tokens: Tokens, targets: Array) -> Lens:
+    """The model's own final norm and vocabulary projection, applied after every layer
+    (nostalgebraist 2020, "interpreting GPT: the logit lens"). targets: int32 [B, T].
+
+    One layer at a time, so that [L, B, T, V] logits never exist; the last is the model's answer.
+    """
+
+    def of_layer(hidden: Array) -> Lens:
+        logits = model.apply({"params": params}, hidden, method=lambda m, h: m.logits(m.finish(h)))
+        log_p = jax.nn.log_softmax(logits)
+        nats = -jnp.take_along_axis(log_p, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
+        guess = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+        return Lens(guess, jnp.exp(jnp.max(log_p, axis=-1)), nats)
+
+    return jax.lax.map(of_layer, residual_streams(model, params, tokens))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def residual_norms(model: Model, params: Params, tokens: Tokens) -> Norms:
+    """How large the residual stream is, and how much of it each layer but the first has written."""
+    hidden = residual_streams(model, params, tokens).astype(jnp.float32)
+    before = jnp.concatenate([jnp.full_like(hidden[:1], jnp.nan), hidden[:-1]])
+
+    def size(x: Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jnp.square(x), axis=-1))
+
+    return Norms(size(hidden), size(hidden - before))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_steps"))
+def attributions(
+    model: Model,
+    params: Params,
+    tokens: Tokens,
+    target: Array,
+    baseline: Array,
+    *,
+    num_steps: int = 64,
+) -> jax.Array:
+    """How much each input token adds to log p(target) at the last place: float32 [B, T], in nats.
+
+    Integrated gradients (arXiv:1703.01365) on the straight way from the embeddings of the ids
+    `baseline`, int32 [B, T], to those of the tokens: the sum over a row is what log p(target)
+    gains by the exchange, up to the error of `num_steps` midpoints. From zero vectors it would be
+    useless: a normalisation that only sees directions leaves those in one jump. target: int32 [B].
+    """
+
+    def rows(ids: Array) -> jax.Array:
+        found = model.apply({"params": params}, method=lambda m: m.embedding(ids))
+        return found.astype(jnp.float32)
+
+    start, end = rows(baseline), rows(tokens.ids)
+
+    def log_p(embedded: Array) -> jax.Array:
+        def exchange(call: Any, args: Any, kwargs: Any, called: Any) -> Any:
+            result = call(*args, **kwargs)
+            table = isinstance(called.module, Embedding) and called.module.name == "embedding"
+            looked_up = table and called.method_name == "__call__"
+            return embedded.astype(result.dtype) if looked_up else result
+
+        with nn.intercept_methods(exchange):
+            hidden = model.apply({"params": params}, tokens).hidden[:, -1:]
+        logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+        found = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.take_along_axis(found, jnp.asarray(target)[:, None], axis=1))
+
+    shares = (jnp.arange(num_steps) + 0.5) / num_steps
+    slopes = jax.lax.map(lambda share: jax.grad(log_p)(start + share * (end - start)), shares)
+    return jnp.sum(jnp.mean(slopes, axis=0) * (end - start), axis=-1)
