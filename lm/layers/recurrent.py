@@ -1,5 +1,5 @@
-"""Long short-term memory (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000)
-over packed rows.
+"""Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) over
+packed rows.
 
 What doesn't depend on the state is one product for all positions; the loop over time is left with
 the product of the state. Its gradient is written out for the same reason: of the two products of
@@ -112,7 +112,7 @@ def cell(gates: Array, memory: Array) -> tuple[jax.Array, jax.Array]:
 
     Computed in float32; hidden has the type of gates.
     """
-    write, keep, candidate, read = jnp.moveaxis(gates.astype(jnp.float32), -2, 0)
+    write, keep, candidate, read = (gates[..., i, :].astype(jnp.float32) for i in range(4))
     memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(write) * jnp.tanh(candidate)
     return (jax.nn.sigmoid(read) * jnp.tanh(memory)).astype(gates.dtype), memory
 
@@ -140,7 +140,7 @@ def _forward(
         new = State(*cell(gates, memory))
         new = jax.tree.map(lambda a, b: jnp.where(filled, a, b), new, old)
         # the next product needs all of it on every device
-        new = new.replace(hidden=rules.constrain(new.hidden, "batch", None))
+        new = State(rules.constrain(new.hidden, "batch", None), new.memory)
         return new, (gates, memory, hidden, new.hidden)
 
     masks = _by_time(where)
@@ -156,7 +156,7 @@ def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[A
 
     def step(d_new: State, x: Any) -> tuple[State, jax.Array]:
         gates, memory, d_output, masks = x
-        d_new = d_new.replace(hidden=d_new.hidden + d_output)
+        d_new = State(d_new.hidden + d_output, d_new.memory)
         _, pullback = jax.vjp(cell, gates, memory)
         d_gates, d_memory = pullback((d_new.hidden, d_new.memory))
         d_gates = jnp.where(masks.filled[..., None], d_gates, 0)

@@ -10,7 +10,6 @@ cut every `bptt` tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
