@@ -56,7 +56,8 @@ class Layout:
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
     """Parameters by group: embedding, positions, attention, mlp, router,
-    balance (selection biases), experts, norm, head; absent where none.
+    balance (selection biases), experts, norm, head, lstm, maps (between two widths); absent where
+    none.
 
     active: those that one token meets, of the experts the fraction that it is sent to; tables count
     whole, as in the names of models (Mixtral's 12.9B, Qwen's A3B).
@@ -119,8 +120,27 @@ def decoder(config: Any) -> Layout:
     return Layout(weights, scores)
 
 
+def lstm(config: Any) -> Layout:
+    """The Layout of a `lm.models.lstm.Config`."""
+    c = config
+    table, size = c.vocab_size * c.embed_dim, c.hidden_size
+    maps = 2 * c.embed_dim * size if size != c.embed_dim else 0
+    weights = (
+        Weight("embedding", table, uses=1.0 if c.tie_embeddings else 0.0),
+        Weight("maps", maps, uses=1.0),
+        Weight("lstm", c.num_layers * 8 * size * size, uses=1.0),
+        Weight("lstm", c.num_layers * 4 * size),
+        Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
+        Weight("head", c.head_bias * c.vocab_size),
+    )
+    return Layout(weights, scores=())
+
+
 # The module of a model's Config: its Layout.
-LAYOUTS: dict[str, Callable[[Any], Layout]] = {"lm.models.decoder": decoder}
+LAYOUTS: dict[str, Callable[[Any], Layout]] = {
+    "lm.models.decoder": decoder,
+    "lm.models.lstm": lstm,
+}
 
 
 def is_known(config: Any) -> bool:

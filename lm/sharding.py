@@ -37,6 +37,7 @@ DEFAULT_TABLE: dict[str, Any] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "gates": None,  # of a recurrent or convolutional layer
     "vocab": "tensor",
     "expert": "expert",
     "layers": "stage",

@@ -29,6 +29,11 @@ def main() -> int:
     )
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the newest)")
     parser.add_argument("--batch-size", type=int, help="rows in a batch (default: as in training)")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="tokens in a row, which nothing before it is known of (default: as in training)",
+    )
     args = parser.parse_args()
 
     import jax
@@ -41,6 +46,8 @@ def main() -> int:
     changes = {}
     if args.data:
         changes["data.validation"] = tuple(args.data)
+    if args.length is not None:
+        changes["data.length"] = args.length
     if args.batch_size is not None:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
     experiment = load(args.workdir, jax.devices(), changes)

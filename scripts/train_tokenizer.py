@@ -1,6 +1,8 @@
-"""Trains a SentencePiece tokenizer on the train split of a corpus.
+"""Trains a SentencePiece tokenizer, or lists the words, of the train split of a corpus.
 
-python scripts/train_tokenizer.py --data=stdlib --vocab-size=4096 --out=data/stdlib.model
+    python scripts/train_tokenizer.py --data=stdlib --vocab-size=4096 --out=data/stdlib.model
+    python scripts/train_tokenizer.py --data=wiki.train.tokens.txt --validation-fraction=0 \\
+        --model-type=word --vocab-size=33278 --out=data/words.json
 """
 
 import argparse
@@ -20,11 +22,20 @@ def main() -> None:
     )
     corpus.add_flags(parser)
     add = parser.add_argument
-    add("--out", required=True, help="the .model file")
+    add("--out", required=True, help="the .model file; of words: the .json file")
     add(
-        "--vocab-size", type=int, default=4096, help="pieces, special ones included (default: 4096)"
+        "--vocab-size",
+        type=int,
+        default=4096,
+        help="pieces, special ones included; of words: at most (default: 4096)",
     )
-    add("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    add(
+        "--model-type",
+        choices=("bpe", "unigram", "word"),
+        default="bpe",
+        help="word: the words between white space, and <eos> for every newline, into a "
+        "tokenizer.json (default: bpe)",
+    )
     add(
         "--piece-span",
         choices=("line", "word"),

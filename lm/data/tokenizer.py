@@ -192,8 +192,8 @@ class HuggingFaceTokenizer:
     """A Hugging Face `tokenizer.json`, through the `tokenizers` library.
 
     Bytes are exact for byte-level BPE (GPT-2, Llama 3, Qwen) and for pieces with U+2581 and byte
-    fallback (Llama 2, Gemma). A WordPiece file (BERT) has no spaces left to decode: its words are
-    joined by spaces. The special ids are found by their usual names; without bos or pad, eos takes
+    fallback (Llama 2, Gemma). WordPiece (BERT) and WordLevel files have no spaces left to decode:
+    their words are joined by spaces. The special ids are found by their usual names; without bos or pad, eos takes
     their place.
     """
 
@@ -319,6 +319,7 @@ def _huggingface_bytes(spec: dict, vocab: dict[str, int], vocab_size: int) -> li
     decoder = json.dumps(spec.get("decoder") or {})
     byte_level = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
     word_piece = '"WordPiece"' in decoder
+    word_level = spec["model"].get("type") == "WordLevel"
     byte_fallback = bool(spec["model"].get("byte_fallback"))
     table = [b""] * vocab_size
     for piece, i in vocab.items():
@@ -328,6 +329,8 @@ def _huggingface_bytes(spec: dict, vocab: dict[str, int], vocab_size: int) -> li
             table[i] = bytes(byte_level[character] for character in piece)
         elif byte_fallback and len(piece) == 6 and piece.startswith("<0x"):
             table[i] = bytes([int(piece[3:5], 16)])
+        elif word_level:
+            table[i] = f" {piece}".encode()
         elif word_piece:
             table[i] = piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
         else:

@@ -1,5 +1,8 @@
-"""Trains SentencePiece models that are lossless: what goes in comes out, byte for byte."""
+"""Trains SentencePiece models that are lossless (what goes in comes out, byte for byte), and lists
+words for corpora that are words.
+"""
 
+import collections
 import hashlib
 import io
 import os
@@ -13,6 +16,7 @@ from lm.data.tokenizer import LONG_TEXT, pieces
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+UNKNOWN_WORD, END_OF_LINE = "<unk>", "<eos>"
 
 
 def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
@@ -105,6 +109,33 @@ def _sentences(texts: Iterable[str], piece_span: str) -> Iterator[str]:
             yield from pieces(line)
 
 
+def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
+    """Returns the `tokenizer.json` of the `vocab_size` most frequent words of `texts`, or of all.
+
+    A word is what stands between white space; every line ends with the token <eos>, as in the
+    language modelling benchmarks (Penn Treebank, WikiText), which is also what ends a document. The
+    words <unk> and <eos> of a text are these tokens; a word outside of the vocabulary is <unk>.
+    """
+    import tokenizers
+
+    eos = tokenizers.normalizers.Replace("\n", f" {END_OF_LINE} ")
+    split = tokenizers.pre_tokenizers.WhitespaceSplit()
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        for piece in pieces(text):
+            words = split.pre_tokenize_str(eos.normalize_str(piece))
+            counts.update(word for word, _ in words)
+    special = [UNKNOWN_WORD, END_OF_LINE]
+    frequent = sorted(counts.keys() - special, key=lambda word: (-counts[word], word))
+    words = [*special, *frequent][:vocab_size]
+    vocab = {word: i for i, word in enumerate(words)}
+    model = tokenizers.models.WordLevel(vocab, unk_token=UNKNOWN_WORD)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = eos, split
+    tokenizer.add_special_tokens([END_OF_LINE])
+    return tokenizer.to_str().encode()
+
+
 def train_tokenizer(
     corpus: Corpus,
     *,
@@ -115,10 +146,17 @@ def train_tokenizer(
     split_digits: bool,
     sample_bytes: int,
 ) -> int:
-    """Writes a model trained on the train split to `out`; returns the bytes it was given."""
+    """Writes a model trained on the train split to `out`; returns the bytes it was given.
+
+    model_type: bpe or unigram (SentencePiece), or word, which has no pieces to choose.
+    """
     out = Path(out)
-    if out.suffix != ".model":
-        raise ValueError(f"--out={out} must end in .model, by which a SentencePiece file is known")
+    suffix = ".json" if model_type == "word" else ".model"
+    if out.suffix != suffix:
+        raise ValueError(
+            f"--out={out} must end in {suffix}, by which a file of --model-type={model_type} is "
+            "known"
+        )
     size = 0
 
     def counted() -> Iterator[str]:
@@ -127,13 +165,16 @@ def train_tokenizer(
             size += len(text.encode())
             yield text
 
-    model = train_sentencepiece(
-        counted(),
-        vocab_size=vocab_size,
-        model_type=model_type,
-        piece_span=piece_span,
-        split_digits=split_digits,
-    )
+    if model_type == "word":
+        model = train_words(counted(), vocab_size=vocab_size)
+    else:
+        model = train_sentencepiece(
+            counted(),
+            vocab_size=vocab_size,
+            model_type=model_type,
+            piece_span=piece_span,
+            split_digits=split_digits,
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     temporary.write_bytes(model)

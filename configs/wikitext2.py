@@ -1,0 +1,56 @@
+"""WikiText-2 by words (Merity et al. 2016): an LSTM beside a decoder of equal parameters.
+
+    configs/wikitext2.py:lstm    also decoder, conv
+
+Two layers of width 200 and a tied table of 33,280 words, 7.3M parameters each; dropout 0.2, AdamW,
+rows of 70 words.
+"""
+
+from lm.config import default
+
+MODELS = ("lstm", "decoder", "conv")
+
+
+def get_config(arg=None):
+    name = arg or "lstm"
+    if name not in MODELS:
+        raise ValueError(
+            f"configs/wikitext2.py:{name} is not a model; there are: {', '.join(MODELS)}"
+        )
+    config = default(model=name, objective="causal")
+
+    model = config.model
+    model.vocab_size = 33_280
+    model.num_layers = 2
+    model.embed_dim = 200
+    model.tie_embeddings = True
+    model.dropout = 0.0  # no word is seen twice
+    model.scan_unroll = -1
+    if name == "decoder":
+        model.max_length = 2048
+        model.num_heads = 4
+        model.mlp_dim = 400
+        model.init_std = 0.02
+
+    data = config.data
+    data.tokenizer = "data/wikitext2/words.json"
+    data.train = ("data/wikitext2/train/train",)
+    data.validation = ("data/wikitext2/validation/train",)
+    data.length = 70
+    data.batch_size = 10
+
+    config.loss.chunk_size = 512
+
+    optimizer = config.optimizer
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 3e-3
+    optimizer.b2 = 0.99
+    optimizer.weight_decay = 0.0
+    optimizer.clip_norm = 1.0
+    optimizer.schedule.kind = "linear"
+    optimizer.schedule.warmup_steps = 100
+    optimizer.schedule.final_fraction = 0.02
+
+    config.train.num_steps = 1500
+    config.train.eval_every = 0
+    return config

@@ -1,0 +1,182 @@
+"""Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) over
+packed rows.
+
+What doesn't depend on the state is one product for all positions; the loop over time is left with
+the product of the state. Its gradient is written out for the same reason: of the two products of
+the backward pass only the one with the state needs the loop, and the gradient of the weight is one
+product for all positions instead of a sum that the loop reads and writes at every one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.layers.linear import initializer, parameter
+from lm.sharding import Rules
+from lm.types import Array, Tokens
+
+FORGET = 1  # of the gates input, forget, candidate, output
+
+
+@flax.struct.dataclass
+class State:
+    """What a layer knows of the tokens so far."""
+
+    hidden: Array  # [B, F], in the compute type
+    memory: Array  # float32 [B, F]
+
+
+@flax.struct.dataclass
+class Marks:
+    """Where the state goes on; bool [B, T] each."""
+
+    filled: Array  # False: padding, which leaves the state as it is
+    starts: Array  # the first token of a segment, which finds an empty state
+    cuts: Array  # no gradient goes back from this token
+
+
+def marks(inputs: Tokens, bptt: int | None) -> Marks:
+    """The Marks of a row whose gradients reach back `bptt` tokens at most; None: to its start.
+
+    The row is cut where its index is a multiple of `bptt`, whatever segments it holds.
+    """
+    length = inputs.ids.shape[1]
+    filled = jnp.asarray(inputs.segments) != 0
+    places = jnp.arange(length) % (length if bptt is None else bptt)
+    cuts = jnp.broadcast_to(places == 0, filled.shape) & (bptt is not None)
+    return Marks(filled, (jnp.asarray(inputs.positions) == 0) & filled, cuts)
+
+
+def empty(shape: tuple[int, ...], dtype: Any, rules: Rules) -> State:
+    """A State of zeros; shape: [..., B, F]."""
+    lead = (None,) * (len(shape) - 2)
+    hidden = rules.constrain(jnp.zeros(shape, dtype), *lead, "batch", None)
+    return State(hidden, rules.constrain(jnp.zeros(shape), *lead, "batch", "mlp"))
+
+
+class Lstm(nn.Module):
+    """One layer. Parameters: `weight` [D, 4, F] of inputs, `recurrent` [F, 4, F] of the state, and
+    `bias` [4, F]; gates in the order input, forget, candidate, output.
+
+    Initially the forget gate has the bias `forget_bias` (Jozefowicz et al. 2015), the others none.
+    """
+
+    embed_dim: int
+    hidden_dim: int
+    rules: Rules
+    dtype: Any = jnp.float32
+    init_std: float | None = None
+    forget_bias: float = 1.0
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, state: State, where: Marks) -> tuple[jax.Array, State]:
+        """x: [B, T, D] -> ([B, T, F], the state after the last token)."""
+        axes = ("embed", "gates", "mlp")
+
+        def matrix(name: str, size: int) -> jax.Array:
+            init = initializer(self.init_std, size)
+            weight = parameter(self, name, init, (size, 4, self.hidden_dim), axes)
+            # collected before the loop, not by each of its steps
+            return self.rules.constrain(weight.astype(self.dtype), None, "gates", "mlp")
+
+        def forget(key: Any, shape: tuple[int, ...]) -> jax.Array:
+            del key
+            return jnp.zeros(shape).at[FORGET].set(self.forget_bias)
+
+        bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
+        inputs = product(x, matrix("weight", self.embed_dim), self.rules) + bias.astype(self.dtype)
+        inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
+        recurrent = matrix("recurrent", self.hidden_dim)
+        hidden, state = recurrence(self.rules, self.unroll, inputs, recurrent, state, where)
+        return self.rules.constrain(hidden, "batch", None, "act_embed"), state
+
+
+def product(x: Array, weight: Array, rules: Rules) -> jax.Array:
+    """x: [..., D] times weight: [D, 4, F] -> [..., 4, F]."""
+    if rules.size("mlp") > 1:  # flattening would merge a sharded dimension into another
+        return jnp.tensordot(x, weight, 1)
+    # in two dimensions XLA's CPU products are faster, their gradients twice
+    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
+    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def cell(gates: Array, memory: Array) -> tuple[jax.Array, jax.Array]:
+    """(hidden, memory) [B, F] after a token, of gates: [B, 4, F] before their non-linearities.
+
+    Computed in float32; hidden has the type of gates.
+    """
+    write, keep, candidate, read = (gates[..., i, :].astype(jnp.float32) for i in range(4))
+    memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(write) * jnp.tanh(candidate)
+    return (jax.nn.sigmoid(read) * jnp.tanh(memory)).astype(gates.dtype), memory
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def recurrence(
+    rules: Rules, unroll: int, inputs: Array, weight: Array, state: State, where: Marks
+) -> tuple[jax.Array, State]:
+    """(hidden [B, T, F], the last state) of inputs: [B, T, 4, F] and weight: [F, 4, F].
+
+    The gates of a token are its inputs + weight * hidden of the token before. `unroll` tokens make
+    up one iteration of the loop.
+    """
+    (hidden, last), _ = _forward(rules, unroll, inputs, weight, state, where)
+    return hidden, last
+
+
+def _forward(
+    rules: Rules, unroll: int, inputs: Array, weight: Array, state: State, where: Marks
+) -> tuple[tuple[jax.Array, State], Any]:
+    def step(old: State, x: Any) -> tuple[State, Any]:
+        inputs, filled, starts = x
+        hidden, memory = (jnp.where(starts, 0, a) for a in (old.hidden, old.memory))
+        gates = inputs + product(hidden, weight, rules)
+        new = State(*cell(gates, memory))
+        new = jax.tree.map(lambda a, b: jnp.where(filled, a, b), new, old)
+        # the next product needs all of it on every device
+        new = State(rules.constrain(new.hidden, "batch", None), new.memory)
+        return new, (gates, memory, hidden, new.hidden)
+
+    masks = _by_time(where)
+    xs = (jnp.swapaxes(inputs, 0, 1), masks.filled, masks.starts)
+    last, (gates, memory, before, hidden) = jax.lax.scan(step, state, xs, unroll=unroll)
+    return (jnp.swapaxes(hidden, 0, 1), last), (gates, memory, before, weight, masks)
+
+
+def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+    gates, memory, befores, weight, masks = saved
+    d_hidden, d_last = cotangents
+    before = d_last.hidden  # of its shape
+
+    def step(d_new: State, x: Any) -> tuple[State, jax.Array]:
+        gates, memory, d_output, masks = x
+        d_new = State(d_new.hidden + d_output, d_new.memory)
+        _, pullback = jax.vjp(cell, gates, memory)
+        d_gates, d_memory = pullback((d_new.hidden, d_new.memory))
+        d_gates = jnp.where(masks.filled[..., None], d_gates, 0)
+        [d_before] = jax.linear_transpose(lambda h: product(h, weight, rules), before)(d_gates)
+        d_before = rules.constrain(d_before, "batch", None)
+        d_old = State(d_before, d_memory)
+        d_old = jax.tree.map(lambda a, b: jnp.where(masks.filled, a, b), d_old, d_new)
+        stop = masks.starts | masks.cuts
+        return jax.tree.map(lambda a: jnp.where(stop, 0, a), d_old), d_gates
+
+    xs = (gates, memory, jnp.swapaxes(d_hidden, 0, 1), masks)
+    d_first, d_gates = jax.lax.scan(step, d_last, xs, reverse=True, unroll=unroll)
+    d_inputs, befores = jnp.swapaxes(d_gates, 0, 1), jnp.swapaxes(befores, 0, 1)
+    [d_weight] = jax.linear_transpose(lambda w: product(befores, w, rules), weight)(d_inputs)
+    return d_inputs, d_weight, d_first, None
+
+
+recurrence.defvjp(_forward, _backward)
+
+
+def _by_time(where: Marks) -> Marks:
+    """Marks as a loop over time reads them: [T, B, 1]."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[..., None], where)

@@ -1,0 +1,206 @@
+"""The LSTM language model of Zaremba et al. 2014 (arXiv:1409.2329), the recurrent baseline.
+
+An embedding, a stack of LSTM layers with dropout between them, and the vocabulary projection, tied
+to the embedding if wanted. A row begins with an empty state, and no state travels between batches,
+so that a run stays a pure function of its config and step: what the published recipes carry from
+one batch of 35 tokens to the next, rows of several times that length carry inside, with gradients
+cut every `bptt` tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import field
+from lm.layers import recurrent
+from lm.layers.embedding import Embedding
+from lm.layers.linear import Linear, parameter
+from lm.layers.recurrent import Lstm, Marks, State
+from lm.layers.stack import stack
+from lm.sharding import Rules
+from lm.types import Array, Cache, Output, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vocab_size: int = field(33_280, "Rows of the embedding; at least the tokenizer's vocabulary.")
+    num_layers: int = field(2, "LSTM layers.")
+    embed_dim: int = field(200, "Width of the embedding and of the vocabulary projection.")
+    hidden_dim: int | None = field(
+        None,
+        "Width of the layers; unset: embed_dim. Another width has a linear map before the first "
+        "layer and one after the last.",
+    )
+    tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
+    head_bias: bool = field(True, "The vocabulary projection has a bias for every token.")
+    dropout: float = field(0.0, "Dropout of embeddings and of every layer's output.")
+    bptt: int | None = field(
+        None, "Tokens of a row after which gradients stop; unset: they go through the whole row."
+    )
+    forget_bias: float = field(1.0, "Initial bias of the forget gates.")
+    init_std: float | None = field(0.05, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
+    scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+    time_unroll: int = field(1, "Tokens per iteration of the loop over time.")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embed_dim if self.hidden_dim is None else self.hidden_dim
+
+    @property
+    def max_length(self) -> int:
+        """No row is too long for a state; positions are int32."""
+        return 2**31 - 1
+
+    def check(self, length: int) -> None:
+        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        rows of `length`.
+        """
+
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"config.model.{message}")
+
+        for name in (
+            *("vocab_size", "num_layers", "embed_dim", "hidden_dim", "bptt", "init_std"),
+            "time_unroll",
+        ):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name} must be positive, got {value}")
+        need(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype must be one of float32, bfloat16, got {self.dtype!r}",
+        )
+        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        need(
+            self.scan_unroll == -1 or 1 <= self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be -1 or in 1..num_layers ({self.num_layers})",
+        )
+        need(
+            self.bptt is None or self.bptt <= length,
+            f"bptt ({self.bptt}) must be at most config.data.length ({length}): no state is "
+            "carried from row to row",
+        )
+
+
+class Layer(nn.Module):
+    """One LSTM layer and the dropout of its output. Parameters: `lstm`."""
+
+    config: Config
+    rules: Rules
+
+    @nn.compact
+    def __call__(
+        self, x: Array, state: State, shared: tuple[Marks, bool]
+    ) -> tuple[jax.Array, State]:
+        c, (where, train) = self.config, shared
+        x, state = Lstm(
+            embed_dim=c.hidden_size,
+            hidden_dim=c.hidden_size,
+            rules=self.rules,
+            dtype=jnp.dtype(c.dtype),
+            init_std=c.init_std,
+            forget_bias=c.forget_bias,
+            unroll=c.time_unroll,
+            name="lstm",
+        )(x, state, where)
+        self.sow("intermediates", "hidden", x)
+        return nn.Dropout(c.dropout, deterministic=not train)(x), state
+
+
+class LanguageModel(nn.Module):
+    """The model. Parameters: `embedding`, `layers` (stacked), and `up`, `down`, `head`,
+    `head_bias` where used.
+    """
+
+    config: Config
+    rules: Rules
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        std = 0.05 if c.init_std is None else c.init_std
+        self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
+        unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
+        self.layers = stack(Layer, c.num_layers, unroll=unroll)(c, self.rules)
+        shared = {"rules": self.rules, "dtype": dtype, "init_std": c.init_std}
+        if c.hidden_size != c.embed_dim:
+            narrow, wide = (c.embed_dim,), (c.hidden_size,)
+            self.up = Linear(narrow, wide, ("embed",), ("mlp",), **shared)
+            self.down = Linear(wide, narrow, ("mlp",), ("embed",), **shared)
+        if not c.tie_embeddings:
+            self.head = Linear((c.embed_dim,), (c.vocab_size,), ("embed",), ("vocab",), **shared)
+        if c.head_bias:
+            zeros = nn.initializers.zeros
+            self.head_bias = parameter(self, "head_bias", zeros, (c.vocab_size,), ("vocab",))
+        self.dropout = nn.Dropout(c.dropout)
+
+    def __call__(
+        self,
+        inputs: Tokens,
+        *,
+        encoder: Tokens | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it
+        holds.
+        """
+        if encoder is not None:
+            raise ValueError("config.model.name=lstm takes no encoder tokens")
+        if inputs.bidirectional is not None:
+            raise ValueError(
+                "config.model.name=lstm reads from left to right: it can't see a bidirectional "
+                "prefix as a whole; choose another config.objective.name"
+            )
+        c = self.config
+        x = self.embedding(inputs.ids)
+        x = self.rules.constrain(x, "act_batch", "length", "act_embed")
+        x = self.dropout(x, deterministic=not train)
+        if c.hidden_size != c.embed_dim:
+            x = self.up(x)
+        state = self.init_cache(inputs.ids.shape[0], 0) if cache is None else cache
+        # a cached call goes on somewhere in a row: where it would be cut isn't known, nor needed
+        where = recurrent.marks(inputs, c.bptt if cache is None else None)
+        x, state = self.layers(x, state, (where, train))
+        if c.hidden_size != c.embed_dim:
+            x = self.down(x)
+        x = self.rules.constrain(x, "act_batch", "length", "act_embed")
+        return Output(hidden=x, cache=None if cache is None else state)
+
+    def logits(self, hidden: Array) -> jax.Array:
+        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        c = self.config
+        x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
+        x = x.astype(jnp.float32)
+        x = x + self.head_bias if c.head_bias else x
+        return self.rules.constrain(x, "act_batch", "length", "vocab")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts that the rows of a forward pass are cut into."""
+        return 1
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """Empty states, [L, B, F], of `batch_size` streams of any length."""
+        del length
+        c = self.config
+        shape = (c.num_layers, batch_size, c.hidden_size)
+        return recurrent.empty(shape, jnp.dtype(c.dtype), self.rules)
+
+
+def build(config: Config, rules: Rules) -> LanguageModel:
+    """Raises ValueError where the mesh can't do what the config says."""
+    for axis, reason in (
+        ("sequence", "a token's state waits for that of the token before"),
+        ("stage", "its layers are few; use data, fsdp or tensor"),
+    ):
+        size = rules.mesh.shape[axis]
+        if size > 1:
+            raise ValueError(
+                f"config.mesh.{axis} ({size}) must be 1 for config.model.name=lstm: {reason}"
+            )
+    return LanguageModel(config, rules)
