@@ -20,12 +20,15 @@ def bucket(n: int) -> int:
     return -(-n // step) * step
 
 
-def pad(inputs: Sequence[np.ndarray], batch_size: int) -> Tokens:
-    """Rows [B, bucket + 1] that end with `inputs`; rows beyond those are all padding."""
-    width = bucket(max(map(len, inputs)) - 1) + 1
-    ids, segments, positions = (np.zeros((batch_size, width), np.int32) for _ in range(3))
-    for i, x in enumerate(inputs):
-        ids[i, -len(x) :] = x
-        segments[i, -len(x) :] = 1
-        positions[i, -len(x) :] = np.arange(len(x))
+def batch_size(count: int, shards: int) -> int:
+    """Rows that hold `count` of them: a power of two on each shard."""
+    return shards * power_of_two(-(-count // shards))
+
+
+def pad(streams: Sequence[np.ndarray], rows: int, width: int) -> Tokens:
+    """[rows, width] that end with `streams`; rows beyond those are all padding."""
+    ids, segments, positions = (np.zeros((rows, width), np.int32) for _ in range(3))
+    for i, x in enumerate(streams):
+        at = slice(width - len(x), width)
+        ids[i, at], segments[i, at], positions[i, at] = x, 1, np.arange(len(x))
     return Tokens(ids, segments, positions)

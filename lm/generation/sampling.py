@@ -24,6 +24,8 @@ class Sampling:
     top_k: int = 0  # most likely tokens that are kept; 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    # above 1: tokens that came before, in the prompt or since, are less likely
+    repetition_penalty: float = 1.0
     num_samples: int = 1  # continuations of each prompt
     seed: int = 0
     stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
@@ -33,6 +35,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), "finite and not negative"),
             ("top_k", self.top_k >= 0, "positive, or 0 for all"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("num_samples", self.num_samples > 0, "positive"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
@@ -40,6 +43,13 @@ class Sampling:
         ):
             if not good:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+
+def penalize(scores: Array, seen: Array, penalty: Array) -> jax.Array:
+    """scores: [..., V] with those of tokens seen: bool [..., V] divided by `penalty` where positive
+    and multiplied where negative (arXiv:1909.05858, section 4.1, for scores of either sign).
+    """
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def choose(logits: Array, keys: Array, values: Array, *, top_k: int, nucleus: bool) -> jax.Array:

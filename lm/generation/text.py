@@ -23,6 +23,7 @@ class Generation:
     logprobs: np.ndarray  # float32 [n]
     data: bytes  # exact bytes, without the stop string
     finished: str  # eos, stop or length
+    score: float | None = None  # that a beam search ranks by
 
     @property
     def text(self) -> str:
@@ -94,7 +95,7 @@ class Row:
         self._released += len(fresh)
         return fresh
 
-    def generation(self) -> Generation:
+    def generation(self, score: float | None = None) -> Generation:
         return Generation(
             self.prompt,
             self.sample,
@@ -102,6 +103,7 @@ class Row:
             np.array(self._logprobs, np.float32),
             bytes(self._data),
             self.finished,
+            score,
         )
 
 

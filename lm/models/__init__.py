@@ -12,6 +12,12 @@ The contract (`lm.types.Model`) is one linen module with the fields `config` and
 `Config` has `check(length)`, which raises ValueError on sizes that don't fit together, naming the
 config path, and the properties `vocab_size` and `max_length` or fields of these names. It may offer
 `attention_kinds` (dicts of the fields of `lm.selfcheck.Heads`) and `logit_softcap`, which the
-start-up check then covers. Everything else (loss, optimizer, generation, export) knows models
+start-up check then covers. An encoder-decoder has `takes_encoder = True` there: it needs `encoder`,
+where a batch is whole in every call, and in generation in the first call with a cache; that call
+leaves in the cache what cross-attention reads, and later ones bring none.
+
+A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
+beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
+no trace. Everything else (loss, optimizer, generation, export) knows models
 through this alone.
 """
