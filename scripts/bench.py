@@ -60,7 +60,7 @@ from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
 from lm.experiment import Experiment
-from lm.generate import Generator
+from lm.generation.generator import Generator
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache

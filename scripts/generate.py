@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lm import runtime
 
 if TYPE_CHECKING:
-    from lm.generate import Piece
+    from lm.generation.text import Piece
 
 
 def main() -> int:
@@ -34,7 +34,9 @@ def main() -> int:
 
     from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
-    from lm.generate import Generator, Piece, Sampling
+    from lm.generation.generator import Generator
+    from lm.generation.sampling import Sampling
+    from lm.generation.text import Piece
 
     sampling = Sampling(
         temperature=0.0 if args.greedy else args.temperature,

@@ -139,7 +139,8 @@ def finish(workdir: Path, validation: Path, config: Any) -> None:
     from lm import metrics, plot
     from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
-    from lm.generate import Generator, Sampling
+    from lm.generation.generator import Generator
+    from lm.generation.sampling import Sampling
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:

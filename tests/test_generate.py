@@ -18,7 +18,9 @@ from lm import config as configs
 from lm.checkpoint.manager import Checkpoints
 from lm.config import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
-from lm.generate import CHUNK, Generator, Sampling, choose
+from lm.generation.decode import CHUNK
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling, choose
 from lm.models import decoder
 from lm.sharding import make_rules
 from lm.types import Tokens
@@ -287,7 +289,7 @@ def test_a_stream_ends_with_the_bytes_of_an_unfinished_character(memory):
 
 def steps_compiled(caplog):
     messages = [record.getMessage() for record in caplog.records]
-    return [m for m in messages if re.match(r"Compiling .*(_prefill|_decode)", m)]
+    return [m for m in messages if re.match(r"Compiling .*(prefill|decode)", m)]
 
 
 def test_a_bucket_is_compiled_once(caplog):

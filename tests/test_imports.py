@@ -41,7 +41,7 @@ RULES = {
     "lm.lora": LEAF,
     "lm.checkpoint": (*LEAF, "lm.exits"),
     "lm.metrics": LEAF,
-    "lm.generate": LEAF,
+    "lm.generation": LEAF,
     "lm.hf": LEAF,
     "lm.guard": (*LEAF, "lm.exits", "lm.phases", "lm.processes"),
     "lm.ledger": ("lm.exits",),

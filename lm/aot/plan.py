@@ -23,7 +23,7 @@ import jax
 import ml_collections
 
 from lm import config as configs
-from lm import flops, generate
+from lm import flops
 from lm.aot import compiling, findings, hlo, memory, roofline, topology, traffic, wires, work
 from lm.aot.findings import Advice
 from lm.aot.memory import Line, Memory
@@ -31,6 +31,7 @@ from lm.aot.roofline import Times
 from lm.aot.topology import Topology
 from lm.aot.work import Work
 from lm.experiment import Experiment
+from lm.generation.decode import lower_decode
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 
@@ -165,7 +166,7 @@ def make(
     if decode is None:
         lowered = experiment.lower_train_step()
     else:
-        lowered = generate.lower_decode(
+        lowered = lower_decode(
             experiment.model,
             experiment.abstract_params,
             batch_size=decode.batch_size,

@@ -1,0 +1,244 @@
+"""Continuations of prompts by a model and its parameters.
+
+The first input of a prompt is `tokenizer.bos_id`, since training shifts every document right.
+Prompts of different lengths are padded on the left, in segment 0, so that the rows of a batch end
+in the same slot. All inputs but the last go into the cache in one call, which computes no logits;
+then each step feeds one token and samples the next.
+
+An encoder-decoder reads prompts, and the eos after them, in its encoder. Its decoder begins with
+bos; the call that fills its cache brings a slot of padding there.
+
+Shapes are rounded up to buckets, so that one compilation serves many prompts. Temperature, top_p,
+min_p, penalties and the rules of ending are arguments of it; top_k, num_beams, and whether there is
+a top_p or a penalty at all, are compiled in.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lm.generation.beam import BeamSearch, beam_search
+from lm.generation.decode import CHUNK, decode, prefill, without_length
+from lm.generation.rows import batch_size, bucket, pad
+from lm.generation.sampling import Sampling
+from lm.generation.text import Generation, Piece, Row
+from lm.types import Model, Params, Tokens
+
+DEFAULT = Sampling()
+Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos
+
+
+class Generator:
+    """Generation with one model and its parameters, on the mesh of `model.rules`."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Any,
+        *,
+        start: Sequence[int] | None = None,
+    ) -> None:
+        """start: ids that every stream of the (de)coder begins with; unset: bos. Weights of others
+        may want none (GPT-2), or their padding (T5).
+
+        Raises ValueError unless the model has a row for every id of the tokenizer.
+        """
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"config.model.vocab_size ({model.config.vocab_size}) must be at least the "
+                f"vocabulary of tokenizer {tokenizer.name} ({tokenizer.vocab_size})"
+            )
+        self.model = without_length(model)  # whatever training did
+        self.params, self.tokenizer = params, tokenizer
+        self.takes_encoder = takes_encoder(model)
+        self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
+        if self.takes_encoder and not len(self._start):
+            raise ValueError("the decoder of an encoder-decoder has to start with some token")
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | BeamSearch = DEFAULT,
+    ) -> list[Generation]:
+        """`num_samples` continuations of each prompt, in the order of the prompts, those of a beam
+        search with the best first.
+
+        A continuation is a function of the parameters, its prompt, `sampling` and its number among
+        the samples: what else is in the batch changes no more than the rounding of logits. The same
+        prompt given twice is continued twice in the same way; ask for samples instead.
+
+        Raises:
+            ValueError: before anything is compiled, where a prompt and `max_new_tokens` don't fit
+                into `config.model.max_length`, or ids are outside of the vocabulary.
+        """
+        inputs = self._inputs(prompts, max_new_tokens)
+        if isinstance(sampling, BeamSearch):
+            return self._beam_search(inputs, max_new_tokens, sampling)
+        # The host has to look in between only for what the device can't see.
+        chunk = CHUNK if sampling.stop else max_new_tokens
+        pieces = self._stream(inputs, max_new_tokens, sampling, chunk)
+        found = [piece.generation for piece in pieces if piece.generation is not None]
+        return sorted(found, key=lambda g: (g.prompt, g.sample))
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = DEFAULT,
+        chunk: int = CHUNK,
+    ) -> Iterator[Piece]:
+        """What `generate` returns, in pieces as they come: the host looks every `chunk` tokens."""
+        if chunk < 1:
+            raise ValueError(f"chunk ({chunk}) must be positive")
+        inputs = self._inputs(prompts, max_new_tokens)
+        return self._stream(inputs, max_new_tokens, sampling, chunk)
+
+    def _inputs(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[np.ndarray]:
+        """The ids of every prompt, checked: int32 [n]."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list: this one text would be read as its letters")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive")
+        return [self._input(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
+
+    def _input(self, i: int, prompt: Prompt, max_new_tokens: int) -> np.ndarray:
+        tokenizer, limit = self.tokenizer, self.model.config.max_length
+        ids = np.asarray(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int64)
+        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"prompt {i}: id {wrong[0]} is not in the vocabulary (size {tokenizer.vocab_size})"
+            )
+        rest = len(self._start) - 1 + max_new_tokens  # the last new token is not fed
+        if self.takes_encoder:
+            if len(ids) + 1 > limit or rest > limit:
+                raise ValueError(
+                    f"config.model.max_length ({limit}) must be at least the length of prompt {i} "
+                    f"with its eos ({len(ids) + 1}), and max_new_tokens ({max_new_tokens})"
+                )
+        elif len(ids) + rest > limit:
+            raise ValueError(
+                f"config.model.max_length ({limit}) must be at least the length of prompt {i} "
+                f"({len(ids)}) + max_new_tokens ({max_new_tokens}) = {len(ids) + rest}; "
+                "shorten the prompt or ask for fewer tokens"
+            )
+        elif not len(self._start) + len(ids):
+            raise ValueError(f"prompt {i} is empty, and there is no bos to begin with")
+        return ids.astype(np.int32)
+
+    def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[Tokens, Tokens | None]:
+        """(what the (de)coder reads, what the encoder reads), one row for each of prompts."""
+        rows = batch_size(len(prompts), self.model.rules.size("batch"))
+        if not self.takes_encoder:
+            streams = [np.concatenate([self._start, x]) for x in prompts]
+            return pad(streams, rows, bucket(max(map(len, streams)) - 1) + 1), None
+        sources = [np.append(x, self.tokenizer.eos_id) for x in prompts]
+        encoder = pad(sources, rows, bucket(max(map(len, sources))))
+        width = max(bucket(len(self._start) - 1), 1) + 1
+        return pad([self._start] * len(prompts), rows, width), encoder
+
+    def _beam_search(
+        self, inputs: list[np.ndarray], limit: int, search: BeamSearch
+    ) -> list[Generation]:
+        if not inputs:
+            return []
+        prompts, encoder = self._rows(inputs)
+        size = bucket(limit)
+        found = beam_search(
+            self.model,
+            self.params,
+            prompts,
+            encoder,
+            np.arange(len(prompts.ids)) < len(inputs),
+            np.int32(limit),
+            search.divisors(limit, size + 1).astype(np.float32),
+            np.bool_(search.early_stopping is True),
+            np.float32(search.repetition_penalty),
+            num_beams=search.num_beams,
+            bucket=size,
+            penalized=search.repetition_penalty != 1,
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        ids, logprobs, scores = (np.asarray(x) for x in (found.ids, found.logprobs, found.scores))
+        made = []
+        for i in range(len(inputs)):
+            for j in range(search.num_samples):
+                row = Row(i, j, limit, (), self.tokenizer)
+                row.add(ids[i, j, :limit], logprobs[i, j, :limit])
+                made.append(row.generation(float(scores[i, j])))
+        return made
+
+    def _name(self, ids: np.ndarray) -> int:
+        """A number for a prompt, which decides its samples."""
+        return zlib.crc32(np.concatenate([self._start, ids]).tobytes())
+
+    def _stream(
+        self, inputs: list[np.ndarray], limit: int, sampling: Sampling, chunk: int
+    ) -> Iterator[Piece]:
+        if not inputs:
+            return
+        model, tokenizer = self.model, self.tokenizer
+        rows = [
+            Row(i, j, limit, sampling.stop, tokenizer)
+            for i in range(len(inputs))
+            for j in range(sampling.num_samples)
+        ]
+        prompts, encoder = self._rows([inputs[row.prompt] for row in rows])
+        names = np.zeros((2, len(prompts.ids)), np.uint32)
+        names[:, : len(rows)] = np.transpose(
+            [(self._name(inputs[r.prompt]), r.sample) for r in rows]
+        )
+        state = prefill(
+            model,
+            self.params,
+            prompts,
+            encoder,
+            np.uint32(sampling.seed),
+            names,
+            length=prompts.ids.shape[1] - 1 + bucket(limit),
+            penalized=sampling.repetition_penalty != 1,
+        )
+        top_k = 1 if sampling.temperature == 0 else min(sampling.top_k, tokenizer.vocab_size)
+        done = np.arange(len(prompts.ids)) >= len(rows)
+        for start in range(0, limit, chunk):
+            count = min(chunk, limit - start)
+            state, *new = decode(
+                model,
+                self.params,
+                state,
+                done,
+                np.int32(count),
+                np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32),
+                np.float32(sampling.repetition_penalty),
+                chunk=bucket(min(chunk, limit)),
+                top_k=top_k,
+                nucleus=sampling.top_p < 1 and top_k != 1,
+                eos_id=tokenizer.eos_id,
+                vocab_size=tokenizer.vocab_size,
+            )
+            ids, logprobs = (np.asarray(x)[:, :count] for x in new)
+            for i, row in enumerate(rows):
+                if done[i]:
+                    continue
+                row.add(ids[i], logprobs[i])
+                done[i] = bool(row.finished)
+                data = row.release()
+                if data or row.finished:
+                    whole = row.generation() if row.finished else None
+                    yield Piece(row.prompt, row.sample, data, whole)
+            if done.all():
+                return
+
+
+def takes_encoder(model: Model) -> bool:
+    """Whether a model reads prompts in an encoder."""
+    return getattr(model.config, "takes_encoder", False)

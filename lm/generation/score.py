@@ -1,0 +1,269 @@
+"""How likely given texts are: log-probabilities of continuations, and of long texts in windows.
+
+Rows are padded on the left, so that what is scored stands in the last columns of a batch, and
+logits are computed for those alone, a few columns at a time. Rows of similar length share a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.generation.decode import known, without_length
+from lm.generation.generator import Prompt, takes_encoder
+from lm.generation.rows import batch_size, bucket, pad, power_of_two
+from lm.types import Array, Model, Params, Tokens
+
+CHUNK_LOGITS = 1 << 24  # numbers that are there at once: 64 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Of one continuation, or of one text."""
+
+    logprob: float  # sum over its tokens, in nats
+    tokens: int
+    is_greedy: bool  # every token is the likeliest one after those before
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(min(-self.logprob / max(self.tokens, 1), 700.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """What the (de)coder reads, what follows it and is scored, and what the encoder reads."""
+
+    inputs: np.ndarray  # int32 [n]
+    targets: np.ndarray  # int32 [m]: those of the last m inputs
+    source: np.ndarray | None = None
+
+
+class Scorer:
+    """Scores with one model and its parameters, on the mesh of `model.rules`."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Any,
+        *,
+        start: Sequence[int] | None = None,
+        max_batch_tokens: int = 4096,
+    ) -> None:
+        """start: as of `Generator`. max_batch_tokens: on each device, padding included; a longer
+        row is a batch of its own.
+        """
+        self.model = without_length(model)
+        self.params, self.tokenizer = params, tokenizer
+        self.takes_encoder = takes_encoder(model)
+        self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
+        self._max_batch_tokens = max_batch_tokens
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        report: Callable[[int, int], Any] = lambda done, count: None,
+    ) -> list[Score]:
+        """The log-probability of every continuation after its prompt; ends of texts are not scored.
+
+        Of a text after a text, what is scored are the tokens by which encoding both together is
+        longer than encoding the prompt. A row that is longer than `config.model.max_length` loses
+        the beginning of its prompt. report: called with rows done, and their count.
+
+        Raises:
+            ValueError: nothing comes before an empty prompt's continuation, or a continuation is
+                empty, or longer than the model allows.
+        """
+        pairs = zip(prompts, continuations, strict=True)
+        return self._run([self._row(i, *pair) for i, pair in enumerate(pairs)], report)
+
+    def rolling(
+        self,
+        texts: Sequence[Prompt],
+        *,
+        context: int = 1,
+        report: Callable[[int, int], Any] = lambda done, count: None,
+    ) -> list[Score]:
+        """The log-probability of every text, each token given those before it.
+
+        A text longer than `config.model.max_length` is read in windows of that length. Each begins
+        with the last `context` tokens of what came before, and the last with as many as fit. (More
+        context is closer to the probability of the whole, and takes longer.)
+        """
+        if self.takes_encoder:
+            raise ValueError("an encoder-decoder gives no probability to a text without a prompt")
+        length = self.model.config.max_length
+        if not 0 < context <= length:
+            raise ValueError(
+                f"context ({context}) must be in 1..config.model.max_length ({length})"
+            )
+        rows, owners = [], []
+        for i, text in enumerate(texts):
+            found = windows(self._ids(text), self._start, length, context)
+            rows += [_Row(*window) for window in found]
+            owners += [i] * len(found)
+        sums = [Score(0.0, 0, True)] * len(texts)
+        for i, s in zip(owners, self._run(rows, report), strict=True):
+            sums[i] = Score(
+                sums[i].logprob + s.logprob,
+                sums[i].tokens + s.tokens,
+                sums[i].is_greedy and s.is_greedy,
+            )
+        return sums
+
+    def _ids(self, text: Prompt) -> np.ndarray:
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
+        ids = np.asarray(ids, np.int64)
+        wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
+        if wrong.size:
+            size = self.tokenizer.vocab_size
+            raise ValueError(f"id {wrong[0]} is not in the vocabulary (size {size})")
+        return ids.astype(np.int32)
+
+    def _row(self, i: int, prompt: Prompt, continuation: Prompt) -> _Row:
+        limit = self.model.config.max_length
+        before = self._ids(prompt)
+        if isinstance(prompt, str) and isinstance(continuation, str) and not self.takes_encoder:
+            targets = self._ids(prompt + continuation)[len(before) :]
+        else:
+            targets = self._ids(continuation)
+        inputs = self._start if self.takes_encoder else np.concatenate([self._start, before])
+        inputs = np.concatenate([inputs, targets[:-1]])
+        if not 0 < len(targets) <= min(limit, len(inputs)):
+            raise ValueError(
+                f"continuation {i} must have at least 1 token, at most config.model.max_length "
+                f"({limit}), and something before it; it has {len(targets)}"
+            )
+        if not self.takes_encoder:
+            return _Row(inputs[-limit:], targets)
+        source = np.append(before, self.tokenizer.eos_id).astype(np.int32)
+        if max(len(source), len(inputs)) > limit:
+            raise ValueError(
+                f"config.model.max_length ({limit}) must be at least the length of prompt {i} with "
+                f"its eos ({len(source)}), and of its continuation ({len(inputs)})"
+            )
+        return _Row(inputs, targets, source)
+
+    def _run(self, rows: list[_Row], report: Callable[[int, int], Any]) -> list[Score]:
+        shards, done = self.model.rules.size("batch"), 0
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(_shape(row), []).append(i)
+        scores: dict[int, Score] = {}
+        for shape, members in sorted(groups.items(), reverse=True):  # what needs most comes first
+            fits = max(1, self._max_batch_tokens // (shape[0] + sum(shape[2:])))
+            size = shards * (power_of_two(fits + 1) // 2)  # the largest power of two that fits
+            pending = None
+            for start in range(0, len(members), size):
+                chosen = members[start : start + size]
+                # the last one takes as many rows as the others: another size is another compilation
+                places = size if len(members) > size else len(members)
+                new = chosen, self._batch([rows[i] for i in chosen], shape, places)
+                scores |= self._collect(rows, pending)  # of the batch before: no device waits
+                pending, done = new, done + len(chosen)
+                report(done, len(rows))
+            scores |= self._collect(rows, pending)
+        return [scores[i] for i in range(len(rows))]
+
+    def _batch(self, rows: list[_Row], shape: tuple[int, ...], places: int) -> tuple[Array, Array]:
+        width, scored, *source = shape
+        size = batch_size(places, self.model.rules.size("batch"))
+        encoder = [row.source for row in rows if row.source is not None]
+        return _score(
+            self.model,
+            self.params,
+            pad([row.inputs for row in rows], size, width),
+            pad(encoder, size, source[0]) if source else None,
+            pad([row.targets for row in rows], size, scored),
+            vocab_size=self.tokenizer.vocab_size,
+        )
+
+    def _collect(self, rows: list[_Row], pending: Any) -> dict[int, Score]:
+        if pending is None:
+            return {}
+        members, (logprobs, likeliest) = pending
+        logprobs, likeliest = np.asarray(logprobs), np.asarray(likeliest)
+        return {
+            i: Score(float(logprobs[at]), len(rows[i].targets), bool(likeliest[at]))
+            for at, i in enumerate(members)
+        }
+
+
+def windows(
+    ids: np.ndarray, start: np.ndarray, length: int, context: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(inputs, targets)] that together score every one of `ids` once, after `start`.
+
+    The first window scores `length` of them (less one for each of `start` beyond the first), each
+    later one the next `length - context + 1`; what is left at the end is seen after as much of what
+    came before as fits. Without a start the first token has nothing before it, and is not scored.
+    """
+    stream = np.concatenate([start, ids]).astype(np.int32)
+    first = max(len(start), 1)  # place of the first target
+    found, at = [], first
+    while at < len(stream):
+        count = length - context + 1 if found else length - first + 1
+        stop = min(at + count, len(stream))
+        inputs = stream[max(0, stop - 1 - length) : stop - 1]
+        found.append((inputs, stream[at:stop]))
+        at = stop
+    return found
+
+
+def _shape(row: _Row) -> tuple[int, ...]:
+    """Widths of the batch that a row belongs to: of inputs, of what is scored, of the encoder."""
+    scored = bucket(len(row.targets))
+    width = max(bucket(len(row.inputs)), scored)
+    return (width, scored) if row.source is None else (width, scored, bucket(len(row.source)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
+def _score(
+    model: Model,
+    params: Params,
+    inputs: Tokens,
+    encoder: Tokens | None,
+    targets: Tokens,
+    *,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(float32 [B] sums of log-probabilities, bool [B] whether all were the likeliest) of targets:
+    [B, W], those of the last W of inputs: [B, T].
+    """
+    rules, variables = model.rules, {"params": params}
+
+    def spread(tokens: Tokens | None) -> Any:
+        return jax.tree.map(lambda x: rules.constrain(x, "batch", None), tokens)
+
+    hidden = model.apply(variables, spread(inputs), encoder=spread(encoder)).hidden
+    rows, scored = targets.ids.shape
+    hidden = hidden[:, -scored:]
+    size = max(1, CHUNK_LOGITS * rules.size("batch") // (rows * model.config.vocab_size))
+    count = -(-scored // size)
+    while scored % count:
+        count += 1
+
+    def chunk(part: Any) -> tuple[jax.Array, jax.Array]:
+        hidden, ids = part
+        logits = model.apply(variables, hidden, method="logits")  # [B, W / count, V]
+        chosen = jnp.take_along_axis(logits, ids[:, :, None], axis=2)[:, :, 0]
+        best = jnp.argmax(jnp.where(known(vocab_size, logits), logits, -jnp.inf), axis=2)
+        return chosen - jax.nn.logsumexp(logits, axis=2), best == ids
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(rows, count, scored // count, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(chunk, (split(hidden), split(jnp.asarray(targets.ids))))
+    logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(rows, scored) for x in parts)
+    counts = targets.segments != 0
+    sums = jnp.sum(jnp.where(counts, logprobs, 0.0), axis=1)
+    return rules.constrain(sums, None), rules.constrain(jnp.all(best | ~counts, axis=1), None)
