@@ -31,6 +31,22 @@ def field(default: Any, sentence: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """What a run begins with, where not with random parameters. `new` and `skip` are exact: a
+    parameter without a source and a stored one without a place are errors unless listed here.
+    """
+
+    from_: str = field(
+        "", "Run or import whose parameters this one begins with (a flag --config.init.from)."
+    )
+    step: int | None = field(None, "Checkpoint of that run; unset: the newest.")
+    new: tuple[str, ...] = field(
+        (), "Patterns, such as head.*, of parameters that begin at random all the same."
+    )
+    skip: tuple[str, ...] = field((), "Patterns of stored parameters that are left out.")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     tokenizer: str = field(
         "bytes", "bytes, a SentencePiece .model, or a Hugging Face tokenizer.json."
@@ -107,6 +123,9 @@ class OptimizerConfig:
     )
     moment_dtype: str = field("float32", "Type of stored moments: float32 or bfloat16.")
     memory: str = field("device", "Where the state lies between steps: device or host.")
+    frozen: tuple[str, ...] = field(
+        (), "Patterns, such as embedding.*, of parameters that keep every bit."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +217,7 @@ class Config:
     seed: int = field(0, "Seed of initialisation, dropout and the order of the data.")
     model: Any = field(None, "The model: name, and the fields of that component.")
     objective: Any = field(None, "The objective: name, and the fields of that component.")
+    init: InitConfig = field(InitConfig(), "What parameters begin with.")
     data: DataConfig = field(DataConfig(), "Where rows come from.")
     loader: LoaderConfig = field(LoaderConfig(), "How batches reach the device.")
     loss: LossConfig = field(LossConfig(), "The token loss.")

@@ -18,14 +18,15 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, loss, optim, sharding, step
+from lm import flops, loss, optim, parameters, sharding, step
 from lm.checkpoint import manifest
+from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
-from lm.layers import pipelining
+from lm.layers import lora, pipelining
 from lm.objectives import Form
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
@@ -178,16 +179,59 @@ class Experiment:
         return jax.tree.map(_with_sharding, nn.meta.unbox(self.boxed_params), shardings)
 
     @functools.cached_property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that training keeps as they are: those that the config names,
+        and with adapters all others that don't begin at random.
+        """
+        names = parameters.flatten(self.boxed_params)
+        named = self.config.optimizer.frozen
+        frozen = parameters.matching("config.optimizer.frozen", named, names)
+        if self._lora.rank:
+            lora.check_targets(self._lora, names)
+            frozen |= frozenset(names) - lora.adapters(names) - self._new
+        if not names.keys() - frozen:
+            raise ValueError(f"config.optimizer.frozen ({named}) leaves nothing to train")
+        return frozen
+
+    @functools.cached_property
+    def borrowed(self) -> frozenset[str]:
+        """Names of the parameters that this run's checkpoints leave to its base's."""
+        adapted = self._lora.rank and self.config.init.from_
+        return self.frozen - self._new if adapted else frozenset()
+
+    @property
+    def _lora(self) -> lora.LoraConfig:
+        return getattr(self.config.model, "lora", lora.LoraConfig())
+
+    @functools.cached_property
+    def _new(self) -> frozenset[str]:
+        """Names of the parameters that begin at random although there is a base."""
+        init, names = self.config.init, parameters.flatten(self.boxed_params)
+        if not init.from_ and (init.new or init.skip):
+            raise ValueError(
+                f"config.init.new ({init.new}) and skip ({init.skip}) are exceptions from "
+                "config.init.from, which is not given"
+            )
+        new = parameters.matching("config.init.new", init.new, names)
+        return new | lora.adapters(names) if init.from_ else new
+
+    def trained(self, tree: Any) -> Any:
+        """The part of a tree of parameters that training changes."""
+        return parameters.split(tree, self.frozen)[1]
+
+    @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        return optim.make_optimizer(self.config.optimizer, self.boxed_params, self.num_steps)
+        boxed = self.trained(self.boxed_params)
+        return optim.make_optimizer(self.config.optimizer, boxed, self.num_steps)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
-        params = self.abstract_params
-        owners = jax.tree.map(_with_sharding, params, self.rules.shardings(self.boxed_params))
+        params, trained = self.abstract_params, self.trained(self.abstract_params)
+        owners = self.trained(self.rules.shardings(self.boxed_params))
+        owners = jax.tree.map(_with_sharding, trained, owners)
         opt_state = optim.shard_like_params(
-            jax.eval_shape(self.tx.init, params),
+            jax.eval_shape(self.tx.init, trained),
             owners,
             self.rules.sharding(),
             self.config.optimizer.memory,
@@ -197,13 +241,81 @@ class Experiment:
 
     def init_state(self) -> TrainState:
         """The state before step 0, every array made where it lives: never whole on one device."""
+        step = jax.device_put(np.int32(0), self.rules.sharding())
+        return self.start_optimizer(TrainState(step, self._first_params(), None))
 
-        def init(rng: Array) -> TrainState:
-            params = nn.meta.unbox(self._init_params(rng))
-            return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+    def _first_params(self) -> Params:
+        """Random parameters, but those of the base where there is one."""
+        base, based = self.base, frozenset(parameters.flatten(self.abstract_params)) - self._new
+        if base is None:
+            based = frozenset()
+        wanted, new = parameters.split(self.abstract_params, based)
+        shardings = jax.tree.map(lambda s: s.sharding, new)
 
-        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        return jax.jit(init, out_shardings=shardings)(self._key("init"))
+        def init(rng: Array) -> Params:  # what isn't returned is not computed
+            return parameters.split(nn.meta.unbox(self._init_params(rng)), based)[1]
+
+        params = jax.jit(init, out_shardings=shardings)(self._key("init"))
+        if base is None:
+            return params
+        return parameters.join(params, base.read(wanted, self.config.init.skip))
+
+    def start_optimizer(self, state: TrainState) -> TrainState:
+        """The state with the optimizer's as at step 0."""
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state.opt_state)
+        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(self.trained(state.params))
+        return dataclasses.replace(state, opt_state=opt_state)
+
+    @functools.cached_property
+    def base(self) -> Base | None:
+        """The checkpoint that the run begins with, if it is not with random parameters; its
+        parameters are those that this run wants.
+        """
+        init = self.config.init
+        if not init.from_:
+            return None
+        base = Base(init.from_, init.step)
+        wanted = parameters.split(self.abstract_params, self._new)[1]
+        base.check(wanted, init.skip)
+        return base
+
+    def stored(self, state: TrainState) -> TrainState:
+        """The part of a state that this run's checkpoints hold."""
+        return dataclasses.replace(state, params=self._stored_params(state.params))
+
+    def _stored_params(self, params: Params) -> Params:
+        return parameters.split(params, self.borrowed)[1]
+
+    def restore(
+        self, checkpoints: Checkpoints, step: int | None = None
+    ) -> tuple[TrainState, manifest.Manifest] | None:
+        """As `Checkpoints.restore`, with the parameters that lie in the base's checkpoint.
+
+        Raises:
+            ValueError: that checkpoint is not the one that the run began with any more.
+        """
+        restored = checkpoints.restore(self.stored(self.abstract_state), step)
+        if restored is None:
+            return None
+        state, saved = restored
+        params = self._with_borrowed(state.params, saved.parent)
+        return dataclasses.replace(state, params=params), saved
+
+    def _with_borrowed(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
+        if not self.borrowed:
+            return params
+        parent = parent or {}
+        base = Base(self.config.init.from_, parent.get("step"))
+        base.check_same(parent)
+        wanted, _ = parameters.split(self.abstract_params, self.borrowed)
+        return parameters.join(params, base.read_part(wanted))
+
+    def evaluated(self, state: TrainState) -> Params:
+        """The parameters that evaluation uses: the averaged ones where training keeps them."""
+        averaged = optim.averaged_params(state.opt_state)
+        if averaged is None:
+            return state.params
+        return parameters.join(averaged, parameters.split(state.params, self.frozen)[0])
 
     def restore_params(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -214,12 +326,14 @@ class Experiment:
             FileNotFoundError: there is no checkpoint.
         """
         if not self.config.optimizer.ema_decay:
-            return checkpoints.restore_params(self.abstract_params, step)
-        restored = checkpoints.restore(self.abstract_state, step)
+            wanted = self._stored_params(self.abstract_params)
+            at, params = checkpoints.restore_params(wanted, step)
+            return at, self._with_borrowed(params, checkpoints.parent)
+        restored = self.restore(checkpoints, step)
         if restored is None:
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
         state, _ = restored
-        return int(state.step), optim.averaged_params(state.opt_state)
+        return int(state.step), self.evaluated(state)
 
     def _key(self, purpose: str) -> Array:
         init, train = jax.random.split(jax.random.key(self.config.seed))
@@ -233,9 +347,12 @@ class Experiment:
         return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
 
     def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
-        """(gradients of the SUM of the loss, its sums) of step number `at`, as it computes them."""
+        """(gradients of the SUM of the loss by the trained parameters, its sums) of step number
+        `at`, as it computes them.
+        """
         rng = jax.random.fold_in(self._key("train"), at)
-        return step.gradients(self.loss_fn, params, batch, rng, self.config.train.num_microbatches)
+        parts = self.config.train.num_microbatches
+        return step.gradients(self.loss_fn, params, batch, rng, parts, self.frozen)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         if self.config.optimizer.memory != "device":
@@ -250,7 +367,8 @@ class Experiment:
             num_microbatches=self.config.train.num_microbatches,
             spike_factor=self.config.guard.spike_factor,
             spike_warmup=self.config.guard.spike_warmup,
-            shardings=self.rules.shardings(self.boxed_params),
+            shardings=self.trained(self.rules.shardings(self.boxed_params)),
+            frozen=self.frozen,
         )
 
     def _eval_step(self, params: Params, batch: Batch) -> Sums:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -88,15 +88,23 @@ def _forward(
     project: Project,
     config: LossConfig,
     rules: Rules | None,
-    parameters: list[Array],
-    hidden: Array,
-    targets: Array,
-    weights: Array,
-) -> tuple[tuple[Array, Sums], tuple[list[Array], Array]]:
+    parameters: list[Any],
+    hidden: Any,
+    targets: Any,
+    weights: Any,
+) -> tuple[tuple[Array, Sums], tuple[list[Any], Array]]:
+    # the gradient of a frozen vocabulary matrix would be carried from chunk to chunk for nothing
+    trained = [p.perturbed for p in parameters]
+    values = [p.value for p in parameters]
+
     def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
         def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
             h, t, w = x
-            vjp: Any = jax.vjp(project, h, *parameters)
+
+            def logits_of(h: Array, *parameters_: Array) -> Array:
+                return project(h, *_merge(trained, parameters_, parameters))
+
+            vjp: Any = jax.vjp(logits_of, h, *_chosen(trained, parameters))
             logits, pullback = vjp
             new, log_z = _statistics(logits, t, w, config)
             d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
@@ -106,9 +114,10 @@ def _forward(
         total, d_hidden = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
         return (*total, (d_hidden,))
 
-    xs = (hidden, targets, weights)
-    sums, d_parameters, (d_hidden,) = _on_each_device(rules, local, parameters, xs)
-    d_parameters = [g.astype(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)]
+    xs = (hidden.value, targets.value, weights.value)
+    sums, found, (d_hidden,) = _on_each_device(rules, local, values, xs, trained)
+    kept = zip(found, _chosen(trained, values), strict=True)
+    d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(values))
     return (sums["objective"], sums), (d_parameters, d_hidden)
 
 
@@ -121,15 +130,29 @@ def _backward(
 ) -> tuple[Any, ...]:
     d_parameters, d_hidden = residuals
     scale = cotangents[0]  # sums are for reading: their cotangents are zero
-    d_parameters = [(g * scale).astype(g.dtype) for g in d_parameters]
+    d_parameters = [None if g is None else (g * scale).astype(g.dtype) for g in d_parameters]
     return d_parameters, (d_hidden * scale).astype(d_hidden.dtype), None, None
 
 
-chunked_loss.defvjp(_forward, _backward)
+chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _chosen(flags: list[bool], values: Sequence[Any]) -> list[Any]:
+    return [value for flag, value in zip(flags, values, strict=True) if flag]
+
+
+def _merge(flags: list[bool], chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """`chosen` in the places of the flags, and `others` in the rest."""
+    left = iter(chosen)
+    return [next(left) if flag else other for flag, other in zip(flags, others, strict=True)]
 
 
 def _on_each_device(
-    rules: Rules | None, local: Any, parameters: list[Array], xs: tuple[Array, ...]
+    rules: Rules | None,
+    local: Any,
+    parameters: list[Array],
+    xs: tuple[Array, ...],
+    trained: list[bool] | None = None,
 ) -> tuple[Any, ...]:
     """`local(parameters, xs) -> (sums, gradients of parameters, outputs like hidden)` of every
     device's own rows and part of the length.
@@ -149,7 +172,8 @@ def _on_each_device(
     shards = math.prod(rules.mesh.shape[axis] for axis in axes)
     # with axes left to the compiler, jaxlib 0.10.2 ends the process at psum_scatter
     width = hidden.shape[-1] if shards == rules.mesh.size and hidden.shape[-1] % shards == 0 else 0
-    kept = [p.shape.index(width) if width in p.shape else None for p in parameters]
+    owners = parameters if trained is None else _chosen(trained, parameters)  # of the gradients
+    kept = [p.shape.index(width) if width in p.shape else None for p in owners]
 
     def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
         sums, gradients, outputs = local(parameters, xs)

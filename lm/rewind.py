@@ -23,11 +23,13 @@ def first_state(
     ledger's totals.
     """
     with phases("restore"):
-        restored = checkpoints.restore(experiment.abstract_state, step)
+        restored = experiment.restore(checkpoints, step)
     if restored is not None:
         state, saved = restored
         return state, dict(saved.ledger)
     with phases("init"):
+        if experiment.base is not None:
+            checkpoints.parent = experiment.base.describe()
         return jax.block_until_ready(experiment.init_state()), start_totals()
 
 
@@ -54,7 +56,7 @@ def replay(run: Run, rewind: Rewind) -> TrainState:
         state, totals = first_state(run.experiment, checkpoints, run.phases, older[-1])
         run.ledger.rewind(totals)
         state, _ = _redo(run, state, start)
-        if not checkpoints.holds(state):
+        if not checkpoints.holds(run.experiment.stored(state)):
             place = checkpoints.set_aside(start)
             run.writer.note(f"no: a device had spoilt the checkpoint of step {start}, now {place}")
             state, evidence = _redo(run, state, bad.step + 1, bad)

@@ -180,13 +180,12 @@ class Run:
     def save(self, state: TrainState) -> None:
         self.check_replicas(state)  # what is saved is one replica's
         extras = {"ledger": self.ledger.totals(), "config": self.experiment.config_dict.to_dict()}
-        self.checkpoints.save(state, manifest_extras=extras)
+        self.checkpoints.save(self.experiment.stored(state), manifest_extras=extras)
         self._saved = time.monotonic()
 
     def evaluate(self, state: TrainState, done: int) -> None:
         c, experiment = self.experiment.config, self.experiment
-        params = optim.averaged_params(state.opt_state)
-        params = state.params if params is None else params
+        params = experiment.evaluated(state)
         limit = 0 if done == experiment.num_steps else c.train.eval_batches
 
         def report(text: str) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging as stdlib_logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = 
     from absl import app
 
     _use_huge_pages()
+    # ml_collections reads paths as Python, where `from` is a keyword
+    sys.argv = [re.sub(r"^--?config\.init\.from(?==|$)", r"\g<0>_", a) for a in sys.argv]
     app.run(
         functools.partial(run, main), flags_parser=functools.partial(_parse, allow_rest=allow_rest)
     )

@@ -40,6 +40,7 @@ DEFAULT_TABLE: dict[str, Any] = {
     "gates": None,  # of a recurrent or convolutional layer
     "vocab": "tensor",
     "expert": "expert",
+    "rank": None,  # of adapters
     "layers": "stage",
 }
 

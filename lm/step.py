@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm import optim
+from lm import optim, parameters
 from lm.checkpoint.manifest import checksums
 from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
 
 
 def gradients(
-    loss_fn: LossFn, params: Any, batch: Batch, rng: Array, num_microbatches: int
+    loss_fn: LossFn,
+    params: Any,
+    batch: Batch,
+    rng: Array,
+    num_microbatches: int,
+    frozen: Collection[str] = (),
 ) -> tuple[Any, Sums]:
-    """Gradients of the SUM of the loss, and additive sums, over all micro-batches."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    """Gradients of the SUM of the loss, and additive sums, over all micro-batches; none is computed
+    of parameters whose names are in `frozen`, and the tree leaves them out.
+    """
+    rest, params = parameters.split(params, frozen)
+
+    def loss_of_trained(params: Any, batch: Batch, rng: Array) -> tuple[Array, Sums]:
+        return loss_fn(parameters.join(params, rest), batch, rng)
+
+    grad_fn = jax.grad(loss_of_trained, has_aux=True)
     if num_microbatches == 1:
         return grad_fn(params, batch, rng)
 
@@ -68,6 +81,7 @@ def train_step(
     spike_factor: float = 0.0,
     spike_warmup: int = 0,
     shardings: Any = None,
+    frozen: Collection[str] = (),
 ) -> tuple[TrainState, Sums, Facts]:
     """The state after `batch`, the sums of its loss, and the facts of the step.
 
@@ -78,14 +92,17 @@ def train_step(
     `spike_factor` times its running geometric mean (0: never). Its update is not applied:
     parameters and optimizer state keep every bit, and only `step` moves on.
 
-    `shardings`, those of the optimizer's view of the parameters, are pinned on the gradients: where
-    that view is finer (ZeRO-1), devices reduce and update only their own part.
+    Parameters whose names are in `frozen` are no argument of the loss's gradient and none of the
+    optimizer's, whose state knows the others alone.
+
+    `shardings`, those of the optimizer's view of the trained parameters, are pinned on the
+    gradients: where that view is finer (ZeRO-1), devices reduce and update only their own part.
 
     Facts: grad_norm, before clipping; bad, bool; updates, int32, applied before this one; and those
     of `fingerprint`.
     """
     rng = jax.random.fold_in(rng, state.step)
-    grads, sums = gradients(loss_fn, state.params, batch, rng, num_microbatches)
+    grads, sums = gradients(loss_fn, state.params, batch, rng, num_microbatches, frozen)
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens changes nothing
     grads = jax.tree.map(lambda g: g * scale, grads)
     if shardings is not None:
@@ -94,14 +111,16 @@ def train_step(
     bad = ~jnp.isfinite(norm) | ~jnp.isfinite(sums["objective"])
     if spike_factor:
         bad |= optim.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    rest, trained = parameters.split(state.params, frozen)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates)
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(bad, old, new),
-        (state.params, state.opt_state),
+        (trained, state.opt_state),
         (params, opt_state),
     )
+    params = parameters.join(params, rest)
     facts = {"grad_norm": norm, "bad": bad, **fingerprint(batch)}
     facts["updates"] = optim.norm_state(state.opt_state).steps
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, facts

@@ -15,6 +15,7 @@ from etils import epath
 from lm import config as configs
 from lm import metrics, selfcheck
 from lm.checkpoint import manifest
+from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
@@ -65,6 +66,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
             if max(checkpoints.steps(), default=-1) >= num_steps:
                 say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
                 return Exit.SUCCESS
+            if not checkpoints.steps() and experiment.base is not None:
+                _describe_base(experiment, experiment.base, say)
             _describe(experiment, say)
             if c.guard.self_check:
                 say(selfcheck.check(c, experiment.rules))
@@ -198,16 +201,32 @@ def _describe(experiment: Experiment, say: Any) -> None:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         for name, shape, spec in rows:
             shown = "" if mesh.size == 1 else spec.removeprefix("PartitionSpec")
-            say(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {shown}".rstrip())
+            mark = "  frozen" if name in experiment.frozen else ""
+            say(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {shown}{mark}".rstrip())
     shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     per_step = experiment.batch_size * c.data.length
     device = mesh.devices.flat[0].device_kind
+    trained = sum(
+        leaf.size for leaf in jax.tree.leaves(experiment.trained(experiment.abstract_params))
+    )
+    part = f" ({metrics.quantity(trained)} trained)" if experiment.frozen else ""
     say(
-        f"{metrics.quantity(count)} parameters · {mesh.size} × {device}"
+        f"{metrics.quantity(count)} parameters{part} · {mesh.size} × {device}"
         f"{' · ' + shape if shape else ''} · "
         f"{experiment.num_steps} steps of {metrics.quantity(per_step)} tokens "
         f"({metrics.quantity(experiment.num_steps * per_step)} in all)"
     )
+
+
+def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
+    """Prints where parameters come from, and what else the model of that run had."""
+    say(f"begins with the parameters of {base.workdir} at step {base.step}")
+    old, new = base.manifest.config, experiment.config_dict.to_dict()
+    for section in ("model", "data"):
+        kept = ("tokenizer",) if section == "data" else tuple(new[section])
+        a, b = ({k: tree.get(section, {}).get(k) for k in kept} for tree in (old, new))
+        for path, (was, now) in configs.changed(*map(ml_collections.ConfigDict, (a, b))).items():
+            say(f"unlike there: config.{section}.{path}: {was!r} -> {now!r}")
 
 
 def _profiled(batches: Iterator[Any], config: configs.LogConfig, workdir: str) -> Iterator[Any]:

@@ -18,12 +18,13 @@ MODULES = {
 # What a module or package may import from lm. The longest name that fits counts; a package may
 # always import itself. `config` is for `field`, with which sections and components declare their
 # fields.
-LEAF = ("lm.types", "lm.config", "lm.sharding")
+LEAF = ("lm.types", "lm.config", "lm.sharding", "lm.parameters")
 RULES = {
     "lm": (),
     "lm.types": (),
     "lm.config": (),
     "lm.exits": (),
+    "lm.parameters": (),
     "lm.phases": (),
     "lm.processes": ("lm.exits",),
     "lm.checkpoint.manifest": (),
@@ -38,7 +39,6 @@ RULES = {
     "lm.loss": LEAF,
     "lm.optim": LEAF,
     "lm.step": (*LEAF, "lm.checkpoint.manifest", "lm.optim"),
-    "lm.lora": LEAF,
     "lm.checkpoint": (*LEAF, "lm.exits"),
     "lm.metrics": LEAF,
     "lm.generation": LEAF,

@@ -70,6 +70,8 @@ class Checkpoints:
         self._read_only = read_only
         self._lead = jax.process_index() == 0
         self._saves: collections.deque[_Save] = collections.deque()
+        # what the run began from, as `Base.describe` says: goes from manifest to manifest
+        self.parent: dict[str, Any] | None = None
         if read_only:
             if not self.directory.exists():
                 raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
@@ -116,7 +118,8 @@ class Checkpoints:
     def save(self, state: TrainState, *, manifest_extras: Mapping[str, Any] | None = None) -> bool:
         """Starts saving `state`, returns once it is copied; False if its step is saved already.
 
-        manifest_extras: `ledger`, `config` and `parent` of the manifest.
+        manifest_extras: `ledger` and `config` of the manifest, and `parent` in place of what the
+        run that was restored began from.
 
         Raises:
             SaveFailed: this save could not begin, or an earlier one failed.
@@ -133,7 +136,7 @@ class Checkpoints:
             leaves=manifests.leaves(tree, restore.sums(tree)),
             code=manifests.code_version(),
             time=time.time(),
-            **(manifest_extras or {}),
+            **{"parent": self.parent, **(manifest_extras or {})},
         )
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -295,6 +298,7 @@ class Checkpoints:
             folder, verify = self.directory / str(at), self._config.verify
             fault, tree, manifest = restore.restore(folder, wanted, verify=verify)
             if not fault and manifest is not None:
+                self.parent = manifest.parent
                 whole = verify and set(wanted) == set(stored.ITEMS)
                 if whole and not self._read_only and self._lead and not stored.is_verified(folder):
                     stored.mark_verified(folder, 0, 1)

@@ -234,6 +234,11 @@ def differences(stored: Mapping[str, Leaf], wanted: Mapping[str, Leaf]) -> list[
     return lines
 
 
+def fingerprint(described: Mapping[str, Leaf]) -> str:
+    """A hash of the names, shapes and bits of leaves."""
+    return _digest({name: dataclasses.asdict(leaf) for name, leaf in described.items()})
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What is stored beside the arrays of a checkpoint."""
@@ -243,7 +248,7 @@ class Manifest:
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)  # totals of the data consumed
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: dict[str, Any] = dataclasses.field(default_factory=dict)  # see code_version
-    parent: dict[str, Any] | None = None  # {"workdir", "step"} that this run began from
+    parent: dict[str, Any] | None = None  # what this run began from, as `Base.describe` says
     time: float = 0.0  # seconds since 1970
     format: int = FORMAT
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -25,12 +25,16 @@ NUM_READERS = 8  # leaves that are read at the same time
 
 
 def restore(
-    folder: epath.Path, wanted: dict[str, Any], *, verify: bool
+    folder: epath.Path,
+    wanted: dict[str, Any],
+    *,
+    verify: bool,
+    leave_out: Collection[str] = (),
 ) -> tuple[str, dict[str, Any], Manifest | None]:
     """(what is wrong or "", the restored tree, the manifest) of a step's folder.
 
     wanted: {item: abstract arrays with shardings}. verify: compare the checksum of every leaf,
-    taken on the devices, with the manifest's.
+    taken on the devices, with the manifest's. leave_out: names of stored leaves that aren't wanted.
 
     Raises:
         ValueError: the checkpoint has other leaves than `wanted`; the message lists them.
@@ -42,7 +46,11 @@ def restore(
         fault = str(error)
     if (fault := _agree(fault)) or manifest is None:
         return fault, tree, manifest
-    there = {n: x for n, x in manifest.leaves.items() if n.split(".", 1)[0] in wanted}
+    there = {
+        n: x
+        for n, x in manifest.leaves.items()
+        if n.split(".", 1)[0] in wanted and n not in leave_out
+    }
     if lines := manifests.differences(there, manifests.leaves(wanted)):
         raise ValueError(
             f"the checkpoint {folder} has other leaves than this run:\n  " + "\n  ".join(lines)

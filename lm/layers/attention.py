@@ -16,6 +16,7 @@ from lm.layers import cache as kv_cache
 from lm.layers.dot_product import Mask
 from lm.layers.kernels import attend
 from lm.layers.linear import Linear
+from lm.layers.lora import LoraConfig
 from lm.layers.norm import Norm
 from lm.layers.positions import rotate
 from lm.sharding import Rules
@@ -63,6 +64,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     init_std: float | None = None
     out_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
 
     def _heads(self, name: str, num: int, axis: str) -> Linear:
         return Linear(
@@ -74,6 +76,7 @@ class Attention(nn.Module):
             self.qkv_bias,
             self.dtype,
             self.init_std,
+            lora=self.lora,
             name=name,
         )
 
@@ -148,6 +151,7 @@ class Attention(nn.Module):
             self.dtype,
             self.init_std,
             self.out_scale,
+            self.lora,
             name="out",
         )
         return out(y), cache

@@ -14,6 +14,7 @@ from lm.config import field
 from lm.layers import kernels
 from lm.layers import positions as pe
 from lm.layers.attention import Attention, Context
+from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe import Moe, MoeConfig, Report
 from lm.layers.norm import KINDS as NORMS
@@ -67,6 +68,7 @@ class BlockConfig:
         "gather", "mesh.sequence > 1: gather all keys and values, or pass them on in a ring."
     )
     init_std: float | None = field(0.02, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
     scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
@@ -190,6 +192,7 @@ class BlockConfig:
             "local layers, and only they, need one",
         )
         self.moe.check(need)
+        self.lora.check()
         need(
             not (self.moe.num_experts and self.mlp_bias),
             f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
@@ -249,10 +252,11 @@ class Block(nn.Module):
             dtype=dtype,
             init_std=c.init_std,
             out_scale=out_scale,
+            lora=c.lora,
             name="attention",
         )
         shared = {"embed_dim": c.embed_dim, "rules": self.rules, "activation": c.activation}
-        shared |= {"dtype": dtype, "init_std": c.init_std, "out_scale": out_scale}
+        shared |= {"dtype": dtype, "init_std": c.init_std, "out_scale": out_scale, "lora": c.lora}
         mlp: Moe | Mlp
         if c.moe.num_experts:
             mlp = Moe(mlp_dim=c.expert_size, config=c.moe, name="moe", **shared)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.layers.lora import LoraConfig
 from lm.sharding import Rules
 
 
@@ -42,7 +43,9 @@ def project(x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1) -> j
 class Linear(nn.Module):
     """y = x W (+ b) over the last `len(in_shape)` dimensions of x, which follow [B, T].
 
-    Parameters: `weight` [*in_shape, *out_shape], `bias` [*out_shape].
+    Parameters: `weight` [*in_shape, *out_shape], `bias` [*out_shape], and, where `lora` has its
+    name among the targets, `lora_a` [*in_shape, rank], `lora_b` [rank, *out_shape]. The adapter's
+    dropout is on where there is a generator for `dropout`: in training.
     """
 
     in_shape: tuple[int, ...]
@@ -54,6 +57,7 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     init_std: float | None = None
     init_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,4 +70,21 @@ class Linear(nn.Module):
             zeros = nn.initializers.zeros
             bias = parameter(self, "bias", zeros, self.out_shape, self.out_axes)
             y = y + bias.astype(self.dtype)
+        if self.lora.rank and self.name in self.lora.targets:
+            y = y + self._adapter(x)
         return y
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        rank, fan_in = self.lora.rank, math.prod(self.in_shape)
+        axes = (*self.in_axes, "rank"), ("rank", *self.out_axes)
+        wide = parameter(self, "lora_a", initializer(None, fan_in), (*self.in_shape, rank), axes[0])
+        # zero, so that training begins with the function of the base
+        zeros = nn.initializers.zeros
+        narrow = parameter(self, "lora_b", zeros, (rank, *self.out_shape), axes[1])
+        wide, narrow = (
+            self.rules.collect(w.astype(self.dtype), *names)
+            for w, names in zip((wide, narrow), axes, strict=True)
+        )
+        x = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
+        low = project(x, wide, self.rules, len(self.in_shape))  # [B, T, rank]
+        return project(low, narrow, self.rules) * jnp.asarray(self.lora.scale, self.dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.layers.linear import Linear
+from lm.layers.lora import LoraConfig
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -68,6 +69,7 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
     init_std: float | None = None
     out_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
 
     def _linear(self, name: str, out: bool = False) -> Linear:
         shapes = (
@@ -75,9 +77,8 @@ class Mlp(nn.Module):
         )
         axes = (("mlp",), ("embed",)) if out else (("embed",), ("mlp",))
         scale = self.out_scale if out else 1.0
-        return Linear(
-            *shapes, *axes, self.rules, self.bias, self.dtype, self.init_std, scale, name=name
-        )
+        kept = (self.bias, self.dtype, self.init_std, scale, self.lora)
+        return Linear(*shapes, *axes, self.rules, *kept, name=name)
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:

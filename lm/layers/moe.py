@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from lm.config import field
 from lm.layers.dispatch import AXES, dropless, with_capacity
 from lm.layers.linear import initializer, parameter
+from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.sharding import Rules
 from lm.types import Array
@@ -200,6 +201,7 @@ class Moe(nn.Module):
     dtype: Any = jnp.float32
     init_std: float | None = None
     out_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()  # of the shared MLP; experts have none
 
     def _experts(self) -> dict[str, jax.Array]:
         """The stacked matrices, in the type of the computation."""
@@ -241,6 +243,7 @@ class Moe(nn.Module):
                 dtype=self.dtype,
                 init_std=self.init_std,
                 out_scale=self.out_scale,
+                lora=self.lora,
                 name="shared",
             )(whole)
         return y, report

@@ -70,6 +70,7 @@ class Decoder(Transformer):
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                lora=c.lora,
             )
         self.dropout = nn.Dropout(c.dropout)
 
@@ -161,7 +162,7 @@ class Decoder(Transformer):
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)
-        draws = train and (c.dropout > 0 or c.attention_dropout > 0)
+        draws = train and max(c.dropout, c.attention_dropout, c.lora.dropout) > 0
         x, outputs = pipelining.pipeline(
             layer,
             prepare,
@@ -184,7 +185,7 @@ class Decoder(Transformer):
         Not where bits of a dropout are drawn by place, nor where states are sown for others.
         """
         c = self.config
-        random = train and (c.dropout > 0 or c.attention_dropout > 0)
+        random = train and max(c.dropout, c.attention_dropout, c.lora.dropout) > 0
         sown = self.is_mutable_collection("intermediates")
         fits = zigzag.fits(inputs.ids.shape[1], self.rules.size("length"))
         return c.sequence_balance and fits and cache is None and not (random or sown)

@@ -1,0 +1,87 @@
+"""Low-rank adapters of linear maps (arXiv:2106.09685): W + alpha / rank * A B with W frozen.
+
+The map is applied as x W + (x A) B, so that neither the sum of the weights nor a gradient of the
+size of W ever exists in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from lm import parameters
+from lm.config import field
+from lm.types import Params
+
+NAMES = ("lora_a", "lora_b")  # parameters beside the `weight` of a linear map
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int = field(0, "Columns of A and rows of B; 0: no adapters.")
+    alpha: float = field(16.0, "The adapter's product counts alpha / rank times.")
+    targets: tuple[str, ...] = field(
+        ("query", "value"), "Linear maps that get one: query key value out up gate down head."
+    )
+    dropout: float = field(0.0, "Dropout of the adapters' inputs.")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def check(self) -> None:
+        """Raises ValueError, naming the config path, for numbers that mean nothing."""
+        for name, good, wanted in (
+            ("rank", self.rank >= 0, "positive, or 0 for no adapters"),
+            ("alpha", self.alpha > 0, "positive"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("targets", self.rank == 0 or bool(self.targets), "given with a rank"),
+        ):
+            if not good:
+                raise ValueError(
+                    f"config.model.lora.{name} must be {wanted}, got {getattr(self, name)}"
+                )
+
+
+def adapters(names: Any) -> frozenset[str]:
+    """Those of the names of parameters that are adapters'."""
+    return frozenset(name for name in names if name.rsplit(".", 1)[-1] in NAMES)
+
+
+def check_targets(config: LoraConfig, names: Any) -> None:
+    """Raises ValueError unless each target has an adapter among the names of a model's
+    parameters.
+    """
+    names = list(names)
+    for target in config.targets:
+        if not any(f".{name}".endswith(f".{target}.{NAMES[0]}") for name in names):
+            there = {n.split(".")[-2] for n in names if n.endswith(".weight") and "." in n}
+            raise ValueError(
+                f"config.model.lora.targets: no linear map of this model is named {target!r}; "
+                f"weights are those of {', '.join(sorted(there))}"
+            )
+
+
+def merge(config: LoraConfig, params: Params) -> Params:
+    """Parameters without adapters that compute the same: each weight plus its adapter's product.
+
+    Leaves are [*stack, *in, rank], [*stack, rank, *out] and [*stack, *in, *out].
+    """
+    leaves = parameters.flatten(params)
+    merged = {name: leaf for name, leaf in leaves.items() if name not in adapters(leaves)}
+    for name in adapters(leaves):
+        if not name.endswith(NAMES[0]):
+            continue
+        owner = name.removesuffix(NAMES[0])
+        weight, a, b = (leaves[owner + leaf] for leaf in ("weight", *NAMES))
+        num_in = weight.ndim - b.ndim + 1
+        stack = weight.shape[: a.ndim - 1 - num_in]
+        product = jnp.matmul(
+            a.reshape(*stack, -1, config.rank),
+            b.reshape(*stack, config.rank, -1),
+            precision="highest",
+        )
+        merged[f"{owner}weight"] = weight + config.scale * product.reshape(weight.shape)
+    return parameters.unflatten(dict(sorted(merged.items())))
