@@ -37,20 +37,20 @@ def get_config(arg=None):
     data.train = ("data/wikitext2/train/train",)
     data.validation = ("data/wikitext2/validation/train",)
     data.length = 70
-    data.batch_size = 10
+    data.batch_size = 20
 
-    config.loss.chunk_size = 512
+    config.loss.chunk_size = 1400
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.learning_rate = 3e-3
+    optimizer.learning_rate = 4e-3
     optimizer.b2 = 0.99
     optimizer.weight_decay = 0.0
     optimizer.clip_norm = 1.0
     optimizer.schedule.kind = "linear"
-    optimizer.schedule.warmup_steps = 100
+    optimizer.schedule.warmup_steps = 30
     optimizer.schedule.final_fraction = 0.02
 
-    config.train.num_steps = 1500
+    config.train.num_steps = 600
     config.train.eval_every = 0
     return config

@@ -56,8 +56,8 @@ class Layout:
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
     """Parameters by group: embedding, positions, attention, mlp, router,
-    balance (selection biases), experts, norm, head, lstm, maps (between two widths); absent where
-    none.
+    balance (selection biases), experts, norm, head, lstm, maps (between two widths), convolution;
+    absent where none.
 
     active: those that one token meets, of the experts the fraction that it is sent to; tables count
     whole, as in the names of models (Mixtral's 12.9B, Qwen's A3B).
@@ -136,10 +136,26 @@ def lstm(config: Any) -> Layout:
     return Layout(weights, scores=())
 
 
+def conv(config: Any) -> Layout:
+    """The Layout of a `lm.models.conv.Config`."""
+    c = config
+    layers, embed = c.num_layers, c.embed_dim
+    table = c.vocab_size * embed
+    weights = (
+        Weight("embedding", table, uses=1.0 if c.tie_embeddings else 0.0),
+        Weight("convolution", layers * c.kernel_size * embed * 2 * embed, uses=1.0),
+        Weight("convolution", layers * 2 * embed),
+        Weight("norm", (layers + 1) * embed),
+        Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
+    )
+    return Layout(weights, scores=())
+
+
 # The module of a model's Config: its Layout.
 LAYOUTS: dict[str, Callable[[Any], Layout]] = {
     "lm.models.decoder": decoder,
     "lm.models.lstm": lstm,
+    "lm.models.conv": conv,
 }
 
 

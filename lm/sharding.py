@@ -37,7 +37,8 @@ DEFAULT_TABLE: dict[str, Any] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "gates": None,  # of a recurrent or convolutional layer
+    "gates": None,  # the parts of a layer's product that gate each other
+    "taps": None,  # the tokens that a convolution reads
     "vocab": "tensor",
     "expert": "expert",
     "rank": None,  # of adapters

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.layers.lora import LoraConfig
 from lm.sharding import Rules
+from lm.types import Array
 
 
 def initializer(std: float | None, fan_in: int, scale: float = 1.0) -> Any:
@@ -38,6 +39,15 @@ def project(x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1) -> j
     x = x.reshape(*lead, flat.shape[0])
     y = (x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x) @ flat
     return y.reshape(*lead, *outer)
+
+
+def project_gates(x: Array, weight: Array, rules: Rules) -> jax.Array:
+    """x: [..., D] times weight: [D, G, F] -> [..., G, F], F on the logical axis `mlp`."""
+    if rules.size("mlp") > 1 or rules.size("length") > 1:  # merging would gather what is sharded
+        return jnp.tensordot(x, weight, 1)
+    # two dimensions, as in `project`
+    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
+    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
 class Linear(nn.Module):

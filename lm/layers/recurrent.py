@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.layers.linear import initializer, parameter
+from lm.layers.linear import initializer, parameter, project_gates
 from lm.sharding import Rules
 from lm.types import Array, Tokens
 
@@ -91,20 +91,14 @@ class Lstm(nn.Module):
             return jnp.zeros(shape).at[FORGET].set(self.forget_bias)
 
         bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
-        inputs = product(x, matrix("weight", self.embed_dim), self.rules) + bias.astype(self.dtype)
+        inputs = project_gates(x, matrix("weight", self.embed_dim), self.rules) + bias.astype(
+            self.dtype
+        )
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
         recurrent = matrix("recurrent", self.hidden_dim)
-        hidden, state = recurrence(self.rules, self.unroll, inputs, recurrent, state, where)
+        found: Any = recurrence(self.rules, self.unroll, inputs, recurrent, state, where)
+        hidden, state = found
         return self.rules.constrain(hidden, "batch", None, "act_embed"), state
-
-
-def product(x: Array, weight: Array, rules: Rules) -> jax.Array:
-    """x: [..., D] times weight: [D, 4, F] -> [..., 4, F]."""
-    if rules.size("mlp") > 1:  # flattening would merge a sharded dimension into another
-        return jnp.tensordot(x, weight, 1)
-    # in two dimensions XLA's CPU products are faster, their gradients twice
-    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
 def cell(gates: Array, memory: Array) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +130,7 @@ def _forward(
     def step(old: State, x: Any) -> tuple[State, Any]:
         inputs, filled, starts = x
         hidden, memory = (jnp.where(starts, 0, a) for a in (old.hidden, old.memory))
-        gates = inputs + product(hidden, weight, rules)
+        gates = inputs + project_gates(hidden, weight, rules)
         new = State(*cell(gates, memory))
         new = jax.tree.map(lambda a, b: jnp.where(filled, a, b), new, old)
         # the next product needs all of it on every device
@@ -160,7 +154,9 @@ def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[A
         _, pullback = jax.vjp(cell, gates, memory)
         d_gates, d_memory = pullback((d_new.hidden, d_new.memory))
         d_gates = jnp.where(masks.filled[..., None], d_gates, 0)
-        [d_before] = jax.linear_transpose(lambda h: product(h, weight, rules), before)(d_gates)
+        [d_before] = jax.linear_transpose(lambda h: project_gates(h, weight, rules), before)(
+            d_gates
+        )
         d_before = rules.constrain(d_before, "batch", None)
         d_old = State(d_before, d_memory)
         d_old = jax.tree.map(lambda a, b: jnp.where(masks.filled, a, b), d_old, d_new)
@@ -170,7 +166,7 @@ def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[A
     xs = (gates, memory, jnp.swapaxes(d_hidden, 0, 1), masks)
     d_first, d_gates = jax.lax.scan(step, d_last, xs, reverse=True, unroll=unroll)
     d_inputs, befores = jnp.swapaxes(d_gates, 0, 1), jnp.swapaxes(befores, 0, 1)
-    [d_weight] = jax.linear_transpose(lambda w: product(befores, w, rules), weight)(d_inputs)
+    [d_weight] = jax.linear_transpose(lambda w: project_gates(befores, w, rules), weight)(d_inputs)
     return d_inputs, d_weight, d_first, None
 
 

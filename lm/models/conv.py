@@ -1,0 +1,190 @@
+"""The gated convolutional language model of Dauphin et al. 2017 (arXiv:1612.08083), a baseline
+without attention and without a state.
+
+Blocks of one gated convolution each, around a residual stream; a token sees itself and
+num_layers * (kernel_size - 1) before it. Each block normalises its input (root mean square), where
+the paper normalises weights (arXiv:1602.07868).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.config import field
+from lm.layers.convolution import GatedConvolution
+from lm.layers.embedding import Embedding
+from lm.layers.linear import Linear
+from lm.layers.norm import Norm
+from lm.layers.stack import stack
+from lm.sharding import Rules
+from lm.types import Array, Cache, Output, Tokens
+
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vocab_size: int = field(50_304, "Rows of the embedding; at least the tokenizer's vocabulary.")
+    num_layers: int = field(8, "Blocks.")
+    embed_dim: int = field(512, "Width of the residual stream.")
+    kernel_size: int = field(4, "Tokens that a convolution reads, its own included.")
+    norm_eps: float = field(1e-6, "Added to the variance.")
+    tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
+    dropout: float = field(0.0, "Dropout of embeddings and residual branches.")
+    init_std: float | None = field(None, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
+    remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
+    scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+
+    @property
+    def max_length(self) -> int:
+        """No row is too long for a convolution; positions are int32."""
+        return 2**31 - 1
+
+    def check(self, length: int) -> None:
+        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        rows of `length`.
+        """
+
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"config.model.{message}")
+
+        for name in (
+            *("vocab_size", "num_layers", "embed_dim", "kernel_size", "norm_eps", "init_std"),
+        ):
+            value = getattr(self, name)
+            need(value is None or value > 0, f"{name} must be positive, got {value}")
+        for name, known in (("dtype", ("float32", "bfloat16")), ("remat", REMAT)):
+            value = getattr(self, name)
+            need(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
+        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
+        need(
+            self.scan_unroll == -1 or 1 <= self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be -1 or in 1..num_layers ({self.num_layers})",
+        )
+        need(
+            self.kernel_size <= length,
+            f"kernel_size ({self.kernel_size}) must be at most config.data.length ({length})",
+        )
+
+
+@flax.struct.dataclass
+class Shared:
+    """What all blocks are called with."""
+
+    positions: Array  # int32 [B, T]
+    train: bool = flax.struct.field(pytree_node=False)
+
+
+class Block(nn.Module):
+    """A gated convolution around a residual stream. Parameters: `norm`, `convolution`."""
+
+    config: Config
+    rules: Rules
+
+    @nn.compact
+    def __call__(
+        self, x: Array, before: Array | None, shared: Shared
+    ) -> tuple[jax.Array, jax.Array | None]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        y, last = GatedConvolution(
+            embed_dim=c.embed_dim,
+            kernel_size=c.kernel_size,
+            rules=self.rules,
+            dtype=dtype,
+            init_std=c.init_std,
+            name="convolution",
+        )(Norm("rms", c.norm_eps, dtype=dtype, name="norm")(x), shared.positions, before)
+        x = x + nn.Dropout(c.dropout, deterministic=not shared.train)(y)
+        self.sow("intermediates", "hidden", x)
+        return x, last
+
+
+class LanguageModel(nn.Module):
+    """The model. Parameters: `embedding`, `layers` (stacked), `norm`, and `head` where used."""
+
+    config: Config
+    rules: Rules
+
+    def setup(self) -> None:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        std = 0.02 if c.init_std is None else c.init_std
+        self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
+        unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
+        self.layers = stack(Block, c.num_layers, remat=c.remat, unroll=unroll)(c, self.rules)
+        self.norm = Norm("rms", c.norm_eps, dtype=dtype)
+        if not c.tie_embeddings:
+            self.head = Linear(
+                (c.embed_dim,),
+                (c.vocab_size,),
+                ("embed",),
+                ("vocab",),
+                self.rules,
+                dtype=dtype,
+                init_std=c.init_std,
+            )
+        self.dropout = nn.Dropout(c.dropout)
+
+    def __call__(
+        self,
+        inputs: Tokens,
+        *,
+        encoder: Tokens | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it
+        holds.
+        """
+        if encoder is not None:
+            raise ValueError("config.model.name=conv takes no encoder tokens")
+        if inputs.bidirectional is not None:
+            raise ValueError(
+                "config.model.name=conv reads from left to right: it can't see a bidirectional "
+                "prefix as a whole; choose another config.objective.name"
+            )
+        x = self.embedding(inputs.ids)
+        x = self.rules.constrain(x, "act_batch", "length", "act_embed")
+        x = self.dropout(x, deterministic=not train)
+        x, cache = self.layers(x, cache, Shared(inputs.positions, train))
+        x = self.rules.constrain(self.norm(x), "act_batch", "length", "act_embed")
+        return Output(hidden=x, cache=cache)
+
+    def logits(self, hidden: Array) -> jax.Array:
+        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        c = self.config
+        x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
+        return self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts that the rows of a forward pass are cut into."""
+        return 1
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """The inputs of each layer before the next token, [L, B, kernel_size - 1, D]: none yet.
+
+        Streams may be of any length.
+        """
+        del length
+        c = self.config
+        shape = (c.num_layers, batch_size, c.kernel_size - 1, c.embed_dim)
+        zeros = jnp.zeros(shape, jnp.dtype(c.dtype))
+        return self.rules.constrain(zeros, None, "batch", None, "act_embed")
+
+
+def build(config: Config, rules: Rules) -> LanguageModel:
+    """Raises ValueError where the mesh can't do what the config says."""
+    stages = rules.mesh.shape["stage"]
+    if stages > 1:
+        raise ValueError(
+            f"config.mesh.stage ({stages}) must be 1 for config.model.name=conv; use data, fsdp, "
+            "tensor or sequence"
+        )
+    return LanguageModel(config, rules)
