@@ -2,8 +2,12 @@
 
     configs/wikitext2.py:lstm    also decoder, conv
 
-Two layers of width 200 and a tied table of 33,280 words, 7.3M parameters each; dropout 0.2, AdamW,
-rows of 70 words.
+Two layers of width 200 and a tied table of 33,278 words: 7.3M parameters each.
+
+With the stores of configs/lstm.py:
+
+    python scripts/train.py --config=configs/wikitext2.py:lstm --workdir=runs/wikitext2-lstm
+    python scripts/evaluate.py --workdir=runs/wikitext2-lstm --data=data/wikitext2/test/train
 """
 
 from lm.config import default
@@ -35,7 +39,7 @@ def get_config(arg=None):
     data = config.data
     data.tokenizer = "data/wikitext2/words.json"
     data.train = ("data/wikitext2/train/train",)
-    data.validation = ("data/wikitext2/validation/train",)
+    data.validation = ("data/wikitext2/valid/train",)
     data.length = 70
     data.batch_size = 20
 

@@ -72,9 +72,16 @@ PUBLISHED = {
     # The script that the benchmark is compared with prints these.
     "bench": {"small8k": 5_310_720, "gpt2_124m": 123_944_448},
 }
+# Sizes without a published number of parameters.
+OWN = {
+    "conv": ("gcnn8", "gcnn14"),
+    "lstm": ("small", "medium", "large"),
+    "wikitext2": ("lstm", "decoder", "conv"),
+}
 SIZES = [(name, size) for name, sizes in PUBLISHED.items() for size in sizes]
+SIZES_OF = PUBLISHED | OWN
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
-ALL = SIZES + [(name, None) for name in FILES if name not in PUBLISHED]
+ALL = [(name, size) for name in FILES for size in SIZES_OF.get(name, (None,))]
 
 
 @functools.cache
@@ -85,9 +92,9 @@ def load(name):
     return module
 
 
-def build(model, name="decoder"):
+def build(model):
     rules = make_rules(MeshConfig(), jax.devices()[:1])
-    return component("lm.models", name).build(model, rules)
+    return component("lm.models", type(model).__module__).build(model, rules)
 
 
 def tokens(rows, length):
@@ -138,20 +145,22 @@ def test_formula_counts_the_parameters_that_init_makes(name, size):
 
 
 def test_every_size_of_every_file_is_in_the_tables_of_this_test():
-    for name in PUBLISHED:
+    for name, known in SIZES_OF.items():
         module = load(name)
-        sizes = module.SIZES if hasattr(module, "SIZES") else module.SHAPES
-        assert set(sizes) == set(PUBLISHED[name]), name
+        sizes = next(
+            getattr(module, n) for n in ("SIZES", "SHAPES", "MODELS") if hasattr(module, n)
+        )
+        assert set(sizes) == set(known), name
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SIZES_OF)
 def test_an_unknown_size_is_refused_with_the_list_of_sizes(name):
     with pytest.raises(ValueError) as error:
         load(name).get_config("9000b")
-    assert all(size in str(error.value) for size in (f"{name}.py:9000b", *PUBLISHED[name]))
+    assert all(size in str(error.value) for size in (f"{name}.py:9000b", *SIZES_OF[name]))
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "shakespeare"])
+@pytest.mark.parametrize("name", [*SIZES_OF, "shakespeare"])
 def test_docstring_says_how_to_run_it(name):
     assert "    python scripts/" in load(name).__doc__
     assert f"--config=configs/{name}.py" in load(name).__doc__
@@ -159,23 +168,21 @@ def test_docstring_says_how_to_run_it(name):
 
 def shrink(model):
     """The same architecture with one repetition of its pattern, few and narrow heads."""
-    heads = 4
-    kv_heads = max(1, heads * model.kv_heads // model.num_heads)
-    return dataclasses.replace(
-        model,
-        vocab_size=64,
-        max_length=8,
-        num_layers=max(2, len(model.layer_pattern)),
-        embed_dim=32,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=None if model.head_dim is None else 8,
-        mlp_dim=None if model.mlp_dim is None else 48,
-        window=None if model.window is None else 3,
-        moe=dataclasses.replace(model.moe, num_experts=8, num_experts_per_token=2, mlp_dim=16)
-        if model.moe.num_experts
-        else model.moe,
-    )
+    pattern = getattr(model, "layer_pattern", ())
+    changes = {"vocab_size": 64, "max_length": 8, "num_layers": max(2, len(pattern))}
+    changes |= {"embed_dim": 32, "head_dim": 8, "mlp_dim": 48, "window": 3, "bptt": 4}
+    if hasattr(model, "num_heads"):
+        heads = 4
+        kv_heads = max(1, heads * model.kv_heads // model.num_heads)
+        changes |= {"num_heads": heads, "num_kv_heads": kv_heads}
+    if hasattr(model, "moe") and model.moe.num_experts:
+        small = {"num_experts": 8, "num_experts_per_token": 2, "mlp_dim": 16}
+        changes["moe"] = dataclasses.replace(model.moe, **small)
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    optional = ("head_dim", "mlp_dim", "window", "bptt")
+    kept = {k: v for k, v in changes.items() if k in fields}
+    kept = {k: v for k, v in kept.items() if k not in optional or fields[k] is not None}
+    return dataclasses.replace(model, **kept)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 
 from lm import flops, verify
 from lm.data.tokenizer import ByteTokenizer
-from lm.generate import Generator, Sampling
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling
 from lm.layers.convolution import window
 from lm.models import conv
 from lm.types import Tokens

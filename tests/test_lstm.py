@@ -14,7 +14,8 @@ import pytest
 
 from lm import flops, verify
 from lm.data.tokenizer import ByteTokenizer
-from lm.generate import Generator, Sampling
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling
 from lm.layers import recurrent
 from lm.layers.recurrent import Marks, State
 from lm.models import lstm

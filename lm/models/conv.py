@@ -42,6 +42,14 @@ class Config:
     scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
 
     @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def takes_encoder(self) -> bool:
+        return False
+
+    @property
     def max_length(self) -> int:
         """No row is too long for a convolution; positions are int32."""
         return 2**31 - 1
@@ -153,8 +161,11 @@ class LanguageModel(nn.Module):
         x = self.rules.constrain(x, "act_batch", "length", "act_embed")
         x = self.dropout(x, deterministic=not train)
         x, cache = self.layers(x, cache, Shared(inputs.positions, train))
-        x = self.rules.constrain(self.norm(x), "act_batch", "length", "act_embed")
-        return Output(hidden=x, cache=cache)
+        return Output(hidden=self.finish(x), cache=cache)
+
+    def finish(self, x: Array) -> jax.Array:
+        """What the vocabulary projection reads of a residual stream x: [B, T, D]."""
+        return self.rules.constrain(self.norm(x), "act_batch", "length", "act_embed")
 
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""

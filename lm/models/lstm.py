@@ -52,6 +52,14 @@ class Config:
         return self.embed_dim if self.hidden_dim is None else self.hidden_dim
 
     @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def takes_encoder(self) -> bool:
+        return False
+
+    @property
     def max_length(self) -> int:
         """No row is too long for a state; positions are int32."""
         return 2**31 - 1
@@ -166,10 +174,12 @@ class LanguageModel(nn.Module):
         # a cached call goes on somewhere in a row: where it would be cut isn't known, nor needed
         where = recurrent.marks(inputs, c.bptt if cache is None else None)
         x, state = self.layers(x, state, (where, train))
-        if c.hidden_size != c.embed_dim:
-            x = self.down(x)
-        x = self.rules.constrain(x, "act_batch", "length", "act_embed")
-        return Output(hidden=x, cache=None if cache is None else state)
+        return Output(hidden=self.finish(x), cache=None if cache is None else state)
+
+    def finish(self, x: Array) -> jax.Array:
+        """What the vocabulary projection reads of a layer's output x: [B, T, F]."""
+        x = x if self.config.hidden_size == self.config.embed_dim else self.down(x)
+        return self.rules.constrain(x, "act_batch", "length", "act_embed")
 
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
