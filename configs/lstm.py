@@ -11,8 +11,8 @@ al. 2014 (arXiv:1409.2329), with tied weights (arXiv:1608.05859), their dropout 
 
 What differs: there, the state travels from batch to batch and the rate is divided by 4 where
 the validation loss rises. Here a row begins with an empty state, so that a run is a function of
-its config and step: rows of 140 words, in which the state travels, make a step; gradients stop
-every 35 of them, and the rate falls along a cosine. Not run here; configs/wikitext2.py was.
+its config and step: the state travels in rows of 70 words, 16 of which make a step; gradients stop
+every 35 words, and the rate falls along a cosine. Not run here; configs/wikitext2.py was.
 
     python scripts/train_tokenizer.py --data=wikitext-2/train.txt.gz --validation-fraction=0 \\
         --model-type=word --vocab-size=33278 --out=data/wikitext2/words.json
@@ -53,8 +53,8 @@ def get_config(arg=None):
     data.tokenizer = "data/wikitext2/words.json"
     data.train = ("data/wikitext2/train/train",)
     data.validation = ("data/wikitext2/valid/train",)
-    data.length = 140
-    data.batch_size = 20
+    data.length = 70
+    data.batch_size = 16
 
     optimizer = config.optimizer
     optimizer.name = "sgd"
@@ -66,5 +66,5 @@ def get_config(arg=None):
     optimizer.schedule.final_fraction = 0.01
 
     config.train.num_epochs = 40.0
-    config.train.eval_every = 746  # an epoch
+    config.train.eval_every = 1865  # an epoch
     return config

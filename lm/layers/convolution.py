@@ -42,9 +42,15 @@ class GatedConvolution(nn.Module):
         weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)
         weight = self.rules.collect(weight, *axes)
         bias = parameter(self, "bias", nn.initializers.zeros, shape[2:], axes[2:])
-        seen, last = window(x, positions, before, self.kernel_size)
         flat = jnp.swapaxes(weight, 0, 1).reshape(-1, 2, width)  # [kernel_size * D, 2, D]
-        gates = project_gates(seen, flat, self.rules) + bias.astype(self.dtype)
+
+        @jax.checkpoint  # else each layer would save kernel_size copies of x
+        def convolve(x: Array, flat: Array) -> tuple[jax.Array, jax.Array | None]:
+            seen, last = window(x, positions, before, self.kernel_size)
+            return project_gates(seen, flat, self.rules), last
+
+        gates, last = convolve(x, flat)
+        gates = gates + bias.astype(self.dtype)
         gates = self.rules.constrain(gates, "batch", "length", "gates", "mlp")
         y = gates[..., 0, :] * jax.nn.sigmoid(gates[..., 1, :])
         return self.rules.constrain(y, "batch", "length", "act_embed"), last
