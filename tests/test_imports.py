@@ -84,6 +84,8 @@ TOP = {
     "lm.show": (),
 }
 LATE = {
+    "jinja2",
+    "lm_eval",
     "matplotlib",
     "sentencepiece",
     "tensorboard",
