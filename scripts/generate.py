@@ -5,15 +5,26 @@
         --num-samples=3 --temperature=0.8 --top-p=0.95 --max-new-tokens=64 --stop='\\n\\n'
     echo -n 'def main(' | python scripts/generate.py --workdir=runs/tiny-stdlib --greedy
 
+    python scripts/generate.py --workdir=runs/translate --prompt='Hello!' --num-beams=4
+    python scripts/generate.py --workdir=runs/dialogue --chat
+    python scripts/generate.py --workdir=runs/dialogue --messages=dialogues.jsonl > replies.jsonl
+
 Without --prompt, all of the standard input is one prompt (its last newline too: use echo -n).
 Continuations are printed as they come, byte for byte, each after its prompt. Several appear one
 after the other under headings. A sample depends on the checkpoint, the flags, its prompt and its
 number: not on what else is asked for in the same call.
+
+With --num-beams the likeliest texts that a beam search finds, all at the end. --chat answers line
+by line what is typed, and keeps the dialogue. --messages takes one dialogue a line, {"messages":
+[{"role": "user", "content": "..."}, ...]}, and prints it with the reply. Dialogues are written by
+--chat-template, else by that beside the run's tokenizer (chat_template.jinja, or in
+tokenizer_config.json), else as lines "role: content".
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -34,32 +45,33 @@ def main() -> int:
 
     from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
+    from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
-    from lm.generation.sampling import Sampling
     from lm.generation.text import Piece
 
-    sampling = Sampling(
-        temperature=0.0 if args.greedy else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        num_samples=args.num_samples,
-        seed=args.seed,
-        stop=tuple(stop.replace("\\n", "\n") for stop in args.stop),
-    )
+    sampling = _sampling(args)
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         _, params = experiment.restore_params(checkpoints, args.step)
-    prompts = args.prompt or [_standard_input()]
-    generator = Generator(experiment.model, params, experiment.tokenizer)
+    tokenizer = experiment.tokenizer
     request: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    if args.chat or args.messages:
+        beside = Path(tokenizer.name).parent
+        template = read(args.chat_template or str(beside)) or DEFAULT
+        chat = Chat(tokenizer, template)
+        generator = Generator(experiment.model, params, tokenizer, eos_id=chat.end_id)
+        if args.messages:
+            return answer(generator, chat, request, args.messages)
+        return converse(generator, chat, request, args.system)
+    prompts = args.prompt or [_standard_input()]
+    generator = Generator(experiment.model, params, tokenizer)
     start, tokens = time.perf_counter(), 0
-    if args.stream:
+    if args.stream and args.num_beams is None:
         pieces = generator.stream(prompts, **request)
     else:
         made = generator.generate(prompts, **request)
         pieces = [Piece(whole.prompt, whole.sample, whole.data, whole) for whole in made]
-    printer = Printer(prompts, sampling.num_samples)
+    printer = Printer(prompts, args.num_samples)
     for piece in pieces:
         printer.show(piece)
         tokens += 0 if piece.generation is None else len(piece.generation.ids)
@@ -96,7 +108,36 @@ def parse_args() -> argparse.Namespace:
         metavar="P",
         help="keep tokens at least this many times as likely as the likeliest",
     )
-    add("--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt")
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="above 1: tokens of the prompt and of what came are less likely",
+    )
+    add("--num-beams", type=int, metavar="N", help="beam search, in place of sampling")
+    add(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="beams: log-probabilities are divided by length ** P; default: 1",
+    )
+    add(
+        "--early-stopping",
+        choices=("false", "true", "never"),
+        default="false",
+        help="beams: stop when enough have ended, or when a better one is unlikely (the default), "
+        "or impossible",
+    )
+    add(
+        "--num-samples",
+        "--num-return-sequences",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations of each prompt",
+    )
     add("--seed", type=int, default=0, help="another seed gives other samples; default: 0")
     add(
         "--stop",
@@ -111,7 +152,92 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="print as the tokens come, or all at the end",
     )
-    return parser.parse_args()
+    add("--chat", action="store_true", help="a dialogue in the terminal")
+    add("--messages", metavar="FILE.jsonl", help="dialogues to answer, one a line")
+    add("--system", metavar="TEXT", help="--chat: a first message of the role system")
+    add("--chat-template", metavar="FILE", help="Jinja2, or a tokenizer_config.json")
+    args = parser.parse_args()
+    for name, given in (
+        ("--prompt", args.prompt),
+        ("--num-beams", args.num_beams),
+        ("--num-samples", args.num_samples > 1),
+    ):
+        if args.chat and given:
+            parser.error(f"--chat takes no {name}")
+    if args.num_beams is not None and args.stop:
+        parser.error("a beam search ends texts at their eos alone: it takes no --stop")
+    return args
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from lm.generation.beam import BeamSearch
+    from lm.generation.sampling import Sampling
+
+    if args.num_beams is not None:
+        return BeamSearch(
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
+            early_stopping={"false": False, "true": True, "never": "never"}[args.early_stopping],
+            num_samples=args.num_samples,
+            repetition_penalty=args.repetition_penalty,
+        )
+    return Sampling(
+        temperature=0.0 if args.greedy else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        stop=tuple(stop.replace("\\n", "\n") for stop in args.stop),
+    )
+
+
+def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
+    """Prints every dialogue of a file with the assistant's next message, a line of JSON each."""
+    dialogues = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            dialogues.append(json.loads(line)["messages"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number} is not {{"messages": [...]}}') from error
+    for made in generator.generate([chat.encode(d) for d in dialogues], **request):
+        reply = {"role": "assistant", "content": made.text.strip()}
+        print(json.dumps({"messages": [*dialogues[made.prompt], reply]}, ensure_ascii=False))
+    return 0
+
+
+def converse(generator: Any, chat: Any, request: dict[str, Any], system: str | None) -> int:
+    """Answers each line of the standard input, until it ends. What no longer fits is forgotten,
+    the oldest first.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, str]] = []
+    show = sys.stderr.write if sys.stdin.isatty() else lambda text: 0
+    while True:
+        show("\n> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        try:
+            chat.encode(first + messages)
+        except ValueError as error:  # of what was typed
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        limit = generator.model.config.max_length - request["max_new_tokens"]
+        while len(messages) > 1 and len(chat.encode(first + messages)) > limit:
+            del messages[:2]  # a question and its answer
+        reply = b""
+        for piece in generator.stream([chat.encode(first + messages)], **request):
+            fresh = piece.data if reply else piece.data.lstrip()
+            reply += fresh
+            sys.stdout.buffer.write(fresh)
+            sys.stdout.buffer.flush()
+        print(flush=True)
+        messages.append({"role": "assistant", "content": reply.decode(errors="replace").strip()})
 
 
 def _standard_input() -> str:

@@ -87,6 +87,8 @@ TOP = {
     "lm.figures": (),
 }
 LATE = {
+    "jinja2",
+    "lm_eval",
     "matplotlib",
     "sentencepiece",
     "tensorboard",

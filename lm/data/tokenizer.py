@@ -3,7 +3,7 @@
 What all of them promise, because a token store counts bytes per token and generation prints bytes:
 
 - `encode` adds no special tokens and never makes one out of the text: "</s>" in a document stays
-  text.
+  text. `encode_special` is for what a program wrote, chat templates: there it is the token.
 - `decode_bytes` is additive: the bytes of `a + b` are those of `a` followed by those of `b`, so a
   stream can be printed token by token. Special ids decode to nothing.
 - A text of more than `LONG_TEXT` characters is encoded in pieces, cut after the last newline (else
@@ -12,9 +12,12 @@ What all of them promise, because a token store counts bytes per token and gener
   comes out as two.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,9 +37,14 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     fingerprint: str
+    special: Mapping[str, int]  # how special tokens are written, and their ids
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32, without special tokens."""
+        ...
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, the names in `special` read as those tokens."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -105,9 +113,15 @@ class ByteTokenizer:
     vocab_size = 259
     pad_id, bos_id, eos_id = 256, 257, 258
     fingerprint = hashlib.sha256(b"bytes:" + _RULES.encode()).hexdigest()
+    special: Mapping[str, int] = types.MappingProxyType(
+        {"<pad>": pad_id, "<bos>": bos_id, "<eos>": eos_id}
+    )
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_special(self, text: str) -> np.ndarray:
+        return _encode_special(self, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -157,6 +171,8 @@ class SentencePieceTokenizer:
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self._has_prefix = self._first.encode("a") != self._rest.encode("a")
         self._bytes = [_sentencepiece_bytes(processor, i) for i in range(self.vocab_size)]
+        control = [i for i in range(self.vocab_size) if processor.is_control(i)]
+        self.special: Mapping[str, int] = {processor.id_to_piece(i): i for i in control}
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
         self._escape = None
         if all(processor.is_byte(i) for i in byte_ids):
@@ -174,6 +190,9 @@ class SentencePieceTokenizer:
                 parts.append(processor.encode_as_numpy(part))
                 processor = self._rest
         return np.concatenate(parts)
+
+    def encode_special(self, text: str) -> np.ndarray:
+        return _encode_special(self, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -220,6 +239,7 @@ class HuggingFaceTokenizer:
         vocab = self._first.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
+        self.special: Mapping[str, int] = special
         self.eos_id = _special_id(special, _EOS)
         if self.eos_id < 0:
             raise ValueError(
@@ -246,6 +266,18 @@ class HuggingFaceTokenizer:
             for text in texts
         ]
 
+    def encode_special(self, text: str) -> np.ndarray:
+        return np.array(self._special_reader.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _special_reader(self):
+        import tokenizers
+
+        reader = tokenizers.Tokenizer.from_str(self.model.decode())
+        reader.no_truncation()
+        reader.no_padding()
+        return reader
+
     def _encode_long(self, text: str) -> np.ndarray:
         parts, tokenizer = [], self._first
         for piece in pieces(text):
@@ -266,6 +298,18 @@ class HuggingFaceTokenizer:
 _EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[CLS]")
 _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
+
+
+def _encode_special(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The pieces between the names of special tokens are encoded each by itself."""
+    names = sorted(tokenizer.special, key=len, reverse=True)  # the longest that fits
+    parts = [np.zeros(0, np.int32)]
+    for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
+        if piece in tokenizer.special:
+            parts.append(np.array([tokenizer.special[piece]], np.int32))
+        elif piece:
+            parts.append(tokenizer.encode(piece))
+    return np.concatenate(parts)
 
 
 def _check_range(tokenizer: Tokenizer, ids: np.ndarray) -> None:

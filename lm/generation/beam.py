@@ -180,7 +180,7 @@ def beam_search(
 
     def unfinished(state: _State) -> jax.Array:
         some_open = jnp.any(state.open & filled[:, None])
-        all_full = until_full & jnp.all(state.has_ended | ~filled[:, None])
+        all_full = until_full & jnp.all(jnp.where(filled[:, None], state.has_ended, True))
         return (state.count < limit) & some_open & ~all_full
 
     shape = (batch_size, k)

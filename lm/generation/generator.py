@@ -42,9 +42,11 @@ class Generator:
         tokenizer: Any,
         *,
         start: Sequence[int] | None = None,
+        eos_id: int | None = None,
     ) -> None:
         """start: ids that every stream of the (de)coder begins with; unset: bos. Weights of others
-        may want none (GPT-2), or their padding (T5).
+        may want none (GPT-2), or their padding (T5). eos_id: the token that ends a continuation,
+        where it isn't the tokenizer's eos.
 
         Raises ValueError unless the model has a row for every id of the tokenizer.
         """
@@ -57,6 +59,7 @@ class Generator:
         self.params, self.tokenizer = params, tokenizer
         self.takes_encoder = takes_encoder(model)
         self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
+        self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
         if self.takes_encoder and not len(self._start):
             raise ValueError("the decoder of an encoder-decoder has to start with some token")
 
@@ -165,14 +168,14 @@ class Generator:
             num_beams=search.num_beams,
             bucket=size,
             penalized=search.repetition_penalty != 1,
-            eos_id=self.tokenizer.eos_id,
+            eos_id=self._eos_id,
             vocab_size=self.tokenizer.vocab_size,
         )
         ids, logprobs, scores = (np.asarray(x) for x in (found.ids, found.logprobs, found.scores))
         made = []
         for i in range(len(inputs)):
             for j in range(search.num_samples):
-                row = Row(i, j, limit, (), self.tokenizer)
+                row = Row(i, j, limit, (), self.tokenizer, self._eos_id)
                 row.add(ids[i, j, :limit], logprobs[i, j, :limit])
                 made.append(row.generation(float(scores[i, j])))
         return made
@@ -188,7 +191,7 @@ class Generator:
             return
         model, tokenizer = self.model, self.tokenizer
         rows = [
-            Row(i, j, limit, sampling.stop, tokenizer)
+            Row(i, j, limit, sampling.stop, tokenizer, self._eos_id)
             for i in range(len(inputs))
             for j in range(sampling.num_samples)
         ]
@@ -222,7 +225,7 @@ class Generator:
                 chunk=bucket(min(chunk, limit)),
                 top_k=top_k,
                 nucleus=sampling.top_p < 1 and top_k != 1,
-                eos_id=tokenizer.eos_id,
+                eos_id=self._eos_id,
                 vocab_size=tokenizer.vocab_size,
             )
             ids, logprobs = (np.asarray(x)[:, :count] for x in new)

@@ -45,10 +45,16 @@ class Row:
     """The host's side of one continuation: what came, where it ends, which bytes may be shown."""
 
     def __init__(
-        self, prompt: int, sample: int, limit: int, stop: Sequence[str], tokenizer: Any
+        self,
+        prompt: int,
+        sample: int,
+        limit: int,
+        stop: Sequence[str],
+        tokenizer: Any,
+        eos_id: int,
     ) -> None:
         self.prompt, self.sample, self.finished = prompt, sample, ""
-        self._limit, self._tokenizer = limit, tokenizer
+        self._limit, self._tokenizer, self._eos_id = limit, tokenizer, eos_id
         self._stops = tuple(text.encode() for text in stop)
         self._longest = max(map(len, self._stops), default=0)
         self._ids: list[int] = []
@@ -67,7 +73,7 @@ class Row:
             if cut is not None:
                 del self._data[cut:]
                 self.finished = "stop"
-            elif i == self._tokenizer.eos_id:
+            elif i == self._eos_id:
                 self.finished = "eos"
             elif len(self._ids) == self._limit:
                 self.finished = "length"
