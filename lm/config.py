@@ -49,6 +49,11 @@ class DataConfig:
         None, "Rows per device; an alternative to batch_size."
     )
     packing: str = field("split", "split: concatenate and cut; best_fit: whole documents only.")
+    too_long: str = field(
+        "error",
+        "Documents of several fields that don't fit in a row: error; cut the first field at its "
+        "end; drop them.",
+    )
     shuffle: bool = field(True, "Visit the rows of every epoch in a new random order.")
 
 

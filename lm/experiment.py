@@ -26,7 +26,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.layers import pipelining
-from lm.objectives import Form
+from lm.objectives import Form, Objective
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
@@ -73,7 +73,7 @@ class Experiment:
         return tokenizer
 
     @functools.cached_property
-    def objective(self) -> pipeline.Objective:
+    def objective(self) -> Objective:
         component = configs.component("lm.objectives", self.config_dict.objective.name)
         return component.build(self.config.objective, self.tokenizer, self.form)
 
@@ -81,7 +81,7 @@ class Experiment:
     def form(self) -> Form:
         """What the model takes of the data."""
         d, m = self.config.data, self.config.model
-        return Form(d.length, d.encoder_length, m.is_causal)
+        return Form(d.length, d.encoder_length, m.is_causal, m.vocab_size)
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
@@ -101,7 +101,11 @@ class Experiment:
     def validation(self) -> dict[str, pipeline.RowSource]:
         c = self.config
         return pipeline.make_sources(
-            c.data.validation, c.data, self.tokenizer, cache_dir=c.loader.cache_dir
+            c.data.validation,
+            c.data,
+            self.objective,
+            self.tokenizer,
+            cache_dir=c.loader.cache_dir,
         )
 
     @functools.cached_property

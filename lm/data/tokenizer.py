@@ -15,7 +15,7 @@ What all of them promise, because a token store counts bytes per token and gener
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -24,7 +24,10 @@ _RULES = "1"  # part of every fingerprint: to be raised when a change below chan
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `name` is what `load` was given, `model` the bytes of that file."""
+    """Text to ids and back. `name` is what `load` was given, `model` the bytes of that file.
+
+    special_ids: the tokens that no text becomes, by name.
+    """
 
     name: str
     file_name: str
@@ -34,6 +37,7 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     fingerprint: str
+    special_ids: dict[str, int]
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32, without special tokens."""
@@ -105,6 +109,7 @@ class ByteTokenizer:
     vocab_size = 259
     pad_id, bos_id, eos_id = 256, 257, 258
     fingerprint = hashlib.sha256(b"bytes:" + _RULES.encode()).hexdigest()
+    special_ids: ClassVar[dict[str, int]] = {"<pad>": 256, "<s>": 257, "</s>": 258}
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -155,6 +160,9 @@ class SentencePieceTokenizer:
             raise ValueError(f"tokenizer {name}: the model has no eos piece to end documents with")
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.special_ids = {
+            processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
+        }
         self._has_prefix = self._first.encode("a") != self._rest.encode("a")
         self._bytes = [_sentencepiece_bytes(processor, i) for i in range(self.vocab_size)]
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
@@ -220,6 +228,7 @@ class HuggingFaceTokenizer:
         vocab = self._first.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
+        self.special_ids = special
         self.eos_id = _special_id(special, _EOS)
         if self.eos_id < 0:
             raise ValueError(
