@@ -26,9 +26,7 @@ class Stream(NamedTuple):
 
     def firsts(self) -> np.ndarray:
         """Returns bool [n]: whether a token is the first of its segment."""
-        result = np.ones(len(self.ids), bool)
-        result[1:] = (self.rows[1:] != self.rows[:-1]) | (self.segments[1:] != self.segments[:-1])
-        return result
+        return changes(self.rows) | changes(self.segments)
 
 
 def flatten(rows: Rows, field: int | None = None) -> Stream:
@@ -40,6 +38,11 @@ def flatten(rows: Rows, field: int | None = None) -> Stream:
     return Stream(rows.ids[held], np.nonzero(held)[0], rows.segments[held])
 
 
+def changes(values: np.ndarray) -> np.ndarray:
+    """Returns bool [n]: whether a value differs from the one before it; the first one does."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
+
+
 def counted(begins: np.ndarray) -> np.ndarray:
     """Returns int [n]: how many places ago, or 0, the last true of the bool mask [n] was."""
     places = np.arange(len(begins))
@@ -48,9 +51,7 @@ def counted(begins: np.ndarray) -> np.ndarray:
 
 def place(stream: Stream, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids, segments and positions, int32 of `shape`, each row's tokens from its left."""
-    new_row = np.ones(len(stream.rows), bool)
-    new_row[1:] = stream.rows[1:] != stream.rows[:-1]
-    columns = counted(new_row)
+    columns = counted(changes(stream.rows))
     assert not len(columns) or columns.max() < shape[1], (
         f"a row of {columns.max() + 1} tokens for {shape[1]} places: the layout was too long"
     )

@@ -14,8 +14,9 @@ What all of them promise, because a token store counts bytes per token and gener
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -37,7 +38,9 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     fingerprint: str
-    special_ids: dict[str, int]
+
+    @property
+    def special_ids(self) -> Mapping[str, int]: ...
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32, without special tokens."""
@@ -109,7 +112,7 @@ class ByteTokenizer:
     vocab_size = 259
     pad_id, bos_id, eos_id = 256, 257, 258
     fingerprint = hashlib.sha256(b"bytes:" + _RULES.encode()).hexdigest()
-    special_ids: ClassVar[dict[str, int]] = {"<pad>": 256, "<s>": 257, "</s>": 258}
+    special_ids = MappingProxyType({"<pad>": 256, "<s>": 257, "</s>": 258})
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)

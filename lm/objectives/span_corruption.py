@@ -10,7 +10,7 @@ import numpy as np
 from lm.config import field
 from lm.data import streams
 from lm.data.sources import Layout, Rows
-from lm.data.streams import Stream
+from lm.data.streams import Stream, changes
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import Form, Objective, RowGenerator
 from lm.types import Batch
@@ -48,11 +48,15 @@ class Noise(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What a row holds before (`raw`) and after: the corrupted text, and the spans."""
+    """What a row holds before (`raw`) and after: the corrupted text, and the spans.
+
+    prompt: tokens that are put before the corrupted text of every segment, beside its eos.
+    """
 
     raw: int
     inputs: int
     targets: int
+    prompt: int = 0
 
     @property
     def shortest(self) -> int:
@@ -60,7 +64,8 @@ class Room(NamedTuple):
 
         So no row has more segments than its room for eos tokens allows, each with a span.
         """
-        return -(-self.raw // max((self.inputs + self.targets - self.raw - 1) // 3, 1))
+        spare = self.inputs + self.targets - self.raw - 1
+        return -(-self.raw // max(spare // (3 + self.prompt), 1))
 
 
 def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
@@ -201,14 +206,14 @@ def corrupt(
     """
     sizes = np.bincount(text.groups, minlength=len(text.rows))
     hidden, spans = _share_out(sizes, text.rows, noise, room, draws[:, -2:])
-    keys = draws[text.stream.rows, streams.counted(_changes(text.stream.rows))]
+    keys = draws[text.stream.rows, streams.counted(changes(text.stream.rows))]
     mask = random_spans(hidden, spans, text.groups, keys)
     begins = mask & ~np.append(False, mask[:-1])  # a group begins with text: spans never touch
     number = np.cumsum(begins) - 1 - (np.cumsum(spans) - spans)[text.groups]
     ids, sentinels = text.stream.ids, (sentinel - number).astype(np.int32)
     kept = ~mask | begins
     twice = np.repeat(np.arange(len(ids)), mask + begins.astype(int))  # sentinel and first token
-    values = np.where(_changes(twice) & begins[twice], sentinels[twice], ids[twice])
+    values = np.where(changes(twice) & begins[twice], sentinels[twice], ids[twice])
     shown = np.where(begins, sentinels, ids)[kept]
     return (
         _with_ends(text.groups[kept], shown, np.arange(len(sizes)), text, eos),
@@ -227,7 +232,7 @@ def random_spans(
     """
     able = spans[groups] > 0
     groups, keys = groups[able], keys[able]
-    is_hidden = streams.counted(_changes(groups)) < hidden[groups]
+    is_hidden = streams.counted(changes(groups)) < hidden[groups]
     parts = [_random_parts(groups[of], keys[of], spans) for of in (~is_hidden, is_hidden)]
     result = np.zeros(len(able), bool)
     result[able] = np.repeat(np.arange(2 * len(parts[0])) % 2 == 1, np.stack(parts, 1).ravel())
@@ -236,7 +241,7 @@ def random_spans(
 
 def _random_parts(groups: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns the lengths of `counts[g]` parts into which the items of each group g are cut."""
-    firsts = _changes(groups)
+    firsts = changes(groups)
     order = np.lexsort((np.where(firsts, -1.0, keys), groups))  # the first item begins a part
     begins = np.empty(len(groups), bool)
     begins[order] = streams.counted(firsts) < counts[groups]
@@ -249,8 +254,8 @@ def _share_out(
     """Returns the hidden tokens and the spans of every group, int [G].
 
     With `d` hidden tokens and `k` spans a row of `c` tokens in `n` groups, `m` of them with spans,
-    becomes `c - d + k + n` and `d + k + m` tokens. `d` and `k` are T5's, lowered where these would
-    be more than there is room for, and shared out by the length of the groups.
+    becomes `c - d + k + n` and `d + k + m` tokens (without a prompt). `d` and `k` are T5's, lowered
+    where these would be more than there is room for, and shared out by the length of the groups.
     """
 
     def per_row(values: np.ndarray) -> np.ndarray:
@@ -258,7 +263,7 @@ def _share_out(
 
     able = sizes >= 2
     text, num_able = per_row(sizes * able), per_row(able)
-    excess = per_row(sizes) + per_row(np.ones_like(sizes)) - room.inputs
+    excess = per_row(sizes + 1 + room.prompt) - room.inputs
     free = room.targets - num_able
     hidden, spans = noise.counts(np.maximum(text, 2))
     spans = np.minimum(np.maximum(spans, num_able), (free - np.maximum(excess, 0)) // 2)
@@ -282,14 +287,9 @@ def _apportion(
     offset = (draws * sums).astype(int)
     upto = np.cumsum(weights)
     before = upto - weights
-    row_begin = before[np.maximum.accumulate(np.where(_changes(rows), np.arange(len(rows)), 0))]
+    row_begin = before[np.maximum.accumulate(np.where(changes(rows), np.arange(len(rows)), 0))]
     at = [(total[rows] * (x - row_begin) + offset[rows]) // sums[rows] for x in (before, upto)]
     return at[1] - at[0]
-
-
-def _changes(values: np.ndarray) -> np.ndarray:
-    """Returns bool [n]: whether a value differs from the one before it; the first does."""
-    return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
 def _with_ends(
