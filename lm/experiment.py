@@ -234,7 +234,11 @@ class Experiment:
     def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         """The loss of training: a SUM to differentiate, and additive sums."""
         batch = pipelining.interleave(self.rules, self.model.num_microbatches, batch)
-        return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
+        return self._loss(params, batch, rng, train=True, config=self.config.loss)
+
+    def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
+        tasks = self.objective.tasks if batch.tasks is not None else ()
+        return loss.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
 
     def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
         """(gradients of the SUM of the loss, its sums) of step number `at`, as it computes them."""
@@ -261,7 +265,7 @@ class Experiment:
         rng = self._key("train")  # unused: evaluation has no dropout
         # plain cross-entropy, whatever the loss of training adds
         plain = configs.LossConfig(chunk_size=self.config.loss.chunk_size)
-        return loss.lm_loss(self.model, params, batch, rng, train=False, config=plain)[1]
+        return self._loss(params, batch, rng, train=False, config=plain)[1]
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:

@@ -141,13 +141,13 @@ class Pipeline:
     ) -> list[ExplainedRow]:
         """Returns where each row comes from, with the first `num_tokens` of every document."""
         source, epoch, row = self.sampler.locate(self._index(step, rows))
-        read = self._read(source, row)
         names = list(self.sources)
         explained = []
         for i in range(len(row)):
             name = names[source[i]]
             [documents] = self.sources[name].documents(row[i : i + 1])
-            text = [_begin(read, i, n + 1, tokenizer, num_tokens) for n in range(len(documents))]
+            read = self.sources[name].read(row[i : i + 1])
+            text = [_begin(read, n + 1, tokenizer, num_tokens) for n in range(len(documents))]
             explained.append(ExplainedRow(name, int(epoch[i]), int(row[i]), documents, text))
         return explained
 
@@ -218,11 +218,11 @@ def _in_order(parts: list[Any], index: np.ndarray) -> Any:
     return _unflatten(parts[0], joined)
 
 
-def _begin(rows: Rows, row: int, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
-    """Returns the text of the first tokens of a segment, of each of its fields."""
-    held = rows.segments[row] == segment
-    fields = np.zeros_like(held, int) if rows.fields is None else rows.fields[row]
-    pieces = [rows.ids[row, held & (fields == f)] for f in np.unique(fields[held])]
+def _begin(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
+    """Returns the text of the first tokens of a segment of one row, of each of its fields."""
+    held = rows.segments == segment
+    fields = np.zeros_like(held, int) if rows.fields is None else rows.fields
+    pieces = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
     return " → ".join(tokenizer.decode(piece[:num_tokens]) for piece in pieces)
 
 

@@ -27,7 +27,7 @@ where the objective says so (masked LM and classification, BERT's form).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -84,17 +84,25 @@ class Objective:
 
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
     so that its loss is that of the text. tasks: names of the tasks that `Batch.tasks` tells apart.
+    by_source: where rows of different sources have different objectives, these.
     """
 
     make: Callable[[Rows, RowGenerator], Batch]
     layout: Layout
     scores_every_token: bool = False
     tasks: tuple[str, ...] = ()
+    by_source: Mapping[str, Objective] | None = None
 
     def __call__(self, rows: Rows, rng: RowGenerator, /) -> Batch:
         return self.make(rows, rng)
 
     def of(self, source: str) -> Objective:
-        """Returns the objective of the rows of a source, by its path."""
-        del source  # all the same, but for a multi-task objective
-        return self
+        """Returns the objective of the rows of a source, by its path; ValueError if it has none."""
+        if self.by_source is None:
+            return self
+        if source not in self.by_source:
+            raise ValueError(
+                f"no task of config.objective.tasks has the source {source}; they have: "
+                f"{', '.join(self.by_source)}"
+            )
+        return self.by_source[source]
