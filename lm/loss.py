@@ -80,8 +80,8 @@ def chunked_loss(
 
     def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
         def chunk(sums: Sums | None, x: tuple[Array, ...]) -> tuple[Sums, None]:
-            hidden, *rest = x
-            new, _ = _statistics(project(hidden, *parameters), *rest, config)
+            h, t, w, of_tasks = x
+            new, _ = _statistics(project(h, *parameters), t, w, of_tasks, config)
             return _add(sums, new), None
 
         sums, _ = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
@@ -279,10 +279,10 @@ def lm_loss(
     )
     objective, sums = cast(tuple[Array, Sums], result)
     sums = {**sums, "tokens": jnp.sum(batch.weights)}
-    of_tasks = sums.pop("task_loss", None)
     for i, name in enumerate(tasks):
-        sums[f"loss/{name}"] = of_tasks[i]
+        sums[f"loss/{name}"] = sums["task_loss"][i]
         sums[f"tokens/{name}"] = jnp.sum(batch.weights * (batch.tasks == i)[:, None])
+    sums.pop("task_loss", None)
     for name, value in output.aux.items():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]
         sums[name] = value * sums["tokens"]

@@ -101,8 +101,8 @@ class Pipeline:
         self.sampler = Sampler(
             [len(source) for source in sources.values()], weights, seed=seed, shuffle=shuffle
         )
-        given = isinstance(objective, Mapping)
-        self._objectives = [objective[name] if given else objective for name in sources]
+        of = objective if isinstance(objective, Mapping) else dict.fromkeys(sources, objective)
+        self._objectives = [of[name] for name in sources]
         self._seed = seed
         self._limit = None if num_epochs is None else self.num_batches(num_epochs)
 
