@@ -265,6 +265,7 @@ def lm_loss(
     project, parameters = _projection(model, params, output.hidden)
     members = None
     if tasks:
+        assert batch.tasks is not None, "names of tasks for a batch without their numbers"
         members = batch.tasks[:, None, None] == jnp.arange(len(tasks))
         members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
     result = chunked_loss(
@@ -281,7 +282,7 @@ def lm_loss(
     sums = {**sums, "tokens": jnp.sum(batch.weights)}
     for i, name in enumerate(tasks):
         sums[f"loss/{name}"] = sums["task_loss"][i]
-        sums[f"tokens/{name}"] = jnp.sum(batch.weights * (batch.tasks == i)[:, None])
+        sums[f"tokens/{name}"] = jnp.sum(batch.weights * members[..., i])
     sums.pop("task_loss", None)
     for name, value in output.aux.items():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]

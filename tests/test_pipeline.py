@@ -413,3 +413,22 @@ def test_markov_tokens_have_two_successors_and_copies_repeat():
     rows = Synthetic("copy", vocab_size=50, length=64, num_rows=20).read(np.arange(20))
     again = rows.positions[:, 8:] >= 8
     np.testing.assert_array_equal(rows.ids[:, 8:][again], rows.ids[:, :-8][again])
+
+
+def test_synthetic_pairs_are_sources_and_their_reverse():
+    layout = Layout((64, 64), ("source", "target"))
+    source = pipeline.make_source("synthetic:reverse:500:3", DataConfig(), layout, TOKENIZER)
+    rows = source.read(np.arange(len(source)))
+    seen = 0
+    for r in range(len(source)):
+        for number in range(1, rows.segments[r].max() + 1):
+            held = rows.segments[r] == number
+            given, wanted = (rows.ids[r, held & (rows.fields[r] == f)] for f in (0, 1))
+            assert given[-1] == wanted[-1] == TOKENIZER.eos_id
+            assert given[-2::-1].tolist() == wanted[:-1].tolist() and len(given) > 1
+            seen += 1
+    assert seen == 500
+    with pytest.raises(ValueError, match="only reverse has two fields"):
+        pipeline.make_source("synthetic:markov", DataConfig(), layout, TOKENIZER)
+    with pytest.raises(ValueError, match="'reverse' does not exist"):
+        pipeline.make_source("synthetic:reverse", DataConfig(), Layout((64,)), TOKENIZER)

@@ -151,8 +151,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         help="a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
-        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; tfds:NAME/CONFIG or "
-        "tfds:/path. Repeatable; the order matters where documents are duplicates: the first stays",
+        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
+        "tfds:NAME/CONFIG or tfds:/path. Repeatable; the order matters where documents are "
+        "duplicates: the first stays",
     )
     add(
         "--field",

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from lm.data.packing import Span, assign_bins, cached_plan, ranges
 from lm.data.sources import Layout, Rows
-from lm.data.sources.tokens import TokenStore
 
 TOO_LONG = ("error", "cut", "drop")
+
+
+class Field(Protocol):
+    """What `Pairs` needs of a field; a token store has it."""
+
+    path: str
+    offsets: np.ndarray
+    manifest: dict
+
+    def document_ids(self, i: int) -> str: ...
+
+    def _ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]: ...
 
 
 class Pairs:
@@ -31,7 +43,7 @@ class Pairs:
 
     def __init__(
         self,
-        stores: Sequence[TokenStore],
+        stores: Sequence[Field],
         layout: Layout,
         *,
         too_long: str = "error",

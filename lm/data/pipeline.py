@@ -22,7 +22,7 @@ from lm.data import packing
 from lm.data.packing import Span
 from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
-from lm.data.sources import Layout, Rows, Source
+from lm.data.sources import Layout, Rows, Source, synthetic
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import Tokenizer
@@ -330,6 +330,12 @@ def _make_synthetic(path: str, layout: Layout, tokenizer: Tokenizer) -> RowSourc
             f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
         )
     options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
+    if len(layout.fields) == 2:
+        if kind != "reverse":
+            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
+        names = {"num_rows": "num_documents", "seed": "seed"}
+        renamed = {names[name]: value for name, value in options.items()}
+        return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **renamed)
     return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=layout.length, **options)
 
 
