@@ -133,6 +133,8 @@ def test_too_long_documents_are_an_error_or_cut_or_dropped(make_stores):
     assert (dropped.num_cut, dropped.num_dropped, len(dropped)) == (0, 2, 1)
     cut = pairs.Pairs(stores, layout, too_long="cut")
     assert (cut.num_cut, cut.num_dropped) == (1, 1)
+    assert "of 3 documents 1 were cut and 1 left out" in cut.left_out
+    assert pairs.Pairs(stores, Layout((40,), FIELDS)).left_out == ""
     ids = cut.read(np.arange(len(cut))).ids.tolist()
     assert [*b"abcde", EOS, ord("x"), EOS] in ids
     with pytest.raises(ValueError, match=r"data\.too_long \('skip'\) must be one of error, cut"):

@@ -49,6 +49,8 @@ class Span(NamedTuple):
 class Packed:
     """The rows of a packed token store; a Source that also knows its documents."""
 
+    left_out = ""  # nothing is
+
     def __init__(
         self,
         store: TokenStore,

@@ -85,6 +85,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._row_offsets) - 1
 
+    @property
+    def left_out(self) -> str:
+        """What the rows don't have of the store, in a sentence; "" where they have all of it."""
+        if not self.num_cut and not self.num_dropped:
+            return ""
+        return (
+            f"{self.path}: of {len(self._lengths):,} documents {self.num_cut:,} were cut and "
+            f"{self.num_dropped:,} left out, too long for rows of {self.layout.lengths}"
+        )
+
     def fill(self) -> float:
         """Returns the fraction of all positions that hold a token."""
         used = self._lengths[self._documents].sum()
@@ -115,7 +125,7 @@ class Pairs:
             tokens = store._ranges(start.tolist(), (start + size).tolist())
             places = ranges(begins[:, field], size)
             ids.flat[places] = np.concatenate([np.empty(0, np.int32), *tokens], dtype=np.int32)
-            ids.flat[begins[:, field] + size - 1] = self._eos  # of what was cut too
+            ids.flat[np.asarray(begins[:, field] + size - 1, np.int64)] = self._eos  # if cut, too
             segments.flat[places] = np.repeat(numbers, size)
             positions.flat[places] = ranges(offsets[:, field], size)
             fields.flat[places] = field

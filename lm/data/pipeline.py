@@ -44,10 +44,15 @@ class OutOfData(RunError):
 
 
 class RowSource(Source, Protocol):
-    """A source that can say which documents its rows hold, and how much text that is."""
+    """A source that can say which documents its rows hold, how much text that is, and what of the
+    store they leave out ("": nothing).
+    """
 
     @property
     def bytes_per_token(self) -> float | None: ...
+
+    @property
+    def left_out(self) -> str: ...
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
 

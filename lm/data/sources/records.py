@@ -44,14 +44,13 @@ def from_record(document_id: str, record: object, columns: Mapping[str, str]) ->
     names = column_names(columns)
     if not isinstance(record, dict) or not all(name in record for name in names):
         return Skipped(document_id, "missing_field")
-    if not all(isinstance(record[name], str) for name in names):
+    texts = {name: record[name] for name in names}
+    if not all(isinstance(text, str) for text in texts.values()):
         return Skipped(document_id, "field_is_not_text")
-    if not all(record[name] for name in names):
+    if not all(texts.values()):
         return Skipped(document_id, "empty")
     fields = {
-        field: _COLUMN.sub(lambda match: record[match[1]], spec)
-        if _COLUMN.search(spec)
-        else record[spec]
+        field: texts[spec] if spec in texts else _COLUMN.sub(lambda match: texts[match[1]], spec)
         for field, spec in columns.items()
     }
     try:

@@ -55,6 +55,7 @@ class Synthetic:
         self.seed = seed
 
     bytes_per_token = None  # no text behind the tokens
+    left_out = ""
 
     def __len__(self) -> int:
         return self.num_rows
