@@ -27,6 +27,8 @@ def field(default: Any, sentence: str) -> Any:
     if dataclasses.is_dataclass(default):
         kind = type(default)
         return dataclasses.field(default_factory=lambda: kind(), metadata={"help": sentence})
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"help": sentence})
     return dataclasses.field(default=default, metadata={"help": sentence})
 
 
@@ -65,6 +67,11 @@ class DataConfig:
         None, "Rows per device; an alternative to batch_size."
     )
     packing: str = field("split", "split: concatenate and cut; best_fit: whole documents only.")
+    too_long: str = field(
+        "error",
+        "Documents of several fields that don't fit in a row: error; cut the first field at its "
+        "end; drop them.",
+    )
     shuffle: bool = field(True, "Visit the rows of every epoch in a new random order.")
 
 
@@ -232,6 +239,24 @@ class Config:
 COMPONENTS = {"model": "lm.models", "objective": "lm.objectives"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One of several objectives that a run has at once: its name, config, and stores."""
+
+    name: str
+    sources: tuple[str, ...]
+    config: Any
+
+
+def task(name: str, sources: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    """A section of `config.objective.tasks`: an objective, its fields at their defaults or
+    `changes`, and the stores that it is for.
+    """
+    fields = _to_dict(component(COMPONENTS["objective"], name).Config)
+    _check_keys(changes, set(fields), f"task {name}")
+    return {"name": name, "sources": sources} | fields | changes
+
+
 def component(package: str, name: str) -> types.ModuleType:
     """The module that `name` means inside `package`; with a dot in it, the module of that full
     name.
@@ -312,6 +337,9 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     tree = json.loads(text)
     config = default(**{key: tree[key]["name"] for key in COMPONENTS})
     _check_keys(tree, set(config.keys()), "config")
+    if "tasks" in config.objective:
+        of = tree["objective"].get("tasks", {})
+        config.objective.tasks = {name: task(t["name"], ()) for name, t in of.items()}
     for path, value in _leaves(tree):
         *sections, last = path.split(".")
         node: Any = config
@@ -398,6 +426,8 @@ def _to_dict(cls: Any) -> dict[str, Any]:
             tree[f.name] = _to_dict(hint)
         elif optional and f.default is None:
             tree[f.name] = config_dict.placeholder(hint)  # else the command line could not set it
+        elif typing.get_origin(hint) is dict:
+            tree[f.name] = {}
         else:
             tree[f.name] = f.default
     return tree
@@ -429,11 +459,22 @@ def _from_dict(cls: Any, tree: dict[str, Any], path: str) -> Any:
     return cls(**values)
 
 
+def _to_task(section: Any, path: str) -> Task:
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise ValueError(f"{path} must be a section with the name of an objective, got {section!r}")
+    fields = {key: value for key, value in section.items() if key not in ("name", "sources")}
+    sources = _convert(tuple[str, ...], section.get("sources", ()), f"{path}.sources")
+    config = component(COMPONENTS["objective"], section["name"]).Config
+    return Task(section["name"], sources, _from_dict(config, fields, path))
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     kind, optional = _optional(hint)
     if optional and value is None:
         return None
     origin = typing.get_origin(kind) or kind
+    if kind == dict[str, Task]:
+        return {name: _to_task(section, f"{path}.{name}") for name, section in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         hints = typing.get_args(kind)
         if hints[-1] is ...:

@@ -32,14 +32,13 @@ def evaluate(
     """
     results = {}
     for name, source in experiment.validation.items():
+        objective = experiment.objective.of(name)
         total: dict[str, float] = {}
         pending: Sums | None = None
         size = experiment.batch_size
         count = -(-len(source) // size)
         count = min(count, max_batches) if max_batches else count
-        batches = evaluation_batches(
-            source, experiment.objective, batch_size=size, rows=experiment.rows
-        )
+        batches = evaluation_batches(source, objective, batch_size=size, rows=experiment.rows)
         for i, batch in zip(range(count), batches, strict=False):
             sums = experiment.eval_step(params, experiment.put(batch))
             _add(total, pending)  # of the batch before: the devices don't wait for the host
@@ -52,7 +51,7 @@ def evaluate(
         del values["objective"]
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
         bytes_per_token = source.bytes_per_token
-        if bytes_per_token is not None:
+        if objective.scores_every_token and bytes_per_token is not None:
             values["bits_per_byte"] = values["loss"] / math.log(2) / bytes_per_token
         results[name] = values
     return results

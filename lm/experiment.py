@@ -27,7 +27,7 @@ from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.layers import lora, pipelining
-from lm.objectives import Form
+from lm.objectives import Form, Objective
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
@@ -74,7 +74,7 @@ class Experiment:
         return tokenizer
 
     @functools.cached_property
-    def objective(self) -> pipeline.Objective:
+    def objective(self) -> Objective:
         component = configs.component("lm.objectives", self.config_dict.objective.name)
         return component.build(self.config.objective, self.tokenizer, self.form)
 
@@ -82,7 +82,7 @@ class Experiment:
     def form(self) -> Form:
         """What the model takes of the data."""
         d, m = self.config.data, self.config.model
-        return Form(d.length, d.encoder_length, m.is_causal)
+        return Form(d.length, d.encoder_length, m.is_causal, m.vocab_size)
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
@@ -102,7 +102,11 @@ class Experiment:
     def validation(self) -> dict[str, pipeline.RowSource]:
         c = self.config
         return pipeline.make_sources(
-            c.data.validation, c.data, self.tokenizer, cache_dir=c.loader.cache_dir
+            c.data.validation,
+            c.data,
+            self.objective,
+            self.tokenizer,
+            cache_dir=c.loader.cache_dir,
         )
 
     @functools.cached_property
@@ -344,7 +348,11 @@ class Experiment:
     def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         """The loss of training: a SUM to differentiate, and additive sums."""
         batch = pipelining.interleave(self.rules, self.model.num_microbatches, batch)
-        return loss.lm_loss(self.model, params, batch, rng, train=True, config=self.config.loss)
+        return self._loss(params, batch, rng, train=True, config=self.config.loss)
+
+    def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
+        tasks = self.objective.tasks if batch.tasks is not None else ()
+        return loss.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
 
     def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
         """(gradients of the SUM of the loss by the trained parameters, its sums) of step number
@@ -375,7 +383,7 @@ class Experiment:
         rng = self._key("train")  # unused: evaluation has no dropout
         # plain cross-entropy, whatever the loss of training adds
         plain = configs.LossConfig(chunk_size=self.config.loss.chunk_size)
-        return loss.lm_loss(self.model, params, batch, rng, train=False, config=plain)[1]
+        return self._loss(params, batch, rng, train=False, config=plain)[1]
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:

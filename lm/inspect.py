@@ -95,12 +95,12 @@ def held_out(
     """
     if not experiment.validation:
         raise ValueError("config.data.validation is empty: name a token store that was held out")
-    source = next(iter(experiment.validation.values()))
+    name, source = next(iter(experiment.validation.items()))
     batches, losses = [], []
     size = experiment.batch_size
     for _, batch in zip(
         range(num_batches),
-        evaluation_batches(source, experiment.objective, batch_size=size),
+        evaluation_batches(source, experiment.objective.of(name), batch_size=size),
         strict=False,
     ):
         batches.append(batch)

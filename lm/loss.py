@@ -23,9 +23,12 @@ from lm.types import Array, Batch, Model, Params, Sums
 
 
 def _statistics(
-    logits: Array, targets: Array, weights: Array, config: LossConfig
+    logits: Array, targets: Array, weights: Array, tasks: Array | None, config: LossConfig
 ) -> tuple[Sums, Array]:
-    """Sums over the tokens of logits: float32 [..., V], and log Z: float32 [...]."""
+    """Sums over the tokens of logits: float32 [..., V], and log Z: float32 [...].
+
+    With tasks, bool [..., K], `task_loss` [K] is the loss of the tokens of each.
+    """
     top = jnp.max(logits, axis=-1)
     log_z = jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)) + top
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -38,7 +41,10 @@ def _statistics(
         loss = loss + config.z_loss * jnp.square(log_z)
     correct = target >= top
     sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
-    return {name: jnp.sum(value * weights) for name, value in sums.items()}, log_z
+    sums = {name: jnp.sum(value * weights) for name, value in sums.items()}
+    if tasks is not None:
+        sums["task_loss"] = jnp.einsum("...,...k->k", nll * weights, tasks.astype(nll.dtype))
+    return sums, log_z
 
 
 def _logit_gradient(
@@ -66,21 +72,22 @@ def chunked_loss(
     hidden: Array,
     targets: Array,
     weights: Array,
+    tasks: Array | None = None,
 ) -> tuple[Array, Sums]:
     """(objective, sums) of hidden: [B, T, D], in pieces of the length of `config.chunk_size` tokens
-    on each device.
+    on each device. tasks: bool [B, T, K], which of K tasks a token is of; `task_loss` is theirs.
     """
 
     def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
-        def chunk(sums: Sums | None, x: tuple[Array, Array, Array]) -> tuple[Sums, None]:
-            hidden, targets, weights = x
-            new, _ = _statistics(project(hidden, *parameters), targets, weights, config)
+        def chunk(sums: Sums | None, x: tuple[Array, ...]) -> tuple[Sums, None]:
+            h, t, w, of_tasks = x
+            new, _ = _statistics(project(h, *parameters), t, w, of_tasks, config)
             return _add(sums, new), None
 
         sums, _ = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
         return sums, [], ()
 
-    sums, _, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights))
+    sums, _, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights, tasks))
     return sums["objective"], sums
 
 
@@ -92,21 +99,22 @@ def _forward(
     hidden: Any,
     targets: Any,
     weights: Any,
+    tasks: Any = None,
 ) -> tuple[tuple[Array, Sums], tuple[list[Any], Array]]:
     # the gradient of a frozen vocabulary matrix would be carried from chunk to chunk for nothing
     trained = [p.perturbed for p in parameters]
     values = [p.value for p in parameters]
 
     def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
-        def chunk(carry: Any, x: tuple[Array, Array, Array]) -> tuple[Any, Array]:
-            h, t, w = x
+        def chunk(carry: Any, x: tuple[Array, ...]) -> tuple[Any, Array]:
+            h, t, w, of_tasks = x
 
             def logits_of(h: Array, *parameters_: Array) -> Array:
                 return project(h, *_merge(trained, parameters_, parameters))
 
             vjp: Any = jax.vjp(logits_of, h, *_chosen(trained, parameters))
             logits, pullback = vjp
-            new, log_z = _statistics(logits, t, w, config)
+            new, log_z = _statistics(logits, t, w, of_tasks, config)
             d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
             d_parameters = [g.astype(jnp.float32) for g in d_parameters]
             return _add(carry, (new, d_parameters)), d_hidden
@@ -114,7 +122,7 @@ def _forward(
         total, d_hidden = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
         return (*total, (d_hidden,))
 
-    xs = (hidden.value, targets.value, weights.value)
+    xs = (hidden.value, targets.value, weights.value, None if tasks is None else tasks.value)
     sums, found, (d_hidden,) = _on_each_device(rules, local, values, xs, trained)
     kept = zip(found, _chosen(trained, values), strict=True)
     d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(values))
@@ -131,7 +139,7 @@ def _backward(
     d_parameters, d_hidden = residuals
     scale = cotangents[0]  # sums are for reading: their cotangents are zero
     d_parameters = [None if g is None else (g * scale).astype(g.dtype) for g in d_parameters]
-    return d_parameters, (d_hidden * scale).astype(d_hidden.dtype), None, None
+    return d_parameters, (d_hidden * scale).astype(d_hidden.dtype), None, None, None
 
 
 chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -260,22 +268,46 @@ def _projection(model: Model, params: Params, hidden: Array) -> tuple[Project, l
 
 
 def lm_loss(
-    model: Model, params: Params, batch: Batch, rng: Array, *, train: bool, config: LossConfig
+    model: Model,
+    params: Params,
+    batch: Batch,
+    rng: Array,
+    *,
+    train: bool,
+    config: LossConfig,
+    tasks: tuple[str, ...] = (),
 ) -> tuple[Array, Sums]:
     """(SUM to differentiate, additive sums) of one batch.
 
     The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of
-    auxiliary losses and of the model's statistics what to divide by it.
+    auxiliary losses and of the model's statistics what to divide by it. With `tasks`, the names of
+    the numbers in `batch.tasks`, `tokens/NAME` and `loss/NAME` are those of each of them.
     """
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
     project, parameters = _projection(model, params, output.hidden)
+    members = None
+    if tasks:
+        assert batch.tasks is not None, "names of tasks for a batch without their numbers"
+        members = batch.tasks[:, None, None] == jnp.arange(len(tasks))
+        members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
     result = chunked_loss(
-        project, config, model.rules, parameters, output.hidden, batch.targets, batch.weights
+        project,
+        config,
+        model.rules,
+        parameters,
+        output.hidden,
+        batch.targets,
+        batch.weights,
+        members,
     )
     objective, sums = cast(tuple[Array, Sums], result)
     sums = {**sums, "tokens": jnp.sum(batch.weights)}
+    for i, name in enumerate(tasks):
+        sums[f"loss/{name}"] = sums["task_loss"][i]
+        sums[f"tokens/{name}"] = jnp.sum(batch.weights * members[..., i])
+    sums.pop("task_loss", None)
     for name, value in output.aux.items():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]
         sums[name] = value * sums["tokens"]

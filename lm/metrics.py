@@ -21,10 +21,18 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per-token means of additive sums, with the count itself under `tokens`. No tokens: zeros."""
+    """Per-token means of additive sums, with the count itself under `tokens`. No tokens: zeros.
+
+    What is summed over the tokens of a task, `loss/TASK`, is divided by `tokens/TASK`; a task
+    without tokens has no mean.
+    """
     tokens = float(sums["tokens"])
-    divided = {n: float(v) / max(tokens, 1.0) for n, v in sums.items() if n != "tokens"}
-    return divided | {"tokens": tokens}
+    result = {"tokens": tokens}
+    for name, value in sums.items():
+        count = sums.get(f"tokens/{name.partition('/')[2]}", tokens)
+        if not name.startswith("tokens") and (count or count is tokens):
+            result[name] = float(value) / max(float(count), 1.0)
+    return result
 
 
 class TensorBoard:

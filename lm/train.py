@@ -203,6 +203,9 @@ def _describe(experiment: Experiment, say: Any) -> None:
             shown = "" if mesh.size == 1 else spec.removeprefix("PartitionSpec")
             mark = "  frozen" if name in experiment.frozen else ""
             say(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {shown}{mark}".rstrip())
+    for source in [*experiment.train_data.sources.values(), *experiment.validation.values()]:
+        if source.left_out:
+            say(source.left_out)
     shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     per_step = experiment.batch_size * c.data.length
     device = mesh.devices.flat[0].device_kind

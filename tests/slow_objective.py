@@ -22,4 +22,4 @@ def build(config, tokenizer, form):
             time.sleep(config.seconds)
         return inner(rows, rng)
 
-    return slow
+    return dataclasses.replace(inner, make=slow)

@@ -13,7 +13,7 @@ import pytest
 from lm.config import DataConfig, LoaderConfig
 from lm.data import packing, pipeline
 from lm.data.pipeline import OutOfData, Pipeline
-from lm.data.sources import Document
+from lm.data.sources import Document, Layout
 from lm.data.sources.synthetic import KINDS, Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
@@ -22,7 +22,7 @@ from lm.objectives import Form, causal
 from lm.types import Batch, Tokens
 
 TOKENIZER = ByteTokenizer()
-CAUSAL = causal.build(causal.Config(), TOKENIZER, Form(8))
+CAUSAL = causal.build(causal.Config(), TOKENIZER, Form(24))
 LOADERS = [LoaderConfig(kind="tf.data"), LoaderConfig(kind="thread")]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "over", "hills"]
 
@@ -332,19 +332,19 @@ def test_without_shuffle_batches_follow_the_store(stores):
 
 def test_the_plan_of_a_store_lies_in_the_store_unless_told_otherwise(tmp_path):
     path = write_documents(tmp_path / "store")
-    pipeline.make_source(path, DataConfig(packing="best_fit", length=24), TOKENIZER)
+    pipeline.make_source(path, DataConfig(packing="best_fit"), Layout((24,)), TOKENIZER)
     assert list((tmp_path / "store" / "packing").iterdir())
     TokenStore.open(path).verify()
 
 
 def test_synthetic_sources_are_named_in_the_config():
-    config = DataConfig(length=8)
-    source = pipeline.make_source("synthetic:markov:40:7", config, TOKENIZER)
+    config, layout = DataConfig(), Layout((8,))
+    source = pipeline.make_source("synthetic:markov:40:7", config, layout, TOKENIZER)
     same = Synthetic("markov", vocab_size=TOKENIZER.vocab_size, length=8, num_rows=40, seed=7)
     rows = np.arange(40)
     assert len(source) == 40
     np.testing.assert_array_equal(source.read(rows).ids, same.read(rows).ids)
-    assert len(pipeline.make_source("synthetic:copy", config, TOKENIZER)) == 65536
+    assert len(pipeline.make_source("synthetic:copy", config, layout, TOKENIZER)) == 65536
 
 
 def test_a_store_of_another_tokenizer_is_refused(stores):
@@ -352,7 +352,7 @@ def test_a_store_of_another_tokenizer_is_refused(stores):
         fingerprint = "0" * 64
 
     with pytest.raises(ValueError, match=r"0000.*prepare the data again"):
-        pipeline.make_source(stores[0], DataConfig(), Other())
+        pipeline.make_source(stores[0], DataConfig(), CAUSAL.layout, Other())
 
 
 @pytest.mark.parametrize(
@@ -369,8 +369,9 @@ def test_a_store_of_another_tokenizer_is_refused(stores):
 )
 def test_a_config_that_cannot_work_is_refused(stores, options, message):
     config = DataConfig(**({"train": (stores[0],)} | options))
+    objective = causal.build(causal.Config(), TOKENIZER, Form(config.length))
     with pytest.raises(ValueError, match=message):
-        pipeline.make_pipeline(config, CAUSAL, TOKENIZER, batch_size=4, seed=0)
+        pipeline.make_pipeline(config, objective, TOKENIZER, batch_size=4, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +413,22 @@ def test_markov_tokens_have_two_successors_and_copies_repeat():
     rows = Synthetic("copy", vocab_size=50, length=64, num_rows=20).read(np.arange(20))
     again = rows.positions[:, 8:] >= 8
     np.testing.assert_array_equal(rows.ids[:, 8:][again], rows.ids[:, :-8][again])
+
+
+def test_synthetic_pairs_are_sources_and_their_reverse():
+    layout = Layout((64, 64), ("source", "target"))
+    source = pipeline.make_source("synthetic:reverse:500:3", DataConfig(), layout, TOKENIZER)
+    rows = source.read(np.arange(len(source)))
+    seen = 0
+    for r in range(len(source)):
+        for number in range(1, rows.segments[r].max() + 1):
+            held = rows.segments[r] == number
+            given, wanted = (rows.ids[r, held & (rows.fields[r] == f)] for f in (0, 1))
+            assert given[-1] == wanted[-1] == TOKENIZER.eos_id
+            assert given[-2::-1].tolist() == wanted[:-1].tolist() and len(given) > 1
+            seen += 1
+    assert seen == 500
+    with pytest.raises(ValueError, match="only reverse has two fields"):
+        pipeline.make_source("synthetic:markov", DataConfig(), layout, TOKENIZER)
+    with pytest.raises(ValueError, match="'reverse' does not exist"):
+        pipeline.make_source("synthetic:reverse", DataConfig(), Layout((64,)), TOKENIZER)

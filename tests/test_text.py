@@ -201,3 +201,38 @@ def test_stdlib_is_source_without_tests_and_installed_packages():
     document = next(i for u in units if u.name == "argparse.py" for i in source.read(u))
     file = Path(sysconfig.get_path("stdlib"), "argparse.py")
     assert document == Document("argparse.py", {"text": file.read_bytes().decode()})
+
+
+def test_tables_have_their_columns_by_number(tmp_path):
+    content = "Hi.\t嗨。\tby someone\r\n\nNo.\t\nonly one\nBye.\t再见。\n"
+    columns = {"source": "1", "target": "2"}
+    expected = [
+        Document("a.tsv@0", {"source": "Hi.", "target": "嗨。"}),
+        Skipped("a.tsv@23", "empty"),
+        Skipped("a.tsv@24", "empty"),
+        Skipped("a.tsv@29", "missing_field"),
+        Document("a.tsv@38", {"source": "Bye.", "target": "再见。"}),
+    ]
+    assert _read(_write(tmp_path / "a.tsv", content), columns) == expected
+    text_file = _read(_write(tmp_path / "a.txt", content), columns)
+    assert [item[1] for item in text_file] == [item[1] for item in expected]
+    compressed = _write(tmp_path / "a.tsv.gz", gzip.compress(content.encode()))
+    assert [item[1] for item in _read(compressed, columns)] == [item[1] for item in expected]
+
+
+def test_a_template_puts_columns_into_text(tmp_path):
+    record = {"question": "why {answer}?", "context": "because", "answer": "so"}
+    file = _write(tmp_path / "a.jsonl", json.dumps(record))
+    columns = {"source": "question: {question} context: {context}\n", "target": "answer"}
+    [document] = _read(file, columns)
+    assert document.fields == {
+        "source": "question: why {answer}? context: because\n",
+        "target": "so",
+    }
+    assert _read(file, {"source": "{question} {title}"}) == [Skipped("a.jsonl@0", "missing_field")]
+
+
+def test_several_fields_of_a_text_are_refused_unless_they_are_numbers(tmp_path):
+    file = _write(tmp_path / "a.txt", "a\tb")
+    with pytest.raises(ValueError, match="by their numbers"):
+        _read(file, {"source": "en", "target": "zh"})

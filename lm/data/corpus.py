@@ -21,7 +21,7 @@ class Corpus:
     """Which documents, and how they are split.
 
     data: each "stdlib", "stdlib:all", "tfds:NAME/CONFIG", a file, a folder or a pattern.
-    columns: store field -> name in jsonl or TFDS.
+    columns: store field -> column of jsonl, tables or TFDS, or a template (see sources/records.py).
     separator: between documents of one text file; empty: a file is one document.
     validation_fraction: 0 makes no validation store.
     split: "hash" sends whole documents by a hash of their id, "tail" the last characters of each
@@ -150,18 +150,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         required=True,
-        help="a file, folder or pattern (** recurses) of .txt .md .py .jsonl, also .gz or .zst; "
-        "stdlib: the "
-        "source of Python's standard library, stdlib:all: with its tests; tfds:NAME/CONFIG or "
-        "tfds:/path. Repeatable; the order matters where documents are duplicates: the first stays",
+        help="a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
+        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
+        "tfds:NAME/CONFIG or tfds:/path. Repeatable; the order matters where documents are "
+        "duplicates: the first stays",
     )
     add(
         "--field",
         action="append",
         default=[],
         metavar="FIELD[=COLUMN]",
-        help="store field and its name in jsonl or TFDS (default: text). Repeatable: "
-        "--field=inputs=question --field=targets=answer",
+        help="store field and its column in jsonl or TFDS, its number in tab-separated lines, or a "
+        "template with columns in braces (default: text). Repeatable: "
+        "--field='source=Translate to Chinese: {1}' --field=target=2",
     )
     add(
         "--separator",
@@ -194,7 +195,7 @@ def from_flags(flags: argparse.Namespace) -> Corpus:
     columns = {}
     for text in flags.field or ["text"]:
         name, _, column = text.partition("=")
-        columns[name] = column or name
+        columns[name] = column.replace("\\n", "\n") or name
     return Corpus(
         data=flags.data,
         columns=columns,

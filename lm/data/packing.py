@@ -17,7 +17,7 @@ import bisect
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 from lm.data.sources import Rows
 from lm.data.sources.tokens import TokenStore
 
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 
 
 class Pieces(NamedTuple):
@@ -48,6 +48,8 @@ class Span(NamedTuple):
 
 class Packed:
     """The rows of a packed token store; a Source that also knows its documents."""
+
+    left_out = ""  # nothing is
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Packed:
         """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, starts, stops = self._pieces_of(rows)
         tokens, previous = self._fetch(starts, stops, first=np.cumsum(counts) - counts)
-        numbers = (_ranges(np.ones_like(counts), counts)).astype(np.int32)
+        numbers = (ranges(np.ones_like(counts), counts)).astype(np.int32)
         lengths = stops - starts
         shape = (len(counts), self.length)
         padded = len(tokens) < shape[0] * shape[1]
@@ -158,7 +160,7 @@ def split(store: TokenStore, length: int) -> Packed:
         end = np.minimum(begin + length, store.num_tokens)
         first = np.searchsorted(offsets, begin, "right") - 1
         counts = np.searchsorted(offsets, end, "left") - first
-        documents = _ranges(first, counts)
+        documents = ranges(first, counts)
         starts = np.maximum(offsets[documents], np.repeat(begin, counts))
         stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
         return Pieces(counts, starts, stops)
@@ -174,11 +176,13 @@ def best_fit(store: TokenStore, length: int, *, cache: str | os.PathLike | None 
     processes may share it.
     """
     _check(store, length)
-    row_offsets, starts, stops = _cached_plan(store.offsets, length, cache)
+    row_offsets, starts, stops = cached_plan(
+        lambda: plan(store.offsets, length), f"best_fit-{length}", [store.offsets], cache
+    )
 
     def pieces(rows: np.ndarray) -> Pieces:
         counts = row_offsets[rows + 1] - row_offsets[rows]
-        chosen = _ranges(row_offsets[rows], counts)
+        chosen = ranges(row_offsets[rows], counts)
         return Pieces(counts, starts[chosen], stops[chosen])
 
     return Packed(store, length, num_rows=len(row_offsets) - 1, pieces=pieces)
@@ -191,26 +195,34 @@ def _check(store: TokenStore, length: int) -> None:
         raise ValueError(f"{store.path}: the store has no tokens")
 
 
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
-def _cached_plan(
-    offsets: np.ndarray, length: int, cache: str | os.PathLike | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the plan, from the cache if it is there; a file in the cache is always complete."""
+def cached_plan(
+    make: Callable[[], tuple[np.ndarray, ...]],
+    name: str,
+    inputs: Sequence[np.ndarray],
+    cache: str | os.PathLike | None,
+) -> tuple[np.ndarray, ...]:
+    """Returns the int64 arrays of `make()`, from the folder `cache` if they are there.
+
+    A plan is known by its name and the hash of what it is made of, and a file in the cache is
+    always complete. None: no cache.
+    """
     if cache is None:
-        return plan(offsets, length)
-    key = hashlib.sha256(np.ascontiguousarray(offsets).data).hexdigest()[:16]
-    file = Path(cache) / f"best_fit-{_PLAN_VERSION}-{length}-{key}.npy"
+        return make()
+    key = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in inputs)).hexdigest()
+    file = Path(cache) / f"{name}-{_PLAN_VERSION}-{key[:16]}.npy"
     if not file.exists():
-        row_offsets, starts, stops = plan(offsets, length)
+        arrays = make()
+        header = [len(arrays), *map(len, arrays)]
         new = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(new, "wb") as stream:
-                np.save(stream, np.concatenate([[len(row_offsets)], row_offsets, starts, stops]))
+                np.save(stream, np.concatenate([header, *arrays]).astype(np.int64))
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(new, file)  # several processes write the same bytes: the last one wins
@@ -220,9 +232,9 @@ def _cached_plan(
                 "set loader.cache_dir to a folder that can be written"
             ) from error
     content = np.load(file, mmap_mode="r")
-    row_offsets, rest = np.split(content[1:], [content[0]])
-    starts, stops = np.split(rest, 2)
-    return row_offsets, starts, stops
+    count = int(content[0])
+    ends = np.cumsum(content[1 : 1 + count])
+    return tuple(np.split(content[1 + count :], ends[:-1]))
 
 
 def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -232,7 +244,7 @@ def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.n
     """
     num_pieces = -(-np.diff(offsets) // length)
     begins = np.repeat(offsets[:-1], num_pieces)
-    starts = begins + length * _ranges(np.zeros_like(num_pieces), num_pieces)
+    starts = begins + length * ranges(np.zeros_like(num_pieces), num_pieces)
     stops = np.minimum(starts + length, np.repeat(offsets[1:], num_pieces))
     bins = assign_bins(stops - starts, length)
     _, first, bins = np.unique(bins, return_index=True, return_inverse=True)

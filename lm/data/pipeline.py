@@ -20,15 +20,16 @@ import numpy as np
 from lm.config import DataConfig, LoaderConfig
 from lm.data import packing
 from lm.data.packing import Span
+from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
-from lm.data.sources import Rows, Source
+from lm.data.sources import Layout, Rows, Source, synthetic
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.exits import Exit, RunError
 from lm.types import Batch
 
-Objective = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]
+Transform = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]
 RowIndex = slice | np.ndarray  # a host's rows of the global batch
 
 ALL_ROWS = slice(None)
@@ -43,12 +44,28 @@ class OutOfData(RunError):
 
 
 class RowSource(Source, Protocol):
-    """A source that can say which documents its rows hold, and how much text that is."""
+    """A source that can say which documents its rows hold, how much text that is, and what of the
+    store they leave out ("": nothing).
+    """
 
     @property
     def bytes_per_token(self) -> float | None: ...
 
+    @property
+    def left_out(self) -> str: ...
+
     def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
+
+
+class Objective(Protocol):
+    """The contract of `lm.objectives`, as far as data goes."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def __call__(self, rows: Rows, rng: Callable[[int], np.random.Generator], /) -> Batch: ...
+
+    def of(self, source: str) -> Objective: ...
 
 
 class ExplainedRow(NamedTuple):
@@ -58,7 +75,7 @@ class ExplainedRow(NamedTuple):
     epoch: int
     row: int
     documents: list[Span]
-    text: list[str]  # the beginning of each document's part of the row
+    text: list[str]  # the beginning of each document's part of the row; fields joined by " → "
 
 
 class Pipeline:
@@ -67,7 +84,7 @@ class Pipeline:
     def __init__(
         self,
         sources: Mapping[str, RowSource],
-        objective: Objective,
+        objective: Transform | Mapping[str, Transform],
         *,
         batch_size: int,
         seed: int,
@@ -75,7 +92,9 @@ class Pipeline:
         shuffle: bool = True,
         num_epochs: float | None = None,
     ):
-        """weights: one for each source, None: by their rows. num_epochs: None reads for ever."""
+        """objective: of all sources, or of each. weights: one for each source, None: by their rows.
+        num_epochs: None reads for ever.
+        """
         if not sources:
             raise ValueError("data.train names no token store")
         if batch_size < 1:
@@ -87,7 +106,8 @@ class Pipeline:
         self.sampler = Sampler(
             [len(source) for source in sources.values()], weights, seed=seed, shuffle=shuffle
         )
-        self._objective = objective
+        of = objective if isinstance(objective, Mapping) else dict.fromkeys(sources, objective)
+        self._objectives = [of[name] for name in sources]
         self._seed = seed
         self._limit = None if num_epochs is None else self.num_batches(num_epochs)
 
@@ -104,10 +124,20 @@ class Pipeline:
         index = self._index(step, rows)
         location = self.sampler.locate(index)
 
-        def rng(i: int) -> np.random.Generator:
-            return np.random.default_rng([self._seed, int(location.epoch[i]), int(index[i])])
+        def make(objective: Transform, chosen: np.ndarray) -> Batch:
+            def rng(i: int) -> np.random.Generator:
+                at = chosen[i]
+                return np.random.default_rng([self._seed, int(location.epoch[at]), int(index[at])])
 
-        batch = self._objective(self._read(location.source, location.row), rng)
+            return objective(self._read(location.source[chosen], location.row[chosen]), rng)
+
+        number = np.array(
+            [self._objectives.index(objective) for objective in self._objectives], np.int64
+        )[location.source]
+        groups = [np.flatnonzero(number == n) for n in np.unique(number)]
+        batch = _in_order(
+            [make(self._objectives[number[g[0]]], g) for g in groups], np.concatenate(groups)
+        )
         records = hash_words(location.source, location.epoch, location.row, index)
         return dataclasses.replace(batch, records=(records >> np.uint64(32)).astype(np.uint32))
 
@@ -116,14 +146,13 @@ class Pipeline:
     ) -> list[ExplainedRow]:
         """Returns where each row comes from, with the first `num_tokens` of every document."""
         source, epoch, row = self.sampler.locate(self._index(step, rows))
-        read = self._read(source, row)
         names = list(self.sources)
         explained = []
         for i in range(len(row)):
             name = names[source[i]]
             [documents] = self.sources[name].documents(row[i : i + 1])
-            pieces = [read.ids[i, read.segments[i] == n + 1] for n in range(len(documents))]
-            text = [tokenizer.decode(piece[:num_tokens]) for piece in pieces]
+            read = self.sources[name].read(row[i : i + 1])
+            text = [_begin(read, n + 1, tokenizer, num_tokens) for n in range(len(documents))]
             explained.append(ExplainedRow(name, int(epoch[i]), int(row[i]), documents, text))
         return explained
 
@@ -177,22 +206,33 @@ class Pipeline:
     def _read(self, source: np.ndarray, row: np.ndarray) -> Rows:
         """Returns the rows `row` of the sources numbered `source`, int64 [B] each."""
         sources = list(self.sources.values())
-        present = np.unique(source)
-        if len(present) == 1:
-            return sources[present[0]].read(row)
-        order = np.argsort(source, kind="stable")
-        parts = [sources[number].read(row[source == number]) for number in present]
-        back = np.argsort(order)
-        return Rows(
-            **{
-                f.name: np.concatenate([getattr(part, f.name) for part in parts])[back]
-                for f in dataclasses.fields(Rows)
-            }
+        groups = [np.flatnonzero(source == number) for number in np.unique(source)]
+        return _in_order(
+            [sources[source[g[0]]].read(row[g]) for g in groups], np.concatenate(groups)
         )
 
 
+def _in_order(parts: list[Any], index: np.ndarray) -> Any:
+    """Returns one batch (or Rows) whose rows `index`, int64 [B], are those of `parts` joined."""
+    if len(parts) == 1:
+        return parts[0]
+    back = np.argsort(index)
+    leaves = [_leaves(part) for part in parts]
+    assert len({len(found) for found in leaves}) == 1, "objectives of one batch differ in structure"
+    joined = (np.concatenate(arrays)[back] for arrays in zip(*leaves, strict=True))
+    return _unflatten(parts[0], joined)
+
+
+def _begin(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
+    """Returns the text of the first tokens of a segment of one row, of each of its fields."""
+    held = rows.segments == segment
+    fields = np.zeros_like(held, int) if rows.fields is None else rows.fields
+    pieces = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
+    return " → ".join(tokenizer.decode(piece[:num_tokens]) for piece in pieces)
+
+
 def evaluation_batches(
-    source: Source, objective: Objective, *, batch_size: int, rows: RowIndex = ALL_ROWS
+    source: Source, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
 ) -> Iterator[Batch]:
     """Yields the rows `rows` of global batches that hold every row of the source once, in order.
 
@@ -203,13 +243,7 @@ def evaluation_batches(
         index = start + np.arange(batch_size)[rows]
         read = source.read(index[index < len(source)])
         missing = len(index) - len(read.ids)
-        empty = np.zeros((missing, *read.ids.shape[1:]), np.int32)
-        padded = Rows(
-            ids=np.concatenate([read.ids, empty]),
-            segments=np.concatenate([read.segments, empty]),
-            positions=np.concatenate([read.positions, empty]),
-            previous=np.concatenate([read.previous, np.full(missing, -1, np.int32)]),
-        )
+        padded = _with_empty_rows(read, missing)
 
         def rng(i: int, index: np.ndarray = index) -> np.random.Generator:
             return np.random.default_rng([_EVALUATION_SEED, 0, int(index[i])])
@@ -217,35 +251,57 @@ def evaluation_batches(
         yield objective(padded, rng)
 
 
+def _with_empty_rows(rows: Rows, count: int) -> Rows:
+    if not count:
+        return rows
+    arrays = {f.name: getattr(rows, f.name) for f in dataclasses.fields(Rows)}
+    padded = {
+        name: np.concatenate([x, np.full((count, *x.shape[1:]), -(name == "previous"), np.int32)])
+        for name, x in arrays.items()
+        if x is not None
+    }
+    return Rows(**padded)
+
+
 def make_source(
-    path: str, config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str = ""
+    path: str, config: DataConfig, layout: Layout, tokenizer: Tokenizer, *, cache_dir: str = ""
 ) -> RowSource:
     """Returns the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
 
-    cache_dir: where the plan of best_fit is kept; "": in the store, or nowhere if that is remote.
+    cache_dir: where packing plans are kept; "": in the store, or nowhere if that is remote.
     Raises ValueError if the store was made with another tokenizer than `tokenizer`.
     """
+    if config.packing not in PACKINGS:
+        raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
+    inside = None if "://" in path else Path(path) / "packing"
     if path.startswith("synthetic:"):
-        return _make_synthetic(path, config, tokenizer)
-    store = TokenStore.open(path)
-    store.check_tokenizer(tokenizer)
+        return _make_synthetic(path, layout, tokenizer)
+    stores = [TokenStore.open(path, field=field) for field in layout.fields]
+    stores[0].check_tokenizer(tokenizer)
+    if len(stores) > 1:
+        return Pairs(stores, layout, too_long=config.too_long, cache=cache_dir or inside)
     if config.packing == "split":
-        return packing.split(store, config.length)
-    if config.packing == "best_fit":
-        inside = None if "://" in path else Path(path) / "packing"
-        return packing.best_fit(store, config.length, cache=cache_dir or inside)
-    raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
+        return packing.split(stores[0], layout.length)
+    return packing.best_fit(stores[0], layout.length, cache=cache_dir or inside)
 
 
 def make_sources(
-    paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *, cache_dir: str = ""
+    paths: Sequence[str],
+    config: DataConfig,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: str = "",
 ) -> dict[str, RowSource]:
-    """Returns `make_source` of every path, by path."""
+    """Returns `make_source` of every path, by path, with the rows that its objective wants."""
     if len(set(paths)) < len(paths):
         raise ValueError(
             f"a token store is named twice in {list(paths)}: give it a larger weight instead"
         )
-    return {path: make_source(path, config, tokenizer, cache_dir=cache_dir) for path in paths}
+    return {
+        path: make_source(path, config, objective.of(path).layout, tokenizer, cache_dir=cache_dir)
+        for path in paths
+    }
 
 
 def make_pipeline(
@@ -262,8 +318,8 @@ def make_pipeline(
     if not config.train:
         raise ValueError("data.train is empty: name at least one token store, or synthetic:markov")
     return Pipeline(
-        make_sources(config.train, config, tokenizer, cache_dir=cache_dir),
-        objective,
+        make_sources(config.train, config, objective, tokenizer, cache_dir=cache_dir),
+        {path: objective.of(path) for path in config.train},
         batch_size=batch_size,
         seed=seed,
         weights=config.weights or None,
@@ -272,14 +328,20 @@ def make_pipeline(
     )
 
 
-def _make_synthetic(path: str, config: DataConfig, tokenizer: Tokenizer) -> Synthetic:
+def _make_synthetic(path: str, layout: Layout, tokenizer: Tokenizer) -> RowSource:
     _, kind, *numbers = path.split(":")
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(
             f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
         )
     options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
-    return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=config.length, **options)
+    if len(layout.fields) == 2:
+        if kind != "reverse":
+            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
+        names = {"num_rows": "num_documents", "seed": "seed"}
+        renamed = {names[name]: value for name, value in options.items()}
+        return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **renamed)
+    return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=layout.length, **options)
 
 
 def _iterate_threads(

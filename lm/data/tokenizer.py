@@ -16,8 +16,8 @@ import functools
 import hashlib
 import json
 import re
-import types
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +27,10 @@ _RULES = "1"  # part of every fingerprint: to be raised when a change below chan
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `name` is what `load` was given, `model` the bytes of that file."""
+    """Text to ids and back. `name` is what `load` was given, `model` the bytes of that file.
+
+    special_ids: the tokens that no text becomes, by name.
+    """
 
     name: str
     file_name: str
@@ -37,7 +40,11 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     fingerprint: str
-    special: Mapping[str, int]  # how special tokens are written, and their ids
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """How special tokens are written, and their ids."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32, without special tokens."""
@@ -113,9 +120,7 @@ class ByteTokenizer:
     vocab_size = 259
     pad_id, bos_id, eos_id = 256, 257, 258
     fingerprint = hashlib.sha256(b"bytes:" + _RULES.encode()).hexdigest()
-    special: Mapping[str, int] = types.MappingProxyType(
-        {"<pad>": pad_id, "<bos>": bos_id, "<eos>": eos_id}
-    )
+    special_ids = MappingProxyType({"<pad>": pad_id, "<bos>": bos_id, "<eos>": eos_id})
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -169,10 +174,11 @@ class SentencePieceTokenizer:
             raise ValueError(f"tokenizer {name}: the model has no eos piece to end documents with")
         self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.special_ids = {
+            processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
+        }
         self._has_prefix = self._first.encode("a") != self._rest.encode("a")
         self._bytes = [_sentencepiece_bytes(processor, i) for i in range(self.vocab_size)]
-        control = [i for i in range(self.vocab_size) if processor.is_control(i)]
-        self.special: Mapping[str, int] = {processor.id_to_piece(i): i for i in control}
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
         self._escape = None
         if all(processor.is_byte(i) for i in byte_ids):
@@ -212,8 +218,8 @@ class HuggingFaceTokenizer:
 
     Bytes are exact for byte-level BPE (GPT-2, Llama 3, Qwen) and for pieces with U+2581 and byte
     fallback (Llama 2, Gemma). WordPiece (BERT) and WordLevel files have no spaces left to decode:
-    their words are joined by spaces. The special ids are found by their usual names; without bos or pad, eos takes
-    their place.
+    their words are joined by spaces. The special ids are found by their usual names; without bos or
+    pad, eos takes their place.
     """
 
     file_name = "tokenizer.json"
@@ -239,7 +245,7 @@ class HuggingFaceTokenizer:
         vocab = self._first.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
-        self.special: Mapping[str, int] = special
+        self.special_ids = special
         self.eos_id = _special_id(special, _EOS)
         if self.eos_id < 0:
             raise ValueError(
@@ -302,11 +308,11 @@ _PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 def _encode_special(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The pieces between the names of special tokens are encoded each by itself."""
-    names = sorted(tokenizer.special, key=len, reverse=True)  # the longest that fits
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)  # the longest that fits
     parts = [np.zeros(0, np.int32)]
     for piece in re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]:
-        if piece in tokenizer.special:
-            parts.append(np.array([tokenizer.special[piece]], np.int32))
+        if piece in tokenizer.special_ids:
+            parts.append(np.array([tokenizer.special_ids[piece]], np.int32))
         elif piece:
             parts.append(tokenizer.encode(piece))
     return np.concatenate(parts)

@@ -45,7 +45,7 @@ class Chat:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not Jinja2: {error}") from error
         self._tokenizer = tokenizer
-        names = {i: name for name, i in tokenizer.special.items()}
+        names = {i: name for name, i in tokenizer.special_ids.items()}
         self._tokens = {
             "bos_token": names.get(tokenizer.bos_id, ""),
             "eos_token": names.get(tokenizer.eos_id, ""),
@@ -63,7 +63,7 @@ class Chat:
         for i, message in enumerate(messages):
             if set(message) != {"role", "content"}:
                 raise ValueError(f"message {i} must have a role and a content, got {[*message]}")
-            for name in self._tokenizer.special:
+            for name in self._tokenizer.special_ids:
                 if name in message["content"]:
                     raise ValueError(f"message {i} contains the special token {name}")
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -94,7 +94,7 @@ class Chat:
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         after = self.render(messages, add_generation_prompt=False).rpartition(marker)[2]
         found = {
-            after.find(name): i for name, i in self._tokenizer.special.items() if name in after
+            after.find(name): i for name, i in self._tokenizer.special_ids.items() if name in after
         }
         return found[min(found)] if found else self._tokenizer.eos_id
 

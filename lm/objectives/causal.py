@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.data.sources import Rows
+from lm.data.sources import Layout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import Form, Objective, RowGenerator
 from lm.types import Batch, Tokens
@@ -50,4 +50,4 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             weights=scored.astype(np.float32),
         )
 
-    return causal
+    return Objective(causal, Layout((form.length,)), scores_every_token=True)

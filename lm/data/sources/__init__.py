@@ -54,21 +54,42 @@ class DocumentSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What an objective wants rows to be.
+
+    fields: of the store, in the order in which the parts of a document stand.
+    lengths: one number: rows of so many tokens, in which the fields of a document follow each
+      other. As many numbers as fields: each field has so many tokens of the row to itself, and a
+      document has the same segment number in all of them.
+    """
+
+    lengths: tuple[int, ...]
+    fields: tuple[str, ...] = ("text",)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, T of `Rows`."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
 class Rows:
     """B rows of T tokens, packed from documents.
 
     ids: int32 [B, T], 0 where there is padding.
     segments: int32 [B, T], 1, 2, ... in every row, 0 where there is padding.
     positions: int32 [B, T], restart at 0 in every segment, also in a document continued from the
-    row before.
+    row before; where fields lie apart, in every field.
     previous: int32 [B], the token just before `ids[:, 0]` if it belongs to the same document, else
     -1.
+    fields: int32 [B, T], which field of its document a token is from; None where there is one.
     """
 
     ids: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     previous: np.ndarray
+    fields: np.ndarray | None = None
 
 
 class Source(Protocol):

@@ -7,7 +7,10 @@ markov  Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely,
 copy    A document repeats its first 8 tokens; everything after them can be predicted by looking
         back.
 
-Documents have random lengths, cut at the ends of a row. No token is special: there is no eos.
+reverse The only one of two fields: the target is the source backwards.
+
+Documents have random lengths, cut at the ends of a row. No token is special: there is no eos, but
+in pairs.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from __future__ import annotations
 import numpy as np
 
 from lm.data.packing import Span
+from lm.data.pairs import Field, Pairs
 from lm.data.sampler import hash_words, scale_hash
-from lm.data.sources import Rows
+from lm.data.sources import Layout, Rows
 
 KINDS = ("random", "markov", "copy")
 _PERIOD = 8
@@ -51,6 +55,7 @@ class Synthetic:
         self.seed = seed
 
     bytes_per_token = None  # no text behind the tokens
+    left_out = ""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -99,3 +104,36 @@ class Synthetic:
             ids[:, column] = token
             token = (2 * token + choices[:, column]) % self.vocab_size
         return ids
+
+
+class _Field(Field):
+    """One field of documents in memory."""
+
+    path = "synthetic:reverse"
+
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, eos: int):
+        self.offsets = offsets
+        self.manifest = {"tokenizer": {"eos_id": eos}}
+        self._tokens = tokens
+
+    def document_ids(self, i: int) -> str:
+        return f"reverse/{i}"
+
+    def _ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]:
+        return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
+
+
+def reverse(layout: Layout, *, eos_id: int, num_documents: int = 4096, seed: int = 0) -> Pairs:
+    """Returns pairs of a random source of 1 to 15 tokens below `eos_id` or 256 and its reverse."""
+    rng = np.random.default_rng([seed, num_documents])
+    lengths = rng.integers(1, 16, num_documents)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    tokens = rng.integers(0, min(eos_id, 256), offsets[-1]).astype(np.int32)
+    tokens[offsets[1:] - 1] = eos_id
+    places = np.arange(len(tokens))
+    document = np.searchsorted(offsets, places, "right") - 1
+    backwards = offsets[document] + offsets[document + 1] - 2 - places
+    is_end = places == offsets[document + 1] - 1
+    target = np.where(is_end, eos_id, tokens[np.where(is_end, places, backwards)])
+    fields = [_Field(x.astype(np.int32), offsets, eos_id) for x in (tokens, target)]
+    return Pairs(fields, layout)

@@ -1,7 +1,8 @@
 """Documents from text files, and from Python's own standard library.
 
 One file is one document: `.txt`, `.md`, `.py`, and `.gz` or `.zst` of these. With a separator, a
-file holds several. A line of `.jsonl` is one document. Ids are paths below the folder, the fixed
+file holds several. A line of `.jsonl` is one document, and so is one of a table: of `.tsv`, or of
+`.txt` where the columns are numbers. Ids are paths below the folder, the fixed
 part of the pattern or beside the file, with `@offset` (bytes of uncompressed text) for a record of
 a file: they are the same wherever the folder lies, and so is the split by their hash.
 """
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.data.sources import Document, Skipped, Unit
+from lm.data.sources.records import are_numbers, from_line, from_record
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".tsv")
+_LINES = (".jsonl", ".tsv")
 _COMPRESSED = (".gz", ".zst")
 # pydoc_data is one generated file of documentation, 7% of the corpus, and would be most of the
 # held-out text if it fell there; encodings are mostly generated tables that differ in a few lines,
@@ -35,7 +38,8 @@ _WHOLE = -1
 class TextSource:
     """The files of `spec`: a file, a folder, a pattern (`**` recurses), "stdlib" or "stdlib:all".
 
-    columns: store field -> name in a JSON line; other files have only the field "text".
+    columns: store field -> column or template (see `records`); files that are no tables have only
+      the field "text".
     separator: what stands between the documents of one file; empty: a file is one document.
     """
 
@@ -49,15 +53,17 @@ class TextSource:
         for name in names:
             stat = os.stat(root / name)
             stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
-            suffix = _suffix(name)
-            if suffix and suffix != ".jsonl" and list(self.columns) != ["text"]:
+            suffix = self._kind(name)
+            if suffix and suffix not in _LINES and list(self.columns) != ["text"]:
                 raise ValueError(
                     f"{root / name}: a {suffix} file has only the field text, not "
-                    f"{', '.join(self.columns)}; use .jsonl for several fields"
+                    f"{', '.join(self.columns)}; use .jsonl for several fields, or name the "
+                    "columns of tab-separated lines by their numbers"
                 )
-            step = _RANGE if name.endswith(".jsonl") else max(stat.st_size, 1)
+            in_ranges = suffix in _LINES and not name.endswith(_COMPRESSED)
+            step = _RANGE if in_ranges else max(stat.st_size, 1)
             for start in range(0, max(stat.st_size, 1), step):
-                stop = min(start + step, stat.st_size) if name.endswith(".jsonl") else _WHOLE
+                stop = min(start + step, stat.st_size) if in_ranges else _WHOLE
                 size = min(step, stat.st_size - start)
                 units.append(Unit(name, start, stop, size, stamp))
         return units
@@ -69,27 +75,34 @@ class TextSource:
             raise ValueError(
                 f"{path} was changed during the preparation; start again in a new --out"
             )
-        suffix = _suffix(unit.name)
+        suffix = self._kind(unit.name)
         if not suffix:
             yield Skipped(unit.name, "other_file_type")
-        elif suffix == ".jsonl" or self.separator:
+        elif suffix in _LINES or self.separator:
             yield from self._read_records(path, unit)
         else:
             yield _document(unit.name, b"".join(_blocks(path)))
 
     def _read_records(self, path: Path, unit: Unit) -> Iterator[Document | Skipped]:
-        is_json = _suffix(unit.name) == ".jsonl"
-        separator = b"\n" if is_json else self.separator.encode()
+        suffix = self._kind(unit.name)
+        separator = b"\n" if suffix in _LINES else self.separator.encode()
         empty = True
         for offset, record in _records(path, separator, unit.start, unit.stop):
             empty = False
             record_id = f"{unit.name}@{offset}"
-            if is_json:
+            if suffix == ".jsonl":
                 yield _json_document(record_id, record, self.columns)
+            elif suffix == ".tsv":
+                yield from_line(record_id, record, self.columns)
             else:
                 yield _document(record_id, record.strip())
         if empty and unit.start == 0:
             yield Skipped(unit.name, "empty")
+
+    def _kind(self, name: str) -> str:
+        """Returns the suffix that says how a file is read; "" if it is not a known one."""
+        suffix = _suffix(name)
+        return ".tsv" if suffix == ".txt" and are_numbers(self.columns) else suffix
 
     def _files(self) -> tuple[Path, list[str]]:
         """Returns the root and the sorted names below it."""
@@ -227,20 +240,3 @@ def _json_document(document_id: str, line: bytes, columns: Mapping[str, str]) ->
     except (json.JSONDecodeError, RecursionError):
         return Skipped(document_id, "malformed_json")
     return from_record(document_id, record, columns)
-
-
-def from_record(document_id: str, record: object, columns: Mapping[str, str]) -> Document | Skipped:
-    """Returns the document of a record (a JSON object), or why it is none."""
-    if not isinstance(record, dict) or not all(name in record for name in columns.values()):
-        return Skipped(document_id, "missing_field")
-    fields = {field: record[name] for field, name in columns.items()}
-    if not all(isinstance(text, str) for text in fields.values()):
-        return Skipped(document_id, "field_is_not_text")
-    if not all(fields.values()):
-        return Skipped(document_id, "empty")
-    try:
-        for text in fields.values():
-            text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 has
-    except UnicodeEncodeError:
-        return Skipped(document_id, "invalid_utf8")
-    return Document(document_id, fields)

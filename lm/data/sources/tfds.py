@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.data.sources import Document, Skipped, Unit
-from lm.data.sources.text import from_record
+from lm.data.sources.records import column_names, from_record
 
 _UNIT_BYTES = 1 << 22
 
@@ -21,7 +21,7 @@ class TfdsSource:
     name: "name", "name/config" or "name/config:version" below `data_dir` (TFDS's own folder if
       None), or the path of a prepared data set.
     split: names joined by "+".
-    columns: store field -> feature.
+    columns: store field -> feature or template (see `records`).
     download: download and prepare what is not on disk yet.
     """
 
@@ -34,7 +34,7 @@ class TfdsSource:
     def units(self) -> list[Unit]:
         builder = self._builder(download=self.download)
         info = builder.info
-        missing = [name for name in self.columns.values() if name not in info.features]
+        missing = [name for name in column_names(self.columns) if name not in info.features]
         if missing:
             raise ValueError(
                 f"tfds:{self.name}: no feature {missing[0]!r}; it has {', '.join(info.features)}: "
@@ -75,7 +75,7 @@ class TfdsSource:
             try:
                 texts = {
                     name: record[name].decode() if isinstance(record[name], bytes) else record[name]
-                    for name in self.columns.values()
+                    for name in column_names(self.columns)
                 }
             except UnicodeDecodeError:
                 yield Skipped(document_id, "invalid_utf8")

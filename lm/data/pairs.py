@@ -1,0 +1,245 @@
+"""Documents of several fields to rows of a fixed length: prompts and responses, texts and labels.
+
+A document's fields stay together, in one row and one segment. Where they follow each other, rows
+are filled by best fit as in `packing.best_fit`; where each has its own part of the row (encoder and
+decoder), a row must have room in all of them, and the one whose rooms are together the smallest
+that suffice is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lm.data.packing import Span, assign_bins, cached_plan, ranges
+from lm.data.sources import Layout, Rows
+
+TOO_LONG = ("error", "cut", "drop")
+
+
+class Field(Protocol):
+    """What `Pairs` needs of a field; a token store has it."""
+
+    path: str
+    offsets: np.ndarray
+    manifest: dict
+
+    def document_ids(self, i: int) -> str: ...
+
+    def _ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]: ...
+
+
+class Pairs:
+    """The rows of the fields of a token store; a Source that also knows its documents.
+
+    num_cut: documents whose first field was cut at its end, to fit. num_dropped: documents left
+    out.
+    """
+
+    bytes_per_token = None  # what is scored is not the whole text
+
+    def __init__(
+        self,
+        stores: Sequence[Field],
+        layout: Layout,
+        *,
+        too_long: str = "error",
+        cache: str | os.PathLike | None = None,
+    ):
+        """stores: of each field, of the same documents. cache: the folder of the plan, or None.
+
+        too_long: "error"; "cut", the first field is cut at its end, keeping its eos, and documents
+        whose other fields leave it less than two tokens are left out; "drop", documents that don't
+        fit are left out. Raises ValueError where documents are too long, or none is left.
+        """
+        if too_long not in TOO_LONG:
+            raise ValueError(f"data.too_long ({too_long!r}) must be one of {', '.join(TOO_LONG)}")
+        self.stores = tuple(stores)
+        self.layout = layout
+        self.path = stores[0].path
+        self._eos = int(stores[0].manifest["tokenizer"]["eos_id"])
+        lengths = np.stack([np.diff(store.offsets) for store in stores], 1)  # [documents, fields]
+        wanted = _shorten(lengths, layout) if too_long == "cut" else lengths
+        fits = _fits(wanted, layout)
+        if too_long == "error" and not fits.all():
+            raise ValueError(_too_long(self.path, lengths, fits, layout))
+        self.num_cut = int((fits & (wanted < lengths).any(1)).sum())
+        self.num_dropped = int((~fits).sum())
+        if not fits.any():
+            raise ValueError(
+                f"{self.path}: none of its {len(lengths)} documents fits; "
+                + _too_long(self.path, lengths, fits, layout)
+            )
+        name = f"pairs-{too_long}-" + "-".join(map(str, layout.lengths))
+        self._row_offsets, self._documents = cached_plan(
+            lambda: plan(np.flatnonzero(fits), wanted[fits], layout.lengths),
+            name,
+            [store.offsets for store in stores],
+            cache,
+        )
+        self._lengths = wanted
+
+    def __len__(self) -> int:
+        return len(self._row_offsets) - 1
+
+    @property
+    def left_out(self) -> str:
+        """What the rows don't have of the store, in a sentence; "" where they have all of it."""
+        if not self.num_cut and not self.num_dropped:
+            return ""
+        return (
+            f"{self.path}: of {len(self._lengths):,} documents {self.num_cut:,} were cut and "
+            f"{self.num_dropped:,} left out, too long for rows of {self.layout.lengths}"
+        )
+
+    def fill(self) -> float:
+        """Returns the fraction of all positions that hold a token."""
+        used = self._lengths[self._documents].sum()
+        return float(used) / (len(self) * self.layout.length)
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        counts, documents = self._documents_of(rows)
+        lengths = self._lengths[documents]  # [P, fields]
+        width, lanes = self.layout.length, self.layout.lengths
+        row = np.repeat(np.arange(len(counts)), counts)
+        first = np.cumsum(counts) - counts
+        if len(lanes) == 1:  # the fields of a document follow each other
+            offsets = np.cumsum(lengths, 1) - lengths  # of a field in its document
+            total = lengths.sum(1)
+            begins = np.cumsum(total) - total
+            begins = (begins - begins[first][row])[:, None] + offsets
+        else:
+            offsets = np.zeros_like(lengths)
+            begins = np.cumsum(lengths, 0) - lengths
+            begins = begins - begins[first][row] + (np.cumsum(lanes) - lanes)
+        begins = begins + width * row[:, None]
+        shape = (len(counts), width)
+        ids, segments, positions, fields = (np.zeros(shape, np.int32) for _ in range(4))
+        numbers = ranges(np.ones_like(counts), counts)
+        for field, store in enumerate(self.stores):
+            size, start = lengths[:, field], store.offsets[documents]
+            tokens = store._ranges(start.tolist(), (start + size).tolist())
+            places = ranges(begins[:, field], size)
+            ids.flat[places] = np.concatenate([np.empty(0, np.int32), *tokens], dtype=np.int32)
+            ids.flat[np.asarray(begins[:, field] + size - 1, np.int64)] = self._eos  # if cut, too
+            segments.flat[places] = np.repeat(numbers, size)
+            positions.flat[places] = ranges(offsets[:, field], size)
+            fields.flat[places] = field
+        return Rows(ids, segments, positions, np.full(len(counts), -1, np.int32), fields)
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        """Returns for each row its documents; their tokens are those of all fields together."""
+        counts, documents = self._documents_of(rows)
+        total = self._lengths[documents].sum(1).tolist()
+        spans = [
+            Span(document, self.stores[0].document_ids(document), 0, size)
+            for document, size in zip(documents.tolist(), total, strict=True)
+        ]
+        ends = np.cumsum(counts).tolist()
+        return [spans[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
+    def _documents_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns how many documents each row has, and their numbers, row after row."""
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"{self.path}: no rows {rows.min()} to {rows.max()} in {len(self)}")
+        counts = self._row_offsets[rows + 1] - self._row_offsets[rows]
+        return counts, self._documents[ranges(self._row_offsets[rows], counts)]
+
+
+def _fits(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    if len(layout.lengths) == 1:
+        return (lengths[:, 0] >= 1) & (lengths.sum(1) <= layout.length)
+    return (lengths[:, 0] >= 1) & (lengths <= np.array(layout.lengths)).all(1)
+
+
+def _shorten(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+    """Returns the lengths with the first field cut to its room; 0 where there is none."""
+    room = np.full(len(lengths), layout.lengths[0])
+    if len(layout.lengths) == 1:
+        room -= lengths[:, 1:].sum(1)
+    result = lengths.copy()
+    result[:, 0] = np.minimum(
+        lengths[:, 0], np.where(room >= np.minimum(2, lengths[:, 0]), room, 0)
+    )
+    return result
+
+
+def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: Layout) -> str:
+    longest = ", ".join(
+        f"{name} {size}" for name, size in zip(layout.fields, lengths.max(0).tolist(), strict=True)
+    )
+    if len(layout.lengths) == 1:
+        longest += f", together {int(lengths.sum(1).max())}; data.length is {layout.length}"
+    else:
+        encoder, decoder = layout.lengths
+        longest += f"; data.encoder_length is {encoder}, data.length {decoder}"
+    return (
+        f"{path}: {int((~fits).sum())} of {len(lengths)} documents are too long (the longest: "
+        f"{longest}); make the rows longer, or set data.too_long to cut or drop"
+    )
+
+
+def plan(
+    documents: np.ndarray, lengths: np.ndarray, lanes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns row_offsets [R + 1] and the documents of all rows, row after row, int64.
+
+    documents: int64 [P]; lengths: [P, fields]; rows are in the order of their first document.
+    """
+    if len(lanes) == 1:
+        bins = assign_bins(lengths.sum(1), lanes[0])
+    else:
+        bins = assign_bins_of_lanes(lengths, lanes)
+    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
+    bins = np.argsort(np.argsort(first))[bins]
+    order = np.argsort(bins, kind="stable")
+    return np.concatenate([[0], np.cumsum(np.bincount(bins))]), documents[order]
+
+
+def assign_bins_of_lanes(lengths: np.ndarray, lanes: Sequence[int]) -> np.ndarray:
+    """Returns int64 [P]: the bin of every item of `lengths` [P, lanes], which fits in all its
+    lanes.
+
+    Best-fit decreasing with several capacities: items in the order of the shares of lanes that
+    they take, added up; each into the bin whose free shares, added up, are the smallest of those
+    where it fits. Items of equal lengths are placed together, in each bin as many as it holds.
+    Other orders and other measures of the best fit gain or lose 0.2% on sentence pairs.
+    """
+    capacity = np.asarray(lanes, np.int64)
+    shapes, kind, counts = np.unique(lengths, axis=0, return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(kind, kind="stable"), np.cumsum(counts)[:-1])
+    shares = shapes / capacity
+    order = np.argsort(-shares.sum(1), kind="stable")
+    # the smallest item still to come: a bin with less room than that is full
+    smallest = np.minimum.accumulate(shapes[order][::-1], axis=0)[::-1]
+    result = np.empty(len(lengths), np.int64)
+    open_bins, rooms, num_bins = np.empty(0, np.int64), np.empty((0, len(lanes)), np.int64), 0
+    for shape, least, items in zip(
+        shapes[order], smallest, (members[k] for k in order), strict=True
+    ):
+        if len(open_bins) > 1024 and (full := (rooms < least).any(1)).mean() > 0.5:
+            open_bins, rooms = open_bins[~full], rooms[~full]
+        fitting = np.flatnonzero((rooms >= shape).all(1))
+        each = (rooms[fitting] // shape).min(1)
+        tightest = np.argsort((rooms[fitting] / capacity).sum(1), kind="stable")
+        fitting, each = fitting[tightest], each[tightest]
+        needed = int(np.searchsorted(np.cumsum(each), len(items))) + 1
+        fitting, each = fitting[:needed], each[:needed]
+        missing = len(items) - int(each.sum())
+        if missing > 0:
+            in_new = int((capacity // shape).min())
+            new = -(-missing // in_new)
+            fitting = np.concatenate([fitting, len(open_bins) + np.arange(new)])
+            each = np.concatenate([each, np.full(new, in_new)])
+            open_bins = np.concatenate([open_bins, num_bins + np.arange(new)])
+            rooms = np.concatenate([rooms, np.tile(capacity, (new, 1))])
+            num_bins += new
+        each[-1] -= each.sum() - len(items)
+        result[items] = np.repeat(open_bins[fitting], each)
+        rooms[fitting] -= each[:, None] * shape
+    return result

@@ -1,0 +1,108 @@
+"""Masked language modelling (BERT, arXiv:1810.04805): hidden tokens are predicted in place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lm.config import field
+from lm.data.sources import Layout, Rows
+from lm.data.tokenizer import Tokenizer
+from lm.objectives import Form, Objective, RowGenerator, mask_id
+from lm.types import Batch, Tokens
+
+_INSIDE = bytes(range(0x80, 0xC0))  # go on a UTF-8 character
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    rate: float = field(0.15, "Probability that a token, or a word, is predicted.")
+    mask_fraction: float = field(0.8, "Of the predicted tokens, those that the mask token hides.")
+    random_fraction: float = field(
+        0.1, "Of the predicted tokens, those that a random token replaces; the rest stay."
+    )
+    whole_word: bool = field(False, "Predict all tokens of a word or none.")
+    mask_id: int | None = field(
+        None, "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use."
+    )
+
+
+def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+    """Returns the masked-LM objective, for encoders.
+
+    Rows are those of the data, without a token added; targets are the tokens themselves, weights 1
+    where they are predicted. Every token is chosen by itself, so that their number varies; special
+    tokens (eos among them) never are, nor does one replace another.
+
+        ids      a b c d e .      inputs   a ? c d x .      (`?` is the mask token, `.` eos)
+                                  weights  0 1 0 0 1 0
+    """
+    if form.is_causal or form.encoder_length is not None:
+        raise ValueError(
+            "config.objective.name=mlm needs a model whose tokens see each other: "
+            "config.model.name=encoder"
+        )
+    hide, swap = config.mask_fraction, config.random_fraction
+    if not 0 < config.rate < 1 or min(hide, swap) < 0 or hide + swap > 1:
+        raise ValueError(
+            f"config.objective.rate ({config.rate}) must be in (0, 1), and mask_fraction ({hide}) "
+            f"+ random_fraction ({swap}) at most 1"
+        )
+    mask = mask_id(config.mask_id, tokenizer, form)
+    special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, mask]
+    is_special = np.zeros(max(tokenizer.vocab_size, mask + 1), bool)
+    is_special[[*special, *tokenizer.special_ids.values()]] = True
+    ordinary = np.flatnonzero(~is_special[: tokenizer.vocab_size]).astype(np.int32)
+    continues = Words(tokenizer) if config.whole_word else None
+
+    def mlm(rows: Rows, rng: RowGenerator) -> Batch:
+        shape = rows.ids.shape
+        draws = np.stack([rng(i).random((3, shape[1])) for i in range(shape[0])], 1)
+        choice, action, other = draws.reshape(3, *shape)
+        if continues is not None:
+            choice = _of_first(choice, continues(rows.ids) & (rows.positions > 0))
+        chosen = (choice < config.rate) & (rows.segments != 0) & ~is_special[rows.ids]
+        replaced = ordinary[(other * len(ordinary)).astype(np.int64)]
+        new = np.where(action < hide, np.int32(mask), replaced)
+        inputs = np.where(chosen & (action < hide + swap), new, rows.ids)
+        return Batch(
+            inputs=Tokens(inputs, rows.segments, rows.positions),
+            targets=rows.ids,
+            weights=chosen.astype(np.float32),
+        )
+
+    return Objective(mlm, Layout((form.length,)))
+
+
+def _of_first(values: np.ndarray, continues: np.ndarray) -> np.ndarray:
+    """Returns [B, T]: the values of the first tokens of words, at all tokens of the words."""
+    columns = np.arange(values.shape[1])
+    first = np.maximum.accumulate(np.where(continues, 0, columns), axis=1)
+    return np.take_along_axis(values, first, 1)
+
+
+class Words:
+    """Which tokens go on the word of the token before them, from the bytes that tokens stand for.
+
+    Letters, digits and `_` that follow each other are a word; a token that begins with any other
+    character, or with one above U+2000 (Chinese, say), begins a word. A byte inside of a UTF-8
+    character goes on the word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        first, last = np.zeros((2, tokenizer.vocab_size), np.uint8)
+        for i in range(tokenizer.vocab_size):
+            if text := tokenizer.decode_bytes([i]):
+                # of the last character the first byte, if it is there
+                first[i], last[i] = text[0], (text.rstrip(_INSIDE) or text)[-1]
+        is_letter = np.array([chr(b).isalnum() or b == ord("_") for b in range(128)] + [True] * 128)
+        is_letter[0xE2:] = False  # begins a character of three bytes or more
+        self._is_inside = np.isin(first, list(_INSIDE))
+        self._goes_on, self._is_open = is_letter[first], is_letter[last]
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Returns bool [B, T]: whether a token goes on the word of the one before it."""
+        result = np.zeros(ids.shape, bool)
+        result[:, 1:] = self._goes_on[ids[:, 1:]] & self._is_open[ids[:, :-1]]
+        return result | self._is_inside[ids]

@@ -1,0 +1,83 @@
+"""Several objectives at once: every source has its own, and every task its own loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lm.config import Task, component, field
+from lm.data.sources import Rows
+from lm.data.tokenizer import Tokenizer
+from lm.objectives import Form, Objective, RowGenerator
+from lm.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    tasks: dict[str, Task] = field(
+        {}, "Of each task: the name of an objective, its sources (paths of stores), its fields."
+    )
+
+
+def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+    """Returns the objective that makes of each source's rows what its task says.
+
+    In a config, `lm.config.task` writes a section, and data.weights mixes the sources:
+
+        config.objective.tasks = {
+            "translate": task("seq2seq", ("data/pairs/train", "data/pairs/validation")),
+            "text": task("causal", ("data/text/train", "data/text/validation")),
+        }
+
+    A batch has rows of all tasks; `Batch.tasks` numbers them in the order of their names, and the
+    metrics `loss/TASK` are those of their own tokens. What only some of the tasks have, a prefix
+    for one, is there for all.
+    """
+    if not config.tasks:
+        raise ValueError(
+            "config.objective.tasks is empty: name at least one task (lm.config.task writes one)"
+        )
+    tasks = dict(sorted(config.tasks.items()))
+    inner = {
+        name: component("lm.objectives", task.name).build(task.config, tokenizer, form)
+        for name, task in tasks.items()
+    }
+    examples = [_on_empty_rows(objective) for objective in inner.values()]
+    with_prefix = any(batch.inputs.bidirectional is not None for batch in examples)
+    by_source: dict[str, Objective] = {}
+    for number, (name, task) in enumerate(tasks.items()):
+        if not task.sources:
+            raise ValueError(f"config.objective.tasks.{name}.sources names no store")
+        for source in task.sources:
+            if source in by_source:
+                raise ValueError(f"config.objective.tasks: two tasks have the source {source}")
+            by_source[source] = _with_task(inner[name], number, with_prefix)
+
+    def multitask(rows: Rows, rng: RowGenerator) -> Batch:
+        raise AssertionError("rows of several tasks have no objective in common: use `of(source)`")
+
+    first = next(iter(inner.values()))
+    return Objective(multitask, first.layout, tasks=tuple(tasks), by_source=by_source)
+
+
+def _with_task(objective: Objective, number: int, with_prefix: bool) -> Objective:
+    """Returns the objective whose batches have their task's number, and a prefix where wanted."""
+
+    def make(rows: Rows, rng: RowGenerator) -> Batch:
+        batch = objective(rows, rng)
+        inputs = batch.inputs
+        if with_prefix and inputs.bidirectional is None:
+            inputs = dataclasses.replace(inputs, bidirectional=np.zeros(inputs.ids.shape, bool))
+        tasks = np.full(len(rows.ids), number, np.int32)
+        return dataclasses.replace(batch, inputs=inputs, tasks=tasks)
+
+    return dataclasses.replace(objective, make=make)
+
+
+def _on_empty_rows(objective: Objective) -> Batch:
+    """Returns what the objective makes of a row of padding: the structure of its batches."""
+    zeros = np.zeros((1, objective.layout.length), np.int32)
+    fields = zeros if len(objective.layout.fields) > 1 else None
+    rows = Rows(zeros, zeros, zeros, np.full(1, -1, np.int32), fields)
+    return objective(rows, np.random.default_rng)
