@@ -272,8 +272,8 @@ class Experiment:
             return None
         if TABLE not in names:
             raise ValueError(
-                f"config.init.word_vectors ({init.word_vectors}) needs a parameter {TABLE}; "
-                f"config.model.name={self.config_dict.model.name} has {', '.join(names)}"
+                f"config.init.word_vectors ({init.word_vectors}) needs a parameter {TABLE}; the "
+                f"model has {', '.join(names)}"
             )
         if init.from_ and TABLE not in self._new:
             raise ValueError(
