@@ -46,6 +46,9 @@ class InitConfig:
         (), "Patterns, such as head.*, of parameters that begin at random all the same."
     )
     skip: tuple[str, ...] = field((), "Patterns of stored parameters that are left out.")
+    word_vectors: str = field(
+        "", "Text file (.gz too) of GloVe or word2vec vectors that embeddings of words begin with."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,15 +22,17 @@ from lm import flops, loss, optim, parameters, sharding, step
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.data import pipeline
+from lm.data import pipeline, word_vectors
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
+from lm.data.word_vectors import WordVectors
 from lm.layers import lora, pipelining
 from lm.objectives import Form, Objective
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
+TABLE = "embedding.weight"  # what models call the parameter with a row for each token
 
 
 class Experiment:
@@ -260,9 +262,30 @@ class Experiment:
             return parameters.split(nn.meta.unbox(self._init_params(rng)), based)[1]
 
         params = jax.jit(init, out_shardings=shardings)(self._key("init"))
+        if self.word_vectors is not None:
+            params = _with_rows(params, self.word_vectors)
         if base is None:
             return params
         return parameters.join(params, base.read(wanted, self.config.init.skip))
+
+    @functools.cached_property
+    def word_vectors(self) -> WordVectors | None:
+        """The vectors that rows of the embedding begin with."""
+        init, names = self.config.init, parameters.flatten(self.abstract_params)
+        if not init.word_vectors:
+            return None
+        if TABLE not in names:
+            raise ValueError(
+                f"config.init.word_vectors ({init.word_vectors}) needs a parameter {TABLE}; the "
+                f"model has {', '.join(names)}"
+            )
+        if init.from_ and TABLE not in self._new:
+            raise ValueError(
+                f"config.init.from ({init.from_}) and config.init.word_vectors "
+                f"({init.word_vectors}) both say what {TABLE} begins with; add it to "
+                "config.init.new"
+            )
+        return word_vectors.load(init.word_vectors, self.tokenizer, names[TABLE].shape[1])
 
     def start_optimizer(self, state: TrainState) -> TrainState:
         """The state with the optimizer's as at step 0."""
@@ -456,6 +479,20 @@ class Experiment:
         kind = self.rules.mesh.devices.flat[0].device_kind
         peak = flops.peak_flops(kind, self.config.model.dtype) if given is None else given
         return None if peak is None else peak * self.rules.mesh.size
+
+
+def _with_rows(params: Params, found: WordVectors) -> Params:
+    """The parameters with the rows of the embedding that have a vector; every device gets its part
+    of them.
+    """
+    leaves = parameters.flatten(params)
+    table = leaves[TABLE]
+    has = np.zeros((table.shape[0], 1), bool)
+    vectors = np.zeros(table.shape, np.float32)
+    has[found.ids], vectors[found.ids] = True, found.vectors
+    rows = jax.make_array_from_callback(table.shape, table.sharding, lambda at: vectors[at])
+    mix = jax.jit(jnp.where, out_shardings=table.sharding)
+    return parameters.unflatten({**leaves, TABLE: mix(has, rows, table)})
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, s: Any) -> jax.ShapeDtypeStruct:

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
+from lm import config as configs
 from lm import metrics
 from lm.checkpoint.manager import Checkpoints
-from lm.experiment import load
+from lm.experiment import Experiment, load
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -96,6 +97,32 @@ def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, num_
     ]
     assert losses[0] == losses[1]
     assert sorted(losses[0]) == list(range(1, 201))
+
+
+@pytest.mark.parametrize("name", ["lstm", "conv"])
+def test_recurrent_and_convolutional_models_go_on_with_the_same_bytes(
+    tmp_path, make_config, devices, name
+):
+    config = make_config({"mesh.data": 1})
+    config.model = configs.default(model=name).model
+    config.model.update({"vocab_size": 264, "embed_dim": 16, "num_layers": 2, "dropout": 0.3})
+
+    def go(experiment, state, start, stop):
+        for _, batch in experiment.batches(start, stop):
+            state, _, _ = experiment.train_step(state, batch)
+        return state
+
+    experiment = Experiment(config, devices[:1])
+    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
+        state = go(experiment, experiment.init_state(), 0, 2)
+        checkpoints.save(state)
+        whole = jax.device_get(go(experiment, state, 2, 4))
+    again = Experiment(config, devices[:1])
+    with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
+        state, _ = again.restore(checkpoints)
+    assert int(state.step) == 2
+    resumed = jax.device_get(go(again, state, 2, 4))
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
 def test_ctrl_c_saves_at_the_step_it_came_in_and_the_run_goes_on(tmp_path):

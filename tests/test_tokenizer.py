@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 from pathlib import Path
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from lm.data import tokenizer as tokenizer_module
 from lm.data.tokenizer import LONG_TEXT, ByteTokenizer, from_bytes, load
-from lm.data.tokenizer_training import train_sentencepiece
+from lm.data.tokenizer_training import train_sentencepiece, train_words
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizers"
+WIKITEXT = SHARED.parent / "text" / "wikitext-2"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}")
 SOURCE = Path(tokenizer_module.__file__).read_text()
 AWKWARD = "\0a\u2581\u2581b\t\r\n\n  </s><s><pad><unk><0x0A>\ufeff\u00a0é😀\u2028日本 "
@@ -174,6 +176,37 @@ def test_word_pieces_are_joined_by_spaces():
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
     assert tokenizer.encode("unable dog").tolist() == [4, 5, 6]
     assert tokenizer.decode([4, 5, 6]) == " unable dog"
+
+
+def test_words_are_listed_by_frequency_and_lines_end_in_eos():
+    text = " = Title = \n\n the cat <unk> the\n"
+    tokenizer = from_bytes("words.json", train_words([text, "the = \n"], vocab_size=5))
+    names = [
+        "<unk>",
+        "<eos>",
+        "=",
+        "the",
+        "Title",
+    ]  # equally frequent ones by name: no room for cat
+    assert tokenizer.vocab_size == 5 and tokenizer.eos_id == tokenizer.bos_id == 1
+    ids = tokenizer.encode(text)
+    said = ["=", "Title", "=", "<eos>", "<eos>", "the", "<unk>", "<unk>", "the", "<eos>"]
+    assert [names[i] for i in ids] == said
+    assert tokenizer.decode(ids) == " = Title = the <unk> <unk> the"
+    assert tokenizer.encode("dog\u00a0\tthe").tolist() == [0, 3]
+    whole = from_bytes("words.json", train_words([text], vocab_size=100))
+    assert whole.vocab_size == 6 and 0 not in whole.encode("cat Title").tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WIKITEXT.is_dir(), reason=f"needs {WIKITEXT}")
+def test_wikitext2_has_its_published_numbers_of_words():
+    train = gzip.decompress((WIKITEXT / "train.txt.gz").read_bytes()).decode()
+    tokenizer = from_bytes("words.json", train_words([train], vocab_size=10**6))
+    assert tokenizer.vocab_size == 33_278
+    test = (WIKITEXT / "test.txt").read_text(encoding="utf-8")
+    assert len(tokenizer.encode(test)) == 245_569
+    assert len(tokenizer.encode(train)) == 2_088_628
 
 
 def test_fingerprint_follows_the_content_and_not_the_path(tmp_path):
