@@ -68,7 +68,6 @@ CASES = {
         {
             **GEMMA,
             "attention_bias": True,
-            "attn_logit_softcapping": 20.0,
             "final_logit_softcapping": 10.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

@@ -1,8 +1,6 @@
 """Parity with `transformers`, family by family: random weights, float32."""
 
 import dataclasses
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 
 from lm import config as configs
-from lm import optim
 from lm.checkpoint.manager import Checkpoints
 from lm.experiment import load
 from lm.generate import Generator, Sampling
@@ -143,20 +140,6 @@ def test_export_of_an_import_has_the_same_bytes_and_loads_as_the_same_model(
     assert loaded.config.eos_token_id == 258
 
 
-@pytest.mark.parametrize("name", hf_models.CASES)
-def test_config_survives_the_way_there_and_back(name, imported):
-    section = imported(name).experiment.config_dict.model
-    found = structure.find_family(section)
-    tree = structure.hf_config(structure.family(found), section)
-    again = structure.model_section(tree)
-    assert configs_equal(structure.resolve(section), structure.resolve(again))
-
-
-def configs_equal(a, b):
-    """Whether configs that may leave what doesn't matter at different values are the same."""
-    return structure._structure(a) == structure._structure(b)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -169,13 +152,13 @@ def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_ba
     case = imported(name)
     changes = {"learning_rate": 3e-3, "weight_decay": 0.1, "b2": 0.99, "clip_norm": 1.0}
     changes |= {"schedule.kind": "constant", "schedule.warmup_steps": 0}
-    experiment = case.experiment.variant({f"optimizer.{k}": v for k, v in changes.items()})
+    changes = {f"optimizer.{key}": value for key, value in changes.items()}
+    changes |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
+    experiment = case.experiment.variant(changes)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 256, (20, 4, 25)).astype(np.int32)
     state = start(experiment, case)
-    theirs = hf_models.make(hf_models_name(name))
-    theirs.load_state_dict(case.theirs.state_dict())
-    torch_step = torch_adamw(theirs)
+    torch_step = torch_adamw(hf_models.make(name))
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), (4, 24))
     batch = packed_batch(4, 24, 264)
     for row in rows:
@@ -187,13 +170,11 @@ def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_ba
         assert abs(ours - torch_step(row)) < LOSSES
 
 
-def hf_models_name(name):
-    return name
-
-
 def start(experiment, case):
     abstract = experiment.abstract_state
-    params = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s.sharding), case.params, abstract.params)
+    params = jax.tree.map(
+        lambda x, s: jax.device_put(jnp.copy(x), s.sharding), case.params, abstract.params
+    )
     state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=None)
     return experiment.start_optimizer(state)
 

@@ -28,6 +28,7 @@ ARCHITECTURE = "Gemma3ForCausalLM"
 def ours(keys: Keys) -> dict[str, Any]:
     bias = keys.take("attention_bias", False)
     keys.expect("use_bidirectional_attention", False)
+    keys.expect("attn_logit_softcapping", None)  # transformers reads it and does nothing with it
     fields = llama.shared_ours(keys, activation="hidden_activation", tie=True)
     num_layers = fields["num_layers"]
     every = keys.take("sliding_window_pattern", None)
@@ -46,7 +47,6 @@ def ours(keys: Keys) -> dict[str, Any]:
         "qkv_bias": bias,
         "out_bias": bias,
         "query_scale": keys.take("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_softcap": keys.take("attn_logit_softcapping", None),
         "logit_softcap": keys.take("final_logit_softcapping", None),
         "embed_scale": fields["embed_dim"] ** 0.5,
     }
@@ -64,7 +64,6 @@ def theirs(model: Any) -> dict[str, Any]:
         "layer_types": windows.kinds(model),
         "attention_bias": model.qkv_bias,
         "query_pre_attn_scalar": _whole(scale**-2),
-        "attn_logit_softcapping": model.attention_softcap,
         "final_logit_softcapping": model.logit_softcap,
     }
 
