@@ -3,7 +3,7 @@
 import numpy as np
 
 SIZES = {
-    "vocab_size": 264,
+    "vocab_size": 259,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -27,7 +27,7 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 GPT2 = {
-    "vocab_size": 264,
+    "vocab_size": 259,
     "n_embd": 16,
     "n_layer": 2,
     "n_head": 4,
@@ -91,8 +91,8 @@ def make(name, seed=0):
     kind, values = CASES[name]
     ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
     config = getattr(transformers, kind)(**values, **ids, attn_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             # where it began, and so much that logits are far from uniform

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm import config as configs
+from lm import metrics
 from lm.checkpoint.manager import Checkpoints
 from lm.experiment import load
 from lm.generate import Generator, Sampling
@@ -87,7 +88,7 @@ def test_logits_of_packed_and_of_padded_documents_equal_theirs(name, imported, p
     one.
     """
     case = imported(name)
-    tokens = pack([(11, 9), (15,)], length=24, vocab_size=264)
+    tokens = pack([(11, 9), (15,)], length=24, vocab_size=259)
     found = own_logits(case, tokens)
     first, second = (
         hf_models.logits(case.theirs, tokens.ids[:1, part]) for part in (slice(11), slice(11, 20))
@@ -145,7 +146,6 @@ def test_export_of_an_import_has_the_same_bytes_and_loads_as_the_same_model(
     [
         pytest.param(n, marks=() if n == "llama3" else pytest.mark.slow)
         for n in ("llama3", *hf_models.FAMILIES)
-        if n != "mixtral"  # whose balance loss in transformers counts other layers as one
     ],
 )
 def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_batch):
@@ -154,19 +154,20 @@ def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_ba
     changes |= {"schedule.kind": "constant", "schedule.warmup_steps": 0}
     changes = {f"optimizer.{key}": value for key, value in changes.items()}
     changes |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
+    changes |= {"model.moe.balance_loss": 0.0}  # theirs is added where the model is asked for it
     experiment = case.experiment.variant(changes)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 256, (20, 4, 25)).astype(np.int32)
     state = start(experiment, case)
     torch_step = torch_adamw(hf_models.make(name))
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), (4, 24))
-    batch = packed_batch(4, 24, 264)
+    batch = packed_batch(4, 24, 259)
     for row in rows:
         inputs = Tokens(row[:, :-1], np.ones((4, 24), np.int32), positions)
         weights = np.ones((4, 24), np.float32)
         batch = batch.replace(inputs=inputs, targets=row[:, 1:], weights=weights)
         state, sums, _ = experiment.train_step(state, experiment.put(batch))
-        ours = float(sums["loss"]) / float(sums["scored"])
+        ours = metrics.means(jax.device_get(sums))["loss"]
         assert abs(ours - torch_step(row)) < LOSSES
 
 
@@ -180,8 +181,9 @@ def start(experiment, case):
 
 
 def torch_adamw(model):
-    """row -> the loss before an AdamW step on it, with decay on matrices alone."""
+    """row -> the loss before an AdamW step on it, with decay on matrices that are no embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    embeddings.add(id(model.lm_head.weight))
     groups = {True: [], False: []}
     for parameter in model.parameters():
         groups[parameter.ndim > 1 and id(parameter) not in embeddings].append(parameter)
