@@ -1,16 +1,28 @@
-"""What scripts/hf_import.py adds to the model of a config.json: how to go on training it.
+"""How to go on training a model that scripts/hf_import.py made a run of.
 
-Small constant steps, for a model that has been trained. The rows are of 1,024 tokens, or of the
-model's longest where that is less. Data, and the length of the run, are to be given:
+    configs/imported.py        what an import adds to the model of a config.json
+    configs/imported.py:RUN    the config that the import wrote into the folder RUN
+
+Small constant steps, for a model that has been trained. Rows are of 1,024 tokens, or of the model's
+longest where that is less. Data and the length of the run are to be given, the data at the import
+(else `checkpoint.allow_changed` must name it):
 
     python scripts/hf_import.py --source=FOLDER --workdir=RUN --config.data.train="('STORE',)"
-    python scripts/train.py --config=configs/run.py:RUN --workdir=RUN --config.train.num_steps=1000
+    python scripts/train.py --config=configs/imported.py:RUN --workdir=RUN \
+        --config.train.num_steps=5000
 """
 
-from lm.config import default
+from pathlib import Path
+
+from lm.config import default, from_json
 
 
-def get_config():
+def get_config(arg=None):
+    if arg is not None:
+        path = Path(arg) / "config.json"
+        if not path.exists():
+            raise ValueError(f"configs/imported.py:{arg} holds no run: it has no config.json")
+        return from_json(path.read_text())
     config = default(model="decoder", objective="causal")
     config.data.length = 1024
     config.data.batch_size = 8

@@ -2,7 +2,7 @@
 
     python scripts/hf_import.py --source=SmolLM2-135M --workdir=runs/smollm
     python scripts/generate.py --workdir=runs/smollm --prompt='Gravity is' --greedy
-    python scripts/train.py --config=configs/run.py:runs/smollm --workdir=runs/smollm
+    python scripts/train.py --config=configs/imported.py:runs/smollm --workdir=runs/smollm
 
 SOURCE is a folder with config.json, model.safetensors or pytorch_model.bin (also in shards with an
 index), and a tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's vocab.json with merges.txt,

@@ -11,7 +11,8 @@ from lm import config as configs
 from lm import metrics
 from lm.checkpoint.manager import Checkpoints
 from lm.experiment import load
-from lm.generate import Generator, Sampling
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling
 from lm.hf import structure
 from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
