@@ -4,8 +4,8 @@
     configs/imported.py:RUN    the config that the import wrote into the folder RUN
 
 Small constant steps, for a model that has been trained. Rows are of 1,024 tokens, or of the model's
-longest where that is less. Data and the length of the run are to be given, the data at the import
-(else `checkpoint.allow_changed` must name it):
+longest where that is less. Other data than the store below is named at the import (later,
+`checkpoint.allow_changed` must allow it):
 
     python scripts/hf_import.py --source=FOLDER --workdir=RUN --config.data.train="('STORE',)"
     python scripts/train.py --config=configs/imported.py:RUN --workdir=RUN \
@@ -24,6 +24,7 @@ def get_config(arg=None):
             raise ValueError(f"configs/imported.py:{arg} holds no run: it has no config.json")
         return from_json(path.read_text())
     config = default(model="decoder", objective="causal")
+    config.data.train = ("data/mine/train",)
     config.data.length = 1024
     config.data.batch_size = 8
 
