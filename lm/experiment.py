@@ -360,6 +360,8 @@ class Experiment:
         if restored is None:
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
         state, _ = restored
+        if state.opt_state is None:
+            return int(state.step), state.params
         return int(state.step), self.evaluated(state)
 
     def _key(self, purpose: str) -> Array:

@@ -26,6 +26,9 @@ def first_state(
         restored = experiment.restore(checkpoints, step)
     if restored is not None:
         state, saved = restored
+        if state.opt_state is None:
+            with phases("init"):
+                state = jax.block_until_ready(experiment.start_optimizer(state))
         return state, dict(saved.ledger)
     with phases("init"):
         if experiment.base is not None:

@@ -252,7 +252,8 @@ class Checkpoints:
         self, abstract: TrainState, step: int | None = None
     ) -> tuple[TrainState, Manifest] | None:
         """(state, manifest) of the newest good checkpoint, or of the one at `step`, in the
-        shardings of `abstract`; None if there is none.
+        shardings of `abstract`; None if there is none. The state of one of parameters alone (an
+        import) has None for the optimizer's.
 
         A bad one is moved to WORKDIR/bad_checkpoints, with a line that says why, and the one before
         it is tried.
@@ -268,7 +269,7 @@ class Checkpoints:
             return None
         tree, manifest = found
         count = jax.device_put(np.int32(manifest.step), abstract.step.sharding)
-        return TrainState(count, tree["params"], tree["opt_state"]), manifest
+        return TrainState(count, tree["params"], tree.get("opt_state")), manifest
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:
         """(step, parameters) alone: nothing of the optimizer is read.

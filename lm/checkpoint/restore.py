@@ -35,6 +35,7 @@ def restore(
 
     wanted: {item: abstract arrays with shardings}. verify: compare the checksum of every leaf,
     taken on the devices, with the manifest's. leave_out: names of stored leaves that aren't wanted.
+    A checkpoint of parameters alone (an import) gives these alone.
 
     Raises:
         ValueError: the checkpoint has other leaves than `wanted`; the message lists them.
@@ -46,6 +47,8 @@ def restore(
         fault = str(error)
     if (fault := _agree(fault)) or manifest is None:
         return fault, tree, manifest
+    if all(name.startswith("params.") for name in manifest.leaves):
+        wanted = {"params": wanted["params"]}
     there = {
         n: x
         for n, x in manifest.leaves.items()

@@ -367,7 +367,7 @@ def _huggingface_bytes(spec: dict, vocab: dict[str, int], vocab_size: int) -> li
     """Returns for every id the bytes that it stands for; nothing for special ids and for holes."""
     added = {t["content"]: t["special"] for t in spec.get("added_tokens", [])}
     decoder = json.dumps(spec.get("decoder") or {})
-    byte_level = _byte_level_alphabet() if '"ByteLevel"' in decoder else None
+    byte_level = byte_level_alphabet() if '"ByteLevel"' in decoder else None
     word_piece = '"WordPiece"' in decoder
     word_level = spec["model"].get("type") == "WordLevel"
     byte_fallback = bool(spec["model"].get("byte_fallback"))
@@ -388,7 +388,7 @@ def _huggingface_bytes(spec: dict, vocab: dict[str, int], vocab_size: int) -> li
     return table
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Returns the byte of each character of the byte-level alphabet (openai/gpt-2, encoder.py)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -55,6 +55,7 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    norm: str = "rms"
     norm_eps: float = 1e-6
     scale: float | None = None
     softcap: float | None = None
@@ -93,8 +94,8 @@ class Attention(nn.Module):
         k = self._heads("key", self.num_kv_heads, "kv_heads")(x)  # [B, T, K, H]
         v = self._heads("value", self.num_kv_heads, "kv_heads")(x)
         if self.qk_norm:
-            q = Norm("rms", self.norm_eps, dtype=self.dtype, name="query_norm")(q)
-            k = Norm("rms", self.norm_eps, dtype=self.dtype, name="key_norm")(k)
+            q = Norm(self.norm, self.norm_eps, dtype=self.dtype, name="query_norm")(q)
+            k = Norm(self.norm, self.norm_eps, dtype=self.dtype, name="key_norm")(k)
         if context.cos is not None and context.sin is not None:
             cos, sin = (table[0 if kind is None else kind] for table in (context.cos, context.sin))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -38,7 +38,7 @@ class BlockConfig:
     mlp_dim: int | None = field(None, "Width of the MLP; unset: 4 * embed_dim.")
     moe: MoeConfig = field(MoeConfig(), "Mixture of experts in place of the MLP.")
     activation: str = field("gelu", f"One of {', '.join(ACTIVATIONS)}.")
-    norm: str = field("rms", "rms or layer.")
+    norm: str = field("rms", f"One of {', '.join(NORMS)}.")
     norm_placement: str = field("pre", "pre, post (of 2017), or both (around each sublayer).")
     norm_eps: float = field(1e-6, "Added to the variance.")
     norm_bias: bool = field(False, "Norms have a bias.")
@@ -243,6 +243,7 @@ class Block(nn.Module):
             qkv_bias=c.qkv_bias,
             out_bias=c.out_bias,
             qk_norm=c.qk_norm,
+            norm="rms" if c.norm == "layer" else c.norm,
             norm_eps=c.norm_eps,
             scale=c.query_scale,
             softcap=c.attention_softcap,

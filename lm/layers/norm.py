@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from lm.layers.linear import parameter
 
-KINDS = ("layer", "rms")
+KINDS = ("layer", "rms", "rms_plus_one")
 
 
 class Norm(nn.Module):
     """Normalises the last dimension of x: [..., D]; statistics in float32, result in `dtype`.
 
-    Parameters: `scale` [D], and `bias` [D] where asked for.
+    Parameters: `scale` [D], and `bias` [D] where asked for. `rms_plus_one` multiplies by
+    `1 + scale` (Gemma): a scale near 0 keeps the bits that it would lose near 1.
     """
 
     kind: str = "rms"
@@ -30,7 +31,10 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        x = x * parameter(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        plus_one = self.kind == "rms_plus_one"
+        init = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale = parameter(self, "scale", init, x.shape[-1:], (None,))
+        x = x * (1 + scale if plus_one else scale)
         if self.bias:
             x = x + parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
         return x.astype(self.dtype)

@@ -1,0 +1,113 @@
+"""A checkpoint of parameters alone, written block by block: none of its leaves is ever whole in
+memory.
+
+It has no optimizer's state, of which training from it makes a new one. Its files lie as Orbax would
+write them, but in chunks of one block.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lm.checkpoint import manifest as manifests
+from lm.checkpoint import stored
+from lm.checkpoint.manager import SaveFailed
+from lm.checkpoint.manifest import Leaf, Manifest
+
+Shape = tuple[int, ...]
+
+
+class ParamsWriter:
+    """The checkpoint of `step` below `workdir`, from `write` after `write` to `commit`."""
+
+    def __init__(self, workdir: str, step: int) -> None:
+        """Raises ValueError where there are checkpoints: a run isn't overwritten."""
+        directory = epath.Path(workdir).resolve() / "checkpoints"
+        if there := stored.steps(directory):
+            raise ValueError(f"{workdir} has checkpoints already, of steps {there}")
+        directory.mkdir(parents=True, exist_ok=True)
+        stored.delete_leftovers(directory)
+        self._step = step
+        self._folder = directory / str(step)
+        renamed = not str(directory).startswith("gs://")  # else a step needs its commit file
+        self._writing = directory / f"{step}{stored.TEMPORARY}" if renamed else self._folder
+        self._writing.mkdir()
+        self._arrays: dict[str, Any] = {}
+        self._sums: dict[str, np.ndarray] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._pending: Any = None
+
+    def add(self, name: str, shape: Shape, num_stacked: int) -> None:
+        """A float32 leaf that is written in blocks, one for each index of its `num_stacked` leading
+        dimensions.
+        """
+        import tensorstore as ts
+
+        base = str(self._writing / "params")
+        base = base if "://" in base else f"file://{base}"
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"},
+            "metadata": {
+                "shape": list(shape),
+                "chunks": [1] * num_stacked + [max(n, 1) for n in shape[num_stacked:]],
+                "dtype": "<f4",
+                "compressor": {"id": "zstd", "level": 1},
+            },
+        }
+        leaf = f"params.{name}"
+        self._arrays[leaf] = stored.result(ts.open(spec, create=True), leaf)
+        self._sums[leaf], self._shapes[leaf] = np.zeros(2, np.uint32), shape
+
+    def write(self, name: str, index: Shape, block: np.ndarray) -> None:
+        """Writes the block at `index`; the next call waits for it."""
+        leaf = f"params.{name}"
+        shape = self._shapes[leaf]
+        start = (*index, *(0 for _ in shape[len(index) :]))
+        whole = block.reshape((1,) * len(index) + block.shape)
+        self._sums[leaf] += manifests.host_checksums(whole, start, shape)
+        self._wait()
+        self._pending = leaf, self._arrays[leaf][index].write(block)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            leaf, future = self._pending
+            stored.result(future, leaf)
+            self._pending = None
+
+    def commit(self, extras: Mapping[str, Any]) -> None:
+        """Reads everything back and makes it the checkpoint of the step.
+
+        extras: `ledger`, `config` and `parent` of the manifest.
+
+        Raises:
+            SaveFailed: it doesn't read back.
+        """
+        self._wait()
+        leaves = {
+            leaf: Leaf(shape, "float32", manifests.hexadecimal(self._sums[leaf]))
+            for leaf, shape in self._shapes.items()
+        }
+        manifest = Manifest(
+            step=self._step,
+            leaves=leaves,
+            code=manifests.code_version(),
+            time=time.time(),
+            **extras,
+        )
+        folder = self._writing / stored.MANIFEST
+        folder.mkdir()
+        (folder / stored.MANIFEST_FILE).write_text(json.dumps(manifest.to_dict()))
+        if fault := stored.find_fault(self._writing, manifest):
+            raise SaveFailed(f"what was written to {self._writing} doesn't read back: {fault}")
+        if self._writing == self._folder:
+            (self._folder / stored.COMMITTED).touch()
+        else:
+            self._writing.rename(self._folder)
+        stored.mark_verified(self._folder, 0, 1)

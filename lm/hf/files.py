@@ -1,0 +1,192 @@
+"""Tensors in files: safetensors, or PyTorch's `.bin`, in one piece or in several with an index."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lm.hf.table import Shape
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+STEMS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
+
+
+class Reader:
+    """The tensors of a folder, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileNotFoundError unless there are files of tensors."""
+        self.folder = folder
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        self._loaded: dict[str, Any] = {}
+        kind, files = _find(folder)
+        for file in files:
+            self._open_safetensors(file) if kind == "safetensors" else self._open_bin(file)
+
+    def _add(self, name: str, file: Path, shape: Shape, dtype: str) -> None:
+        if name in self._files:
+            raise ValueError(f"{name} is both in {self._files[name].name} and in {file.name}")
+        self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+
+    def _open_safetensors(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    self._add(name, file, tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is no safetensors file: {error}") from error
+
+    def _open_bin(self, file: Path) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise ValueError(
+                f"{file} needs PyTorch: pip install torch, or use safetensors"
+            ) from None
+        codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        # mapped: a tensor's pages are read when it is
+        for name, tensor in torch.load(
+            file, map_location="cpu", weights_only=True, mmap=True
+        ).items():
+            self._add(name, file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
+            self._loaded[name] = tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            math.prod(shape) * DTYPES[self.dtypes[name]].itemsize
+            for name, shape in self.shapes.items()
+            if self.dtypes[name] in DTYPES
+        )
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in the type that it has in the file.
+
+        Raises:
+            ValueError: the type is no float of 16 or 32 bits.
+        """
+        if self.dtypes[name] not in DTYPES:
+            raise ValueError(
+                f"{name} has the type {self.dtypes[name]}; there are {', '.join(DTYPES)}"
+            )
+        if name in self._loaded:
+            return _from_torch(self._loaded[name])
+        from safetensors import safe_open
+
+        # opened for each tensor: what was read of a mapped file counts as memory until it is closed
+        with safe_open(self._files[name], "np") as tensors:
+            return tensors.get_tensor(name)
+
+
+def _find(folder: Path) -> tuple[str, list[Path]]:
+    """(kind, files) of a folder's tensors."""
+    for kind, stem in STEMS.items():
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if missing := [file for file in files if not (folder / file).exists()]:
+                raise FileNotFoundError(
+                    f"{folder} lacks {', '.join(missing)}, which {index.name} names"
+                )
+            return kind, [folder / file for file in files]
+        if (folder / stem).exists():
+            return kind, [folder / stem]
+    raise FileNotFoundError(
+        f"{folder} has no tensors: none of "
+        + ", ".join(f"{stem}, {stem}.index.json" for stem in STEMS.values())
+    )
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+class Writer:
+    """Safetensors files of a folder, with an index where there are several.
+
+    All shapes are known at the start, so that a tensor goes to its place in its file and none is
+    kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, Shape],
+        dtype: str,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self._dtype = np.dtype(dtype)
+        code, size = _CODES[self._dtype.name], self._dtype.itemsize
+        shards: list[dict[str, Any]] = [{}]
+        filled = 0
+        for name, shape in shapes.items():
+            length = math.prod(shape) * size
+            if filled and filled + length > shard_bytes:
+                shards.append({})
+                filled = 0
+            offsets = [filled, filled + length]
+            shards[-1][name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
+            filled += length
+        self._places: dict[str, tuple[Path, int, Shape]] = {}
+        for i, shard in enumerate(shards):
+            number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = folder / f"model{number}.safetensors"
+            header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
+            header += b" " * (-len(header) % 8)  # data begins at a multiple of 8
+            with open(file, "wb") as out:
+                out.write(len(header).to_bytes(8, "little") + header)
+            for name, entry in shard.items():
+                place = 8 + len(header) + entry["data_offsets"][0]
+                self._places[name] = file, place, tuple(entry["shape"])
+        if len(shards) > 1:
+            total = sum(math.prod(shape) for shape in shapes.values()) * size
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file.name for name, (file, _, _) in self._places.items()},
+            }
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Writes a tensor to its place, in the type of the files."""
+        file, place, shape = self._places[name]
+        assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
+        with open(file, "r+b") as out:
+            out.seek(place)
+            out.write(np.ascontiguousarray(tensor, self._dtype).reshape(-1).view(np.uint8).data)
+
+
+def list_unwritten(folder: Path) -> list[str]:
+    """Files of a folder that an export would overwrite."""
+    return (
+        sorted(
+            p.name
+            for p in folder.glob("*")
+            if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
+        )
+        if os.path.isdir(folder)
+        else []
+    )

@@ -1,0 +1,106 @@
+"""GPT-2 (github.com/openai/gpt-2): one matrix makes query, key and value, and weights are
+[in, out].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.hf.keys import Keys
+from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, Row
+
+MODEL = "decoder"
+ARCHITECTURE = "GPT2LMHeadModel"
+PREFIX = "transformer."
+BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks
+RENAMED = ()
+ACTIVATIONS = {
+    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+    **{"gelu": "gelu", "relu": "relu", "silu": "silu"},
+}
+
+
+def ours(keys: Keys) -> dict[str, Any]:
+    embed_dim = keys.take("n_embd")
+    dropout = keys.take("resid_pdrop", 0.1)
+    keys.expect("embd_pdrop", dropout)
+    keys.expect("scale_attn_weights", True)
+    keys.expect("scale_attn_by_inverse_layer_idx", False)
+    keys.expect("add_cross_attention", False)
+    keys.ignore("reorder_and_upcast_attn")  # the same scores, with other rounding in float16
+    keys.ignore("initializer_range", *(f"summary_{n}" for n in _SUMMARY))
+    return {
+        "vocab_size": keys.take("vocab_size"),
+        "max_length": keys.take("n_positions"),
+        "num_layers": keys.take("n_layer"),
+        "embed_dim": embed_dim,
+        "num_heads": keys.take("n_head"),
+        "mlp_dim": keys.take("n_inner", None) or 4 * embed_dim,
+        "activation": keys.translate("activation_function", ACTIVATIONS, "gelu_new"),
+        "norm": "layer",
+        "norm_eps": keys.take("layer_norm_epsilon", 1e-5),
+        "norm_bias": True,
+        "positions": "learned",
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+        "tie_embeddings": keys.take("tie_word_embeddings", True),
+        "dropout": dropout,
+        "attention_dropout": keys.take("attn_pdrop", 0.1),
+    }
+
+
+_SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
+
+
+def theirs(model: Any) -> dict[str, Any]:
+    names = {value: key for key, value in reversed(ACTIVATIONS.items())}
+    return {
+        "model_type": "gpt2",
+        "vocab_size": model.vocab_size,
+        "n_positions": model.max_length,
+        "n_embd": model.embed_dim,
+        "n_layer": model.num_layers,
+        "n_head": model.num_heads,
+        "n_inner": model.mlp_size,
+        "activation_function": names.get(model.activation, model.activation),
+        "layer_norm_epsilon": model.norm_eps,
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": model.dropout,
+        "attn_pdrop": model.attention_dropout,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def rows(model: Any) -> list[Row]:
+    layer = "transformer.h.{layer}"
+    found = [
+        Row("embedding.weight", "transformer.wte.weight", TABLE),
+        Row("position.weight", "transformer.wpe.weight", TABLE),
+    ]
+    for ours_name, their_name in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
+        found += _norm(f"layers.{ours_name}", f"{layer}.{their_name}")
+    for part, name in enumerate(("query", "key", "value")):
+        for kind, layout in (("weight", TABLE), ("bias", VECTOR)):
+            path = f"layers.attention.{name}.{kind}"
+            found.append(Row(path, f"{layer}.attn.c_attn.{kind}", layout, part, 3))
+    for path, name, layout in (
+        ("attention.out", "attn.c_proj", TABLE_OUT),
+        ("mlp.up", "mlp.c_fc", TABLE),
+        ("mlp.down", "mlp.c_proj", TABLE),
+    ):
+        found.append(Row(f"layers.{path}.weight", f"{layer}.{name}.weight", layout))
+        found.append(Row(f"layers.{path}.bias", f"{layer}.{name}.bias", VECTOR))
+    found += _norm("norm", "transformer.ln_f")
+    if not model.tie_embeddings:
+        found.append(Row("head.weight", "lm_head.weight", LINEAR))
+    return found
+
+
+def _norm(ours_name: str, their_name: str) -> list[Row]:
+    return [
+        Row(f"{ours_name}.scale", f"{their_name}.weight", VECTOR),
+        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+    ]
+
+
+def aliases(model: Any) -> dict[str, str]:
+    return {"lm_head.weight": "transformer.wte.weight"} if model.tie_embeddings else {}

@@ -1,0 +1,126 @@
+"""Llama 1 to 3 (arXiv:2407.21783) and models of its shape, SmolLM among them; what other families
+have in common with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.hf import rotary
+from lm.hf.keys import Keys
+from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
+
+MODEL = "decoder"
+ARCHITECTURE = "LlamaForCausalLM"
+PREFIX = "model."
+BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+RENAMED = ()
+
+
+def ours(keys: Keys) -> dict[str, Any]:
+    bias = keys.take("attention_bias", False)
+    keys.expect("rope_interleaved", False)
+    keys.ignore("is_llama_config", "pretraining_tp")  # how products were cut on their devices
+    return {
+        **shared_ours(keys),
+        **rotary.ours(keys),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": keys.take("mlp_bias", False),
+    }
+
+
+def theirs(model: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        **shared_theirs(model),
+        **rotary.theirs(model),
+        "attention_bias": model.qkv_bias,
+        "mlp_bias": model.mlp_bias,
+    }
+
+
+def rows(model: Any) -> list[Row]:
+    return shared_rows(model) + mlp_rows(model)
+
+
+def aliases(model: Any) -> dict[str, str]:
+    return {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_embeddings else {}
+
+
+def shared_ours(
+    keys: Keys, *, activation: str = "hidden_act", tie: bool = False, eps: float = 1e-6
+) -> dict[str, Any]:
+    """Sizes, norm and activation, which all families name alike; `tie` and `eps` are for a
+    config.json that doesn't say, `activation` is the key for it.
+    """
+    keys.ignore("initializer_range")
+    embed_dim, num_heads = keys.take("hidden_size"), keys.take("num_attention_heads")
+    gated = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
+    return {
+        "vocab_size": keys.take("vocab_size"),
+        "num_layers": keys.take("num_hidden_layers"),
+        "embed_dim": embed_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": keys.take("num_key_value_heads", None) or num_heads,
+        "head_dim": keys.take("head_dim", None) or embed_dim // num_heads,
+        "mlp_dim": keys.take("intermediate_size"),
+        "activation": keys.translate(activation, gated, "silu"),
+        "norm": "rms",
+        "norm_eps": keys.take("rms_norm_eps", eps),
+        "positions": "rotary",
+        "tie_embeddings": keys.take("tie_word_embeddings", tie),
+        "attention_dropout": keys.take("attention_dropout", 0.0),
+    }
+
+
+def shared_theirs(model: Any, *, activation: str = "hidden_act") -> dict[str, Any]:
+    """The keys that `shared_ours` reads."""
+    names = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "reglu": "relu"}
+    return {
+        "vocab_size": model.vocab_size,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.embed_dim,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.mlp_size,
+        activation: names.get(model.activation, model.activation),
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": model.attention_dropout,
+    }
+
+
+LAYER = "model.layers.{layer}"
+
+
+def shared_rows(model: Any) -> list[Row]:
+    """Embedding, attention, final norm and head."""
+    found = [Row("embedding.weight", "model.embed_tokens.weight", TABLE)]
+    found.append(Row("layers.attention_norm.scale", f"{LAYER}.input_layernorm.weight", VECTOR))
+    for name, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+        layout = LINEAR_OUT if name == "out" else LINEAR
+        path, theirs_path = f"layers.attention.{name}", f"{LAYER}.self_attn.{letter}_proj"
+        found.append(Row(f"{path}.weight", f"{theirs_path}.weight", layout))
+        if model.out_bias if name == "out" else model.qkv_bias:
+            found.append(Row(f"{path}.bias", f"{theirs_path}.bias", VECTOR))
+    if model.qk_norm:
+        for name, letter in (("query", "q"), ("key", "k")):
+            path = f"layers.attention.{name}_norm.scale"
+            found.append(Row(path, f"{LAYER}.self_attn.{letter}_norm.weight", VECTOR))
+    found.append(Row("norm.scale", "model.norm.weight", VECTOR))
+    if not model.tie_embeddings:
+        found.append(Row("head.weight", "lm_head.weight", LINEAR))
+    return found
+
+
+def mlp_rows(model: Any, *, norm: str = "post_attention_layernorm") -> list[Row]:
+    """A gated MLP and the norm before it."""
+    found = [Row("layers.mlp_norm.scale", f"{LAYER}.{norm}.weight", VECTOR)]
+    for name in ("gate", "up", "down"):
+        path, theirs_path = f"layers.mlp.{name}", f"{LAYER}.mlp.{name}_proj"
+        found.append(Row(f"{path}.weight", f"{theirs_path}.weight", LINEAR))
+        if model.mlp_bias:
+            found.append(Row(f"{path}.bias", f"{theirs_path}.bias", VECTOR))
+    return found

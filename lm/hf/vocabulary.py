@@ -1,0 +1,265 @@
+"""Tokenizers of a folder in Hugging Face's layout: brought to a run, and written for
+`transformers`.
+
+A run's tokenizer is one file. What else tells `transformers` about it (chat templates, names of
+special tokens) lies beside that file and is handed on. A text begins with `bos_id` here, in
+training and in generation; a vocabulary without one (GPT-2, Qwen) begins it with the token that
+ends documents, as its own training did, but `transformers` puts nothing there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from lm.data import tokenizer as tokenizers
+from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+
+WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model")
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+# A conversion must give the ids of the original on all of these.
+PROBES = (
+    *(
+        "",
+        " ",
+        "  ",
+        "a",
+        " a",
+        "  a  b ",
+        "Hello world",
+        "Hello, y'all! How are you 😁 ?",
+        "\n\n\ta",
+    ),
+    *(
+        "don't 3.14159 == 10_000",
+        "ünïcödé naïve café",
+        "日本語の文 漢字",
+        "привет мир",
+        "🦙🚀 ok",
+        "x\r\ny",
+    ),
+    *("ﬁne ½ Ａ", "    indented\n        code", "</s><s>", "\u0001"),
+)
+
+
+def bring(folder: Path, to: epath.Path) -> epath.Path:
+    """The tokenizer's file in `to`, copied there from `folder`, or made of the files there.
+
+    Raises:
+        FileNotFoundError: `folder` has no tokenizer.
+    """
+    made = _read(folder)
+    if made is None:
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer: none of {', '.join(WHOLE)}, vocab.json with merges.txt, "
+            "vocab.txt; give --tokenizer=FILE (or --tokenizer=bytes)"
+        )
+    name, content = made
+    to.mkdir(parents=True, exist_ok=True)
+    (to / name).write_bytes(content)
+    for name_beside in BESIDE:
+        if (folder / name_beside).exists():
+            (to / name_beside).write_bytes((folder / name_beside).read_bytes())
+    return to / name
+
+
+def _read(folder: Path) -> tuple[str, bytes] | None:
+    for name in WHOLE:
+        if (folder / name).exists():
+            return name, (folder / name).read_bytes()
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return WHOLE[0], from_merges(folder / "vocab.json", folder / "merges.txt")
+    if (folder / "vocab.txt").exists():
+        return WHOLE[0], _from_words(folder)
+    return None
+
+
+def from_merges(vocab: Path, merges: Path) -> bytes:
+    """The tokenizer.json of GPT-2's byte-level BPE files."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    made = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    made.add_special_tokens([AddedToken("<|endoftext|>", normalized=True, special=True)])
+    return made.to_str().encode()
+
+
+def _from_words(folder: Path) -> bytes:
+    """The tokenizer.json of BERT's vocab.txt."""
+    from tokenizers import AddedToken
+    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
+
+    path = folder / "tokenizer_config.json"
+    lower = json.loads(path.read_text()).get("do_lower_case", True) if path.exists() else True
+    made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)
+    special = [
+        t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if made.token_to_id(t) is not None
+    ]
+    made.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return made.to_str().encode()
+
+
+def compare(tokenizer: Tokenizer, tree: dict[str, Any], say: Callable[[str], Any]) -> None:
+    """Says where a config.json names other special tokens than the tokenizer has here."""
+    for name in ("bos", "eos"):
+        wanted, found = tree.get(f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
+        wanted = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
+        if wanted and found not in wanted:
+            say(f"note: {name} is token {found} here, config.json says {wanted}")
+    if not tokenizer.file_name.endswith(".json"):
+        return
+    import tokenizers as library
+
+    ids = library.Tokenizer.from_str(tokenizer.model.decode()).encode("a").ids
+    if ids[:1] != [tokenizer.bos_id]:
+        say(
+            f"note: a text begins with token {tokenizer.bos_id} here; tokenizer.json puts "
+            f"{ids[0] if len(ids) > 1 else 'nothing'} before it"
+        )
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The keys of config.json about special tokens."""
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+
+
+def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
+    """Writes the files with which AutoTokenizer gives the ids of `tokenizer`.
+
+    Raises:
+        ValueError: a SentencePiece model that the `tokenizers` library can't imitate.
+    """
+    beside = {} if tokenizer.name == "bytes" else _beside(tokenizer.name)
+    for name, content in beside.items():
+        (folder / name).write_bytes(content)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        content = _from_sentencepiece(tokenizer)
+        (folder / tokenizer.file_name).write_bytes(tokenizer.model)
+    else:
+        content = _from_bytes() if isinstance(tokenizer, ByteTokenizer) else tokenizer.model
+    (folder / WHOLE[0]).write_bytes(content)
+    if "tokenizer_config.json" not in beside:
+        names = {token["id"]: token["content"] for token in json.loads(content)["added_tokens"]}
+        special = {
+            f"{n}_token": names.get(getattr(tokenizer, f"{n}_id")) for n in ("bos", "eos", "pad")
+        }
+        tree = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(tree, indent=2))
+
+
+def _beside(name: str) -> dict[str, bytes]:
+    folder = epath.Path(name).parent
+    return {n: (folder / n).read_bytes() for n in BESIDE if (folder / n).exists()}
+
+
+def _from_bytes() -> bytes:
+    """The tokenizer.json of the byte tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = tokenizers.byte_level_alphabet()
+    made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    made.add_special_tokens(["<pad>", "<s>", "</s>"])  # 256, 257, 258
+    made.post_processor = _beginning("<s>", ByteTokenizer.bos_id)  # pyright: ignore
+    return made.to_str().encode()
+
+
+def _beginning(token: str, i: int) -> Any:
+    """Puts a token before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, i)]
+    )
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
+    """The tokenizer.json that gives the ids of a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)  # pyright: ignore
+    spec, trained = proto.normalizer_spec, proto.trainer_spec
+    pieces = [(p.piece, p.score) for p in proto.pieces]
+    kinds = {p.piece: p.type for p in proto.pieces}
+    normal, control, user, fallback = 1, 3, 4, trained.byte_fallback
+    unknown = next(i for i, p in enumerate(proto.pieces) if p.type == 2)
+    if trained.model_type == 1:
+        model: Any = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
+    elif trained.model_type == 2:
+        merges = _merges({p: s for p, s in pieces if kinds[p] == normal})
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+        model = models.BPE(
+            vocab=vocab,
+            merges=merges,
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=fallback,
+        )
+    else:
+        raise ValueError(
+            f"{tokenizer.name} is neither a BPE nor a unigram model: it can't be exported"
+        )
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("\u2581"))
+    steps.append(normalizers.Replace(" ", "\u2581"))
+    ends: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        ends.append(decoders.Strip(" ", 1, 0))
+    made = Tokenizer(model)
+    made.normalizer = normalizers.Sequence(steps)  # pyright: ignore
+    made.decoder = decoders.Sequence(ends)  # pyright: ignore
+    made.add_special_tokens(
+        [AddedToken(p, special=True) for p, _ in pieces if kinds[p] in (control, 2)]
+    )
+    made.add_tokens([AddedToken(p, normalized=False) for p, _ in pieces if kinds[p] == user])
+    bos = pieces[tokenizer.bos_id][0]
+    made.post_processor = _beginning(bos, tokenizer.bos_id)  # pyright: ignore
+    content = made.to_str().encode()
+    _check(content, tokenizer)
+    return content
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Pairs of pieces that make a piece, the best first, as SentencePiece joins them."""
+    found = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in scores and piece[cut:] in scores:
+                found.append((-score, cut, piece[:cut], piece[cut:]))
+    order = {piece: i for i, piece in enumerate(scores)}
+    found.sort(key=lambda pair: (pair[0], order[pair[2]], order[pair[3]]))
+    return [(left, right) for _, _, left, right in found]
+
+
+def _check(content: bytes, tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless a tokenizer.json gives the ids of `tokenizer` on the probes."""
+    made = tokenizers.from_bytes(WHOLE[0], content)
+    for text in PROBES:
+        ours, theirs = tokenizer.encode(text).tolist(), made.encode(text).tolist()
+        if ours != theirs:
+            raise ValueError(
+                f"{tokenizer.name} can't be written as tokenizer.json: {text!r} is {ours} in the "
+                f"one and {theirs} in the other"
+            )

@@ -1,0 +1,57 @@
+"""Write the newest checkpoint of a run as a folder that `transformers` loads.
+
+    python scripts/hf_export.py --workdir=runs/mine --out=exports/mine
+    python scripts/hf_export.py --workdir=runs/mine --out=exports/mine --dtype=bfloat16
+
+The folder gets config.json, model.safetensors (in shards of at most 5 GB, with an index) and the
+tokenizer: `AutoModelForCausalLM` and `AutoTokenizer.from_pretrained` take it. The parameters are
+those that training evaluates (averaged ones where it keeps them). The family is the first one that
+can hold the model; where config.model says something that no family has, all of it is listed.
+
+A tokenizer that came with an import leaves as it came. One of this project's own puts its bos
+before a text, as training did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of the run")
+    add("--out", required=True, help="folder to write; must be new or empty")
+    add("--step", type=int, help="checkpoint to use (default: the newest)")
+    add("--family", help="a model_type: llama, say (default: the first that can hold the model)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the tensors; default: float32, which keeps every bit",
+    )
+    args = parser.parse_args()
+
+    import jax
+
+    from lm.checkpoint.manager import Checkpoints
+    from lm.experiment import load
+    from lm.hf.exporting import export_folder
+
+    experiment = load(args.workdir, jax.devices()[:1])
+    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        _, params = experiment.restore_params(checkpoints, args.step)
+    export_folder(experiment, params, args.out, family=args.family, dtype=args.dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)

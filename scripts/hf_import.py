@@ -1,0 +1,69 @@
+"""Make a run's folder of a checkpoint in Hugging Face's layout.
+
+    python scripts/hf_import.py --source=SmolLM2-135M --workdir=runs/smollm
+    python scripts/generate.py --workdir=runs/smollm --prompt='Gravity is' --greedy
+    python scripts/train.py --config=configs/imported.py:runs/smollm --workdir=runs/smollm
+
+SOURCE is a folder with config.json, model.safetensors or pytorch_model.bin (also in shards with an
+index), and a tokenizer: tokenizer.json, a SentencePiece .model, GPT-2's vocab.json with merges.txt,
+or BERT's vocab.txt. Its model's structure becomes config.model; everything else (data, optimizer,
+model.dtype, model.remat) comes from --config, and can be set by --config.SECTION.KEY=VALUE. The
+folder gets a checkpoint of step 0 with the parameters; training from it starts a new optimizer.
+
+A key of config.json or a tensor that has no place here is an error that lists what is left on both
+sides. A tensor that shall be left out, a head for another task say, is named by --skip=PATTERN.
+
+Texts begin with the tokenizer's bos here. GPT-2 and Qwen have none: their texts begin with
+`<|endoftext|>`, as documents did in their training, and `transformers` puts nothing there. To
+compare the two, give `transformers` that token before the prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
+    "What config.json doesn't say, as FILE or FILE:ARG.",
+)
+_SOURCE = flags.DEFINE_string("source", None, "Folder with config.json, tensors and tokenizer.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer in place of that of the source: a file, or bytes."
+)
+_SKIP = flags.DEFINE_multi_string(
+    "skip", [], "Regular expression of whole names of tensors to leave out; repeatable."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    if _SOURCE.value is None or _WORKDIR.value is None:
+        raise app.UsageError("--source=FOLDER and --workdir=FOLDER are needed")
+    import jax
+
+    from lm.hf.importing import import_folder
+
+    import_folder(
+        _SOURCE.value,
+        _WORKDIR.value,
+        _CONFIG.value,
+        jax.devices()[:1],
+        tokenizer=_TOKENIZER.value,
+        skip=_SKIP.value,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_with_config(main)

@@ -1,0 +1,208 @@
+"""Parity with `transformers`, family by family: random weights, float32."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import config as configs
+from lm import metrics
+from lm.checkpoint.manager import Checkpoints
+from lm.experiment import load
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling
+from lm.hf import structure
+from lm.hf.exporting import export_folder
+from lm.hf.importing import import_folder
+from lm.types import Tokens
+from tests import hf_models
+
+torch = pytest.importorskip("torch", reason="parity needs PyTorch")
+transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+safetensors = pytest.importorskip("safetensors.torch", reason="parity needs safetensors")
+
+LOGITS = 2e-5  # of the largest
+LOSSES = 1e-4
+
+
+def small_config(**changes):
+    config = configs.default()
+    config.update_from_flattened_dict(
+        {"data.length": 24, "data.batch_size": 4, "train.num_steps": 20, **changes}
+    )
+    return config
+
+
+@dataclasses.dataclass
+class Imported:
+    theirs: object
+    folder: str  # of transformers
+    workdir: str
+    experiment: object
+    params: object
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, devices):
+    """name of a case -> the model of transformers and its import; each is made once."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            theirs = hf_models.make(name)
+            folder = tmp_path_factory.mktemp(name)
+            theirs.save_pretrained(folder / "theirs")
+            made[name] = bring(folder, theirs, devices)
+        return made[name]
+
+    return make
+
+
+def bring(folder, theirs, devices, **options):
+    workdir = str(folder / "run")
+    options = {"tokenizer": "bytes", "say": lambda line: None, **options}
+    import_folder(str(folder / "theirs"), workdir, small_config(), devices[:1], **options)
+    experiment = load(workdir, devices[:1])
+    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        _, params = experiment.restore_params(checkpoints)
+    return Imported(theirs, str(folder / "theirs"), workdir, experiment, params)
+
+
+def difference(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def own_logits(imported, tokens):
+    def run(params, tokens):
+        model = imported.experiment.model
+        hidden = model.apply({"params": params}, tokens).hidden
+        return model.apply({"params": params}, hidden, method="logits")
+
+    return np.asarray(jax.jit(run)(imported.params, tokens))
+
+
+@pytest.mark.parametrize("name", hf_models.CASES)
+def test_logits_of_packed_and_of_padded_documents_equal_theirs(name, imported, pack):
+    """A row of two documents and padding equals each of them alone; a padded row, their padded
+    one.
+    """
+    case = imported(name)
+    tokens = pack([(11, 9), (15,)], length=24, vocab_size=259)
+    found = own_logits(case, tokens)
+    first, second = (
+        hf_models.logits(case.theirs, tokens.ids[:1, part]) for part in (slice(11), slice(11, 20))
+    )
+    padded = hf_models.logits(case.theirs, tokens.ids[1:], tokens.segments[1:] != 0)
+    assert difference(found[0, :11], first[0]) < LOGITS
+    assert difference(found[0, 11:20], second[0]) < LOGITS
+    assert difference(found[1, :15], padded[0, :15]) < LOGITS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("gpt2", "gemma3_text") else pytest.mark.slow)
+        for n in hf_models.FAMILIES
+    ],
+)
+def test_greedy_tokens_equal_theirs(name, imported):
+    case = imported(name)
+    prompts = [[5, 77, 120, 9, 200], [33]]
+    generator = Generator(case.experiment.model, case.params, case.experiment.tokenizer)
+    made = generator.generate(prompts, max_new_tokens=32, sampling=Sampling(temperature=0.0))
+    for prompt, ours in zip(prompts, made, strict=True):
+        ids = torch.tensor([[257, *prompt]])
+        theirs = case.theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+        )
+        assert ours.ids.tolist() == theirs[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", hf_models.CASES)
+def test_export_of_an_import_has_the_same_bytes_and_loads_as_the_same_model(
+    name, imported, tmp_path
+):
+    case = imported(name)
+    family = structure.names()  # of the case: the longest that its name begins with
+    family = max((f for f in family if name.startswith(f.removesuffix("_text"))), key=len)
+    export_folder(case.experiment, case.params, str(tmp_path / "out"), family=family)
+    before = safetensors.load_file(f"{case.folder}/model.safetensors")
+    after = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[key].numpy().tobytes() == after[key].numpy().tobytes() for key in before)
+    loaded, log = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(log.values())
+    ids = np.random.default_rng(0).integers(0, 256, (2, 20))
+    same = hf_models.logits(loaded, ids), hf_models.logits(case.theirs, ids)
+    assert np.array_equal(*same)
+    assert loaded.config.eos_token_id == 258
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n == "llama3" else pytest.mark.slow)
+        for n in ("llama3", *hf_models.FAMILIES)
+    ],
+)
+def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_batch):
+    case = imported(name)
+    changes = {"learning_rate": 3e-3, "weight_decay": 0.1, "b2": 0.99, "clip_norm": 1.0}
+    changes |= {"schedule.kind": "constant", "schedule.warmup_steps": 0}
+    changes = {f"optimizer.{key}": value for key, value in changes.items()}
+    changes |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
+    changes |= {"model.moe.balance_loss": 0.0}  # theirs is added where the model is asked for it
+    experiment = case.experiment.variant(changes)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (20, 4, 25)).astype(np.int32)
+    state = start(experiment, case)
+    torch_step = torch_adamw(hf_models.make(name))
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), (4, 24))
+    batch = packed_batch(4, 24, 259)
+    for row in rows:
+        inputs = Tokens(row[:, :-1], np.ones((4, 24), np.int32), positions)
+        weights = np.ones((4, 24), np.float32)
+        batch = batch.replace(inputs=inputs, targets=row[:, 1:], weights=weights)
+        state, sums, _ = experiment.train_step(state, experiment.put(batch))
+        ours = metrics.means(jax.device_get(sums))["loss"]
+        assert abs(ours - torch_step(row)) < LOSSES
+
+
+def start(experiment, case):
+    abstract = experiment.abstract_state
+    params = jax.tree.map(
+        lambda x, s: jax.device_put(jnp.copy(x), s.sharding), case.params, abstract.params
+    )
+    state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=None)
+    return experiment.start_optimizer(state)
+
+
+def torch_adamw(model):
+    """row -> the loss before an AdamW step on it, with decay on matrices that are no embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    embeddings.add(id(model.lm_head.weight))
+    groups = {True: [], False: []}
+    for parameter in model.parameters():
+        groups[parameter.ndim > 1 and id(parameter) not in embeddings].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "weight_decay": 0.1 if decays else 0.0} for decays, p in groups.items()],
+        lr=3e-3,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+    )
+
+    def step(row):
+        ids = torch.tensor(row, dtype=torch.long)
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
