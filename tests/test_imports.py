@@ -42,6 +42,8 @@ RULES = {
     "lm.checkpoint": (*LEAF, "lm.exits"),
     "lm.metrics": LEAF,
     "lm.generation": LEAF,
+    "lm.harness": (*LEAF, "lm.generation", "lm.metrics"),
+    "lm.blimp": (*LEAF, "lm.generation"),
     "lm.hf": LEAF,
     "lm.guard": (*LEAF, "lm.exits", "lm.phases", "lm.processes"),
     "lm.ledger": ("lm.exits",),
