@@ -48,6 +48,8 @@ RULES = {
     "lm.checkpoint": (*LEAF, "lm.exits"),
     "lm.metrics": LEAF,
     "lm.generation": LEAF,
+    "lm.harness": (*LEAF, "lm.generation", "lm.metrics"),
+    "lm.blimp": (*LEAF, "lm.generation"),
     "lm.hf": LEAF,
     "lm.hf.importing": ("lm",),
     "lm.hf.exporting": ("lm",),

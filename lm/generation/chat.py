@@ -44,7 +44,7 @@ class Chat:
             self._template = environment.from_string(template)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not Jinja2: {error}") from error
-        self._tokenizer = tokenizer
+        self._tokenizer, self.source = tokenizer, template
         names = {i: name for name, i in tokenizer.special_ids.items()}
         self._tokens = {
             "bos_token": names.get(tokenizer.bos_id, ""),

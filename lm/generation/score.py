@@ -63,7 +63,7 @@ class Scorer:
         self.model = without_length(model)
         self.params, self.tokenizer = params, tokenizer
         self.takes_encoder = takes_encoder(model)
-        self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
+        self.start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
         self._max_batch_tokens = max_batch_tokens
 
     def score(
@@ -108,7 +108,7 @@ class Scorer:
             )
         rows, owners = [], []
         for i, text in enumerate(texts):
-            found = windows(self._ids(text), self._start, length, context)
+            found = windows(self._ids(text), self.start, length, context)
             rows += [_Row(*window) for window in found]
             owners += [i] * len(found)
         sums = [Score(0.0, 0, True)] * len(texts)
@@ -136,7 +136,7 @@ class Scorer:
             targets = self._ids(prompt + continuation)[len(before) :]
         else:
             targets = self._ids(continuation)
-        inputs = self._start if self.takes_encoder else np.concatenate([self._start, before])
+        inputs = self.start if self.takes_encoder else np.concatenate([self.start, before])
         inputs = np.concatenate([inputs, targets[:-1]])
         if not 0 < len(targets) <= min(limit, len(inputs)):
             raise ValueError(

@@ -1,0 +1,90 @@
+"""Evaluate a run with EleutherAI's lm-evaluation-harness: pip install lm_eval.
+
+    python scripts/lm_eval.py --workdir=runs/tiny-stdlib --tasks=tasks/capitals.yaml
+    python scripts/lm_eval.py --workdir=runs/gpt2 --tasks=lambada_openai,arc_easy --limit=200
+
+A task is a YAML file, or the name of one that the harness brings; those fetch their data sets. A
+file that names its data by `dataset_path: json` and `dataset_kwargs: {data_files: ...}` needs no
+network. Scores are printed as a table, and with --json all of them are written, also for each
+document with --samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # this folder, where the package's name is that of this file
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    args = parse_args()
+    import jax
+
+    from lm import harness
+    from lm.checkpoint.manager import Checkpoints
+    from lm.experiment import load
+    from lm.generation.chat import DEFAULT, Chat, read
+    from lm.generation.generator import Generator
+    from lm.generation.score import Scorer
+
+    experiment = load(args.workdir, jax.devices())
+    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        step, params = experiment.restore_params(checkpoints, args.step)
+    tokenizer, start = experiment.tokenizer, None if args.bos else ()
+    chat = None
+    if args.apply_chat_template:
+        beside = Path(tokenizer.name).parent
+        chat = Chat(tokenizer, read(args.chat_template or str(beside)) or DEFAULT)
+    parts = (experiment.model, params, tokenizer)
+    model = harness.make_model(
+        Scorer(*parts, start=start),
+        Generator(*parts, start=start, eos_id=None if chat is None else chat.end_id),
+        chat=chat,
+        batch_size=args.batch_size,
+    )
+    results = harness.evaluate(
+        model, args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit
+    )
+    print(harness.table(results))
+    if args.json:
+        kept = {"step": step, "results": results["results"], "n-samples": results["n-samples"]}
+        if args.samples:
+            kept["samples"] = results["samples"]
+        Path(args.json).write_text(json.dumps(kept, indent=2, default=str) + "\n")
+    return 0
+
+
+def parse_args() -> Any:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of the run")
+    add("--tasks", required=True, help="names or YAML files, with commas between them")
+    add("--step", type=int, help="checkpoint to use (default: the newest)")
+    add("--limit", type=int, help="documents of each task (default: all)")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each document")
+    add("--batch-size", type=int, default=16, help="texts that are generated together")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="begin every text with bos, as in training here; --no-bos for weights that were "
+        "trained without (GPT-2, Qwen)",
+    )
+    add("--apply-chat-template", action="store_true", help="ask in a dialogue")
+    add("--chat-template", metavar="FILE", help="as in scripts/generate.py")
+    add("--json", metavar="FILE", help="where to write the scores")
+    add("--samples", action="store_true", help="--json: every document too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    runtime.run(main)
