@@ -109,6 +109,8 @@ def _forward(
     xs = (hidden, targets, weights)
     sums, d_parameters, (d_hidden,) = _on_each_device(rules, local, parameters, xs)
     d_parameters = [g.astype(p.dtype) for g, p in zip(d_parameters, parameters, strict=True)]
+    # the TPU compiler would put their reduction off, and hold whole ones until the layers are done
+    d_parameters, d_hidden = jax.lax.optimization_barrier((d_parameters, d_hidden))
     return (sums["objective"], sums), (d_parameters, d_hidden)
 
 
