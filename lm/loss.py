@@ -126,6 +126,8 @@ def _forward(
     sums, found, (d_hidden,) = _on_each_device(rules, local, values, xs, trained)
     kept = zip(found, _chosen(trained, values), strict=True)
     d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(values))
+    # the TPU compiler would put their reduction off, and hold whole ones until the layers are done
+    d_parameters, d_hidden = jax.lax.optimization_barrier((d_parameters, d_hidden))
     return (sums["objective"], sums), (d_parameters, d_hidden)
 
 

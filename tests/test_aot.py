@@ -246,7 +246,6 @@ def test_groups_add_up_to_the_compilers_total(compiled):
     assert found.stated is not None
     assert sum(found.groups.values()) == found.total
     assert found.total == pytest.approx(found.stated, rel=0.02)
-    assert found.assigned == pytest.approx(found.stated, rel=0.02)
 
 
 def test_state_is_told_apart_exactly(compiled):
@@ -410,14 +409,14 @@ def test_a_tpu_step_is_planned_with_its_groups_and_times(make_config):
         "model.dtype": "bfloat16",
         "model.embed_dim": 128,
         "model.head_dim": 128,
+        "model.vocab_size": 2**20,  # little else would leave the chip's own memory
         "mesh.data": 1,
         "mesh.fsdp": 4,
     }
     made = plan.make(make_config(changes), "v5e:2x2")
     assert made.fits and made.memory.stated is not None
-    # code counts in the compiler's total of large programs alone, and this one is mostly code
-    slack = 0.02 * made.memory.stated + made.memory.groups["code"]
-    assert abs(made.memory.total - made.memory.stated) <= slack
+    assert sum(made.memory.groups.values()) == made.memory.total
+    assert made.memory.total == pytest.approx(made.memory.stated, rel=0.02)
     assert made.memory.groups["parameters"] * 2 <= made.memory.groups["optimizer"]
     assert 0 < made.times.least < made.times.most
     axes = {t.axis for t in made.transfers}

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,24 @@ def test_rotary_keeps_the_type_and_turns_in_float32():
     assert y.dtype == jnp.bfloat16
     exact = rotate(low.astype(jnp.float32), *tables).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(exact, np.float32))
+
+
+def test_the_gradient_of_a_rotation_is_the_rotation_back():
+    """And autodiff's of the same turn written with halves."""
+    rng = np.random.default_rng(3)
+    x, dy = (rng.normal(size=(1, 3, 2, 8)).astype(np.float32) for _ in range(2))
+    tables = rotary_tables(jnp.asarray([[5, 600, 7000]]), *rotary_frequencies(LLAMA3, 8, False))
+
+    def halves(x):
+        first, second = jnp.split(x, 2, axis=-1)
+        cos, sin = (t[:, :, None] for t in tables)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    y, pullback = jax.vjp(lambda x: rotate(x, *tables), x)
+    expected, by_autodiff = jax.vjp(halves, x)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    np.testing.assert_allclose(pullback(dy)[0], by_autodiff(dy)[0], atol=1e-6)
+    np.testing.assert_allclose(rotate(y, tables[0], -tables[1]), x, atol=1e-6)
 
 
 def test_linear_scaling_divides_every_frequency():

@@ -26,6 +26,7 @@ class Compiled:
     live_ranges: str
     sizes: dict[str, int]  # bytes by field of memory_analysis()
     host_sizes: dict[str, int]  # the same for memory of the host
+    peak: int | None  # bytes in use at once, by memory_analysis()
     refusal: str  # the compiler's words where the program doesn't fit
     available: int | None  # bytes of memory that the refusal speaks of
     messages: tuple[str, ...]  # what the compiler wrote while it ran
@@ -43,7 +44,7 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        sizes, host, refusal = {}, {}, ""
+        sizes, host, peak, refusal = {}, {}, None, ""
         cache = bool(jax.config.values["jax_enable_compilation_cache"])
         _use_cache(False)  # a program from the cache of compilations comes without its dump
         try:
@@ -51,6 +52,7 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
                 stats = lowered.compile(compiler_options=options).memory_analysis()
             sizes = {n: int(getattr(stats, f"{n}_size_in_bytes")) for n in FIELDS}
             host = {n: int(getattr(stats, f"host_{n}_size_in_bytes")) for n in FIELDS}
+            peak = int(stats.peak_memory_in_bytes)
         except jax.errors.JaxRuntimeError as error:
             refusal = str(error)
             if "RESOURCE_EXHAUSTED" not in refusal:
@@ -70,6 +72,7 @@ def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -
         live_ranges,
         sizes,
         host,
+        peak,
         refusal,
         _available(refusal),
         tuple(written),

@@ -32,7 +32,6 @@ GROUPS = {
     "temporaries": "everything else that is live at the peak",
     "idle": "gaps of the heap at the peak",
     "code": "instructions",
-    "unassigned": "what memory_analysis() adds to the buffers that the compiler assigned",
 }
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
 _MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")
@@ -55,16 +54,11 @@ class Line:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     groups: dict[str, int]  # bytes of a device's HBM by group; absent where none
-    total: int  # their sum
-    stated: int | None  # by memory_analysis(); None where the program doesn't fit
+    total: int  # their sum, which the compiler holds against the capacity
+    stated: int | None  # the same by memory_analysis(); None where the program doesn't fit
     host: int  # bytes of the host's memory for a device
     largest: tuple[Line, ...]  # the ten largest buffers
     largest_temporary: tuple[Line, ...]  # of those in the heap at its peak
-
-    @property
-    def assigned(self) -> int:
-        """What the compiler holds against the capacity before it refuses a program."""
-        return self.total - self.groups.get("unassigned", 0)
 
 
 class Attribution:
@@ -239,12 +233,9 @@ def measure(
     module: hlo.Module,
     parameters: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
     *,
-    code_apart: bool,
+    platform: str,
 ) -> Memory:
-    """The memory of a compiled step.
-
-    code_apart: the compiler's temporaries don't hold its code, as they do on TPU.
-    """
+    """The memory of a compiled step."""
     allocations = xla_buffers.parse(compiled.assignment, compiled.live_ranges)
     attribution = Attribution(module, compiled.live_ranges, parameters)
     groups = dict.fromkeys(GROUPS, 0)
@@ -273,9 +264,12 @@ def measure(
     if compiled.sizes:
         s = compiled.sizes
         groups["code"] = s["generated_code"]
-        stated = s["argument"] + s["output"] - s["alias"] + s["temp"]
-        stated += s["generated_code"] if code_apart else 0
-        groups["unassigned"] = max(0, stated - sum(groups.values()))
+        stated = s["argument"] + s["output"] - s["alias"] + s["temp"] + s["generated_code"]
+        if platform == "tpu":
+            # libtpu's temporaries are no heap that it assigned: up to half as much again. Its peak
+            # is, without gaps and code, but with what is in the chip's own memory at that moment.
+            assert compiled.peak is not None
+            stated = compiled.peak + groups["idle"] + groups["code"]
     h = compiled.host_sizes
     host = h["argument"] + h["output"] - h["alias"] + h["temp"] if h else 0
     return Memory(

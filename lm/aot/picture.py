@@ -14,7 +14,7 @@ COLORS = {
     **{"parameters": "#1f4e79", "optimizer": "#2e75b6", "cache": "#5b9bd5", "batch": "#9dc3e6"},
     **{"outputs": "#bdd7ee", "gradients": "#c55a11", "saved activations": "#ed7d31"},
     **{"parameter copies": "#f4b183", "kernels": "#ffd966", "temporaries": "#ffe699"},
-    **{"idle": "#d9d9d9", "code": "#a6a6a6", "unassigned": "#7f7f7f"},
+    **{"idle": "#d9d9d9", "code": "#a6a6a6"},
 }
 KINDS = {
     **{"all-gather": "#2e75b6", "reduce-scatter": "#70ad47", "all-reduce": "#c55a11"},

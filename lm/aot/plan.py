@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        room = self.capacity is None or self.memory.assigned <= self.capacity
+        room = self.capacity is None or self.memory.total <= self.capacity
         return room and not self.refusal
 
     @property
@@ -189,7 +189,7 @@ def analyse(
     module = hlo.parse(compiled.program)
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
-    used = memory.measure(compiled, module, shapes, code_apart=target.chip.platform != "tpu")
+    used = memory.measure(compiled, module, shapes, platform=target.chip.platform)
     sizes = tuple(mesh.shape.values())
     found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
     places = wires.places(target, mesh.devices.flatten().tolist())
