@@ -50,6 +50,11 @@ class Experiment:
                 + ("given" if c.model.takes_encoder else "unset")
                 + f" for config.model.name={config.model.name}"
             )
+        if (c.data.encoder_length or 0) > c.model.max_length:
+            raise ValueError(
+                f"config.model.max_length ({c.model.max_length}) must be at least "
+                f"config.data.encoder_length ({c.data.encoder_length})"
+            )
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
         self.batch_size = _batch_size(c, self.rules, self.model.num_microbatches)
