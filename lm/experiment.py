@@ -327,7 +327,8 @@ class Experiment:
         """Model FLOPs of training on one token; None for a model without a formula."""
         if not flops.is_known(self.config.model):
             return None
-        return flops.flops_per_token(self.config.model, self.config.data.length)
+        data = self.config.data
+        return flops.flops_per_token(self.config.model, data.length, data.encoder_length)
 
     def peak_flops(self) -> float | None:
         """FLOP/s of all devices together, where their peak is known or given."""

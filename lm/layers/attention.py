@@ -237,4 +237,6 @@ class CrossAttention(MultiHead):
         rng = self._dropout_rng(context.train)
         mask = cross_mask(context.masks[0].query_segments, memory.segments)
         y = self._attend(q, kept["key"], kept["value"], mask, rng=rng)
-        return self._out(y), kept
+        # a softmax over hidden keys alone is their mean: a segment without a source reads none
+        some = jnp.any(mask.allowed(), axis=-1)[:, None, :, None]  # [B, 1, T, 1]
+        return self._out(jnp.where(some, y, 0)), kept

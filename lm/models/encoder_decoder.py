@@ -44,8 +44,10 @@ class Config(BlockConfig):
 
     @property
     def attention_kinds(self) -> tuple[dict[str, Any], ...]:
-        encoder = ({**kind, "causal": False} for kind in self.encoder.attention_kinds)
-        return (*encoder, *super().attention_kinds)
+        decoder = super().attention_kinds
+        encoder = [{**kind, "causal": False} for kind in self.encoder.attention_kinds]
+        cross = {**decoder[0], "causal": False, "window": None, "bias": False}
+        return (*encoder, *decoder, *([] if cross in encoder else [cross]))
 
     def check(self, length: int) -> None:
         """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
