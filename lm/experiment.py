@@ -53,6 +53,11 @@ class Experiment:
                 + ("given" if c.model.takes_encoder else "unset")
                 + f" for config.model.name={config.model.name}"
             )
+        if (c.data.encoder_length or 0) > c.model.max_length:
+            raise ValueError(
+                f"config.model.max_length ({c.model.max_length}) must be at least "
+                f"config.data.encoder_length ({c.data.encoder_length})"
+            )
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
         self.batch_size = _batch_size(c, self.rules, self.model.num_microbatches)
@@ -473,7 +478,8 @@ class Experiment:
         """Model FLOPs of training on one token; None for a model without a formula."""
         if not flops.is_known(self.config.model):
             return None
-        return flops.flops_per_token(self.config.model, self.config.data.length)
+        data = self.config.data
+        return flops.flops_per_token(self.config.model, data.length, data.encoder_length)
 
     def peak_flops(self) -> float | None:
         """FLOP/s of all devices together, where their peak is known or given."""

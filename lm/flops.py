@@ -18,7 +18,7 @@ from typing import Any
 from lm.config import OptimizerConfig
 
 GATED = ("reglu", "geglu", "geglu_tanh", "swiglu")  # activations with a third matrix in the MLP
-TABLES = ("embedding", "positions", "head")  # groups with a row for each token or position
+TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
 FLOAT32_BYTES = 4
 
 
@@ -27,17 +27,21 @@ class Weight:
     """`count` parameters of one group, by which a token is multiplied `uses` times.
 
     Tables that are only looked up, biases and scales have no uses; experts have num_active /
-    num_experts.
+    num_experts. encoder: the tokens are those of the encoder's stream.
     """
 
     group: str
     count: int
     uses: float = 0.0
+    encoder: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Attention scores of `num_layers` layers; causal: a token sees itself and those before it."""
+    """Attention scores of `num_layers` layers; causal: a token sees itself and those before it.
+
+    queries and keys: the streams that they come from, `inputs` or `encoder`.
+    """
 
     num_layers: int
     num_heads: int
@@ -45,6 +49,8 @@ class Scores:
     head_dim: int
     window: int | None = None
     causal: bool = True
+    queries: str = "inputs"
+    keys: str = "inputs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by group: embedding, positions, attention, mlp, router,
+    """Parameters by group: embedding, positions, types, attention, mlp, router,
     balance (selection biases), experts, norm, head, lstm, maps (between two widths), convolution;
     absent where none.
 
@@ -84,6 +90,63 @@ class ParameterCount:
 def decoder(config: Any) -> Layout:
     """The Layout of a `lm.models.decoder.Config`."""
     c = config
+    return Layout((*_tables(c), *_stack(c), *_head(c)), _scores(c))
+
+
+def encoder(config: Any) -> Layout:
+    """The Layout of a `lm.models.encoder.Config`: the transform of its masked-LM head and the
+    pooler count as head; the pooler meets one token of a segment, so it has no uses.
+    """
+    c = config
+    embed, vocab = c.embed_dim, c.vocab_size
+    weights = (
+        Weight("embedding", vocab * embed, uses=1.0),
+        Weight("positions", (c.positions == "learned") * c.max_length * embed),
+        Weight("types", c.num_types * embed),
+        *_stack(c),
+        Weight("norm", 2 * embed * (1 + c.norm_bias)),
+        Weight("head", embed * embed, uses=1.0),
+        Weight("head", c.mlp_bias * embed + vocab),
+        Weight("head", (embed + c.mlp_bias) * c.pooler_dim),
+    )
+    return Layout(weights, _scores(c, causal=False))
+
+
+def encoder_decoder(config: Any) -> Layout:
+    """The Layout of a `lm.models.encoder_decoder.Config`."""
+    c = config
+    heads, kv_heads, head, layers = c.num_heads, c.kv_heads, c.head_size, c.num_layers
+    biases = c.qkv_bias * (heads + 2 * kv_heads) * head + c.out_bias * c.embed_dim
+    norms = layers * (1 + (c.norm_placement == "both")) * c.embed_dim * (1 + c.norm_bias)
+    cross = (
+        Weight("attention", layers * 2 * c.embed_dim * heads * head, uses=1.0),
+        Weight("attention", layers * 2 * c.embed_dim * kv_heads * head, uses=1.0, encoder=True),
+        Weight("attention", layers * biases),
+        Weight("norm", norms + layers * c.qk_norm * 2 * head),
+    )
+    own = tuple(dataclasses.replace(weight, encoder=True) for weight in _stack(c.encoder))
+    positions = (c.positions == "learned") * c.max_length * c.embed_dim  # of the encoder
+    weights = (*_tables(c), Weight("positions", positions), *own, *_stack(c), *cross, *_head(c))
+    shape = (layers, heads, kv_heads, head)
+    scores = (
+        *_scores(c.encoder, causal=False, queries="encoder", keys="encoder"),
+        *_scores(c),
+        Scores(*shape, causal=False, keys="encoder"),
+    )
+    return Layout(weights, scores)
+
+
+def _tables(c: Any) -> tuple[Weight, ...]:
+    table = Weight("embedding", c.vocab_size * c.embed_dim, uses=1.0 if c.tie_embeddings else 0.0)
+    return table, Weight("positions", (c.positions == "learned") * c.max_length * c.embed_dim)
+
+
+def _head(c: Any) -> tuple[Weight, ...]:
+    return (Weight("head", 0 if c.tie_embeddings else c.vocab_size * c.embed_dim, uses=1.0),)
+
+
+def _stack(c: Any) -> tuple[Weight, ...]:
+    """Of the layers of a `BlockConfig` without cross-attention, and what they share."""
     layers, embed = c.num_layers, c.embed_dim
     heads, kv_heads, head = c.num_heads, c.kv_heads, c.head_size
     num_up = 2 if c.activation in GATED else 1
@@ -91,18 +154,12 @@ def decoder(config: Any) -> Layout:
     mlp_bias = c.mlp_bias * (num_up * c.mlp_size + embed)
     inputs = 1 if c.parallel_block else 2  # sublayers that normalise an input of their own
     num_norms = layers * (inputs + 2 * (c.norm_placement == "both")) + (c.norm_placement != "post")
-    positions = {
-        "learned": c.max_length * embed,
-        "relative": c.relative_buckets * heads,
-    }.get(c.positions, 0)
-    table = c.vocab_size * embed
     moe, experts = c.moe, c.moe.num_experts
     mlp_size = moe.shared_mlp_dim if experts else c.mlp_size
     share = moe.num_experts_per_token / experts if experts else 0.0
     expert = (num_up + 1) * embed * c.expert_size
-    weights = (
-        Weight("embedding", table, uses=1.0 if c.tie_embeddings else 0.0),
-        Weight("positions", positions),
+    return (
+        Weight("positions", (c.positions == "relative") * c.relative_buckets * heads),
         Weight("attention", layers * 2 * embed * (heads + kv_heads) * head, uses=1.0),
         Weight("attention", layers * attention_bias),
         Weight("mlp", layers * (num_up + 1) * embed * mlp_size, uses=1.0),
@@ -111,13 +168,14 @@ def decoder(config: Any) -> Layout:
         Weight("balance", layers * experts * moe.selection_bias),
         Weight("experts", layers * experts * expert, uses=share),
         Weight("norm", num_norms * embed * (1 + c.norm_bias) + layers * c.qk_norm * 2 * head),
-        Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
     )
-    scores = tuple(
-        Scores(c.layer_kinds.count(kind), heads, kv_heads, head, window)
+
+
+def _scores(c: Any, **of: Any) -> tuple[Scores, ...]:
+    return tuple(
+        Scores(c.layer_kinds.count(kind), c.num_heads, c.kv_heads, c.head_size, window, **of)
         for kind, window in zip(c.kinds, c.windows, strict=True)
     )
-    return Layout(weights, scores)
 
 
 def lstm(config: Any) -> Layout:
@@ -154,6 +212,8 @@ def conv(config: Any) -> Layout:
 # The module of a model's Config: its Layout.
 LAYOUTS: dict[str, Callable[[Any], Layout]] = {
     "lm.models.decoder": decoder,
+    "lm.models.encoder": encoder,
+    "lm.models.encoder_decoder": encoder_decoder,
     "lm.models.lstm": lstm,
     "lm.models.conv": conv,
 }
@@ -205,9 +265,17 @@ def mean_keys(length: int, *, window: int | None = None, causal: bool = True) ->
 
 
 def flops_per_token(
-    config: Any, length: int, *, training: bool = True, full_square: bool = False
+    config: Any,
+    length: int,
+    encoder_length: int | None = None,
+    *,
+    training: bool = True,
+    full_square: bool = False,
 ) -> float:
     """FLOPs for each token of rows of `length`; the backward pass, twice the forward, if training.
+
+    An encoder's rows of `encoder_length` count for the tokens of the decoder's rows, which are
+    those that are scored.
 
     Forward: 2 for every weight that the token is multiplied by, the vocabulary projection
     included, and 4 S N H for each layer's scores and weighted values, where S is the mean number
@@ -223,10 +291,14 @@ def flops_per_token(
     is 0.93 of it and on Llama 3 8B at 8192 0.89.
     """
     parts = layout(config)
-    flops = sum(2 * weight.uses * weight.count for weight in parts.weights)
+    lengths = {"inputs": length, "encoder": encoder_length or 0}
+    share = lengths["encoder"] / length  # tokens of the encoder for each of the inputs
+    flops = sum(2 * w.uses * w.count * (share if w.encoder else 1) for w in parts.weights)
     for s in parts.scores:
-        keys = length if full_square else mean_keys(length, window=s.window, causal=s.causal)
-        flops += 4 * s.num_layers * s.num_heads * s.head_dim * keys
+        keys: float = lengths[s.keys]
+        if not full_square and s.keys == s.queries and keys:
+            keys = mean_keys(lengths[s.keys], window=s.window, causal=s.causal)
+        flops += 4 * s.num_layers * s.num_heads * s.head_dim * keys * lengths[s.queries] / length
     return flops * (3 if training else 1)
 
 
@@ -260,15 +332,24 @@ def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
 
 
 def kv_cache_bytes(
-    config: Any, length: int, *, batch_size: int = 1, bytes_per_value: int = FLOAT32_BYTES
+    config: Any,
+    length: int,
+    encoder_length: int | None = None,
+    *,
+    batch_size: int = 1,
+    bytes_per_value: int = FLOAT32_BYTES,
 ) -> int:
-    """Bytes of the keys and values of `batch_size` streams of `length` tokens (windows: fewer)."""
+    """Bytes of the keys and values of `batch_size` streams of `length` tokens (windows: fewer), and
+    of those that cross-attention makes of `encoder_length` tokens.
+    """
+    lengths = {"inputs": length, "encoder": encoder_length or 0}
     slots = sum(
         s.num_layers
         * s.num_kv_heads
         * s.head_dim
-        * (length if s.window is None else min(s.window, length))
+        * min(s.window or lengths[s.keys], lengths[s.keys])
         for s in layout(config).scores
+        if s.queries == "inputs"
     )
     return 2 * batch_size * slots * bytes_per_value
 

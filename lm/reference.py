@@ -23,8 +23,9 @@ def attention(
     window: int | None,
     softcap: float | None,
     bias: np.ndarray | None,
+    causal: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(output, gradients of q, k and v) of causal attention over one row of packed tokens [1, T].
+    """(output, gradients of q, k and v) of attention over one row of packed tokens [1, T].
 
     q and `given`, the gradient of the output: [N, T, H]; k, v: [K, T, H]; bias: [N, T, T]; all
     float32.
@@ -36,9 +37,11 @@ def attention(
     scores = scores if bias is None else scores + bias
     segments, positions = tokens.segments[0], tokens.positions[0]
     distance = positions[:, None] - positions[None, :]
-    seen = (segments[:, None] == segments[None, :]) & (segments[None, :] > 0) & (distance >= 0)
+    seen = (segments[:, None] == segments[None, :]) & (segments[None, :] > 0)
+    if causal:
+        seen &= distance >= 0
     if window is not None:
-        seen &= distance < window
+        seen &= np.abs(distance) < window
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)  # padding sees nothing
     out = weights @ v

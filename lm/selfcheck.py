@@ -55,6 +55,7 @@ class Heads:
     softcap: float | None
     bias: bool
     kernel: str
+    causal: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Heads:
         parts += [] if self.window is None else [f"window {self.window}"]
         parts += [] if self.softcap is None else [f"softcap {self.softcap:g}"]
         parts += ["bias"] if self.bias else []
+        parts += [] if self.causal else ["both ways"]
         return ", ".join([*parts, *([] if self.kernel == "auto" else [self.kernel])])
 
 
@@ -188,17 +190,18 @@ def _row(length: int) -> tuple[Tokens, np.ndarray]:
     return Tokens(*row), np.cumsum(sizes)[:3]
 
 
-def _probes(tokens: Tokens, ends: np.ndarray, window: int | None) -> list[Probe]:
+def _probes(heads: Heads, tokens: Tokens, ends: np.ndarray) -> list[Probe]:
     """What must not be read; the last one asks for all outputs that are no padding."""
+    window = heads.window
     segments, place = tokens.segments[0], tokens.ids[0]
     real = segments > 0
     probes = [Probe("other documents", segments == n, real & (segments != n)) for n in (1, 2, 3)]
-    for last in (0, ends[0] // 2, ends[2] - 2):
+    for last in (0, ends[0] // 2, ends[2] - 2) if heads.causal else ():
         probes.append(Probe("the future", place <= last, real & (place > last)))
     if window is not None:
-        last = ends[0] - 1
-        outside = (segments == 1) & (place <= last - window)
-        probes.append(Probe(f"beyond its window of {window}", place == last, outside))
+        for query in (ends[0] - 1,) if heads.causal else (0, ends[0] // 2, ends[0] - 1):
+            outside = (segments == 1) & (np.abs(place - query) >= window)
+            probes.append(Probe(f"beyond its window of {window}", place == query, outside))
     return [*probes, Probe("padding", real, ~real)]
 
 
@@ -245,11 +248,12 @@ def check_attention(kinds: tuple[Heads, ...], dtype: Any, rules: Rules) -> float
         )
         for heads in kinds
     )
-    probes = [_probes(tokens, ends, heads.window) for heads in kinds]
+    probes = [_probes(heads, tokens, ends) for heads in kinds]
     inputs = [_make_inputs(heads, p, dtype) for heads, p in zip(kinds, probes, strict=True)]
 
     def ours(heads: Heads, q: Array, k: Array, v: Array, bias: Array | None, given: Array) -> Any:
-        mask = self_mask(jax.tree.map(lambda x: jnp.repeat(x, len(q), axis=0), tokens))
+        rows = jax.tree.map(lambda x: jnp.repeat(x, len(q), axis=0), tokens)
+        mask = self_mask(rows, heads.causal)
 
         def run(q: Array, k: Array, v: Array) -> jax.Array:
             kernel = {"rules": rules, "kernel": heads.kernel}
@@ -271,7 +275,8 @@ def check_attention(kinds: tuple[Heads, ...], dtype: Any, rules: Rules) -> float
             _check_secret(heads, probe, [x[row] for x in results[i]], changed[i][0][row])
         row: Any = [None if x is None else x[-1].astype(np.float32) for x in inputs[i][0]]
         q, k, v, bias, given = row
-        expected = reference.attention(q, k, v, given, tokens, bias=bias, **heads.options)
+        options = {"causal": heads.causal, "bias": bias, **heads.options}
+        expected = reference.attention(q, k, v, given, tokens, **options)
         got = [np.where(probes[i][-1].asked[:, None], x[-1], 0) for x in results[i]]
         for name, a, b in zip(NAMES, got, expected, strict=True):
             what = f"the {name} of attention ({heads})"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_decoder import reference
+from parameters import random_params
 
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import KINDS as NORMS
@@ -94,18 +95,6 @@ VARIANTS = {
     "nope_local": {**MIXED, "positions": "none", "parallel_block": True, "activation": "relu2"},
 }
 SIZES = {"vocab_size": VOCAB, "max_length": 16, "embed_dim": 16, "relative_max_distance": 8}
-
-
-def random_params(boxed, seed=0):
-    """Values for every parameter, none at a special value such as a bias of zero."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        values = rng.normal(size=leaf.shape).astype(np.float32)
-        name = path[-1].key
-        return 1 + 0.2 * values if name == "scale" else (0.1 if name == "bias" else 0.3) * values
-
-    return jax.tree_util.tree_map_with_path(one, nn.meta.unbox(boxed))
 
 
 class Subject:

@@ -261,8 +261,9 @@ def test_decoder_lists_what_its_layers_call_attention_with(
 
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
         heads, size = q.shape[1], q.shape[3]
-        assert q.dtype == k.dtype == jnp.dtype(model.config.dtype) and mask.causal
-        called.append(selfcheck.Heads(heads, k.shape[1], size, bias=bias is not None, **options))
+        assert q.dtype == k.dtype == jnp.dtype(model.config.dtype)
+        options |= {"bias": bias is not None, "causal": mask.causal}
+        called.append(selfcheck.Heads(heads, k.shape[1], size, **options))
         return q
 
     inputs = packed_batch(2, 32, 264).inputs
@@ -289,7 +290,8 @@ def test_reference_of_the_loss_has_the_gradient_of_its_objective(packed_batch):
         np.testing.assert_allclose(up["objective"] - down["objective"], along, rtol=1e-6)
 
 
-def test_reference_of_attention_has_the_gradient_of_its_output(pack):
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_of_attention_has_the_gradient_of_its_output(pack, causal):
     rng, tokens = np.random.default_rng(0), pack([[3, 1, 4]], length=9, vocab_size=9)
     q, given = rng.normal(size=(2, 4, 9, 3))
     k, v = rng.normal(size=(2, 2, 9, 3))
@@ -297,7 +299,14 @@ def test_reference_of_attention_has_the_gradient_of_its_output(pack):
 
     def run(**x):
         return reference.attention(
-            **x, given=given, tokens=tokens, scale=0.7, window=3, softcap=2.0, bias=bias
+            **x,
+            given=given,
+            tokens=tokens,
+            scale=0.7,
+            window=3,
+            softcap=2.0,
+            bias=bias,
+            causal=causal,
         )
 
     inputs = {"q": q, "k": k, "v": v}

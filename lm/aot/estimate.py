@@ -82,7 +82,8 @@ def estimate(
     peak = topology.chip.peak_flops(c.dtype)
     if peak is None:
         raise ValueError(f"no published peak for {topology.chip.name} in {c.dtype}")
-    done = flops.flops_per_token(c, config.data.length) * batch_size * config.data.length
+    one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
+    done = one * batch_size * config.data.length
     parts = {"compute": done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak}
     # gathered for the forward and the backward pass, and gradients scattered, per micro-batch
     whole = count.total / tensor / stage * HALF

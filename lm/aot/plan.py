@@ -235,7 +235,8 @@ def _model_flops(
     if not flops.is_known(model):
         return None
     if decode is None:
-        return flops.flops_per_token(model, length) * rows * length / size
+        encoder = experiment.config.data.encoder_length
+        return flops.flops_per_token(model, length, encoder) * rows * length / size
     # a new token attends to every slot of the cache
     one = flops.flops_per_token(model, length, training=False, full_square=True)
     return one * rows / size

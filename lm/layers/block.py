@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.config import field
 from lm.layers import kernels
 from lm.layers import positions as pe
-from lm.layers.attention import Attention, Context
+from lm.layers.attention import Attention, Context, CrossAttention
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe import Moe, MoeConfig, Report
@@ -125,6 +125,7 @@ class BlockConfig:
             "softcap": self.attention_softcap,
             "bias": self.positions in ("relative", "alibi"),
             "kernel": self.attention_kernel,
+            "causal": self.is_causal,
         }
         return tuple({**shared, "window": window} for window in self.windows)
 
@@ -213,8 +214,8 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """Attention and MLP around a residual stream. Parameters: `attention`, `mlp` or `moe`, and
-    their norms.
+    """Attention and MLP around a residual stream. Parameters: `attention`, `mlp` or `moe`, with a
+    memory to read `cross_attention`, and their norms.
     """
 
     config: BlockConfig
@@ -225,37 +226,42 @@ class Block(nn.Module):
         return Norm(c.norm, c.norm_eps, c.norm_bias, jnp.dtype(c.dtype), name=name)
 
     @nn.compact
-    def __call__(self, carry: Any, per_layer: Any, context: Context) -> tuple[Any, Report | None]:
+    def __call__(
+        self, carry: Any, per_layer: Any, context: Context
+    ) -> tuple[Any, tuple[Report | None, Any]]:
+        """((x: [B, T, D], cache), what is of this layer alone, what layers share) -> ((x, cache),
+        (report of its experts, the keys and values of cross-attention that a cache needs)).
+        """
         c = self.config
         x, cache = carry
+        own, kept = {n: per_layer[n] for n in ("kind", "layer")}, per_layer.get("kept")
         x = checkpoint_name(x, "input")
         dtype = jnp.dtype(c.dtype)
-        out_scale = (
-            2 * c.num_layers
-        ) ** -0.5  # GPT-2: the residual stream keeps its size with depth
-        attention = Attention(
-            embed_dim=c.embed_dim,
-            num_heads=c.num_heads,
-            num_kv_heads=c.kv_heads,
-            head_dim=c.head_size,
-            rules=self.rules,
-            windows=c.windows,
-            qkv_bias=c.qkv_bias,
-            out_bias=c.out_bias,
-            qk_norm=c.qk_norm,
-            norm="rms" if c.norm == "layer" else c.norm,
-            norm_eps=c.norm_eps,
-            scale=c.query_scale,
-            softcap=c.attention_softcap,
-            dropout=c.attention_dropout,
-            kernel=c.attention_kernel,
-            sequence_parallel=c.sequence_parallel,
-            dtype=dtype,
-            init_std=c.init_std,
-            out_scale=out_scale,
-            lora=c.lora,
-            name="attention",
-        )
+        # GPT-2: the residual stream keeps its size with depth
+        branches = 2 if context.memory is None else 3
+        out_scale = (branches * c.num_layers) ** -0.5
+        heads = {
+            "embed_dim": c.embed_dim,
+            "num_heads": c.num_heads,
+            "num_kv_heads": c.kv_heads,
+            "head_dim": c.head_size,
+            "rules": self.rules,
+            "qkv_bias": c.qkv_bias,
+            "out_bias": c.out_bias,
+            "qk_norm": c.qk_norm,
+            "norm": "rms" if c.norm == "layer" else c.norm,
+            "norm_eps": c.norm_eps,
+            "scale": c.query_scale,
+            "softcap": c.attention_softcap,
+            "dropout": c.attention_dropout,
+            "kernel": c.attention_kernel,
+            "sequence_parallel": c.sequence_parallel,
+            "dtype": dtype,
+            "init_std": c.init_std,
+            "out_scale": out_scale,
+            "lora": c.lora,
+        }
+        attention = Attention(**heads, windows=c.windows, name="attention")
         shared = {"embed_dim": c.embed_dim, "rules": self.rules, "activation": c.activation}
         shared |= {"dtype": dtype, "init_std": c.init_std, "out_scale": out_scale, "lora": c.lora}
         mlp: Moe | Mlp
@@ -281,7 +287,7 @@ class Block(nn.Module):
             return scatter(y), report
 
         h = gather(self._norm("attention_norm")(x) if before else x)
-        a, cache = attention(h, context, **per_layer, cache=cache)
+        a, cache = attention(h, context, **own, cache=cache)
         a = scatter(a)
         a = dropout(self._norm("attention_post_norm")(a) if after else a)
         if c.parallel_block:
@@ -294,10 +300,17 @@ class Block(nn.Module):
             x = x + a
             if not before:
                 x = self._norm("attention_norm")(x)
+            if context.memory is not None:
+                h = gather(self._norm("cross_attention_norm")(x) if before else x)
+                a, kept = CrossAttention(**heads, name="cross_attention")(h, context, kept)
+                a = scatter(a)
+                x = x + dropout(self._norm("cross_attention_post_norm")(a) if after else a)
+                if not before:
+                    x = self._norm("cross_attention_norm")(x)
             m, report = feed_forward(self._norm("mlp_norm")(x) if before else x)
             x = x + dropout(self._norm("mlp_post_norm")(m) if after else m)
             if not before:
                 x = self._norm("mlp_norm")(x)
         x = scatter(x)
         self.sow("intermediates", "hidden", x)
-        return (x, cache), report
+        return (x, cache), (report, None if cache is None else kept)

@@ -52,6 +52,14 @@ def self_mask(tokens: Tokens, causal: bool = True, order: int = 1) -> Mask:
     return Mask(t.segments, t.positions, t.segments, t.positions, t.bidirectional, causal, order)
 
 
+def cross_mask(query_segments: Array, key_segments: Array) -> Mask:
+    """The mask of one stream over another, of which it sees all tokens of the same segment number:
+    int32 [B, T] and [B, S].
+    """
+    places = (jnp.zeros_like(query_segments), jnp.zeros_like(key_segments))
+    return Mask(query_segments, places[0], key_segments, places[1], causal=False)
+
+
 def capped_scores(q: Array, k: Array, *, scale: float, softcap: float | None) -> jax.Array:
     """Scaled products of q: [B, N, T, H] and k: [B, K, S, H], soft-capped: float32 [B, N, T, S]."""
     b, n, t, h = q.shape

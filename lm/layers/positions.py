@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ import numpy as np
 
 from lm.config import field
 from lm.layers.linear import parameter
+from lm.types import Array
 
 KINDS = ("rotary", "learned", "sinusoidal", "relative", "alibi", "none")
 
@@ -120,6 +122,21 @@ def sinusoids(positions: jax.Array, embed_dim: int) -> jax.Array:
     rates = np.exp(-np.log(10_000.0) * np.arange(embed_dim // 2) / max(embed_dim // 2 - 1, 1))
     angles = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def add_absolute(
+    x: jax.Array, positions: jax.Array, kind: str, table: Callable[[Array], jax.Array] | None
+) -> jax.Array:
+    """Embeddings x: [B, T, D] with where they stand added, for the kinds that say it there.
+
+    positions: int32 [B, T]; table: from them to [B, T, D], where they are learned.
+    """
+    if kind == "learned":
+        assert table is not None
+        return x + table(positions)
+    if kind == "sinusoidal":
+        return x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
+    return x
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm.layers import cache as kv_cache
 from lm.layers import kernels, zigzag
 from lm.layers import positions as pe
-from lm.layers.attention import Context
+from lm.layers.attention import Context, Memory
 from lm.layers.block import Block, BlockConfig
 from lm.layers.dot_product import Mask, self_mask
 from lm.layers.norm import Norm
@@ -47,14 +47,18 @@ class Transformer(nn.Module):
         x: Array,
         inputs: Tokens,
         *,
+        memory: Memory | None = None,
         cache: Cache | None = None,
         order: int = 1,
         train: bool = False,
     ) -> tuple[jax.Array, Cache | None, Any]:
         """(hidden states [B, T, D], cache, reports of experts [L, ...]) of embeddings x: [B, T, D].
 
+        memory: what layers with cross-attention read; a cache keeps it for the calls that follow.
         order: that of the length, as in `Mask`.
         """
+        if memory is None and cache is not None:
+            memory = cache.get("memory")
         if cache is None:
             marks, masks = None, self._masks(inputs, order)
         else:
@@ -66,11 +70,18 @@ class Transformer(nn.Module):
         context = self._context(inputs, masks, biases, train)
         if cache is not None:
             context = context.replace(index=cache["index"])  # pyright: ignore
+        per_layer = self._per_layer()
+        if memory is not None:
+            context = context.replace(memory=Memory(memory.segments, memory.hidden))  # pyright: ignore
+            if memory.hidden is None:
+                per_layer["kept"] = {"key": memory.key, "value": memory.value}
         layer_cache = None if cache is None else cache["layers"]
-        (x, layer_cache), reports = self.layers((x, layer_cache), self._per_layer(), context)
+        (x, layer_cache), (reports, kept) = self.layers((x, layer_cache), per_layer, context)
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
+            if memory is not None:
+                cache["memory"] = Memory(memory.segments, **kept)
         return self.finish(x), cache, reports
 
     def finish(self, x: Array) -> jax.Array:
@@ -159,3 +170,12 @@ def check_kernels(config: BlockConfig, rules: Rules) -> None:
         bias=config.positions in ("relative", "alibi"),
         dropout=config.attention_dropout > 0,
     )
+
+
+def check_stages(name: str, rules: Rules) -> None:
+    """Raises ValueError on a mesh with stages, for models that don't run in a pipeline."""
+    if (stages := rules.size("layers")) > 1:
+        raise ValueError(
+            f"config.mesh.stage ({stages}) must be 1 for config.model.name={name}: the pipeline is "
+            "the decoder's; spread parameters with config.mesh.fsdp and tensor"
+        )

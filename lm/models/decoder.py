@@ -96,10 +96,8 @@ class Decoder(Transformer):
         if order > 1:
             inputs = jax.tree.map(lambda x: zigzag.shuffle(x, rules), inputs)
         x = self.embedding(inputs.ids) * jnp.asarray(c.embed_scale, jnp.dtype(c.dtype))
-        if c.positions == "learned":
-            x = x + self.position(inputs.positions)
-        elif c.positions == "sinusoidal":
-            x = x + pe.sinusoids(inputs.positions, c.embed_dim).astype(x.dtype)
+        table = self.position if c.positions == "learned" else None
+        x = pe.add_absolute(x, inputs.positions, c.positions, table)
         length = "act_length" if cache is None else "length"
         x = rules.constrain(x, "act_batch", length, "act_embed")
         if self._is_pipelined(cache, train):
@@ -157,8 +155,9 @@ class Decoder(Transformer):
 
         def layer(params: Any, own: Any, x: Array, shared: Context, rng: Any) -> Any:
             rngs = {} if rng is None else {"dropout": rng}
-            (x, _), outputs = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
-            return x, outputs
+            found: Any = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
+            (x, _), (report, _) = found
+            return x, report
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)

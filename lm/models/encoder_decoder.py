@@ -1,0 +1,174 @@
+"""Encoder-decoder transformers: the one of 2017 (arXiv:1706.03762), T5 (arXiv:1910.10683) and its
+1.1 are values of this `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import field
+from lm.layers import positions as pe
+from lm.layers.attention import Memory
+from lm.layers.block import BlockConfig
+from lm.layers.embedding import Embedding
+from lm.layers.linear import Linear
+from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
+from lm.sharding import Rules
+from lm.types import Array, Cache, Output, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BlockConfig):
+    num_encoder_layers: int | None = field(None, "Blocks of the encoder; unset: num_layers.")
+    tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
+    embed_scale: float = field(1.0, "Factor on the embeddings.")
+    embed_init_std: float | None = field(
+        None, "Deviation of initial embeddings; unset: init_std, or 0.02 without one."
+    )
+    logit_scale: float = field(1.0, "Factor on the states before the vocabulary projection.")
+
+    @property
+    def takes_encoder(self) -> bool:
+        return True
+
+    @property
+    def encoder(self) -> BlockConfig:
+        """Of the encoder's blocks, which differ from the decoder's in their number alone."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(BlockConfig)}
+        return BlockConfig(**{**shared, "num_layers": self.num_encoder_layers or self.num_layers})
+
+    @property
+    def attention_kinds(self) -> tuple[dict[str, Any], ...]:
+        decoder = super().attention_kinds
+        encoder = [{**kind, "causal": False} for kind in self.encoder.attention_kinds]
+        cross = {**decoder[0], "causal": False, "window": None, "bias": False}
+        return (*encoder, *decoder, *([] if cross in encoder else [cross]))
+
+    def check(self, length: int) -> None:
+        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        rows of `length`.
+        """
+        super().check(length)
+        own = self.num_encoder_layers
+        if own is not None and own < 1:
+            raise ValueError(f"config.model.num_encoder_layers must be positive, got {own}")
+        if own is not None and self.scan_unroll > own:
+            raise ValueError(
+                f"config.model.scan_unroll ({self.scan_unroll}) must be -1 or in "
+                f"1..num_encoder_layers ({own})"
+            )
+        if self.parallel_block:
+            raise ValueError(
+                "config.model.parallel_block must be False for encoder_decoder: cross-attention "
+                "reads what attention has added"
+            )
+        for name in ("embed_init_std", "logit_scale"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"config.model.{name} must be positive, got {value}")
+
+
+class EncoderDecoder(nn.Module):
+    """The model. Parameters: `embedding`, of both streams; `encoder` and `decoder`, those of
+    `Transformer`; `encoder_position`, `decoder_position` and `head` where used.
+    """
+
+    config: Config
+    rules: Rules
+
+    def setup(self) -> None:
+        c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
+        std = 0.02 if c.init_std is None else c.init_std
+        embed_std = std if c.embed_init_std is None else c.embed_init_std
+        self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, embed_std)
+        if c.positions == "learned":
+            table = (c.max_length, c.embed_dim, rules, None, dtype, std)
+            self.encoder_position, self.decoder_position = Embedding(*table), Embedding(*table)
+        self.encoder = Transformer(c.encoder, rules, causal=False)
+        self.decoder = Transformer(c, rules)
+        if not c.tie_embeddings:
+            self.head = Linear(
+                (c.embed_dim,),
+                (c.vocab_size,),
+                ("embed",),
+                ("vocab",),
+                rules,
+                dtype=dtype,
+                init_std=c.init_std,
+            )
+        self.dropout = nn.Dropout(c.dropout)
+
+    def __call__(
+        self,
+        inputs: Tokens,
+        *,
+        encoder: Tokens | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Hidden states [B, T, D] of inputs [B, T], which read the tokens of `encoder`, [B, S], of
+        their own segment number.
+
+        With a cache, of tokens that continue what it holds; the first such call brings `encoder`,
+        and what it returns keeps for every layer what cross-attention reads.
+        """
+        if cache is not None and inputs.bidirectional is not None:
+            raise ValueError(
+                "a cache keeps no bidirectional marks: encode such a prefix without one"
+            )
+        kept = cache is not None and "memory" in cache
+        if kept == (encoder is not None):
+            raise ValueError(
+                "the cache holds an encoder's tokens already: bring others to an empty cache"
+                if kept
+                else "config.model.name=encoder_decoder needs encoder tokens, in the first call "
+                "with a cache too"
+            )
+        c = self.config
+        memory, reports = None, []
+        if encoder is not None:
+            table = self.encoder_position if c.positions == "learned" else None
+            x = self._embed(encoder, table, "act_length", train)
+            x, _, report = self.encoder.run(x, encoder, train=train)
+            memory, reports = Memory(encoder.segments, x), [report]
+        table = self.decoder_position if c.positions == "learned" else None
+        x = self._embed(inputs, table, "act_length" if cache is None else "length", train)
+        x, cache, report = self.decoder.run(x, inputs, memory=memory, cache=cache, train=train)
+        layers = jax.tree.map(lambda *each: jnp.concatenate(each), *reports, report)
+        return make_output(x, cache, layers)
+
+    def _embed(self, tokens: Tokens, table: Any, length: str, train: bool) -> jax.Array:
+        c = self.config
+        x = self.embedding(tokens.ids) * jnp.asarray(c.embed_scale, jnp.dtype(c.dtype))
+        x = pe.add_absolute(x, tokens.positions, c.positions, table)
+        x = self.rules.constrain(x, "act_batch", length, "act_embed")
+        return self.dropout(x, deterministic=not train)
+
+    def logits(self, hidden: Array) -> jax.Array:
+        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        c = self.config
+        x = hidden * jnp.asarray(c.logit_scale, hidden.dtype)
+        x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
+        return self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """An empty cache for `length` tokens of the decoder, of `batch_size` streams."""
+        decoder = Transformer(self.config, self.rules, parent=None)
+        return decoder.init_cache(batch_size, length)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Parts that the rows of a forward pass are cut into."""
+        return 1
+
+
+def build(config: Config, rules: Rules) -> EncoderDecoder:
+    """Raises ValueError where the mesh can't do what the config says."""
+    check_stages("encoder_decoder", rules)
+    check_kernels(config, rules)
+    return EncoderDecoder(config, rules)
