@@ -125,8 +125,14 @@ def search(
     """
     target = topologies.parse(name)
     devices = topologies.devices(target)
-    if not flops.is_known(configs.resolve(config).model):
+    model = configs.resolve(config).model
+    if not flops.is_known(model):
         raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/flops.py")
+    if not flops.layout(model).scores:
+        raise ValueError(
+            f"--search knows the arithmetic of transformers alone; config.model is one of "
+            f"{type(model).__module__}: plan its meshes one by one"
+        )
     pruned: dict[str, int] = {}
     ranked: list[Candidate] = []
     rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[wires.Place]]] = {}
