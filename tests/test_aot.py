@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lm import config as configs
 from lm import flops
 from lm.aot import (
     buffers,
@@ -471,6 +472,14 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
     again = of({"train.num_microbatches": 2}, fsdp=8)
     assert again.parts["fsdp"] == 2 * saving[2].parts["fsdp"]
     assert of(fsdp=4, data=2).memory > of(fsdp=8).memory
+
+
+def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
+    config = configs.default(model="lstm")
+    with pytest.raises(
+        ValueError, match=r"transformers alone; config\.model is .*lm\.models\.lstm"
+    ):
+        search.search(config, "cpu:8", lambda *_: None)
 
 
 def test_the_search_names_a_winner_and_why_the_others_lost(small_plan, make_config):
