@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm import parameters
 from lm.experiment import Experiment
 from lm.hf import structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, Writer
-from lm.hf.importing import named_shapes
 from lm.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -45,11 +45,9 @@ def export_folder(
     tree = structure.hf_config(kind, section)
     ids = vocabulary.special_ids(experiment.tokenizer)
     model = experiment.config.model
-    held = table.tensors(table.places(kind.rows(model), named_shapes(params)))
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = parameters.flatten(params)
+    where = table.places(kind.rows(model), {name: leaf.shape for name, leaf in leaves.items()})
+    held = table.tensors(where)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
     shapes = {name: table.tensor_shape(parts) for name, parts in held.items()}

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
 from lm import config as configs
+from lm import parameters
 from lm.checkpoint.streamed import ParamsWriter
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.hf import structure, table, vocabulary
@@ -105,7 +105,8 @@ def read_into(
 ) -> None:
     """Writes the checkpoint of step 0 with the tensors of `reader`."""
     model = experiment.config.model
-    leaves = named_shapes(experiment.abstract_params)
+    abstract = parameters.flatten(experiment.abstract_params)
+    leaves = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     where = table.places(family.rows(model), leaves)
     held = table.tensors(where)
     names = structure.rename(list(reader.shapes), family)
@@ -134,11 +135,3 @@ def read_into(
         f"{4 * count / 1e9:.2f} GB in {written - begun:.1f} s, read back in "
         f"{time.monotonic() - written:.1f} s"
     )
-
-
-def named_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a tree of arrays, `layers.mlp.up.weight` say."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
