@@ -289,7 +289,7 @@ def lm_loss(
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
     project, parameters = _projection(model, params, output.hidden)
-    members = None
+    members: Any = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"
         members = batch.tasks[:, None, None] == jnp.arange(len(tasks))

@@ -97,7 +97,7 @@ def _find(make: Any, show: Any) -> Any:
         plan = search.largest_batch(config, topology, make)
         rows = plan and plan.rows // plan.num_devices
         print(f"largest batch: {rows} rows a device" if plan else "not even one row a device fits")
-        print(f"--config.data.batch_size_per_device={rows}\n" if plan else "", end="")
+        print(f"--config.data.batch_size={plan.rows}\n" if plan else "", end="")
         return plan
     if _FEWEST.value:
         plan = search.fewest_chips(config, topology, make)

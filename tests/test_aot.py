@@ -30,6 +30,7 @@ from lm.aot import (
 )
 from lm.aot import estimate as estimating
 from lm.experiment import Experiment
+from lm.sharding import AXES
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -454,8 +455,45 @@ def test_every_candidate_divides_the_sizes_of_the_config(make_config):
     assert {c["mesh.tensor"] for c in found} == {1, 2}  # of two kv heads
     for c in found:
         shards = c["mesh.data"] * c["mesh.fsdp"]
-        assert shards * c["mesh.tensor"] == 8
+        assert shards * c["mesh.tensor"] * c.get("mesh.stage", 1) == 8
         assert 16 % (shards * c["train.num_microbatches"]) == 0
+
+
+def test_an_axis_counts_where_the_model_has_use_for_it(make_config):
+    def axes(changes):
+        base = {"data.batch_size": 16, "model.dtype": "bfloat16"}
+        found = list(search.candidates(make_config({**base, **changes}), 8))
+        assert all(
+            math.prod(c.get(f"mesh.{a}", 1) for a in AXES) == 8
+            and c.get("model.pipeline.num_microbatches", 1) % c.get("mesh.stage", 1) == 0
+            for c in found
+        )
+        return {a: {c.get(f"mesh.{a}", 1) for c in found} for a in AXES}
+
+    short = axes({"model.num_layers": 4})
+    assert short["sequence"] == short["expert"] == {1}
+    assert short["stage"] == {1, 2, 4}
+    long = {"data.length": 4 * search.SHORTEST, "model.max_length": 4 * search.SHORTEST}
+    assert axes({**long, "model.num_layers": 3})["sequence"] == {1, 2, 4}
+    assert axes({"model.num_layers": 3})["stage"] == {1}
+    assert axes({"model.moe.num_experts": 4})["expert"] == {1, 2, 4}
+
+
+def test_an_estimate_knows_bubbles_and_gathers_that_became_reductions(make_experiment):
+    def of(name, changes=None, **axes):
+        e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
+        target = topology.parse(name)
+        grid = [wires.Place(0, (i // 4, i % 4, 0), 0) for i in range(8)]
+        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid).parts
+
+    staged = {"model.num_layers": 2, "model.pipeline.num_microbatches": 4}
+    plain = of("v5p:2x4x1", {"model.num_layers": 2}, data=8)
+    piped = of("v5p:2x4x1", staged, stage=2, data=4)
+    assert piped["compute"] == pytest.approx(plain["compute"] * 5 / 4)  # of 5 iterations 1 idle
+    few = of("v5p:2x4x1", fsdp=8)["fsdp"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimating, "WIDEST_GATHER", 4)
+        assert of("v5p:2x4x1", fsdp=8)["fsdp"] == 2 * few
 
 
 def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):

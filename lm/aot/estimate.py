@@ -1,8 +1,9 @@
 """Memory and time of a step by formula, in a millisecond: to leave out what isn't worth compiling.
 
-The arithmetic of a dense decoder: state in shards, what remat saves of each token and layer, two
-layers' gathered parameters, a chunk of logits; products at the peak, parameters over `fsdp`,
-activations over `tensor`, gradients over `data`. It knows no fusion, no fragmentation, no kernel.
+The arithmetic of a decoder: state in shards, what remat saves of each token and layer, two layers'
+gathered parameters, a chunk of logits; products at the peak and the bubble of a pipeline,
+parameters over `fsdp`, activations over `tensor` and `stage`, tokens over `expert`, keys and values
+over `sequence`, gradients over `data`. It knows no fusion, no fragmentation, no kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from lm import flops, sharding
 from lm.aot import wires
 from lm.aot.topology import Topology
 from lm.config import Config
+from lm.layers import pipelining
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
+# Chips of a 3D torus among which libtpu 0.0.42 gathers; among more it adds up zeros, in twice the
+# bytes (seen on v5p with 64 and more, never on the 2D tori of v5e and v6e).
+WIDEST_GATHER = 32
 # FLOPs of a step with each policy over the model's: what the backward pass computes again
 AGAIN = {"none": 1.0, "dots": 1.03, "projections": 1.05, "attended": 1.3, "full": 1.33}
 
@@ -58,21 +63,24 @@ def estimate(
 ) -> Estimate:
     """Of the train step of a config on the mesh of `rules`, with its devices at `places`."""
     mesh, c = rules.mesh.shape, config.model
+    tensor, stage, fsdp = mesh["tensor"], mesh["stage"], mesh["fsdp"]
     count = flops.parameters(c)
     tokens = batch_size * config.data.length / rules.size("batch") / mesh["sequence"]
     micro = tokens / config.train.num_microbatches
-    tensor, stage, fsdp = mesh["tensor"], mesh["stage"], mesh["fsdp"]
-    shards = fsdp * tensor * stage
-    moments = flops.optimizer_bytes(c, config.optimizer)
+    experts = count.groups.get("experts", 0)
+    # of a device with all shards of fsdp; embedding and head are on every stage
+    layers = (count.non_embedding - experts + experts / mesh["expert"]) / stage
+    whole = (count.embedding + layers) / tensor
+    moments = flops.optimizer_bytes(c, config.optimizer) / count.total
     if config.optimizer.moment_dtype == "bfloat16":
         moments /= 2
-    held = count.total * FULL / shards
-    layer = count.non_embedding / c.num_layers / tensor
+    held = whole / fsdp * FULL
+    layer = layers * stage / c.num_layers / tensor
     table = c.vocab_size * c.embed_dim / tensor
     chunk = min(config.loss.chunk_size or micro, micro) * c.vocab_size / tensor
     memory = (
         (held if config.mesh.zero == 3 else held * fsdp)
-        + (moments / shards if config.optimizer.memory == "device" else 0.0)
+        + (moments * whole / fsdp if config.optimizer.memory == "device" else 0.0)
         + held * (2 if config.train.num_microbatches > 1 else 1)
         + micro * saved(c, c.remat) / tensor * c.num_layers / stage * HALF
         + 4 * layer * HALF
@@ -84,25 +92,32 @@ def estimate(
         raise ValueError(f"no published peak for {topology.chip.name} in {c.dtype}")
     one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
     done = one * batch_size * config.data.length
-    parts = {"compute": done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak}
-    # gathered for the forward and the backward pass, and gradients scattered, per micro-batch
-    whole = count.total / tensor / stage * HALF
-    moved = {
-        "fsdp": 3 * config.train.num_microbatches * whole * (fsdp - 1) / fsdp,
-        "data": 2 * count.total / shards * FULL * (mesh["data"] - 1) / mesh["data"],
-        # gather and scatter around attention and MLP: forward, backward, and what is done again
-        "tensor": (8 + 4 * (c.remat == "full"))
-        * c.num_layers
-        / stage
-        * tokens
-        * c.embed_dim
-        * HALF,
+    pipeline = pipelining.make_schedule(c.pipeline, c.num_layers, rules)
+    compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
+    parts = {"compute": compute / (1 - pipeline.bubble)}
+    turns = pipeline.num_iterations if stage > 1 else 1
+    runs = 3 + (c.remat == "full")  # of a layer's exchanges: forward, backward, what is done again
+    depth = c.num_layers / stage
+    key_values = 2 * tokens * mesh["sequence"] * c.kv_heads * c.head_size / tensor
+    routed = tokens * c.moe.num_experts_per_token * c.embed_dim if c.moe.num_experts else 0
+    sent = {
+        # gathered for the forward and the backward pass, and gradients scattered, per micro-batch
+        "fsdp": 3 * config.train.num_microbatches * turns * whole * HALF,
+        "data": 2 * held,
+        # gather and scatter around attention and MLP
+        "tensor": 4 * runs * depth * tokens * c.embed_dim * HALF,
+        "sequence": runs * depth * key_values * HALF + 2 * held,
+        "expert": 2 * runs * depth * routed * HALF,
+        "stage": 2 * turns / pipeline.num_microbatches * tokens * c.embed_dim * HALF,
     }
-    moved["tensor"] *= (tensor - 1) / tensor
-    for axis, sent in moved.items():
+    if fsdp > WIDEST_GATHER and topology.chip.dims == 3:
+        sent["fsdp"] *= 2
+    for axis, size in sent.items():
         if mesh[axis] > 1:
             path = wires.path(topology, [places[i] for i in group(rules, axis)])
-            parts[axis] = sent / path.bandwidth if path.bandwidth else math.inf
+            moved = size * (1 if axis == "stage" else (mesh[axis] - 1) / mesh[axis])
+            moved *= path.hops if axis == "expert" else 1
+            parts[axis] = moved / path.bandwidth if path.bandwidth else math.inf
     return Estimate(memory, parts)
 
 

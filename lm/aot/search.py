@@ -30,6 +30,7 @@ SLICES = {
     2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     1: tuple(str(2**i) for i in range(13)),
 }
+SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 LARGEST_BATCH = 1024  # rows of a device beyond which nobody looks
 
 Make = Callable[[ml_collections.ConfigDict, str], Plan]
@@ -62,39 +63,61 @@ def seconds(plan: Plan) -> float:
 
 
 def candidates(config: ml_collections.ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]:
-    """Every mesh of data, fsdp and tensor, remat policy and number of micro-batches that divides
-    its sizes; the other axes stay as the config has them.
+    """Every mesh, remat policy and number of micro-batches that divides the sizes of a config.
+
+    Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
+    which a shard keeps `SHORTEST` tokens, `stage` with a pipeline of 2 or 4 micro-batches a stage.
     """
     c = configs.resolve(config)
-    kept = c.mesh.expert * c.mesh.sequence * c.mesh.stage
     batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
-    heads = getattr(c.model, "kv_heads", 1)
-    free = num_devices // kept
     # host offload and the like are asked for, not found
     policies = [name for name in REMAT if "offload" not in name and "host" not in name]
-    for tensor, data in itertools.product(_powers(free), _powers(free)):
-        if free % (tensor * data) or heads % tensor or tensor > 16 or data % c.mesh.slices:
+    for mesh in meshes(c, num_devices):
+        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+        rows, rest = divmod(batch, shards)
+        if rest:
             continue
-        fsdp = free // tensor // data
-        shards = data * fsdp * c.mesh.expert
-        sizes_fit = (
-            c.model.embed_dim % fsdp == 0
-            and c.model.mlp_size % tensor == 0
-            and c.model.vocab_size % tensor == 0
-            and c.data.length % (tensor * c.mesh.sequence) == 0
-            and batch % shards == 0
-        )
-        if not sizes_fit:
-            continue
-        for remat, k in itertools.product(policies, _powers(batch // shards)):
-            if batch % (shards * k) == 0:
-                yield {
-                    "mesh.data": data,
-                    "mesh.fsdp": fsdp,
-                    "mesh.tensor": tensor,
-                    "model.remat": remat,
-                    "train.num_microbatches": k,
-                }
+        named = {
+            f"mesh.{axis}": size
+            for axis, size in mesh.items()
+            if axis in ("data", "fsdp", "tensor") or size != getattr(c.mesh, axis)
+        }
+        if mesh["stage"] > 1:
+            parts = [m for m in (2 * mesh["stage"], 4 * mesh["stage"]) if rows % m == 0]
+            ways = [
+                {"model.pipeline.num_microbatches": m, "train.num_microbatches": 1} for m in parts
+            ]
+        else:
+            ways = [{"train.num_microbatches": k} for k in _powers(rows) if rows % k == 0]
+        for remat, way in itertools.product(policies, ways):
+            yield {**named, "model.remat": remat, **way}
+
+
+def meshes(c: configs.Config, num_devices: int) -> Iterator[dict[str, int]]:
+    """Sizes of the mesh axes that multiply to `num_devices` and divide a model's dimensions."""
+    model, length = c.model, c.data.length
+    experts, layers = model.moe.num_experts, model.num_layers
+    tensors = [n for n in _powers(16) if model.kv_heads % n == 0 and model.mlp_size % n == 0]
+    sequences = [1] + [n for n in (2, 4, 8, 16) if length % n == 0 and length // n >= SHORTEST]
+    repeats = model.pipeline.num_repeats
+    stages = [1] + [n for n in (2, 4, 8, 16) if layers % (n * repeats) == 0]
+    expert_axes = [n for n in _powers(experts) if experts % n == 0] if experts else [1]
+    for tensor, sequence, stage, expert, data in itertools.product(
+        tensors, sequences, stages, expert_axes, _powers(num_devices)
+    ):
+        fsdp, rest = divmod(num_devices, tensor * sequence * stage * expert * data)
+        if (
+            not rest
+            and data % c.mesh.slices == 0
+            and fsdp
+            and model.embed_dim % fsdp == 0
+            and model.vocab_size % tensor == 0
+            and length % (tensor * sequence) == 0
+        ):
+            yield {
+                **{"data": data, "fsdp": fsdp, "expert": expert},
+                **{"tensor": tensor, "sequence": sequence, "stage": stage},
+            }
 
 
 def _powers(limit: int) -> list[int]:
