@@ -1,0 +1,104 @@
+"""Word vectors from a text file, for the rows of an embedding: GloVe's format (`word v1 ... vD` in
+every line) and word2vec's (a first line with the numbers of words and of values).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from lm.data.tokenizer import Tokenizer
+
+PATH = "config.init.word_vectors"
+
+
+@dataclasses.dataclass(frozen=True)
+class WordVectors:
+    """The vectors of those ids of a vocabulary whose text is a word of a file."""
+
+    ids: np.ndarray  # int64 [n], ascending
+    vectors: np.ndarray  # float32 [n, D]
+    num_words: int  # in the file
+    vocab_size: int
+
+    def describe(self) -> str:
+        share = len(self.ids) / self.vocab_size
+        return (
+            f"{len(self.ids):,} of {self.vocab_size:,} vocabulary entries ({share:.1%}) begin with "
+            f"one of {self.num_words:,} word vectors"
+        )
+
+
+def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
+    """Returns the vectors of the file `name` (.gz: compressed; local or `gs://`) for a vocabulary.
+
+    A word belongs to every id whose text is the word, white space around it left out; case counts.
+    Where a word comes twice the first counts. Vectors are taken as they are: GloVe's entries have a
+    deviation of about 0.4.
+
+    Raises ValueError where vectors are not `embed_dim` wide, a line cannot be read, or no word is
+    in the vocabulary.
+    """
+    from etils import epath  # costs 0.1 s: only where a file is read
+
+    wanted: dict[bytes, list[int]] = {}
+    for i in range(tokenizer.vocab_size):
+        word = tokenizer.decode_bytes([i]).strip()
+        if word:
+            wanted.setdefault(word, []).append(i)
+    found: dict[int, np.ndarray] = {}
+    num_words = 0
+    with epath.Path(name).open("rb") as file:
+        stream: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+        for number, word, values in _lines(name, stream, embed_dim):
+            num_words += 1
+            ids = wanted.pop(word, None)
+            if ids is not None:
+                found |= dict.fromkeys(ids, _vector(name, number, values))
+    if not found:
+        raise ValueError(
+            f"{PATH} ({name}): none of its {num_words:,} words is in the vocabulary of tokenizer "
+            f"{tokenizer.name} ({tokenizer.vocab_size:,})"
+        )
+    ids = np.sort(np.fromiter(found, np.int64))
+    vectors = np.stack([found[i] for i in ids.tolist()])
+    return WordVectors(ids, vectors, num_words, tokenizer.vocab_size)
+
+
+def _lines(
+    name: str, stream: IO[bytes], embed_dim: int
+) -> Iterator[tuple[int, bytes, list[bytes]]]:
+    """Yields (number of the line, word, values); GloVe has words with spaces in them."""
+    for number, line in enumerate(stream, start=1):
+        word, *values = line.rstrip().rsplit(b" ", embed_dim)
+        if number == 1:
+            header = line.split()
+            is_header = len(header) == 2 and all(part.isdigit() for part in header)
+            width = int(header[1]) if is_header else len(header) - 1
+            if width != embed_dim:
+                raise ValueError(
+                    f"{PATH} ({name}) has vectors of {width} values; config.model.embed_dim is "
+                    f"{embed_dim}"
+                )
+            if is_header:
+                continue
+        if len(values) != embed_dim:
+            raise ValueError(
+                f"{PATH} ({name}), line {number}: {len(values)} values after the word; "
+                f"config.model.embed_dim is {embed_dim}"
+            )
+        yield number, word, values
+
+
+def _vector(name: str, number: int, values: list[bytes]) -> np.ndarray:
+    try:
+        vector = np.array(values).astype(np.float32)
+    except ValueError as error:
+        raise ValueError(f"{PATH} ({name}), line {number}: {error}") from None
+    if not np.isfinite(vector).all():
+        raise ValueError(f"{PATH} ({name}), line {number}: not all values are finite")
+    return vector
