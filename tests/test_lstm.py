@@ -27,7 +27,7 @@ LENGTH = 12
 VARIANTS = {
     "tied": {},
     "wider": {"hidden_dim": 24, "head_bias": False},
-    "untied": {"hidden_dim": 8, "tie_embeddings": False, "scan_unroll": -1, "time_unroll": 3},
+    "untied": {"hidden_dim": 8, "tie_embeddings": False, "scan_unroll": -1},
 }
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_values_and_gradients_are_those_of_the_equation_written_as_a_loop(rules_
         differentiate = jax.value_and_grad(functools.partial(loss, function), argnums=(0, 1, 2))
         return jax.jit(differentiate)(inputs, weight, State(*state))
 
-    ours = gradients(functools.partial(recurrent.recurrence, rules_on(), 2))
+    ours = gradients(functools.partial(recurrent.recurrence, rules_on()))
     jax.tree.map(close, ours, gradients(by_hand))
 
 

@@ -73,7 +73,6 @@ class Lstm(nn.Module):
     dtype: Any = jnp.float32
     init_std: float | None = None
     forget_bias: float = 1.0
-    unroll: int = 1
 
     @nn.compact
     def __call__(self, x: Array, state: State, where: Marks) -> tuple[jax.Array, State]:
@@ -96,7 +95,7 @@ class Lstm(nn.Module):
         )
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
         recurrent = matrix("recurrent", self.hidden_dim)
-        found: Any = recurrence(self.rules, self.unroll, inputs, recurrent, state, where)
+        found: Any = recurrence(self.rules, inputs, recurrent, state, where)
         hidden, state = found
         return self.rules.constrain(hidden, "batch", None, "act_embed"), state
 
@@ -111,21 +110,20 @@ def cell(gates: Array, memory: Array) -> tuple[jax.Array, jax.Array]:
     return (jax.nn.sigmoid(read) * jnp.tanh(memory)).astype(gates.dtype), memory
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recurrence(
-    rules: Rules, unroll: int, inputs: Array, weight: Array, state: State, where: Marks
+    rules: Rules, inputs: Array, weight: Array, state: State, where: Marks
 ) -> tuple[jax.Array, State]:
     """(hidden [B, T, F], the last state) of inputs: [B, T, 4, F] and weight: [F, 4, F].
 
-    The gates of a token are its inputs + weight * hidden of the token before. `unroll` tokens make
-    up one iteration of the loop.
+    The gates of a token are its inputs + weight * hidden of the token before.
     """
-    (hidden, last), _ = _forward(rules, unroll, inputs, weight, state, where)
+    (hidden, last), _ = _forward(rules, inputs, weight, state, where)
     return hidden, last
 
 
 def _forward(
-    rules: Rules, unroll: int, inputs: Array, weight: Array, state: State, where: Marks
+    rules: Rules, inputs: Array, weight: Array, state: State, where: Marks
 ) -> tuple[tuple[jax.Array, State], Any]:
     def step(old: State, x: Any) -> tuple[State, Any]:
         inputs, filled, starts = x
@@ -139,11 +137,11 @@ def _forward(
 
     masks = _by_time(where)
     xs = (jnp.swapaxes(inputs, 0, 1), masks.filled, masks.starts)
-    last, (gates, memory, before, hidden) = jax.lax.scan(step, state, xs, unroll=unroll)
+    last, (gates, memory, before, hidden) = jax.lax.scan(step, state, xs)
     return (jnp.swapaxes(hidden, 0, 1), last), (gates, memory, before, weight, masks)
 
 
-def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[Any, ...]:
+def _backward(rules: Rules, saved: Any, cotangents: Any) -> tuple[Any, ...]:
     gates, memory, befores, weight, masks = saved
     d_hidden, d_last = cotangents
     before = d_last.hidden  # of its shape
@@ -164,7 +162,7 @@ def _backward(rules: Rules, unroll: int, saved: Any, cotangents: Any) -> tuple[A
         return jax.tree.map(lambda a: jnp.where(stop, 0, a), d_old), d_gates
 
     xs = (gates, memory, jnp.swapaxes(d_hidden, 0, 1), masks)
-    d_first, d_gates = jax.lax.scan(step, d_last, xs, reverse=True, unroll=unroll)
+    d_first, d_gates = jax.lax.scan(step, d_last, xs, reverse=True)
     d_inputs, befores = jnp.swapaxes(d_gates, 0, 1), jnp.swapaxes(befores, 0, 1)
     [d_weight] = jax.linear_transpose(lambda w: project_gates(befores, w, rules), weight)(d_inputs)
     return d_inputs, d_weight, d_first, None

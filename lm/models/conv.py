@@ -64,7 +64,12 @@ class Config:
                 raise ValueError(f"config.model.{message}")
 
         for name in (
-            *("vocab_size", "num_layers", "embed_dim", "kernel_size", "norm_eps", "init_std"),
+            "vocab_size",
+            "num_layers",
+            "embed_dim",
+            "kernel_size",
+            "norm_eps",
+            "init_std",
         ):
             value = getattr(self, name)
             need(value is None or value > 0, f"{name} must be positive, got {value}")

@@ -45,7 +45,6 @@ class Config:
     init_std: float | None = field(0.05, "Deviation of initial weights; unset: fan_in ** -0.5.")
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
-    time_unroll: int = field(1, "Tokens per iteration of the loop over time.")
 
     @property
     def hidden_size(self) -> int:
@@ -73,10 +72,7 @@ class Config:
             if not condition:
                 raise ValueError(f"config.model.{message}")
 
-        for name in (
-            *("vocab_size", "num_layers", "embed_dim", "hidden_dim", "bptt", "init_std"),
-            "time_unroll",
-        ):
+        for name in ("vocab_size", "num_layers", "embed_dim", "hidden_dim", "bptt", "init_std"):
             value = getattr(self, name)
             need(value is None or value > 0, f"{name} must be positive, got {value}")
         need(
@@ -113,7 +109,6 @@ class Layer(nn.Module):
             dtype=jnp.dtype(c.dtype),
             init_std=c.init_std,
             forget_bias=c.forget_bias,
-            unroll=c.time_unroll,
             name="lstm",
         )(x, state, where)
         self.sow("intermediates", "hidden", x)
