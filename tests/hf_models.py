@@ -81,6 +81,29 @@ CASES = {
     ),
 }
 FAMILIES = tuple(CASES)[:7]
+BERT = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+T5 = {
+    "vocab_size": 259,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+}
+# no decoders: name: (class, class of its config, its values)
+OTHERS = {
+    "bert": ("BertForPreTraining", "BertConfig", {**BERT, "type_vocab_size": 3}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5_v1_1": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+}
 
 
 def make(name, seed=0):
@@ -88,11 +111,16 @@ def make(name, seed=0):
     import torch
     import transformers
 
-    kind, values = CASES[name]
     ids = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
-    config = getattr(transformers, kind)(**values, **ids, attn_implementation="eager")
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if name in OTHERS:
+        kind, config_kind, values = OTHERS[name]
+        config = getattr(transformers, config_kind)(**values, **ids, decoder_start_token_id=257)
+        model = getattr(transformers, kind)(config)
+    else:
+        kind, values = CASES[name]
+        config = getattr(transformers, kind)(**values, **ids)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             # where it began, and so much that logits are far from uniform

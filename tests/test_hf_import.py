@@ -193,7 +193,7 @@ def test_what_config_json_does_not_say_comes_from_the_config(plain, tmp_path, de
     model = experiment.config.model
     assert (model.dtype, model.pipeline.num_repeats, model.qkv_bias) == ("bfloat16", 2, False)
     assert experiment.config.data.length == 64 == model.max_length
-    assert "config.data.length: 64 rather than 500" in said[0]
+    assert "config.data.length: 64 and not 500" in said[0]
 
 
 def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path, devices):

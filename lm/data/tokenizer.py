@@ -146,7 +146,7 @@ class SentencePieceTokenizer:
     SentencePiece writes a space as U+2581, so a U+2581 in the text would come back as a space.
     Where the model has byte pieces it is encoded as its three bytes instead, which makes models
     with identity normalisation (those of scripts/train_tokenizer.py) lossless for every text. A
-    model without bos or pad uses eos in their place.
+    model without bos uses pad in its place, with which T5's decoder begins; one without pad, eos.
     """
 
     file_name = "tokenizer.model"
@@ -172,8 +172,8 @@ class SentencePieceTokenizer:
         self.eos_id = processor.eos_id()
         if self.eos_id < 0:
             raise ValueError(f"tokenizer {name}: the model has no eos piece to end documents with")
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.eos_id
         self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.pad_id
         self.special_ids = {
             processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
         }
@@ -254,8 +254,8 @@ class HuggingFaceTokenizer:
                 f"tokens ({', '.join(special) or 'none'})"
             )
         bos_id, pad_id = _special_id(special, _BOS), _special_id(special, _PAD)
-        self.bos_id = bos_id if bos_id >= 0 else self.eos_id
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        self.bos_id = bos_id if bos_id >= 0 else self.pad_id
         self._has_prefix = self._first.encode("a").ids != self._rest.encode("a").ids
         self._bytes = _huggingface_bytes(spec, vocab, self.vocab_size)
 

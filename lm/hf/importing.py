@@ -25,6 +25,9 @@ from lm.hf import structure, table, vocabulary
 from lm.hf.files import Reader
 from lm.ledger import start_totals
 
+# of a model that the config is not for: what it was pretrained with
+OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
+
 Say = Callable[[str], Any]
 
 
@@ -56,8 +59,8 @@ def import_folder(
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{workdir} holds a run already; use another --workdir")
     tree = json.loads(path.read_text())
-    config = with_model(config, structure.model_section(tree), say)
     reader = Reader(folder)
+    config = with_model(config, structure.model_section(tree, reader.shapes), say)
     config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / "tokenizer"))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
@@ -75,13 +78,17 @@ def with_model(config: Any, section: Any, say: Say) -> Any:
         for path in structure.COMPUTE:
             if configured := _find(config.model, path):
                 section.update_from_flattened_dict({path: configured[0]})
+    else:
+        config.objective = configs.default(objective=OBJECTIVES[section.name]).objective
+        config.data.encoder_length = None
     config.model = section
-    if config.data.length > section.max_length:
-        say(
-            f"config.data.length: {section.max_length} rather than {config.data.length}, the "
-            "longest row of the model"
-        )
-        config.data.length = section.max_length
+    longest = section.max_length
+    if config.data.length > longest:
+        say(f"config.data.length: {longest} and not {config.data.length}: the model's longest row")
+        config.data.length = longest
+    if structure.resolve(section).takes_encoder:
+        given = config.data.encoder_length or config.data.length
+        config.data.encoder_length = min(given, longest)
     return config
 
 

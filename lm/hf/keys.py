@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 # What says nothing about the function that a model computes.
@@ -23,7 +24,9 @@ class Keys:
     All errors are ValueErrors that name the key with its value.
     """
 
-    def __init__(self, tree: dict[str, Any]) -> None:
+    def __init__(self, tree: dict[str, Any], tensors: Iterable[str] = ()) -> None:
+        """tensors: the names of those beside it, which say what some keys don't."""
+        self.tensors = frozenset(tensors)
         self._left = {key: value for key, value in tree.items() if key not in _NO_MATTER}
 
     def take(self, name: str, default: Any = _MISSING) -> Any:

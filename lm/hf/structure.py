@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import lm.hf
@@ -19,7 +19,10 @@ from lm import config as configs
 from lm.hf.keys import Keys
 from lm.hf.table import Row
 
-TRAINING = ("dropout", "attention_dropout", "init_std", "moe.balance_loss", "moe.z_loss")
+TRAINING = (
+    *("dropout", "attention_dropout", "init_std", "embed_init_std"),
+    *("moe.balance_loss", "moe.z_loss"),
+)
 COMPUTE = (
     *("dtype", "remat", "attention_kernel", "sequence_parallel", "sequence_balance"),
     *("scan_unroll", "pipeline", "moe.dispatch", "moe.capacity_factor"),
@@ -83,14 +86,15 @@ def family(model_type: str) -> Family:
     return module
 
 
-def model_section(tree: dict[str, Any]) -> Any:
-    """`config.model` of a config.json: its structure, and defaults for all else.
+def model_section(tree: dict[str, Any], tensors: Iterable[str] = ()) -> Any:
+    """`config.model` of a config.json beside these tensors: its structure, and defaults for all
+    else.
 
     Raises:
         ValueError: an unknown family, or keys and values that can't be represented.
     """
     kind = family(tree.get("model_type", "none"))
-    keys = Keys(tree)
+    keys = Keys(tree, tensors)
     fields = kind.ours(keys)
     keys.finish()
     section: Any = configs.default(model=kind.MODEL).model
@@ -110,7 +114,7 @@ def hf_config(kind: Family, section: Any) -> dict[str, Any]:
     tree = kind.theirs(model)
     here = _structure(model)
     try:
-        back = _structure(resolve(model_section(tree)))
+        back = _structure(resolve(model_section(tree, {row.theirs for row in kind.rows(model)})))
     except ValueError as error:
         raise ValueError(f"no {kind.ARCHITECTURE} is like this model: {error}") from None
     wrong = [
@@ -172,6 +176,8 @@ def _structure(model: Any) -> dict[str, Any]:
         flat["query_scale"] = model.head_size**-0.5
     if flat.get("rotary.local_theta", 0) is None:
         flat["rotary.local_theta"] = flat["rotary.theta"]
+    if flat.get("num_encoder_layers", 0) is None:
+        flat["num_encoder_layers"] = model.num_layers
     experts = flat.get("moe.num_experts", 0)
     skipped = {
         *TRAINING,

@@ -24,8 +24,8 @@ BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json"),
 )
-# A conversion must give the ids of the original on all of these. (Not on the names of special tokens,
-# which `transformers` never takes for text.)
+# A conversion must give the ids of the original on all of these; not on the names of special
+# tokens, which `transformers` never takes for text.
 PROBES = (
     *(
         "",

@@ -1,0 +1,117 @@
+"""BERT (arXiv:1810.04805) with its masked-LM head, and its pooler where the tensors have one. The
+head for pairs of sentences has no place here: `cls.seq_relationship.*` must be skipped by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.hf.keys import Keys
+from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
+
+MODEL = "encoder"
+ARCHITECTURE = "BertForMaskedLM"
+PREFIX = "bert."
+BUFFERS = r"bert\.embeddings\.position_ids"
+RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+POOLER = "pooler.dense.weight"
+ACTIVATIONS = {
+    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+    **{"relu": "relu", "silu": "silu"},
+}
+
+
+def ours(keys: Keys) -> dict[str, Any]:
+    keys.expect("position_embedding_type", "absolute")
+    keys.expect("is_decoder", False)
+    keys.expect("add_cross_attention", False)
+    keys.expect("tie_word_embeddings", True)
+    keys.ignore("initializer_range", *(f"pooler_{name}" for name in _POOLER))
+    embed_dim = keys.take("hidden_size")
+    return {
+        "vocab_size": keys.take("vocab_size"),
+        "max_length": keys.take("max_position_embeddings"),
+        "num_layers": keys.take("num_hidden_layers"),
+        "embed_dim": embed_dim,
+        "num_heads": keys.take("num_attention_heads"),
+        "mlp_dim": keys.take("intermediate_size"),
+        "activation": keys.translate("hidden_act", ACTIVATIONS, "gelu"),
+        "norm": "layer",
+        "norm_placement": "post",
+        "norm_eps": keys.take("layer_norm_eps", 1e-12),
+        "norm_bias": True,
+        "positions": "learned",
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+        "num_types": keys.take("type_vocab_size", 2),
+        "pooler_dim": embed_dim if any(n.endswith(POOLER) for n in keys.tensors) else 0,
+        "dropout": keys.take("hidden_dropout_prob", 0.1),
+        "attention_dropout": keys.take("attention_probs_dropout_prob", 0.1),
+    }
+
+
+# of the multilingual release, and read by nothing
+_POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+
+
+def theirs(model: Any) -> dict[str, Any]:
+    names = {value: key for key, value in reversed(ACTIVATIONS.items())}
+    return {
+        "model_type": "bert",
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_length,
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.embed_dim,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_size,
+        "hidden_act": names.get(model.activation, model.activation),
+        "layer_norm_eps": model.norm_eps,
+        "type_vocab_size": model.num_types,
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
+    }
+
+
+def rows(model: Any) -> list[Row]:
+    layer = "bert.encoder.layer.{layer}"
+    found = [
+        Row("embedding.weight", "bert.embeddings.word_embeddings.weight", TABLE),
+        Row("position.weight", "bert.embeddings.position_embeddings.weight", TABLE),
+        *_norm("embedding_norm", "bert.embeddings.LayerNorm"),
+        *_norm("layers.attention_norm", f"{layer}.attention.output.LayerNorm"),
+        *_norm("layers.mlp_norm", f"{layer}.output.LayerNorm"),
+        *_linear("layers.attention.out", f"{layer}.attention.output.dense", LINEAR_OUT),
+        *_linear("layers.mlp.up", f"{layer}.intermediate.dense"),
+        *_linear("layers.mlp.down", f"{layer}.output.dense"),
+        *_linear("transform", "cls.predictions.transform.dense"),
+        *_norm("transform_norm", "cls.predictions.transform.LayerNorm"),
+        Row("logit_bias", "cls.predictions.bias", VECTOR),
+    ]
+    for name in ("query", "key", "value"):
+        found += _linear(f"layers.attention.{name}", f"{layer}.attention.self.{name}")
+    if model.num_types:
+        found.append(Row("type.weight", "bert.embeddings.token_type_embeddings.weight", TABLE))
+    if model.pooler_dim:
+        found += _linear("pooler", f"bert.{POOLER.removesuffix('.weight')}")
+    return found
+
+
+def _linear(ours_name: str, their_name: str, layout: Any = LINEAR) -> list[Row]:
+    return [
+        Row(f"{ours_name}.weight", f"{their_name}.weight", layout),
+        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+    ]
+
+
+def _norm(ours_name: str, their_name: str) -> list[Row]:
+    return [
+        Row(f"{ours_name}.scale", f"{their_name}.weight", VECTOR),
+        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+    ]
+
+
+def aliases(model: Any) -> dict[str, str]:
+    del model
+    return {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
