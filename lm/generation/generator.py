@@ -48,8 +48,11 @@ class Generator:
         may want none (GPT-2), or their padding (T5). eos_id: the token that ends a continuation,
         where it isn't the tokenizer's eos.
 
-        Raises ValueError unless the model has a row for every id of the tokenizer.
+        Raises ValueError where the model sees what comes later, or has no row for an id of the
+        tokenizer.
         """
+        if not model.config.is_causal:
+            raise ValueError("config.model is not causal: it can't continue a text")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"config.model.vocab_size ({model.config.vocab_size}) must be at least the "
@@ -57,7 +60,7 @@ class Generator:
             )
         self.model = without_length(model)  # whatever training did
         self.params, self.tokenizer = params, tokenizer
-        self.takes_encoder = takes_encoder(model)
+        self.takes_encoder = model.config.takes_encoder
         self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
         self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
         if self.takes_encoder and not len(self._start):
@@ -240,8 +243,3 @@ class Generator:
                     yield Piece(row.prompt, row.sample, data, whole)
             if done.all():
                 return
-
-
-def takes_encoder(model: Model) -> bool:
-    """Whether a model reads prompts in an encoder."""
-    return getattr(model.config, "takes_encoder", False)

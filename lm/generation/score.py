@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.generation.decode import known, without_length
-from lm.generation.generator import Prompt, takes_encoder
+from lm.generation.generator import Prompt
 from lm.generation.rows import batch_size, bucket, pad, power_of_two
 from lm.types import Array, Model, Params, Tokens
 
@@ -59,10 +59,14 @@ class Scorer:
     ) -> None:
         """start: as of `Generator`. max_batch_tokens: on each device, padding included; a longer
         row is a batch of its own.
+
+        Raises ValueError where the model sees what comes later.
         """
+        if not model.config.is_causal:
+            raise ValueError("config.model is not causal: it gives texts no probability")
         self.model = without_length(model)
         self.params, self.tokenizer = params, tokenizer
-        self.takes_encoder = takes_encoder(model)
+        self.takes_encoder = model.config.takes_encoder
         self.start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
         self._max_batch_tokens = max_batch_tokens
 

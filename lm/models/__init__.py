@@ -14,12 +14,9 @@ config path, and properties or fields `vocab_size`, `max_length`, `is_causal` (a
 sees only itself and those before it, but for marked prefixes) and `takes_encoder` (`encoder` must
 be given; with a cache, in the first call alone, which keeps what later ones need). It may offer
 `attention_kinds` (dicts of the fields of `lm.selfcheck.Heads`) and `logit_softcap`, which the
-start-up check then covers. An encoder-decoder has `takes_encoder = True` there: it needs `encoder`,
-where a batch is whole in every call, and in generation in the first call with a cache; that call
-leaves in the cache what cross-attention reads, and later ones bring none.
+start-up check then covers.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
 beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
-no trace. Everything else (loss, optimizer, generation, export) knows models
-through this alone.
+no trace. Everything else (loss, optimizer, generation, export) knows models through this alone.
 """
