@@ -71,6 +71,7 @@ RULES = {
     "lm.inside": ("lm.types", "lm.layers"),
     "lm.inspect": ("lm",),
     "lm.figures": ("lm",),
+    "lm.rows": ("lm",),
     "lm.show": ("lm",),
 }
 # The top of the stack, which only what stands here may import.
@@ -95,9 +96,10 @@ TOP = {
     "lm.train": (),
     "lm.aot": (),
     "lm.verify": (),
-    "lm.inspect": ("lm.show",),
-    "lm.show": ("lm.figures",),
+    "lm.inspect": ("lm.show", "lm.rows"),
+    "lm.show": ("lm.figures", "lm.rows"),
     "lm.figures": (),
+    "lm.rows": (),
     "lm.hf.importing": ("lm.hf.exporting",),
     "lm.hf.exporting": (),
 }
