@@ -68,6 +68,7 @@ def objective_figure(form: Form, batch: Batch, row: int) -> Any:
         allowed = np.asarray(mask.allowed())[0]
         axis.imshow(_paint(allowed, np.asarray(queries.segments)[0]), interpolation="nearest")
         axis.set(xlabel=f"seen: {seen}", ylabel=f"looks: {looks}")
+        axis.locator_params(integer=True)
         if looks == "inputs":
             scored = np.flatnonzero(batch.weights[row])
             axis.plot(np.full(len(scored), -1.5), scored, "k.", markersize=2, clip_on=False)
