@@ -1,0 +1,125 @@
+"""BLiMP (arXiv:1912.00582): a quick probe of grammar by minimal pairs of English sentences.
+
+A model passes a pair if it gives the acceptable sentence a higher probability than the other one,
+both whole and after bos. There are 67 paradigms of 1,000 pairs, in 12 phenomena; the published
+overall accuracy is the mean over paradigms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm.generation.score import Scorer
+
+
+# The files give these two paradigms a term of their own; the paper and its results don't.
+MERGED = {"s-selection": "argument_structure"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    paradigm: str
+    phenomenon: str
+    good: str
+    bad: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Shares of pairs that a model passes; those of a phenomenon and of all are means of
+    paradigms.
+    """
+
+    paradigms: Mapping[str, float]
+    phenomena: Mapping[str, float]
+    overall: float
+    pairs: int
+
+
+def read(path: str, *, limit: int | None = None) -> list[Pair]:
+    """The pairs of BLiMP.zip, or of a folder with its .jsonl files: the first `limit` of each
+    paradigm.
+
+    Raises:
+        ValueError: there are no such files, or a line is no pair.
+    """
+    pairs = []
+    for name, text in _files(path):
+        for number, line in enumerate(text.splitlines()[:limit], 1):
+            try:
+                x = json.loads(line)
+                pair = [x[n] for n in ("UID", "linguistics_term", "sentence_good", "sentence_bad")]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, {name}, line {number}: not a pair of BLiMP") from error
+            pair[1] = MERGED.get(pair[1], pair[1])
+            pairs.append(Pair(*pair))
+    if not pairs:
+        raise ValueError(f"{path} holds no .jsonl files of BLiMP")
+    return pairs
+
+
+def _files(path: str) -> list[tuple[str, str]]:
+    """(name, text) of every .jsonl file, by name."""
+    if Path(path).is_dir():
+        return [(file.name, file.read_text()) for file in sorted(Path(path).glob("**/*.jsonl"))]
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a folder nor a zip file")
+    with zipfile.ZipFile(path) as archive:
+        # a Mac leaves shadows of files, __MACOSX/._name, in its archives
+        names = sorted(n for n in archive.namelist() if n.endswith(".jsonl") and "/._" not in n)
+        return [(name, archive.read(name).decode()) for name in names]
+
+
+def evaluate(
+    scorer: Scorer,
+    pairs: Sequence[Pair],
+    *,
+    report: Callable[[int, int], Any] = lambda done, count: None,
+) -> Accuracy:
+    """The accuracy on pairs; equal probabilities count as half. report: called with sentences done,
+    and their count.
+    """
+    texts = [text for pair in pairs for text in (pair.good, pair.bad)]
+    sums = [score.logprob for score in scorer.rolling(texts, report=report)]
+    passed: dict[tuple[str, str], list[float]] = {}
+    for pair, good, bad in zip(pairs, sums[::2], sums[1::2], strict=True):
+        own = passed.setdefault((pair.phenomenon, pair.paradigm), [])
+        own.append(0.5 if good == bad else float(good > bad))
+    paradigms = {name: _mean(own) for (_, name), own in sorted(passed.items())}
+    phenomena = {
+        term: _mean([paradigms[name] for other, name in passed if other == term])
+        for term in sorted({term for term, _ in passed})
+    }
+    return Accuracy(paradigms, phenomena, _mean(list(paradigms.values())), len(pairs))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def read_published(path: str) -> dict[str, dict[str, float]]:
+    """{model: {phenomenon, or overall: accuracy}} of the authors' models_summary.jsonl."""
+    found: dict[str, dict[str, float]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        if row["UID"] == "overall":
+            for name, value in row.items():
+                if isinstance(value, float):
+                    found.setdefault(name, {})[row["linguistics_term"]] = value
+    return found
+
+
+def table(accuracy: Accuracy, published: Mapping[str, Mapping[str, float]]) -> str:
+    """Accuracies in percent by phenomenon, beside those of other models."""
+    rows = [*accuracy.phenomena.items(), ("overall", accuracy.overall)]
+    width = max(len(name) for name, _ in rows)
+    lines = [" ".join([" " * width, f"{'this':>6}", *(f"{name:>6}" for name in published)])]
+    for name, value in rows:
+        others = [f"{100 * p[name]:6.1f}" if name in p else " " * 6 for p in published.values()]
+        lines.append(" ".join([f"{name:<{width}}", f"{100 * value:6.1f}", *others]))
+    return "\n".join(lines)
