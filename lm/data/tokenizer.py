@@ -218,8 +218,8 @@ class HuggingFaceTokenizer:
 
     Bytes are exact for byte-level BPE (GPT-2, Llama 3, Qwen) and for pieces with U+2581 and byte
     fallback (Llama 2, Gemma). WordPiece (BERT) and WordLevel files have no spaces left to decode:
-    their words are joined by spaces. The special ids are found by their usual names; without bos or
-    pad, eos takes their place.
+    their words are joined by spaces. The special ids are found by their usual names; pad
+    takes the place of bos, and eos that of pad, where there is none.
     """
 
     file_name = "tokenizer.json"

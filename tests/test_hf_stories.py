@@ -1,0 +1,126 @@
+"""A real pretrained model, from import to export: stories260K, with what was published of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import config as configs
+from lm.checkpoint.manager import Checkpoints
+from lm.data.sources import Document
+from lm.data.sources.token_writer import write_store
+from lm.experiment import load
+from lm.generation.generator import Generator
+from lm.generation.sampling import Sampling
+from lm.hf.exporting import export_folder
+from lm.hf.importing import import_folder
+from lm.train import train
+from lm.types import Tokens
+
+FOLDER = Path(__file__).parents[1] / "../shared/data/weights/stories260K"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="../shared/data/weights is not there")
+GREEDY = Sampling(temperature=0.0)
+STORY = "Once upon a time there was a cat named Tom. Tom saw a big red ball and was happy.\n"
+
+
+def restored(workdir, devices):
+    experiment = load(workdir, devices[:1])
+    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        _, params = experiment.restore_params(checkpoints)
+    return experiment, params
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads((FOLDER / "expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, expected, devices):
+    """The import, with the SentencePiece model that its published pieces make: byte pieces, and
+    merges in the order of their ids.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    home = tmp_path_factory.mktemp("stories")
+    shutil.copytree(FOLDER, home / "source")
+    model = schema.ModelProto()  # pyright: ignore
+    model.trainer_spec.model_type = 2
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.vocab_size = 512
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    for i, text in enumerate(expected["pieces"]):
+        kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1
+        piece = {1: "<s>", 2: "</s>"}.get(i, text.replace(" ", "\u2581"))
+        score = min(0.0, 259.0 - i)
+        if i > 464 and not text.isascii():  # published byte by byte
+            piece = piece.encode("latin-1").decode()
+        model.pieces.add(piece=piece, score=score, type=kind)
+    (home / "source/tokenizer.model").write_bytes(model.SerializeToString())
+    config = configs.default()
+    changes = {"data.length": 64, "data.batch_size": 8, "train.num_steps": 4}
+    changes |= {"optimizer.learning_rate": 3e-4, "log.tensorboard": False}
+    changes |= {"loader.kind": "thread", "guard.self_check": False}
+    config.update_from_flattened_dict(changes)
+    options = {"say": lambda line: None}
+    import_folder(str(home / "source"), str(home / "run"), config, devices[:1], **options)
+    return str(home / "run")
+
+
+@pytest.fixture(scope="module")
+def generated(workdir, devices):
+    experiment, params = restored(workdir, devices)
+    generator = Generator(experiment.model, params, experiment.tokenizer)
+    return generator.generate([""], max_new_tokens=200, sampling=GREEDY)[0]
+
+
+def test_two_hundred_greedy_ids_are_those_published(generated, expected):
+    assert [1, *generated.ids.tolist()] == expected["greedy_ids"]
+    assert generated.text.strip() == expected["text"]
+
+
+def test_logits_are_those_published(workdir, devices):
+    wanted = np.load(FOLDER / "expected_logits.npz")
+    experiment, params = restored(workdir, devices)
+    ids = wanted["ids"][None]
+    tokens = Tokens(ids, np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None])
+
+    def run(params, tokens):
+        hidden = experiment.model.apply({"params": params}, tokens).hidden
+        return experiment.model.apply({"params": params}, hidden, method="logits")
+
+    found = np.asarray(jax.jit(run)(params, tokens))[0]
+    assert np.abs(found - wanted["logits"]).max() < 2e-5 * np.abs(wanted["logits"]).max()
+
+
+def test_it_trains_on_and_transformers_goes_on_with_the_same_text(workdir, devices, tmp_path):
+    """Four steps on a story change it, and the export of the result says what it says."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(workdir, tmp_path / "run")
+    run = str(tmp_path / "run")
+    experiment, before = restored(run, devices)
+    store = str(tmp_path / "store")
+    write_store(store, [Document("0", {"text": STORY * 200})], experiment.tokenizer)
+    config = experiment.config_dict.copy_and_resolve_references()
+    config.data.train = (store,)
+    config.log.parameter_table = False
+    config.checkpoint.allow_changed = ("data.train",)
+    assert train(config, run, devices[:1]) == 0
+
+    experiment, after = restored(run, devices)
+    assert not np.array_equal(before["embedding"]["weight"], after["embedding"]["weight"])
+    generator = Generator(experiment.model, after, experiment.tokenizer)
+    ours = generator.generate(["Once upon a time"], max_new_tokens=40, sampling=GREEDY)[0]
+    assert export_folder(experiment, after, str(tmp_path / "out"), say=lambda line: None) == "llama"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    theirs = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+    length = inputs["input_ids"].shape[1]
+    assert theirs[length:].tolist() == ours.ids.tolist()
+    assert tokenizer.decode(theirs, skip_special_tokens=True) == "Once upon a time" + ours.text
