@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -242,9 +243,13 @@ def _layout(experiment: Experiment) -> list[str]:
             problems.append(f"{jax.tree_util.keystr(path)} is {got}, not {leaf.sharding}")
     shards = experiment.rules.mesh.shape["fsdp"]
     owners = jax.tree.leaves(rules.shardings(experiment.boxed_params))
+    boxes = jax.tree.leaves(
+        experiment.boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
     params = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
-    for (path, leaf), owner in zip(params, owners, strict=True):
-        matrix = leaf.ndim >= 2 + ("layers" in jax.tree_util.keystr(path))
+    for (path, leaf), owner, box in zip(params, owners, boxes, strict=True):
+        # biases by distance have no such dimension, and a few numbers for each head
+        matrix = leaf.ndim >= 2 + ("layers" in box.names) and "embed" in box.names
         if shards > 1 and matrix and owner.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             problems.append(f"parameter {name} {leaf.shape} and its moments are on every device")
