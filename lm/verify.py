@@ -14,10 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
 
+from lm import config as configs
 from lm.experiment import Experiment
 from lm.sharding import AXES
 from lm.types import Batch, Tokens
@@ -70,6 +72,10 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             changes["model.num_kv_heads"] = max(1, HEADS * kv_heads // heads)
     if model.get("window") is not None:
         changes["model.window"] = WINDOW
+    if model.get("num_encoder_layers") is not None:
+        changes["model.num_encoder_layers"] = SMALL["num_layers"] - 1
+    if model.get("pooler_dim"):
+        changes["model.pooler_dim"] = SMALL["embed_dim"]
     pattern = model.get("layer_pattern") or ()
     if len(pattern) > SMALL["num_layers"]:  # both kinds, in the order of their first use
         changes["model.layer_pattern"] = tuple(dict.fromkeys(pattern))
@@ -113,6 +119,11 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         "train.max_epochs": None,
     }
     changes |= {"model.dropout": 0.1} if "dropout" in config.model else {}
+    if config.data.encoder_length is not None:  # where a text leaves as much to predict
+        changes |= {"data.encoder_length": length, "data.length": length // 4}
+    if "fields" in config.objective:  # synthetic rows have one
+        objective = "causal" if config.data.encoder_length is None else "span_corruption"
+        config.objective = configs.default(objective=objective).objective
     config.update_from_flattened_dict(changes)
     return config
 
@@ -175,10 +186,12 @@ def _uneven(batch: Batch, seed: int) -> Batch:
         return dataclasses.replace(tokens, segments=segments, positions=positions)
 
     inputs = cut(batch.inputs)
+    encoder = None if batch.encoder is None else cut(batch.encoder)
     weights = rng.choice([0, 0.25, 1, 3], batch.weights.shape) * (inputs.segments != 0)
     # the rows of half of the devices score much less: a mean of their means is another number
     weights[: len(weights) // 2] *= np.arange(weights.shape[1]) < 8
-    return dataclasses.replace(batch, inputs=inputs, weights=weights.astype(np.float32))
+    weights = weights.astype(np.float32)
+    return dataclasses.replace(batch, inputs=inputs, encoder=encoder, weights=weights)
 
 
 def _compare(step: int, one: Any, many: Any) -> list[Difference]:
@@ -199,14 +212,23 @@ def _trace(state: Any) -> Any:
 
 def _worst(step: int, what: str, one: Any, many: Any) -> Difference:
     worst = Difference(step, what, "", 0.0)
-    leaves = jax.tree_util.tree_leaves_with_path(one)
-    for (path, a), b in zip(leaves, jax.tree.leaves(many), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        value = float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
+    leaves, others = _named(one), _named(many)
+    for name, a in leaves.items():
+        difference = np.abs(a - others[name]).max()
+        # A key's bias raises all scores of a query alike: but for rotary positions its gradient is
+        # zero, and what there is of it rounding of numbers of the size of the query's.
+        beside = leaves.get(name.replace("key.bias", "query.bias"), a)
+        value = float(difference / max(np.abs(a).max(), np.abs(beside).max(), 1e-30))
         if not value <= worst.value:  # so that nan is the worst
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
             worst = Difference(step, what, name, value)
     return worst
+
+
+def _named(tree: Any) -> dict[str, np.ndarray]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, np.float64)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _layout(experiment: Experiment) -> list[str]:
@@ -221,9 +243,13 @@ def _layout(experiment: Experiment) -> list[str]:
             problems.append(f"{jax.tree_util.keystr(path)} is {got}, not {leaf.sharding}")
     shards = experiment.rules.mesh.shape["fsdp"]
     owners = jax.tree.leaves(rules.shardings(experiment.boxed_params))
+    boxes = jax.tree.leaves(
+        experiment.boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
     params = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
-    for (path, leaf), owner in zip(params, owners, strict=True):
-        matrix = leaf.ndim >= 2 + ("layers" in jax.tree_util.keystr(path))
+    for (path, leaf), owner, box in zip(params, owners, boxes, strict=True):
+        # biases by distance have no such dimension, and a few numbers for each head
+        matrix = leaf.ndim >= 2 + ("layers" in box.names) and "embed" in box.names
         if shards > 1 and matrix and owner.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             problems.append(f"parameter {name} {leaf.shape} and its moments are on every device")
@@ -232,14 +258,17 @@ def _layout(experiment: Experiment) -> list[str]:
 
 def _whole_activations(experiment: Experiment, program: str) -> list[str]:
     """Arrays of the program of one device with features of every token of the batch."""
-    rules, length = experiment.rules, experiment.config.data.length
+    rules, data = experiment.rules, experiment.config.data
+    lengths = {data.length, data.encoder_length or data.length}
     if rules.size("batch") * rules.size("length") == 1:
         return []
     rows = experiment.batch_size // experiment.config.train.num_microbatches
     seen: dict[str, str] = {}
     for match in re.finditer(r"= (f32|bf16)\[([\d,]+)\]\S* ([\w-]+)\(", program):
         sizes = [int(n) for n in match[2].split(",")]
-        if len(sizes) > 2 and sizes[0] == rows and length in sizes[1:-1]:  # [B, T, D], [B, N, T, H]
+        if (
+            len(sizes) > 2 and sizes[0] == rows and lengths & set(sizes[1:-1])
+        ):  # [B, T, D], [B, N, T, H]
             seen.setdefault(match[2], match[3])
     return [f"[{shape}] holds the tokens of all devices ({op})" for shape, op in seen.items()]
 
