@@ -16,7 +16,6 @@ from typing import Any
 
 from lm.generation.score import Scorer
 
-
 # The files give these two paradigms a term of their own; the paper and its results don't.
 MERGED = {"s-selection": "argument_structure"}
 
