@@ -83,7 +83,7 @@ def test_the_published_data_and_figures_are_read_whole():
     pairs = blimp.read(str(DATA / "BLiMP.zip"))
     assert len(pairs) == 67_000
     assert len({p.paradigm for p in pairs}) == 67 and len({p.phenomenon for p in pairs}) == 12
-    assert all(p.good != p.bad for p in pairs)
+    assert sum(p.good == p.bad for p in pairs) == 7  # the data's own slips
     published = blimp.read_published(str(DATA / "models_summary.jsonl"))
     assert list(published) == ["ngram", "lstm", "txl", "gpt2"]
     assert round(published["gpt2"]["overall"], 3) == 0.830
