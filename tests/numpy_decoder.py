@@ -19,7 +19,11 @@ def reference(config, params, ids):
         return rms(x - x.mean(-1, keepdims=True) if c.norm == "layer" else x, p) + p.get("bias", 0)
 
     def rms(x, p):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * p["scale"]
+        return (
+            x
+            / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
+            * (p["scale"] + (c.norm == "rms_plus_one"))
+        )
 
     def gelu(x):
         return np.vectorize(lambda v: v * 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)

@@ -62,7 +62,9 @@ def test_every_config_passes_with_its_own_heads_and_dtype(file, rules_on, tmp_pa
     spec.loader.exec_module(module)
     config = resolve(module.get_config())
     report = check(config, rules_on(), cache_dir=str(tmp_path))
-    assert f"{config.model.num_heads} heads of {config.model.head_size}" in str(report)
+    for heads in getattr(config.model, "attention_kinds", ()):
+        assert f"{heads['num_heads']} heads of {heads['head_dim']}" in str(report)
+    assert report.checked
 
 
 def test_check_of_a_sharded_run_needs_one_device(run):

@@ -114,7 +114,7 @@ def _norm(ours_name: str, their_name: str) -> Row:
 
 
 def aliases(model: Any) -> dict[str, str]:
-    found = dict.fromkeys(
+    found: dict[str, str] = dict.fromkeys(
         ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"
     )
     return found | {HEAD: "shared.weight"} if model.tie_embeddings else found
