@@ -12,7 +12,7 @@ al. 2014 (arXiv:1409.2329), with tied weights (arXiv:1608.05859), their dropout 
 What differs: there, the state travels from batch to batch and the rate is divided by 4 where
 the validation loss rises. Here a row begins with an empty state, so that a run is a function of
 its config and step: the state travels in rows of 70 words, 16 of which make a step; gradients stop
-every 35 words, and the rate falls along a cosine. Not run here; configs/wikitext2.py was.
+every 35 words, and the rate falls along a cosine. Not run here.
 
     python scripts/train_tokenizer.py --data=wikitext-2/train.txt.gz --validation-fraction=0 \\
         --model-type=word --vocab-size=33278 --out=data/wikitext2/words.json

@@ -2,7 +2,10 @@
 
     configs/wikitext2.py:lstm    also decoder, conv
 
-Two layers of width 200 and a tied table of 33,278 words: 7.3M parameters each.
+Two layers of width 200 and a tied table of 33,278 words: 7.3M parameters each. Every word of the
+text is read once, in 2,983 steps of 10 rows of 70 words: 18 minutes of two CPU cores at the speed
+measured on idle ones (1,940 words/s). The LSTM was stopped at step 1,961, at a training loss of
+5.78 nats; neither model was run to its end, so there are no test perplexities to compare yet.
 
 With the stores of configs/lstm.py:
 
