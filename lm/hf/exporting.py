@@ -16,8 +16,6 @@ from lm.hf import structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, Writer
 from lm.types import Params
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def export_folder(
     experiment: Experiment,

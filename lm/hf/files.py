@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -177,16 +176,3 @@ class Writer:
         with open(file, "r+b") as out:
             out.seek(place)
             out.write(np.ascontiguousarray(tensor, self._dtype).reshape(-1).view(np.uint8).data)
-
-
-def list_unwritten(folder: Path) -> list[str]:
-    """Files of a folder that an export would overwrite."""
-    return (
-        sorted(
-            p.name
-            for p in folder.glob("*")
-            if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
-        )
-        if os.path.isdir(folder)
-        else []
-    )
