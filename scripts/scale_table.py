@@ -69,9 +69,10 @@ ROWS = (
 HEAD = """# Shipped configs, compiled for the machines they are meant for
 
 Made by `python scripts/scale_table.py` with the compilers of jax {jax} and libtpu {libtpu}. Memory
-is that of one device. Step time and MFU are intervals: everything overlaps, nothing does. They come
-from published peaks and the compiler's own program, and know nothing of clocks, stragglers and
-kernels below peak: read them as bounds, not as a forecast. Compile times are of two shared cores.
+is that of one device: arguments, the heap that the compiler assigned with its gaps, and code. Step
+time and MFU are intervals: everything overlaps, nothing does. They come from published peaks and
+the compiler's own program, and know nothing of clocks, stragglers and kernels below peak: read them
+as bounds, not as a forecast. Compile times are of two cores that others kept busy.
 
 | config | topology | mesh | rows × length | HBM used, of | step | MFU | binds | compiled in |
 |---|---|---|---|---|---|---|---|---|
@@ -113,6 +114,12 @@ def _make(row: Row) -> Any:
     return plans.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
 
 
+def _write(path: Path, table: str) -> None:
+    """Puts the table in front of what people wrote: everything from the first "## " on."""
+    text = path.read_text() if path.exists() else ""
+    path.write_text(table + text[text.index("\n## ") :] if "\n## " in text else table)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,7 +148,7 @@ def main() -> int:
         failed += not plan.fits
         if not args.only:
             Path(args.out).parent.mkdir(exist_ok=True)
-            Path(args.out).write_text(HEAD.format(**versions) + "\n".join(table) + "\n")
+            _write(Path(args.out), HEAD.format(**versions) + "\n".join(table) + "\n")
     return 1 if failed else 0
 
 
