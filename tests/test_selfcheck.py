@@ -164,9 +164,9 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
 
 
 def last_chunk_dropped(chunk, num_chunks, xs, over=loss._over_chunks):
-    hidden, targets, weights = xs
+    hidden, targets, weights, tasks = xs
     last = weights.shape[1] - weights.shape[1] // num_chunks
-    return over(chunk, num_chunks, (hidden, targets, weights.at[:, last:].set(0)))
+    return over(chunk, num_chunks, (hidden, targets, weights.at[:, last:].set(0), tasks))
 
 
 def chunks_shifted(chunk, num_chunks, xs, over=loss._over_chunks):
@@ -174,8 +174,8 @@ def chunks_shifted(chunk, num_chunks, xs, over=loss._over_chunks):
     return carry, None if out is None else jnp.roll(out, out.shape[1] // num_chunks, axis=1)
 
 
-def all_weights_one(logits, targets, weights, config, statistics=loss._statistics):
-    return statistics(logits, targets, jnp.ones_like(weights), config)
+def all_weights_one(logits, targets, weights, tasks, config, statistics=loss._statistics):
+    return statistics(logits, targets, jnp.ones_like(weights), tasks, config)
 
 
 def without_z_loss(logits, targets, weights, log_z, config, gradient=loss._logit_gradient):
