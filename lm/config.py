@@ -42,6 +42,11 @@ class InitConfig:
         "", "Run or import whose parameters this one begins with (a flag --config.init.from)."
     )
     step: int | None = field(None, "Checkpoint of that run; unset: the newest.")
+    branch_from: str = field(
+        "",
+        "Run whose whole state at `step` this one goes on from, as if it had made those steps "
+        "itself: for cool-downs of a long run.",
+    )
     new: tuple[str, ...] = field(
         (), "Patterns, such as head.*, of parameters that begin at random all the same."
     )

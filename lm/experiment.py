@@ -19,6 +19,7 @@ from etils import epath
 
 from lm import config as configs
 from lm import flops, loss, optim, parameters, sharding, step
+from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
@@ -32,6 +33,7 @@ from lm.objectives import Form, Objective
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
+LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
 TABLE = "embedding.weight"  # what models call the parameter with a row for each token
 
 
@@ -142,7 +144,7 @@ class Experiment:
             OutOfData: they need more than `max_epochs`.
         """
         t = self.config.train
-        given = [n for n in ("num_steps", "num_tokens", "num_epochs") if getattr(t, n) is not None]
+        given = [n for n in LENGTHS if getattr(t, n) is not None]
         if len(given) != 1:
             raise ValueError(
                 "set one of config.train.num_steps, num_tokens and num_epochs; set: "
@@ -310,6 +312,18 @@ class Experiment:
         wanted = parameters.split(self.abstract_params, self._new)[1]
         base.check(wanted, init.skip)
         return base
+
+    @functools.cached_property
+    def branch(self) -> Branch | None:
+        """The checkpoint whose whole state the run goes on from, if it branches off another run
+        that it agrees with up to there.
+        """
+        if not self.config.init.branch_from:
+            return None
+        branch = Branch(self.config_dict)
+        lengths = {f"train.{name}": branch.config.train[name] for name in LENGTHS}
+        branch.check(self.num_steps, self.variant(lengths).num_steps)
+        return branch
 
     def stored(self, state: TrainState) -> TrainState:
         """The part of a state that this run's checkpoints hold."""

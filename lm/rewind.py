@@ -19,8 +19,8 @@ from lm.types import TrainState
 def first_state(
     experiment: Experiment, checkpoints: Checkpoints, phases: Phases, step: int | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest good checkpoint (or of that at `step`), or a new one, with the
-    ledger's totals.
+    """The state of the newest good checkpoint (or of that at `step`), or that which the run begins
+    with, with the ledger's totals.
     """
     with phases("restore"):
         restored = experiment.restore(checkpoints, step)
@@ -30,6 +30,10 @@ def first_state(
             with phases("init"):
                 state = jax.block_until_ready(experiment.start_optimizer(state))
         return state, dict(saved.ledger)
+    if (branch := experiment.branch) is not None:
+        checkpoints.parent = branch.describe()
+        with phases("restore"):
+            return branch.restore(experiment.abstract_state), dict(branch.manifest.ledger)
     with phases("init"):
         if experiment.base is not None:
             checkpoints.parent = experiment.base.describe()

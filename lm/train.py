@@ -68,6 +68,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any
                 return Exit.SUCCESS
             if not checkpoints.steps() and experiment.base is not None:
                 _describe_base(experiment, experiment.base, say)
+            if not checkpoints.steps() and experiment.branch is not None:
+                say(f"goes on from {experiment.branch}")
             if not checkpoints.steps() and experiment.word_vectors is not None:
                 say(experiment.word_vectors.describe())
             _describe(experiment, say)

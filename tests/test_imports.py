@@ -46,6 +46,7 @@ RULES = {
     "lm.optim": LEAF,
     "lm.step": (*LEAF, "lm.checkpoint.manifest", "lm.optim"),
     "lm.checkpoint": (*LEAF, "lm.exits"),
+    "lm.branch": (*LEAF, "lm.checkpoint", "lm.optim"),
     "lm.metrics": LEAF,
     "lm.generation": LEAF,
     "lm.harness": (*LEAF, "lm.generation", "lm.metrics"),

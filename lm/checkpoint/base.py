@@ -19,19 +19,22 @@ from lm.types import Params
 class Base:
     """The parameters of a checkpoint of the run in `workdir`, at `step` (None: its newest).
 
-    All processes make one and read it together.
+    All processes make one and read it together. key: the config path that names the run.
     """
 
-    def __init__(self, workdir: str, step: int | None = None) -> None:
+    def __init__(
+        self, workdir: str, step: int | None = None, *, key: str = "config.init.from"
+    ) -> None:
         """Raises FileNotFoundError where there is no such checkpoint."""
+        self._key = key
         directory = epath.Path(workdir).resolve() / "checkpoints"
         there = stored.steps(directory)
         if not there:
-            raise FileNotFoundError(f"config.init.from: {workdir} has no checkpoint")
+            raise FileNotFoundError(f"{key}: {workdir} has no checkpoint")
         self.step = restore.from_lead(there[-1] if step is None else step)
         if self.step not in there:
             raise FileNotFoundError(
-                f"config.init.from: {workdir} has no checkpoint of step {step}; there are {there}"
+                f"{key}: {workdir} has no checkpoint of step {step}; there are {there}"
             )
         self.workdir, self._folder = workdir, directory / str(self.step)
 
@@ -40,7 +43,7 @@ class Base:
         try:
             return stored.read_manifest(self._folder)
         except Damaged as error:
-            raise CorruptCheckpoint(f"config.init.from: {self._folder} is bad: {error}") from None
+            raise CorruptCheckpoint(f"{self._key}: {self._folder} is bad: {error}") from None
 
     @functools.cached_property
     def _leaves(self) -> dict[str, Leaf]:

@@ -1,0 +1,52 @@
+"""configs/ladder.py: one dial, and sets of equal compute."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lm import flops
+from lm.config import resolve
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    path = Path(__file__).parents[1] / "configs" / "ladder.py"
+    spec = importlib.util.spec_from_file_location("ladder", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tokens(config):
+    return config.train.num_steps * config.data.batch_size * config.data.length
+
+
+def test_parameters_grow_with_the_cube_of_the_depth(ladder):
+    for depth in (2, 5):
+        counted = flops.parameters(resolve(ladder.get_config(str(depth))).model).non_embedding
+        assert counted == pytest.approx(12 * 24**2 * depth**3, rel=0.01)
+    wide = ladder.get_config("3x64").model
+    assert (wide.num_layers, wide.embed_dim, wide.num_heads) == (3, 192, 3)
+
+
+@pytest.mark.parametrize("depth", [2, 6, 12])
+def test_runs_of_an_isoflop_set_cost_the_same(ladder, depth):
+    config = ladder.get_config(f"isoflop:1e13:{depth}")
+    per_token = flops.flops_per_token(resolve(config).model, config.data.length)
+    step = per_token * config.data.batch_size * config.data.length
+    assert abs(tokens(config) * per_token - 1e13) <= step / 2
+
+
+def test_tokens_and_batch_follow_the_parameters(ladder):
+    few, many = ladder.get_config("4:10"), ladder.get_config("4:160")
+    parameters = flops.parameters(resolve(few).model).non_embedding
+    for config, ratio in ((few, 10), (many, 160)):
+        assert tokens(config) == pytest.approx(ratio * parameters, rel=0.01)
+    assert many.data.batch_size == 4 * few.data.batch_size  # 16 times the tokens
+
+
+@pytest.mark.parametrize("arg", ["deep", "4:", "isoflop:1e13", "0", "4:-1", "1:2:3"])
+def test_an_argument_that_is_no_size_is_refused(ladder, arg):
+    with pytest.raises(ValueError, match=f"configs/ladder.py:{arg}"):
+        ladder.get_config(arg)
