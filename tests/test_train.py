@@ -1,0 +1,31 @@
+"""What the loop does besides stepping."""
+
+import jax
+import pytest
+
+from lm.config import LogConfig
+from lm.train import _profiled
+
+
+def names_in_trace(folder):
+    [trace] = folder.glob("profile/plugins/profile/*/*.xplane.pb")
+    return {f"work{i}" for i in range(10) if f"work{i}".encode() in trace.read_bytes()}
+
+
+@pytest.mark.parametrize("start, expected", [(0, {"work2", "work3"}), (3, {"work3"})])
+def test_the_profiler_sees_the_steps_of_its_window_alone(tmp_path, start, expected):
+    config = LogConfig(profile_start=2, profile_steps=2)
+    steps = []
+    for step, _ in _profiled(((i, None) for i in range(start, 6)), config, str(tmp_path)):
+        with jax.profiler.TraceAnnotation(f"work{step}"):
+            steps.append(step)
+    assert steps == list(range(start, 6))
+    assert names_in_trace(tmp_path) == expected
+
+
+def test_a_window_that_the_run_ends_in_is_written(tmp_path):
+    config = LogConfig(profile_start=1, profile_steps=100)
+    for step, _ in _profiled(((i, None) for i in range(3)), config, str(tmp_path)):
+        with jax.profiler.TraceAnnotation(f"work{step}"):
+            pass
+    assert names_in_trace(tmp_path) == {"work1", "work2"}
