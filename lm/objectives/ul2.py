@@ -53,29 +53,34 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     hides the end of each segment, as prefix language modelling does. A segment begins with the
     token of the row's mode where `mode_ids` names three.
 
-    All denoisers take rows of the same length, the longest that fits for each of them. In a decoder
-    the corrupted text and its targets together are about as long for all of them, and rows are
-    full; with an encoder, denoisers that hide less leave room in the decoder's rows.
+    Each denoiser takes as many tokens of text as fill its row when they are corrupted. Rows are
+    read at the longest of these lengths; a denoiser that takes fewer has a random window of them,
+    so that about 7% of a decoder's text, and a quarter or more of an encoder's, is left out in an
+    epoch, another part in each. With an encoder, the text fills its rows; denoisers that hide less
+    leave room in the decoder's.
     """
     if not form.is_causal:
         raise ValueError("config.objective.name=ul2 needs a decoder, or an encoder with one")
     noises, rates = _denoisers(config)
     prompt = 1 if config.mode_ids else 0  # a token of each segment
-    rooms = _rooms(noises, prompt, form)
-    raw = rooms[0].raw
-    most = max(int(noise.counts(raw)[1]) for noise in noises)
+    rooms = [_find_room(noise, prompt, form) for noise in noises]
+    raw = max(room.raw for room in rooms)
+    most = max(int(n.counts(room.raw)[1]) for n, room in zip(noises, rooms, strict=True))
     sentinel = first_sentinel(config.first_sentinel, most, tokenizer, form)
     modes = [config.mode_ids[MODES.index(d[0])] if prompt else None for d in config.denoisers]
 
     def ul2(rows: Rows, rng: RowGenerator) -> Batch:
-        draws = np.stack([rng(i).random(raw + 3) for i in range(len(rows.ids))])
+        draws = np.stack([rng(i).random(raw + 4) for i in range(len(rows.ids))])
         chosen = np.minimum(np.searchsorted(np.cumsum(rates), draws[:, -1]), len(rates) - 1)
         parts = []
         for number in np.unique(chosen):
             index = np.flatnonzero(chosen == number)
-            text = Text.of(_take(rows, index), tokenizer.eos_id, rooms[number].shortest)
+            room, own = rooms[number], draws[index]
+            text = Text.of(
+                _windows(rows, index, room.raw, own[:, -2]), tokenizer.eos_id, room.shortest
+            )
             sources, targets = corrupt(
-                text, noises[number], rooms[number], draws[index, :-1], sentinel, tokenizer.eos_id
+                text, noises[number], room, own[:, :-2], sentinel, tokenizer.eos_id
             )
             if modes[number] is not None:
                 sources = _prepend(sources, modes[number])
@@ -117,15 +122,15 @@ def _denoisers(config: Config) -> tuple[list[Noise], np.ndarray]:
     return noises, rates / rates.sum()
 
 
-def _rooms(noises: list[Noise], prompt: int, form: Form) -> list[Room]:
-    """Returns the room of each denoiser for rows of the same length, the longest that fits."""
+def _find_room(noise: Noise, prompt: int, form: Form) -> Room:
+    """Returns the longest text that fits when it is corrupted, and the lengths that it then has."""
     encoder, decoder = form.encoder_length, form.length
 
     def fits(raw: int) -> bool:
-        lengths = [noise.lengths(raw) for noise in noises]
+        inputs, targets = noise.lengths(raw)
         if encoder is None:
-            return all(sum(pair) + prompt <= decoder for pair in lengths)
-        return all(a + prompt <= encoder and b <= decoder for a, b in lengths)
+            return inputs + targets + prompt <= decoder
+        return inputs + prompt <= encoder and targets <= decoder
 
     found = [raw for raw in range(8, 2 * (decoder + (encoder or 0))) if fits(raw)]
     if not found:
@@ -133,14 +138,28 @@ def _rooms(noises: list[Noise], prompt: int, form: Form) -> list[Room]:
             f"config.data.length ({decoder}) and encoder_length ({encoder}) are too short for ul2"
         )
     raw = found[-1]
-    if encoder is not None:
-        return [Room(raw, encoder, decoder, prompt) for _ in noises]
-    inputs = [noise.lengths(raw)[0] + prompt for noise in noises]
-    return [Room(raw, n, decoder - n, prompt) for n in inputs]
+    inputs = noise.lengths(raw)[0] + prompt if encoder is None else encoder
+    return Room(raw, inputs, decoder - inputs if encoder is None else decoder, prompt)
 
 
-def _take(rows: Rows, index: np.ndarray) -> Rows:
-    return Rows(rows.ids[index], rows.segments[index], rows.positions[index], rows.previous[index])
+def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> Rows:
+    """Returns `length` tokens of each of the rows `index`, those from a random place on.
+
+    draws: float [n] in [0, 1). A row that holds no more than that is kept whole.
+    """
+    held = np.count_nonzero(rows.segments[index], axis=1)
+    first = (draws * (np.maximum(held - length, 0) + 1)).astype(int)
+    at = first[:, None] + np.arange(length)
+    ids, segments, positions = (
+        np.take_along_axis(x[index], at, axis=1) for x in (rows.ids, rows.segments, rows.positions)
+    )
+    is_cut = segments == segments[:, :1]
+    continues = positions[:, 0] > 0
+    positions = np.where(is_cut, positions - positions[:, :1], positions)
+    segments = np.where(segments, segments - segments[:, :1] + 1, 0)
+    before = np.take_along_axis(rows.ids[index], np.maximum(at[:, :1] - 1, 0), axis=1)[:, 0]
+    before = np.where(first == 0, rows.previous[index], np.where(continues, before, -1))
+    return Rows(ids, segments, positions, before)
 
 
 def _prepend(stream: Stream, token: int) -> Stream:
