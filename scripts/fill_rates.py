@@ -1,0 +1,140 @@
+"""How full the packed rows of every objective are, over whole token stores.
+
+    python scripts/fill_rates.py --text=data/stdlib/train
+    python scripts/fill_rates.py --text=data/stdlib/train --pairs=data/translation/train \\
+        --labels=data/topics/train --length=512 --packing=best_fit
+
+Prints a line for each objective and kind of model: the lengths of its rows, and the share of their
+places that hold a token, of the decoder's (or the only) stream and of the encoder's. --pairs is a
+store of two fields, `source` and `target`; --labels one whose target is a class.
+
+Two fields that are apart, in an encoder and a decoder, are both full where the lengths of the rows
+are as the tokens of the fields: a second line for seq2seq takes the encoder's length from that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from lm.config import DataConfig, component
+from lm.data.pipeline import evaluation_batches, make_source
+from lm.data.sources.tokens import TokenStore
+from lm.objectives import Form
+
+FIELDS = ("source", "target")
+SPARE_IDS = 2048  # for sentinels and masks, beyond those of the tokenizer
+BATCH = 256
+
+
+class Case(NamedTuple):
+    """An objective, the store that it reads, and the lengths that it fills."""
+
+    name: str
+    store: str
+    length: int
+    encoder_length: int | None = None
+    is_causal: bool = True
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Of every objective, for each kind of model that it is for."""
+    n = args.length
+    for name in ("causal", "prefix", "span_corruption", "ul2", "denoising"):
+        yield Case(name, args.text, n)
+    yield Case("mlm", args.text, n, is_causal=False)
+    yield Case("span_corruption", args.text, targets_of_spans(n), n)
+    yield Case("ul2", args.text, n, n)
+    yield Case("denoising", args.text, n, n)
+    if args.pairs:
+        source, target = num_tokens(args.pairs)
+        yield Case("seq2seq", args.pairs, n)
+        yield Case("seq2seq", args.pairs, n, n)
+        yield Case("seq2seq", args.pairs, n, round(n * source / target))
+    if args.labels:
+        yield Case("classification", args.labels, n)
+        yield Case("classification", args.labels, n, is_causal=False)
+        source, target = num_tokens(args.labels)
+        yield Case("classification", args.labels, round(n * target / source), n)
+
+
+def num_tokens(pairs: str) -> tuple[int, int]:
+    """Of the two fields of a store."""
+    source, target = (TokenStore.open(pairs, field=f).num_tokens for f in FIELDS)
+    return source, target
+
+
+def targets_of_spans(length: int) -> int:
+    """The decoder's length for the text that fills an encoder of `length` in span corruption."""
+    module = component("lm.objectives", "span_corruption")
+    noise = module.Noise(module.Config().noise_density, module.Config().mean_span)
+    both = (noise.lengths(raw) for raw in range(2 * length, 1, -1))
+    return next(targets for inputs, targets in both if inputs <= length)
+
+
+def classes(path: str) -> dict[str, tuple[str, ...]]:
+    """The fields of classification's config: the targets that a store has, a character for each."""
+    store = TokenStore.open(path, field=FIELDS[1])
+    tokenizer, ends = store.tokenizer(), store.offsets.tolist()
+    ids = {store.tokens(a, b - 1).tobytes() for a, b in itertools.pairwise(ends)}
+    labels = sorted(tokenizer.decode(np.frombuffer(x, np.int32)) for x in ids)
+    single = (chr(i) for i in range(33, 2**16) if len(tokenizer.encode(chr(i))) == 1)
+    return {"labels": tuple(labels), "verbalizers": tuple(itertools.islice(single, len(labels)))}
+
+
+def measure(case: Case, packing: str) -> str:
+    """The line of a case."""
+    fields = FIELDS if case.name in ("seq2seq", "classification") else ("text",)
+    tokenizer = TokenStore.open(case.store, field=fields[0]).tokenizer()
+    form = Form(case.length, case.encoder_length, case.is_causal, tokenizer.vocab_size + SPARE_IDS)
+    module = component("lm.objectives", case.name)
+    config = classes(case.store) if case.name == "classification" else {}
+    objective = module.build(module.Config(**config), tokenizer, form)
+    data = DataConfig(packing=packing, too_long="cut")
+    source = make_source(case.store, data, objective.layout, tokenizer)
+    held, places = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    for i, batch in enumerate(evaluation_batches(source, objective, batch_size=BATCH)):
+        rows = min(BATCH, len(source) - i * BATCH)  # the last batch is made up of empty ones
+        for at, stream in enumerate((batch.inputs, batch.encoder)):
+            if stream is not None:
+                held[at] += np.count_nonzero(stream.segments)
+                places[at] += rows * stream.segments.shape[1]
+    fill = [f"{h / n:6.1%}" if n else " " * 6 for h, n in zip(held, places, strict=True)]
+    kind = (
+        "encoder and decoder" if case.encoder_length else "decoder" if case.is_causal else "encoder"
+    )
+    lengths = f"{case.encoder_length}, {case.length}" if case.encoder_length else str(case.length)
+    return f"{case.name:16} {kind:20} {lengths:>10} {len(source):7,} {fill[0]:>10} {fill[1]:>8}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--text", required=True, metavar="STORE", help="of one field, text")
+    add("--pairs", metavar="STORE", help="of two fields, source and target")
+    add("--labels", metavar="STORE", help="the same, where a target is one of few")
+    add("--length", type=int, default=512, help="tokens in a row (default: 512)")
+    add("--packing", default="split", help="of text: split or best_fit, as data.packing")
+    args = parser.parse_args()
+    print(
+        f"{'objective':16} {'model':20} {'lengths':>10} {'rows':>7} {'stream':>10} {'encoder':>8}"
+    )
+    try:
+        for case in cases(args):
+            print(measure(case, args.packing), flush=True)
+    except ValueError as error:
+        sys.exit(f"fill_rates: {error}")
+
+
+if __name__ == "__main__":
+    main()
