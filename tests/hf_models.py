@@ -106,8 +106,11 @@ OTHERS = {
 }
 
 
-def make(name, seed=0):
-    """The model of a case, all of its parameters random: none is at 0 or 1, where it began."""
+def make(name, seed=0, **changes):
+    """The model of a case, all of its parameters random: none is at 0 or 1, where it began.
+
+    changes: of the values of its config.
+    """
     import torch
     import transformers
 
@@ -115,11 +118,12 @@ def make(name, seed=0):
     torch.manual_seed(seed)
     if name in OTHERS:
         kind, config_kind, values = OTHERS[name]
+        values = {**values, **changes}
         config = getattr(transformers, config_kind)(**values, **ids, decoder_start_token_id=257)
         model = getattr(transformers, kind)(config)
     else:
         kind, values = CASES[name]
-        config = getattr(transformers, kind)(**values, **ids)
+        config = getattr(transformers, kind)(**{**values, **changes}, **ids)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
