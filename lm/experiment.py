@@ -18,7 +18,7 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, loss, optim, parameters, sharding, step
+from lm import flops, loss, optim, parameters, parametrization, sharding, step
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
@@ -47,8 +47,8 @@ class Experiment:
         c = self.config
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
-        optim.check(c.optimizer)
         c.model.check(c.data.length)
+        optim.check(c.optimizer, self._scaling)
         if c.model.takes_encoder != (c.data.encoder_length is not None):
             raise ValueError(
                 f"config.data.encoder_length ({c.data.encoder_length}) must be "
@@ -216,6 +216,10 @@ class Experiment:
     def _lora(self) -> lora.LoraConfig:
         return getattr(self.config.model, "lora", lora.LoraConfig())
 
+    @property
+    def _scaling(self) -> parametrization.Scaling:
+        return getattr(self.config.model, "scaling", parametrization.STANDARD)
+
     @functools.cached_property
     def _new(self) -> frozenset[str]:
         """Names of the parameters that begin at random although there is a base."""
@@ -235,7 +239,7 @@ class Experiment:
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         boxed = self.trained(self.boxed_params)
-        return optim.make_optimizer(self.config.optimizer, boxed, self.num_steps)
+        return optim.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:

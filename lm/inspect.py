@@ -51,12 +51,17 @@ def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
 def _weights(layer: Attention, context: Context, kind: Array | None) -> jax.Array:
     """[B, N, T, S] of an attention layer that has just sown its queries and keys."""
     q, k = (layer.get_variable("intermediates", name)[-1] for name in ("queries", "keys"))
-    scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
 
     def of_kind(i: int) -> jax.Array:
         mask, window, bias = context.masks[i], layer.windows[i], context.biases[i]
         scores = attention_scores(
-            q, k, mask, scale=scale, window=window, softcap=layer.softcap, bias=bias
+            q,
+            k,
+            mask,
+            scale=layer.score_scale,
+            window=window,
+            softcap=layer.softcap,
+            bias=bias,
         )
         return jnp.where(mask.allowed(window)[:, None], jax.nn.softmax(scores), 0.0)
 

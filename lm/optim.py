@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,20 +14,26 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from lm import parametrization
 from lm.config import OptimizerConfig, ScheduleConfig
+from lm.parametrization import STANDARD, Scaling
 from lm.types import Params
 
 ROLES = ("matrix", "embedding", "vector")  # and balance, which no optimizer takes: see `steer`
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+# of their matrices, as rules of lm.parametrization; embeddings and vectors of muon learn by adam
+KINDS_OF_STEPS = {name: "adam" if name == "adamw" else name for name in OPTIMIZERS}
 MOMENT_DTYPES = ("float32", "bfloat16")
 MEMORIES = ("device", "host")
 # An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
 LARGEST_BFLOAT16_DECAY = 0.99
 
 
-def check(config: OptimizerConfig) -> None:
-    """Raises ValueError, naming the config path, for a name or a number that no optimizer takes."""
+def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
+    """Raises ValueError, naming the config path, for a name or a number that no optimizer takes, or
+    a kind of step that the table of the parametrization has not.
+    """
     for path, value, known in (
         ("name", config.name, OPTIMIZERS),
         ("schedule.kind", config.schedule.kind, SCHEDULES),
@@ -38,6 +45,12 @@ def check(config: OptimizerConfig) -> None:
             raise ValueError(
                 f"config.optimizer.{path} must be one of {', '.join(known)}, got {value!r}"
             )
+    if not scaling.has(rule := KINDS_OF_STEPS[config.name]):
+        raise ValueError(
+            f"config.optimizer.name ({config.name}) has no learning rates in the table of "
+            f"config.model.parametrization ({scaling.name}): the size of its steps ({rule}) is "
+            "that of gradients or of the parameters themselves; take adamw, lion or muon"
+        )
     if config.moment_dtype != "float32" and config.name == "adafactor":
         raise ValueError(
             "config.optimizer.name (adafactor) averages ever more slowly: "
@@ -93,14 +106,17 @@ def roles(boxed: Any) -> Any:
     """The role of each parameter in a tree of boxes; vocabulary projections count as embeddings."""
 
     def one(path: Any, leaf: nn.Partitioned) -> str:
-        names = [n for n in leaf.names if n != "layers"]
         if path[-1].key == "selection_bias":
             return "balance"
-        if path[-1].key == "bias" or len(names) < 2:
-            return "vector"
-        return "embedding" if "vocab" in names or None in names else "matrix"
+        kinds = {"hidden": "matrix", "router": "matrix", "head": "embedding"}
+        found = _row(path, leaf)
+        return kinds.get(found, found)
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
+
+
+def _row(path: Any, leaf: nn.Partitioned) -> str:
+    return parametrization.role([part.key for part in path], leaf.names)
 
 
 def _is_box(x: Any) -> bool:
@@ -147,6 +163,60 @@ def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientT
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Those of one parameter, on what the config says."""
+
+    rate: float  # on the learning rate
+    decay: float  # on the product of learning rate and weight decay; 0 where nothing decays
+    epsilon: float
+
+
+def make_factors(config: OptimizerConfig, boxed: Any, scaling: Scaling) -> Any:
+    """The `Factors` of each parameter in a tree of boxes."""
+
+    def one(path: Any, leaf: nn.Partitioned, kind: str) -> Factors:
+        row, in_block = _row(path, leaf), "layers" in leaf.names
+        rule = KINDS_OF_STEPS[config.name]
+        if rule == "muon" and kind != "matrix":
+            rule = "adam"
+        decay = scaling.decay(row, in_block) if kind in config.decay_roles else 0.0
+        return Factors(scaling.rate(row, rule, in_block), decay, scaling.epsilon(row, in_block))
+
+    return jax.tree_util.tree_map_with_path(one, boxed, roles(boxed), is_leaf=_is_box)
+
+
+def scale_and_decay(weight_decay: float, factors: Any) -> optax.GradientTransformation:
+    """Updates times their parameter's factor on the learning rate, plus what it decays by."""
+
+    def one(f: Factors, update: Any, param: Any) -> Any:
+        if _is_masked(update):  # of another part of a partition
+            return update
+        update = update if f.rate == 1 else f.rate * update
+        return update + weight_decay * f.decay * param if f.decay else update
+
+    def update(updates: Any, params: Params | None) -> Any:
+        return jax.tree.map(one, factors, updates, params)
+
+    return optax.stateless(update)
+
+
+def with_epsilons(
+    inner: optax.GradientTransformation, factors: Any
+) -> optax.GradientTransformation:
+    """Adam, `inner`, with each parameter's factor on its epsilon: gradients divided by it, which
+    changes nothing else about m / (sqrt(v) + epsilon).
+    """
+
+    def one(f: Factors, gradient: Any) -> Any:
+        return gradient if f.epsilon == 1 or _is_masked(gradient) else gradient / f.epsilon
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+        return inner.update(jax.tree.map(one, factors, updates), state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def steer(
@@ -271,25 +341,20 @@ def _tails(path: Any) -> list[str]:
 
 
 def make_optimizer(
-    config: OptimizerConfig, boxed: Any, num_steps: int
+    config: OptimizerConfig, boxed: Any, num_steps: int, scaling: Scaling = STANDARD
 ) -> optax.GradientTransformation:
     """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate."""
-    check(config)
-    kinds = roles(boxed)
-
-    def decays(params: Params) -> Any:  # leaves of another part of a partition stay masked
-        return jax.tree.map(
-            lambda role, p: p if _is_masked(p) else role in config.decay_roles, kinds, params
-        )
-
+    check(config, scaling)
+    kinds, factors = roles(boxed), make_factors(config, boxed, scaling)
     schedule = make_schedule(config.schedule, num_steps)
 
     def finish(peak: float) -> list[optax.GradientTransformation]:
-        decay = optax.add_decayed_weights(config.weight_decay, decays)
+        decay = scale_and_decay(config.weight_decay, factors)
         return [decay, optax.scale_by_learning_rate(lambda step: peak * schedule(step))]
 
     stored = functools.partial(store_as, config.moment_dtype)
     adam = stored(optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov))
+    adam = with_epsilons(adam, factors)
     if config.name == "adamw":
         core = [adam, *finish(config.learning_rate)]
     elif config.name == "lion":

@@ -18,13 +18,14 @@ MODULES = {
 # What a module or package may import from lm. The longest name that fits counts; a package may
 # always import itself. `config` is for `field`, with which sections and components declare their
 # fields.
-LEAF = ("lm.types", "lm.config", "lm.sharding", "lm.parameters")
+LEAF = ("lm.types", "lm.config", "lm.sharding", "lm.parameters", "lm.parametrization")
 RULES = {
     "lm": (),
     "lm.types": (),
     "lm.config": (),
     "lm.exits": (),
     "lm.parameters": (),
+    "lm.parametrization": (),
     "lm.phases": (),
     "lm.processes": ("lm.exits",),
     "lm.checkpoint.manifest": (),
@@ -71,6 +72,8 @@ RULES = {
     "lm.verify": ("lm",),
     "lm.inside": ("lm.types", "lm.layers"),
     "lm.inspect": ("lm",),
+    "lm.coordinates": ("lm",),
+    "lm.transfer": ("lm",),
     "lm.figures": ("lm",),
     "lm.rows": ("lm",),
     "lm.show": ("lm",),
@@ -85,6 +88,8 @@ TOP = {
         "lm.train",
         "lm.aot",
         "lm.inspect",
+        "lm.coordinates",
+        "lm.transfer",
         "lm.verify",
         "lm.show",
         "lm.hf.importing",
@@ -97,6 +102,8 @@ TOP = {
     "lm.train": (),
     "lm.aot": (),
     "lm.verify": (),
+    "lm.coordinates": ("lm.transfer",),
+    "lm.transfer": (),
     "lm.inspect": ("lm.show", "lm.rows"),
     "lm.show": ("lm.figures", "lm.rows"),
     "lm.figures": (),

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm import parameters
 from lm.experiment import Experiment
-from lm.hf import structure, table, vocabulary
+from lm.hf import folding, structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, Writer
 from lm.types import Params
 
@@ -37,13 +37,13 @@ def export_folder(
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
-    section: Any = experiment.config_dict.model
+    model = experiment.config.model
+    section: Any
+    section, leaves = folding.fold(experiment.config_dict.model, model, parameters.flatten(params))
     name = family or structure.find_family(section)
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
     ids = vocabulary.special_ids(experiment.tokenizer)
-    model = experiment.config.model
-    leaves = parameters.flatten(params)
     where = table.places(kind.rows(model), {name: leaf.shape for name, leaf in leaves.items()})
     held = table.tensors(where)
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from lm.hf.table import Row
 TRAINING = (
     *("dropout", "attention_dropout", "init_std", "embed_init_std"),
     *("moe.balance_loss", "moe.z_loss"),
+    *("base_embed_dim", "base_num_layers", "base_head_dim"),
 )
 COMPUTE = (
     *("dtype", "remat", "attention_kernel", "sequence_parallel", "sequence_balance"),

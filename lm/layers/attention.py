@@ -54,7 +54,8 @@ class MultiHead(nn.Module):
     """What self- and cross-attention share. Parameters: `query` `key` `value` `out`, and
     `query_norm` `key_norm` [H] with `qk_norm`.
 
-    `kernel` and `sequence_parallel` are those of `lm.layers.kernels`.
+    `kernel` and `sequence_parallel` are those of `lm.layers.kernels`. The scores are multiplied by
+    `scale` (None: head_dim ** -0.5) and by `score_factor`, which initial weights don't make up for.
     """
 
     embed_dim: int
@@ -68,18 +69,25 @@ class MultiHead(nn.Module):
     norm: str = "rms"
     norm_eps: float = 1e-6
     scale: float | None = None
+    score_factor: float = 1.0
     softcap: float | None = None
     dropout: float = 0.0
     kernel: str = "auto"
     sequence_parallel: str = "gather"
     dtype: Any = jnp.float32
     init_std: float | None = None
+    init_scale: float = 1.0
     out_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
 
     @property
-    def _score_scale(self) -> float:
+    def _usual_scale(self) -> float:
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by."""
+        return self._usual_scale * self.score_factor
 
     def _linear(self, name: str, num: int, axis: str, init_scale: float = 1.0) -> Linear:
         return Linear(
@@ -91,7 +99,7 @@ class MultiHead(nn.Module):
             self.qkv_bias,
             self.dtype,
             self.init_std,
-            init_scale,
+            self.init_scale * init_scale,
             self.lora,
             name=name,
         )
@@ -102,7 +110,7 @@ class MultiHead(nn.Module):
     def _query(self, x: Array) -> jax.Array:
         """x: [B, T, D] -> [B, T, N, H]."""
         # weights of deviation fan_in ** -0.5 give scores of deviation 1, whatever their scale (T5)
-        fit = self.head_dim**-0.5 / self._score_scale if self.init_std is None else 1.0
+        fit = self.head_dim**-0.5 / self._usual_scale if self.init_std is None else 1.0
         return self._norm(self._linear("query", self.num_heads, "heads", fit)(x), "query_norm")
 
     def _key_value(self, x: Array) -> tuple[jax.Array, jax.Array]:
@@ -132,7 +140,7 @@ class MultiHead(nn.Module):
             # initialised on rows that are too short for any kernel
             kernel="xla" if self.is_initializing() else self.kernel,
             sequence_parallel=self.sequence_parallel,
-            scale=self._score_scale,
+            scale=self.score_scale,
             window=window,
             softcap=self.softcap,
             bias=bias,
@@ -154,7 +162,7 @@ class MultiHead(nn.Module):
             self.out_bias,
             self.dtype,
             self.init_std,
-            self.out_scale,
+            self.init_scale * self.out_scale,
             self.lora,
             name="out",
         )

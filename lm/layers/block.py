@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +15,14 @@ from lm.config import field
 from lm.layers import kernels
 from lm.layers import positions as pe
 from lm.layers.attention import Attention, Context, CrossAttention
+from lm.layers.linear import times
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe import Moe, MoeConfig, Report
 from lm.layers.norm import KINDS as NORMS
 from lm.layers.norm import Norm
 from lm.layers.stack import REMAT
+from lm.parametrization import STANDARD, TABLES, Scaling
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -68,6 +71,16 @@ class BlockConfig:
         "gather", "mesh.sequence > 1: gather all keys and values, or pass them on in a ring."
     )
     init_std: float | None = field(0.02, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    parametrization: str = field(
+        "standard",
+        f"How weights and steps change with the size, one of {', '.join(TABLES)}; "
+        "lm/parametrization.py has the tables.",
+    )
+    base_embed_dim: int | None = field(None, "mup: embed_dim that hyper-parameters are meant for.")
+    base_num_layers: int | None = field(
+        None, "mup: num_layers that hyper-parameters are meant for."
+    )
+    base_head_dim: int | None = field(None, "mup: head_dim that hyper-parameters are meant for.")
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
@@ -98,6 +111,16 @@ class BlockConfig:
         return self.mlp_size if self.moe.mlp_dim is None else self.moe.mlp_dim
 
     @property
+    def scaling(self) -> Scaling:
+        """The table of `parametrization` at the sizes of this model."""
+        base = self.base_embed_dim, self.base_num_layers, self.base_head_dim
+        if self.parametrization == "standard" or None in base:  # `check` wants them all
+            return STANDARD
+        sizes = self.embed_dim, self.num_layers, self.head_size
+        ratios = (size / (of_base or 1) for size, of_base in zip(sizes, base, strict=True))
+        return Scaling(self.parametrization, *ratios)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The distinct kinds of layer, in order of first use."""
         return tuple(dict.fromkeys(self.layer_kinds))
@@ -121,7 +144,8 @@ class BlockConfig:
             "num_heads": self.num_heads,
             "num_kv_heads": self.kv_heads,
             "head_dim": self.head_size,
-            "scale": self.head_size**-0.5 if self.query_scale is None else self.query_scale,
+            "scale": self.scaling.scores
+            * (self.head_size**-0.5 if self.query_scale is None else self.query_scale),
             "softcap": self.attention_softcap,
             "bias": self.positions in ("relative", "alibi"),
             "kernel": self.attention_kernel,
@@ -146,6 +170,7 @@ class BlockConfig:
             ("rotary.scaling", pe.SCALINGS),
             ("dtype", ("float32", "bfloat16")),
             ("remat", REMAT),
+            ("parametrization", TABLES),
             ("attention_kernel", kernels.KERNELS),
             ("sequence_parallel", kernels.SEQUENCE_PARALLEL),
         ):
@@ -157,6 +182,7 @@ class BlockConfig:
             *("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"),
             *("head_dim", "mlp_dim", "window", "norm_eps", "init_std", "query_scale"),
             *("attention_softcap", "relative_max_distance"),
+            *("base_embed_dim", "base_num_layers", "base_head_dim"),
         ):
             value = getattr(self, name)
             need(value is None or value > 0, f"{name} must be positive, got {value}")
@@ -192,6 +218,7 @@ class BlockConfig:
             f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
             "local layers, and only they, need one",
         )
+        self._check_parametrization(need)
         self.moe.check(need)
         self.lora.check()
         need(
@@ -210,6 +237,32 @@ class BlockConfig:
         need(
             length <= self.max_length,
             f"max_length ({self.max_length}) must be at least config.data.length ({length})",
+        )
+
+    def _check_parametrization(self, need: Callable[[bool, str], None]) -> None:
+        name = self.parametrization
+        if name == "standard":
+            return
+        for base in ("base_embed_dim", "base_num_layers", "base_head_dim"):
+            need(
+                getattr(self, base) is not None, f"{base} must be given for parametrization={name}"
+            )
+        scaling = self.scaling
+        need(
+            self.query_scale is None or scaling.head == 1,
+            f"query_scale ({self.query_scale}) must be unset for parametrization={name} where "
+            f"head_dim ({self.head_size}) is not base_head_dim ({self.base_head_dim})",
+        )
+        need(
+            self.norm_placement != "post" or scaling.depth == 1,
+            f"num_layers ({self.num_layers}) must be base_num_layers ({self.base_num_layers}) for "
+            f"parametrization={name} and norm_placement=post: norms undo what depth does to "
+            "branches",
+        )
+        need(
+            not self.lora.rank,
+            f"lora.rank ({self.lora.rank}) must be 0 for parametrization={name}, whose table has "
+            "no row for adapters",
         )
 
 
@@ -239,7 +292,9 @@ class Block(nn.Module):
         dtype = jnp.dtype(c.dtype)
         # GPT-2: the residual stream keeps its size with depth
         branches = 2 if context.memory is None else 3
-        out_scale = (branches * c.num_layers) ** -0.5
+        scaling = c.scaling
+        out_scale = (branches * scaling.init_layers(c.num_layers)) ** -0.5
+        init_scale = scaling.init("hidden", c.init_std)
         heads = {
             "embed_dim": c.embed_dim,
             "num_heads": c.num_heads,
@@ -252,21 +307,30 @@ class Block(nn.Module):
             "norm": "rms" if c.norm == "layer" else c.norm,
             "norm_eps": c.norm_eps,
             "scale": c.query_scale,
+            "score_factor": scaling.scores,
             "softcap": c.attention_softcap,
             "dropout": c.attention_dropout,
             "kernel": c.attention_kernel,
             "sequence_parallel": c.sequence_parallel,
             "dtype": dtype,
             "init_std": c.init_std,
+            "init_scale": init_scale,
             "out_scale": out_scale,
             "lora": c.lora,
         }
         attention = Attention(**heads, windows=c.windows, name="attention")
         shared = {"embed_dim": c.embed_dim, "rules": self.rules, "activation": c.activation}
-        shared |= {"dtype": dtype, "init_std": c.init_std, "out_scale": out_scale, "lora": c.lora}
+        shared |= {n: heads[n] for n in ("dtype", "init_std", "init_scale", "out_scale", "lora")}
         mlp: Moe | Mlp
         if c.moe.num_experts:
-            mlp = Moe(mlp_dim=c.expert_size, config=c.moe, name="moe", **shared)
+            router_scale = scaling.init("router", c.init_std)
+            mlp = Moe(
+                mlp_dim=c.expert_size,
+                config=c.moe,
+                router_scale=router_scale,
+                name="moe",
+                **shared,
+            )
         else:
             mlp = Mlp(mlp_dim=c.mlp_size, bias=c.mlp_bias, name="mlp", **shared)
         filled = context.masks[0].query_segments != 0
@@ -282,6 +346,9 @@ class Block(nn.Module):
         def scatter(x: Array) -> jax.Array:  # what it adds
             return self.rules.constrain(x, "batch", length, "act_embed")
 
+        def branch(y: jax.Array) -> jax.Array:
+            return times(dropout(y), scaling.branch)
+
         def feed_forward(x: Array) -> tuple[jax.Array, Report | None]:
             y, report = mlp(x, filled) if isinstance(mlp, Moe) else (mlp(gather(x)), None)
             return scatter(y), report
@@ -289,10 +356,10 @@ class Block(nn.Module):
         h = gather(self._norm("attention_norm")(x) if before else x)
         a, cache = attention(h, context, **own, cache=cache)
         a = scatter(a)
-        a = dropout(self._norm("attention_post_norm")(a) if after else a)
+        a = branch(self._norm("attention_post_norm")(a) if after else a)
         if c.parallel_block:
             m, report = feed_forward(h)
-            m = dropout(self._norm("mlp_post_norm")(m) if after else m)
+            m = branch(self._norm("mlp_post_norm")(m) if after else m)
             x = x + a + m
             if not before:
                 x = self._norm("attention_norm")(x)
@@ -304,11 +371,11 @@ class Block(nn.Module):
                 h = gather(self._norm("cross_attention_norm")(x) if before else x)
                 a, kept = CrossAttention(**heads, name="cross_attention")(h, context, kept)
                 a = scatter(a)
-                x = x + dropout(self._norm("cross_attention_post_norm")(a) if after else a)
+                x = x + branch(self._norm("cross_attention_post_norm")(a) if after else a)
                 if not before:
                     x = self._norm("cross_attention_norm")(x)
             m, report = feed_forward(self._norm("mlp_norm")(x) if before else x)
-            x = x + dropout(self._norm("mlp_post_norm")(m) if after else m)
+            x = x + branch(self._norm("mlp_post_norm")(m) if after else m)
             if not before:
                 x = self._norm("mlp_norm")(x)
         x = scatter(x)

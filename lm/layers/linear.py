@@ -50,6 +50,11 @@ def project_gates(x: Array, weight: Array, rules: Rules) -> jax.Array:
     return flat.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x * factor, in the type of x."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
 class Linear(nn.Module):
     """y = x W (+ b) over the last `len(in_shape)` dimensions of x, which follow [B, T].
 

@@ -68,6 +68,7 @@ class Mlp(nn.Module):
     bias: bool = False
     dtype: Any = jnp.float32
     init_std: float | None = None
+    init_scale: float = 1.0
     out_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
 
@@ -76,7 +77,7 @@ class Mlp(nn.Module):
             ((self.mlp_dim,), (self.embed_dim,)) if out else ((self.embed_dim,), (self.mlp_dim,))
         )
         axes = (("mlp",), ("embed",)) if out else (("embed",), ("mlp",))
-        scale = self.out_scale if out else 1.0
+        scale = self.init_scale * (self.out_scale if out else 1.0)
         kept = (self.bias, self.dtype, self.init_std, scale, self.lora)
         return Linear(*shapes, *axes, self.rules, *kept, name=name)
 

@@ -200,13 +200,16 @@ class Moe(nn.Module):
     activation: str = "swiglu"
     dtype: Any = jnp.float32
     init_std: float | None = None
+    init_scale: float = 1.0
+    router_scale: float = 1.0
     out_scale: float = 1.0
     lora: LoraConfig = LoraConfig()  # of the shared MLP; experts have none
 
     def _experts(self) -> dict[str, jax.Array]:
         """The stacked matrices, in the type of the computation."""
         d, f, e = self.embed_dim, self.mlp_dim, self.config.num_experts
-        wide, narrow = initializer(self.init_std, d), initializer(self.init_std, f, self.out_scale)
+        wide = initializer(self.init_std, d, self.init_scale)
+        narrow = initializer(self.init_std, f, self.init_scale * self.out_scale)
         names = ("up", "gate") if ACTIVATIONS[self.activation][1] else ("up",)
         weights = {n: parameter(self, n, wide, (e, d, f), AXES[n]) for n in names}
         weights["down"] = parameter(self, "down", narrow, (e, f, d), AXES["down"])
@@ -217,7 +220,7 @@ class Moe(nn.Module):
         """x: [B, T, D], filled: bool [B, T] -> ([B, T, D], report)."""
         c, e = self.config, self.config.num_experts
         self.rules.check("config.model.moe", (e, self.embed_dim, self.mlp_dim), AXES["up"])
-        init = initializer(self.init_std, self.embed_dim)
+        init = initializer(self.init_std, self.embed_dim, self.router_scale)
         router = parameter(self, "router", init, (self.embed_dim, e), ("embed", "expert"))
         router = self.rules.constrain(router, None, None)
         experts, bias = self._experts(), None
@@ -242,6 +245,7 @@ class Moe(nn.Module):
                 activation=self.activation,
                 dtype=self.dtype,
                 init_std=self.init_std,
+                init_scale=self.init_scale,
                 out_scale=self.out_scale,
                 lora=self.lora,
                 name="shared",

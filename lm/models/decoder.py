@@ -17,7 +17,7 @@ from lm.layers import positions as pe
 from lm.layers.attention import Context
 from lm.layers.block import Block, BlockConfig
 from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear
+from lm.layers.linear import Linear, times
 from lm.layers.stack import REMAT
 from lm.layers.transformer import Transformer, check_kernels, make_output
 from lm.sharding import Rules
@@ -58,6 +58,7 @@ class Decoder(Transformer):
         super().setup()
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         std = 0.02 if c.init_std is None else c.init_std
+        std *= c.scaling.init("embedding", std)
         self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
         if c.positions == "learned":
             self.position = Embedding(c.max_length, c.embed_dim, self.rules, None, dtype, std)
@@ -70,6 +71,7 @@ class Decoder(Transformer):
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                init_scale=c.scaling.init("head", c.init_std),
                 lora=c.lora,
             )
         self.dropout = nn.Dropout(c.dropout)
@@ -111,7 +113,8 @@ class Decoder(Transformer):
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
-        x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
+        x = times(hidden, c.scaling.logits)
+        x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
         x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 

@@ -14,7 +14,7 @@ from lm.config import field
 from lm.layers import positions as pe
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear, parameter
+from lm.layers.linear import Linear, parameter, times
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
@@ -56,6 +56,8 @@ class Encoder(Transformer):
         super().setup()
         c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
         std = 0.02 if c.init_std is None else c.init_std
+        std *= c.scaling.init("embedding", std)
+        init_scale = c.scaling.init("hidden", c.init_std)
         self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, std)
         if c.positions == "learned":
             self.position = Embedding(c.max_length, c.embed_dim, rules, None, dtype, std)
@@ -72,13 +74,14 @@ class Encoder(Transformer):
             c.mlp_bias,
             dtype,
             c.init_std,
+            init_scale,
         )
         self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
         zeros = nn.initializers.zeros
         self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
         if c.pooler_dim:
             shape = ((c.embed_dim,), (c.pooler_dim,), ("embed",), ("mlp",))
-            self.pooler = Linear(*shape, rules, c.mlp_bias, dtype, c.init_std)
+            self.pooler = Linear(*shape, rules, c.mlp_bias, dtype, c.init_std, init_scale)
 
     def __call__(
         self,
@@ -121,7 +124,8 @@ class Encoder(Transformer):
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         act, _ = ACTIVATIONS[self.config.activation]
-        x = self.embedding.attend(self.transform_norm(act(self.transform(hidden))))
+        x = self.transform_norm(act(self.transform(hidden)))
+        x = self.embedding.attend(times(x, self.config.scaling.logits))
         x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
         return x + self.logit_bias
 

@@ -16,7 +16,7 @@ from lm.layers import positions as pe
 from lm.layers.attention import Memory
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear
+from lm.layers.linear import Linear, times
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
 from lm.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
@@ -62,6 +62,12 @@ class Config(BlockConfig):
                 f"config.model.scan_unroll ({self.scan_unroll}) must be -1 or in "
                 f"1..num_encoder_layers ({own})"
             )
+        if own is not None and own != self.num_layers and self.parametrization != "standard":
+            raise ValueError(
+                f"config.model.num_encoder_layers ({own}) must be config.model.num_layers "
+                f"({self.num_layers}) for parametrization={self.parametrization}, which has one "
+                "depth"
+            )
         if self.parallel_block:
             raise ValueError(
                 "config.model.parallel_block must be False for encoder_decoder: cross-attention "
@@ -85,6 +91,8 @@ class EncoderDecoder(nn.Module):
         c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
         std = 0.02 if c.init_std is None else c.init_std
         embed_std = std if c.embed_init_std is None else c.embed_init_std
+        std *= c.scaling.init("embedding", std)
+        embed_std *= c.scaling.init("embedding", embed_std)
         self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, embed_std)
         if c.positions == "learned":
             table = (c.max_length, c.embed_dim, rules, None, dtype, std)
@@ -100,6 +108,7 @@ class EncoderDecoder(nn.Module):
                 rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                init_scale=c.scaling.init("head", c.init_std),
             )
         self.dropout = nn.Dropout(c.dropout)
 
@@ -152,7 +161,7 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
-        x = hidden * jnp.asarray(c.logit_scale, hidden.dtype)
+        x = times(hidden * jnp.asarray(c.logit_scale, hidden.dtype), c.scaling.logits)
         x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
         return self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
 

@@ -1,0 +1,72 @@
+"""A model of another parametrization as one of the standard one: the factors that it has beside its
+weights, inside of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+# What a factor on their output is put into, by the ends of names.
+BRANCHES = ("attention.out", "cross_attention.out", "mlp.down", "moe.shared.down", "moe.down")
+POST_NORMS = ("attention_post_norm", "cross_attention_post_norm", "mlp_post_norm")
+
+
+def fold(
+    section: Any, model: Any, leaves: Mapping[str, jax.Array]
+) -> tuple[Any, dict[str, jax.Array]]:
+    """(`config.model`, parameters by name) of the standard parametrization that compute the same,
+    up to the rounding of one product for each weight.
+
+    model: the resolved section.
+
+    Raises:
+        ValueError: a factor has no weights to go into.
+    """
+    leaves, scaling = dict(leaves), getattr(model, "scaling", None)
+    if scaling is None or model.parametrization == "standard":
+        return section, leaves
+    if scaling.logits != 1:
+        _multiply(leaves, _before_logits(model, leaves), scaling.logits, model.norm)
+    if scaling.branch != 1:
+        both = model.norm_placement == "both"
+        _multiply(leaves, POST_NORMS if both else BRANCHES, scaling.branch, model.norm)
+    if scaling.scores != 1:
+        query = "query_norm" if model.qk_norm else "query"
+        owners = f"attention.{query}", f"cross_attention.{query}"
+        _multiply(leaves, owners, scaling.scores, model.norm)
+    section = section.copy_and_resolve_references()
+    section.parametrization = "standard"
+    return section, leaves
+
+
+def _before_logits(model: Any, leaves: Mapping[str, Any]) -> tuple[str, ...]:
+    """The module whose output the logits are a linear function of."""
+    if "head.weight" in leaves:
+        return ("head",)
+    # what lies in `layers` is stacked, and was taken to be a block's
+    for norm in ("transform_norm", "norm", "decoder.norm"):
+        if f"{norm}.scale" in leaves:
+            return (norm,)
+    raise ValueError(
+        f"config.model.parametrization ({model.parametrization}) has a factor on the logits, "
+        f"which tied embeddings and norm_placement={model.norm_placement} leave no weights for: "
+        "the norm before them also writes to the residual stream"
+    )
+
+
+def _multiply(
+    leaves: dict[str, jax.Array], modules: tuple[str, ...], factor: float, norm: str
+) -> None:
+    """Multiplies what modules of these names return, by their parameters; in place."""
+    for name, leaf in leaves.items():
+        module, _, last = name.rpartition(".")
+        owners = (module, name)  # experts' matrices have no module of their own
+        if not any(o == m or o.endswith(f".{m}") for o in owners for m in modules):
+            continue
+        if last == "scale" and norm == "rms_plus_one":
+            leaves[name] = factor * (1 + leaf) - 1
+        else:
+            leaves[name] = factor * leaf
