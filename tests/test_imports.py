@@ -115,6 +115,7 @@ LATE = {
     "jinja2",
     "lm_eval",
     "matplotlib",
+    "pyarrow",
     "safetensors",
     "sentencepiece",
     "tensorboard",

@@ -1,0 +1,217 @@
+"""Everything that a table of runs says about scaling.
+
+table, source = read("docs/ladder.csv", counting="total")
+result = analyse(table, source)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm.scaling import frontier, intervals, parametric, settings
+from lm.scaling.artefact import (
+    FrontierEstimate,
+    HeldOut,
+    LawEstimate,
+    Options,
+    Result,
+    Setting,
+    rounded,
+)
+from lm.scaling.frontier import Frontier
+from lm.scaling.intervals import Estimate
+from lm.scaling.parametric import NAMES, Fit
+from lm.scaling.powers import Power
+from lm.scaling.table import Source, Table, check
+
+NATS_TO_BITS = 1 / math.log(2)
+MISFIT = 0.03  # noise in log loss above which the law hardly describes the table
+
+
+def analyse(table: Table, source: Source, options: Options | None = None) -> Result:
+    """Fits all laws to a table that `read` has checked.
+
+    Raises:
+        ValueError: the rows cannot tell the constants, or their losses are in two units.
+    """
+    o = options or Options()
+    names = NAMES[: 6 if o.fits_repeats else 5]
+    best = table.best()
+    check(best, num_constants=len(names))
+    _check_repeats(best, o)
+    rng = np.random.default_rng(o.seed)
+    fit, again, noise = _fit(best, o, rng)
+    law, laws = fit.one(), again.law
+    every = {name: intervals.estimate(getattr(law, name), getattr(laws, name), o.level)
+             for name in (*names, "parameters_exponent", "tokens_exponent")}  # fmt: skip
+    near = intervals.draw(best.loss, noise, o.num_replicates, rng)
+    return Result(
+        counting=table.counting,
+        options=o,
+        data=_describe(table, best, source),
+        constants={name: every[name] for name in names},
+        exponents={"a": every["parameters_exponent"], "b": every["tokens_exponent"]},
+        replicates=rounded(np.stack([getattr(laws, n) for n in names], axis=1)),
+        noise=noise,
+        objective=float(fit.objective[0]),
+        num_starts=fit.num_starts,
+        warnings=_warnings(best, fit, again, noise),
+        envelope=_frontier(frontier.envelope, best, near, o.level),
+        isoflop=_frontier(frontier.isoflop, best, near, o.level),
+        settings=_settings(table, noise, o, rng),
+        held_out=_hold_out(best, o, len(names), rng),
+    )
+
+
+def _fit(table: Table, o: Options, rng: np.random.Generator) -> tuple[Fit, Fit, float]:
+    """(the fit, that of all replicates, the noise)."""
+    repeats = None if o.fits_repeats else (np.inf if o.repeats is None else o.repeats)
+    fit = parametric.fit(table, repeats=repeats, delta=o.delta)
+    _check_units(table, fit)
+    return fit, *intervals.bootstrap(
+        table, fit, repeats=repeats, delta=o.delta, num=o.num_replicates, rng=rng
+    )
+
+
+def _hold_out(
+    table: Table, o: Options, num_constants: int, rng: np.random.Generator
+) -> HeldOut | None:
+    """None where too little is left without the largest size."""
+    largest = table.parameters == table.parameters.max()
+    rest, held = table.take(~largest), table.take(largest)
+    try:
+        check(rest, num_constants=num_constants)
+        _check_repeats(rest, o)
+    except ValueError:
+        return None
+    fit, again, noise = _fit(rest, o, rng)
+    runs = (held.parameters, held.tokens, held.unique_tokens)
+    middle, around = fit.one().loss(*runs), again.law.loss(*runs)  # [n], [R, n]
+    around = around * np.exp(noise * rng.standard_normal(around.shape))
+    predicted = [intervals.estimate(float(m), around[:, i], o.level) for i, m in enumerate(middle)]
+    errors = middle / held.loss - 1
+    inside = [p.low <= v <= p.high for p, v in zip(predicted, held.loss, strict=True)]
+    return HeldOut(
+        parameters=float(held.parameters[0]),
+        flops_distance=float(held.flops.max() / rest.flops.max()),
+        tokens=held.tokens.tolist(),
+        measured=held.loss.tolist(),
+        predicted=predicted,
+        mean_error=float(errors.mean()),
+        largest_error=float(errors[np.argmax(np.abs(errors))]),
+        num_inside=int(sum(inside)),
+    )
+
+
+def _frontier(
+    approach: Callable[[Table, np.ndarray | None], Frontier],
+    table: Table,
+    losses: np.ndarray,
+    level: float,
+) -> FrontierEstimate:
+    found, again = approach(table, None), [approach(table, loss) for loss in losses]
+    columns = ("flops", "parameters", "tokens", "loss")
+    return FrontierEstimate(
+        points={name: rounded(getattr(found, name)) for name in columns},
+        parameters=_law(found.parameters_law, [f.parameters_law for f in again], level),
+        tokens=_law(found.tokens_law, [f.tokens_law for f in again], level),
+    )
+
+
+def _settings(
+    table: Table, noise: float, o: Options, rng: np.random.Generator
+) -> dict[str, Setting]:
+    losses = intervals.draw(table.loss, noise, o.num_replicates, rng)
+    result = {}
+    for name in ("learning_rate", "batch_size"):
+        if getattr(table, name) is None:
+            continue
+        found = settings.optima(table, name, o.variable)
+        again = [settings.optima(table, name, o.variable, loss).law for loss in losses]
+        result[name] = Setting(
+            kind=found.kind,
+            variable=o.variable,
+            points={"x": rounded(found.x), "best": rounded(found.best)},
+            at_edge=found.at_edge,
+            law=_law(found.law, again, o.level),
+        )
+    return result
+
+
+def _law(found: Power, again: Sequence[Power], level: float) -> LawEstimate:
+    pairs = np.array([(p.coefficient, p.exponent) for p in again])
+
+    def one(value: Any, column: int) -> Estimate:
+        return intervals.estimate(float(value), pairs[:, column], level)
+
+    return LawEstimate(one(found.coefficient, 0), one(found.exponent, 1), rounded(pairs))
+
+
+def _check_repeats(table: Table, o: Options) -> None:
+    repeated = table.unique_tokens is not None and (table.tokens > table.unique_tokens).any()
+    if (o.fits_repeats or o.repeats is not None) and not repeated:
+        raise ValueError(
+            f"none of {len(table)} rows has fewer unique_tokens than tokens: there is no repeated "
+            "data to correct for"
+        )
+
+
+def _check_units(table: Table, fit: Fit) -> None:
+    """Raises ValueError where some losses are off by the factor between bits and nats."""
+    residuals = fit.residuals[0]
+    usual = float(np.median(np.abs(residuals)))
+    off = np.abs(np.abs(residuals) - math.log(NATS_TO_BITS)) < 0.1
+    if usual < 0.1 and off.any():
+        i = int(np.flatnonzero(off)[0])
+        factor = math.exp(residuals[i])
+        raise ValueError(
+            f"the loss of row {table.rows[i]} ({table.loss[i]:.4g}) is {factor:.3f} times what the "
+            f"other rows say ({table.loss[i] / factor:.4g}), as {int(off.sum())} of {len(table)} "
+            f"rows: a bit is {1 / NATS_TO_BITS:.4f} nats, a factor of {NATS_TO_BITS:.3f} or "
+            f"{1 / NATS_TO_BITS:.3f}; losses must all be nats per token"
+        )
+
+
+def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
+    found = []
+    if fit.at_bound[0]:
+        found.append(
+            "a constant ended at its bound: these runs do not tell E from 0, or an exponent from "
+            "its limits"
+        )
+    elif again.at_bound.mean() > 0.05:
+        found.append(
+            f"in {again.at_bound.mean():.0%} of the replicates a constant ended at its bound: "
+            "these runs hardly tell E from 0, and single constants mean little"
+        )
+    if noise > MISFIT:
+        found.append(
+            f"runs lie {noise:.1%} around the law: it does not describe them well, and the "
+            "intervals know nothing of what it leaves out"
+        )
+    ratio = table.flops_ratio()
+    if ratio.max() > 1.5 * ratio.min():
+        found.append(
+            f"FLOPs are {ratio.min():.2f} to {ratio.max():.2f} x parameters x tokens: the size of "
+            "least loss depends on how FLOPs are counted"
+        )
+    return found
+
+
+def _describe(table: Table, best: Table, source: Source) -> dict[str, Any]:
+    ratio = best.flops_ratio()
+    return {
+        **dataclasses.asdict(source),
+        "num_fitted": len(best),
+        "num_other_settings": len(table) - len(best),
+        "parameters": np.unique(best.parameters).tolist(),
+        "tokens": np.unique(best.tokens).tolist(),
+        "flops": [float(best.flops.min()), float(best.flops.max())],
+        "loss": [float(best.loss.min()), float(best.loss.max())],
+        "flops_per_parameter_token": [float(ratio.min()), float(ratio.max())],
+    }

@@ -1,0 +1,182 @@
+"""The record of a fit, to JSON and back: data, method, constants, intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lm.scaling import intervals, parametric
+from lm.scaling.intervals import Estimate
+from lm.scaling.parametric import Law
+from lm.scaling.powers import Power
+
+FORMAT = 1
+DIGITS = 7  # of what is written for each replicate and point
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a table is analysed."""
+
+    delta: float = parametric.HUBER_DELTA
+    repeats: float | None = None  # R* of repeated data; None: seen again is as good as new
+    fits_repeats: bool = False  # R* is a constant of the fit
+    level: float = 0.9  # of the intervals
+    num_replicates: int = 400
+    seed: int = 0
+    variable: str = "flops"  # of the laws of learning rate and batch size
+
+
+@dataclasses.dataclass(frozen=True)
+class LawEstimate:
+    """A power law, with the coefficient and exponent of every replicate."""
+
+    coefficient: Estimate
+    exponent: Estimate
+    replicates: list[list[float]]  # [R][2]; NaN where a replicate had none
+
+    def at(self, x: float, level: float) -> Estimate:
+        """The law's value at x with its interval."""
+        coefficients, exponents = np.array(self.replicates).T
+        value = Power(self.coefficient.value, self.exponent.value).at(x)
+        return intervals.estimate(
+            float(value), np.asarray(Power(coefficients, exponents).at(x)), level
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierEstimate:
+    """Approach 1 or 2: the best runs by budget, and N_opt and D_opt as powers of FLOPs."""
+
+    points: dict[str, list[float]]  # flops, parameters, tokens, loss
+    parameters: LawEstimate
+    tokens: LawEstimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The law of the best learning rate or batch size."""
+
+    kind: str  # see settings.Optima
+    variable: str
+    points: dict[str, list[float]]  # x, best
+    at_edge: int
+    law: LawEstimate
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The runs of the largest size, predicted by the law of all smaller ones."""
+
+    parameters: float
+    flops_distance: float  # most FLOPs held out, as a multiple of the most that were fitted
+    tokens: list[float]
+    measured: list[float]
+    predicted: list[Estimate]  # of one run, with the noise of runs
+    mean_error: float  # mean of predicted / measured - 1
+    largest_error: float  # the one farthest from 0
+    num_inside: int  # measured losses within their interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The artefact. What N is says `counting`; losses are in nats per token."""
+
+    counting: str
+    options: Options
+    data: dict[str, Any]
+    constants: dict[str, Estimate]
+    exponents: dict[str, Estimate]  # a and b of N_opt ~ C^a and D_opt ~ C^b
+    replicates: list[list[float]]  # [R][constants]
+    noise: float  # standard deviation of log loss around the law
+    objective: float
+    num_starts: int
+    warnings: list[str]
+    envelope: FrontierEstimate
+    isoflop: FrontierEstimate
+    settings: dict[str, Setting]
+    held_out: HeldOut | None
+    format: int = FORMAT
+    loss_unit: str = "nats per token"
+
+    @property
+    def law(self) -> Law:
+        return self._law({name: e.value for name, e in self.constants.items()})
+
+    @property
+    def laws(self) -> Law:
+        """The constants of all replicates, [R]."""
+        return self._law(dict(zip(self.constants, np.array(self.replicates).T, strict=True)))
+
+    def _law(self, constants: Mapping[str, Any]) -> Law:
+        fixed = np.inf if self.options.repeats is None else self.options.repeats
+        return Law(**{"repeats": fixed, **constants})
+
+
+def to_json(result: Result) -> str:
+    return json.dumps(_plain(dataclasses.asdict(result)), allow_nan=False) + "\n"
+
+
+def from_json(text: str, name: str = "the file") -> Result:
+    """The Result that `to_json` wrote.
+
+    Raises:
+        ValueError: it is something else, or of another format.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    if not isinstance(tree, dict) or "constants" not in tree or tree["format"] != FORMAT:
+        raise ValueError(f"{name} is no artefact of scripts/fit_scaling_law.py, format {FORMAT}")
+    held = tree["held_out"]
+    if held is not None:
+        held = HeldOut(**{**held, "predicted": [_estimate(e) for e in held["predicted"]]})
+    frontiers = {}
+    for key in ("envelope", "isoflop"):
+        f = tree[key]
+        frontiers[key] = FrontierEstimate(f["points"], _law(f["parameters"]), _law(f["tokens"]))
+    return Result(
+        **{
+            **tree,
+            **frontiers,
+            "options": Options(**tree["options"]),
+            "constants": {n: _estimate(e) for n, e in tree["constants"].items()},
+            "exponents": {n: _estimate(e) for n, e in tree["exponents"].items()},
+            "settings": {
+                n: Setting(**{**s, "law": _law(s["law"])}) for n, s in tree["settings"].items()
+            },
+            "held_out": held,
+        }
+    )
+
+
+def rounded(values: np.ndarray) -> Any:
+    """Nested lists of numbers with DIGITS significant digits."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        size = np.where(values == 0, 0, np.floor(np.log10(np.abs(values))))
+        scale = 10.0 ** (DIGITS - 1 - np.where(np.isfinite(size), size, 0))
+        return (np.round(values * scale) / scale).tolist()
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with null for what JSON has no number for."""
+    if isinstance(tree, dict):
+        return {k: _plain(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _estimate(tree: Mapping[str, float | None]) -> Estimate:
+    return Estimate(**{k: np.nan if v is None else v for k, v in tree.items()})
+
+
+def _law(tree: Mapping[str, Any]) -> LawEstimate:
+    replicates = np.array(tree["replicates"], float).tolist()
+    return LawEstimate(_estimate(tree["coefficient"]), _estimate(tree["exponent"]), replicates)

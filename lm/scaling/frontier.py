@@ -1,0 +1,157 @@
+"""Compute-optimal sizes without a formula for the loss: Chinchilla's first two approaches.
+
+Both give, for several budgets of FLOPs, the parameters and tokens of least loss, and power laws
+through them: N_opt proportional to C^a, D_opt to C^b (arXiv:2203.15556, sections 3.1 and 3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lm.scaling.powers import Power, fit_power, lowest
+from lm.scaling.table import Table
+
+SAME_FLOPS = 1.05  # the most by which FLOPs differ within an IsoFLOP set
+NUM_ENVELOPE = 200  # budgets that the envelope is read at
+NUM_SLICES = 9  # budgets to cut curves at, where a table has no IsoFLOP sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """The best runs by budget, and the laws through them."""
+
+    flops: np.ndarray  # float64 [m]
+    parameters: np.ndarray  # float64 [m]
+    tokens: np.ndarray  # float64 [m]
+    loss: np.ndarray  # float64 [m]
+    parameters_law: Power
+    tokens_law: Power
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Losses of one size over FLOPs, with the mean of seeds."""
+
+    parameters: float
+    log_flops: np.ndarray  # [k], ascending
+    log_tokens: np.ndarray  # [k]
+    loss: np.ndarray  # [k]
+
+    def covers(self, log_flops: np.ndarray) -> np.ndarray:
+        return (self.log_flops[0] <= log_flops) & (log_flops <= self.log_flops[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Runs of one budget: what a parabola is laid through."""
+
+    flops: float
+    parameters: np.ndarray  # [k]
+    tokens: np.ndarray  # [k]
+    loss: np.ndarray  # [k]
+
+
+def curves(table: Table, loss: np.ndarray | None = None) -> list[Curve]:
+    """A curve for every size that has at least two token counts; loss: [n], not the table's."""
+    loss = table.loss if loss is None else loss
+    found = []
+    for size in np.unique(table.parameters):
+        mine = table.parameters == size
+        tokens, which = np.unique(table.tokens[mine], return_inverse=True)
+        if len(tokens) < 2:
+            continue
+        count = np.bincount(which)
+        mean = [np.bincount(which, v[mine]) / count for v in (np.log(table.flops), loss)]
+        found.append(Curve(float(size), mean[0], np.log(tokens), mean[1]))
+    return found
+
+
+def envelope(table: Table, loss: np.ndarray | None = None) -> Frontier:
+    """Approach 1: for each budget the size whose curve is lowest there.
+
+    Between its runs a curve is a line over log FLOPs. A budget counts where the best size is
+    neither the smallest nor the largest of those whose curves reach it, since beyond the ends of a
+    table the best of its sizes is not the best size. Empty where no budget counts.
+    """
+    all_curves = curves(table, loss)
+    if len(all_curves) < 3:
+        return _frontier([])
+    low = min(c.log_flops[0] for c in all_curves)
+    high = max(c.log_flops[-1] for c in all_curves)
+    points = []
+    grid = np.linspace(low, high, NUM_ENVELOPE)
+    losses = np.array(
+        [np.where(c.covers(grid), np.interp(grid, c.log_flops, c.loss), np.inf) for c in all_curves]
+    )
+    for i, log_flops in enumerate(grid):
+        reached = np.flatnonzero(np.isfinite(losses[:, i]))
+        if len(reached) < 3:
+            continue
+        best = reached[np.argmin(losses[reached, i])]
+        if best in (reached[0], reached[-1]):
+            continue
+        curve = all_curves[best]
+        tokens = np.exp(np.interp(log_flops, curve.log_flops, curve.log_tokens))
+        points.append((np.exp(log_flops), curve.parameters, tokens, losses[best, i]))
+    return _frontier(points)
+
+
+def slices(table: Table, loss: np.ndarray | None = None) -> list[Slice]:
+    """The IsoFLOP sets of a table; where it has fewer than two, cuts through its curves."""
+    loss = table.loss if loss is None else loss
+    order = np.argsort(table.flops)
+    gaps = np.diff(np.log(table.flops[order])) > np.log(SAME_FLOPS) / 2
+    groups = np.split(order, np.flatnonzero(gaps) + 1)
+    found = []
+    for group in groups:
+        flops = table.flops[group]
+        if len(np.unique(table.parameters[group])) < 3 or flops.max() > SAME_FLOPS * flops.min():
+            continue
+        values = (table.parameters[group], table.tokens[group], loss[group])
+        found.append(Slice(float(np.exp(np.log(flops).mean())), *values))
+    return found if len(found) >= 2 else _cuts(curves(table, loss))
+
+
+def isoflop(table: Table, loss: np.ndarray | None = None) -> Frontier:
+    """Approach 2: for each budget the lowest point of a parabola of loss over log parameters.
+
+    A budget whose parabola opens downwards or is lowest beyond its sizes does not count.
+    """
+    points = []
+    for cut in slices(table, loss):
+        size, at_best = lowest(cut.parameters, cut.loss)
+        if np.isnan(size):
+            continue
+        # within a budget, tokens are a power of parameters: near -1
+        tokens = fit_power(cut.parameters, cut.tokens).at(size)
+        points.append((cut.flops, size, tokens, at_best))
+    return _frontier(points)
+
+
+def _cuts(all_curves: list[Curve]) -> list[Slice]:
+    """Budgets evenly spaced where at least three curves can be read."""
+    if len(all_curves) < 3:
+        return []
+    ends = sorted({float(v) for c in all_curves for v in (c.log_flops[0], c.log_flops[-1])})
+    inside = [v for v in ends if sum(bool(c.covers(np.array(v))) for c in all_curves) >= 3]
+    if len(inside) < 2:
+        return []
+    found = []
+    for log_flops in np.linspace(inside[0], inside[-1], NUM_SLICES):
+        mine = [c for c in all_curves if c.covers(log_flops)]
+        if len(mine) < 3:
+            continue
+        tokens = [np.exp(np.interp(log_flops, c.log_flops, c.log_tokens)) for c in mine]
+        loss = [np.interp(log_flops, c.log_flops, c.loss) for c in mine]
+        sizes = np.array([c.parameters for c in mine])
+        found.append(Slice(float(np.exp(log_flops)), sizes, np.array(tokens), np.array(loss)))
+    return found
+
+
+def _frontier(points: list[tuple[float, float, float, float]]) -> Frontier:
+    flops, parameters, tokens, loss = np.array(points, float).reshape(-1, 4).T
+    return Frontier(
+        flops, parameters, tokens, loss, fit_power(flops, parameters), fit_power(flops, tokens)
+    )

@@ -1,0 +1,287 @@
+"""The table of runs that scaling laws are fitted to: read, checked, and reduced to the best runs.
+
+A row is one finished measurement: parameters, tokens, FLOPs and the loss in nats per token. How
+parameters are counted is stated by whoever reads the table, and goes with every constant.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# What counts as N, and the column that it is read from.
+COUNTING = {"total": "parameters", "non_embedding": "non_embedding_parameters"}
+# Optional: settings that laws are fitted for, distinct tokens of a run that repeats its data.
+OPTIONAL = ("learning_rate", "batch_size", "unique_tokens")
+# Training takes about 6 FLOPs for each parameter and token (arXiv:2001.08361): more with long rows
+# of narrow models or with embeddings left out, less with tables that are only looked up.
+FLOPS_PER_PARAMETER_TOKEN = 6.0
+FLOPS_RATIO = 10.0  # how far from that a table may be
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns of equal length; `rows` are their places in the file, from 1, for messages."""
+
+    parameters: np.ndarray  # float64 [n], counted as `counting` says
+    tokens: np.ndarray  # float64 [n]
+    flops: np.ndarray  # float64 [n], of the whole run
+    loss: np.ndarray  # float64 [n], nats per token
+    rows: np.ndarray  # int [n]
+    counting: str  # a key of COUNTING
+    learning_rate: np.ndarray | None = None
+    batch_size: np.ndarray | None = None
+    unique_tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, which: np.ndarray) -> Table:
+        """The rows at these places, or where this mask is True."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        columns: dict[str, Any] = {k: v[which] for k, v in values.items() if _is_column(v)}
+        return dataclasses.replace(self, **columns)
+
+    def cells(self) -> np.ndarray:
+        """For each row the number of its pair of parameters and tokens: int [n]."""
+        pairs = np.stack([self.parameters, self.tokens], axis=1)
+        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+
+    def settings(self) -> np.ndarray:
+        """For each row the number of its learning rate and batch size: int [n]."""
+        kept = [c for c in (self.learning_rate, self.batch_size) if c is not None]
+        if not kept:
+            return np.zeros(len(self), int)
+        return np.unique(np.stack(kept, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def best(self) -> Table:
+        """Of every pair of parameters and tokens, the runs of the setting with the least mean loss.
+
+        A law of the loss is one of well-chosen learning rates and batches. Seeds of one setting all
+        stay.
+        """
+        cells, settings = self.cells(), self.settings()
+        keep = np.zeros(len(self), bool)
+        for cell in np.unique(cells):
+            inside = np.flatnonzero(cells == cell)
+            kinds = np.unique(settings[inside])
+            means = [self.loss[inside[settings[inside] == kind]].mean() for kind in kinds]
+            keep[inside[settings[inside] == kinds[int(np.argmin(means))]]] = True
+        return self.take(keep)
+
+    def flops_ratio(self) -> np.ndarray:
+        """FLOPs for each parameter and token: float64 [n]."""
+        return self.flops / (self.parameters * self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a table was read from, for the artefact."""
+
+    path: str
+    sha256: str  # of the file's bytes
+    num_rows: int
+    unfinished: int  # rows left out since their `status` is another than finished
+    non_finite: int  # rows left out since their loss is no number, on request
+
+
+def read(
+    path: str,
+    *,
+    counting: str,
+    columns: Mapping[str, str] | None = None,
+    drop_non_finite: bool = False,
+    vocab_size: int | None = None,
+) -> tuple[Table, Source]:
+    """(the checked Table, where it is from) of a CSV, JSONL or Parquet file with a header.
+
+    columns: names in the file for ours, {"parameters": "n_params"}. A column `status` is honoured:
+    rows that are not "finished" are left out, and counted. vocab_size: losses above its logarithm
+    are refused.
+
+    Raises:
+        ValueError: a column is missing, a value is no number, or `check` refuses the rows.
+    """
+    names = {name: name for name in ("tokens", "flops", "loss", *OPTIONAL, "status")}
+    names["parameters"] = COUNTING[counting]
+    unknown = set(columns or {}) - set(names)
+    if unknown:
+        raise ValueError(f"--columns: no column is called {sorted(unknown)}; there are {[*names]}")
+    names |= columns or {}
+    content = Path(path).read_bytes()
+    records = _records(path, content)
+    if not records:
+        raise ValueError(f"{path} has no rows")
+    has = records[0].keys()
+    needed = ("parameters", "tokens", "flops", "loss")
+    missing = [names[n] for n in needed if names[n] not in has]
+    if missing:
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(has)} "
+            "(--columns=parameters=NAME,... gives theirs)"
+        )
+    found = [n for n in OPTIONAL if names[n] in has and _filled(records, names[n])]
+    numbered = list(enumerate(records, 1))
+    finished = numbered
+    if names["status"] in has:
+        finished = [(i, r) for i, r in numbered if r[names["status"]] == "finished"]
+    values = {
+        name: np.array([_number(path, i, names[name], r) for i, r in finished], float)
+        for name in (*needed, *found)
+    }
+    table = Table(**values, rows=np.array([i for i, _ in finished], int), counting=counting)
+    dropped = 0
+    if drop_non_finite:
+        good = np.isfinite(table.loss)
+        dropped = int((~good).sum())
+        table = table.take(good)
+    _check_values(path, table, vocab_size)
+    _check_duplicates(path, table, [records[i - 1] for i in table.rows])
+    source = Source(
+        path=str(path),
+        sha256=hashlib.sha256(content).hexdigest(),
+        num_rows=len(records),
+        unfinished=len(records) - len(finished),
+        non_finite=dropped,
+    )
+    return table, source
+
+
+def check(table: Table, *, num_constants: int, what: str = "the table") -> None:
+    """Raises ValueError where `num_constants` cannot be told from these rows."""
+    sizes, counts = np.unique(table.parameters), np.unique(table.tokens)
+    if len(sizes) < 3 or len(counts) < 3:
+        raise ValueError(
+            f"{what} has {_count(len(sizes), 'size')} (parameters {_list(sizes)}) and "
+            f"{_count(len(counts), 'token count')} ({_list(counts)}): a floor and a slope in each "
+            "need at least 3 and 3"
+        )
+    cells = int(table.cells().max()) + 1
+    if cells < num_constants + 3:
+        raise ValueError(
+            f"{what} has {cells} different pairs of parameters and tokens: {num_constants} "
+            f"constants and their intervals need at least {num_constants + 3}"
+        )
+
+
+def _check_values(path: str, table: Table, vocab_size: int | None) -> None:
+    if not len(table):
+        raise ValueError(f"{path}: no row is left that is finished and has a finite loss")
+    bad = ~np.isfinite(table.loss)
+    if bad.any():
+        raise ValueError(
+            f"{path}: the loss of {_rows(table, bad)} is {_list(table.loss[bad])}: a run that "
+            "diverged measures nothing (--drop-non-finite leaves such rows out and counts them)"
+        )
+    for name in ("parameters", "tokens", "flops", "loss", *OPTIONAL):
+        column = getattr(table, name)
+        if column is None:
+            continue
+        bad = ~(np.isfinite(column) & (column > 0))
+        if bad.any():
+            raise ValueError(
+                f"{path}: {name} of {_rows(table, bad)} is {_list(column[bad])}, and must be "
+                "finite and above 0"
+            )
+    if vocab_size is not None and (high := table.loss > math.log(vocab_size) + 0.1).any():
+        raise ValueError(
+            f"{path}: the loss of {_rows(table, high)} is {_list(table.loss[high])}, but guessing "
+            f"among {vocab_size} tokens costs {math.log(vocab_size):.3f} nats: is it in bits? "
+            "(1 bit = 0.6931 nats)"
+        )
+    _check_flops(path, table)
+    if table.unique_tokens is not None:
+        few = table.unique_tokens < 1e-3 * table.tokens
+        if few.any():
+            raise ValueError(
+                f"{path}: unique_tokens of {_rows(table, few)} is {_list(table.unique_tokens[few])}"
+                f" of {_list(table.tokens[few])} tokens: more than 1000 epochs; are the units the "
+                "same?"
+            )
+
+
+def _check_flops(path: str, table: Table) -> None:
+    ratio = table.flops_ratio() / FLOPS_PER_PARAMETER_TOKEN
+    bad = (ratio > FLOPS_RATIO) | (ratio < 1 / FLOPS_RATIO)
+    if not bad.any():
+        return
+    i = int(np.argmax(np.abs(np.log(ratio))))
+    which = "every row" if bad.all() else _rows(table, bad)
+    raise ValueError(
+        f"{path}: flops of {which} {'is' if bad.all() or bad.sum() == 1 else 'are'} more than "
+        f"{FLOPS_RATIO:g} times off 6 x parameters x tokens: row {table.rows[i]} has "
+        f"{table.flops[i]:.4g} against 6 x {table.parameters[i]:.4g} x {table.tokens[i]:.4g} = "
+        f"{table.flops[i] / ratio[i]:.4g}, a factor of {ratio[i]:.3g}; are parameters, tokens and "
+        "FLOPs in units of one, and FLOPs those of the whole run?"
+    )
+
+
+def _check_duplicates(path: str, table: Table, records: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[tuple[Any, ...], int] = {}
+    twice = []
+    for i, record in enumerate(records):
+        key = tuple(sorted((k, str(v)) for k, v in record.items() if k != "run"))
+        if key in seen:
+            twice.append((seen[key], int(table.rows[i])))
+        seen.setdefault(key, int(table.rows[i]))
+    if twice:
+        pairs = ", ".join(f"{a} = {b}" for a, b in twice[:5])
+        raise ValueError(
+            f"{path}: {len(twice)} of {len(records)} rows are there twice (rows {pairs}): they "
+            "would make the intervals too narrow"
+        )
+
+
+def _records(path: str, content: bytes) -> list[dict[str, Any]]:
+    suffix = Path(path).suffix
+    if suffix == ".parquet":
+        import io
+
+        import pyarrow.parquet as parquet
+
+        return parquet.read_table(io.BytesIO(content)).to_pylist()
+    text = content.decode()
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    raise ValueError(f"{path}: a table is a .csv, .jsonl or .parquet file, not {suffix or 'this'}")
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _filled(records: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether a column says anything at all."""
+    return any(r[name] not in ("", None) for r in records if name in r)
+
+
+def _number(path: str, row: int, name: str, record: Mapping[str, Any]) -> float:
+    try:
+        return float(record[name])
+    except (KeyError, TypeError, ValueError):
+        value = repr(record[name]) if name in record else "missing"
+        raise ValueError(f"{path}, row {row}: {name} is {value}, which is no number") from None
+
+
+def _rows(table: Table, mask: np.ndarray) -> str:
+    rows = table.rows[mask]
+    text = ", ".join(str(r) for r in rows[:6]) + (", ..." if len(rows) > 6 else "")
+    return f"row {text}" if len(rows) == 1 else f"rows {text} ({len(rows)} of {len(table)})"
+
+
+def _list(values: np.ndarray) -> str:
+    return ", ".join(f"{v:.4g}" for v in values[:6]) + (", ..." if len(values) > 6 else "")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")

@@ -1,0 +1,362 @@
+"""Scaling laws on tables whose law is known, and tables that tell nothing."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from lm.scaling import artefact, frontier, intervals, parametric, powers, settings
+from lm.scaling.analysis import analyse
+from lm.scaling.artefact import Options
+from lm.scaling.parametric import Law
+from lm.scaling.table import Source, Table
+
+# As published (arXiv:2203.15556, equation 10).
+CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
+SIZES, TOKENS = np.geomspace(5e7, 1e10, 6), np.geomspace(1e9, 3e11, 6)
+FEW = Options(num_replicates=20)
+
+
+def grid(law=CHINCHILLA, noise=0.0, sizes=SIZES, tokens=TOKENS, seed=0, unique=None):
+    """A table of every size with every token count."""
+    n, d = (v.ravel() for v in np.meshgrid(sizes, tokens))
+    u = None if unique is None else np.minimum(d, unique)
+    error = np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
+    rows = np.arange(1, len(n) + 1)
+    return Table(n, d, 6 * n * d, law.loss(n, d, u) * error, rows, "total", unique_tokens=u)
+
+
+def sets(law=CHINCHILLA, budgets=None, span=1.0, num=9):
+    """A table of IsoFLOP sets: `num` sizes around the best of each budget, by e^span each way."""
+    budgets = np.geomspace(1e18, 1e21, 4) if budgets is None else budgets
+    n = np.concatenate([law.optimum(c)[0] * np.exp(np.linspace(-span, span, num)) for c in budgets])
+    c = np.repeat(budgets, num)
+    return Table(n, c / 6 / n, c, law.loss(n, c / 6 / n), np.arange(len(n)), "total")
+
+
+def source(num_rows=36):
+    return Source("made.csv", "0" * 64, num_rows, 0, 0)
+
+
+def constants(law, names=parametric.NAMES[:5]):
+    return np.array([float(np.asarray(getattr(law, n))) for n in names])
+
+
+# ---- the law ----
+
+
+def test_a_table_without_noise_gives_its_constants_back():
+    fit = parametric.fit(grid())
+    np.testing.assert_allclose(constants(fit.one()), constants(CHINCHILLA), rtol=1e-9)
+    assert fit.objective[0] < 1e-20 and not fit.at_bound[0]
+
+
+def test_the_value_of_repeated_tokens_is_found():
+    law = dataclasses.replace(CHINCHILLA, repeats=15.4)
+    found = parametric.fit(grid(law, unique=4e9)).one()
+    np.testing.assert_allclose(constants(found), constants(CHINCHILLA), rtol=1e-6)
+    assert found.repeats == pytest.approx(15.4, rel=1e-6)
+
+
+def test_repeated_tokens_are_worth_less_and_less():
+    law = dataclasses.replace(CHINCHILLA, repeats=15.4)
+    few, many, new = (float(law.loss(1e9, d, 1e10)[0]) for d in (2e10, 1e13, 1e10))
+    # one repetition is nearly as good as new tokens; a thousand are worth R* fresh passes
+    assert few == pytest.approx(float(CHINCHILLA.loss(1e9, 2e10)[0]), rel=2e-3)
+    assert many == pytest.approx(float(CHINCHILLA.loss(1e9, 1e10 * 16.4)[0]), rel=1e-9)
+    assert many < few < new
+    assert float(law.loss(1e9, 1e10, 1e11)[0]) == new  # more than are read: none is repeated
+
+
+@pytest.mark.parametrize("repeats", [np.inf, None])
+def test_derivatives_are_those_of_differences(repeats):
+    data = grid(unique=4e9) if repeats is None else grid()
+    problem = parametric._Problem.of(data, repeats)
+    rng = np.random.default_rng(0)
+    centre = problem.encode(dataclasses.replace(CHINCHILLA, repeats=10.0))
+    theta = centre + 0.3 * rng.standard_normal((4, problem.size))
+    theta[:, 3:5] = np.abs(theta[:, 3:5])
+    _, jacobian = problem.terms(theta)
+    for k in range(problem.size):
+        step = np.zeros(problem.size)
+        step[k] = 1e-5
+        slope = (problem.terms(theta + step)[0] - problem.terms(theta - step)[0]) / 2e-5
+        np.testing.assert_allclose(jacobian[..., k], slope, atol=1e-9)
+
+
+def random_starts(seed):
+    return np.random.default_rng(seed).uniform([0, 0.05, 0.05], [0.95, 1.5, 1.5], (20, 3))
+
+
+GRIDS = {
+    "one": np.array([[0.5, 0.5, 0.5]]),
+    "flat": np.array([[0.0, 0.1, 0.1], [0.9, 0.1, 0.1]]),
+    "steep": np.array([[0.0, 1.5, 1.5], [0.3, 1.5, 0.1]]),
+    "random": random_starts(0),
+    "other": random_starts(1),
+}
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02])
+def test_every_grid_of_starts_ends_in_the_same_minimum(noise):
+    data = grid(noise=noise)
+    values = {k: parametric.fit(data, starts=v).objective[0] for k, v in GRIDS.items()}
+    whole = parametric.fit(data).objective[0]
+    np.testing.assert_allclose(list(values.values()), whole, rtol=1e-6)
+
+
+def test_no_descent_of_scipy_goes_lower():
+    data = grid(noise=0.01)
+    found = parametric.fit(data)
+    logs = [np.log(v) for v in (data.parameters, data.tokens, data.loss)]
+
+    def objective(theta):  # written again, as in the paper
+        e, a, b, alpha, beta = theta
+        terms = np.stack([e + 0 * logs[0], a - alpha * logs[0], b - beta * logs[1]])
+        return 1e4 * parametric.huber(np.logaddexp.reduce(terms) - logs[2], 1e-3).sum()
+
+    law = found.one()
+    here = np.array([np.log(law.E), np.log(law.A), np.log(law.B), law.alpha, law.beta])
+    assert objective(here) == pytest.approx(1e4 * found.objective[0], rel=1e-9)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        start = here + rng.normal(0, [0.05, 1.0, 1.0, 0.05, 0.05])
+        end = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 3000})
+        end = minimize(objective, end.x, method="Nelder-Mead", options={"maxiter": 5000})
+        assert end.fun > objective(here) * (1 - 1e-6)
+
+
+def test_huber_is_a_parabola_within_delta_and_a_line_beyond():
+    r = np.array([0.0, 0.5, -1.0, 3.0])
+    np.testing.assert_allclose(parametric.huber(r, 1.0), [0.0, 0.125, 0.5, 2.5])
+
+
+def test_constants_follow_the_units_and_the_law_does_not_change():
+    data = grid(noise=0.01)
+    thousands = dataclasses.replace(
+        data, parameters=data.parameters / 1e6, tokens=data.tokens / 1e9, loss=2 * data.loss
+    )
+    a, b = parametric.fit(data), parametric.fit(thousands)
+    one, two = a.one(), b.one()
+    np.testing.assert_allclose(two.E, 2 * one.E, rtol=1e-6)
+    np.testing.assert_allclose(two.A, 2 * one.A / 1e6**one.alpha, rtol=1e-5)
+    assert two.alpha == pytest.approx(one.alpha, rel=1e-6)
+    assert two.beta == pytest.approx(one.beta, rel=1e-6)
+    np.testing.assert_allclose(a.residuals, b.residuals, atol=1e-8)
+
+
+def test_many_fits_at_once_are_those_of_one_at_a_time():
+    data = grid()
+    losses = intervals.draw(data.loss, 0.01, 5, np.random.default_rng(0))
+    together = parametric.fit(data, losses=losses, starts=CHINCHILLA)
+    alone = [parametric.fit(dataclasses.replace(data, loss=loss)) for loss in losses]
+    np.testing.assert_allclose(together.objective, [f.objective[0] for f in alone], rtol=1e-8)
+    np.testing.assert_allclose(together.law.beta, [f.one().beta for f in alone], rtol=1e-5)
+
+
+def test_a_floor_of_zero_is_said_to_be_one():
+    fit = parametric.fit(grid(dataclasses.replace(CHINCHILLA, E=1e-12), noise=0.001, seed=3))
+    assert fit.one().E < 0.3
+    made = grid(dataclasses.replace(CHINCHILLA, E=1e-12))
+    assert analyse(made, source(), FEW).warnings
+
+
+def test_the_optimum_is_the_lowest_of_its_budget():
+    size, tokens = CHINCHILLA.optimum(1e21)
+    assert 6 * size * tokens == pytest.approx(1e21)
+    around = size * np.exp(np.linspace(-0.5, 0.5, 101))
+    losses = CHINCHILLA.loss(around, 1e21 / 6 / around)
+    assert int(np.argmin(losses)) == 50
+    assert CHINCHILLA.parameters_exponent == pytest.approx(0.28 / 0.62)
+    assert CHINCHILLA.parameters_exponent + CHINCHILLA.tokens_exponent == pytest.approx(1)
+
+
+# ---- the frontier ----
+
+
+def test_parabolas_through_isoflop_sets_find_the_optimum():
+    found = frontier.isoflop(sets(span=0.5, num=5))
+    want = [CHINCHILLA.optimum(c) for c in found.flops]
+    assert len(found.flops) == 4
+    np.testing.assert_allclose(found.parameters, [w[0] for w in want], rtol=0.01)
+    np.testing.assert_allclose(found.tokens, [w[1] for w in want], rtol=0.01)
+    np.testing.assert_allclose(found.loss, [float(CHINCHILLA.loss(*w)[0]) for w in want], rtol=1e-4)
+    assert found.parameters_law.exponent == pytest.approx(0.28 / 0.62, abs=0.002)
+    assert found.tokens_law.exponent == pytest.approx(0.34 / 0.62, abs=0.002)
+
+
+def test_the_envelope_of_dense_curves_finds_the_exponents():
+    dense = grid(sizes=np.geomspace(5e7, 1e10, 24), tokens=np.geomspace(1e8, 1e12, 60))
+    found = frontier.envelope(dense)
+    assert len(found.flops) > 100
+    assert found.parameters_law.exponent == pytest.approx(0.28 / 0.62, abs=0.01)
+    for flops, size in zip(found.flops, found.parameters, strict=True):
+        best = CHINCHILLA.optimum(flops)[0]
+        assert size / best == pytest.approx(1, abs=0.2)  # sizes are 26% apart
+
+
+def test_a_table_without_isoflop_sets_is_cut_through_its_curves():
+    found = frontier.slices(grid())
+    assert len(found) == frontier.NUM_SLICES
+    for cut in found:
+        np.testing.assert_allclose(6 * cut.parameters * cut.tokens, cut.flops, rtol=1e-9)
+
+
+def test_budgets_whose_best_size_is_the_smallest_or_largest_do_not_count():
+    best = CHINCHILLA.optimum(1e20)[0]
+    for sizes in (best * np.geomspace(2, 8, 5), best / np.geomspace(2, 8, 5)):
+        c = np.repeat([1e20, 1.2e20], 5)
+        n = np.tile(sizes, 2)
+        made = Table(n, c / 6 / n, c, CHINCHILLA.loss(n, c / 6 / n), np.arange(10), "total")
+        assert not len(frontier.isoflop(made).flops)
+        assert math.isnan(frontier.isoflop(made).parameters_law.exponent)
+
+
+def test_the_lowest_point_of_a_parabola_is_found_and_only_inside():
+    x = np.geomspace(1, 100, 7)
+    near, height = powers.lowest(x[::-1], 3 + np.log(x / 7)[::-1] ** 2)
+    assert near == pytest.approx(7) and height == pytest.approx(3)
+    assert math.isnan(powers.lowest(x, np.log(x / 1000) ** 2)[0])
+    assert math.isnan(powers.lowest(x, -(np.log(x / 7) ** 2))[0])
+
+
+# ---- learning rate and batch ----
+
+
+def swept(exponent=-0.3, edge=False):
+    """A table with 5 learning rates for each of 4 sizes, best at 1e-2 (N / 1e6)^exponent."""
+    sizes = np.repeat(np.geomspace(1e6, 1e8, 4), 5)
+    best = 1e-2 * (sizes / 1e6) ** exponent
+    rates = np.tile(1e-2 * 2.0 ** np.arange(-4, 1), 4)
+    if edge:
+        rates = rates / 64
+    tokens = 20 * sizes
+    loss = CHINCHILLA.loss(sizes, tokens) + 0.02 * np.log(rates / best) ** 2
+    rows = np.arange(len(sizes))
+    return Table(sizes, tokens, 6 * sizes * tokens, loss, rows, "total", learning_rate=rates)
+
+
+def test_the_law_of_the_best_learning_rate_is_found_from_sweeps():
+    found = settings.optima(swept(exponent=-0.3), "learning_rate", "parameters")
+    assert found.kind == "swept"
+    assert found.at_edge == 1  # for the smallest size the best is the largest that was tried
+    assert found.law.exponent == pytest.approx(-0.3, abs=1e-6)
+    assert found.law.at(1e6) == pytest.approx(1e-2, rel=1e-6)
+
+
+def test_a_best_value_at_the_edge_of_its_sweep_does_not_count():
+    found = settings.optima(swept(edge=True), "learning_rate", "parameters")
+    assert found.at_edge == 4 and math.isnan(found.law.exponent)
+
+
+def test_values_without_a_sweep_are_called_as_run():
+    once = swept().take(np.arange(0, 20, 5))
+    found = settings.optima(once, "learning_rate", "flops")
+    assert found.kind == "as run" and found.law.exponent == pytest.approx(0, abs=1e-12)
+
+
+def test_a_law_of_the_loss_takes_the_best_setting_and_all_its_seeds():
+    data = swept()
+    twice = Table(
+        **{
+            f.name: np.concatenate([v, v]) if isinstance(v, np.ndarray) else v
+            for f in dataclasses.fields(data)
+            for v in [getattr(data, f.name)]
+        }
+    )
+    best = twice.best()
+    assert len(best) == 8  # 4 sizes, 2 seeds
+    for size in np.unique(data.parameters):
+        assert best.loss[best.parameters == size].max() == data.loss[data.parameters == size].min()
+
+
+# ---- the whole analysis ----
+
+
+@pytest.fixture(scope="module")
+def result():
+    return analyse(grid(noise=0.005), source(), Options(num_replicates=60))
+
+
+def test_the_artefact_survives_json(result):
+    text = artefact.to_json(result)
+    again = artefact.from_json(text)
+    assert artefact.to_json(again) == text
+    assert constants(again.law).tolist() == constants(result.law).tolist()
+    assert json.loads(text)["data"]["sha256"] == "0" * 64
+
+
+def test_another_format_is_refused(result):
+    tree = json.loads(artefact.to_json(result))
+    for wrong in ("{", "[]", "{}", json.dumps({**tree, "format": 2})):
+        with pytest.raises(ValueError, match=r"artefact|JSON"):
+            artefact.from_json(wrong)
+
+
+def test_intervals_hold_the_estimate_and_the_truth_of_this_table(result):
+    for name in parametric.NAMES[:5]:
+        found = result.constants[name]
+        assert found.low < found.value < found.high
+        assert found.low < getattr(CHINCHILLA, name) < found.high
+    assert result.noise == pytest.approx(0.005, rel=0.3)
+    assert result.exponents["a"].value + result.exponents["b"].value == pytest.approx(1)
+
+
+def test_the_largest_size_is_predicted_by_the_smaller_ones(result):
+    held = result.held_out
+    assert held.parameters == SIZES[-1] and held.tokens == pytest.approx(TOKENS)
+    assert abs(held.mean_error) < 0.005 and held.num_inside >= 4
+    made = grid(noise=0.005)
+    ours = made.parameters == SIZES[-1]
+    made.loss[ours] *= 1.1  # another law beyond the rungs: seen in the error alone
+    wrong = analyse(made, source(), FEW).held_out
+    assert wrong.mean_error == pytest.approx((1 + held.mean_error) / 1.1 - 1, abs=1e-6)
+    assert wrong.num_inside == 0
+
+
+def test_more_noise_makes_intervals_wider_and_the_seed_repeats_them():
+    quiet, loud, same = (
+        analyse(grid(noise=n), source(), FEW).constants["alpha"] for n in (0.002, 0.01, 0.01)
+    )
+    assert loud.high - loud.low > 3 * (quiet.high - quiet.low)
+    assert loud == same
+
+
+# ---- tables that tell nothing ----
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        (grid(sizes=SIZES[:1]), "1 size .*at least 3"),
+        (grid(tokens=TOKENS[:2]), "2 token counts .*at least 3"),
+        (grid().take(np.array([0, 1, 2, 6, 7, 8, 12])), "7 different pairs .*at least 8"),
+    ],
+)
+def test_too_few_rows_are_refused_with_their_number(made, words):
+    with pytest.raises(ValueError, match=words):
+        analyse(made, source(), FEW)
+
+
+@pytest.mark.parametrize("factor", [1 / math.log(2), math.log(2)])
+def test_bits_among_nats_are_found(factor):
+    made = grid(noise=0.01)
+    made.loss[[4, 20]] *= factor
+    with pytest.raises(ValueError, match=r"row 5 .*2 of 36.*a bit is 0\.6931 nats"):
+        analyse(made, source(), FEW)
+
+
+def test_a_correction_for_repeats_needs_repeats():
+    for options in (Options(fits_repeats=True), Options(repeats=15.4)):
+        with pytest.raises(ValueError, match="none of 36 rows"):
+            analyse(grid(unique=1e15), source(), options)
+
+
+def test_flops_counted_in_two_ways_are_warned_of():
+    made = grid()
+    made.flops[:18] *= 2
+    found = analyse(made, source(), FEW).warnings
+    assert any("6.00 to 12.00 x parameters x tokens" in w for w in found)
