@@ -10,6 +10,7 @@ wrong there.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lm import config as configs
 from lm.experiment import Experiment
@@ -137,6 +139,9 @@ def verify(
 ) -> Report:
     """Compares `mesh`, {axis: size} of `config.mesh`, over all `devices` with the first of them.
 
+    They may be those of several processes: each then compares the shards that it holds with its own
+    first device, and all return what the worst of them found.
+
     Raises:
         ValueError: the config or the mesh doesn't fit (see `Experiment`).
     """
@@ -145,8 +150,10 @@ def verify(
     config = prepare(config)
     axes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
     alone = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
-    many = _experiment(config, {**axes, "train.num_microbatches": num_microbatches}, devices)
-    one = _experiment(config, {**alone, "train.num_microbatches": 1}, devices[:1])
+    placed = across_processes(mesh, devices)
+    many = _experiment(config, {**axes, "train.num_microbatches": num_microbatches}, placed)
+    first = [d for d in devices if d.process_index == jax.process_index()][:1]
+    one = _experiment(config, {**alone, "train.num_microbatches": 1}, first)
     differences: list[Difference] = []
     states = one.init_state(), many.init_state()
     for step in range(STEPS):
@@ -154,8 +161,33 @@ def verify(
         # init and steps run on both meshes from the same seed, and go on from their own results
         found = [e.train_step(s, _put(e, batch)) for e, s in zip((one, many), states, strict=True)]
         states = (found[0][0], found[1][0])
-        differences += _compare(step, *(jax.device_get(f) for f in found))
+        differences += _compare(step, *found)
     return Report(tuple(differences), tuple(_layout(many)))
+
+
+def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[Any]:
+    """The devices in an order in which neighbours on any axis of the mesh are in different
+    processes, so that every collective goes from process to process.
+
+    A checkerboard: a device's process is the sum of its coordinates, modulo processes. With slices,
+    a slice is a run of processes, as on real ones: the order of the devices.
+
+    Raises:
+        ValueError: no axis is divisible by the number of processes.
+    """
+    groups: dict[int, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(device.process_index, []).append(device)
+    if mesh.get("slices", 1) > 1 or len(groups) == 1:
+        return list(devices)
+    sizes = [mesh[axis] for axis in AXES if axis in mesh]
+    if all(size % len(groups) for size in sizes) or math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"config.mesh ({dict(mesh)}) must have an axis that is divisible by the number of "
+            f"processes ({len(groups)}), and as many devices as they have ({len(devices)})"
+        )
+    waiting = [iter(groups[process]) for process in sorted(groups)]
+    return [next(waiting[sum(at) % len(groups)]) for at in np.ndindex(*sizes)]
 
 
 def _experiment(
@@ -196,13 +228,21 @@ def _uneven(batch: Batch, seed: int) -> Batch:
 
 def _compare(step: int, one: Any, many: Any) -> list[Difference]:
     (state, sums, facts), (other_state, other_sums, other_facts) = one, many
-    found = [
-        _worst(step, "objective", sums, other_sums),
-        _worst(step, "gradient norm", facts["grad_norm"], other_facts["grad_norm"]),
-        _worst(step, "gradients", _trace(state), _trace(other_state)),
-        _worst(step, "parameters", state.params, other_state.params),
-    ]
-    return found
+    compared = {
+        "objective": (sums, other_sums),
+        "gradient norm": (facts["grad_norm"], other_facts["grad_norm"]),
+        "gradients": (_trace(state), _trace(other_state)),
+        "parameters": (state.params, other_state.params),
+    }
+    found = {what: relative(*trees) for what, trees in compared.items()}
+    differences = []
+    gathered = multihost_utils.process_allgather(found)
+    for what in compared:
+        values = np.max(gathered[what], axis=0)  # nan is the largest
+        worst = int(np.argmax(values))
+        name = list(_named(compared[what][0]))[worst]
+        differences.append(Difference(step, what, name, float(values[worst])))
+    return differences
 
 
 def _trace(state: Any) -> Any:
@@ -210,23 +250,22 @@ def _trace(state: Any) -> Any:
     return trace.trace
 
 
-def _worst(step: int, what: str, one: Any, many: Any) -> Difference:
-    worst = Difference(step, what, "", 0.0)
-    leaves, others = _named(one), _named(many)
-    for name, a in leaves.items():
-        difference = np.abs(a - others[name]).max()
+def relative(one: Any, many: Any) -> np.ndarray:
+    """Of every array what `Difference` says, over all shards that this process holds: [arrays]."""
+    leaves, found = _named(one), []
+    for name, other in _named(many).items():
+        a = np.asarray(leaves[name], np.float64)
         # A key's bias raises all scores of a query alike: but for rotary positions its gradient is
         # zero, and what there is of it rounding of numbers of the size of the query's.
-        beside = leaves.get(name.replace("key.bias", "query.bias"), a)
-        value = float(difference / max(np.abs(a).max(), np.abs(beside).max(), 1e-30))
-        if not value <= worst.value:  # so that nan is the worst
-            worst = Difference(step, what, name, value)
-    return worst
+        beside = np.asarray(leaves.get(name.replace("key.bias", "query.bias"), a))
+        shards = [np.abs(a[shard.index] - shard.data).max() for shard in other.addressable_shards]
+        found.append(np.max(shards) / np.max([np.abs(a).max(), np.abs(beside).max(), 1e-30]))
+    return np.array(found)
 
 
-def _named(tree: Any) -> dict[str, np.ndarray]:
+def _named(tree: Any) -> dict[str, jax.Array]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, np.float64)
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 

@@ -2,6 +2,10 @@
 
     python scripts/verify_sharding.py --config=configs/llama3.py:8b --mesh=data=2,fsdp=2,tensor=2
     python scripts/verify_sharding.py --config=configs/mixtral.py --mesh=expert=4,fsdp=2
+    ... --processes=2
+
+With --processes the devices are those of real processes, in an order in which every axis of the
+mesh crosses them (with slices, a slice is a run of processes).
 
 The config is made small, keeping its structure (--noshrink: not), and run in float32 on packed,
 uneven rows with dropout. Loss, every gradient, every updated parameter and the layout are compared;
@@ -22,6 +26,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from lm import runtime
+from lm.processes import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
@@ -31,6 +36,12 @@ _MESH = flags.DEFINE_list(
 )
 _SHRINK = flags.DEFINE_bool("shrink", True, "Make the model small, keeping its structure.")
 _MICROBATCHES = flags.DEFINE_integer("num_microbatches", 1, "Micro-batches on the mesh.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes to start, which share the devices.")
+_INITIALIZE = distributed.define_flags()
+
+# Without LLVM's optimisations compiling takes half the time, and running small programs no more;
+# XLA's own passes, partitioning among them, stay as they are.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def _sizes(entries: Sequence[str]) -> dict[str, int]:
@@ -43,27 +54,47 @@ def _sizes(entries: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
+def _launch(processes: int, number: int) -> None:
+    """Goes on as scripts/launch/local.py, which starts this command in every process."""
+    if number % processes:
+        raise app.UsageError(f"--processes={processes} must divide the devices ({number})")
+    launcher = str(Path(__file__).parent / "launch" / "local.py")
+    sizes = [f"--processes={processes}", f"--devices-per-process={number // processes}"]
+    # the last one given counts
+    command = [launcher, *sizes, "--", *sys.argv, "--processes=1"]
+    os.execv(sys.executable, [sys.executable, *command])
+
+
 def main(argv: Sequence[str]) -> int:
     del argv
     if _CONFIG.value is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
     sizes = _sizes(_MESH.value)
     number = math.prod(size for name, size in sizes.items() if name != "slices")
+    if _PROCESSES.value > 1:
+        _launch(_PROCESSES.value, number)
+    processes = flags.FLAGS.num_processes or 1
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flag = f"--xla_force_host_platform_device_count={number}"
     # collectives of fake devices wait in threads of XLA's pool, as many as it believes cores to be
     os.environ.setdefault("NPROC", "64")
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+    given = os.environ.get("XLA_FLAGS", "")
+    devices = f"--xla_force_host_platform_device_count={number // processes}"
+    os.environ["XLA_FLAGS"] = f"{QUICK} {given} {devices}"
+    if processes > 1:  # never those of a cluster that this machine is part of
+        _INITIALIZE()
     import jax
 
     from lm import verify
 
     jax.config.update("jax_platforms", "cpu")
     config = verify.shrink(_CONFIG.value) if _SHRINK.value else _CONFIG.value
-    print(f"{_MESH.value} against one device, float32, {verify.STEPS} steps", flush=True)
+    lead = jax.process_index() == 0
+    if lead:
+        print(f"{_MESH.value} against one device, float32, {verify.STEPS} steps", flush=True)
     report = verify.verify(config, sizes, jax.devices(), num_microbatches=_MICROBATCHES.value)
-    print(verify.describe(report))
-    if report.ok:
+    if lead:
+        print(verify.describe(report))
+    if lead and report.ok:
         worst = max(d.value for d in report.differences)
         print(f"the same: nothing differs by more than {worst:.1e} of an array's largest entry")
     return 0 if report.ok else 1

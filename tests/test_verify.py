@@ -167,16 +167,65 @@ def test_shrinking_keeps_the_structure():
     resolved.check(verify.LENGTH)
 
 
-def test_the_script_says_what_was_compared_and_ends_with_1_where_it_differs():
-    script = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
-    config = [f"--config={ROOT}/configs/smoke.py"]
-    done = subprocess.run([*script, *config, "--mesh=fsdp=2"], capture_output=True, text=True)
+def script(*flags):
+    command = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
+    config = f"--config={ROOT}/configs/smoke.py"
+    return subprocess.run([*command, config, *flags], capture_output=True, text=True)
+
+
+def test_the_script_says_what_was_compared_on_two_processes():
+    done = script("--mesh=fsdp=2,tensor=2", "--processes=2")
     assert done.returncode == 0, done.stderr
     assert "layout: as the config says" in done.stdout and "the same" in done.stdout
-    rules = "--config.mesh.rules=(('embed', None),)"
-    done = subprocess.run(
-        [*script, *config, "--mesh=fsdp=2", rules], capture_output=True, text=True
-    )
+    assert "2 processes" in done.stdout and done.stdout.count("gradient norm") == verify.STEPS
+
+
+def test_the_script_ends_with_1_where_something_differs():
+    done = script("--mesh=fsdp=2", "--config.mesh.rules=(('embed', None),)")
     assert done.returncode == 1 and "on every device" in done.stdout
-    done = subprocess.run([*script, *config, "--mesh=fdsp=2"], capture_output=True, text=True)
-    assert done.returncode == 1 and "'fdsp'" in done.stderr
+
+
+def test_an_unknown_axis_is_named(check):
+    with pytest.raises(ValueError, match=r"no axis .*'fdsp'"):
+        check({"fdsp": 2})
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    process_index: int
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [((2, 2, 2), 2), ((4, 2), 2), ((8,), 2), ((2, 4), 4), ((1, 6, 2), 3), ((2, 4), 1)],
+)
+def test_neighbours_on_every_axis_are_in_different_processes(sizes, processes):
+    axes = dict(zip(("stage", "fsdp", "tensor"), sizes, strict=False))
+    each = int(np.prod(sizes)) // processes
+    devices = [Place(p, i) for p in range(processes) for i in range(each)]
+    placed = verify.across_processes(axes, devices)
+    assert sorted(placed, key=devices.index) == devices
+    grid = np.array([d.process_index for d in placed])
+    grid = grid.reshape([axes[axis] for axis in sharding.AXES if axis in axes])
+    for axis in range(grid.ndim):
+        assert processes == 1 or (np.diff(grid, axis=axis) != 0).all()
+
+
+def test_a_slice_is_a_run_of_processes_and_what_cannot_cross_is_refused():
+    devices = [Place(p, i) for p in range(2) for i in range(4)]
+    assert verify.across_processes({"data": 4, "fsdp": 2, "slices": 2}, devices) == devices
+    with pytest.raises(ValueError, match=r"divisible by the number of processes \(2\)"):
+        verify.across_processes({"data": 3}, [Place(p, i) for p in range(2) for i in range(3)])
+
+
+def test_a_replica_that_alone_is_wrong_is_found(devices):
+    mesh = jax.sharding.Mesh(np.array(devices[:4]).reshape(2, 2), ("a", "b"))
+    whole = np.arange(1.0, 9.0, dtype=np.float32)
+    place = jax.NamedSharding(mesh, PartitionSpec("a"))
+    halves = whole.reshape(2, 4)
+    parts = [jax.device_put(halves[i // 2], devices[i]) for i in range(4)]
+    make = functools.partial(jax.make_array_from_single_device_arrays, (8,), place)
+    assert verify.relative({"x": whole}, {"x": make(parts)}) == [0]
+    parts[3] = parts[3].at[0].add(4.0)
+    assert verify.relative({"x": whole}, {"x": make(parts)}) == [0.5]
