@@ -1,0 +1,137 @@
+"""How good predicted texts and labels are, by the field's own libraries: sacrebleu, rouge-score and
+scikit-learn, and SQuAD's exact match and F1.
+
+All figures are percentages. Every function takes predictions and, for each of them, one reference
+or several, of which the best counts.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+# Chinese characters and kana, which no space parts: each is a word of its own.
+CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CJK = re.compile(f"([{CJK}])")
+_WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+_PUNCTUATION = re.compile(
+    f"[{re.escape(string.punctuation)}\u3000-\u303f\uff01-\uff0f\uff1a-\uff20]"
+)
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+
+References = Sequence[Sequence[str]]
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits in lower case, each Chinese character by itself."""
+    return _WORD.findall(text.lower())
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normal form of an answer (arXiv:1606.05250): lower case without punctuation, English
+    articles and extra spaces; each Chinese character is a word.
+    """
+    text = _ARTICLE.sub(" ", _PUNCTUATION.sub("", text.lower()))
+    return " ".join(_CJK.sub(r" \1 ", text).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    return float(normalize(prediction) == normalize(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """The F1 of SQuAD: of the words that two answers share, each as often as both have it."""
+    found, wanted = normalize(prediction).split(), normalize(reference).split()
+    if not found or not wanted:
+        return float(found == wanted)
+    shared = (Counter(found) & Counter(wanted)).total()
+    return 2 * shared / (len(found) + len(wanted))
+
+
+def answers(predictions: Sequence[str], references: References) -> dict[str, float]:
+    """{EM, F1}: the mean over answers, each beside the reference that fits it best."""
+    pairs = _pairs(predictions, references)
+    return {
+        name: 100 * sum(max(score(p, r) for r in refs) for p, refs in pairs) / len(pairs)
+        for name, score in (("EM", exact_match), ("F1", token_f1))
+    }
+
+
+def bleu(predictions: Sequence[str], references: References) -> dict[str, float]:
+    """{BLEU, chrF} of the corpus. BLEU is of characters for Chinese (`tok:zh`), else of words."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    pairs = _pairs(predictions, references)
+    is_chinese = any(_CJK.search(text) for _, refs in pairs for text in refs)
+    most = max(len(refs) for _, refs in pairs)
+    # a record with fewer references has its first one again, which changes neither figure
+    streams = [[refs[i] if i < len(refs) else refs[0] for _, refs in pairs] for i in range(most)]
+    metric = BLEU(tokenize="zh" if is_chinese else "13a")
+    found = [p for p, _ in pairs]
+    return {
+        "BLEU": metric.corpus_score(found, streams).score,
+        "chrF": CHRF().corpus_score(found, streams).score,
+    }
+
+
+class _Words:
+    """rouge-score's view of a tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
+    """{ROUGE-1, ROUGE-2, ROUGE-L}: means of F, by `words` and without stemming; of Chinese they are
+    by characters.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+    scorer = RougeScorer(list(names), tokenizer=_Words())
+    pairs = _pairs(predictions, references)
+    scores = [scorer.score_multi(list(refs), prediction) for prediction, refs in pairs]
+    return {
+        shown: 100 * sum(score[name].fmeasure for score in scores) / len(scores)
+        for name, shown in names.items()
+    }
+
+
+def classes(predictions: Sequence[str], references: References) -> dict[str, float]:
+    """{accuracy, balanced, macro-F1}. The last two weigh every class of the references alike: the
+    mean recall, and the mean F1 with 0 for a class that is never predicted.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+    pairs = _pairs(predictions, references)
+    if any(len(refs) != 1 for _, refs in pairs):
+        raise ValueError("a text has one class, and some have several references")
+    truth, found = [refs[0] for _, refs in pairs], [p for p, _ in pairs]
+    over = {"labels": sorted(set(truth)), "average": "macro", "zero_division": 0}
+    return {
+        "accuracy": 100 * float(accuracy_score(truth, found)),
+        "balanced": 100 * float(recall_score(truth, found, **over)),
+        "macro-F1": 100 * float(f1_score(truth, found, **over)),
+    }
+
+
+METRICS: dict[str, Callable[[Sequence[str], References], dict[str, float]]] = {
+    "bleu": bleu,
+    "rouge": rouge,
+    "answers": answers,
+    "classes": classes,
+}
+
+
+def _pairs(predictions: Sequence[str], references: References) -> list[tuple[str, Sequence[str]]]:
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} records; there must be as many, "
+            "and one at least"
+        )
+    if not all(references):
+        raise ValueError("a record has no reference")
+    return list(zip(predictions, references, strict=True))
