@@ -6,7 +6,7 @@ Preparation and tokenizer training read documents through here, so both agree on
 import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lm.data.sources import Document, DocumentSource, Skipped, Unit
 from lm.data.sources.text import TextSource
@@ -84,11 +84,15 @@ class Corpus:
 
     def split_of(self, document_id: str) -> str:
         """Returns the split of a whole document: a pure function of its id."""
-        if self.split == "tail":
-            return "train"
-        digest = hashlib.sha256(document_id.encode(errors="surrogateescape")).digest()
-        is_validation = int.from_bytes(digest[:8], "big") < self.validation_fraction * 2**64
-        return "validation" if is_validation else "train"
+        if self.split == "hash" and held_out(document_id, self.validation_fraction):
+            return "validation"
+        return "train"
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """Returns whether a key belongs to the fraction that is held out: a pure function of it."""
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 Part = list[tuple[int, Unit]]  # number of the source, unit
@@ -144,7 +148,27 @@ def _digest(document: Document) -> bytes:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a corpus to `parser`."""
+    """Adds the flags that name a corpus and its split to `parser`."""
+    add_source_flags(parser)
+    add = parser.add_argument
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        help="share of the corpus for validation; 0: no validation store (default: 0.05)",
+    )
+    add(
+        "--split",
+        choices=("hash", "tail"),
+        default="hash",
+        help="hash: whole documents, by a hash of their id; tail: the last characters of every "
+        "document, "
+        "for a corpus of one or few (default: hash)",
+    )
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name the sources of a corpus to `parser`."""
     add = parser.add_argument
     add(
         "--data",
@@ -171,20 +195,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "'\\n\\n' "
         "(default: a file is one document); white space around documents is dropped with it",
     )
-    add(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        help="share of the corpus for validation; 0: no validation store (default: 0.05)",
-    )
-    add(
-        "--split",
-        choices=("hash", "tail"),
-        default="hash",
-        help="hash: whole documents, by a hash of their id; tail: the last characters of every "
-        "document, "
-        "for a corpus of one or few (default: hash)",
-    )
     add("--tfds-split", default="train", help="TFDS splits, joined by + (default: train)")
     add("--tfds-data-dir", help="where TFDS keeps prepared data sets (default: TFDS's own choice)")
     add("--tfds-download", action="store_true", help="let TFDS download what is not prepared")
@@ -192,6 +202,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def from_flags(flags: argparse.Namespace) -> Corpus:
     """Returns the corpus that the flags of `add_flags` name."""
+    return replace(
+        from_source_flags(flags),
+        validation_fraction=flags.validation_fraction,
+        split=flags.split,
+    )
+
+
+def from_source_flags(flags: argparse.Namespace) -> Corpus:
+    """Returns the corpus that the flags of `add_source_flags` name, not split."""
     columns = {}
     for text in flags.field or ["text"]:
         name, _, column = text.partition("=")
@@ -200,8 +219,7 @@ def from_flags(flags: argparse.Namespace) -> Corpus:
         data=flags.data,
         columns=columns,
         separator=flags.separator.replace("\\n", "\n").replace("\\t", "\t"),
-        validation_fraction=flags.validation_fraction,
-        split=flags.split,
+        validation_fraction=0.0,
         tfds_split=flags.tfds_split,
         tfds_data_dir=flags.tfds_data_dir,
         tfds_download=flags.tfds_download,

@@ -1,0 +1,151 @@
+"""Records for tasks: read from tables, SQuAD's files or Python's packages, and split by a key.
+
+Records with the same key (a sentence with two translations, the questions of one paragraph, the
+snippets of one file) are all in train or all in test, and which is a pure function of the key: the
+same on every machine, and whatever else is in the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from lm.data.corpus import Corpus, held_out
+from lm.data.sources import Document, Skipped
+from lm.data.sources.records import from_record
+from lm.data.sources.text import TextSource
+
+SNIPPET_LINES = 30
+FORMATS = ("records", "squad", "packages")
+
+
+class Example(NamedTuple):
+    """A document, and the key that decides where it belongs."""
+
+    key: str
+    document: Document | Skipped
+
+
+def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
+    """Yields the examples of a corpus in order.
+
+    form: "records", lines of jsonl or of tables, or TFDS, whose key is the field `key` (empty: the
+    id); "squad", files of questions on paragraphs, by paragraph; "packages", snippets of the files
+    of a folder or of "stdlib", by file. Raises ValueError where there is no such field or source.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r} must be one of {', '.join(FORMATS)}")
+    if key and (form != "records" or key not in corpus.columns):
+        raise ValueError(
+            f"key {key!r} must be one of the fields ({', '.join(corpus.columns)}) of records; "
+            "squad and packages have their own"
+        )
+    if form == "squad":
+        for path in corpus.data:
+            yield from _squad(Path(path), corpus.columns)
+        return
+    if form == "packages":
+        for spec in corpus.data:
+            yield from _packages(spec, corpus.columns)
+        return
+    for source in corpus.sources():
+        for unit in source.units():
+            for item in source.read(unit):
+                if key and isinstance(item, Document):
+                    yield Example(item.fields[key], item)
+                else:
+                    yield Example(item.id, item)
+
+
+def _squad(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+    """Columns: question, context, title, answer (the first one), answers (each once, a line each).
+
+    The key is the place of the paragraph in the file, so that translations of a file, question by
+    question, are split alike.
+    """
+    for a, article in enumerate(json.loads(path.read_text())["data"]):
+        for p, paragraph in enumerate(article["paragraphs"]):
+            for question in paragraph["qas"]:
+                answers = dict.fromkeys(answer["text"] for answer in question["answers"])
+                record = {
+                    "question": question["question"],
+                    "context": paragraph["context"],
+                    "title": article.get("title", ""),
+                    "answer": next(iter(answers), ""),
+                    "answers": "\n".join(answers),
+                }
+                name = f"{path.name}@{question['id']}"
+                yield Example(f"{a}/{p}", from_record(name, record, columns))
+
+
+def _packages(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
+    """Columns: text, lines of a file that follow each other; package, the first folder of its path.
+
+    Files beside the packages, and what a file leaves beyond its last whole snippet, are left out.
+    """
+    source = TextSource(spec, {"text": "text"})
+    for unit in source.units():
+        package, _, rest = unit.name.partition(os.sep)
+        for item in source.read(unit) if rest else ():
+            if isinstance(item, Skipped):
+                yield Example(unit.name, item)
+                continue
+            lines = item.fields["text"].splitlines()
+            for start in range(0, len(lines) - SNIPPET_LINES + 1, SNIPPET_LINES):
+                text = "\n".join(lines[start : start + SNIPPET_LINES]).strip()
+                record = {"text": text, "package": package}
+                document = from_record(f"{unit.name}@{start}", record, columns)
+                yield Example(unit.name, document)
+
+
+def keep_labels(examples: Iterable[Example], field: str, labels: set[str]) -> Iterator[Example]:
+    """Yields the examples whose `field` is one of `labels`."""
+    for example in examples:
+        document = example.document
+        if isinstance(document, Skipped) or document.fields[field] in labels:
+            yield example
+
+
+def write(
+    examples: Iterable[Example], out: str | os.PathLike, *, test_fraction: float, train_limit: int
+) -> dict[str, Counter]:
+    """Writes OUT/train.jsonl and OUT/test.jsonl, and returns how many records each has, and why
+    others were skipped.
+
+    train_limit: most records of train, a sample that the hash of their ids draws; 0: all of them.
+    Raises ValueError where one of the two would be empty.
+    """
+    counts = {split: Counter() for split in ("train", "test")}
+    found: dict[str, list[Document]] = {"train": [], "test": []}
+    seen = set()
+    for key, item in examples:
+        split = "test" if held_out(key, test_fraction) else "train"
+        if isinstance(item, Skipped):
+            counts[split][item.reason] += 1
+        elif (content := tuple(item.fields.items())) in seen:
+            counts[split]["duplicate"] += 1
+        else:
+            seen.add(content)
+            found[split].append(item)
+    if train_limit and len(found["train"]) > train_limit:
+        chosen = sorted(found["train"], key=lambda d: hashlib.sha256(d.id.encode()).digest())
+        ids = {document.id for document in chosen[:train_limit]}
+        counts["train"]["over the limit"] = len(chosen) - len(ids)
+        found["train"] = [document for document in found["train"] if document.id in ids]
+    for split, documents in found.items():
+        if not documents:
+            raise ValueError(
+                f"no record is left for {split}; skipped: {dict(counts[split]) or 'none'}; test "
+                f"fraction {test_fraction}"
+            )
+        counts[split]["records"] = len(documents)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    for split, documents in found.items():
+        lines = [json.dumps({"id": d.id, **d.fields}, ensure_ascii=False) for d in documents]
+        (Path(out) / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return counts
