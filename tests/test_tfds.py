@@ -19,6 +19,7 @@ class Poems(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         features = {"poem": tfds.features.Text(), "title": tfds.features.Text(), "year": np.int64}
+        features["mood"] = tfds.features.ClassLabel(names=["sad", "glad"])
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -27,7 +28,8 @@ class Poems(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             poem = b"\\xff" if i == 7 else f"poem {i} \\u00e4\\n".encode() * 20
-            yield i, {"poem": poem, "title": f"title {i}", "year": i}
+            mood = -1 if i == 3 else i % 2
+            yield i, {"poem": poem, "title": f"title {i}", "year": i, "mood": mood}
 """
 RUN = "import sys; from poems import Poems; Poems(data_dir=sys.argv[1]).download_and_prepare()"
 
@@ -54,6 +56,16 @@ def _read(source):
 
 def _poems(items):
     return [item.fields["text"] if isinstance(item, Document) else item.reason for item in items]
+
+
+def test_classes_have_the_names_of_the_data_set(data_dir):
+    columns = {"source": "title", "target": "{mood} poem"}
+    items = _read(TfdsSource("poems/short", columns, data_dir=str(data_dir)))
+    found = {i.fields["source"]: i.fields["target"] for i in items if isinstance(i, Document)}
+    assert [i.reason for i in items if isinstance(i, Skipped)] == ["no_label"]
+    assert found == {
+        f"title {i}": ("glad poem" if i % 2 else "sad poem") for i in range(40) if i != 3
+    }
 
 
 def test_prepared_data_set_gives_its_records(data_dir):

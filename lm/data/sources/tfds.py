@@ -16,7 +16,7 @@ _UNIT_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class TfdsSource:
-    """The records of splits of a data set, in the order of its files.
+    """The records of splits of a data set, in the order of its files; class labels by their names.
 
     name: "name", "name/config" or "name/config:version" below `data_dir` (TFDS's own folder if
       None), or the path of a prepared data set.
@@ -65,7 +65,13 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         split = unit.name.rpartition("/")[2]
-        dataset = self._builder(download=False).as_dataset(
+        builder = self._builder(download=False)
+        names = {
+            name: feature.names
+            for name in column_names(self.columns)
+            if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
+        }
+        dataset = builder.as_dataset(
             split=f"{split}[{unit.start}:{unit.stop}]",
             shuffle_files=False,
             read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
@@ -80,6 +86,10 @@ class TfdsSource:
             except UnicodeDecodeError:
                 yield Skipped(document_id, "invalid_utf8")
                 continue
+            if any(record[name] < 0 for name in names):
+                yield Skipped(document_id, "no_label")  # of test sets that keep them secret
+                continue
+            texts |= {name: labels[record[name]] for name, labels in names.items()}
             yield from_record(document_id, texts, self.columns)
 
     def _builder(self, *, download: bool) -> Any:
