@@ -1,0 +1,216 @@
+"""A run predicts what its objective scores: texts after their source, labels by likelihood."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lm import config as configs
+from lm.checkpoint.manager import Checkpoints
+from lm.config import LossConfig, task
+from lm.data.pairs import Pairs
+from lm.data.sources import Document
+from lm.data.sources.token_writer import write_store
+from lm.data.sources.tokens import TokenStore
+from lm.experiment import CONFIG_FILE, Experiment
+from lm.generation.beam import BeamSearch
+from lm.generation.generator import Generator
+from lm.loss import lm_loss
+from lm.predict import GREEDY, Predictor
+
+SOURCES = ["abc", "a longer text", "b"]
+LABELS = {"objective.labels": ("good", "bad", "so-so"), "objective.verbalizers": ("G", "B", "S")}
+TINY = {
+    "model.vocab_size": 264,
+    "model.max_length": 48,
+    "model.num_layers": 2,
+    "model.embed_dim": 16,
+    "model.num_heads": 4,
+    "model.mlp_dim": 32,
+    "model.init_std": 0.2,
+    "data.train": ("synthetic:reverse",),
+    "data.length": 48,
+    "data.batch_size": 16,
+    "loader.kind": "thread",
+    "loss.chunk_size": 0,
+    "train.num_steps": 4,
+}
+ENCODER = {"data.encoder_length": 48, "data.length": 24}
+
+
+def experiment_of(model, objective, devices, **changes):
+    config = configs.default(model=model, objective=objective)
+    values = TINY | (ENCODER if model == "encoder_decoder" else {}) | changes
+    config.update_from_flattened_dict(values)
+    return Experiment(config, devices[:1])
+
+
+@pytest.fixture(scope="module")
+def seq2seq(devices):
+    """model -> (experiment, random parameters)"""
+    found = {}
+
+    def make(model):
+        if model not in found:
+            experiment = experiment_of(model, "seq2seq", devices)
+            found[model] = experiment, experiment.init_state().params
+        return found[model]
+
+    return make
+
+
+def batch_of(experiment, source, target, folder):
+    """The batch that the objective makes of one document."""
+    document = Document("a", {"source": source, "target": target})
+    path = folder / str(len(list(folder.iterdir())))
+    write_store(path, [document], experiment.tokenizer, fields=("source", "target"))
+    stores = [TokenStore.open(path, field=name) for name in ("source", "target")]
+    rows = Pairs(stores, experiment.objective.layout).read(np.array([0]))
+    return experiment.objective(rows, None)
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder_decoder"])
+def test_texts_go_on_where_the_objective_begins_to_score(model, seq2seq, tmp_path):
+    experiment, params = seq2seq(model)
+    found = Predictor(experiment, params).predict(SOURCES, max_new_tokens=8, batch_size=2)
+    generator = Generator(experiment.model, params, experiment.tokenizer)
+    bare = []
+    for source, prediction in zip(SOURCES, found, strict=True):
+        batch = batch_of(experiment, source, "xyz", tmp_path)
+        begin = int(np.argmax(batch.weights[0] > 0))
+        prompt = batch.inputs.ids[0, 1 : begin + 1]  # without the bos that the generator puts
+        if batch.encoder is not None:
+            assert not len(prompt)
+            prompt = batch.encoder.ids[0][batch.encoder.segments[0] > 0][:-1]
+        (wanted,) = generator.generate([prompt], max_new_tokens=8, sampling=GREEDY)
+        assert prediction.text == wanted.text.strip()
+        assert prediction.probability is None and not prediction.is_cut
+        bare.append(generator.generate([source], max_new_tokens=8, sampling=GREEDY)[0].text.strip())
+    assert len({p.text for p in found}) > 1
+    if model == "decoder":  # the eos between source and target matters
+        assert bare != [p.text for p in found]
+
+
+def test_beams_find_the_best_of_their_texts(seq2seq):
+    experiment, params = seq2seq("encoder_decoder")
+    search = BeamSearch(num_beams=3, num_samples=2)
+    (found,) = Predictor(experiment, params).predict(["abc"], max_new_tokens=6, search=search)
+    generator = Generator(experiment.model, params, experiment.tokenizer)
+    best, _ = generator.generate(["abc"], max_new_tokens=6, sampling=search)
+    assert found.text == best.text.strip()
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder_decoder"])
+def test_sources_that_are_too_long_are_cut_and_said_to_be(model, seq2seq):
+    experiment, params = seq2seq(model)
+    room = 47 if model == "encoder_decoder" else 48 - 8 - 1
+    sources = ["a" * room, "a" * (room + 1), "a" * 200]
+    found = Predictor(experiment, params).predict(sources, max_new_tokens=8)
+    assert [p.is_cut for p in found] == [False, True, True]
+    assert len({p.text for p in found}) == 1
+
+
+@pytest.mark.parametrize("model", ["decoder", "encoder_decoder", "encoder"])
+def test_probabilities_of_labels_are_those_that_the_loss_has(model, devices, tmp_path):
+    experiment = experiment_of(model, "classification", devices, **LABELS)
+    params = experiment.init_state().params
+    found = Predictor(experiment, params).predict(SOURCES)
+
+    @jax.jit
+    def loss(batch):
+        return lm_loss(
+            experiment.model, params, batch, jax.random.key(0), train=False, config=LossConfig()
+        )[1]["loss"]
+
+    labels = experiment.config.objective.labels
+    for source, prediction in zip(SOURCES, found, strict=True):
+        losses = [loss(batch_of(experiment, source, label, tmp_path)) for label in labels]
+        likelihoods = np.exp(-np.array(losses))
+        best = int(likelihoods.argmax())
+        assert prediction.text == labels[best]
+        assert prediction.probability == pytest.approx(likelihoods[best] / likelihoods.sum(), 1e-4)
+    long = Predictor(experiment, params).predict(["a" * 100, "a" * 10])
+    assert [p.is_cut for p in long] == [True, False]
+
+
+def test_a_task_of_several_is_named(devices):
+    stores = ("synthetic:reverse", "synthetic:markov:64")
+    config = configs.default(objective="multitask")
+    config.update_from_flattened_dict(TINY | {"data.train": stores})
+    config.objective.tasks = {
+        "back": task("seq2seq", stores[:1]),
+        "text": task("causal", stores[1:]),
+    }
+    experiment = Experiment(config, devices[:1])
+    params = experiment.init_state().params
+    assert not Predictor(experiment, params, "back").is_classifier
+    for name, message in (
+        (None, "task None must be one of config.objective.tasks: back, text"),
+        ("bcak", "task 'bcak' must be one of"),
+        ("text", "must be seq2seq or classification"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Predictor(experiment, params, name)
+
+
+def test_what_cannot_be_predicted_is_refused(seq2seq, devices):
+    experiment, params = seq2seq("decoder")
+    with pytest.raises(ValueError, match=r"task .x. must be one of .*\.tasks: none"):
+        Predictor(experiment, params, "x")
+    with pytest.raises(ValueError, match=r"max_new_tokens \(47\) leaves no room .* \(48\)"):
+        Predictor(experiment, params).predict(["a"], max_new_tokens=47)
+    changes = {"objective.bidirectional": True}
+    experiment = experiment_of("decoder", "seq2seq", devices, **changes)
+    with pytest.raises(ValueError, match="cannot generate token by token"):
+        Predictor(experiment, params)
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[1] / "scripts" / "predict.py"
+    spec = importlib.util.spec_from_file_location("predict_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
+    script, devices, tmp_path, monkeypatch, capsys
+):
+    experiment = experiment_of("encoder", "classification", devices, **LABELS)
+    state = experiment.init_state()
+    (tmp_path / CONFIG_FILE).write_text(configs.to_json(experiment.config_dict))
+    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
+        checkpoints.save(state)
+    texts = [("abc", "good"), ("abd", "bad"), ("x", "bad")]
+    for name, rows in (("test", texts), ("train", texts * 2)):
+        lines = [json.dumps({"text": t, "label": c}) for t, c in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "no json"]))
+    arguments = f"""--workdir={tmp_path} --data={tmp_path}/test.jsonl --train={tmp_path}/train.jsonl
+        --field=source=text --field=target=label --metrics=classes"""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *arguments.split()])
+    assert script.main() == 0
+    written = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    found = Predictor(experiment, state.params).predict([t for t, _ in texts])
+    assert [(w["source"], w["target"]) for w in written] == texts
+    assert [w["prediction"] for w in written] == [p.text for p in found]
+    assert [w["probability"] for w in written] == pytest.approx([p.probability for p in found])
+    shown = capsys.readouterr()
+    head, run, *baselines = shown.out.splitlines()
+    assert head.split() == ["accuracy", "balanced", "macro-F1"]
+    right = sum(p.text == label for p, (_, label) in zip(found, texts, strict=True))
+    assert run.split()[-3] == f"{100 * right / 3:.2f}"
+    assert baselines[0].split() == ["majority", "66.67", "50.00", "40.00"]
+    assert baselines[1].split() == ["nearest", "100.00", "100.00", "100.00"]
+    assert "1 lines are no records" in shown.err
+
+
+def test_the_script_says_which_field_it_does_not_know(script, tmp_path):
+    flags = script.argparse.Namespace(field=["source"], separator="", tfds_split="train")
+    flags.tfds_data_dir, flags.tfds_download = None, False
+    with pytest.raises(ValueError, match="--field must say where these fields come from: target"):
+        script.read(flags, [str(tmp_path / "x.jsonl")], ["source", "target"])
