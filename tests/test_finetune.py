@@ -13,8 +13,10 @@ from lm import parameters
 from lm.checkpoint import stored
 from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
+from lm.evaluate import evaluate
 from lm.experiment import load
 from lm.layers import lora
+from lm.merging import merge_run
 from lm.train import train
 
 LORA = {
@@ -262,6 +264,62 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(
     assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
     untouched = hidden(plain, parameters.split(params, lora.adapters(names(params)))[1], tokens)
     assert np.abs(untouched - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_a_merged_run_evaluates_as_the_adapted_one_without_its_base(
+    adapted, base, devices, tmp_path
+):
+    experiment, folder, params = adapted
+    changes = {"data.validation": ("synthetic:markov:64",)}
+    merge_run(str(folder.parents[1]), str(tmp_path / "merged"), devices[:1])
+    merged = load(str(tmp_path / "merged"), devices[:1], changes)
+    assert not merged.config.init.from_ and not merged.config.model.lora.rank
+    with Checkpoints(str(tmp_path / "merged"), CheckpointConfig(), read_only=True) as checkpoints:
+        step, found = merged.restore_params(checkpoints)
+    assert step == 0 and names(found) == names(base[1])
+    targets = ("query.weight", "value.weight", "down.weight")
+    kept, before = bits(found), bits(base[1])
+    assert {n for n in kept if kept[n] != before[n]} == {n for n in kept if n.endswith(targets)}
+    losses = {
+        name: evaluate(run, values)["synthetic:markov:64"]["loss"]
+        for name, run, values in (
+            ("adapted", experiment.variant(changes), params),
+            ("merged", merged, found),
+            ("base", merged, base[1]),
+        )
+    }
+    assert losses["merged"] == pytest.approx(losses["adapted"], rel=1e-5)
+    assert abs(losses["base"] - losses["adapted"]) > 1e-2
+    assert stored.read_manifest(tmp_path / "merged" / "checkpoints" / "0").parent == {
+        "workdir": str(folder.parents[1]), "step": 4,
+    }  # fmt: skip
+
+
+def test_what_cannot_be_merged_is_refused(adapted, base, devices, tmp_path):
+    with pytest.raises(ValueError, match="has no adapters to merge"):
+        merge_run(str(base[0]), str(tmp_path / "x"), devices[:1])
+    with pytest.raises(ValueError, match="holds a run already"):
+        merge_run(str(adapted[1].parents[1]), str(base[0]), devices[:1])
+
+
+def test_adapters_save_bytes_of_checkpoints_and_of_the_optimizer(adapted, base, tuned):
+    _, folder, params = adapted
+    (whole,) = (base[0] / "checkpoints").iterdir()
+
+    def stored_bytes(path):
+        leaves = stored.read_manifest(path).leaves.values()
+        return sum(4 * np.prod(leaf.shape, dtype=int) for leaf in leaves)
+
+    num_adapters = sum(
+        x.size for n, x in parameters.flatten(params).items() if n in lora.adapters(names(params))
+    )
+    assert stored_bytes(folder) <= 3 * 4 * num_adapters + 64  # parameters and two moments
+    assert stored_bytes(folder) < stored_bytes(whole) / 4
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(tuned(change).abstract_state.opt_state))
+        for change in (LORA, {})
+    ]
+    assert sizes[0] < sizes[1] / 4
 
 
 def test_a_run_of_adapters_goes_on_bitwise_and_only_with_its_own_base(

@@ -1,0 +1,51 @@
+"""Merge the adapters of a LoRA run into their base: a plain run that needs neither.
+
+    python scripts/train.py --config=configs/gpt2.py --workdir=runs/adapted \\
+        --config.init.from=runs/base --config.model.lora.rank=8
+    python scripts/merge_lora.py --workdir=runs/adapted --out=runs/merged
+
+The new run has a checkpoint of step 0, and computes what the adapted one does (each weight plus its
+adapter's product, in float32). scripts/hf_export.py gives it to `transformers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of the run with adapters")
+    add("--out", required=True, help="folder of the run to make")
+    add("--step", type=int, help="checkpoint to use (default: the newest)")
+    args = parser.parse_args()
+
+    import jax
+    from etils import epath
+
+    from lm.checkpoint import stored
+    from lm.merging import merge_run
+
+    merge_run(args.workdir, args.out, jax.devices()[:1], step=args.step)
+    sizes = []
+    for folder in (args.workdir, args.out):
+        directory = epath.Path(folder) / "checkpoints"
+        sizes.append(stored.size(directory / str(stored.steps(directory)[-1])) / 2**20)
+    print(
+        f"{args.out}: checkpoint of {sizes[1]:.2f} MiB; that of the adapters, with the optimizer's "
+        f"state, has {sizes[0]:.2f} MiB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)
