@@ -92,6 +92,16 @@ PUBLISHED = {
 OWN = {
     "conv": ("gcnn8", "gcnn14"),
     "lstm": ("small", "medium", "large"),
+    "tasks": (
+        "masked",
+        "topics",
+        "sentiment",
+        "translation",
+        "summarisation",
+        "answering",
+        "dialogue",
+        "multitask",
+    ),
     "wikitext2": ("lstm", "decoder", "conv"),
 }
 ROUNDED = {"gpt3": 4e-3, "transformer": 3.1e-2}  # how far the papers' totals are off
@@ -171,7 +181,7 @@ def test_every_size_of_every_file_is_in_the_tables_of_this_test():
     for name, known in SIZES_OF.items():
         module = load(name)
         sizes = next(
-            getattr(module, n) for n in ("SIZES", "SHAPES", "MODELS") if hasattr(module, n)
+            getattr(module, n) for n in ("SIZES", "SHAPES", "MODELS", "TASKS") if hasattr(module, n)
         )
         assert set(sizes) == set(known), name
 
