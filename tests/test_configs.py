@@ -18,7 +18,7 @@ from lm.types import Tokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Parameters of the published checkpoints. gpt2, llama3, mistral, mixtral, olmoe, qwen3,
+# Parameters of the published checkpoints. gpt2, llama2, llama3, mistral, mixtral, olmoe, qwen3,
 # qwen3_moe: the tensors of the Hugging Face files; gemma3: KerasHub's text presets
 # (keras_hub/src/models/gemma3/gemma3_presets.py).
 PUBLISHED = {
@@ -28,6 +28,7 @@ PUBLISHED = {
         "774m": 774_030_080,
         "1.5b": 1_557_611_200,
     },
+    "llama2": {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192},
     "llama3": {
         "8b": 8_030_261_248,
         "70b": 70_553_706_496,
