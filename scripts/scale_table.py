@@ -3,8 +3,8 @@
     python scripts/scale_table.py                  # every row: about two minutes of compiling each
     python scripts/scale_table.py --only=llama3    # rows whose config or topology contains this
 
-Plans are cached (see scripts/plan.py), so a second run is immediate, and a run that was cut short
-goes on. A row that this machine has no compiler for says so and leaves the others alone.
+Rows that are not made, or that this machine has no compiler for, stay as they are. Plans are cached
+(see scripts/plan.py), so a second run is immediate, and a run that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ROWS = (
         "v5p:8x8x16",
         {"mesh.data": 4, "mesh.fsdp": 32, "model.vocab_size": 50304, **FULL, **_batch(2)},
     ),
+    Row("llama2:7b", "v5p:4x4x4", {"mesh.data": 1, "mesh.fsdp": 64, **FULL, **_batch(2)}),
     Row("llama3:8b", "v5p:4x4x4", {"mesh.data": 2, "mesh.fsdp": 32, **FULL, **_batch(2)}),
     Row("llama3:8b", "v6e:16x16", {"mesh.data": 1, "mesh.fsdp": -1, **FULL, **_batch(1)}),
     Row("llama3:8b", "tpu7x:4x4x4", {"mesh.data": 4, "mesh.fsdp": 32, **FULL, **_batch(2)}),
@@ -65,6 +66,8 @@ ROWS = (
         "v5p:4x4x4",
         {"mesh.data": 1, "mesh.fsdp": 8, "mesh.expert": 8, "data.length": 4096, **_batch(2)},
     ),
+    Row("bert:large", "v5e:4x4", {"data.batch_size": 512}),
+    Row("t5:11b", "v5p:4x4x4", {"mesh.data": 2, "mesh.fsdp": 32, "data.batch_size": 1024}),
 )
 HEAD = """# Shipped configs, compiled for the machines they are meant for
 
@@ -72,7 +75,8 @@ Made by `python scripts/scale_table.py` with the compilers of jax {jax} and libt
 is that of one device: arguments, the heap that the compiler assigned with its gaps, and code. Step
 time and MFU are intervals: everything overlaps, nothing does. They come from published peaks and
 the compiler's own program, and know nothing of clocks, stragglers and kernels below peak: read them
-as bounds, not as a forecast. Compile times are of two cores that others kept busy.
+as bounds, not as a forecast. Compile times are of two cores that others kept busy, which also
+lengthens the seconds of processor time (CPU) where they are given.
 
 | config | topology | mesh | rows × length | HBM used, of | step | MFU | binds | compiled in |
 |---|---|---|---|---|---|---|---|---|
@@ -96,13 +100,13 @@ def line(row: Row, plan: Any) -> str:
         f"{plan.times.least:.2f} to {plan.times.most:.2f} s" if plan.fits else "",
         mfu if plan.fits else "",
         plan.times.binding if plan.fits else "",
-        f"{plan.compile_seconds:.0f} s",
+        f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} CPU)",
     )
     return "| " + " | ".join(cells) + " |"
 
 
 def _make(row: Row) -> Any:
-    from lm.aot import plan as plans
+    from lm.aot import cache
 
     file, _, arg = row.config.partition(":")
     spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
@@ -111,13 +115,25 @@ def _make(row: Row) -> Any:
     spec.loader.exec_module(module)
     config = module.get_config(arg or None)
     config.update_from_flattened_dict(dict(row.changes))
-    return plans.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
+    return cache.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
 
 
-def _write(path: Path, table: str) -> None:
-    """Puts the table in front of what people wrote: everything from the first "## " on."""
-    text = path.read_text() if path.exists() else ""
-    path.write_text(table + text[text.index("\n## ") :] if "\n## " in text else table)
+def _key(line: str) -> str:
+    """What a row of the table is about: its config and topology."""
+    return "|".join(cell.strip() for cell in line.split("|")[1:3])
+
+
+def _write(path: Path, head: str, made: list[str]) -> None:
+    """Puts the rows that were made in place of those there were, and leaves the others, and what
+    people wrote below the table.
+    """
+    text = path.read_text() if path.exists() else head
+    start = text.index("\n|---") + 1
+    end = text.index("\n\n", start) if "\n\n" in text[start:] else len(text)
+    rows = {_key(line): line for line in (*text[start:end].splitlines()[1:], *made)}
+    order = [f"{row.config}|{row.topology}" for row in ROWS]
+    table = "\n".join(rows[key] for key in order if key in rows)
+    path.write_text(head + table + (text[end:] or "\n"))
 
 
 def main() -> int:
@@ -131,7 +147,7 @@ def main() -> int:
     import importlib.metadata
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    table, failed = [], 0
+    failed = 0
     chosen = [row for row in ROWS if args.only in f"{row.config} {row.topology}"]
     for number, row in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {row.config} on {row.topology} ...", flush=True)
@@ -141,14 +157,10 @@ def main() -> int:
         except ValueError as error:  # no compiler for it here, or sizes that don't fit
             failed += 1
             print(f"  {error}", file=sys.stderr)
-            table.append(f"| {row.config} | {row.topology} |||| not compiled: {error} ||||")
             continue
-        table.append(line(row, plan))
-        print(f"  {table[-1]}  ({time.perf_counter() - began:.0f} s)", flush=True)
+        print(f"  {line(row, plan)}  ({time.perf_counter() - began:.0f} s)", flush=True)
         failed += not plan.fits
-        if not args.only:
-            Path(args.out).parent.mkdir(exist_ok=True)
-            _write(Path(args.out), HEAD.format(**versions) + "\n".join(table) + "\n")
+        _write(Path(args.out), HEAD.format(**versions), [line(row, plan)])
     return 1 if failed else 0
 
 
