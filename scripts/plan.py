@@ -9,8 +9,9 @@ nor chips are needed, and reports memory by what it is for, collectives by mesh 
 by what binds it, warnings, and what to try next. TPU topologies need libtpu, GPU topologies
 jax[cuda13]; see lm/aot/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
 
---search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for
-the most rows of a device, --fewest-chips for the smallest slice; each compiles a few plans.
+--search looks for the fastest mesh, remat policy and number of micro-batches, --largest_batch for
+the most rows that fit, --fewest_chips for the smallest slice of this kind of chip, whatever shape
+was given; the last two also with --decode. Each compiles a few plans and shows all of them.
 
 The exit code is 0 where the step fits and 1 where it doesn't.
 """
@@ -53,20 +54,20 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
+    from lm.aot import cache, report
     from lm.aot import plan as plans
-    from lm.aot import report
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
     name = flags.FLAGS["config"].config_filename  # pyright: ignore
     show = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
 
-    def make(config: Any, topology: str) -> plans.Plan:
+    def make(config: Any, topology: str, decode: plans.Decode | None) -> plans.Plan:
         options: dict[str, Any] = {"config_name": name, "decode": decode, "show": show}
         if _FRESH.value:
             return plans.make(config, topology, **options)
-        return plans.cached(config, topology, **options)[0]
+        return cache.cached(config, topology, **options)[0]
 
-    plan = _find(make, show)
+    plan = _find(make, decode, show)
     if plan is None:
         return 1
     print(report.page(plan), end="")
@@ -82,28 +83,25 @@ def main(argv: Sequence[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _find(make: Any, show: Any) -> Any:
+def _find(make: Any, decode: Any, show: Any) -> Any:
     """The plan that was asked for, by search or by its config; None where nothing fits."""
-    from lm.aot import report, search
+    from lm.aot import report, search, sizing
 
     config, topology = _CONFIG.value, str(_TOPOLOGY.value)
     if sum((_SEARCH.value, _LARGEST.value, _FEWEST.value)) > 1:
         raise app.UsageError("one of --search, --largest_batch and --fewest_chips")
     if _SEARCH.value:
+        if decode is not None:
+            raise app.UsageError("--search knows the arithmetic of training alone, not --decode")
         found = search.search(config, topology, make, num_compiled=_COMPILE.value, show=show)
         print(report.search_page(found))
-        return found.winner.plan if found.winner else None
-    if _LARGEST.value:
-        plan = search.largest_batch(config, topology, make)
-        rows = plan and plan.rows // plan.num_devices
-        print(f"largest batch: {rows} rows a device" if plan else "not even one row a device fits")
-        print(f"--config.data.batch_size={plan.rows}\n" if plan else "", end="")
-        return plan
-    if _FEWEST.value:
-        plan = search.fewest_chips(config, topology, make)
-        print(f"fewest chips: {plan.topology}\n" if plan else "no slice of this kind is enough")
-        return plan
-    return make(config, topology)
+    elif _LARGEST.value or _FEWEST.value:
+        look = sizing.largest_batch if _LARGEST.value else sizing.fewest_chips
+        found = look(config, topology, make, decode=decode)
+        print(report.sizes_page(found))
+    else:
+        return make(config, topology, decode)
+    return found.winner.plan if found.winner else None
 
 
 def _number(text: str) -> float:

@@ -13,24 +13,21 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import config as configs
 from lm import flops
 from lm.aot import (
     buffers,
+    cache,
     compiling,
     hlo,
     memory,
     plan,
     report,
-    search,
     topology,
     traffic,
     wires,
     work,
 )
-from lm.aot import estimate as estimating
 from lm.experiment import Experiment
-from lm.sharding import AXES
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -355,7 +352,7 @@ def test_a_wrong_topology_is_refused_with_its_name(name):
 def small_plan(make_config, tmp_path_factory):
     config = make_config({"mesh.data": 2, "mesh.fsdp": 4, "data.train": ("not/there",)})
     folder = tmp_path_factory.mktemp("plans")
-    make = functools.partial(plan.cached, folder=folder)
+    make = functools.partial(cache.cached, folder=folder)
     return make, config, make(config, "cpu:8")
 
 
@@ -371,7 +368,7 @@ def test_a_plan_is_found_again_until_the_config_changes(small_plan):
     assert make(config, "cpu:8") == (made, True)
     changed = config.copy_and_resolve_references()
     changed.optimizer.learning_rate = 0.5
-    assert plan.key(changed, "cpu:8") != plan.key(config, "cpu:8")
+    assert cache.key(changed, "cpu:8") != cache.key(config, "cpu:8")
 
 
 def test_the_page_names_every_group_and_axis(small_plan):
@@ -444,109 +441,3 @@ def test_decode_is_planned_with_its_cache(make_config):
     )
     assert c["cache"] >= expected
     assert memory.GROUPS.keys() >= c.keys()
-
-
-# ---- search ----
-
-
-def test_every_candidate_divides_the_sizes_of_the_config(make_config):
-    config = make_config({"model.num_kv_heads": 2, "data.batch_size": 16})
-    found = list(search.candidates(config, 8))
-    assert {c["mesh.tensor"] for c in found} == {1, 2}  # of two kv heads
-    for c in found:
-        shards = c["mesh.data"] * c["mesh.fsdp"]
-        assert shards * c["mesh.tensor"] * c.get("mesh.stage", 1) == 8
-        assert 16 % (shards * c["train.num_microbatches"]) == 0
-
-
-def test_an_axis_counts_where_the_model_has_use_for_it(make_config):
-    def axes(changes):
-        base = {"data.batch_size": 16, "model.dtype": "bfloat16"}
-        found = list(search.candidates(make_config({**base, **changes}), 8))
-        assert all(
-            math.prod(c.get(f"mesh.{a}", 1) for a in AXES) == 8
-            and c.get("model.pipeline.num_microbatches", 1) % c.get("mesh.stage", 1) == 0
-            for c in found
-        )
-        return {a: {c.get(f"mesh.{a}", 1) for c in found} for a in AXES}
-
-    short = axes({"model.num_layers": 4})
-    assert short["sequence"] == short["expert"] == {1}
-    assert short["stage"] == {1, 2, 4}
-    long = {"data.length": 4 * search.SHORTEST, "model.max_length": 4 * search.SHORTEST}
-    assert axes({**long, "model.num_layers": 3})["sequence"] == {1, 2, 4}
-    assert axes({"model.num_layers": 3})["stage"] == {1}
-    assert axes({"model.moe.num_experts": 4})["expert"] == {1, 2, 4}
-
-
-def test_an_estimate_knows_bubbles_and_gathers_that_became_reductions(make_experiment):
-    def of(name, changes=None, **axes):
-        e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
-        target = topology.parse(name)
-        grid = [wires.Place(0, (i // 4, i % 4, 0), 0) for i in range(8)]
-        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid).parts
-
-    staged = {"model.num_layers": 2, "model.pipeline.num_microbatches": 4}
-    plain = of("v5p:2x4x1", {"model.num_layers": 2}, data=8)
-    piped = of("v5p:2x4x1", staged, stage=2, data=4)
-    assert piped["compute"] == pytest.approx(plain["compute"] * 5 / 4)  # of 5 iterations 1 idle
-    few = of("v5p:2x4x1", fsdp=8)["fsdp"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimating, "WIDEST_GATHER", 4)
-        assert of("v5p:2x4x1", fsdp=8)["fsdp"] == 2 * few
-
-
-def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
-    target = topology.parse("v5e:2x4")
-
-    def of(changes=None, **axes):
-        e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
-        grid = [wires.Place(0, (i // 4, i % 4), 0) for i in range(8)]
-        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
-
-    saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
-    assert saving[0].memory < saving[1].memory < saving[2].memory
-    assert saving[0].parts["compute"] > saving[2].parts["compute"]
-    again = of({"train.num_microbatches": 2}, fsdp=8)
-    assert again.parts["fsdp"] == 2 * saving[2].parts["fsdp"]
-    assert of(fsdp=4, data=2).memory > of(fsdp=8).memory
-
-
-def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
-    config = configs.default(model="lstm")
-    with pytest.raises(
-        ValueError, match=r"transformers alone; config\.model is .*lm\.models\.lstm"
-    ):
-        search.search(config, "cpu:8", lambda *_: None)
-
-
-def test_the_search_names_a_winner_and_why_the_others_lost(small_plan, make_config):
-    """With plans of known times: the fastest that fits wins, one that doesn't never."""
-    base = small_plan[2][0]
-
-    def make(config, name):
-        tensor = config.mesh.tensor
-        times = dataclasses.replace(base.times, compute=1.0 + tensor, hbm=0.5, links={})
-        refusal = "too large" if config.mesh.fsdp == 4 else ""
-        return dataclasses.replace(base, times=times, refusal=refusal, capacity=2**40)
-
-    config = make_config({"model.dtype": "bfloat16", "model.num_kv_heads": 2})
-    found = search.judge(
-        [
-            search.Candidate(c, estimating.Estimate(0.0, {"compute": 1.0}), make(changed, ""))
-            for c in (
-                {"mesh.data": 1, "mesh.fsdp": 4},
-                {"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2},
-                {"mesh.data": 4, "mesh.fsdp": 1, "mesh.tensor": 1},
-            )
-            for changed in [search.changed(config, c)]
-        ],
-        {},
-    )
-    assert found.winner is not None and found.winner.changes["mesh.tensor"] == 1
-    assert found.winner.lost == ""
-    slower, refused = found.compiled[1:]
-    assert "compute takes 3.000 s, not 2.000 s" in slower.lost
-    assert refused.lost.startswith("does not fit")
-    page = report.search_page(found)
-    assert page.index("* --config.mesh.data=4") < page.index("--config.mesh.data=2")

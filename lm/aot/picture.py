@@ -39,7 +39,9 @@ def draw(plan: Plan, path: str) -> None:
     _traffic(traffic, plan)
     color = "#2f7d32" if plan.fits else "#b00020"
     name = plan.name or "plan"
-    figure.suptitle(f"{name} on {plan.topology}\n{report.verdict(plan)}", color=color, fontsize=12)
+    title = f"{name} on {plan.topology}: {report.verdict(plan)}"
+    figure.suptitle(title, color=color, fontsize=13)
+    figure.supxlabel(report.subject(plan), fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -70,8 +72,9 @@ def _memory(axis: Any, plan: Plan) -> None:
     if plan.capacity:
         axis.axhline(plan.capacity / GIB, color="#b00020", linestyle="--", linewidth=1.2)
         axis.text(
-            *(-0.34, plan.capacity / GIB, f"HBM {plan.capacity / GIB:.1f}"),
+            *(1.24, plan.capacity / GIB, f"HBM {plan.capacity / GIB:.2f}"),
             color="#b00020",
+            ha="right",
             va="bottom",
             fontsize=9,
         )
@@ -90,24 +93,26 @@ def _times(axis: Any, plan: Plan) -> None:
         axis.set_title(f"time: no published peaks for {plan.topology}", loc="left", fontsize=10)
         return
     parts = {n: t for n, t in parts.items() if t > plan.times.least / 200}
-    names, values = list(parts), [t * 1e3 for t in parts.values()]
+    unit, scale = ("s", 1.0) if plan.times.most >= 1 else ("ms", 1e3)
+    names, values = list(parts), [t * scale for t in parts.values()]
     places = range(1, len(names) + 1)
     binds = plan.times.binding
     axis.barh(places, values, 0.6, color=["#c55a11" if n == binds else "#9dc3e6" for n in names])
-    low, high = plan.times.least * 1e3, plan.times.most * 1e3
+    low, high = plan.times.least * scale, plan.times.most * scale
     axis.barh(0, high - low, 0.35, left=low, color="#404040")
     for place, value in zip(places, values, strict=True):
-        axis.text(value, place, f" {report.seconds(value / 1e3)}", va="center", fontsize=9)
-    mfu = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
-    words = f" {report.seconds(low / 1e3)} to {report.seconds(high / 1e3)}"
-    if mfu[0] is not None and mfu[1] is not None:
-        words += f", MFU {mfu[0]:.0%} to {mfu[1]:.0%}"
-    axis.text(high, 0, words, va="center", fontsize=9)
+        axis.text(value, place, f" {report.seconds(value / scale)}", va="center", fontsize=9)
+    axis.text(high, 0, " nothing overlaps", va="center", fontsize=9)
+    axis.text(low, 0, "all overlaps ", va="center", ha="right", fontsize=9)
     axis.set_yticks(range(len(names) + 1), ["step", *names])
     axis.invert_yaxis()
-    axis.set_xlim(0, high * 1.6)
-    axis.set_xlabel("ms of a step, at published peaks")
-    _bare(axis, f"time: {binds} binds")
+    axis.set_xlim(0, high * 1.3)
+    axis.set_xlabel(f"{unit} of a step, at published peaks")
+    words = f"step {report.seconds(plan.times.least)} to {report.seconds(plan.times.most)}"
+    mfu = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+    if mfu[0] is not None and mfu[1] is not None:
+        words += f", MFU {mfu[0]:.0%} to {mfu[1]:.0%}"
+    _bare(axis, f"time: {words}; {binds} binds")
 
 
 def _traffic(axis: Any, plan: Plan) -> None:
@@ -140,8 +145,8 @@ def _traffic(axis: Any, plan: Plan) -> None:
         axis.text(start[name], i, f" {start[name]:.2f} GiB", va="center", fontsize=9)
     axis.set_yticks(range(len(axes)), axes)
     axis.invert_yaxis()
-    axis.set_ylim(len(axes) - 0.4, -0.6)
+    axis.set_ylim(max(len(axes), 2) - 0.4, -0.6)
     axis.set_xlim(0, max(start.values()) * 1.2)
     axis.set_xlabel("GiB that a device sends in a step")
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    axis.legend(frameon=False, fontsize=9, ncols=4, loc="lower right", bbox_to_anchor=(1.0, 0.98))
     _bare(axis, "traffic by mesh axis")

@@ -9,14 +9,9 @@ A Plan holds numbers and names only, and goes to JSON and back: `lm.aot.report` 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -24,16 +19,25 @@ import ml_collections
 
 from lm import config as configs
 from lm import flops
-from lm.aot import compiling, findings, hlo, memory, roofline, topology, traffic, wires, work
-from lm.aot.findings import Advice
+from lm.aot import (
+    advice,
+    compiling,
+    findings,
+    hlo,
+    memory,
+    roofline,
+    topology,
+    traffic,
+    wires,
+    work,
+)
+from lm.aot.advice import Advice
 from lm.aot.memory import Line, Memory
 from lm.aot.roofline import Times
 from lm.aot.topology import Topology
 from lm.aot.work import Work
 from lm.experiment import Experiment
 from lm.generation.decode import lower_decode
-
-LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Plan:
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...]
     compile_seconds: float
+    compile_cpu_seconds: float
 
     @property
     def fits(self) -> bool:
@@ -129,6 +134,19 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
 
 
+# (config, topology, None for the train step) -> its plan, from a cache or not
+Make = Callable[[ml_collections.ConfigDict, str, Decode | None], Plan]
+
+
+def changed(
+    config: ml_collections.ConfigDict, changes: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    """A copy of the config with changes by path."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
 def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
     changes: dict[str, Any] = {
@@ -141,9 +159,7 @@ def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     c = configs.resolve(config)
     if c.train.num_epochs is not None:  # data would have to say how many steps that is
         changes |= {"train.num_epochs": None, "train.num_steps": 1000}
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(changes)
-    return config
+    return changed(config, changes)
 
 
 def make(
@@ -220,11 +236,12 @@ def analyse(
         warnings=(),
         advice=(),
         compile_seconds=compiled.seconds,
+        compile_cpu_seconds=compiled.cpu_seconds,
     )
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)
     plan = dataclasses.replace(plan, warnings=warnings)
-    advice = findings.advice(plan, experiment) if decode is None else ()
-    return dataclasses.replace(plan, advice=advice)
+    tries = advice.advice(plan, experiment) if decode is None else ()
+    return dataclasses.replace(plan, advice=tries)
 
 
 def _model_flops(
@@ -266,67 +283,3 @@ def _transfers(
             )
         )
     return tuple(sorted(transfers, key=lambda t: -t.bytes))
-
-
-# ---- cache ----
-
-
-def cached(
-    config: ml_collections.ConfigDict,
-    name: str,
-    *,
-    config_name: str = "",
-    decode: Decode | None = None,
-    show: TextIO | None = None,
-    folder: Path | None = None,
-) -> tuple[Plan, bool]:
-    """(the plan of `make`, whether it was found in the cache): by config, topology, code and
-    versions.
-    """
-    folder = folder or _folder()
-    path = folder / f"{key(config, name, decode)}.json"
-    if path.exists():
-        return dataclasses.replace(from_json(path.read_text()), name=config_name), True
-    plan = make(config, name, config_name=config_name, decode=decode, show=show)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
-    part.write_text(plan.to_json())
-    part.replace(path)  # whole or not at all, however many write it
-    return plan, False
-
-
-def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = None) -> str:
-    """What a plan depends on, as a hash."""
-    configs.resolve(config)  # a mistake in it is told before anything is looked up
-    parts: dict[str, Any] = {
-        "config": json.loads(configs.to_json(without_data(config))),
-        "topology": name,
-        "decode": None if decode is None else dataclasses.asdict(decode),
-        "code": _code(),
-        "versions": _versions(),
-        "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _code() -> str:
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _versions() -> Mapping[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "lm" / "plan"

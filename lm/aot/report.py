@@ -8,6 +8,7 @@ import textwrap
 from lm.aot.memory import GROUPS, Line
 from lm.aot.plan import Plan
 from lm.aot.search import Found
+from lm.aot.sizing import Sizes
 
 WIDTH = 100
 BAR = 24
@@ -32,11 +33,12 @@ def verdict(plan: Plan) -> str:
     """One line: does it fit, by how much."""
     if plan.capacity is None:
         return f"needs {_bytes(plan.memory.total)} on each device"
-    used = f"{_bytes(plan.memory.total)} of {_bytes(plan.capacity)}"
+    used, capacity = _bytes(plan.memory.total), _bytes(plan.capacity)
     if plan.fits:
-        return f"fits: {used} on each device, {_bytes(plan.headroom or 0)} free"
+        return f"fits: {used} of {capacity} on each device, {_bytes(plan.headroom or 0)} free"
     least = "at least " if plan.refusal else ""
-    return f"DOES NOT FIT: needs {least}{used}, {_bytes(-(plan.headroom or 0))} too much"
+    too_much = _bytes(-(plan.headroom or 0))
+    return f"DOES NOT FIT: needs {least}{used}, has {capacity} on each device: {too_much} too much"
 
 
 def days(plan: Plan, tokens: float) -> str:
@@ -72,9 +74,25 @@ def search_page(found: Found) -> str:
     return "\n".join([head, *rows, *left, *nothing, ""])
 
 
-def _title(plan: Plan) -> str:
+def sizes_page(found: Sizes) -> str:
+    """What was tried to find a size, from small to large, the winner marked."""
+    rows = []
+    for trial in found.trials:
+        rows.append(f"{'* ' if trial is found.winner else '  '}{trial.flags}")
+        if trial.plan is None:
+            rows.append(f"      {trial.refused}")
+            continue
+        rows.append(f"      {verdict(trial.plan)}")
+        if trial.plan.fits and trial.plan.times.least:
+            rows.append(f"      {_rate(trial.plan)}")
+    nothing = [] if found.winner else ["nothing that was tried fits"]
+    return "\n".join([f"{found.wanted} (*)", *rows, *nothing, ""])
+
+
+def subject(plan: Plan) -> str:
+    """What was planned: parameters, the step, devices and mesh."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
-    chips_of = f"{plan.num_chips} chips"
+    chips_of = f"{plan.num_chips} chip{'s' * (plan.num_chips > 1)}"
     if plan.num_devices != plan.num_chips:
         chips_of += f" ({plan.num_devices} devices)"
     what = (
@@ -82,11 +100,15 @@ def _title(plan: Plan) -> str:
         if plan.step == "train"
         else f"decode step of {plan.rows} rows, cache of {plan.length} tokens"
     )
+    return f"{_count(plan.parameters)} parameters, {what}; {chips_of}, mesh {mesh}"
+
+
+def _title(plan: Plan) -> str:
     return "\n".join(
         [
             f"{plan.name or 'plan'} on {plan.topology}: {verdict(plan)}",
-            f"{_count(plan.parameters)} parameters, {what}; {chips_of}, mesh {mesh}; "
-            f"compiled in {plan.compile_seconds:.0f} s",
+            subject(plan),
+            f"compiled in {plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU)",
         ]
     )
 
@@ -143,10 +165,10 @@ def _traffic(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     parts = plan.times.parts()
-    flops = f"{plan.work.flops / 1e12:.2f} TFLOP a device"
+    flops = f"products of {_flop(plan.work.flops)} on each device"
     if plan.model_flops:
         ratio = plan.work.flops / plan.model_flops
-        flops += f", {ratio:.2f} times the model's {plan.model_flops / 1e12:.2f}"
+        flops += f", {ratio:.2f} times the model's {_flop(plan.model_flops)}"
     if not parts:
         return f"time: no published peaks for {plan.topology}\n  {flops}"
     longest = max(parts.values())
@@ -155,14 +177,20 @@ def _time(plan: Plan) -> str:
         f"{'  binds' if name == plan.times.binding else ''}"
         for name, t in parts.items()
     ]
-    least, most = plan.times.least, plan.times.most
-    lines = [f"  step {seconds(least)} (all overlaps) to {seconds(most)} (nothing does)"]
-    low, high = plan.mfu(most), plan.mfu(least)
-    if low is not None and high is not None:
-        lines[0] += f"; MFU {low:.1%} to {high:.1%}"
-    rate = plan.tokens / most, plan.tokens / least
-    lines.append(f"  {_count(rate[0])} to {_count(rate[1])} tokens/s; {flops}")
+    lines = [f"  {_rate(plan)}", f"  {flops}"]
     return "\n".join(["time of a step, from published peaks", *rows, *lines])
+
+
+def _rate(plan: Plan) -> str:
+    """Step time, tokens a second and MFU, each from all overlapped to nothing overlapped."""
+    least, most = plan.times.least, plan.times.most
+    low, high = plan.mfu(most), plan.mfu(least)
+    known = low is not None and high is not None and high >= 5e-4
+    mfu = f", MFU {low:.1%} to {high:.1%}" if known else ""
+    return (
+        f"step {seconds(least)} (all overlaps) to {seconds(most)} (nothing does): "
+        f"{_count(plan.tokens / most)} to {_count(plan.tokens / least)} tokens/s{mfu}"
+    )
 
 
 def _list(title: str, items: tuple[str, ...] | list[str]) -> str:
@@ -216,6 +244,13 @@ def seconds(t: float) -> str:
     if t >= 1:
         return f"{t:.2f} s"
     return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"
+
+
+def _flop(n: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}FLOP"
+    return f"{n / 1e6:.2f} MFLOP"
 
 
 def _count(n: float) -> str:

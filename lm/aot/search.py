@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import ml_collections
@@ -18,22 +18,10 @@ from lm import flops, sharding
 from lm.aot import topology as topologies
 from lm.aot import wires
 from lm.aot.estimate import Estimate, estimate
-from lm.aot.plan import Plan
+from lm.aot.plan import Make, Plan, changed
 from lm.layers.stack import REMAT
 
-# Shapes of slices that Cloud TPU offers, and numbers of GPUs: powers of two.
-SLICES = {
-    3: (
-        *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
-        *("8x16x16", "16x16x16", "16x16x24"),
-    ),
-    2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    1: tuple(str(2**i) for i in range(13)),
-}
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
-LARGEST_BATCH = 1024  # rows of a device beyond which nobody looks
-
-Make = Callable[[ml_collections.ConfigDict, str], Plan]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +112,6 @@ def _powers(limit: int) -> list[int]:
     return [2**i for i in range(max(1, limit).bit_length()) if 2**i <= limit]
 
 
-def changed(
-    config: ml_collections.ConfigDict, changes: dict[str, Any]
-) -> ml_collections.ConfigDict:
-    """A copy of the config with changes by path."""
-    copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(changes)
-    return copy
-
-
 def search(
     config: ml_collections.ConfigDict,
     name: str,
@@ -181,7 +160,7 @@ def search(
         if show is not None:
             show.write(f"\n{len(tried) + 1}: {candidate.flags}\n")
         try:
-            made = make(changed(config, candidate.changes), name)
+            made = make(changed(config, candidate.changes), name, None)
         except ValueError as error:
             tried.append(dataclasses.replace(candidate, lost=f"refused: {error}"))
             continue
@@ -244,35 +223,3 @@ def _with_reason(candidate: Candidate, best: Plan | None) -> Candidate:
             f"not {its.get(worst, 0.0):.3f} s"
         )
     return dataclasses.replace(candidate, lost=lost)
-
-
-def largest_batch(config: ml_collections.ConfigDict, name: str, make: Make) -> Plan | None:
-    """The plan with most rows on each device, in powers of two and one micro-batch; None where not
-    even one fits.
-    """
-    best, rows = None, 1
-    while rows <= LARGEST_BATCH:
-        changes = {"data.batch_size": None, "data.batch_size_per_device": rows}
-        made = make(changed(config, {**changes, "train.num_microbatches": 1}), name)
-        if not made.fits:
-            break
-        best, rows = made, rows * 2
-    return best
-
-
-def fewest_chips(config: ml_collections.ConfigDict, name: str, make: Make) -> Plan | None:
-    """The plan on the smallest slice of this kind of chip that the step fits on; its mesh must
-    have an axis of -1, and its batch be per device or divisible.
-    """
-    kind = topologies.parse(name).chip
-    for shape in SLICES[kind.dims]:
-        at = f"{kind.name}:{shape}"
-        try:
-            made = make(config, at)
-        except ValueError as error:
-            if "must be" not in str(error):
-                raise
-            continue  # too few or too many devices for the config
-        if made.fits:
-            return made
-    return None

@@ -1,0 +1,79 @@
+"""Plans that are kept in a folder and found again: by config, topology, code and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import ml_collections
+
+from lm import config as configs
+from lm.aot.plan import Decode, Plan, from_json, make, without_data
+
+LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
+
+
+def cached(
+    config: ml_collections.ConfigDict,
+    name: str,
+    *,
+    config_name: str = "",
+    decode: Decode | None = None,
+    show: TextIO | None = None,
+    folder: Path | None = None,
+) -> tuple[Plan, bool]:
+    """(the plan of `make`, whether it was found in the folder)."""
+    folder = folder or _folder()
+    path = folder / f"{key(config, name, decode)}.json"
+    if path.exists():
+        return dataclasses.replace(from_json(path.read_text()), name=config_name), True
+    plan = make(config, name, config_name=config_name, decode=decode, show=show)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
+    part.write_text(plan.to_json())
+    part.replace(path)  # whole or not at all, however many write it
+    return plan, False
+
+
+def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = None) -> str:
+    """What a plan depends on, as a hash."""
+    configs.resolve(config)  # a mistake in it is told before anything is looked up
+    parts: dict[str, Any] = {
+        "config": json.loads(configs.to_json(without_data(config))),
+        "topology": name,
+        "decode": None if decode is None else dataclasses.asdict(decode),
+        "code": _code(),
+        "versions": _versions(),
+        "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> str:
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "lm" / "plan"

@@ -1,0 +1,154 @@
+"""Two sizes that only plans can tell: the most rows that fit on a topology, and the smallest slice
+that a config fits on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+
+from lm import config as configs
+from lm import sharding
+from lm.aot import topology as topologies
+from lm.aot.plan import Decode, Make, Plan, changed, without_data
+from lm.experiment import Experiment
+
+# Shapes of slices that Cloud TPU offers, and numbers of GPUs: powers of two.
+SLICES = {
+    3: (
+        *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+        *("8x16x16", "16x16x16", "16x16x24"),
+    ),
+    2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    1: tuple(str(2**i) for i in range(13)),
+}
+MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What was tried, as flags; its plan, or why there is none."""
+
+    flags: str
+    plan: Plan | None
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    wanted: str
+    winner: Trial | None
+    trials: tuple[Trial, ...]
+
+
+def largest_batch(
+    config: ml_collections.ConfigDict, name: str, make: Make, *, decode: Decode | None = None
+) -> Sizes:
+    """The most rows in one micro-batch of a training step, or of a decode step, that fit: a power
+    of two on each shard of the batch, a multiple of what a pipeline divides.
+
+    Memory is a line in the number of rows, or nearly, so that few plans are compiled.
+    """
+    c, target = configs.resolve(config), topologies.parse(name)
+    if not target.chip.hbm:
+        raise ValueError(f"--largest_batch: {target.chip.name} has no memory of its own to fill")
+    rules = sharding.make_rules(c.mesh, topologies.devices(target))
+    unit = rules.size("batch")
+    if decode is None and rules.size("layers") > 1:
+        unit *= c.model.pipeline.num_microbatches
+    trials: dict[int, Trial] = {}
+    best, worst, rows = 0, 2 * MOST_ROWS, 1
+    while rows > best:
+        trials[rows] = _with_rows(config, name, make, rows * unit, decode)
+        best, worst = (rows, worst) if _fits(trials[rows]) else (best, rows)
+        rows = min(max(2 * best, _reach(trials)), worst // 2)
+    ordered = tuple(trials[n] for n in sorted(trials))
+    return Sizes(f"the most rows that fit on {name}", trials.get(best), ordered)
+
+
+def _with_rows(
+    config: ml_collections.ConfigDict, name: str, make: Make, rows: int, decode: Decode | None
+) -> Trial:
+    if decode is not None:
+        plan = make(config, name, dataclasses.replace(decode, batch_size=rows))
+        return Trial(f"--decode_batch={rows}", plan)
+    changes = {"data.batch_size": rows, "data.batch_size_per_device": None}
+    plan = make(changed(config, {**changes, "train.num_microbatches": 1}), name, None)
+    return Trial(f"--config.data.batch_size={rows}", plan)
+
+
+def _reach(trials: dict[int, Trial]) -> int:
+    """The power of two at or below what the line through the two largest plans that fit allows; 0
+    with fewer.
+    """
+    plans = [(n, t.plan) for n, t in sorted(trials.items()) if t.plan is not None and t.plan.fits]
+    if len(plans) < 2:
+        return 0
+    (n, smaller), (m, larger) = plans[-2:]
+    slope = max(1.0, (larger.memory.total - smaller.memory.total) / (m - n))
+    return 2 ** int(math.log2(m + (larger.headroom or 0) / slope))
+
+
+def fewest_chips(
+    config: ml_collections.ConfigDict, name: str, make: Make, *, decode: Decode | None = None
+) -> Sizes:
+    """The smallest slice of the kind of chip in `name` that the step fits on, as it is or with one
+    row at a time on each shard of the batch.
+
+    The mesh must have an axis of -1. What cannot hold the state alone is not compiled.
+    """
+    target = topologies.parse(name)
+    kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
+    configs.resolve(config)  # a mistake in it is told before any slice is refused
+    trials: list[Trial] = []
+    for shape in SLICES[kind.dims]:
+        at = f"{count}{kind.name}:{shape}"
+        for trial in _on(config, at, make, decode):
+            trials.append(trial)
+            if _fits(trial):
+                return Sizes(f"the smallest slice of {kind.name}", trial, tuple(trials))
+    return Sizes(f"the smallest slice of {kind.name}", None, tuple(trials))
+
+
+def _on(
+    config: ml_collections.ConfigDict, name: str, make: Make, decode: Decode | None
+) -> Iterator[Trial]:
+    flags = f"--topology={name}"
+    target = topologies.parse(name)
+    try:
+        experiment = Experiment(without_data(config), topologies.devices(target))
+        held = _held(experiment, decode)
+        if target.chip.hbm and held > target.chip.hbm:
+            what = "parameters and optimizer state" if decode is None else "parameters"
+            reason = f"{what} alone take {held / GIB:.1f} of {target.chip.hbm / GIB:.1f} GiB"
+            yield Trial(flags, None, reason)
+            return
+        plan = make(config, name, decode)
+    except ValueError as error:  # its sizes don't divide, or there is no such slice
+        yield Trial(flags, None, str(error))
+        return
+    yield Trial(flags, plan)
+    parts = plan.rows // experiment.rules.size("batch")
+    if decode is None and not plan.fits and parts > experiment.config.train.num_microbatches:
+        less = make(changed(config, {"train.num_microbatches": parts}), name, None)
+        yield Trial(f"{flags} --config.train.num_microbatches={parts}", less)
+
+
+def _held(experiment: Experiment, decode: Decode | None) -> int:
+    """Bytes of a device that hold parameters and, in training, optimizer state."""
+    state = experiment.abstract_state
+    leaves = jax.tree.leaves(state.params if decode else (state.params, state.opt_state))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in leaves
+        if x.sharding.memory_kind != "pinned_host"
+    )
+
+
+def _fits(trial: Trial) -> bool:
+    return trial.plan is not None and trial.plan.fits
