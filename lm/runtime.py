@@ -106,11 +106,14 @@ def _skip_absent_tpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
+    import jax
     from jax._src import hardware_utils
 
     if hardware_utils.num_available_tpu_chips_and_device_id()[0] == 0:
         gpu = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
-        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if gpu else "cpu"
+        platforms = "cuda,cpu" if gpu else "cpu"
+        os.environ["JAX_PLATFORMS"] = platforms  # for processes that this one starts
+        jax.config.update("jax_platforms", platforms)  # jax has read its environment by now
 
 
 def _set_up() -> None:
