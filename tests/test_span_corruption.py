@@ -127,6 +127,21 @@ def test_inputs_and_targets_give_the_text_back(form, data):
         assert got == text + ([] if text[-1] == EOS else [EOS])
 
 
+@pytest.mark.parametrize("form", [T5, Form(16, encoder_length=64, vocab_size=VOCAB)])
+@pytest.mark.parametrize("mean", [400, 60, 25, 4])
+def test_rows_of_pieces_that_were_cut_out_of_documents_fit(form, mean):
+    """Without an eos that the corrupted text could have in place of the piece's own."""
+    objective = build(form)
+    [width] = objective.layout.lengths
+    rng = np.random.default_rng(mean)
+    rows = make_rows([rng.geometric(1 / mean, width).tolist() for _ in range(50)], width)
+    rows.ids[rows.ids == EOS] = 0
+    batch = objective(rows, generator)
+    for r in range(len(rows.ids)):
+        found = [rebuilt(*of) if of[1] else of[0][:-1] for of in parts(batch, r).values()]
+        assert [token for text in found for token in text] == rows.ids[r].tolist()
+
+
 @pytest.fixture(scope="module")
 def t5_batch():
     """10,000 rows of one document that goes on."""

@@ -62,10 +62,11 @@ class Room(NamedTuple):
     def shortest(self) -> int:
         """Tokens below which a document shares its segment with the next one.
 
-        So no row has more segments than its room for eos tokens allows, each with a span.
+        So no row has more segments than its room for eos tokens allows, each with a span: one needs
+        a sentinel and an eos on both sides, and what is cut out of a document had no eos before.
         """
         spare = self.inputs + self.targets - self.raw - 1
-        return -(-self.raw // max(spare // (3 + self.prompt), 1))
+        return -(-self.raw // max(spare // (4 + self.prompt), 1))
 
 
 def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
