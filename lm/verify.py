@@ -33,8 +33,8 @@ TOLERANCE = 5e-6
 
 # What a model of any size is made small with; a config's structure (kinds of layer, ratios of
 # heads, biases, norms, experts) stays.
-SMALL = {"vocab_size": 256 + 8, "num_layers": 4, "embed_dim": 64, "mlp_dim": 96, "head_dim": 16}
-LENGTH, WINDOW, BATCH, HEADS, EXPERTS = 64, 9, 16, 8, 8
+SMALL = {"vocab_size": 256 + 8, "num_layers": 4, "embed_dim": 64, "mlp_dim": 96, "head_dim": 8}
+LENGTH, WINDOW, BATCH, HEADS, EXPERTS = 64, 9, 16, 16, 8
 
 
 @dataclasses.dataclass(frozen=True)

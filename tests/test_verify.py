@@ -163,13 +163,13 @@ def test_shrinking_keeps_the_structure():
     assert small.model.num_heads / small.model.num_kv_heads == 8
     assert small.model.activation == config.model.activation
     resolved = resolve(small).model
-    assert resolved.kv_heads == 1
+    assert resolved.kv_heads == 2
     resolved.check(verify.LENGTH)
 
 
-def script(*flags):
+def script(*flags, config="smoke.py"):
     command = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
-    config = f"--config={ROOT}/configs/smoke.py"
+    config = f"--config={ROOT}/configs/{config}"
     return subprocess.run([*command, config, *flags], capture_output=True, text=True)
 
 
@@ -178,6 +178,30 @@ def test_the_script_says_what_was_compared_on_two_processes():
     assert done.returncode == 0, done.stderr
     assert "layout: as the config says" in done.stdout and "the same" in done.stdout
     assert "2 processes" in done.stdout and done.stdout.count("gradient norm") == verify.STEPS
+
+
+PIPELINE = "--config.model.pipeline.num_microbatches"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "mesh", "flags"),
+    [
+        ("llama3.py:8b", "fsdp=8", ()),
+        ("llama3.py:8b", "data=2,fsdp=4", ()),
+        ("llama3.py:8b", "fsdp=2,tensor=4", ()),
+        ("llama3.py:8b", "sequence=4,fsdp=2", ("--config.model.sequence_parallel=ring",)),
+        ("llama3.py:8b", "sequence=4,fsdp=2", ("--config.model.sequence_parallel=gather",)),
+        ("mixtral.py", "expert=4,fsdp=2", ()),
+        ("llama3.py:8b", "stage=4,fsdp=2", (f"{PIPELINE}=4",)),
+        ("llama3.py:8b", "stage=2,tensor=2,fsdp=2", (f"{PIPELINE}=2",)),
+        ("llama3.py:8b", "data=4,fsdp=2,slices=2", ()),
+    ],
+)
+def test_every_parallelism_on_two_processes(config, mesh, flags):
+    done = script(f"--mesh={mesh}", "--processes=2", *flags, config=config)
+    print(done.stdout)  # shown by -rP
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_script_ends_with_1_where_something_differs():
