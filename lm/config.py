@@ -104,10 +104,14 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    kind: str = field("cosine", "constant, cosine, linear, inverse_sqrt or wsd.")
+    kind: str = field(
+        "cosine", "constant, cosine, linear, inverse_sqrt, wsd, or range (see scripts/lr_range.py)."
+    )
     warmup_steps: int = field(0, "Steps of linear warm-up from zero.")
     decay_steps: int | None = field(None, "wsd: steps of the final decay; unset: 20% of the run.")
-    final_fraction: float = field(0.1, "Learning rate at the end, as a fraction of its peak.")
+    final_fraction: float = field(
+        0.1, "Learning rate at the end, as a fraction of its peak; range: at the start."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +222,11 @@ class GuardConfig:
 class LogConfig:
     tensorboard: bool = field(True, "Write TensorBoard event files beside metrics.jsonl.")
     parameter_table: bool = field(True, "Print the table of parameters at the start.")
+    noise_scale: bool = field(
+        False,
+        "Measure the gradient noise scale, in tokens, from the gradients of micro-batches "
+        "(arXiv:1812.06162).",
+    )
     profile_start: int = field(0, "First step of the profiler's window.")
     profile_steps: int = field(0, "Steps to profile into WORKDIR/profile; 0: none.")
     peak_flops_per_device: float | None = field(

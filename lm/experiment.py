@@ -425,6 +425,7 @@ class Experiment:
             spike_warmup=self.config.guard.spike_warmup,
             shardings=self.trained(self.rules.shardings(self.boxed_params)),
             frozen=self.frozen,
+            measure_noise=self.config.log.noise_scale,
         )
 
     def _eval_step(self, params: Params, batch: Batch) -> Sums:
@@ -538,6 +539,11 @@ def _batch_size(config: configs.Config, rules: sharding.Rules, parts: int) -> in
     if size < 1 or k < 1:
         raise ValueError(
             f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
+        )
+    if config.log.noise_scale and k < 2:
+        raise ValueError(
+            f"config.log.noise_scale compares micro-batches: config.train.num_microbatches ({k}) "
+            "must be at least 2"
         )
     shards, axes = rules.size("batch"), "*".join(rules.axes("batch"))
     if size % (shards * k * parts):

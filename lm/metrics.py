@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -165,6 +165,18 @@ class Late:
         return [Finished(step, host, facts, votes, seconds)]
 
 
+def _noise(steps: Sequence[Finished]) -> dict[str, float]:
+    """The means of what `lm.noise_scale` estimates of each step, where it does, and their ratio, in
+    tokens. For more steps, divide the mean `noise` of several records by their mean `signal`.
+    """
+    if "noise" not in steps[-1].facts:
+        return {}
+    found = {n: sum(float(s.facts[n]) for s in steps) / len(steps) for n in ("noise", "signal")}
+    if found["signal"] > 0:
+        found["noise_scale"] = found["noise"] / found["signal"]
+    return found
+
+
 class Writer:
     """Collects the values of steps and writes their means every few steps.
 
@@ -237,6 +249,7 @@ class Writer:
         if good:
             record = means({n: sum(f.sums[n] for f in good) for n in good[-1].sums})
             record["grad_norm"] = float(good[-1].facts["grad_norm"])
+            record |= _noise(good)
         if len(good) < len(window):
             record["skipped"] = len(window) - len(good)
         record |= extra | {"seconds": elapsed, "tokens_per_second": rate}

@@ -20,7 +20,7 @@ from lm.parametrization import STANDARD, Scaling
 from lm.types import Params
 
 ROLES = ("matrix", "embedding", "vector")  # and balance, which no optimizer takes: see `steer`
-SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd")
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd", "range")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 # of their matrices, as rules of lm.parametrization; embeddings and vectors of muon learn by adam
 KINDS_OF_STEPS = {name: "adam" if name == "adamw" else name for name in OPTIMIZERS}
@@ -94,6 +94,13 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
     elif config.kind == "inverse_sqrt":
         start = max(1, warmup)
         main = lambda step: jnp.sqrt(start / (start + step))  # noqa: E731
+    elif config.kind == "range":  # arXiv:1506.01186, in equal ratios
+        if not 0 < final < 1:
+            raise ValueError(
+                f"config.optimizer.schedule.final_fraction ({final}) must be above 0 and below 1, "
+                "for kind=range to begin with"
+            )
+        main = lambda step: final ** (1 - step / max(1, rest - 1))  # noqa: E731
     else:  # warm-up, stable, decay: arXiv:2404.06395
         main = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
     if warmup == 0:

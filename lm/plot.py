@@ -71,3 +71,53 @@ def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> s
     figure.savefig(str(path), dpi=120)
     plt.close(figure)
     return str(path)
+
+
+def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
+    """Draws WORKDIR/lr_range.png, the loss against the learning rate of a run whose schedule is
+    `range`, and returns its path and the rate at which the smoothed loss is lowest.
+
+    smoothing: decay of the running mean over records, without the bias of its start.
+
+    Raises:
+        ValueError: the run has written too few metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [r for r in metrics.read(workdir) if r["kind"] == "train" and "loss" in r]
+    if len(records) < 2:
+        raise ValueError(f"{workdir} has {len(records)} records of training: nothing to draw")
+    rates, losses = [r["learning_rate"] for r in records], [r["loss"] for r in records]
+    mean, smooth = 0.0, []
+    for i, loss in enumerate(losses):
+        mean = smoothing * mean + (1 - smoothing) * loss
+        smooth.append(mean / (1 - smoothing ** (i + 1)))
+    low = min(range(len(smooth)), key=lambda i: smooth[i])
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.plot(rates, losses, color="0.7", linewidth=1, label="each record")
+    axis.plot(rates, smooth, label="running mean")
+    axis.scatter([rates[low]], [smooth[low]], marker="*", s=90, zorder=3, color="C1")
+    axis.annotate(
+        f"lowest at {rates[low]:.2g}",
+        (rates[low], smooth[low]),
+        (0, -14),
+        textcoords="offset points",
+        ha="center",
+    )
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("loss (nats per token)")
+    span = smooth[0] - smooth[low]
+    axis.set_ylim(smooth[low] - 0.25 * span, smooth[0] + 0.5 * span)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.suptitle(epath.Path(workdir).resolve().name)
+    figure.tight_layout()
+    path = epath.Path(workdir) / "lr_range.png"
+    figure.savefig(str(path), dpi=120)
+    plt.close(figure)
+    return str(path), rates[low]

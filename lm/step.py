@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import optim, parameters
+from lm import noise_scale, optim, parameters
 from lm.checkpoint.manifest import checksums
 from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
 
@@ -22,9 +22,11 @@ def gradients(
     rng: Array,
     num_microbatches: int,
     frozen: Collection[str] = (),
+    measure_noise: bool = False,
 ) -> tuple[Any, Sums]:
     """Gradients of the SUM of the loss, and additive sums, over all micro-batches; none is computed
-    of parameters whose names are in `frozen`, and the tree leaves them out.
+    of parameters whose names are in `frozen`, and the tree leaves them out. `measure_noise` adds
+    those of `lm.noise_scale` to the sums.
     """
     rest, params = parameters.split(params, frozen)
 
@@ -40,13 +42,17 @@ def gradients(
         rows = x.reshape(-1, num_microbatches, *x.shape[1:])
         return jax.lax.dynamic_index_in_dim(rows, i, axis=1, keepdims=False)
 
+    def of_part(params: Any, microbatch: Batch, i: Array) -> tuple[Any, Sums]:
+        grads, sums = grad_fn(params, microbatch, jax.random.fold_in(rng, i))
+        noise = noise_scale.of_part(grads, sums["tokens"]) if measure_noise else {}
+        return grads, {**sums, **noise}
+
     def add(carry: Any, i: Array) -> tuple[Any, None]:
         microbatch = jax.tree.map(lambda x: part(x, i), batch)
-        new = grad_fn(params, microbatch, jax.random.fold_in(rng, i))
-        return jax.tree.map(jnp.add, carry, new), None
+        return jax.tree.map(jnp.add, carry, of_part(params, microbatch, i)), None
 
     first = jax.tree.map(lambda x: part(x, jnp.int32(0)), batch)
-    shapes = jax.eval_shape(grad_fn, params, first, rng)
+    shapes = jax.eval_shape(of_part, params, first, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, jnp.arange(num_microbatches))[0]
 
@@ -82,6 +88,7 @@ def train_step(
     spike_warmup: int = 0,
     shardings: Any = None,
     frozen: Collection[str] = (),
+    measure_noise: bool = False,
 ) -> tuple[TrainState, Sums, Facts]:
     """The state after `batch`, the sums of its loss, and the facts of the step.
 
@@ -99,10 +106,13 @@ def train_step(
     gradients: where that view is finer (ZeRO-1), devices reduce and update only their own part.
 
     Facts: grad_norm, before clipping; bad, bool; updates, int32, applied before this one; and those
-    of `fingerprint`.
+    of `fingerprint`; with `measure_noise`, which needs several micro-batches, those of
+    `lm.noise_scale.estimate`.
     """
     rng = jax.random.fold_in(rng, state.step)
-    grads, sums = gradients(loss_fn, state.params, batch, rng, num_microbatches, frozen)
+    grads, sums = gradients(
+        loss_fn, state.params, batch, rng, num_microbatches, frozen, measure_noise
+    )
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens changes nothing
     grads = jax.tree.map(lambda g: g * scale, grads)
     if shardings is not None:
@@ -123,4 +133,7 @@ def train_step(
     params = parameters.join(params, rest)
     facts = {"grad_norm": norm, "bad": bad, **fingerprint(batch)}
     facts["updates"] = optim.norm_state(state.opt_state).steps
+    if measure_noise:
+        facts |= noise_scale.estimate(sums, norm)
+        sums = {n: x for n, x in sums.items() if n not in noise_scale.NAMES}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, facts

@@ -43,6 +43,7 @@ def values(config, num_steps, steps):
         ({"kind": "linear", "final_fraction": 0.0}, {0: 1, 50: 0.5, 100: 0}),
         ({"kind": "inverse_sqrt", "warmup_steps": 10}, {9: 1, 10: 1, 40: 0.5, 90: 1 / 3}),
         ({"kind": "inverse_sqrt"}, {0: 1, 3: 0.5, 99: 0.1}),
+        ({"kind": "range", "final_fraction": 1e-4}, {0: 1e-4, 99: 1, 33: 1e-4 ** (2 / 3)}),
         ({"kind": "wsd"}, {0: 1, 80: 1, 90: 0.55, 100: 0.1}),
         (
             {"kind": "wsd", "warmup_steps": 10, "decay_steps": 40, "final_fraction": 0.0},

@@ -1,0 +1,70 @@
+"""A learning-rate range test (arXiv:1506.01186): a short run whose rate grows until the loss does.
+
+    python scripts/lr_range.py --config=configs/tiny.py --workdir=runs/range --steps=200 \\
+        --least=1e-5 --most=1
+
+Trains as scripts/train.py does, with the rate growing by equal ratios, and draws
+WORKDIR/lr_range.png. Good rates for training are some factor below where the loss is lowest; the
+test says where to look, not what is best. A run that diverges has shown what it was for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it doesn't exist.")
+_STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
+_LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")
+_MOST = flags.DEFINE_float("most", 1.0, "Learning rate of the last step.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    if _CONFIG.value is None or _WORKDIR.value is None:
+        raise app.UsageError("--config=configs/NAME.py and --workdir=FOLDER are needed")
+    if not 0 < _LEAST.value < _MOST.value:
+        raise app.UsageError(f"--least={_LEAST.value} must be between 0 and --most={_MOST.value}")
+    import jax
+
+    from lm import plot
+    from lm.run import Diverged
+    from lm.train import train
+
+    config = _CONFIG.value
+    old = config.optimizer
+    changes = {
+        "optimizer.learning_rate": _MOST.value,
+        "optimizer.schedule.kind": "range",
+        "optimizer.schedule.warmup_steps": 0,
+        "optimizer.schedule.final_fraction": _LEAST.value / _MOST.value,
+        "train.num_steps": _STEPS.value,
+        "train.log_every": 1,
+        "data.validation": (),
+    }
+    if old.muon_learning_rate is not None:  # keeps its ratio
+        ratio = old.muon_learning_rate / old.learning_rate
+        changes["optimizer.muon_learning_rate"] = ratio * _MOST.value
+    config.update_from_flattened_dict(changes)
+    try:
+        train(config, _WORKDIR.value, jax.devices())
+    except Diverged as error:
+        print(f"ended early: {error}")
+    path, rate = plot.range_curve(_WORKDIR.value)
+    print(f"the loss is lowest at a learning rate of {rate:.3g}: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_with_config(main)
