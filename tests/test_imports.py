@@ -33,6 +33,7 @@ RULES = {
     "lm.sharding": ("lm.types", "lm.config"),
     "lm.flops": ("lm.types", "lm.config"),
     "lm.scaling": ("lm.types", "lm.config"),
+    "lm.scaling.figures": ("lm.scaling", "lm.metrics"),
     "lm.data": ("lm.types", "lm.config", "lm.exits"),
     "lm.objectives": (
         "lm.types",

@@ -11,22 +11,10 @@ from scipy.optimize import minimize
 from lm.scaling import artefact, frontier, intervals, parametric, powers, settings
 from lm.scaling.analysis import analyse
 from lm.scaling.artefact import Options
-from lm.scaling.parametric import Law
-from lm.scaling.table import Source, Table
+from lm.scaling.table import Table
+from tests.scaling_tables import CHINCHILLA, SIZES, TOKENS, grid, source
 
-# As published (arXiv:2203.15556, equation 10).
-CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
-SIZES, TOKENS = np.geomspace(5e7, 1e10, 6), np.geomspace(1e9, 3e11, 6)
 FEW = Options(num_replicates=20)
-
-
-def grid(law=CHINCHILLA, noise=0.0, sizes=SIZES, tokens=TOKENS, seed=0, unique=None):
-    """A table of every size with every token count."""
-    n, d = (v.ravel() for v in np.meshgrid(sizes, tokens))
-    u = None if unique is None else np.minimum(d, unique)
-    error = np.exp(noise * np.random.default_rng(seed).standard_normal(len(n)))
-    rows = np.arange(1, len(n) + 1)
-    return Table(n, d, 6 * n * d, law.loss(n, d, u) * error, rows, "total", unique_tokens=u)
 
 
 def sets(law=CHINCHILLA, budgets=None, span=1.0, num=9):
@@ -35,10 +23,6 @@ def sets(law=CHINCHILLA, budgets=None, span=1.0, num=9):
     n = np.concatenate([law.optimum(c)[0] * np.exp(np.linspace(-span, span, num)) for c in budgets])
     c = np.repeat(budgets, num)
     return Table(n, c / 6 / n, c, law.loss(n, c / 6 / n), np.arange(len(n)), "total")
-
-
-def source(num_rows=36):
-    return Source("made.csv", "0" * 64, num_rows, 0, 0)
 
 
 def constants(law, names=parametric.NAMES[:5]):

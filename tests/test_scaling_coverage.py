@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lm.scaling import intervals, parametric
-from lm.scaling.parametric import NAMES, Law
+from lm.scaling.parametric import NAMES
 from lm.scaling.table import Table
+from tests.scaling_tables import CHINCHILLA
 
-CHINCHILLA = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 TRIALS, REPLICATES = 200, 200
 WIDE = (np.geomspace(5e7, 1e10, 6), np.geomspace(1e9, 3e11, 6))
 NARROW = (np.geomspace(1e8, 4e9, 6), np.geomspace(2e9, 1e11, 6))

@@ -119,7 +119,7 @@ class Result:
 
 
 def to_json(result: Result) -> str:
-    return json.dumps(_plain(dataclasses.asdict(result)), allow_nan=False) + "\n"
+    return json.dumps(plain(dataclasses.asdict(result)), allow_nan=False) + "\n"
 
 
 def from_json(text: str, name: str = "the file") -> Result:
@@ -164,12 +164,12 @@ def rounded(values: np.ndarray) -> Any:
         return (np.round(values * scale) / scale).tolist()
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The tree with null for what JSON has no number for."""
     if isinstance(tree, dict):
-        return {k: _plain(v) for k, v in tree.items()}
+        return {k: plain(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_plain(v) for v in tree]
+        return [plain(v) for v in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 

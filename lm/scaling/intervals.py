@@ -4,6 +4,8 @@ New losses are drawn around the fitted law with Gaussian noise in log L, of the 
 residuals show, and everything is fitted again. Drawing from the residuals themselves gives
 intervals that are too narrow: the Huber loss with a small delta passes through as many runs as
 there are constants, and their residuals are zero. Drawing rows leaves some sizes out and is wide.
+The size of the noise is itself not known better than its degrees of freedom allow: each replicate
+draws its own, which makes intervals of a linear model exactly those of Student's t.
 `tests/test_scaling_coverage.py` counts how often the truth is inside.
 """
 
@@ -41,12 +43,15 @@ def bootstrap(
     num_free = len(residuals) - (6 if repeats is None else 5)
     noise = float(np.sqrt((residuals**2).sum() / num_free))
     centre = law.loss(table.parameters, table.tokens, table.unique_tokens)
-    losses = draw(centre, noise, num, rng)
+    sizes = noise * np.sqrt(num_free / rng.chisquare(num_free, (num, 1)))
+    losses = draw(centre, sizes, num, rng)
     return parametric.fit(table, losses=losses, repeats=repeats, delta=delta, starts=law), noise
 
 
-def draw(centre: np.ndarray, deviation: float, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Losses [num, n] around centre: [n]."""
+def draw(
+    centre: np.ndarray, deviation: float | np.ndarray, num: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Losses [num, n] around centre: [n]; deviation of their logarithm: one, or [num, 1]."""
     return centre * np.exp(deviation * rng.standard_normal((num, len(centre))))
 
 
@@ -55,5 +60,5 @@ def estimate(value: float, replicates: np.ndarray, level: float) -> Estimate:
     good = replicates[np.isfinite(replicates)]
     if len(good) < 0.8 * len(replicates) or not np.isfinite(value):
         return Estimate(float(value), np.nan, np.nan)
-    low, high = np.quantile(good, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(good, [(1 - level) / 2, (1 + level) / 2], method="weibull")
     return Estimate(float(value), float(low), float(high))

@@ -17,6 +17,7 @@ from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN, Table
 
 HUBER_DELTA = 1e-3  # of the logarithm of the loss, as in the paper
 DESCENTS = (0.1, 0.01)  # deltas to go through first: nearly least squares has few minima
+KEPT = 8  # starts that go on after the first of them
 NAMES = ("E", "A", "alpha", "B", "beta", "repeats")
 LARGEST_EXPONENT = 5.0
 SMALLEST_EXPONENT = 1e-3
@@ -127,7 +128,9 @@ def _search(
     """(theta [P], objective) of the best end of all starts, for target [n]."""
     theta = problem.begin(grid, target)
     targets = np.broadcast_to(target, (len(theta), len(target)))
-    theta, value = problem.descend_through(DESCENTS, theta, targets, delta)
+    theta, value = problem.descend(theta, targets, max(DESCENTS[0], delta), steps=30)
+    kept = np.argsort(value)[:KEPT]
+    theta, value = problem.descend_through(DESCENTS[1:], theta[kept], targets[kept], delta)
     best = int(np.argmin(value))
     return theta[best], float(value[best])
 

@@ -1,0 +1,172 @@
+"""From a fit and a budget to a run: parameters, tokens, learning rate, batch, loss, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from lm.scaling import intervals
+from lm.scaling.artefact import Result, plain
+from lm.scaling.intervals import Estimate
+from lm.scaling.parametric import Law
+from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
+
+SECONDS_PER_DAY = 86400.0
+MAX_EXTRAPOLATION = 100.0  # times the largest FLOPs of the table
+FAR = 10.0  # from here on a plan says how far it is from what was measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices that a run is planned for."""
+
+    num_chips: int
+    peak_flops: float  # FLOP/s of all of them
+    mfu: tuple[float, float]  # model FLOPs as a part of the peak: at least, at most
+
+    def flops(self, days: float) -> float:
+        """FLOPs that are sure in so many days."""
+        return self.peak_flops * self.mfu[0] * days * SECONDS_PER_DAY
+
+    def days(self, flops: float) -> tuple[float, float]:
+        """(fewest, most) days that so many FLOPs take."""
+        slow, fast = (flops / (self.peak_flops * mfu * SECONDS_PER_DAY) for mfu in self.mfu)
+        return fast, slow
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What to train with a budget, by a fit."""
+
+    flops: float
+    distance: float  # flops, as a multiple of the most in the table
+    parameters: Estimate
+    tokens: Estimate
+    epochs: float  # over the distinct tokens, if there are fewer than `tokens`
+    loss: Estimate  # of one run of these parameters and tokens, with the noise of runs
+    settings: dict[str, Estimate]  # learning_rate and batch_size, where the table gives a law
+    other: dict[str, tuple[Estimate, Estimate]]  # parameters and tokens by approaches 1 and 2
+    warnings: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+
+
+def plan(
+    result: Result,
+    flops: float,
+    *,
+    unique_tokens: float | None = None,
+    factor: float = FLOPS_PER_PARAMETER_TOKEN,
+    max_extrapolation: float = MAX_EXTRAPOLATION,
+    seed: int = 0,
+) -> RunPlan:
+    """The run of least loss with factor * parameters * tokens = flops.
+
+    unique_tokens: there are no more distinct ones than these; the law's R* says what seeing them
+    again is worth.
+
+    Raises:
+        ValueError: the budget is more than `max_extrapolation` times the largest of the table, or
+            data repeat and the fit knows nothing of repeats.
+    """
+    most = result.data["flops"][1]
+    distance = flops / most
+    if not np.isfinite(flops) or flops <= 0:
+        raise ValueError(f"a budget of {flops:g} FLOPs: it must be finite and above 0")
+    if distance > max_extrapolation:
+        raise ValueError(
+            f"{flops:.3g} FLOPs are {distance:.3g} times the largest run of the table "
+            f"({most:.3g}), beyond --max-extrapolation={max_extrapolation:g}: nothing measured "
+            f"says that the law holds there; --max-extrapolation={_above(distance):g} plans it "
+            "all the same"
+        )
+    size, tokens = _best(result.law, flops, factor, unique_tokens)
+    repeats = unique_tokens is not None and tokens > unique_tokens
+    if repeats and not np.isfinite(result.law.repeats):
+        raise ValueError(
+            f"{tokens:.3g} tokens are best, of {unique_tokens:.3g} distinct ones, but this fit "
+            "takes repeated tokens as new: fit with --repeats=fit or --repeats=15.4"
+        )
+    each = [_best(law, flops, factor, unique_tokens) for law in _split(result.laws)]
+    sizes, counts = np.array(each).T
+    level = result.options.level
+    losses = result.laws.loss(size, tokens, unique_tokens)[:, 0]
+    losses = losses * np.exp(
+        result.noise * np.random.default_rng(seed).standard_normal(len(losses))
+    )
+    at = {"flops": flops, "parameters": size, "tokens": tokens}
+    others = {"envelope": result.envelope, "isoflop": result.isoflop}
+    return RunPlan(
+        flops=flops,
+        distance=distance,
+        parameters=intervals.estimate(size, sizes, level),
+        tokens=intervals.estimate(tokens, counts, level),
+        epochs=tokens / unique_tokens if repeats and unique_tokens else 1.0,
+        loss=intervals.estimate(
+            float(result.law.loss(size, tokens, unique_tokens)[0]), losses, level
+        ),
+        settings={n: s.law.at(at[s.variable], level) for n, s in result.settings.items()},
+        other={
+            n: (f.parameters.at(flops, level), f.tokens.at(flops, level)) for n, f in others.items()
+        },
+        warnings=_warnings(result, distance, size, tokens),
+    )
+
+
+def _best(
+    law: Law, flops: float, factor: float, unique_tokens: float | None
+) -> tuple[float, float]:
+    """(parameters, tokens) of least loss; constants are numbers."""
+    size, tokens = (float(v) for v in law.optimum(flops, factor))
+    if unique_tokens is None or tokens <= unique_tokens or np.isinf(law.repeats):
+        return size, tokens
+
+    def loss(log_size: float) -> float:
+        n = float(np.exp(log_size))
+        return float(law.loss(n, flops / factor / n, unique_tokens)[0])
+
+    # repeated tokens are worth less than new ones, so the best size is larger, and never so large
+    # that no token would be repeated
+    high = np.log(flops / factor / unique_tokens)
+    found = minimize_scalar(loss, bounds=(np.log(size), high), method="bounded")
+    size = float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
+    return size, flops / factor / size
+
+
+def _split(laws: Law) -> list[Law]:
+    columns = [np.asarray(getattr(laws, f.name)) for f in dataclasses.fields(Law)]
+    return [
+        Law(*(float(v) for v in row)) for row in zip(*np.broadcast_arrays(*columns), strict=True)
+    ]
+
+
+def _warnings(result: Result, distance: float, size: float, tokens: float) -> list[str]:
+    found = []
+    data = result.data
+    if distance > FAR:
+        found.append(
+            f"{distance:.3g} times the FLOPs of the largest run: intervals say what noise does to "
+            "the constants, not whether the law holds so far out"
+        )
+    for name, value in (("parameters", size), ("tokens", tokens)):
+        low, high = data[name][0], data[name][-1]
+        if not low <= value <= high:
+            by = value / high if value > high else low / value
+            end = "largest" if value > high else "smallest"
+            found.append(
+                f"{name}: {by:.3g} times beyond the {end} of the table ({low:.3g} to {high:.3g})"
+            )
+    for name, setting in result.settings.items():
+        if setting.kind == "as run":
+            found.append(f"{name}: no sweep behind it, this is how the table's runs were set")
+    return [*found, *result.warnings]
+
+
+def _above(value: float) -> float:
+    """The next of 1, 2, 5, 10, ... above a value."""
+    power = 10.0 ** np.floor(np.log10(value))
+    return next(float(power * m) for m in (1, 2, 5, 10) if power * m >= value)
