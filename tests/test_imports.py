@@ -34,6 +34,7 @@ RULES = {
     "lm.flops": ("lm.types", "lm.config"),
     "lm.scaling": ("lm.types", "lm.config"),
     "lm.scaling.figures": ("lm.scaling", "lm.metrics"),
+    "lm.scaling.report": ("lm.scaling", "lm.metrics"),
     "lm.data": ("lm.types", "lm.config", "lm.exits"),
     "lm.objectives": (
         "lm.types",
