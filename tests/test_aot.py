@@ -230,6 +230,27 @@ def test_a_window_that_meets_padding_counts_its_hits_alone():
     assert work._taps(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10  # same padding
 
 
+@pytest.mark.parametrize("batch", ["", "2,"])
+def test_a_splash_kernel_counts_the_blocks_of_its_schedule(batch):
+    """Also of a single row, of which the compiler leaves out the first dimension: 3 products of
+    the 3 blocks that causality leaves of 2 x 2.
+    """
+    text = f"""HloModule m
+
+ENTRY %main (t: s8[1,2,2], q: bf16[{batch}16,1024,128]) -> bf16[{batch}16,1024,128] {{
+  %t = s8[1,2,2] parameter(0)
+  %q = bf16[{batch}16,1024,128] parameter(1)
+  %k = bf16[{batch}4,1024,128] parameter(2)
+  ROOT %splash_mha_dq_segmented.1 = bf16[{batch}16,1024,128] custom-call(%t, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={{m="{{\\"block_q_dq\\": 512, \
+\\"block_kv_dq\\": 512}}"}}
+}}
+"""
+    found = work.measure(hlo.parse(text))
+    rows = 2 if batch else 1
+    assert found.flops == 3 * 2 * rows * 16 * 128 * 3 * 512**2 and not found.unknown
+
+
 # ---- memory ----
 
 

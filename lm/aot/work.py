@@ -143,11 +143,12 @@ _SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
 
 def _splash(instruction: Instruction, computation: Computation) -> float | None:
     """Of the blocks that a splash attention kernel works on. Where a row of blocks may be as long
-    as the keys, attention is taken to be causal, and half of them are hidden.
+    as the keys, attention is taken to be causal, and half of them are hidden. Of a single row the
+    compiler leaves out the first dimension.
     """
     kinds = [kind for name, kind in _SPLASH.items() if name in instruction.name]
     operands = [computation.instructions[o].shapes[0] for o in instruction.operands]
-    streams = [s.dims for s in operands if len(s.dims) == 4 and s.dtype in ("bf16", "f32")]
+    streams = [s.dims for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")]
     tables = [s.dims for s in operands if len(s.dims) == 3 and s.dtype in ("s8", "s16", "s32")]
     if len(kinds) != 1 or len(streams) < 2 or not tables:
         return None
@@ -159,11 +160,12 @@ def _splash(instruction: Instruction, computation: Computation) -> float | None:
     block_q, block_kv = blocks.get(f"block_q{suffix}"), blocks.get(f"block_kv{suffix}")
     if not block_q or not block_kv:
         return None
-    rows, columns = q[2] // block_q, k[2] // block_kv
+    *heads, length, size = q  # [B, N], or [N]
+    rows, columns = length // block_q, k[-2] // block_kv
     seen = math.prod(tables[0][1:])
     if seen >= rows * columns:
         seen = (rows * columns + max(rows, columns)) / 2
-    return 2.0 * products * q[0] * q[1] * q[3] * seen * block_q * block_kv
+    return 2.0 * products * math.prod(heads) * size * seen * block_q * block_kv
 
 
 def _moved(instruction: Instruction, computation: Computation, module: Module) -> float:
