@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import types
@@ -423,6 +424,7 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+@functools.cache  # a search resolves thousands of configs, and this is most of the time it takes
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 

@@ -40,6 +40,9 @@ def test_every_candidate_divides_the_sizes_of_the_config(make_config):
         shards = c["mesh.data"] * c["mesh.fsdp"]
         assert shards * c["mesh.tensor"] * c.get("mesh.stage", 1) == 8
         assert 16 % (shards * c["train.num_microbatches"]) == 0
+    asked = configs.resolve(config)
+    for c in found[:: len(found) // 5]:
+        assert search._replaced(asked, c) == configs.resolve(plan.changed(config, c))
 
 
 def test_an_axis_counts_where_the_model_has_use_for_it(make_config):

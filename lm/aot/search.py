@@ -127,7 +127,8 @@ def search(
     """
     target = topologies.parse(name)
     devices = topologies.devices(target)
-    model = configs.resolve(config).model
+    asked = configs.resolve(config)
+    model = asked.model
     if not flops.is_known(model):
         raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/flops.py")
     if not flops.layout(model).scores:
@@ -139,7 +140,7 @@ def search(
     ranked: list[Candidate] = []
     rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[wires.Place]]] = {}
     for changes in candidates(config, len(devices)):
-        c = configs.resolve(changed(config, changes))
+        c = _replaced(asked, changes)
         if c.mesh not in rules_of:
             rules = sharding.make_rules(c.mesh, devices)
             places = wires.places(target, rules.mesh.devices.flatten().tolist())
@@ -169,6 +170,15 @@ def search(
     if left:
         pruned["slower, by formula"] = left
     return judge(tried, pruned)
+
+
+def _replaced(section: Any, changes: dict[str, Any]) -> Any:
+    """A resolved config with changes by path: a hundredth of the time of resolving it again."""
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        new = _replaced(getattr(section, name), {rest: value}) if rest else value
+        section = dataclasses.replace(section, **{name: new})
+    return section
 
 
 def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
