@@ -1,0 +1,149 @@
+"""What attention alone needs on a TPU by kernel and length; the table goes to docs/scale.md.
+
+    python scripts/attention_table.py                                   # about ten compiles
+    python scripts/attention_table.py --lengths=4096 --kernels=splash   # one, printed alone
+
+Compiles attention forward and backward, 16 heads of 128 and 4 of keys and values, bfloat16, causal,
+one row on each shard of the batch, and reads temporaries and the least times from the program as
+scripts/plan.py does. Lengths from 32,768 on are sharded over `sequence`, 8,192 tokens a chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+DOCS = Path(__file__).resolve().parent.parent / "docs/scale.md"
+HEADING = "## Splash against XLA's attention"
+LENGTHS = (4096, 8192, 32768, 131072)
+SHARD = 8192  # tokens of a row on one chip, where a chip does not hold all of them
+HEADS, KV_HEADS, SIZE = 16, 4, 128
+KERNELS = {
+    "splash": ("splash", "gather"),
+    "XLA": ("xla", "gather"),
+    "XLA in a ring": ("xla", "ring"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Of one device. least and most: seconds with all overlapped, and nothing."""
+
+    temporaries: int
+    fits: bool
+    flops: float
+    least: float
+    most: float
+    binding: str
+
+    def cell(self) -> str:
+        held = f"{self.temporaries / 2**30:.3f} GiB" if self.fits else "does not fit"
+        return f"{held}; {self.least * 1e3:.2f} to {self.most * 1e3:.2f} ms, {self.binding}"
+
+
+def measure(
+    topology: str, length: int, kernel: str, sequence_parallel: str, sequence: int
+) -> Needs:
+    """Compiles one of them with the length over `sequence` devices, and the rest over `data`."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.aot import compiling, hlo, roofline, traffic, wires, work
+    from lm.aot import topology as topologies
+    from lm.config import MeshConfig
+    from lm.layers import kernels
+    from lm.layers.dot_product import self_mask
+    from lm.sharding import make_rules
+    from lm.types import Tokens
+
+    target = topologies.parse(topology)
+    devices = topologies.devices(target)
+    rows = len(devices) // sequence
+    rules = make_rules(MeshConfig(data=rows, sequence=sequence), devices)
+
+    def of(heads: int) -> Any:
+        sharding = rules.sharding("batch", None, "length", None)
+        shape = (rows, heads, length, SIZE)
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def both(q: Any, k: Any, v: Any, tokens: Tokens, gradient: Any) -> Any:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return kernels.attend(
+                *(q, k, v, self_mask(tokens, order=sequence)),  # balanced, as in a decoder
+                rules=rules,
+                kernel=kernel,
+                sequence_parallel=sequence_parallel,
+                scale=SIZE**-0.5,
+            )
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(gradient)
+
+    stream = jax.ShapeDtypeStruct(
+        (rows, length), jnp.int32, sharding=rules.sharding("batch", "length")
+    )
+    arrays = (of(HEADS), of(KV_HEADS), of(KV_HEADS), Tokens(stream, stream, stream), of(HEADS))
+    made = compiling.compile_step(jax.jit(both).lower(*arrays))
+    module = hlo.parse(made.program)
+    mesh = rules.mesh
+    found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
+    places = wires.places(target, mesh.devices.flatten().tolist())
+    done = work.measure(module)
+    times = roofline.times(target, done, found, places, "bfloat16")
+    held = made.sizes.get("temp", 0)
+    return Needs(held, not made.refusal, done.flops, times.least, times.most, times.binding)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:4x4")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    args = parser.parse_args()
+    lengths = [int(n) for n in args.lengths.split(",")]
+    names = args.kernels.split(",")
+    rows = []
+    for length in lengths:
+        sequence = max(1, length // SHARD) if length > SHARD else 1
+        cells = [f"{length:,}", str(sequence)]
+        for name in names:
+            if name == "XLA in a ring" and sequence == 1:
+                cells.append("")
+                continue
+            cells.append(measure(args.topology, length, *KERNELS[name], sequence).cell())
+            print(f"{length} {name}: {cells[-1]}", flush=True)
+        rows.append("| " + " | ".join(cells) + " |")
+    if (args.lengths, args.kernels) == (",".join(map(str, LENGTHS)), ",".join(KERNELS)):
+        _write(args.topology, names, rows)
+    return 0
+
+
+def _write(topology: str, names: list[str], rows: list[str]) -> None:
+    """Puts the table at the head of its section, and leaves what people wrote below it."""
+    text = DOCS.read_text()
+    start = text.index(HEADING)
+    below = text.index("\n\n", text.index("\n|", start))
+    table = [
+        f"{HEADING}\n",
+        "Made by `python scripts/attention_table.py`: attention alone, forward and backward, on "
+        f"{topology},\none row of 16 heads of 128 (4 of keys and values) on each shard of the "
+        "batch. Temporaries of a\ndevice; least time with everything overlapped and with nothing; "
+        "what binds.\n",
+        "| length | sequence | " + " | ".join(names) + " |",
+        "|" + "---|" * (2 + len(names)),
+        *rows,
+    ]
+    DOCS.write_text(text[:start] + "\n".join(table) + text[below:])
+
+
+if __name__ == "__main__":
+    runtime.run(main)
