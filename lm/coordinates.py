@@ -1,0 +1,256 @@
+"""Coordinate checks (arXiv:2203.03466, appendix D.1): how large activations are, and how far the
+first steps move them, in models of growing width or depth.
+
+What a parametrization promises is that none of it depends on the size; the standard one doesn't
+keep that promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from lm import step
+from lm.experiment import Experiment
+from lm.types import Array, Batch, Params, TrainState
+
+# What is meant by a size, and the fields of `config.model` that grow in proportion to it.
+WIDTHS = ("embed_dim", "mlp_dim", "moe.mlp_dim", "moe.shared_mlp_dim")
+GROWING = {
+    "width": (*WIDTHS, "num_heads", "num_kv_heads"),  # more heads of the same width
+    "head_dim": (*WIDTHS, "head_dim"),  # as many heads, but wider
+    "depth": ("num_layers",),
+}
+
+
+def resized(config: ml_collections.ConfigDict, along: str, size: int) -> dict[str, Any]:
+    """{config path: value} of the model with `size` as its embed_dim (along width or head_dim) or
+    num_layers (along depth), and all that grows with it; the config's own sizes are the base where
+    it names none.
+
+    Raises:
+        ValueError: a number would not be whole.
+    """
+    model: Any = config.model
+    old = model.num_layers if along == "depth" else model.embed_dim
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    flat = dict(_flat(model.to_dict())) | {"head_dim": head_dim}
+    changes: dict[str, Any] = {"head_dim": head_dim}
+    for name in GROWING[along]:
+        if (value := flat.get(name)) is None:
+            continue  # what is unset follows
+        if value * size % old:
+            raise ValueError(
+                f"config.model.{name} ({value}) times {size} / {old} must be whole: choose sizes "
+                f"that are multiples of {old}"
+            )
+        changes[name] = value * size // old
+    sizes = {"embed_dim": model.embed_dim, "num_layers": model.num_layers, "head_dim": head_dim}
+    changes |= {f"base_{n}": v for n, v in sizes.items() if flat[f"base_{n}"] is None}
+    return {f"model.{name}": value for name, value in changes.items()}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def activations(experiment: Experiment, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Of one batch, by name: the residual stream after each block, the scores of its attention
+    (of all pairs, before masks), the logits, and those of the targets alone.
+
+    The rest of a vocabulary says little while a model is narrower than it is large: what a step
+    adds to most of its logits is a sum of random signs, which becomes smaller with the width.
+    """
+    model, c = experiment.model, experiment.config.model
+    output, kept = model.apply({"params": params}, batch.inputs, mutable=["intermediates"])
+    layers = kept["intermediates"]["layers"]
+    [hidden], [q], [k] = layers["hidden"], *(layers["attention"][n] for n in ("queries", "keys"))
+    scale = c.attention_kinds[0]["scale"]
+    scores = scale * jnp.einsum(
+        "lbkgth,lbksh->lbkgts", q.reshape(*k.shape[:3], -1, *q.shape[3:]), k
+    )
+    logits = model.apply({"params": params}, output.hidden, method="logits")
+    target = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)
+    found = {"logits": logits, "target": target}
+    for i in range(hidden.shape[0]):
+        found |= {f"block {i + 1}": hidden[i], f"scores {i + 1}": scores[i]}
+    return dict(sorted(found.items()))
+
+
+def _rms(x: Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[float]]]:
+    """{activation: {"size", "change"}}: root mean squares after 0 to `num_steps` steps of training,
+    and those of the difference from before the first; that starts as nan.
+
+    One batch, again and again: what a step teaches about others is another question, which depends
+    on how much they share.
+    """
+
+    def advance(state: TrainState, batch: Batch, first: Any) -> tuple[Any, ...]:
+        """(state after `batch`, sizes before it, what was measured)."""
+        now = activations(experiment, state.params, batch)
+        sizes = {n: {"size": _rms(x), "change": _rms(x - first[n])} for n, x in now.items()}
+        state, _, _ = step.train_step(
+            state, batch, loss_fn=experiment.loss_fn, tx=experiment.tx, rng=jax.random.key(0)
+        )
+        return state, sizes, now
+
+    batch = experiment.put(experiment.train_data.batch_at(0, experiment.rows))
+    state, rows = experiment.init_state(), []
+    everywhere = experiment.rules.sharding()
+    outputs = (jax.tree.map(lambda x: x.sharding, state), everywhere, everywhere)
+    compiled = jax.jit(advance, out_shardings=outputs)
+    shapes = jax.eval_shape(functools.partial(activations, experiment), state.params, batch)
+    first = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shapes)
+    first = jax.device_put(first, everywhere)
+    for at in range(num_steps + 1):  # one update more than is measured: one program is enough
+        state, sizes, now = compiled(state, batch, first)
+        first = now if at == 0 else first
+        rows.append(sizes)
+    host = jax.device_get(rows)
+    return {
+        name: {kind: [float(row[name][kind]) for row in host] for kind in ("size", "change")}
+        for name in host[0]
+    }
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent a of values ~ sizes ** a, by least squares of logarithms; nan at zeros."""
+    if min(values) <= 0 or not np.all(np.isfinite(values)):
+        return float("nan")
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The coordinates of one parametrization."""
+
+    parametrization: str
+    along: str
+    sizes: tuple[int, ...]
+    values: dict[str, dict[str, list[list[float]]]]  # {activation: {kind: [size][step]}}
+
+    def slopes(self, kind: str, step: int = -1) -> dict[str, float]:
+        """The exponent of each activation in the size, after a step."""
+        return {
+            name: slope(self.sizes, [steps[step] for steps in of_kind[kind]])
+            for name, of_kind in self.values.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        num_measured = len(next(iter(self.values.values()))["size"][0])
+        return dataclasses.asdict(self) | {
+            "slopes": {
+                kind: [self.slopes(kind, step) for step in range(kind == "change", num_measured)]
+                for kind in ("size", "change")
+            }
+        }
+
+
+def check(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[Any],
+    *,
+    parametrization: str,
+    sizes: Sequence[int],
+    num_steps: int,
+    along: str = "width",
+    say: Callable[[str], Any] = print,
+) -> Check:
+    """Trains a model of each size for `num_steps` at the peak learning rate, and measures it after
+    each of them.
+    """
+    found = []
+    for size in sizes:
+        changes = {
+            "model.parametrization": parametrization,
+            "optimizer.schedule.kind": "constant",
+            "optimizer.schedule.warmup_steps": 0,
+            "train.num_steps": num_steps,
+        }
+        of_size = config.copy_and_resolve_references()
+        of_size.update_from_flattened_dict(changes | resized(config, along, size))
+        found.append(measure(Experiment(of_size, devices), num_steps))
+        say(f"{parametrization}, {along} {size}: logits {found[-1]['logits']['size'][-1]:.4g}")
+    values = {
+        name: {kind: [of_size[name][kind] for of_size in found] for kind in ("size", "change")}
+        for name in found[-1]
+        if all(name in of_size for of_size in found)  # deeper models have more blocks
+    }
+    return Check(parametrization, along, tuple(sizes), values)
+
+
+def table(checks: Sequence[Check]) -> str:
+    """The exponents after the last step, as lines of text."""
+    names = list(checks[0].values)
+    lines = [f"{'exponent of':<24}" + "".join(f"{name:>10}" for name in names)]
+    for found in checks:
+        for kind, what in (("size", "size"), ("change", "change since 0")):
+            slopes = found.slopes(kind)
+            cells = "".join(f"{slopes[name]:>10.2f}" for name in names)
+            lines.append(f"{found.parametrization + ', ' + what:<24}{cells}")
+    return "\n".join(lines)
+
+
+def draw(checks: Sequence[Check], path: str) -> None:
+    """Writes a picture: a row for each parametrization and kind, a column for each activation, a
+    line for each step; the exponent after the last step is in each title.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [(found, kind) for found in checks for kind in ("size", "change")]
+    names = list(checks[0].values)
+    figure, axes = plt.subplots(
+        len(rows),
+        len(names),
+        figsize=(2.6 * len(names), 2.3 * len(rows)),
+        squeeze=False,
+        sharex=True,
+    )
+    for (found, kind), line in zip(rows, axes, strict=True):
+        slopes = found.slopes(kind)
+        for name, axis in zip(names, line, strict=True):
+            curves = list(zip(*found.values[name][kind], strict=True))  # [step][size]
+            for at, values in enumerate(curves):
+                if kind == "change" and at == 0:
+                    continue
+                colour = plt.get_cmap("viridis")(at / max(1, len(curves) - 1) * 0.9)
+                axis.plot(found.sizes, values, marker="o", markersize=3, color=colour, label=at)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            middle = (low * high) ** 0.5  # at least a factor of ten, so that flat looks flat
+            axis.set_ylim(min(low, middle / 10**0.6), max(high, middle * 10**0.6))
+            axis.set_title(f"{name}: {slopes[name]:+.2f}", fontsize=9)
+            axis.grid(alpha=0.3, which="both")
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+        what = "root mean square" if kind == "size" else "change since step 0"
+        line[0].set_ylabel(f"{found.parametrization}\n{what}", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xticks(checks[0].sizes, [str(size) for size in checks[0].sizes])
+        axis.minorticks_off()
+        axis.set_xlabel(checks[0].along, fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="step", loc="center right", fontsize=7, frameon=False)
+    figure.suptitle("Coordinates against size; after each name, the exponent after the last step")
+    figure.tight_layout(rect=(0, 0, 0.95, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

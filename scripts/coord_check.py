@@ -1,0 +1,67 @@
+"""How large activations are and how far the first steps move them, against width or depth.
+
+    python scripts/coord_check.py --config=configs/tiny.py --widths=64,128,256,512 --steps=5 \\
+        --out=runs/coordinates
+
+The config is the base model; its schedule is left out. Under mup the exponents of the changes are
+near 0; under the standard parametrization they are not. Writes OUT.png and OUT.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
+_HEAD_DIMS = flags.DEFINE_list("head_dims", [], "Instead: values of embed_dim, with wider heads.")
+_DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Steps of training.", lower_bound=1)
+_PARAMETRIZATIONS = flags.DEFINE_list("parametrizations", ["mup", "standard"], "Those to compare.")
+_OUT = flags.DEFINE_string("out", "coordinates", "Where the results go, without an ending.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    given = {"width": _WIDTHS.value, "head_dim": _HEAD_DIMS.value, "depth": _DEPTHS.value}
+    along = [name for name, sizes in given.items() if sizes]
+    if _CONFIG.value is None or len(along) != 1:
+        raise app.UsageError("--config and one of --widths, --head_dims and --depths are needed")
+    import jax
+
+    from lm import coordinates
+
+    sizes = [int(size) for size in given[along[0]]]
+    checks = [
+        coordinates.check(
+            _CONFIG.value,
+            jax.devices(),
+            parametrization=name,
+            sizes=sizes,
+            num_steps=_STEPS.value,
+            along=along[0],
+        )
+        for name in _PARAMETRIZATIONS.value
+    ]
+    print(coordinates.table(checks))
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps([found.to_json() for found in checks], indent=1))
+    coordinates.draw(checks, f"{out}.png")
+    print(f"{out}.png, {out}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_with_config(main)

@@ -1,0 +1,59 @@
+"""Where the best learning rate is at every width, under mup and the standard parametrization.
+
+    python scripts/lr_transfer.py --config=configs/transfer.py --widths=64,128,256,512 \\
+        --rates=-9,-8,-7,-6,-5 --seeds=0,1,2 --out=runs/transfer
+
+The config is the base model. Each run is appended to OUT.jsonl when it is done, and not done twice:
+after a kill the same command goes on. Ends with OUT.png and a table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from lm import runtime
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
+)
+_WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512"], "Values of embed_dim.")
+_RATES = flags.DEFINE_list(
+    "rates", ["-9", "-8", "-7", "-6", "-5"], "Learning rates, as powers of two."
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights and data.")
+_PARAMETRIZATIONS = flags.DEFINE_list("parametrizations", ["mup", "standard"], "Those to compare.")
+_OUT = flags.DEFINE_string("out", "transfer", "Where the results go, without an ending.")
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    if _CONFIG.value is None:
+        raise app.UsageError("--config=configs/NAME.py is needed")
+    import jax
+
+    from lm import transfer
+
+    runs = transfer.sweep(
+        _CONFIG.value,
+        jax.devices(),
+        Path(f"{_OUT.value}.jsonl"),
+        parametrizations=_PARAMETRIZATIONS.value,
+        widths=[int(width) for width in _WIDTHS.value],
+        rates=[2.0 ** float(rate) for rate in _RATES.value],
+        seeds=[int(seed) for seed in _SEEDS.value],
+    )
+    print(transfer.table(transfer.best(runs)))
+    transfer.draw(runs, f"{_OUT.value}.png")
+    print(f"{_OUT.value}.png, {_OUT.value}.jsonl")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_with_config(main)
