@@ -15,6 +15,7 @@ from lm.task_metrics import CJK, words
 Pairs = Sequence[tuple[str, str]]
 
 _PIECES = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[^\w\s]")
+_ENDS = re.compile(rf"(?<=[.!?])\s+|(?<=[。！？；])|(?<=[{CJK}][.!?])|\n+")
 PHRASE = 3  # words of a phrase at most
 MIN_COUNT = 2  # how often a phrase, and it with its translation, must occur
 
@@ -33,8 +34,10 @@ def majority(pairs: Pairs, sources: Sequence[str]) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, Chinese ones too; a point inside of a word or number ends none."""
-    found = (part.strip() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？；])|\n+", text))
+    """The sentences of a text. A point ends one before a space or after a Chinese character, so
+    that those inside of numbers and words end none.
+    """
+    found = (part.strip() for part in _ENDS.split(text))
     return [part for part in found if part]
 
 
