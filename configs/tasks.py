@@ -3,10 +3,11 @@
     configs/tasks.py:topics    also masked, sentiment, translation, summarisation, answering,
                                dialogue, multitask
 
-Four layers of width 128 (two and two with a decoder), matrices by Muon, the rest by Adam; 0.9M to
-2.5M parameters. docs/tasks.md has what they reach beside naive baselines. Larger models are a flag
-away (`--config.model.num_layers=12 --config.model.embed_dim=768`), and so are pretrained ones: with
-`--config.init.from=RUN` the sizes, the tokenizer and the vocabulary are to be those of that run.
+Four layers of width 128 (two and two with a decoder), matrices by Muon, the rest by Adam; 1.3M to
+1.7M parameters. docs/tasks.md has naive baselines, and what short runs reach beside them. Larger
+models are a flag away (`--config.model.num_layers=12 --config.model.embed_dim=768`), and so are
+pretrained ones: with `--config.init.from=RUN` the sizes, the tokenizer and the vocabulary are to be
+those of that run.
 
 Every task reads a store of two fields, `source` and `target`, and is judged by scripts/predict.py
 on records that training never saw. scripts/split_records.py puts them apart by the hash of a key,

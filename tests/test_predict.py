@@ -73,15 +73,19 @@ def batch_of(experiment, source, target, folder):
     return experiment.objective(rows, None)
 
 
-@pytest.mark.parametrize("model", ["decoder", "encoder_decoder"])
-def test_texts_go_on_where_the_objective_begins_to_score(model, seq2seq, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "search"),
+    [("decoder", GREEDY), ("encoder_decoder", BeamSearch(num_beams=2, num_samples=2))],
+    ids=["decoder, greedy", "encoder and decoder, beams"],
+)
+def test_texts_go_on_where_the_objective_begins_to_score(model, search, seq2seq, tmp_path):
     experiment, params = seq2seq(model)
-    found = Predictor(experiment, params).predict(SOURCES, max_new_tokens=8)
+    found = Predictor(experiment, params).predict(SOURCES, max_new_tokens=8, search=search)
     generator = Generator(experiment.model, params, experiment.tokenizer)
 
     def texts_after(prompts):
-        made = generator.generate(prompts, max_new_tokens=8, sampling=GREEDY)
-        return [generation.text.strip() for generation in made]
+        made = generator.generate(prompts, max_new_tokens=8, sampling=search)
+        return [generation.text.strip() for generation in made if generation.sample == 0]
 
     prompts = []
     for source in SOURCES:
@@ -97,15 +101,6 @@ def test_texts_go_on_where_the_objective_begins_to_score(model, seq2seq, tmp_pat
     assert not any(p.is_cut or p.probability is not None for p in found)
     if model == "decoder":  # the eos between source and target matters
         assert texts_after(SOURCES) != texts
-
-
-def test_beams_find_the_best_of_their_texts(seq2seq):
-    experiment, params = seq2seq("encoder_decoder")
-    search = BeamSearch(num_beams=2, num_samples=2)
-    (found,) = Predictor(experiment, params).predict(["abc"], max_new_tokens=6, search=search)
-    generator = Generator(experiment.model, params, experiment.tokenizer)
-    best, _ = generator.generate(["abc"], max_new_tokens=6, sampling=search)
-    assert found.text == best.text.strip()
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder_decoder"])
