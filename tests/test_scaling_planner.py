@@ -83,6 +83,13 @@ def test_a_budget_too_far_out_is_refused_and_a_larger_factor_allows_it(result):
             planner.plan(result, budget)
 
 
+def test_another_count_of_flops_than_the_tables_is_said(result):
+    assert not any("x parameters x tokens" in w for w in planner.plan(result, 1e22).warnings)
+    plan = planner.plan(result, 1e22, factor=9.0)
+    assert plan.parameters.value == pytest.approx(result.law.optimum(1e22, 9.0)[0])
+    assert any("9 x parameters x tokens; in the table they are 6.00" in w for w in plan.warnings)
+
+
 def test_with_few_tokens_the_best_size_grows_and_is_the_best_there_is(repeated):
     free, short = (planner.plan(repeated, 1e23, unique_tokens=u) for u in (1e13, 2e10))
     assert free.epochs == 1 and free.parameters.value == repeated.law.optimum(1e23)[0]

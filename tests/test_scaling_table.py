@@ -114,7 +114,7 @@ def test_a_value_that_cannot_be_is_refused(read, change, words):
 
 def test_a_whole_table_in_other_units_is_refused(read):
     rows = [{**r, "tokens": r["tokens"] / 1e9} for r in records()]
-    with pytest.raises(ValueError, match=r"flops of every row is more than 10 times off"):
+    with pytest.raises(ValueError, match=r"flops of every row is more than 30 times off"):
         read(rows)
 
 

@@ -113,6 +113,12 @@ class Result:
         """The constants of all replicates, [R]."""
         return self._law(dict(zip(self.constants, np.array(self.replicates).T, strict=True)))
 
+    @property
+    def factor(self) -> float:
+        """FLOPs for each parameter and token in the table: the middle of least and most."""
+        least, most = self.data["flops_per_parameter_token"]
+        return math.sqrt(least * most)
+
     def _law(self, constants: Mapping[str, Any]) -> Law:
         fixed = np.inf if self.options.repeats is None else self.options.repeats
         return Law(**{"repeats": fixed, **constants})

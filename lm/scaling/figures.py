@@ -1,6 +1,7 @@
 """Pictures of a fit: matplotlib figures that need no window.
 
-`table` is what was fitted, `Table.best()` of what was read; `result` its artefact.
+`table` is what was fitted, `Table.best()` of what was read; `result` its artefact. Where the law is
+drawn over FLOPs, a parameter and token take as many as in the table.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lm.scaling import frontier, intervals
 from lm.scaling.artefact import FrontierEstimate, LawEstimate, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.powers import NEIGHBOURS
-from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN, Table
+from lm.scaling.table import Table
 
 BEYOND = 100.0  # factor of FLOPs beyond the table that lines are drawn to
 _APPROACHES = {"envelope": "C2", "isoflop": "C1", "parametric": "C0"}
@@ -100,11 +101,11 @@ def law_figure(table: Table, result: Result) -> Any:
     flops = np.geomspace(table.flops.min() / 2, table.flops.max() * 10, 120)
     sizes = np.geomspace(table.parameters.min() / 2, table.parameters.max() * 4, 120)
     C, N = np.meshgrid(flops, sizes)
-    loss = law.loss(N.ravel(), (C / FLOPS_PER_PARAMETER_TOKEN / N).ravel()).reshape(C.shape)
+    loss = law.loss(N.ravel(), (C / result.factor / N).ravel()).reshape(C.shape)
     levels = np.geomspace(loss.min() * 1.01, table.loss.max() * 1.1, 14)
     lines = left.contour(C, N, loss, levels, cmap="viridis", linewidths=1)
     left.clabel(lines, fontsize=7, fmt="%.2f")
-    best = np.array([law.optimum(c)[0] for c in flops])
+    best = np.array([law.optimum(c, result.factor)[0] for c in flops])
     left.plot(flops, best, color="C0", linewidth=2, label="best size")
     left.plot(table.flops, table.parameters, "o", color="0.2", markersize=3, label="runs")
     left.set(xscale="log", yscale="log", ylim=(sizes[0], sizes[-1]))
@@ -210,8 +211,8 @@ def _best_losses(result: Result, flops: np.ndarray) -> list[np.ndarray]:
     """[the law's least loss for each budget, its lower and its upper end], without runs' noise."""
     level, middle, low, high = result.options.level, [], [], []
     for budget in flops:
-        middle.append(float(result.law.loss(*result.law.optimum(budget))[0]))
-        size, tokens = result.laws.optimum(budget)
+        middle.append(float(result.law.loss(*result.law.optimum(budget, result.factor))[0]))
+        size, tokens = result.laws.optimum(budget, result.factor)
         each = result.laws.loss(size[:, None], tokens[:, None])[:, 0]
         ends = np.quantile(each, [(1 - level) / 2, (1 + level) / 2])
         low.append(ends[0])
@@ -221,8 +222,10 @@ def _best_losses(result: Result, flops: np.ndarray) -> list[np.ndarray]:
 
 def _optimum(result: Result, flops: float, place: int) -> Estimate:
     """The law's best parameters (place 0) or tokens (1)."""
-    each = np.asarray(result.laws.optimum(flops)[place])
-    return intervals.estimate(float(result.law.optimum(flops)[place]), each, result.options.level)
+    each = np.asarray(result.laws.optimum(flops, result.factor)[place])
+    return intervals.estimate(
+        float(result.law.optimum(flops, result.factor)[place]), each, result.options.level
+    )
 
 
 def _band(axis: Any, x: np.ndarray, values: Sequence[Estimate], color: str, label: str) -> None:

@@ -113,7 +113,7 @@ def plan(
         other={
             n: (f.parameters.at(flops, level), f.tokens.at(flops, level)) for n, f in others.items()
         },
-        warnings=_warnings(result, distance, size, tokens),
+        warnings=_warnings(result, distance, size, tokens, factor),
     )
 
 
@@ -144,9 +144,18 @@ def _split(laws: Law) -> list[Law]:
     ]
 
 
-def _warnings(result: Result, distance: float, size: float, tokens: float) -> list[str]:
+def _warnings(
+    result: Result, distance: float, size: float, tokens: float, factor: float
+) -> list[str]:
     found = []
     data = result.data
+    least, most = data["flops_per_parameter_token"]
+    if not 0.8 * factor < least <= most < 1.25 * factor:
+        found.append(
+            f"planned with FLOPs = {factor:g} x parameters x tokens; in the table they are "
+            f"{least:.2f} to {most:.2f} x, as approaches 1 and 2 see them "
+            "(--flops-per-parameter-token)"
+        )
     if distance > FAR:
         found.append(
             f"{distance:.3g} times the FLOPs of the largest run: intervals say what noise does to "
