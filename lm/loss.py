@@ -182,7 +182,7 @@ def _on_each_device(
     shards = math.prod(rules.mesh.shape[axis] for axis in axes)
     # with axes left to the compiler, jaxlib 0.10.2 ends the process at psum_scatter
     width = hidden.shape[-1] if shards == rules.mesh.size and hidden.shape[-1] % shards == 0 else 0
-    owners = parameters if trained is None else _chosen(trained, parameters)  # of the gradients
+    owners = [] if trained is None else _chosen(trained, parameters)  # of the gradients
     kept = [p.shape.index(width) if width in p.shape else None for p in owners]
 
     def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
@@ -191,17 +191,16 @@ def _on_each_device(
             jax.lax.psum(g, axes)
             if dim is None
             else jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-            for g, dim in zip(gradients, kept, strict=False)
+            for g, dim in zip(gradients, kept, strict=True)
         ]
         return jax.lax.psum(sums, axes), parts, outputs
 
     parts = [PartitionSpec() if d is None else PartitionSpec(*[None] * d, axes) for d in kept]
-    found = jax.eval_shape(local, parameters, xs)
     mapped = jax.shard_map(
         add_up,
         mesh=rules.mesh,
         in_specs=(PartitionSpec(), rows),
-        out_specs=(PartitionSpec(), parts[: len(found[1])], rows),
+        out_specs=(PartitionSpec(), parts, rows),
         axis_names=set(axes),
         check_vma=False,
     )

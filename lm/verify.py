@@ -5,6 +5,10 @@ that are nothing but rounding noise by their own size. Momentum is off, so that 
 keeps after a step is that step's clipped gradient. Dropout is on where the model has it, rows are
 packed from uneven segments with padding, and tokens count unevenly: what goes wrong on a mesh goes
 wrong there.
+
+The first step of the mesh begins with the parameters that it makes itself, and each later one with
+the state of the one device: from equal states each step has to end in equal ones. Left to their own
+results, both would also show how much the loss's curvature makes of the rounding of earlier steps.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from jax.experimental import multihost_utils
 from lm import config as configs
 from lm.experiment import Experiment
 from lm.sharding import AXES
-from lm.types import Batch, Tokens
+from lm.types import Batch, Tokens, TrainState
 
 STEPS = 3
 # Largest difference as a fraction of the largest entry of an array. Sums in another order differed
@@ -42,7 +46,7 @@ class Difference:
     """Of one array, or of the worst of a tree: |mesh - one device| / max |one device|."""
 
     step: int
-    what: str  # objective, gradient norm, gradients or parameters
+    what: str  # objective, gradient norm, gradients, parameters or counts
     worst: str  # name of the array
     value: float
 
@@ -130,6 +134,17 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of one device, on the host: its batch, the states around it, sums and facts."""
+
+    batch: Batch
+    before: TrainState
+    after: TrainState
+    sums: Any
+    facts: Any
+
+
 def verify(
     config: ml_collections.ConfigDict,
     mesh: Mapping[str, int],
@@ -145,24 +160,59 @@ def verify(
     Raises:
         ValueError: the config or the mesh doesn't fit (see `Experiment`).
     """
+    many = on_mesh(config, mesh, devices, num_microbatches=num_microbatches)
+    return compare(many, on_one_device(config, devices))
+
+
+def on_mesh(
+    config: ml_collections.ConfigDict,
+    mesh: Mapping[str, int],
+    devices: Sequence[Any],
+    *,
+    num_microbatches: int = 1,
+) -> Experiment:
+    """What is compared: `config`, prepared, on a mesh of `devices`."""
     if unknown := set(mesh) - {*AXES, "slices"}:
         raise ValueError(f"config.mesh has no axis {sorted(unknown)}; there are {AXES} and slices")
-    config = prepare(config)
-    axes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
+    changes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
+    changes["train.num_microbatches"] = num_microbatches
+    return _experiment(prepare(config), changes, across_processes(mesh, devices))
+
+
+def on_one_device(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> tuple[Step, ...]:
+    """The steps of the first of `devices` that is of this process, with which meshes agree."""
     alone = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
-    placed = across_processes(mesh, devices)
-    many = _experiment(config, {**axes, "train.num_microbatches": num_microbatches}, placed)
     first = [d for d in devices if d.process_index == jax.process_index()][:1]
-    one = _experiment(config, {**alone, "train.num_microbatches": 1}, first)
+    one = _experiment(prepare(config), {**alone, "train.num_microbatches": 1}, first)
+    steps: list[Step] = []
+    state = one.init_state()
+    for number in range(STEPS):
+        batch = _uneven(one.train_data.batch_at(number, np.arange(one.batch_size)), seed=number)
+        before = _on_host(state)
+        state, sums, facts = one.train_step(state, _put(one, batch))
+        steps.append(Step(batch, before, *(_on_host(x) for x in (state, sums, facts))))
+    return tuple(steps)
+
+
+def compare(many: Experiment, steps: Sequence[Step]) -> Report:
+    """The same steps on a mesh, and the layout."""
     differences: list[Difference] = []
-    states = one.init_state(), many.init_state()
-    for step in range(STEPS):
-        batch = _uneven(one.train_data.batch_at(step, np.arange(one.batch_size)), seed=step)
-        # init and steps run on both meshes from the same seed, and go on from their own results
-        found = [e.train_step(s, _put(e, batch)) for e, s in zip((one, many), states, strict=True)]
-        states = (found[0][0], found[1][0])
-        differences += _compare(step, *found)
+    for number, step in enumerate(steps):
+        # made there, or moved there
+        state = many.init_state() if number == 0 else _place(step.before, many.abstract_state)
+        differences += _compare(number, step, *many.train_step(state, _put(many, step.batch)))
     return Report(tuple(differences), tuple(_layout(many)))
+
+
+def _on_host(tree: Any) -> Any:
+    """Copies: what a step is given is donated to it."""
+    return jax.tree.map(np.array, tree)
+
+
+def _place(tree: Any, like: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s.sharding, lambda at: x[at]), tree, like
+    )
 
 
 def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[Any]:
@@ -226,13 +276,13 @@ def _uneven(batch: Batch, seed: int) -> Batch:
     return dataclasses.replace(batch, inputs=inputs, encoder=encoder, weights=weights)
 
 
-def _compare(step: int, one: Any, many: Any) -> list[Difference]:
-    (state, sums, facts), (other_state, other_sums, other_facts) = one, many
+def _compare(number: int, step: Step, state: Any, sums: Any, facts: Any) -> list[Difference]:
     compared = {
-        "objective": (sums, other_sums),
-        "gradient norm": (facts["grad_norm"], other_facts["grad_norm"]),
-        "gradients": (_trace(state), _trace(other_state)),
-        "parameters": (state.params, other_state.params),
+        "objective": (step.sums, sums),
+        "gradient norm": (step.facts["grad_norm"], facts["grad_norm"]),
+        "gradients": (_trace(step.after), _trace(state)),
+        "parameters": (step.after.params, state.params),
+        "counts": ((_counts(step.after), _counts(step.facts)), (_counts(state), _counts(facts))),
     }
     found = {what: relative(*trees) for what, trees in compared.items()}
     differences = []
@@ -241,7 +291,7 @@ def _compare(step: int, one: Any, many: Any) -> list[Difference]:
         values = np.max(gathered[what], axis=0)  # nan is the largest
         worst = int(np.argmax(values))
         name = list(_named(compared[what][0]))[worst]
-        differences.append(Difference(step, what, name, float(values[worst])))
+        differences.append(Difference(number, what, name, float(values[worst])))
     return differences
 
 
@@ -250,17 +300,30 @@ def _trace(state: Any) -> Any:
     return trace.trace
 
 
+def _counts(tree: Any) -> dict[str, Any]:
+    """The leaves that are whole numbers or truths."""
+    return {k: v for k, v in _named(tree).items() if v.dtype.kind in "iub"}
+
+
 def relative(one: Any, many: Any) -> np.ndarray:
-    """Of every array what `Difference` says, over all shards that this process holds: [arrays]."""
+    """Of every array what `Difference` says, over all shards that this process holds: [arrays].
+
+    Whole numbers and truths differ by 1 where they aren't equal.
+    """
     leaves, found = _named(one), []
     for name, other in _named(many).items():
         a = np.asarray(leaves[name], np.float64)
+        shards = [np.asarray(shard.data, np.float64) for shard in other.addressable_shards]
+        places = [shard.index for shard in other.addressable_shards]
+        most = np.max([np.abs(a[i] - x).max() for i, x in zip(places, shards, strict=True)])
+        if other.dtype.kind in "iub":
+            found.append(most != 0)
+            continue
         # A key's bias raises all scores of a query alike: but for rotary positions its gradient is
         # zero, and what there is of it rounding of numbers of the size of the query's.
         beside = np.asarray(leaves.get(name.replace("key.bias", "query.bias"), a))
-        shards = [np.abs(a[shard.index] - shard.data).max() for shard in other.addressable_shards]
-        found.append(np.max(shards) / np.max([np.abs(a).max(), np.abs(beside).max(), 1e-30]))
-    return np.array(found)
+        found.append(most / np.max([np.abs(a).max(), np.abs(beside).max(), 1e-30]))
+    return np.array(found, np.float64)
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:

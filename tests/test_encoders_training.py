@@ -1,9 +1,12 @@
 """Encoder and encoder-decoder in training: on a mesh, after a restart, and in evaluation."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from configs import t5
 from lm import config as configs
 from lm import verify
 from lm.checkpoint.manager import Checkpoints
@@ -58,13 +61,25 @@ def make_config(kind, **changes):
     return config
 
 
+@pytest.fixture(scope="module")
+def compared(devices):
+    """kind -> (the experiment on a mesh, the steps of one device)."""
+
+    @functools.cache
+    def make(kind):
+        config = make_config(kind)
+        return verify.on_mesh(config, MIXED, devices), verify.on_one_device(config, devices)
+
+    return make
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_on_a_mesh_is_training_on_one_device(kind, devices):
-    report = verify.verify(make_config(kind), MIXED, devices)
+def test_training_on_a_mesh_is_training_on_one_device(kind, compared):
+    report = verify.compare(*compared(kind))
     assert report.ok, verify.describe(report)
 
 
-def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(devices, monkeypatch):
+def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monkeypatch):
     """Each device gets those of the first rows."""
     put = verify.Experiment.put
 
@@ -73,9 +88,19 @@ def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(devices, monkey
         segments = np.tile(batch.encoder.segments[: self.batch_size // share], (share, 1))
         return put(self, batch.replace(encoder=batch.encoder.replace(segments=segments)))
 
+    many, steps = compared("t5")
     monkeypatch.setattr(verify.Experiment, "put", unsharded)
-    report = verify.verify(make_config("t5"), {"data": 4, "fsdp": 2}, devices)
+    report = verify.compare(many, steps)
     assert "gradients" in {d.what for d in report.differences if not d.ok}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "v1.1-small"])
+def test_t5_on_a_sharded_length_is_t5_on_one_device(name, devices):
+    config = verify.shrink(t5.get_config(name))
+    report = verify.verify(config, {"data": 2, "sequence": 2, "tensor": 2}, devices)
+    print(verify.describe(report))
+    assert report.ok, verify.describe(report)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,10 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import loss, optim, sharding, verify
+from lm import config as configs
+from lm import loss, sharding, verify
 from lm.config import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -24,12 +26,29 @@ TENSOR = {"fsdp": 4, "tensor": 2}
 
 
 @pytest.fixture(scope="module")
-def check(make_config, devices):
-    """(mesh, changes) -> the report of a tiny decoder with windows and grouped heads."""
+def config(make_config):
+    """(changes) -> the config of a tiny decoder with grouped heads."""
+
+    def make(changes=None):
+        return make_config(
+            {"model.num_kv_heads": 2, "model.tie_embeddings": False, **(changes or {})}
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_device(config, devices):
+    """The steps of one device, right in every test: what is seeded is seeded into the mesh."""
+    return verify.on_one_device(config(), devices)
+
+
+@pytest.fixture(scope="module")
+def check(config, devices, one_device):
+    """(mesh, changes of what one device doesn't see) -> the report."""
 
     def run(mesh, changes=None):
-        changes = {"model.num_kv_heads": 2, "model.tie_embeddings": False, **(changes or {})}
-        return verify.verify(make_config(changes), mesh, devices)
+        return verify.compare(verify.on_mesh(config(changes), mesh, devices), one_device)
 
     return run
 
@@ -43,14 +62,6 @@ def wrong(report):
     [
         (TENSOR, {"mesh.zero": 1, "optimizer.memory": "host", "model.remat": "offload"}),
         ({"data": 4, "fsdp": 2, "slices": 2}, {}),
-        (
-            {"stage": 2, "expert": 2, "fsdp": 2},
-            {
-                "model.pipeline.num_microbatches": 2,
-                "model.moe.num_experts": 4,
-                "model.moe.num_experts_per_token": 2,
-            },
-        ),
     ],
 )
 def test_a_mesh_that_is_right_passes(check, mesh, changes):
@@ -60,49 +71,57 @@ def test_a_mesh_that_is_right_passes(check, mesh, changes):
     assert all(d.value > 0 for d in report.differences if d.what == "parameters")
 
 
+def test_experts_in_a_pipeline_are_right(config, devices):
+    changes = {
+        "model.pipeline.num_microbatches": 2,
+        "model.moe.num_experts": 4,
+        "model.moe.num_experts_per_token": 2,
+    }
+    report = verify.verify(config(changes), {"stage": 2, "expert": 2, "fsdp": 2}, devices)
+    assert report.ok, verify.describe(report)
+
+
 def test_a_missing_psum_is_found(check, monkeypatch):
     monkeypatch.setattr(loss.jax.lax, "psum", lambda x, axes: x)
     assert wrong(check(MIXED)) == {"objective", "gradient norm", "gradients", "parameters"}
 
 
 def test_a_mean_of_means_is_found(check, monkeypatch):
-    def mean_of_means(sums, axes):
-        """Every device divides by its own tokens, and means are averaged."""
-        sums, *rest = sums if isinstance(sums, tuple) else (sums,)
-        share = jax.lax.axis_size(axes)
-        own = jax.lax.all_gather(jnp.float32(1.0), axes).sum() / share
-        scale = own * (1.0 + 0.01 * jax.lax.axis_index(axes))
-        summed = jax.tree.map(lambda x: psum(x * scale, axes), (sums, *rest))
-        return summed if rest else summed[0]
+    """Every device divides the sums of its rows by its own tokens, and their means are averaged."""
+    real = loss._on_each_device
 
-    psum = jax.lax.psum
-    monkeypatch.setattr(loss.jax.lax, "psum", mean_of_means)
-    assert "gradients" in wrong(check(MIXED))
+    def mean_of_means(rules, local, parameters, xs, trained=None):
+        axes = loss._axes(rules.spec("act_batch", "length"))
+
+        def averaged(parameters, xs):
+            tokens = xs[2].sum()
+            total, devices = jax.lax.psum((tokens, 1), axes)  # what the step divides by
+            factor = total / (devices * tokens)
+            return jax.tree.map(lambda x: x * factor, local(parameters, xs))
+
+        return real(rules, averaged, parameters, xs, trained)
+
+    monkeypatch.setattr(loss, "_on_each_device", mean_of_means)
+    assert wrong(check(MIXED)) >= {"objective", "gradient norm", "gradients", "parameters"}
 
 
-def test_dropout_with_a_key_for_each_shard_is_found(check, monkeypatch):
+def test_dropout_with_a_key_for_each_shard_is_found(check, devices, monkeypatch):
+    mesh = sharding.make_mesh(configs.MeshConfig(**FSDP), devices)
+    rows = PartitionSpec(tuple(FSDP))
+
     def call(self, x, deterministic=None, rng=None):
-        if deterministic or sharding_mesh[0] is None:  # None: shapes alone are wanted
+        if nn.merge_param("deterministic", self.deterministic, deterministic):
             return x
         key = self.make_rng("dropout")
-        mesh = sharding_mesh[0]
-        axes = tuple(a for a in ("data", "fsdp") if mesh.shape[a] > 1)
 
         def local(x):
-            mine = jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
-            return jnp.where(jax.random.bernoulli(mine, 1 - self.rate, x.shape), x, 0)
+            mine = jax.random.fold_in(key, jax.lax.axis_index(tuple(FSDP)))
+            kept = jax.random.bernoulli(mine, 1 - self.rate, x.shape)
+            return jnp.where(kept, x / (1 - self.rate), 0)
 
-        spec = PartitionSpec(axes or None)
-        return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        return mapped(x)
 
-    sharding_mesh = [None]
-
-    class PerExperiment(verify.Experiment):
-        def lower_train_step(self):
-            sharding_mesh[0] = self.rules.mesh
-            return super().lower_train_step()
-
-    monkeypatch.setattr(verify, "Experiment", PerExperiment)
     monkeypatch.setattr(nn.Dropout, "__call__", call)
     assert wrong(check(FSDP)) >= {"objective", "gradients"}
 
@@ -118,21 +137,32 @@ def test_segment_ids_of_the_wrong_rows_are_found(check, monkeypatch):
         return put(rules, batch.replace(inputs=inputs), batch_size)
 
     monkeypatch.setattr(sharding, "put", unsharded)
-    assert wrong(check(FSDP)) >= {"objective", "gradients"}
+    assert wrong(check(FSDP)) >= {"objective", "gradients", "counts"}
 
 
 def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
-    """A norm whose squares replicas count again is that of a smaller bound."""
+    """The squares of every device's shards are added up, also where shards are the same."""
+    seen = []
 
-    class Twice(verify.Experiment):
-        @functools.cached_property
-        def tx(self):
-            config = self.config.optimizer
-            bound = config.clip_norm / self.rules.mesh.shape["data"] ** 0.5
-            config = dataclasses.replace(config, clip_norm=bound)
-            return optim.make_optimizer(config, self.boxed_params, self.num_steps)
+    class Observed(verify.Experiment):
+        def lower_train_step(self):
+            seen.append((self.rules.mesh, self.trained(self.rules.shardings(self.boxed_params))))
+            return super().lower_train_step()
 
-    monkeypatch.setattr(verify, "Experiment", Twice)
+    def norm(grads):
+        mesh, shardings = seen[-1]
+
+        def squares(x, own):
+            def local(x):
+                return jax.lax.psum(jnp.sum(jnp.square(x)), mesh.axis_names)
+
+            specs = {"in_specs": own.spec, "out_specs": PartitionSpec()}
+            return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(x)
+
+        return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, grads, shardings))))
+
+    monkeypatch.setattr(verify, "Experiment", Observed)
+    monkeypatch.setattr(optax.tree, "norm", norm)
     assert wrong(check(FSDP)) >= {"gradients", "parameters"}
 
 
@@ -167,51 +197,27 @@ def test_shrinking_keeps_the_structure():
     resolved.check(verify.LENGTH)
 
 
-def script(*flags, config="smoke.py"):
-    command = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
-    config = f"--config={ROOT}/configs/{config}"
-    return subprocess.run([*command, config, *flags], capture_output=True, text=True)
-
-
 def test_the_script_says_what_was_compared_on_two_processes():
-    done = script("--mesh=fsdp=2,tensor=2", "--processes=2")
-    assert done.returncode == 0, done.stderr
+    script = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
+    flags = [f"--config={ROOT}/configs/smoke.py", "--mesh=fsdp=2,tensor=2", "--processes=2"]
+    done = subprocess.run([*script, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "layout: as the config says" in done.stdout and "the same" in done.stdout
     assert "2 processes" in done.stdout and done.stdout.count("gradient norm") == verify.STEPS
 
 
-PIPELINE = "--config.model.pipeline.num_microbatches"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config", "mesh", "flags"),
-    [
-        ("llama3.py:8b", "fsdp=8", ()),
-        ("llama3.py:8b", "data=2,fsdp=4", ()),
-        ("llama3.py:8b", "fsdp=2,tensor=4", ()),
-        ("llama3.py:8b", "sequence=4,fsdp=2", ("--config.model.sequence_parallel=ring",)),
-        ("llama3.py:8b", "sequence=4,fsdp=2", ("--config.model.sequence_parallel=gather",)),
-        ("mixtral.py", "expert=4,fsdp=2", ()),
-        ("llama3.py:8b", "stage=4,fsdp=2", (f"{PIPELINE}=4",)),
-        ("llama3.py:8b", "stage=2,tensor=2,fsdp=2", (f"{PIPELINE}=2",)),
-        ("llama3.py:8b", "data=4,fsdp=2,slices=2", ()),
-    ],
-)
-def test_every_parallelism_on_two_processes(config, mesh, flags):
-    done = script(f"--mesh={mesh}", "--processes=2", *flags, config=config)
-    print(done.stdout)  # shown by -rP
+def test_every_parallelism_is_right_on_two_processes():
+    launcher = [sys.executable, str(ROOT / "scripts/launch/local.py"), "--processes=2"]
+    command = [*launcher, "--devices-per-process=4", "--", str(ROOT / "tests/two_processes.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)  # -rP shows the differences
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_script_ends_with_1_where_something_differs():
-    done = script("--mesh=fsdp=2", "--config.mesh.rules=(('embed', None),)")
-    assert done.returncode == 1 and "on every device" in done.stdout
-
-
-def test_an_unknown_axis_is_named(check):
+def test_an_unknown_axis_is_named(config, devices):
     with pytest.raises(ValueError, match=r"no axis .*'fdsp'"):
-        check({"fdsp": 2})
+        verify.on_mesh(config(), {"fdsp": 2}, devices)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Verifies every parallelism on the processes that scripts/launch/local.py starts it in."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app
+
+from lm.processes import distributed
+
+PIPELINE = "model.pipeline.num_microbatches"
+SEQUENCE = "model.sequence_parallel"
+# (config, mesh, changes)
+COMBINATIONS = (
+    ("llama3", {"fsdp": 8}, {}),
+    ("llama3", {"data": 2, "fsdp": 4}, {}),
+    ("llama3", {"fsdp": 2, "tensor": 4}, {}),
+    ("llama3", {"sequence": 4, "fsdp": 2}, {SEQUENCE: "ring"}),
+    ("llama3", {"sequence": 4, "fsdp": 2}, {SEQUENCE: "gather"}),
+    ("llama3", {"stage": 4, "fsdp": 2}, {PIPELINE: 4}),
+    ("llama3", {"stage": 2, "tensor": 2, "fsdp": 2}, {PIPELINE: 2}),
+    ("llama3", {"data": 4, "fsdp": 2, "slices": 2}, {}),
+    ("mixtral", {"expert": 4, "fsdp": 2}, {}),
+)
+
+
+def main(argv):
+    del argv
+    os.environ.setdefault("NPROC", "64")
+    initialize()
+    import jax
+
+    from configs import llama3, mixtral
+    from lm import verify
+
+    given = {"llama3": llama3.get_config("8b"), "mixtral": mixtral.get_config()}
+    small = {name: verify.shrink(config) for name, config in given.items()}
+    alone = {name: verify.on_one_device(config, jax.devices()) for name, config in small.items()}
+    wrong = 0
+    for name, mesh, changes in COMBINATIONS:
+        config = small[name].copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        report = verify.compare(verify.on_mesh(config, mesh, jax.devices()), alone[name])
+        wrong += not report.ok
+        if jax.process_index() == 0:
+            worst = max(report.differences, key=lambda d: d.value)
+            print(name, mesh, f"{worst.value:.1e} {worst.what} {worst.worst}", flush=True)
+            print("" if report.ok else verify.describe(report), flush=True)
+    sys.exit(distributed.leave(min(wrong, 1)))
+
+
+if __name__ == "__main__":
+    initialize = distributed.define_flags()
+    app.run(main)
