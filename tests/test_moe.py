@@ -222,8 +222,17 @@ def test_gradient_of_the_bias_is_the_excess_of_load(rules_on, inputs):
 # ---- eight devices ----
 
 
-@pytest.mark.parametrize("mesh", [*MESHES, "fsdp8"])
-@pytest.mark.parametrize("kind", ["shared", "capacity, sigmoid"])
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *((kind, mesh) for kind in ("shared", "capacity, sigmoid") for mesh in list(MESHES)[::2]),
+        ("shared", "fsdp8"),
+        # as part of a model below
+        pytest.param("shared", "expert2_tensor2_fsdp2", marks=pytest.mark.slow),
+        pytest.param("capacity, sigmoid", "expert2_tensor2_fsdp2", marks=pytest.mark.slow),
+        pytest.param("capacity, sigmoid", "fsdp8", marks=pytest.mark.slow),
+    ],
+)
 def test_layer_on_eight_devices_is_that_on_one(kind, mesh, rules_on, inputs):
     one = run(KINDS[kind], rules_on(), *inputs)
     eight = run(KINDS[kind], rules_on(**(MESHES | {"fsdp8": {"fsdp": 8}})[mesh]), *inputs)
@@ -355,8 +364,15 @@ def trained(make_experiment, packed_batch):
     return run
 
 
-@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
-@pytest.mark.parametrize("mesh", ["expert4_fsdp2", "expert2_tensor2_fsdp2"])
+@pytest.mark.parametrize(
+    ("mesh", "dispatch"),
+    [
+        ("expert4_fsdp2", "capacity"),
+        ("expert2_tensor2_fsdp2", "dropless"),
+        pytest.param("expert4_fsdp2", "dropless", marks=pytest.mark.slow),
+        pytest.param("expert2_tensor2_fsdp2", "capacity", marks=pytest.mark.slow),
+    ],
+)
 def test_three_steps_on_eight_devices_are_those_on_one(trained, mesh, dispatch):
     for (sums, state, facts), (other_sums, other_state, other_facts) in zip(
         trained(None, dispatch), trained(mesh, dispatch), strict=True
