@@ -239,6 +239,7 @@ def draw(checks: Sequence[Check], path: str) -> None:
             middle = (low * high) ** 0.5  # at least a factor of ten, so that flat looks flat
             axis.set_ylim(min(low, middle / 10**0.6), max(high, middle * 10**0.6))
             axis.set_title(f"{name}: {slopes[name]:+.2f}", fontsize=9)
+            axis.yaxis.set_minor_formatter("")  # tens are enough
             axis.grid(alpha=0.3, which="both")
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
@@ -246,7 +247,7 @@ def draw(checks: Sequence[Check], path: str) -> None:
         line[0].set_ylabel(f"{found.parametrization}\n{what}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xticks(checks[0].sizes, [str(size) for size in checks[0].sizes])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.set_xlabel(checks[0].along, fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, title="step", loc="center right", fontsize=7, frameon=False)
