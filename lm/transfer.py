@@ -201,12 +201,13 @@ def table(found: Sequence[Best]) -> str:
     ]
     for b in found:
         first = next(f for f in found if f.parametrization == b.parametrization)
-        moved = math.log2(b.fitted / first.fitted)
+        known = b.is_inside and first.is_inside
+        moved = f"{math.log2(b.fitted / first.fitted):+.2f}" if known else "?"
         fitted = f"2^{math.log2(b.fitted):.2f}" if b.is_inside else "outside"
         seeds = " ".join(f"2^{math.log2(r):g}" for r in b.of_seeds)
         lines.append(
             f"| {b.parametrization} | {b.width} | 2^{math.log2(b.rate):g} | {seeds} | {fitted} | "
-            f"{moved:+.2f} | {b.loss:.3f} |"
+            f"{moved} | {b.loss:.3f} |"
         )
     return "\n".join(lines)
 
