@@ -205,6 +205,9 @@ def test_the_lowest_point_of_a_parabola_is_found_and_only_inside():
     assert near == pytest.approx(7) and height == pytest.approx(3)
     assert math.isnan(powers.lowest(x, np.log(x / 1000) ** 2)[0])
     assert math.isnan(powers.lowest(x, -(np.log(x / 7) ** 2))[0])
+    # a parabola that opens downwards; one that is lowest inside, but no point is
+    assert math.isnan(powers.lowest(x[:5], np.array([1.0, 3.0, 0.9, 3.0, 1.0]))[0])
+    assert math.isnan(powers.lowest(x[:3], np.array([1.0, 1.01, 1.5]))[0])
 
 
 # ---- learning rate and batch ----
@@ -229,6 +232,16 @@ def test_the_law_of_the_best_learning_rate_is_found_from_sweeps():
     assert found.at_edge == 1  # for the smallest size the best is the largest that was tried
     assert found.law.exponent == pytest.approx(-0.3, abs=1e-6)
     assert found.law.at(1e6) == pytest.approx(1e-2, rel=1e-6)
+
+
+def test_other_settings_are_at_their_best_for_each_learning_rate():
+    one = swept()
+    both = one.take(np.tile(np.arange(len(one)), 2))
+    worse = np.repeat([0.0, 1.0], len(one)) * (1 + np.log(both.learning_rate) ** 2)
+    batch = np.repeat([64.0, 128.0], len(one))
+    made = dataclasses.replace(both, loss=both.loss + worse, batch_size=batch)
+    a, b = (settings.optima(t, "learning_rate", "parameters") for t in (one, made))
+    np.testing.assert_allclose(a.best, b.best)
 
 
 def test_a_best_value_at_the_edge_of_its_sweep_does_not_count():
