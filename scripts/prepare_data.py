@@ -5,9 +5,13 @@
 
 Started again, an interrupted run goes on where it was. Many machines share the work on one file
 system: machine i of n adds --shard i/n (from 0), and the last one to finish joins the parts.
+
+For cross-validation --folds=5 makes five pairs of stores, in OUT/0 to OUT/4: every document is held
+out, by the hash of its id, in one of them.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -36,27 +40,38 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the stores")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="default: 0/1")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--folds", type=int, default=1, help="pairs of stores, for all documents")
     flags = parser.parse_args()
-    start = time.monotonic()
     try:
-        result = prepare.prepare(
-            corpus.from_flags(flags),
-            tokenizer=flags.tokenizer,
-            out=flags.out,
-            shard=flags.shard,
-            num_workers=flags.workers,
-        )
+        whole = corpus.from_flags(flags)
+        if flags.folds == 1:
+            _prepare(whole, flags.out, flags)
+        else:
+            for i in range(flags.folds):
+                fold = dataclasses.replace(whole, fold=(i, flags.folds))
+                _prepare(fold, str(Path(flags.out) / str(i)), flags)
     except ValueError as error:
         sys.exit(f"prepare_data: {error}")
     except KeyboardInterrupt:
         sys.exit("prepare_data: interrupted; the same command goes on from here")
+
+
+def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> None:
+    start = time.monotonic()
+    result = prepare.prepare(
+        documents,
+        tokenizer=flags.tokenizer,
+        out=out,
+        shard=flags.shard,
+        num_workers=flags.workers,
+    )
     if result.manifests:
         done = (
             "were already there"
             if result.was_complete
             else f"took {time.monotonic() - start:.1f} s"
         )
-        print(f"{prepare.summary(result.manifests)}\nstores in {flags.out} {done}")
+        print(f"{prepare.summary(result.manifests)}\nstores in {out} {done}")
 
 
 if __name__ == "__main__":

@@ -326,6 +326,31 @@ def test_split_depends_on_nothing_but_the_id():
     ]
 
 
+def test_every_document_is_held_out_in_one_fold():
+    ids = [f"file{i}.py" for i in range(5000)]
+    folds = [Corpus(data=["x"], fold=(i, 4)) for i in range(4)]
+    held = [{i for i in ids if fold.split_of(i) == "validation"} for fold in folds]
+    assert sum(map(len, held)) == len(set().union(*held)) == len(ids)
+    assert min(map(len, held)) > 0.23 * len(ids)
+    for fold in ((4, 4), (-1, 4), (0, 1)):
+        with pytest.raises(ValueError, match=f"fold {fold[0]} of {fold[1]}"):
+            Corpus(data=["x"], fold=fold)
+    with pytest.raises(ValueError, match="folds are of documents"):
+        Corpus(data=["x"], fold=(0, 2), split="tail")
+
+
+def test_folds_are_stores_in_folders_of_their_own(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"document {i}")
+    out = tmp_path / "out"
+    flags = [f"--data={tmp_path}/*.txt", "--tokenizer=bytes", f"--out={out}", "--workers=1"]
+    _run(*SCRIPT, *flags, "--folds=2")
+    stores = [TokenStore.open(str(out / str(i) / split)) for i in (0, 1)
+              for split in ("train", "validation")]  # fmt: skip
+    counts = [store.num_documents for store in stores]
+    assert counts[0] == counts[3] and counts[1] == counts[2] and sum(counts[:2]) == 40
+
+
 def test_two_fields_are_prepared_side_by_side(tmp_path):
     lines = [json.dumps({"q": f"question {i}", "a": f"answer {i}"}) for i in range(50)]
     _write(tmp_path / "a.jsonl", "\n".join(lines))

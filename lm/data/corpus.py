@@ -26,6 +26,8 @@ class Corpus:
     validation_fraction: 0 makes no validation store.
     split: "hash" sends whole documents by a hash of their id, "tail" the last characters of each
       document, for a corpus of few documents.
+    fold: (i, n) holds out the documents whose hash falls into the i-th of n equal parts, in place
+      of those below the fraction; so every document is held out in one of the n folds.
     """
 
     data: Sequence[str]
@@ -33,6 +35,7 @@ class Corpus:
     separator: str = ""
     validation_fraction: float = 0.05
     split: str = "hash"
+    fold: tuple[int, int] | None = None
     tfds_split: str = "train"
     tfds_data_dir: str | None = None
     tfds_download: bool = False
@@ -48,6 +51,14 @@ class Corpus:
             )
         if self.split not in ("hash", "tail"):
             raise ValueError(f"split {self.split!r} must be hash or tail")
+        if self.fold is not None:
+            index, count = self.fold
+            if not 0 <= index < count or count < 2:
+                raise ValueError(f"fold {index} of {count}: there are at least two, from 0 on")
+            if self.split != "hash" or not self.validation_fraction:
+                raise ValueError(
+                    "folds are of documents by their hash, and need a validation store"
+                )
         if self.split == "tail" and len(self.columns) > 1:
             raise ValueError(
                 "split tail cuts a text in two: it cannot keep several fields together"
@@ -84,9 +95,13 @@ class Corpus:
 
     def split_of(self, document_id: str) -> str:
         """Returns the split of a whole document: a pure function of its id."""
-        if self.split == "hash" and held_out(document_id, self.validation_fraction):
-            return "validation"
-        return "train"
+        if self.fold is not None:
+            index, count = self.fold
+            below = held_out(document_id, index / count)
+            is_held_out = held_out(document_id, (index + 1) / count) and not below
+        else:
+            is_held_out = self.split == "hash" and held_out(document_id, self.validation_fraction)
+        return "validation" if is_held_out else "train"
 
 
 def held_out(key: str, fraction: float) -> bool:

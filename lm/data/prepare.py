@@ -102,6 +102,7 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
         "separator": corpus.separator,
         "validation_fraction": corpus.validation_fraction,
         "split": corpus.split,
+        "fold": None if corpus.fold is None else list(corpus.fold),
         "num_units": len(units),
         "num_source_bytes": sum(unit.size for part in parts for _, unit in part),
         "units": hashlib.sha256(json.dumps(units).encode()).hexdigest(),
