@@ -11,7 +11,8 @@ All follows from the depth and the tokens:
   55 thousand at depth 2 and 1.5 million at depth 6. Parameters are counted without embeddings;
 - a batch of about 0.8 * sqrt(tokens) tokens, a power of two of rows: the critical batch grows with
   the tokens, not with the model (arXiv:2410.21676);
-- a learning rate of 4e-3 at width 64, and inversely proportional to the width;
+- a learning rate of 5e-3 and initial weights as at 2 layers of width 48, and at all other sizes
+  what the maximal-update parametrization makes of them (lm/parametrization.py);
 - warm-up, a stable learning rate, and a decay to nothing over the last fifth (arXiv:2404.06395). So
   runs of the same batch and different lengths share all steps before their decay, and
   `scripts/ladder.py` trains one long run and several cool-downs from its checkpoints.
@@ -33,7 +34,7 @@ WIDTH_PER_LAYER = 24
 TOKENS_PER_PARAMETER = 20.0
 LENGTH = 256
 BATCH = 0.8  # tokens of a batch, in roots of the run's tokens
-BASE_WIDTH, BASE_LEARNING_RATE = 64, 4e-3
+BASE_DEPTH, LEARNING_RATE = 2, 5e-3
 
 
 def get_config(arg=None):
@@ -49,7 +50,11 @@ def get_config(arg=None):
     model.activation = "relu2"
     model.qk_norm = True
     model.tie_embeddings = False
-    model.init_std = None  # fan_in ** -0.5, whatever the width
+    model.init_std = None  # fan_in ** -0.5 at the base
+    model.parametrization = "mup"
+    model.base_num_layers = BASE_DEPTH
+    model.base_embed_dim = BASE_DEPTH * WIDTH_PER_LAYER
+    model.base_head_dim = WIDTH_PER_LAYER
     model.scan_unroll = -1 if depth <= 8 else 1  # a loop costs a CPU a tenth of the speed
 
     shape = resolve(config).model
@@ -72,7 +77,7 @@ def get_config(arg=None):
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.learning_rate = BASE_LEARNING_RATE * BASE_WIDTH / model.embed_dim
+    optimizer.learning_rate = LEARNING_RATE
     optimizer.b2 = 0.99
     optimizer.weight_decay = 0.0
     optimizer.schedule.kind = "wsd"

@@ -9,6 +9,7 @@ with a dot is imported as it is, so that a component may live outside of this pr
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -189,6 +190,7 @@ class CheckpointConfig:
     every_seconds: float = field(0.0, "Also save when this many seconds have passed; 0: never.")
     keep_last: int = field(2, "Newest checkpoints to keep.")
     keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.")
+    at: tuple[int, ...] = field((), "Steps to save at and to keep, where other runs branch off.")
     allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
     verify: bool = field(True, "Check every bit after a save, from its files, and after a restore.")
 
@@ -367,6 +369,36 @@ def from_json(text: str) -> ml_collections.ConfigDict:
         with node.ignore_type():
             node[last] = _tuples(value)
     return config
+
+
+def assign(config: ml_collections.ConfigDict, setting: str) -> None:
+    """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… would.
+
+    Raises:
+        ValueError: no such key, or a value of another type.
+    """
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise ValueError(f"{setting!r} is not KEY=VALUE")
+    path = path.removeprefix("config.")
+    *sections, last = path.split(".")
+    node: Any = config
+    for depth, key in enumerate([*sections, last]):
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise ValueError(f"config.{'.'.join(sections[:depth])} is a value and has no keys")
+        _check_keys({key: None}, set(node.keys()), ".".join(["config", *sections[:depth]]))
+        node = node[key] if depth < len(sections) else node
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    if isinstance(node[last], str):
+        value = text
+    try:
+        node[last] = _tuples(value)
+    except TypeError:
+        kind = type(node[last]).__name__
+        raise ValueError(f"config.{path} must be {kind}, got {text!r}") from None
 
 
 def changed(

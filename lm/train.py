@@ -127,7 +127,8 @@ def _steps(run: Run, state: TrainState) -> Any:
             run.flush()
             with phases("evaluate"):
                 run.evaluate(state, done)
-        if vote.signal or vote.save or _due(done, c.checkpoint.every, num_steps):
+        save_due = done in c.checkpoint.at or _due(done, c.checkpoint.every, num_steps)
+        if vote.signal or vote.save or save_due:
             run.flush()
             with phases("save"):
                 run.save(state)

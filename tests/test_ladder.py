@@ -50,3 +50,24 @@ def test_tokens_and_batch_follow_the_parameters(ladder):
 def test_an_argument_that_is_no_size_is_refused(ladder, arg):
     with pytest.raises(ValueError, match=f"configs/ladder.py:{arg}"):
         ladder.get_config(arg)
+
+
+def test_cool_downs_leave_the_long_run_where_their_decay_begins(ladder, tmp_path):
+    path = Path(__file__).parents[1] / "scripts" / "ladder.py"
+    spec = importlib.util.spec_from_file_location("ladder_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    runs = script.plan(ladder.get_config("3:40"), "3:40", (0.25, 0.5), tmp_path)
+    (name, whole), *others = runs
+    steps = whole.train.num_steps
+    assert name == f"3-40-{steps}" and whole.checkpoint.at == tuple(
+        config.init.step for _, config in reversed(others)
+    )
+    assert [c.train.num_steps for _, c in others] == [round(steps / 2), round(steps / 4)]
+    for _, config in others:
+        assert config.init.branch_from == str(tmp_path / name)
+        assert config.init.step + config.optimizer.schedule.decay_steps == config.train.num_steps
+        fifth = config.train.num_steps / 5
+        assert config.optimizer.schedule.decay_steps == pytest.approx(fifth, abs=1)
+        assert config.optimizer.schedule.warmup_steps == whole.optimizer.schedule.warmup_steps
+        assert config.data == whole.data

@@ -213,7 +213,7 @@ class Checkpoints:
             self._delete_old(step)
 
     def _delete_old(self, newest: int) -> None:
-        """Deletes what neither keep_last nor keep_every wants, now that `newest` is good."""
+        """Deletes what none of keep_last, keep_every and at wants, now that `newest` is good."""
         old = [step for step in self.steps() if step < newest]
         good = [
             step
@@ -223,6 +223,7 @@ class Checkpoints:
         keep = set(good[max(0, len(good) - self._config.keep_last + 1) :])
         if every := self._config.keep_every:
             keep |= {step for step in old if step % every == 0}
+        keep |= set(self._config.at)
         for step in old:
             if step not in keep:
                 stored.delete(self.directory / str(step))

@@ -1,0 +1,107 @@
+"""What the folder of a run says about it, as a row of a table; and tables of such rows.
+
+The columns are those that lm/scaling.py fits: parameters with and without embeddings (lm/flops.py
+counts them), tokens trained on, FLOPs of training, and the final loss on the validation stores in
+nats per token.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm import config as configs
+from lm import flops, ledger, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A run and its evaluation after `step` steps."""
+
+    run: str
+    parameters: int
+    non_embedding_parameters: int
+    tokens: int
+    flops: float
+    loss: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+    step: int
+
+
+COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "step")
+
+
+def read(workdir: str, name: str | None = None) -> Result | None:
+    """The result of a run, of its last evaluation; None before its first.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run: there is no config.json in it")
+    config = configs.resolve(configs.from_json(path.read_text()))
+    records = metrics.read(workdir)
+    evals = [r for r in records if r["kind"] == "eval"]
+    if not evals:
+        return None
+    step = evals[-1]["step"]
+    last = [r for r in evals if r["step"] == step]
+    scored = sum(r["tokens"] for r in last)
+    loss = sum(r["loss"] * r["tokens"] for r in last) / scored
+    trained = next(r for r in reversed(records) if r["kind"] == "train" and r["step"] == step)
+    tokens = int(trained["tokens_seen"])
+    count = flops.parameters(config.model)
+    data = config.data
+    per_token = flops.flops_per_token(config.model, data.length, data.encoder_length)
+    entry = ledger.read(workdir)[-1]
+    return Result(
+        run=name or Path(workdir).name,
+        parameters=count.total,
+        non_embedding_parameters=count.non_embedding,
+        tokens=tokens,
+        flops=tokens * per_token,
+        loss=loss,
+        learning_rate=config.optimizer.learning_rate,
+        batch_size=(entry["filled"] + entry["padding"]) // data.length,
+        seed=config.seed,
+        step=step,
+    )
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The columns of the table, one row for each result."""
+    return [{name: getattr(result, name) for name in COLUMNS} for result in results]
+
+
+def write(path: str | Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same keys as CSV, or as lines of JSON where the name ends with .jsonl;
+    the file is there whole or as it was.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in table)
+    else:
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, table[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _text(value) for key, value in row.items()} for row in table)
+        text = lines.getvalue()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.parent / (path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def _text(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,0 +1,130 @@
+"""Train a ladder: for each size a long run, and cool-downs from its checkpoints for other lengths.
+
+    python scripts/ladder.py --sizes=isoflop:4e11:2,isoflop:4e11:3 --fractions=0.25,0.5 \\
+        --workdir=runs/ladder --out=docs/ladder.csv
+
+Sizes are arguments of --config. A run of each fraction of the long run's steps shares all steps
+with it up to its own decay, so only the decay is trained, and the result is bit for bit that of a
+run of its own (lm/branch.py): with a decay of a fifth, fractions of a quarter, 0.4 and 0.63 cost
+0.26 of a long run and not 1.28. The schedule must be wsd.
+
+Flags --config.KEY=VALUE go to all runs. The same command, run again, goes on where it was; sizes
+may be trained by different machines. --out gets a row for each finished run below --workdir;
+lm/scaling.py fits it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    import jax
+
+    from lm import config as configs
+    from lm import results
+    from lm.train import train
+
+    args, settings = _flags()
+    root = Path(args.workdir)
+    get_config = runpy.run_path(args.config)["get_config"]
+    runs = []
+    for size in args.sizes.split(","):
+        config = get_config(size)
+        for setting in settings:
+            configs.assign(config, setting.removeprefix("--"))
+        runs += plan(config, size, args.fractions, root)
+    for name, config in runs:
+        folder = root / name
+        if is_finished(folder, config.train.num_steps):
+            continue
+        print(f"\n{name}: {config.train.num_steps} steps", flush=True)
+        if code := train(config, str(folder), jax.devices()):
+            return code
+    folders = sorted(path.parent for path in root.glob("*/config.json"))
+    table = [results.read(str(path)) for path in folders if is_finished(path, _length(path))]
+    out = args.out or root / "ladder.csv"
+    results.write(out, results.rows([result for result in table if result is not None]))
+    print(f"\n{len(table)} runs in {out}")
+    return 0
+
+
+def _flags() -> tuple[argparse.Namespace, list[str]]:
+    """(flags of the ladder, flags --config.KEY=VALUE for all runs)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", default="configs/ladder.py", help="a file with get_config(size)")
+    add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")
+    add("--fractions", type=_fractions, default=(0.25, 0.5), help="lengths of the other runs")
+    add("--workdir", required=True, help="folder of the runs' folders")
+    add("--out", help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)")
+    args, rest = parser.parse_known_args()
+    for flag in rest:
+        if not flag.startswith("--config.") or "=" not in flag:
+            parser.error(f"unrecognized argument {flag}; flags of all runs are --config.KEY=VALUE")
+    return args, rest
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    values = tuple(sorted(map(float, text.split(","))))
+    if not 0 < values[0] <= values[-1] < 1:
+        raise argparse.ArgumentTypeError("fractions are between 0 and 1")
+    return values
+
+
+def plan(config: Any, size: str, fractions: Sequence[float], root: Path) -> list[tuple[str, Any]]:
+    """[(name, config)] of the long run of a size, and of its cool-downs."""
+    schedule, steps = config.optimizer.schedule, config.train.num_steps
+    if schedule.kind != "wsd" or steps is None:
+        raise ValueError(
+            f"--sizes={size}: cool-downs need config.optimizer.schedule.kind=wsd "
+            f"({schedule.kind}) and config.train.num_steps ({steps})"
+        )
+    share = 0.2 if schedule.decay_steps is None else schedule.decay_steps / steps
+    lengths = [*(round(steps * fraction) for fraction in fractions), steps]
+    decays = [max(1, round(share * length)) for length in lengths]
+    starts = [length - decay for length, decay in zip(lengths, decays, strict=True)]
+    name = size.replace(":", "-")
+    runs = []
+    for length, decay, start in reversed(list(zip(lengths, decays, starts, strict=True))):
+        mine = config.copy_and_resolve_references()
+        mine.train.num_steps = length
+        mine.optimizer.schedule.decay_steps = decay
+        if length == steps:
+            mine.checkpoint.at = tuple(starts[:-1])
+        else:
+            mine.init.branch_from, mine.init.step = str(root / f"{name}-{steps}"), start
+        runs.append((f"{name}-{length}", mine))
+    return runs
+
+
+def is_finished(folder: Path, num_steps: int | None) -> bool:
+    """Whether the folder has the final evaluation of a run of so many steps."""
+    from lm import results
+
+    if not (folder / "config.json").exists():
+        return False
+    result = results.read(str(folder))
+    return result is not None and result.step == num_steps
+
+
+def _length(folder: Path) -> int | None:
+    from lm import config as configs
+
+    config = configs.resolve(configs.from_json((folder / "config.json").read_text()))
+    return config.train.num_steps
+
+
+if __name__ == "__main__":
+    runtime.run(main)
