@@ -1,0 +1,142 @@
+"""A search that learns from its runs: Optuna proposes points, and stops runs without hope.
+
+Points come from a tree-structured Parzen estimator (Bergstra et al. 2011), seeded for each trial,
+so that with one slot the search is a function of its flags. A run is stopped when its loss at an
+evaluation is above the median of the earlier runs' at the same step. What is known lies in
+ROOT/study.log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm import metrics, results
+from lm.sweep import pool, space
+from lm.sweep.pool import Outcome, Run
+from lm.sweep.space import Axis, Choice
+
+STARTUP = 4  # runs at random points, and without pruning, before there is something to learn from
+NUMBER = "number"
+
+
+class Search:
+    """The trials of a study of `count`, kept below `root`."""
+
+    def __init__(
+        self, root: Path, axes: Sequence[Axis], count: int, seed: int, config: str, settings: Any
+    ) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        root.mkdir(parents=True, exist_ok=True)
+        self._optuna, self._root, self._axes = optuna, root, axes
+        self._count, self._seed, self._config, self._settings = count, seed, config, settings
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "study.log")))
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name="sweep",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        )
+        self._seen: dict[str, int] = {}  # run -> size of its metrics when last read
+
+    def runs(self) -> Iterator[Run | None]:
+        """The trials: first those that had been proposed already."""
+        for trial in self._study.trials:
+            yield self._run(trial.number, self._point(self._trial(trial.number)))
+        while len(self._study.trials) < self._count:
+            number = len(self._study.trials)
+            self._study.sampler = self._optuna.samplers.TPESampler(
+                n_startup_trials=STARTUP,
+                seed=1_000_003 * self._seed + number,
+                constant_liar=True,
+            )
+            trial = self._study.ask()
+            yield self._run(trial.number, self._point(trial))
+
+    def _trial(self, number: int) -> Any:
+        """A trial that was asked for, perhaps by an earlier process."""
+        frozen = self._study.trials[number]
+        return self._optuna.trial.Trial(self._study, frozen._trial_id)
+
+    def _point(self, trial: Any) -> dict[str, Any]:
+        """The values of a trial; those that it has already stay."""
+        point = {}
+        for axis in self._axes:
+            if isinstance(axis, Choice):
+                index = trial.suggest_categorical(axis.key, list(range(len(axis.values))))
+                point[axis.key] = axis.values[index]
+            elif axis.is_whole:
+                point[axis.key] = trial.suggest_int(
+                    axis.key, int(axis.low), int(axis.high), log=axis.log
+                )
+            else:
+                value = trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
+                point[axis.key] = space.round_off(value)
+        return point
+
+    def _run(self, number: int, point: dict[str, Any]) -> Run:
+        name = f"{number:03d}-{space.name(point)}"
+        return Run(name, point, space.arguments(self._config, point, self._settings))
+
+    def is_hopeless(self, run: Run) -> bool:
+        """Tells the study of new evaluations of a run; whether it is to be stopped."""
+        path = self._root / run.name / metrics.METRICS_FILE
+        size = path.stat().st_size if path.exists() else 0
+        if size == self._seen.get(run.name, 0):
+            return False
+        self._seen[run.name] = size
+        return bool(self._report(run).should_prune())
+
+    def _report(self, run: Run) -> Any:
+        """The trial of a run, which the study now knows all evaluations of."""
+        number = _number(run)
+        known, trial = self._study.trials[number].intermediate_values, self._trial(number)
+        for step, loss in _losses(str(self._root / run.name)).items():
+            if step not in known:
+                trial.report(loss, step)
+        return trial
+
+    def ended(self, run: Run, outcome: Outcome) -> None:
+        """Tells the study what came of a run."""
+        loss = math.nan
+        if outcome.status == pool.FINISHED:
+            result = results.read(str(self._root / run.name))
+            if result is None:
+                raise ValueError(
+                    f"{run.name} has no evaluation to compare: set config.data.validation"
+                )
+            loss = result.loss
+            if not self._study.trials[_number(run)].state.is_finished():
+                self._report(run)  # the median is taken over those that finished
+        self.tell(_number(run), outcome.status, loss)
+
+    def tell(self, number: int, status: str, loss: float) -> None:
+        """Ends a trial, if it has not ended yet; a diverged one is worse than all others."""
+        states = self._optuna.trial.TrialState
+        if self._study.trials[number].state.is_finished():
+            return
+        if status == pool.FINISHED:
+            self._study.tell(number, loss)
+        elif status == pool.DIVERGED:
+            self._study.tell(number, math.inf)
+        else:
+            pruned = status == pool.PRUNED
+            self._study.tell(number, state=states.PRUNED if pruned else states.FAIL)
+
+
+def _number(run: Run) -> int:
+    return int(run.name.split("-")[0])
+
+
+def _losses(workdir: str) -> dict[int, float]:
+    """Step -> mean loss over the validation stores."""
+    found: dict[int, list[float]] = {}
+    for r in metrics.read(workdir):
+        if r["kind"] == "eval":
+            found.setdefault(r["step"], []).append(r["loss"])
+    return {step: sum(losses) / len(losses) for step, losses in found.items()}

@@ -1,0 +1,190 @@
+"""Runs as processes of this machine, a few at a time, whatever happens to them or to the sweep.
+
+    ROOT/NAME/              the folder of a run, as scripts/train.py makes it, and in it
+              log.txt       what it printed
+              outcome.json  how it ended; not there while it may go on
+              lock          held by the process of the run for as long as it lives
+
+A killed sweep leaves its runs alive. The next one waits for them at their locks, so that no run is
+ever done by two processes; and since a run goes on where its last checkpoint is, none is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lm.exits import Exit
+from lm.guard import StopSignals
+
+OUTCOME_FILE = "outcome.json"
+FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
+# The codes of scripts/train.py after which the same command may go on; also those of a crash.
+AGAIN = (Exit.HUNG, Exit.PEER_LOST, Exit.TERMINATED, 134, 137, 139)
+RETRIES = 2
+PAUSE = 0.2  # seconds between looks at the processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep: its place in the space, and the flags of scripts/train.py for it."""
+
+    name: str
+    point: dict[str, Any]
+    arguments: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended; message: the last that it said, where that was no success."""
+
+    status: str
+    code: int
+    message: str = ""
+
+
+def read_outcome(root: Path, name: str) -> Outcome | None:
+    """How a run ended, None if it has not."""
+    path = root / name / OUTCOME_FILE
+    return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+
+def record(root: Path, name: str, outcome: Outcome) -> None:
+    new = root / name / (OUTCOME_FILE + ".new")
+    new.write_text(json.dumps(dataclasses.asdict(outcome)) + "\n")
+    new.replace(root / name / OUTCOME_FILE)
+
+
+class _Active:
+    """A run that has a slot: waiting for its lock, or with a process."""
+
+    def __init__(self, root: Path, run: Run) -> None:
+        self.run, self.folder = run, root / run.name
+        self.process: subprocess.Popen[bytes] | None = None
+        self.tries, self.is_pruned, self.told = 0, False, False
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, command: list[str]) -> bool:
+        """Starts the process, if no other one has the run."""
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            with (self.folder / "log.txt").open("ab") as log:
+                self.process = subprocess.Popen(
+                    [*command, *self.run.arguments, f"--workdir={self.folder}"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock.fileno()],  # the lock lives as long as the process
+                    start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
+                )
+        self.tries += 1
+        return True
+
+    @property
+    def code(self) -> int | None:
+        """The exit code as a shell shows it."""
+        code = self.process.poll() if self.process is not None else None
+        return 128 - code if code is not None and code < 0 else code
+
+    def terminate(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
+
+    def outcome(self, code: int) -> Outcome | None:
+        """How the run ended; None if it is to be started again."""
+        if code == Exit.SUCCESS:
+            return Outcome(FINISHED, code)
+        if self.is_pruned:
+            return Outcome(PRUNED, code)
+        if code in AGAIN and self.tries <= RETRIES:
+            return None
+        status = DIVERGED if code == Exit.DIVERGED else FAILED
+        with (self.folder / "log.txt").open("rb") as log:
+            return Outcome(status, code, last_words(log))
+
+
+def last_words(log: IO[bytes]) -> str:
+    """The last line with an error, else the last line."""
+    log.seek(max(0, os.fstat(log.fileno()).st_size - 20_000))
+    lines = [x for x in log.read().decode(errors="replace").splitlines() if x.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1].removeprefix("error: ")
+
+
+def run_all(
+    root: Path,
+    runs: Iterator[Run | None],
+    *,
+    slots: int,
+    ended: Callable[[Run, Outcome], Any] = lambda run, outcome: None,
+    is_hopeless: Callable[[Run], bool] = lambda run: False,
+    command: list[str] | None = None,
+    say: Callable[[str], Any] = print,
+) -> signal.Signals | None:
+    """Does all runs, `slots` at a time; returns the signal that ended it early.
+
+    runs: in the order in which they start; None means: not yet, ask again. ended: is told of every
+    run with an outcome, old or new. is_hopeless: a run to stop, asked again and again.
+    """
+    command = command or [sys.executable, "scripts/train.py"]
+    active: list[_Active] = []
+    is_over = False
+    with StopSignals() as signals:
+        while not signals.received and (active or not is_over):
+            while not is_over and len(active) < slots:
+                run = next(runs, runs)
+                if run is runs:
+                    is_over = True
+                    break
+                if not isinstance(run, Run):
+                    break
+                if (outcome := read_outcome(root, run.name)) is not None:
+                    ended(run, outcome)
+                    continue
+                active.append(_Active(root, run))
+            for one in [*active]:
+                if (outcome := _look(one, command, is_hopeless, say)) is not None:
+                    record(root, one.run.name, outcome)
+                    active.remove(one)
+                    ended(one.run, outcome)
+            time.sleep(PAUSE)
+        for one in active:
+            one.terminate()
+        for one in active:
+            if one.process is not None:
+                one.process.wait()
+    return signals.received
+
+
+def _look(
+    one: _Active, command: list[str], is_hopeless: Callable[[Run], bool], say: Callable[[str], Any]
+) -> Outcome | None:
+    """Starts a run that has no process yet, or looks at the one that it has."""
+    if one.process is None:
+        if not one.start(command) and not one.told:
+            say(f"{one.run.name}: runs already, from an earlier sweep; waiting for it")
+            one.told = True
+        return None
+    if (code := one.code) is not None:
+        if (outcome := one.outcome(code)) is None:
+            say(f"{one.run.name}: exit code {code}; started again")
+            one.process = None
+        return outcome
+    if not one.is_pruned and is_hopeless(one.run):
+        one.is_pruned = True
+        one.terminate()
+    return None

@@ -1,0 +1,184 @@
+"""Which values a sweep tries: axes of config keys, their grid, and random points.
+
+optimizer.learning_rate=1e-3,2e-3,4e-3      these
+optimizer.learning_rate=1e-4..1e-2:log      a range, even in the logarithm
+model.num_layers=2..8                       a range of whole numbers
+config=configs/ladder.py:2,configs/ladder.py:3   the key `config` is the file itself
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CONFIG = "config"  # the axis that is no key of a config, but the config's file
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A key and the values that it may have."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    def sample(self, rng: np.random.Generator) -> Any:
+        return self.values[int(rng.integers(len(self.values)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A key and the least and largest value that it may have, whole numbers if both are."""
+
+    key: str
+    low: float
+    high: float
+    log: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def sample(self, rng: np.random.Generator) -> Any:
+        if not self.log:
+            if self.is_whole:
+                return int(rng.integers(int(self.low), int(self.high) + 1))
+            return round_off(float(rng.uniform(self.low, self.high)))
+        # each whole number has the part of the logarithm that rounds to it
+        margin = 0.5 if self.is_whole else 0.0
+        x = math.exp(rng.uniform(math.log(self.low - margin), math.log(self.high + margin)))
+        return round(min(max(x, self.low), self.high)) if self.is_whole else round_off(x)
+
+
+Axis = Choice | Range
+Point = dict[str, Any]
+
+
+def round_off(x: float) -> float:
+    """Four digits: what is not told apart need not be written down."""
+    return float(f"{x:.4g}")
+
+
+def parse(text: str) -> Axis:
+    """The axis that KEY=VALUES names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    key, equals, values = text.partition("=")
+    key = key if key == CONFIG else key.removeprefix("config.")
+    if not (key and equals and values):
+        raise ValueError(f"{text!r} is not KEY=VALUE,VALUE or KEY=LOW..HIGH[:log]")
+    span, _, scale = values.partition(":")
+    low, dots, high = span.partition("..")
+    if dots and key != CONFIG:
+        limits = (_value(low), _value(high))
+        if not all(isinstance(x, int | float) for x in limits) or limits[0] >= limits[1]:
+            raise ValueError(f"{text!r}: a range is LOW..HIGH, numbers, the lower one first")
+        if scale not in ("", "log"):
+            raise ValueError(f"{text!r}: a range is even, or :log; not {scale!r}")
+        if scale == "log" and limits[0] <= 0:
+            raise ValueError(f"{text!r}: the logarithm needs a positive LOW, got {low}")
+        return Range(key, *limits, log=scale == "log")
+    found = tuple(_value(part) if key != CONFIG else part for part in _split(values))
+    if len(set(map(repr, found))) < len(found):
+        raise ValueError(f"{text!r} has a value twice")
+    return Choice(key, found)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def check_keys(axes: Sequence[Axis]) -> None:
+    """Raises ValueError where two axes have the same key."""
+    keys = [axis.key for axis in axes]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"two axes are of the key {key}")
+
+
+def grid(axes: Sequence[Axis]) -> list[Point]:
+    """Every combination of the values; one empty point without axes.
+
+    Raises:
+        ValueError: an axis is a range.
+    """
+    for axis in axes:
+        if isinstance(axis, Range):
+            raise ValueError(f"a grid needs the values of {axis.key}, not a range")
+    keys = [axis.key for axis in axes]
+    values = [axis.values for axis in axes if isinstance(axis, Choice)]
+    return [dict(zip(keys, point, strict=True)) for point in itertools.product(*values)]
+
+
+def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
+    """`count` different points; the first n are the same for every larger count.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    points: list[Point] = []
+    for index in range(100 * count):
+        rng = np.random.default_rng([seed, index])
+        point = {axis.key: axis.sample(rng) for axis in axes}
+        if point not in points:
+            points.append(point)
+        if len(points) == count:
+            return points
+    raise ValueError(f"only {len(points)} of {count} random points differ: give a larger space")
+
+
+def product(points: Sequence[Point], seeds: int, folds: int) -> Iterator[Point]:
+    """Every point with each seed and fold (keys `seed` and `fold`), where there are several."""
+    for point in points:
+        for fold in range(folds) if folds > 1 else [None]:
+            for seed in range(seeds) if seeds > 1 else [None]:
+                extra = {"fold": fold, "seed": seed}
+                yield point | {key: value for key, value in extra.items() if value is not None}
+
+
+def labels(keys: Sequence[str]) -> dict[str, str]:
+    """Short names of keys: as many of their last parts as tell them apart."""
+    short = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        others = [f".{k}" for k in keys if k != key]
+        short[key] = next(t for t in tails if not any(k.endswith(f".{t}") for k in others))
+    return short
+
+
+def name(point: Mapping[str, Any]) -> str:
+    """What the folder of a point is called."""
+    short = labels(list(point))
+    text = ",".join(f"{short[key]}={value}" for key, value in point.items()) or "run"
+    return "".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in text)
+
+
+def arguments(config: str, point: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
+    """The flags of scripts/train.py for a point; `{fold}` in the settings becomes its fold."""
+    fold = point.get("fold")
+    given = [s if fold is None else s.replace("{fold}", str(fold)) for s in settings]
+    own = [f"--config.{k}={v}" for k, v in point.items() if k not in (CONFIG, "fold")]
+    return [f"--config={point.get(CONFIG, config)}", *given, *own]

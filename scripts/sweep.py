@@ -1,0 +1,174 @@
+"""Train many runs of a config: a grid, random points, or a search that learns from its runs.
+
+    python scripts/sweep.py --config=configs/smoke.py --workdir=runs/rates --slots=2 \\
+        --grid=optimizer.learning_rate=1e-3,3e-3,1e-2 --seeds=3
+    python scripts/sweep.py --config=configs/tiny.py --workdir=runs/search --adaptive=30 \\
+        --range=optimizer.learning_rate=1e-4..1e-1:log --range=model.num_layers=2..6 \\
+        --config.train.eval_every=100
+    python scripts/sweep.py --config=configs/tiny.py --workdir=runs/widths --write=slurm \\
+        --grid=config=configs/ladder.py:2,configs/ladder.py:3
+
+Any key of the config can be an axis; the key `config` is the config's file. Flags
+--config.KEY=VALUE go to all runs. With --seeds or --folds every point is done several times;
+`{fold}` in a flag becomes the number of the fold (`scripts/prepare_data.py --folds=5` makes stores
+for five).
+
+Every run has a folder below --workdir, with a log. The same command, run again after whatever
+happened, does what is left: finished runs are kept, interrupted ones go on. Failed and diverged
+runs are recorded as such, and the sweep goes on without them. It ends with sweep.csv and
+sweep.jsonl, a ranking and sweep.png. Its exit code is 1 if runs failed; a diverged one is a result.
+
+--write=slurm and --write=tpu_vm write the commands for a cluster instead of running them;
+afterwards the same command without --write finds what is finished, and ends with the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lm import runtime
+
+
+def main() -> int:
+    from lm.guard import STOPS
+    from lm.sweep import cluster, pool, space
+    from lm.sweep.adaptive import Search
+    from lm.sweep.pool import Outcome, Run
+
+    args, settings = _flags()
+    root = Path(args.workdir)
+    grid = [space.parse(text) for text in args.grid]
+    ranges = [space.parse(text) for text in args.range]
+    space.check_keys([*grid, *ranges])
+    if bool(ranges) != bool(args.random or args.adaptive) or (args.random and args.adaptive):
+        raise ValueError("--range needs one of --random=COUNT and --adaptive=COUNT, and they it")
+    if args.adaptive and (grid or args.seeds > 1 or args.folds > 1 or args.write):
+        raise ValueError(
+            "--adaptive chooses its runs one by one: give all axes as --range, and repeat the best "
+            "with --grid and --seeds or --folds; it writes no commands for a cluster"
+        )
+    if args.folds > 1 and not any("{fold}" in setting for setting in settings):
+        raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
+    _claim(root, args, settings)
+
+    search: Search | None = None
+    if args.adaptive:
+        seed = args.search_seed
+        search = Search(root, ranges, args.adaptive, seed, args.config, settings)
+        runs, source = [], search.runs()
+    else:
+        points = space.grid(grid)
+        if args.random:
+            found = space.random_points(ranges, args.random, args.search_seed)
+            points = [point | more for point in points for more in found]
+        points = list(space.product(points, args.seeds, args.folds))
+        runs = [Run(space.name(p), p, space.arguments(args.config, p, settings)) for p in points]
+        source = iter(runs)
+    if args.write:
+        write = {"slurm": cluster.write_slurm, "tpu_vm": cluster.write_tpu_vm}[args.write]
+        print(f"{len(runs)} runs in {write(root, runs, args.slots)}")
+        return 0
+
+    done: list[Run] = []
+
+    def ended(run: Run, outcome: Outcome) -> None:
+        done.append(run)
+        if search is not None:
+            search.ended(run, outcome)
+        total = len(runs) or args.adaptive
+        print(f"[{len(done)}/{total}] {run.name}: {outcome.status} {outcome.message}", flush=True)
+
+    def is_hopeless(run: Run) -> bool:
+        return search is not None and search.is_hopeless(run)
+
+    stopped = pool.run_all(root, source, slots=args.slots, ended=ended, is_hopeless=is_hopeless)
+    failed = _finish(root, sorted(done, key=lambda run: run.name) if search else runs)
+    if stopped is not None:
+        print(f"{stopped.name}: the same command goes on")
+        return STOPS[stopped]
+    return 1 if failed else 0
+
+
+def _flags() -> tuple[argparse.Namespace, list[str]]:
+    """(flags of the sweep, flags --config.KEY=VALUE for all runs)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="a file with get_config(arg), as FILE or FILE:ARG")
+    add("--workdir", required=True, help="folder of the sweep; one folder below it for each run")
+    add("--grid", action="append", default=[], metavar="KEY=A,B", help="values of a key")
+    add(
+        "--range",
+        action="append",
+        default=[],
+        metavar="KEY=LOW..HIGH[:log]",
+        help="limits of a key, or KEY=A,B, for --random and --adaptive",
+    )
+    add("--random", type=int, metavar="N", help="N random points of the ranges, for each of a grid")
+    add("--adaptive", type=int, metavar="N", help="N runs, each chosen by what is known by then")
+    add("--search-seed", type=int, default=0, help="of --random and --adaptive (default: 0)")
+    add("--seeds", type=int, default=1, help="runs of each point, with config.seed 0 and up")
+    add("--folds", type=int, default=1, help="runs of each point, one for each fold")
+    add("--slots", type=int, default=1, help="runs at a time (default: 1)")
+    add("--write", choices=("slurm", "tpu_vm"), help="write commands for a cluster instead")
+    args, rest = parser.parse_known_args()
+    for flag in rest:
+        if not flag.startswith("--config.") or "=" not in flag:
+            parser.error(f"unrecognized argument {flag}; flags of all runs are --config.KEY=VALUE")
+    if min(args.seeds, args.folds, args.slots) < 1:
+        parser.error("--seeds, --folds and --slots must be at least 1")
+    return args, rest
+
+
+def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> None:
+    """Writes ROOT/sweep.json, or checks that the folder is that of the same sweep.
+
+    Raises:
+        ValueError: it is that of another one.
+    """
+    shared = ("config", "adaptive", "search_seed")
+    spec: dict[str, Any] = {name: getattr(args, name) for name in shared}
+    spec |= {"range": args.range if args.adaptive else [], "settings": list(settings)}
+    path = root / "sweep.json"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(spec, indent=2) + "\n")
+    found = json.loads(path.read_text())
+    lines = [f"{key}: {found[key]!r} -> {spec[key]!r}" for key in spec if found[key] != spec[key]]
+    if lines:
+        raise ValueError(
+            f"{root} holds another sweep; use another --workdir (more values, points, seeds or "
+            "folds may be added to this one):\n  " + "\n  ".join(lines)
+        )
+
+
+def _finish(root: Path, runs: Sequence[Any]) -> bool:
+    """Writes the tables and the picture, and prints the ranking; whether runs failed."""
+    from lm import results
+    from lm.sweep import pool, report
+
+    if not runs:
+        return False
+    table = report.collect(root, runs)
+    for name in ("sweep.csv", "sweep.jsonl"):
+        results.write(root / name, table)
+    ranks = report.rank(runs, table)
+    print("\n" + report.ranking(ranks) + "\n\n" + report.summary(table))
+    files = "sweep.csv, sweep.jsonl"
+    if any(r.losses for r in ranks):
+        report.plot(ranks, root / "sweep.png")
+        files += ", sweep.png"
+    print(f"{files} in {root}")
+    return any(row["status"] == pool.FAILED for row in table)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,279 @@
+"""Sweeps: which runs there are, that each is done once whatever is killed, and what is reported."""
+
+import csv
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lm import config as configs
+from lm import ledger, metrics
+from lm.sweep import cluster, pool, report, space
+from lm.sweep.adaptive import Search
+from lm.sweep.pool import Run
+
+ROOT = pathlib.Path(__file__).parent.parent
+RATE = "optimizer.learning_rate"
+
+
+# ---- the space ----
+
+
+def test_axes_are_read_as_values_and_ranges():
+    parse = space.parse
+    assert parse("config.a.b=1,2.5,x") == space.Choice("a.b", (1, 2.5, "x"))
+    assert parse("a=(1,2),(3,4)").values == ((1, 2), (3, 4))
+    assert parse("a=1e-4..1:log") == space.Range("a", 1e-4, 1, True)
+    assert parse("a=2..6").is_whole and not parse("a=2..6.0").is_whole
+    assert parse("config=c/x.py:2,c/x.py:3").values == ("c/x.py:2", "c/x.py:3")
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=2..1", "a=x..y", "a=0..1:log", "a=1,1"])
+def test_what_is_no_axis_is_refused(text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        space.parse(text)
+
+
+def test_a_grid_has_every_combination_with_every_seed_and_fold():
+    points = space.grid([space.parse("a=1,2"), space.parse("b=x,y,z")])
+    assert [(p["a"], p["b"]) for p in points] == list(itertools.product((1, 2), "xyz"))
+    full = list(space.product(points, 2, 3))
+    assert len(full) == len({space.name(p) for p in full}) == 36
+    assert {(p["seed"], p["fold"]) for p in full} == set(itertools.product(range(2), range(3)))
+
+
+def test_random_points_differ_stay_within_and_begin_alike():
+    axes = [space.parse(t) for t in ("r=1e-4..1e-1:log", "n=2..5", "k=4..64:log", "c=x,y")]
+    points = space.random_points(axes, 200, seed=1)
+    assert len({repr(p) for p in points}) == 200 and points[:7] == space.random_points(axes, 7, 1)
+    rates = np.log10([p["r"] for p in points])
+    assert rates.min() >= -4 and rates.max() <= -1 and abs(np.median(rates) + 2.5) < 0.3
+    assert {p["n"] for p in points} == {2, 3, 4, 5} and {p["c"] for p in points} == {"x", "y"}
+    assert all(4 <= p["k"] <= 64 and isinstance(p["k"], int) for p in points)
+    with pytest.raises(ValueError, match="only 4 of 5"):
+        space.random_points([space.parse("n=2..5")], 5, seed=0)
+
+
+def test_names_are_short_and_tell_keys_apart():
+    point = {"optimizer.learning_rate": 1e-3, "optimizer.name": "muon", "model.name": "decoder"}
+    assert space.name(point) == "learning_rate=0.001,optimizer.name=muon,model.name=decoder"
+    flags = space.arguments("c.py", {"seed": 1, "fold": 2}, ["--config.data.train=d/{fold}"])
+    assert flags == ["--config=c.py", "--config.data.train=d/2", "--config.seed=1"]
+
+
+# ---- running, with a stand-in for the training script ----
+
+
+@pytest.fixture
+def fake(tmp_path, make_config):
+    """The command of a training script that takes no time."""
+    template = tmp_path / "template.json"
+    template.write_text(configs.to_json(make_config()))
+    return [sys.executable, str(ROOT / "tests" / "fake_train.py"), str(template)]
+
+
+def make_runs(rates, *settings, seeds=1):
+    points = space.product(space.grid([space.Choice(RATE, tuple(rates))]), seeds, 1)
+    return [Run(space.name(p), p, space.arguments("x.py", p, settings)) for p in points]
+
+
+def starts(root, run):
+    return (root / run.name / "starts").read_text().splitlines()
+
+
+def test_failed_and_diverged_runs_are_recorded_and_the_others_done(tmp_path, fake):
+    runs, said = make_runs([0.1, 1, -1, 0.01]), []
+    root = tmp_path / "sweep"
+    ended = []
+    go = {"slots": 2, "command": fake, "say": said.append}
+    assert pool.run_all(root, iter(runs), ended=lambda r, o: ended.append((r, o)), **go) is None
+    outcomes = {run.point[RATE]: pool.read_outcome(root, run.name) for run in runs}
+    assert {rate: o.status for rate, o in outcomes.items()} == {
+        0.1: "finished", 0.01: "finished", 1: "diverged", -1: "failed"
+    }  # fmt: skip
+    assert outcomes[1].message == "step 3: the loss is not finite" and outcomes[1].code == 41
+    assert outcomes[-1].message == "the rate is negative" and outcomes[-1].code == 1
+    assert sorted(r.name for r, _ in ended) == sorted(r.name for r in runs)
+    # once more: nothing is started, everything is told again
+    again = []
+    pool.run_all(root, iter(runs), ended=lambda r, o: again.append(o), **go)
+    assert again == [outcomes[run.point[RATE]] for run in runs]
+    assert all(len(starts(root, run)) == 1 for run in runs)
+
+    table = report.collect(root, runs)
+    assert [row["loss"] for row in table] == [3.0, None, None, 2.0]
+    assert table[0]["tokens"] == 6 * 512 and table[0][RATE] == 0.1
+    assert "4 runs: 2 finished, 1 diverged, 1 failed" in report.summary(table)
+    assert "the loss is not finite" in report.summary(table)
+    ranks = report.rank(runs, table)
+    assert [r.point[RATE] for r in ranks[:2]] == [0.01, 0.1]
+    report.plot(ranks, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+
+
+def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
+    [run] = make_runs([0.1], "--config.sleep=1.5")
+    orphan = pool._Active(tmp_path, run)
+    assert orphan.start(fake)  # and that sweep is killed: nobody waits for the process
+    said = []
+    pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
+    assert "waiting for it" in said[0]
+    assert orphan.process.wait() == 0
+    assert len(starts(tmp_path, run)) == 2  # the second start finds the run finished
+    assert pool.read_outcome(tmp_path, run.name).status == "finished"
+
+
+def test_a_killed_run_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
+    [run] = make_runs([0.1])
+    killer = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    said = []
+    pool.run_all(tmp_path, iter([run]), slots=1, command=killer, say=said.append)
+    assert said == [f"{run.name}: exit code 137; started again"] * pool.RETRIES
+    assert pool.read_outcome(tmp_path, run.name).status == "failed"
+
+
+# ---- the search ----
+
+
+AXES = (space.parse(f"{RATE}=1e-6..0.9:log"),)
+
+
+def test_a_search_finds_where_the_loss_is_low(tmp_path):
+    search, losses = Search(tmp_path, AXES, 20, 0, "x.py", ()), []
+    for run in search.runs():
+        losses.append((np.log10(run.point[RATE]) + 2) ** 2)
+        search.tell(len(losses) - 1, "finished", losses[-1])
+    assert min(losses) < 0.05 and np.median(losses[10:]) < np.median(losses[:10]) / 2
+
+
+def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
+    proposed = next(Search(tmp_path, AXES, 5, 0, "x.py", ()).runs())  # and killed
+    search, ended = Search(tmp_path, AXES, 5, 0, "x.py", ()), []
+
+    def tell(run, outcome):
+        ended.append(run)
+        search.ended(run, outcome)
+
+    pool.run_all(tmp_path, search.runs(), slots=1, command=fake, ended=tell)
+    assert ended[0] == proposed and len({run.name for run in ended}) == len(ended) == 5
+    # the run of a sixth trial is above the median at its first evaluation, and goes on for minutes
+    more = Search(tmp_path, AXES, 6, 0, "x.py", ("--config.pause=30",))
+    name = [run.name for run in more.runs()][5]
+    point = {RATE: 1e-6}
+    worst = Run(name, point, space.arguments("x.py", point, ["--config.pause=30"]))
+    go = {"is_hopeless": more.is_hopeless, "ended": more.ended}
+    pool.run_all(tmp_path, iter([worst]), slots=1, command=fake, **go)
+    assert pool.read_outcome(tmp_path, name).status == "pruned"
+
+
+# ---- the report ----
+
+
+def test_a_ranking_says_what_seeds_do_not_tell_apart():
+    runs = make_runs([0.1, 0.2, 0.3, 0.4], seeds=3)
+    losses = [2.0, 2.1, 1.9, 2.05, 2.15, 1.95, 3.0, 3.1, 2.9, 1.0, 1.1, None]
+    table = [{"loss": x, "status": "diverged" if x is None else "finished"} for x in losses]
+    ranks = report.rank(runs, table)
+    # a point that diverged with one seed is no winner
+    assert [r.point[RATE] for r in ranks] == [0.1, 0.2, 0.3, 0.4]
+    assert ranks[0].mean == pytest.approx(2) and ranks[0].spread == pytest.approx(0.1)
+    text = report.ranking(ranks).splitlines()
+    assert not text[1].endswith("~") and text[2].endswith("~") and not text[3].endswith("~")
+    assert "2, 1 diverged" in text[4]
+
+
+# ---- clusters ----
+
+
+def test_a_slurm_array_gives_every_task_the_flags_of_its_run(tmp_path):
+    runs = make_runs([0.1, 0.2], "--config.data.train=('a b','c')")
+    path = cluster.write_slurm(tmp_path, runs, slots=2)
+    script = path.read_text()
+    assert "#SBATCH --array=0-1%2" in script and "#SBATCH --requeue" in script
+    stub = tmp_path / "slurm.sbatch"
+    stub.write_text('printf "%s\\n" "$@"\n')
+    path.write_text(script.replace(cluster.SLURM, str(stub)))
+    done = subprocess.run(
+        ["bash", str(path)],
+        env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [*runs[1].arguments, f"--workdir={tmp_path / runs[1].name}"]
+
+
+def test_commands_for_tpus_train_every_run_once_on_its_resource(tmp_path):
+    runs = make_runs([0.1, 0.2, 0.3])
+    path = cluster.write_tpu_vm(tmp_path, runs, slots=2)
+    stub = tmp_path / "tpu_vm.sh.stub"
+    stub.write_text(f'#!/bin/bash\necho "$NAME $ZONE $*" >> {tmp_path}/calls\n')
+    stub.chmod(0o755)
+    path.write_text(path.read_text().replace(cluster.TPU_VM, str(stub)))
+    environment = {**os.environ, "NAME": "s", "ZONE": "z", "TYPE": "v6e-8"}
+    subprocess.run(["bash", str(path)], env=environment, check=True)
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    names = [(line.split()[0], line.rsplit("=", 1)[1].count("0.") and line[-3:]) for line in calls]
+    assert names == [("s-0", "0.1"), ("s-0", "0.3"), ("s-1", "0.2")]
+
+
+# ---- the real thing ----
+
+
+def sweep(root, *flags):
+    return [
+        sys.executable, str(ROOT / "scripts" / "sweep.py"), f"--config={ROOT}/configs/smoke.py",
+        f"--workdir={root}", f"--grid={RATE}=1e-3,3e-3,1e30", "--config.train.num_steps=40",
+        "--config.checkpoint.every=10", "--config.guard.self_check=False", *flags,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_and_started_again_does_every_run_once(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    options = {"env": environment, "cwd": ROOT, "text": True}
+    first = subprocess.Popen(sweep(tmp_path), stdout=subprocess.DEVNULL, **options)
+    second_run = tmp_path / "learning_rate=0.003"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        records = metrics.read(str(second_run)) if second_run.exists() else []
+        if records and records[-1]["step"] >= 15:
+            break
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()  # and what it started, as when the machine goes down
+    for line in subprocess.run(
+        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
+        if f"--workdir={second_run}" in line:
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+    first.wait()
+    assert not (second_run / "outcome.json").exists()
+
+    done = subprocess.run(sweep(tmp_path), capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert "3 runs: 2 finished, 1 diverged" in done.stdout
+    assert "learning_rate=1e+30: step" in done.stdout
+    logs = [(tmp_path / name / "log.txt").read_text() for name in
+            ("learning_rate=0.001", "learning_rate=0.003", "learning_rate=1e+30")]  # fmt: skip
+    assert [log.count("from step 0 ") for log in logs] == [1, 1, 1]
+    assert [log.count("ready in") for log in logs] == [1, 2, 1]  # the second went on
+    assert [e["step"] for e in ledger.read(str(second_run))] == list(range(40))
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", "finished", "diverged"]
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"]) and rows[2]["loss"] == ""
+    lines = (tmp_path / "sweep.jsonl").read_text().splitlines()
+    assert [json.loads(line)["run"] for line in lines] == [row["run"] for row in rows]
+    refused = subprocess.run(
+        sweep(tmp_path, "--config.seed=1"), capture_output=True, check=False, **options
+    )
+    assert refused.returncode == 1 and "holds another sweep" in refused.stderr
