@@ -6,6 +6,9 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{name: leaf}; whatever is no dict is a leaf, boxes and shardings too."""
@@ -28,6 +31,33 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with every stack of layers as its layers: `layers.up` [L, ...] as `layers.0.up`, ...
+
+    A loop over layers reads its weights out of their stack. XLA's CPU compiler copies them for
+    that, which takes longer than multiplying one token by them. Memory of a CPU is shared where it
+    can be; the arrays must be whole on one device.
+    """
+
+    def layer(x: Any, i: int) -> jax.Array:
+        [where] = x.devices() if isinstance(x, jax.Array) else [None]
+        return jax.device_put(np.asarray(x)[i], where, may_alias=True)
+
+    def one(key: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if key != "layers":
+            return apart(value)
+        leaves = flatten(value)
+        [count] = {x.shape[0] for x in leaves.values()}
+        return {
+            str(i): unflatten({name: layer(x, i) for name, x in leaves.items()})
+            for i in range(count)
+        }
+
+    return {key: one(key, value) for key, value in tree.items()}
 
 
 def split(tree: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

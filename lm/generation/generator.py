@@ -26,6 +26,7 @@ from lm.generation.decode import CHUNK, decode, prefill, without_length
 from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
 from lm.generation.text import Generation, Piece, Row
+from lm.parameters import apart
 from lm.types import Model, Params, Tokens
 
 DEFAULT = Sampling()
@@ -60,6 +61,9 @@ class Generator:
             )
         self.model = without_length(model)  # whatever training did
         self.params, self.tokenizer = params, tokenizer
+        rules = model.rules
+        is_alone = rules.platform == "cpu" and rules.mesh.size == 1
+        self._params = apart(params) if is_alone else params
         self.takes_encoder = model.config.takes_encoder
         self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
         self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
@@ -160,7 +164,7 @@ class Generator:
         size = bucket(limit)
         found = beam_search(
             self.model,
-            self.params,
+            self._params,
             prompts,
             encoder,
             np.arange(len(prompts.ids)) < len(inputs),
@@ -205,7 +209,7 @@ class Generator:
         )
         state = prefill(
             model,
-            self.params,
+            self._params,
             prompts,
             encoder,
             np.uint32(sampling.seed),
@@ -219,7 +223,7 @@ class Generator:
             count = min(chunk, limit - start)
             state, *new = decode(
                 model,
-                self.params,
+                self._params,
                 state,
                 done,
                 np.int32(count),

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.layers.linear import initializer, parameter, project
+from lm.layers.linear import initializer, parameter
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -43,4 +43,8 @@ class Embedding(nn.Module):
 
     def attend(self, x: Array) -> jax.Array:
         """x: [B, T, D] -> logits [B, T, size]."""
-        return project(x, self._table().T, self.rules)
+        flat = x.reshape(-1, x.shape[-1]) if self.rules.size("length") == 1 else x  # as `project`
+        # not a product with the transpose, which XLA's CPU compiler writes out for a single row
+        over = (((flat.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(flat, self._table(), over)
+        return y.reshape(*x.shape[:-1], self.size)

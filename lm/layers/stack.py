@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 _policies = jax.checkpoint_policies
 PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
@@ -56,3 +57,23 @@ def stack(
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def run(
+    layers: nn.Module, block: nn.Module, carry: Any, per_layer: Any, shared: Any
+) -> tuple[Any, Any]:
+    """(carry, outputs [L, ...]) of a stack of layers, each a `block` (one that is not bound).
+
+    Where `lm.parameters.apart` has made [L, ...] parameters those of L layers, there is no loop,
+    and nothing random.
+    """
+    own = {} if layers.is_initializing() else layers.variables["params"]
+    if "0" not in own:
+        return layers(carry, per_layer, shared)  # pyright: ignore
+    outputs = []
+    for i in range(len(own)):
+        of_layer = jax.tree.map(lambda x, i=i: x[i], per_layer)
+        found: Any = block.apply({"params": own[str(i)]}, carry, of_layer, shared)
+        carry = found[0]
+        outputs.append(found[1])
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)

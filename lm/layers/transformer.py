@@ -15,7 +15,7 @@ from lm.layers.attention import Context, Memory
 from lm.layers.block import Block, BlockConfig
 from lm.layers.dot_product import Mask, self_mask
 from lm.layers.norm import Norm
-from lm.layers.stack import stack
+from lm.layers.stack import run, stack
 from lm.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -76,7 +76,10 @@ class Transformer(nn.Module):
             if memory.hidden is None:
                 per_layer["kept"] = {"key": memory.key, "value": memory.value}
         layer_cache = None if cache is None else cache["layers"]
-        (x, layer_cache), (reports, kept) = self.layers((x, layer_cache), per_layer, context)
+        block = Block(self.config, self.rules, parent=None)
+        (x, layer_cache), (reports, kept) = run(
+            self.layers, block, (x, layer_cache), per_layer, context
+        )
         if cache is not None:
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}

@@ -18,5 +18,7 @@ start-up check then covers.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
 beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
-no trace. Everything else (loss, optimizer, generation, export) knows models through this alone.
+no trace. Parameters of a stack of layers, [L, ...], lie under `layers`, which `lm.layers.stack.run`
+also runs where generation has taken them apart (`lm.parameters.apart`). Everything else (loss,
+optimizer, generation, export) knows models through this alone.
 """

@@ -20,7 +20,7 @@ from lm.layers.convolution import GatedConvolution
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
 from lm.layers.norm import Norm
-from lm.layers.stack import stack
+from lm.layers.stack import run, stack
 from lm.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -165,7 +165,8 @@ class LanguageModel(nn.Module):
         x = self.embedding(inputs.ids)
         x = self.rules.constrain(x, "act_batch", "length", "act_embed")
         x = self.dropout(x, deterministic=not train)
-        x, cache = self.layers(x, cache, Shared(inputs.positions, train))
+        block = Block(self.config, self.rules, parent=None)
+        x, cache = run(self.layers, block, x, cache, Shared(inputs.positions, train))
         return Output(hidden=self.finish(x), cache=cache)
 
     def finish(self, x: Array) -> jax.Array:

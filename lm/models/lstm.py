@@ -20,7 +20,7 @@ from lm.layers import recurrent
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter
 from lm.layers.recurrent import Lstm, Marks, State
-from lm.layers.stack import stack
+from lm.layers.stack import run, stack
 from lm.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -168,7 +168,8 @@ class LanguageModel(nn.Module):
         state = self.init_cache(inputs.ids.shape[0], 0) if cache is None else cache
         # a cached call goes on somewhere in a row: where it would be cut isn't known, nor needed
         where = recurrent.marks(inputs, c.bptt if cache is None else None)
-        x, state = self.layers(x, state, (where, train))
+        layer = Layer(self.config, self.rules, parent=None)
+        x, state = run(self.layers, layer, x, state, (where, train))
         return Output(hidden=self.finish(x), cache=None if cache is None else state)
 
     def finish(self, x: Array) -> jax.Array:
