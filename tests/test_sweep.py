@@ -231,8 +231,8 @@ def test_commands_for_tpus_train_every_run_once_on_its_resource(tmp_path):
 def sweep(root, *flags):
     return [
         sys.executable, str(ROOT / "scripts" / "sweep.py"), f"--config={ROOT}/configs/smoke.py",
-        f"--workdir={root}", f"--grid={RATE}=1e-3,3e-3,1e30", "--config.train.num_steps=40",
-        "--config.checkpoint.every=10", "--config.guard.self_check=False", *flags,
+        f"--workdir={root}", f"--grid={RATE}=1e-3,3e-3,1e30", "--config.train.num_steps=600",
+        "--config.checkpoint.every=20", "--config.guard.self_check=False", *flags,
     ]  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def test_a_sweep_that_is_killed_and_started_again_does_every_run_once(tmp_path):
             ("learning_rate=0.001", "learning_rate=0.003", "learning_rate=1e+30")]  # fmt: skip
     assert [log.count("from step 0 ") for log in logs] == [1, 1, 1]
     assert [log.count("ready in") for log in logs] == [1, 2, 1]  # the second went on
-    assert [e["step"] for e in ledger.read(str(second_run))] == list(range(40))
+    assert [e["step"] for e in ledger.read(str(second_run))] == list(range(600))
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["finished", "finished", "diverged"]
