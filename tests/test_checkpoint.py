@@ -3,7 +3,6 @@ found, or harmless.
 """
 
 import json
-import os
 import pathlib
 import shutil
 import socket
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import fake_devices
 from etils import epath
 
 from lm.checkpoint import stored
@@ -573,8 +573,7 @@ def run_processes(code, workdir):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        **fake_devices(2),
         "PYTHONPATH": str(pathlib.Path(__file__).parent.parent),
     }
     running = [

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from environment import fake_devices
 
 from lm import ledger
 from lm.exits import Exit
@@ -136,7 +137,7 @@ def two(commands):
     started = [
         subprocess.Popen(
             [sys.executable, *command, *given, f"--process_id={i}"],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            env=fake_devices(1),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -5,7 +5,6 @@ bytes.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from environment import fake_devices
 
 from lm import config as configs
 from lm import metrics
@@ -30,17 +30,12 @@ def command(workdir: pathlib.Path, *overrides: str) -> list[str]:
     return [sys.executable, script, config, f"--workdir={workdir}", *overrides]
 
 
-def environment(num_devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-
-
 def run(
     workdir: pathlib.Path, num_devices: int, *overrides: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(workdir, *overrides),
-        env=environment(num_devices),
+        env=fake_devices(num_devices),
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,7 +49,7 @@ def stop_at(
     """Starts the run, sends it the signal once it has logged `step`, and returns its exit code."""
     process = subprocess.Popen(
         command(workdir, *overrides),
-        env=environment(num_devices),
+        env=fake_devices(num_devices),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -186,7 +181,7 @@ def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(tmp_path)
     script = str(ROOT / "scripts" / "evaluate.py")
     result = subprocess.run(
         [sys.executable, script, f"--workdir={tmp_path}"],
-        env=environment(1),
+        env=fake_devices(1),
         capture_output=True,
         text=True,
         timeout=300,
