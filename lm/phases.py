@@ -37,11 +37,15 @@ class Phases:
     """Seconds of every phase of this process; phases nest, and time counts for the innermost."""
 
     def __init__(self, began: float | None = None) -> None:
-        """began: time.monotonic() at which "start", the phase outside of all others, began."""
+        """began: time.monotonic() at which "start", the phase outside of all others, began.
+
+        What was before this call counts, but nobody watched over it: that budget starts now.
+        """
         self.began = self._counted = time.monotonic() if began is None else began
         self._stack = ["start"]
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self.moment = Moment("start", self.began)  # one attribute, so other threads see it whole
+        # one attribute, so other threads see it whole
+        self.moment = Moment("start", time.monotonic())
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

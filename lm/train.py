@@ -19,7 +19,6 @@ from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
-from lm.goodput import process_start
 from lm.goodput import read as read_goodput
 from lm.guard import STOPS, StopSignals, Watchdog
 from lm.ledger import Ledger
@@ -34,18 +33,27 @@ from lm.types import TrainState
 FIXED = ("model", "objective", "data", "seed")
 
 
-def train(config: ml_collections.ConfigDict, workdir: str, devices: Sequence[Any]) -> int:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    devices: Sequence[Any],
+    *,
+    began: float | None = None,
+) -> int:
     """Trains to the end of the run, or to a SIGINT or SIGTERM, which saves first; returns the exit
     code.
 
     `workdir` gets config.json, metrics.jsonl, ledger.jsonl, goodput.jsonl, tensorboard/ and
     checkpoints/; stacks/, evidence/ and bad_checkpoints/ where something went wrong.
 
+    began: time.monotonic() from which goodput counts, such as when the process started; now if
+        None.
+
     Raises:
         ValueError: the config is inconsistent, or differs from that of the run in `workdir`.
         RunError: the run can't go on; its `code` is for the process to exit with.
     """
-    phases = Phases(process_start())
+    phases = Phases(began)
     experiment = Experiment(config, devices)
     c = experiment.config
     if c.guard.policy not in POLICIES:

@@ -53,9 +53,10 @@ def main(argv: Sequence[str]) -> int:
     _INITIALIZE()
     import jax
 
+    from lm.goodput import process_start
     from lm.train import train
 
-    return train(_CONFIG.value, _WORKDIR.value, jax.devices())
+    return train(_CONFIG.value, _WORKDIR.value, jax.devices(), began=process_start())
 
 
 if __name__ == "__main__":

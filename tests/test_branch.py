@@ -1,5 +1,8 @@
 """A run that branches off another one is the run that it would be by itself."""
 
+import json
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from lm import ledger, metrics
 from lm.checkpoint.manager import Checkpoints
 from lm.experiment import Experiment
+from lm.goodput import GOODPUT_FILE
 from lm.train import train
 
 SCHEDULE = {
@@ -55,7 +59,13 @@ def test_a_cool_down_is_bit_for_bit_the_run_of_its_length(
     trunk, branch_config, make_config, devices, tmp_path
 ):
     config = branch_config()
+    called = time.time()
     assert train(config, str(tmp_path / "branch"), devices[:1]) == 0
+    # the time of this process before the call is not the run's
+    assert (
+        json.loads((tmp_path / "branch" / GOODPUT_FILE).read_text().split("\n")[0])["began"]
+        > called - 1
+    )
     whole = make_config({**SCHEDULE, "train.num_steps": 7})
     assert train(whole, str(tmp_path / "whole"), devices[:1]) == 0
 

@@ -20,10 +20,11 @@ def test_phases_share_all_of_the_time_and_nest():
             time.sleep(0.1)
         assert phases.moment.phase == "evaluate"
         time.sleep(0.05)
+    before = time.monotonic() - phases.began
     seconds = phases.seconds()
-    assert sum(seconds.values()) == pytest.approx(time.monotonic() - phases.began, abs=0.01)
+    assert before <= sum(seconds.values()) <= time.monotonic() - phases.began
     for phase, least in {"start": 0.05, "evaluate": 0.1, "data": 0.1}.items():
-        assert least <= seconds[phase] < least + 0.05
+        assert least <= seconds[phase]
     with pytest.raises(KeyError, match="'lunch' is no phase"), phases("lunch"):
         pass
 
@@ -41,6 +42,12 @@ def test_a_beat_starts_the_budget_again():
     time.sleep(0.02)
     phases.beat()
     assert phases.moment.phase == before.phase and phases.moment.since >= before.since + 0.02
+
+
+def test_what_was_before_the_run_counts_but_was_not_watched():
+    phases = Phases(time.monotonic() - 3600.0)
+    assert phases.seconds()["start"] >= 3600
+    assert time.monotonic() - phases.moment.since < 1800
 
 
 def test_imports_count_as_start():
