@@ -291,7 +291,17 @@ def test_scan_is_a_loop(subject, name):
     np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("policy", [name for name in REMAT if name != "none"])
+USUAL = ("full", "projections", "offload")  # the other policies differ in what they name
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        name if name in USUAL else pytest.param(name, marks=pytest.mark.slow)
+        for name in REMAT
+        if name != "none"
+    ],
+)
 def test_rematerialisation_changes_no_gradient(subject, policy):
     plain, remat = subject("gemma"), subject("gemma", remat=policy)
     tokens = rows([12], [5, 7], [4, 6])
@@ -364,8 +374,13 @@ def test_dropout_acts_in_training_alone(subject, where):
 # ---- decoding ----
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 5, 1, 1]], ids=["by_token", "by_chunk"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name, pieces",
+    [
+        *(pytest.param(name, [5, 5, 1, 1], id=f"{name}-by_chunk") for name in VARIANTS),
+        pytest.param("gemma", [1] * 12, id="gemma-by_token"),
+    ],
+)
 def test_cached_decode_is_the_whole_forward_pass(subject, name, pieces):
     """One document, two, and padding on the left; rings of 3 slots hold less than a chunk."""
     s = subject(name)

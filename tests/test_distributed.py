@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import signal
 import socket
@@ -12,6 +11,7 @@ import threading
 import time
 
 import pytest
+from environment import fake_devices
 
 from lm.exits import Exit
 from lm.processes.distributed import differences
@@ -71,7 +71,7 @@ def free_port() -> int:
 def start(
     script: pathlib.Path, process_id: int, port: int, *arguments: str, num_processes: int = 2
 ):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = fake_devices(1)
     command = [
         *(sys.executable, str(script), f"--coordinator=localhost:{port}"),
         *(f"--num_processes={num_processes}", f"--process_id={process_id}", *arguments),

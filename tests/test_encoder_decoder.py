@@ -372,13 +372,16 @@ def test_scores_of_untrained_t5_have_deviation_one_without_a_scale(rules_on, str
     sizes = {"embed_dim": 256, "head_dim": 64, "num_heads": 4, "norm_placement": "pre"}
     model = encoder_decoder.build(Config(**{**SIZES, **VARIANTS["t5"], **sizes}), rules_on())
     inputs, encoder = streams([[10], [10]], [[12], [12]])
-    params = model.init(jax.random.key(0), inputs, encoder, method=forward)["params"]
-    _, kept = model.apply(
-        {"params": nn.meta.unbox(params)}, inputs, encoder=encoder, mutable=["intermediates"]
-    )
+
+    @jax.jit
+    def sown():
+        params = model.init(jax.random.key(0), inputs, encoder, method=forward)["params"]
+        variables = {"params": nn.meta.unbox(params)}
+        return model.apply(variables, inputs, encoder=encoder, mutable=["intermediates"])[1]
+
+    kept = sown()["intermediates"]
     for stack, name in (("encoder", "attention"), ("decoder", "cross_attention")):
-        sown = kept["intermediates"][stack]["layers"][name]
-        [q], [k] = sown["queries"], sown["keys"]
+        [q], [k] = (kept[stack]["layers"][name][what] for what in ("queries", "keys"))
         assert np.std(q[0] @ np.swapaxes(k[0], -1, -2)) == pytest.approx(1, rel=0.25)
 
 

@@ -379,7 +379,9 @@ def run_script(*args, stdin=b""):
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize(
+    "stream", [pytest.param("--stream", marks=pytest.mark.slow), "--no-stream"]
+)
 def test_the_script_prints_what_the_generator_makes(run_folder, stream):
     folder, experiment = run_folder
     flags = ["--max-new-tokens=20", "--top-k=9", "--num-samples=2", "--seed=4", stream]
@@ -399,8 +401,8 @@ def test_the_script_prints_what_the_generator_makes(run_folder, stream):
     ("args", "message"),
     [
         (["--workdir=/nowhere"], "/nowhere holds no run"),
-        (["--step=7"], "no checkpoint of step 7"),
         (["--max-new-tokens=70"], "config.model.max_length (64)"),
+        pytest.param(["--step=7"], "no checkpoint of step 7", marks=pytest.mark.slow),
         (["--top-p=0"], "top_p must be in (0, 1]"),
     ],
 )

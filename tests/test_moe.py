@@ -48,7 +48,10 @@ def make(config, rules):
 
 
 def init(config, rules):
-    boxed = make(config, rules).init(jax.random.key(0), jnp.zeros((B, T, D)), jnp.ones((B, T)) > 0)
+    filled = np.ones((B, T), bool)
+    boxed = jax.jit(make(config, rules).init)(
+        jax.random.key(0), np.zeros((B, T, D), np.float32), filled
+    )
     params = nn.meta.unbox(boxed["params"])
     if config.selection_bias:
         params["selection_bias"] = jnp.linspace(-0.2, 0.2, E)
@@ -127,7 +130,7 @@ def expected(config, params, x, filled):
     chosen, kept = choices(config, params, x, filled)
     apply = functools.partial(loop, config, chosen, kept, filled)
     grad = jax.value_and_grad(functools.partial(objective, apply), (0, 1), has_aux=True)
-    (_, (y, aux)), (d_params, dx) = grad(params, x)
+    (_, (y, aux)), (d_params, dx) = jax.jit(grad)(params, x)
     aux["expert_imbalance"] = chosen.sum((0, 1)).max() * E / chosen.sum()
     if config.dispatch == "capacity":
         aux["expert_dropped"] = 1 - kept.sum() / chosen.sum()

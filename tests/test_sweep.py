@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from environment import fake_devices
 
 from lm import config as configs
 from lm import ledger, metrics
@@ -238,7 +239,7 @@ def sweep(root, *flags):
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_and_started_again_does_every_run_once(tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = fake_devices(1)
     options = {"env": environment, "cwd": ROOT, "text": True}
     first = subprocess.Popen(sweep(tmp_path), stdout=subprocess.DEVNULL, **options)
     second_run = tmp_path / "learning_rate=0.003"
