@@ -587,7 +587,7 @@ def run_processes(code, workdir):
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in running]
+        outputs = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

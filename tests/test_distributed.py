@@ -91,7 +91,7 @@ def together(tmp_path):
         port = free_port()
         processes = [start(script, i, port, *arguments) for i in ids]
         try:
-            output = [process.communicate(timeout=60) for process in processes]
+            output = [process.communicate(timeout=300) for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -152,7 +152,7 @@ def test_the_flag_is_spelled_init_from(tmp_path):
     command = [sys.executable, "scripts/train.py", "--config=configs/smoke.py", "--explain"]
     for flag in (["--config.init.from=runs/x"], ["--config.init.from", "runs/x"]):
         done = subprocess.run(
-            [*command, *flag], capture_output=True, text=True, check=True, timeout=120
+            [*command, *flag], capture_output=True, text=True, check=True, timeout=600
         )
         assert "--config.init.from_='runs/x'" in done.stdout
 

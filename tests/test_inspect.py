@@ -36,7 +36,13 @@ def init(model, tokens):
     )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("scaled", "remat", "alibi") else name
+        for name in VARIANTS
+    ],
+)
 def test_weights_times_values_are_what_the_layer_computes(name, tiny_decoder, tokens):
     model = tiny_decoder(**VARIANTS[name])
     params = init(model, tokens)

@@ -26,7 +26,7 @@ def launch(*arguments: object, **kwargs) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, **{**pipes, **kwargs})
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str], timeout: float = 600) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a launcher."""
     try:
         out, errors = process.communicate(timeout=timeout)
@@ -35,7 +35,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, s
     return process.returncode, out, errors
 
 
-def wait_for(condition, timeout=60.0):
+def wait_for(condition, timeout=300):
     deadline = time.monotonic() + timeout
     while not (result := condition()):
         assert time.monotonic() < deadline, "waited in vain"

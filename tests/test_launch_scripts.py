@@ -45,7 +45,7 @@ def shell(command: str, *, path: str = "", **environment: str) -> subprocess.Com
     """A command in the folder of the repository, with nothing else in the environment."""
     clean = {"PATH": f"{path}:{os.environ['PATH']}".strip(":"), "HOME": "/nowhere", **environment}
     return subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+        ["bash", "-c", command], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300
     )
 
 

@@ -61,7 +61,7 @@ def test_the_notebook_runs_on_a_finished_run(path, run):
     notebook = nbformat.read(path, as_version=4)
     parameters(notebook)["source"] = f"workdir = {run!r}"
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     kinds = [
         kind for c in notebook.cells for o in c.get("outputs", []) for kind in o.get("data", {})
     ]

@@ -87,7 +87,7 @@ def spoil_row(value):
     return spoil
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_policy_stop_ends_before_anything_is_lost(run, tmp_path, value):
     with pytest.raises(Diverged, match=f"step {BAD}: not finite") as error:
         run(tmp_path, spoil=spoil_row(value))
@@ -135,7 +135,7 @@ def one_target_everywhere(step, batch):
     return batch.replace(targets=jnp.zeros_like(batch.targets)) if step == BAD else batch
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
+@pytest.mark.parametrize("policy", ["stop", pytest.param("skip", marks=pytest.mark.slow), "rewind"])
 def test_a_finite_spike_is_treated_like_a_gradient_that_is_not_finite(run, tmp_path, policy):
     changes = {"guard.policy": policy, "guard.spike_factor": 4.0, "guard.spike_warmup": 3}
     if policy == "stop":

@@ -61,7 +61,7 @@ def stop_at(
         assert process.poll() is None, f"ended before step {step} with {process.returncode}"
         time.sleep(0.005)
     process.send_signal(number)
-    return process.wait(timeout=120)
+    return process.wait(timeout=600)
 
 
 def final_state(workdir: pathlib.Path, step: int = 200) -> dict[str, bytes]:

@@ -197,6 +197,7 @@ def test_shrinking_keeps_the_structure():
     resolved.check(verify.LENGTH)
 
 
+@pytest.mark.slow
 def test_the_script_says_what_was_compared_on_two_processes():
     script = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]
     flags = [f"--config={ROOT}/configs/smoke.py", "--mesh=fsdp=2,tensor=2", "--processes=2"]
