@@ -47,14 +47,24 @@ def run(command, *flags, folder):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """All parts but training, and what was printed."""
-    folder = tmp_path_factory.mktemp("bench")
-    parts = "--parts=start,loss_memory,generate,checkpoint,data"
-    printed = run([str(ROOT / "scripts/bench.py")], parts, "--json=all.json", folder=folder)
+def measure(parts, folder):
+    """What was measured, what was printed, and what is left in the folder."""
+    flags = [f"--parts={parts}", "--json=all.json"]
+    printed = run([str(ROOT / "scripts/bench.py")], *flags, folder=folder)
     left = sorted(path.name for path in folder.iterdir())
     return json.loads((folder / "all.json").read_text()) | {"printed": printed, "left": left}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All parts but training."""
+    return measure("start,loss_memory,generate,checkpoint,data", tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def quick_results(tmp_path_factory):
+    """The parts that take no time."""
+    return measure("loss_memory,checkpoint", tmp_path_factory.mktemp("bench"))
 
 
 def test_training_is_measured_without_tensorflow_or_any_file(tmp_path):
@@ -73,6 +83,7 @@ def test_training_is_measured_without_tensorflow_or_any_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
     start = results["start"]
     for name in ("cold", "warm"):
@@ -83,14 +94,15 @@ def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
     assert start["warm_compile_s"] < start["cold_compile_s"]
 
 
-def test_the_chunked_loss_needs_less_memory_for_the_same_value(results):
-    memory = results["loss_memory"]
+def test_the_chunked_loss_needs_less_memory_for_the_same_value(quick_results):
+    memory = quick_results["loss_memory"]
     assert (memory["chunked_chunks"], memory["whole_chunks"]) == (2, 1)
     assert memory["chunked_loss"] == pytest.approx(memory["whole_loss"], rel=1e-6)
     assert memory["chunked_temporaries_bytes"] < memory["whole_temporaries_bytes"]
     assert memory["whole_rss_before_bytes"] <= memory["whole_peak_rss_bytes"]
 
 
+@pytest.mark.slow
 def test_generation_reports_both_batches_and_the_floor(results):
     generate = results["generate"]
     assert (generate["prompt_tokens"], generate["new_tokens"]) == (64, 128)
@@ -99,13 +111,14 @@ def test_generation_reports_both_batches_and_the_floor(results):
     assert generate["batch_8_tokens_per_s"] > 0
 
 
-def test_checkpoints_hold_parameters_and_moments(results):
-    checkpoint = results["checkpoint"]
+def test_checkpoints_hold_parameters_and_moments(quick_results):
+    checkpoint = quick_results["checkpoint"]
     assert 0 <= checkpoint["state_bytes"] - 3 * 4 * PARAMETERS < 64  # and a few counts
     assert checkpoint["second_blocking_s"] < checkpoint["second_save_s"]
     assert checkpoint["restore_s"] > 0
 
 
+@pytest.mark.slow
 def test_data_is_measured_at_both_lengths_and_through_every_iterator(results):
     data = results["data"]
     for length in (64, 1024):
@@ -114,6 +127,7 @@ def test_data_is_measured_at_both_lengths_and_through_every_iterator(results):
             assert data[f"length_{length}_{kind}_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_tables_are_aligned_and_no_temporary_file_is_left(results):
     assert results["left"] == ["all.json"]
     tables = [table.splitlines() for table in results["printed"].strip().split("\n\n")]

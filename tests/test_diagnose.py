@@ -161,7 +161,10 @@ def test_damaged_parameters_and_optimizer_state_are_named(make_experiment):
     assert all(np.isnan(found["row_losses"]))
 
 
-@pytest.mark.parametrize("microbatches, axes", [(1, {}), (4, {"data": 2, "tensor": 2})])
+@pytest.mark.parametrize(
+    "microbatches, axes",
+    [(1, {}), pytest.param(4, {"data": 2, "tensor": 2}, marks=pytest.mark.slow)],
+)
 def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatches, axes):
     experiment = make_experiment({"train.num_microbatches": microbatches}, **axes)
     batch = experiment.put(local_batch(experiment))

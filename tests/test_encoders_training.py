@@ -73,7 +73,7 @@ def compared(devices):
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bert", marks=pytest.mark.slow)])
 def test_training_on_a_mesh_is_training_on_one_device(kind, compared):
     report = verify.compare(*compared(kind))
     assert report.ok, verify.describe(report)
@@ -103,6 +103,7 @@ def test_t5_on_a_sharded_length_is_t5_on_one_device(name, devices):
     assert report.ok, verify.describe(report)
 
 
+@pytest.mark.slow  # tests/test_cells.py resumes every objective
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_with_the_same_bytes_and_lowers_the_loss(kind, devices, tmp_path):
     """Four steps at once, and two before and two after a checkpoint, with dropout."""

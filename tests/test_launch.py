@@ -184,7 +184,7 @@ if me == 0: {end}
 
 # ---- training ----
 
-STEPS = 40
+STEPS = 24
 
 
 def train(workdir: pathlib.Path, processes: int, devices: int, *launcher: str):

@@ -61,7 +61,7 @@ def test_hosts_read_their_rows_of_the_global_batch(experiment):
             np.testing.assert_array_equal(a, b[rows])
 
 
-@pytest.mark.parametrize("chunk_size", [0, 64])
+@pytest.mark.parametrize("chunk_size", [0, pytest.param(64, marks=pytest.mark.slow)])
 def test_losses_of_tasks_are_those_of_their_rows_and_add_up(experiment, chunk_size):
     params = experiment.init_state().params
     batch = experiment.train_data.batch_at(0)

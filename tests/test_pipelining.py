@@ -266,10 +266,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "relative" else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_layer_passes_the_stages(make_experiment, packed_batch, name):
     """With dropout, drawn for each layer and micro-batch: the same on any stages and on one
     device. Gradients of training, and the loss of an evaluation.

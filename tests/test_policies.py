@@ -263,6 +263,7 @@ def test_replicas_that_differ_in_one_bit_end_the_run_before_it_saves(run, tmp_pa
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 4
 
 
+@pytest.mark.slow
 def test_rewinding_mends_a_replica(run, tmp_path):
     changes = {"guard.policy": "rewind"}
     assert run(tmp_path / "mended", changes, fault=one_replica_differs([1]), data=2) == Exit.SUCCESS

