@@ -272,9 +272,10 @@ def test_a_stranger_on_the_port_and_a_process_started_again_do_no_harm():
     with socket.create_connection(("localhost", port)) as first_try:
         first_try.sendall(b'{"hello": 1, "of": 3}\n')
         time.sleep(0.3)
-    threads[1].start()
     threads.append(threading.Thread(target=work, args=(2,)))
     threads[2].start()
+    time.sleep(0.3)  # with the first try, they would be three
+    threads[1].start()
     for thread in threads:
         thread.join(timeout=30)
     assert sorted(results) == [0, 1, 2]

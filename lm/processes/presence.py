@@ -174,7 +174,7 @@ def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.s
     deadline = time.monotonic() + timeout
     links: dict[int, socket.socket] = {}
     with _listener(port) as listener:
-        while len(links) < num_processes - 1:
+        while not _complete(links, num_processes):
             listener.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
                 link, _ = listener.accept()
@@ -208,6 +208,14 @@ def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.s
                 )
             _keep_alive(link)
     return links
+
+
+def _complete(links: dict[int, socket.socket], num_processes: int) -> bool:
+    """Whether all have come; those that came and went are dropped and may come again."""
+    if len(links) == num_processes - 1:
+        for process in [p for p, link in links.items() if _is_closed(link)]:
+            links.pop(process).close()
+    return len(links) == num_processes - 1
 
 
 def _join(
