@@ -8,6 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+SHORT = ("--", f"--config={ROOT}/configs/smoke.py", "--config.train.num_steps=80")
 
 
 def kill_test(folder, *flags, timeout=600):
@@ -19,15 +20,16 @@ def kill_test(folder, *flags, timeout=600):
 
 
 def test_kills_in_a_step_a_save_and_an_evaluation_change_nothing(tmp_path):
-    result = kill_test(tmp_path, "--kills=4", "--devices-per-process=2")
+    result = kill_test(tmp_path, "--kills=4", "--devices-per-process=2", *SHORT)
     assert result["kills"] == 4 and result["leaves_that_differ"] == 0
     assert result["leaves"] > 20 and result["same_ledger"]
     assert result["inside_a_save"] >= 1
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_other_processes_sees_the_same_data(tmp_path):
     flags = ("--kills=2", "--processes=2", "--devices-per-process=1", "--restart-on=1,2")
-    result = kill_test(tmp_path, *flags)
+    result = kill_test(tmp_path, *flags, *SHORT)
     assert result["same_ledger"]
     assert result["largest_relative_difference"] < 1e-3
 
