@@ -17,8 +17,8 @@ All follows from the depth and the tokens:
   runs of the same batch and different lengths share all steps before their decay, and
   `scripts/ladder.py` trains one long run and several cool-downs from its checkpoints.
 
-The text is Python's standard library as bytes. docs/ladder.md has the measured table, and says how
-it was made.
+The text is Python's standard library as bytes. docs/ladder.md says how the table
+is made.
 
     python scripts/prepare_data.py --data=stdlib --tokenizer=bytes --out=data/stdlib-bytes \\
         --validation-fraction=0.02

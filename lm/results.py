@@ -1,6 +1,6 @@
 """What the folder of a run says about it, as a row of a table; and tables of such rows.
 
-The columns are those that lm/scaling.py fits: parameters with and without embeddings (lm/flops.py
+The columns are those that lm/scaling fits: parameters with and without embeddings (lm/flops.py
 counts them), tokens trained on, FLOPs of training, and the final loss on the validation stores in
 nats per token.
 """

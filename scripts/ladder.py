@@ -10,7 +10,7 @@ run of its own (lm/branch.py): with a decay of a fifth, fractions of a quarter, 
 
 Flags --config.KEY=VALUE go to all runs. The same command, run again, goes on where it was; sizes
 may be trained by different machines. --out gets a row for each finished run below --workdir;
-lm/scaling.py fits it.
+lm/scaling fits it.
 """
 
 from __future__ import annotations

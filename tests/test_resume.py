@@ -75,7 +75,7 @@ def final_state(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("num_devices", "num_steps"),
-    [(1, 200), (4, 50), pytest.param(4, 200, marks=pytest.mark.slow)],
+    [(1, 200), (4, 75), pytest.param(4, 200, marks=pytest.mark.slow)],
 )
 def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, num_devices, num_steps):
     flags = [f"--config.train.num_steps={num_steps}"]
@@ -168,7 +168,10 @@ def test_a_changed_model_is_refused_unless_allowed_by_name(tmp_path):
                 ("--config.model.num_layers=two", "invalid literal"),
                 ("--config.data.batch_size=9", "config.data.batch_size (9) must be divisible by"),
                 ("--config.mesh.fsdp=3", "must use all devices (2)"),
-                ("--config.data.length=64", "must be at least config.data.length (64)"),
+                (
+                    "--config.data.length=64",
+                    "config.model.max_length (32) must be at least config.data.length (64)",
+                ),
                 ("--config.optimizer.name=adam", "config.optimizer.name must be one of adamw"),
             )
         ),
