@@ -8,13 +8,13 @@ between the two nobody used.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from typing import Any
 
 from etils import epath
 
+from lm import lines
 from lm.phases import PHASES, Phases
 
 GOODPUT_FILE = "goodput.jsonl"
@@ -39,7 +39,8 @@ class Goodput:
 
     def __init__(self, workdir: str, phases: Phases, *, first_step: int) -> None:
         self._path = epath.Path(workdir) / GOODPUT_FILE
-        self._before = _last_records(self._path)
+        self._before = lines.read(self._path)
+        self._file = None
         self._phases, self._first_step = phases, first_step
         self._began = time.time() - (time.monotonic() - phases.began)
 
@@ -55,9 +56,15 @@ class Goodput:
             "step": step,
             "seconds": {k: round(v, 3) for k, v in self._phases.seconds().items() if v},
         }
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        return report([*self._before, record]).goodput
+        if self._file is None:
+            self._file = lines.reopen(self._path, self._before)
+        self._file.write(lines.line(record))
+        self._file.flush()
+        return report(_last([*self._before, record])).goodput
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +91,13 @@ class Report:
 
 def read(workdir: str) -> Report | None:
     """The report of a run's folder; None where nothing was written yet."""
-    records = _last_records(epath.Path(workdir) / GOODPUT_FILE)
-    return report(records) if records else None
+    records = lines.read(epath.Path(workdir) / GOODPUT_FILE)
+    return report(_last(records)) if records else None
 
 
-def _last_records(path: epath.Path) -> list[dict[str, Any]]:
+def _last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each process, in order."""
-    last: dict[float, dict[str, Any]] = {}
-    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
-        record = json.loads(line)
-        last[record["began"]] = record
-    return list(last.values())
+    return list({record["began"]: record for record in records}.values())
 
 
 def report(records: list[dict[str, Any]]) -> Report:

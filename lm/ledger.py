@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lm import lines
 from lm.exits import Exit, RunError
 
 LEDGER_FILE = "ledger.jsonl"
@@ -34,10 +35,7 @@ class LedgerMismatch(RunError):
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The lines of a run's ledger; a last one that a kill has cut is left out."""
-    path = epath.Path(workdir) / LEDGER_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return lines.read(epath.Path(workdir) / LEDGER_FILE)
 
 
 def start_totals() -> dict[str, Any]:
@@ -58,25 +56,22 @@ class Ledger:
         """
         self._totals = dict(totals)
         self._path = epath.Path(workdir) / LEDGER_FILE
-        lines = read(workdir)
+        written = read(workdir)
         start = totals["steps"]
-        before = next((e for e in reversed(lines) if e["step"] == start - 1), None)
+        before = next((e for e in reversed(written) if e["step"] == start - 1), None)
         if compare and before is not None and before["chain"] != totals["chain"]:
             raise LedgerMismatch(
                 f"{self._path}: the checkpoint at step {start} says chain {totals['chain']}, the "
                 f"ledger {before['chain']}: they are not of the same run"
             )
-        kept = lines if compare else [e for e in lines if e["step"] < start]
+        kept = written if compare else [e for e in written if e["step"] < start]
         self._before = {e["step"]: e for e in kept if e["step"] >= start}
         self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=10_000)
         self._written = kept[-1]["step"] if kept else -1
         self._file = None
         if active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            new = self._path.parent / (LEDGER_FILE + ".new")
-            new.write_text("".join(json.dumps(e) + "\n" for e in kept))
-            new.replace(self._path)  # a kill leaves the old file or the new one
-            self._file = self._path.open("a")
+            self._file = lines.reopen(self._path, kept)
 
     def record(self, step: int, facts: Mapping[str, Any], size: int) -> None:
         """Adds step number `step`; facts: those of `lm.step` on the host; size: tokens of a batch.
@@ -110,7 +105,7 @@ class Ledger:
             self._totals[name] += entry[name]
         self._recent.append(entry)
         if step > self._written and self._file is not None:
-            self._file.write(json.dumps(entry) + "\n")
+            self._file.write(lines.line(entry))
             self._file.flush()
             self._written = step
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
+from lm import lines
 from lm.types import Facts, Sums
 
 METRICS_FILE = "metrics.jsonl"
@@ -205,10 +205,7 @@ class Writer:
         if active:
             path = epath.Path(workdir) / METRICS_FILE
             kept = [record for record in read(workdir) if record["step"] <= first_step]
-            new = path.parent / (METRICS_FILE + ".new")
-            new.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            new.replace(path)  # a kill leaves the old file or the new one
-            self._file = path.open("a")
+            self._file = lines.reopen(path, kept)
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoard(directory) if tensorboard else None
 
@@ -273,7 +270,7 @@ class Writer:
     def _write(self, record: dict[str, Any]) -> None:
         if not self._active:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(lines.line(record))
         self._file.flush()
         if self._tensorboard is not None:
             prefix = record["kind"] + (f"/{record['source']}" if "source" in record else "")
@@ -283,10 +280,4 @@ class Writer:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The records of a run's metrics; a last line that a kill has cut is left out."""
-    path = epath.Path(workdir) / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [
-        json.loads(line) for line in lines[:-1]
-    ]  # what follows the last newline is cut or empty
+    return lines.read(epath.Path(workdir) / METRICS_FILE)

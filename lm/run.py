@@ -201,5 +201,6 @@ class Run:
             self.checkpoints.wait()
         if self.lead:
             self._goodput.write(self.ledger.totals()["steps"])
+        self._goodput.close()
         self.writer.close()
         self.ledger.close()

@@ -5,7 +5,6 @@ rates and seeds, with one compiled step for each width.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from lm import step
+from lm import lines, step
 from lm.coordinates import resized
 from lm.experiment import Experiment
 from lm.types import Array, Batch, TrainState
@@ -44,12 +43,7 @@ class Run:
 
 def read(path: Path) -> list[Run]:
     """The runs of a file, in which a last line that a kill has cut is left out."""
-    text = path.read_text() if path.exists() else ""
-    return [Run(**json.loads(line)) for line in text.split("\n")[:-1]]
-
-
-def _line(run: Run) -> str:
-    return json.dumps(dataclasses.asdict(run)) + "\n"
+    return [Run(**record) for record in lines.read(path)]
 
 
 def sweep(
@@ -67,14 +61,13 @@ def sweep(
     found = read(path)
     done = {run.key for run in found}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(_line(run) for run in found))
-    with path.open("a") as file:
+    with lines.reopen(path, map(dataclasses.asdict, found)) as file:
         for name in parametrizations:
             for width in widths:
                 keys = [(name, width, r, seed) for seed in seeds for r in rates]
                 wanted = [key for key in keys if key not in done]
                 for run in _runs(config, devices, wanted):
-                    file.write(_line(run))
+                    file.write(lines.line(dataclasses.asdict(run)))
                     file.flush()
                     found.append(run)
                     loss = "diverged" if run.loss is None else f"{run.loss:.4f}"

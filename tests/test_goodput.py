@@ -99,9 +99,13 @@ def test_the_last_line_of_every_process_counts(tmp_path):
     with phases("step"):
         time.sleep(0.1)
     goodput.write(2)
+    goodput.close()
     with (tmp_path / "goodput.jsonl").open("a") as file:
         file.write('{"began": 1')  # cut by a kill
     result = read(str(tmp_path))
     assert result.processes == 1
     assert result.productive == pytest.approx(0.1, abs=0.05)
     assert result.losses["start"] == pytest.approx(5.0, abs=0.05)
+
+    Goodput(str(tmp_path), Phases(time.monotonic()), first_step=2).write(3)  # not onto the cut line
+    assert read(str(tmp_path)).processes == 2
