@@ -29,7 +29,7 @@ pretrain: $(VENV)/ok
 		$(if $(WORKDIR),--workdir=$(WORKDIR)) $(ARGS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check lm scripts configs tests

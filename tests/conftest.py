@@ -55,6 +55,14 @@ TINY = {
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files of a few long tests. Started last, one of them would run by itself in the end.
+FIRST = ("resume", "processes", "launch", "kill", "verify", "notebooks", "pipelining", "policies")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in FIRST]
+    items.sort(key=lambda item: names.index(n) if (n := item.path.stem) in names else len(names))
+
 
 @pytest.fixture(scope="session")
 def devices():

@@ -94,6 +94,7 @@ def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
     assert start["warm_compile_s"] < start["cold_compile_s"]
 
 
+@pytest.mark.slow
 def test_the_chunked_loss_needs_less_memory_for_the_same_value(quick_results):
     memory = quick_results["loss_memory"]
     assert (memory["chunked_chunks"], memory["whole_chunks"]) == (2, 1)

@@ -71,7 +71,10 @@ def steps():
 
 
 # These differ from others of their model only in what the host makes.
-SLOW = [("encoder_decoder", "ul2"), ("encoder_decoder", "denoising"), ("decoder", "denoising")]
+SLOW = [
+    *(("encoder_decoder", name) for name in ("ul2", "denoising", "classification")),
+    *(("decoder", name) for name in ("denoising", "seq2seq")),
+]
 
 
 @pytest.mark.parametrize(

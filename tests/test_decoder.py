@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import some
 from numpy_decoder import reference
 from parameters import random_params
 
@@ -222,7 +223,7 @@ def test_what_stands_in_padding_changes_nothing(subject, name):
     np.testing.assert_array_equal(before[~padding], after[~padding])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", some(VARIANTS, "gpt2", "gemma", "mistral", "t5_local", "bloom"))
 def test_gradients_flow_from_exactly_the_visible_past(subject, name):
     """Where d logits[t] / d embedding[s] is not zero: over L layers, in the mask to the power L."""
     s = subject(name)
@@ -294,14 +295,7 @@ def test_scan_is_a_loop(subject, name):
 USUAL = ("full", "projections", "offload")  # the other policies differ in what they name
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        name if name in USUAL else pytest.param(name, marks=pytest.mark.slow)
-        for name in REMAT
-        if name != "none"
-    ],
-)
+@pytest.mark.parametrize("policy", some((n for n in REMAT if n != "none"), *USUAL))
 def test_rematerialisation_changes_no_gradient(subject, policy):
     plain, remat = subject("gemma"), subject("gemma", remat=policy)
     tokens = rows([12], [5, 7], [4, 6])
@@ -373,11 +367,21 @@ def test_dropout_acts_in_training_alone(subject, where):
 
 # ---- decoding ----
 
+CACHED = ("gpt2", "gemma", "mistral", "t5_local", "bloom_local")
+
 
 @pytest.mark.parametrize(
     "name, pieces",
     [
-        *(pytest.param(name, [5, 5, 1, 1], id=f"{name}-by_chunk") for name in VARIANTS),
+        *(
+            pytest.param(
+                name,
+                [5, 5, 1, 1],
+                id=f"{name}-by_chunk",
+                marks=() if name in CACHED else pytest.mark.slow,
+            )
+            for name in VARIANTS
+        ),
         pytest.param("gemma", [1] * 12, id="gemma-by_token"),
     ],
 )

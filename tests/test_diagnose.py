@@ -121,6 +121,7 @@ def test_what_does_not_repeat_is_hardware(make_experiment):
     assert found["float32"] is None
 
 
+@pytest.mark.slow
 def test_a_spike_is_one_by_the_running_mean_in_float32_too(make_experiment):
     changes = {"guard.spike_factor": 3.0, "guard.spike_warmup": 2, "model.dtype": "bfloat16"}
     experiment = make_experiment(changes)

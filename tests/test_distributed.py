@@ -333,7 +333,7 @@ def test_another_config_is_refused_by_both_processes_with_the_difference(togethe
         ("kill", 1, (Exit.PEER_LOST, -signal.SIGKILL)),
         ("kill lead", 0, (-signal.SIGKILL, Exit.PEER_LOST)),
         ("full", 1, (Exit.SAVE_FAILED, Exit.SAVE_FAILED)),
-        ("bug", 1, (Exit.ERROR, Exit.ERROR)),
+        pytest.param("bug", 1, (Exit.ERROR, Exit.ERROR), marks=pytest.mark.slow),
     ],
 )
 def test_when_a_process_goes_away_the_other_says_so_and_ends(together, what, gone, codes):

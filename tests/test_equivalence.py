@@ -137,6 +137,7 @@ def test_splash_trains_as_xla(trained):
     assert_equivalent(one, eight)
 
 
+@pytest.mark.slow
 def test_four_micro_batches_train_as_one(trained):
     assert_equivalent(trained(), trained(4))
 

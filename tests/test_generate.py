@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from environment import some
 
 from lm import config as configs
 from lm.checkpoint.manager import Checkpoints
@@ -83,7 +84,7 @@ def uncached_logprobs(model, params, ids):
     return jax.nn.log_softmax(uncached_logits(model, params, row, len(ids)))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, "local_global"))
 def test_cached_steps_of_a_padded_batch_equal_uncached_ones_of_each_prompt(variant):
     generator = make_generator(variant)
     for made in generator.generate(PROMPTS, max_new_tokens=24, sampling=GREEDY):
@@ -349,7 +350,11 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
 
 @pytest.mark.parametrize(
     "mesh",
-    [(("fsdp", 2), ("tensor", 2)), (("data", 2), ("sequence", 2)), (("data", 8),)],
+    [
+        (("fsdp", 2), ("tensor", 2)),
+        pytest.param((("data", 2), ("sequence", 2)), marks=pytest.mark.slow),
+        pytest.param((("data", 8),), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_every_mesh_makes_the_same_text_and_compiles_once(mesh, caplog):
@@ -400,10 +405,10 @@ def test_the_script_prints_what_the_generator_makes(run_folder, stream):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--workdir=/nowhere"], "/nowhere holds no run"),
+        pytest.param(["--workdir=/nowhere"], "/nowhere holds no run", marks=pytest.mark.slow),
         (["--max-new-tokens=70"], "config.model.max_length (64)"),
         pytest.param(["--step=7"], "no checkpoint of step 7", marks=pytest.mark.slow),
-        (["--top-p=0"], "top_p must be in (0, 1]"),
+        pytest.param(["--top-p=0"], "top_p must be in (0, 1]", marks=pytest.mark.slow),
     ],
 )
 def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):

@@ -66,6 +66,7 @@ def texts(model, prompt, eos, **options):
     return rows, None if "num_beams" not in options else found.sequences_scores.tolist()
 
 
+@pytest.mark.slow
 def test_beams_of_t5_are_those_of_transformers(sides):
     theirs, generator, eos = sides
     ended, found = collections.Counter(), set()

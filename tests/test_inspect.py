@@ -39,7 +39,9 @@ def init(model, tokens):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("scaled", "remat", "alibi") else name
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("scaled", "remat", "alibi", "plain")
+        else name
         for name in VARIANTS
     ],
 )

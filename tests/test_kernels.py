@@ -109,8 +109,15 @@ def test_more_shards_than_key_heads(rules_on, way):
     assert_is_the_equation(rules, packed(64), kernel="xla", sequence_parallel=way)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("options", [{}, {"window": 70, "softcap": 3.0}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    ("options", "causal"),
+    [
+        ({}, False),
+        ({"window": 70, "softcap": 3.0}, True),
+        pytest.param({}, True, marks=pytest.mark.slow),
+        pytest.param({"window": 70, "softcap": 3.0}, False, marks=pytest.mark.slow),
+    ],
+)
 def test_splash_is_the_equation(rules_on, options, causal):
     assert_is_the_equation(rules_on(), packed(384), kernel="splash", causal=causal, **options)
 

@@ -270,6 +270,7 @@ def test_formula_counts_parameters_and_products(tiny, pack, variant):
     assert product_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) == wanted
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(make_config, devices):
     config = make_config()
     config.model = type(config)({"name": "lstm", **dataclasses.asdict(lstm.Config(**TINY))})

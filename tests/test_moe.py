@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import some
 
 from lm import flops
 from lm.layers.dispatch import ROOM
@@ -157,7 +158,10 @@ def assert_is_loop(config, rules, x, filled, params):
 # ---- one device ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
+USUAL = ("not normalized", "sigmoid", "shared", "capacity")
+
+
+@pytest.mark.parametrize("kind", some(KINDS, *USUAL))
 def test_layer_is_a_loop_over_experts(kind, rules_on, inputs):
     params, _ = init(KINDS[kind], rules_on())
     assert_is_loop(KINDS[kind], rules_on(), *inputs, params)

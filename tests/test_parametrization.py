@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from environment import some
 
 from lm import optim, parameters
 from lm.config import OptimizerConfig, ScheduleConfig
@@ -35,7 +36,10 @@ def paths(**model):
     "changes",
     [
         {"optimizer.name": "adamw", "model.tie_embeddings": False},
-        {"optimizer.name": "lion", "model.init_std": None, "model.positions": "learned"},
+        pytest.param(
+            {"optimizer.name": "lion", "model.init_std": None, "model.positions": "learned"},
+            marks=pytest.mark.slow,
+        ),
         {"optimizer.name": "muon", "model.activation": "swiglu", "model.moe.num_experts": 4},
     ],
     ids=lambda c: c["optimizer.name"],
@@ -203,7 +207,7 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("case", FOLDED)
+@pytest.mark.parametrize("case", some(FOLDED, "gemma", "encoder_decoder"))
 def test_folded_weights_compute_the_same(case, rules_on, pack):
     module, changes = FOLDED[case]
     changes = {**TINY, "embed_dim": 16, **changes, **MUP, **WIDE, "vocab_size": 40}

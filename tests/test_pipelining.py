@@ -73,12 +73,9 @@ def gradients(function, params, x, *rest):
 
 # stages, micro-batches, repeats, layers, other axes: with and without micro-batches that wait for
 # their next repeat, with repeats that share a divisor with the stages and that don't
-SCHEDULES = [
-    (1, 3, 1, 2, {}),
-    (2, 4, 2, 8, {"fsdp": 2, "tensor": 2}),
-    (2, 6, 3, 6, {}),
-]
+SCHEDULES = [(1, 3, 1, 2, {}), (2, 6, 3, 6, {})]
 MORE_SCHEDULES = [
+    (2, 4, 2, 8, {"fsdp": 2, "tensor": 2}),
     (4, 8, 3, 12, {"data": 2}),
     (2, 2, 1, 2, {"data": 2}),
     (4, 4, 1, 4, {"sequence": 2}),

@@ -97,7 +97,7 @@ def test_policy_stop_ends_before_anything_is_lost(run, tmp_path, value):
     assert metrics.read(str(tmp_path))[-1]["skipped"] == 1
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_policy_skip_goes_on_without_the_step(run, tmp_path, microbatches):
     changes = {"guard.policy": "skip", "train.num_microbatches": microbatches}
     assert run(tmp_path, changes, spoil=spoil_row(np.nan)) == Exit.SUCCESS
@@ -183,6 +183,7 @@ def test_a_flipped_bit_is_found_to_be_hardware_and_leaves_no_trace(
     assert_no_trace(run, tmp_path, make_config, devices)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_held_the_flipped_bit_is_set_aside(run, tmp_path, make_config, devices):
     """The embedding of a token that comes up two steps and one checkpoint later."""
     changes = {
@@ -216,6 +217,7 @@ def assert_no_trace(run, tmp_path, make_config, devices, changes=None):
     assert ledger.read(str(tmp_path / "flip")) == ledger.read(str(tmp_path / "clean"))
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_compute_dtype_is_found_to_be_numerics(run, tmp_path, monkeypatch):
     # bfloat16 overflows where float32 does; float16, which configs refuse for it, at 65,504
     monkeypatch.setattr(decoder.Config, "check", lambda self, length: None)

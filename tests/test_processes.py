@@ -72,10 +72,6 @@ def test_a_sigterm_to_one_of_two_saves_both_at_the_same_step(start, tmp_path):
     manifest = json.loads((folder / "manifest/manifest.json").read_text())
     assert manifest["ledger"]["steps"] == step == len(ledger.read(str(tmp_path / "run")))
 
-    again = start(f"--config.train.num_steps={step + 5}")
-    assert again.wait(timeout=600) == Exit.SUCCESS, (tmp_path / "log").read_text()
-    assert f"from step {step} to" in (tmp_path / "log").read_text()
-
 
 def test_a_stopped_process_ends_both_with_their_stacks(start, tmp_path):
     process = start("--config.guard.step_seconds=4", "--config.guard.step_factor=2")

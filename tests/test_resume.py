@@ -4,8 +4,10 @@ bytes.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,25 +75,40 @@ def final_state(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(devices, steps) -> the folder of a run that nothing interrupted, and its flags."""
+
+    @functools.cache
+    def make(num_devices, num_steps):
+        flags = [f"--config.train.num_steps={num_steps}"]
+        flags += ["--config.mesh.data=2", "--config.mesh.fsdp=2"] if num_devices == 4 else []
+        folder = tmp_path_factory.mktemp("whole")
+        assert run(folder, num_devices, *flags).returncode == 0
+        return folder, flags
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("num_devices", "num_steps"),
-    [(1, 200), (4, 75), pytest.param(4, 200, marks=pytest.mark.slow)],
+    [(1, 100), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 200), (4, 75), (4, 200)))],
 )
-def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, num_devices, num_steps):
-    flags = [f"--config.train.num_steps={num_steps}"]
-    flags += ["--config.mesh.data=2", "--config.mesh.fsdp=2"] if num_devices == 4 else []
-    assert run(tmp_path / "whole", num_devices, *flags).returncode == 0
-    code = stop_at(tmp_path / "killed", num_steps * 3 // 5, signal.SIGKILL, num_devices, *flags)
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    whole, tmp_path, num_devices, num_steps
+):
+    folder, flags = whole(num_devices, num_steps)
+    code = stop_at(tmp_path, num_steps * 3 // 5, signal.SIGKILL, num_devices, *flags)
     assert code == -signal.SIGKILL
-    resumed = run(tmp_path / "killed", num_devices, *flags)
+    resumed = run(tmp_path, num_devices, *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 0 " not in resumed.stdout
-    whole, killed = (final_state(tmp_path / name, num_steps) for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys()
-    assert [name for name in whole if whole[name] != killed[name]] == []
+    expected, killed = (final_state(path, num_steps) for path in (folder, tmp_path))
+    assert expected.keys() == killed.keys()
+    assert [name for name in expected if expected[name] != killed[name]] == []
     losses = [
-        {r["step"]: r["loss"] for r in metrics.read(str(tmp_path / name)) if r["kind"] == "train"}
-        for name in ("whole", "killed")
+        {r["step"]: r["loss"] for r in metrics.read(str(path)) if r["kind"] == "train"}
+        for path in (folder, tmp_path)
     ]
     assert losses[0] == losses[1]
     assert sorted(losses[0]) == list(range(1, num_steps + 1))
@@ -132,21 +149,27 @@ def test_ctrl_c_saves_at_the_step_it_came_in_and_the_run_goes_on(tmp_path):
     resumed = run(tmp_path, 1, *flags)
     assert resumed.returncode == 0, resumed.stderr
     assert f"from step {stopped_at} to 80" in resumed.stdout
-    assert "finished" in run(tmp_path, 1, *flags).stdout
 
 
-def test_a_changed_model_is_refused_unless_allowed_by_name(tmp_path):
-    short = ("--config.train.num_steps=2",)
-    assert run(tmp_path, 1, *short).returncode == 0
-    refused = run(tmp_path, 1, *short, "--config.model.embed_dim=64", "--config.data.length=16")
+def test_a_finished_run_says_so(whole):
+    folder, flags = whole(1, 100)
+    assert "finished" in run(folder, 1, *flags).stdout
+
+
+def test_a_changed_model_is_refused_unless_allowed_by_name(whole, tmp_path):
+    folder, flags = whole(1, 100)
+    shutil.copytree(folder, tmp_path / "run")
+    refused = run(
+        tmp_path / "run", 1, *flags, "--config.model.embed_dim=64", "--config.data.length=16"
+    )
     assert refused.returncode == 1
     assert "config.model.embed_dim: 32 -> 64" in refused.stderr
     assert "config.data.length: 32 -> 16" in refused.stderr
     assert "Traceback" not in refused.stderr
     allowed = run(
-        tmp_path,
+        tmp_path / "run",
         1,
-        "--config.train.num_steps=4",
+        "--config.train.num_steps=102",
         "--config.data.batch_size=4",
         "--config.checkpoint.allow_changed=('data.batch_size',)",
     )
@@ -185,16 +208,16 @@ def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(tmp_path):
-    assert run(tmp_path, 1, "--config.train.num_steps=30").returncode == 0
+def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(whole):
+    folder, _ = whole(1, 100)
     script = str(ROOT / "scripts" / "evaluate.py")
     result = subprocess.run(
-        [sys.executable, script, f"--workdir={tmp_path}"],
+        [sys.executable, script, f"--workdir={folder}"],
         env=fake_devices(1),
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    trained = metrics.read(str(tmp_path))[-1]
+    trained = metrics.read(str(folder))[-1]
     assert json.loads(result.stdout)["loss"] == pytest.approx(trained["loss"], rel=1e-6)

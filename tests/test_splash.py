@@ -110,7 +110,9 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("saved, kernels_run", [("attended", 3), ("nothing", 4)])
+@pytest.mark.parametrize(
+    "saved, kernels_run", [("attended", 3), pytest.param("nothing", 4, marks=pytest.mark.slow)]
+)
 def test_splash_compiles_for_tpus_and_runs_forward_once_where_attended_is_saved(
     chips, saved, kernels_run
 ):

@@ -61,7 +61,7 @@ def wrong(report):
     ("mesh", "changes"),
     [
         (TENSOR, {"mesh.zero": 1, "optimizer.memory": "host", "model.remat": "offload"}),
-        ({"data": 4, "fsdp": 2, "slices": 2}, {}),
+        pytest.param({"data": 4, "fsdp": 2, "slices": 2}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_that_is_right_passes(check, mesh, changes):
@@ -71,6 +71,7 @@ def test_a_mesh_that_is_right_passes(check, mesh, changes):
     assert all(d.value > 0 for d in report.differences if d.what == "parameters")
 
 
+@pytest.mark.slow
 def test_experts_in_a_pipeline_are_right(config, devices):
     changes = {
         "model.pipeline.num_microbatches": 2,
