@@ -13,6 +13,8 @@ from lm.data.corpus import Corpus
 from lm.train import train
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SCALING = Path(__file__).parents[1] / "notebooks" / "04_scaling.ipynb"  # needs no run
+OF_RUNS = [path for path in NOTEBOOKS if path != SCALING]
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +58,26 @@ def parameters(notebook):
     return cell
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs_on_a_finished_run(path, run):
+def execute(path, source=None):
+    """The kinds of output of every cell, with other parameters if `source` is given."""
     notebook = nbformat.read(path, as_version=4)
-    parameters(notebook)["source"] = f"workdir = {run!r}"
+    if source is not None:
+        parameters(notebook)["source"] = source
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
-    kinds = [
-        kind for c in notebook.cells for o in c.get("outputs", []) for kind in o.get("data", {})
-    ]
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    return [kind for o in outputs for kind in o.get("data", {"stream": 0})]
+
+
+@pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: path.stem)
+def test_the_notebook_runs_on_a_finished_run(path, run):
+    kinds = execute(path, f"workdir = {run!r}")
     assert kinds.count("image/png") >= 5 and kinds.count("text/html") >= 3
+
+
+def test_the_notebook_of_scaling_laws_runs_on_the_shipped_table():
+    kinds = execute(SCALING)
+    assert kinds.count("image/png") == 5 and kinds.count("stream") == 4
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -73,7 +85,8 @@ def test_the_notebook_defines_nothing_and_is_saved_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert parameters(notebook).source.startswith("workdir = ")
+    name = "table_path" if path == SCALING else "workdir"
+    assert parameters(notebook).source.startswith(f"{name} = ")
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
