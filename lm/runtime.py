@@ -63,7 +63,10 @@ def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:
     from absl import flags
 
     try:
+        argv, unset = _split_unset(argv)
         rest = flags.FLAGS(argv, known_only=allow_rest)
+        if unset:
+            flags.FLAGS.config.update_from_flattened_dict(dict.fromkeys(unset))
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
         # ml_collections raises an AttributeError of an unknown config key, with a traceback
         text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
@@ -75,6 +78,16 @@ def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:
         print(f"error: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
         sys.exit(2)
     return rest
+
+
+def _split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The other arguments, and paths that `--config.PATH=None` unsets, which ml_collections takes
+    for a value of the wrong type.
+    """
+    found = [re.match(r"--?config\.([\w.]+)=(None$)?", a) for a in argv]
+    last = {match[1]: match[2] for match in found if match}
+    kept = [a for a, match in zip(argv, found, strict=True) if not (match and match[2])]
+    return kept, [path for path, none in last.items() if none]
 
 
 def _use_huge_pages() -> None:

@@ -296,6 +296,31 @@ def test_saving_less_shrinks_saved_activations_alone(make_experiment):
         assert full[group] == none[group]
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_saved_activations_of_a_parameters_shape_are_no_gradients(
+    make_experiment, num_microbatches
+):
+    """A row as long as the model is wide: what a layer saves has the shape of its matrices."""
+    length = 64
+    changes = {
+        "model.remat": "none",
+        "model.embed_dim": length,
+        "model.max_length": length,
+        "model.num_layers": 4,
+        "data.length": length,
+        "data.batch_size": num_microbatches,
+        "train.num_microbatches": num_microbatches,
+    }
+
+    experiment = make_experiment(changes)
+    made = compiling.compile_step(experiment.lower_train_step())
+    memory = plan.analyse(experiment, topology.parse("cpu:1"), made).memory
+    parameters = memory.groups["parameters"]
+    mlp = 4 * length * experiment.config.model.mlp_size * 4  # one value of every layer, float32
+    assert memory.groups["saved activations"] > 3 * mlp
+    assert memory.groups["gradients"] < 1.5 * num_microbatches * parameters
+
+
 def test_a_heaps_peak_counts_shared_bytes_once():
     def buffer(offset, size, start, stop):
         value = buffers.Value("x", "", size, offset, hlo.Shape("f32", (size // 4,)), start, stop)

@@ -33,3 +33,28 @@ def test_a_compiler_for_tpus_is_not_asked_for_tpus():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "cpu cpu\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config.train.num_steps=None"], "num_steps=None"),
+        (["--config.train.num_steps=None", "--config.train.num_steps=7"], "num_steps=7"),
+        (["--config.train.num_steps=7", "--config.train.num_steps=None"], "num_steps=None"),
+        (["--config.train.nothing=None"], "nothing"),
+    ],
+)
+def test_a_value_can_be_unset(flags, expected):
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "--config=configs/tiny.py", "--explain", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    known = "nothing" not in expected
+    assert (done.returncode == 0) == known, done.stderr
+    if known:
+        assert expected in " ".join(done.stdout.split()), done.stdout
+    else:
+        assert done.stderr.startswith("error: ") and expected in done.stderr
+        assert done.stderr.count("\n") == 1

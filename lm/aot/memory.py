@@ -1,9 +1,9 @@
 """HBM of a program by what it is for, at the moment when most is in use.
 
 Arguments are named by the state that they are. What is in the heap at its peak is told apart by
-what made it (a kernel, a cast or gather of parameters), by its shape (that of a parameter, or of a
-shard or a layer of one: a gradient) and by its life (from the forward into the backward pass: a
-saved activation).
+what made it (a kernel, a cast or gather of parameters, the forward pass), by its shape (that of a
+parameter, or of a shard or a layer of one, and not made by the forward pass: a gradient) and by its
+life (from the forward into the backward pass: a saved activation).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from lm.aot import buffers as xla_buffers
@@ -36,6 +37,7 @@ GROUPS = {
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
 _MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")
 _MOVES = (*_MOVES, "all-gather", "all-gather-start", "all-gather-done", "dynamic-slice")
+_MODULE = re.compile(r"\bjvp\(|/layers/|\.run/")  # in the path of an operation of the model
 _HOLDERS = ("parameter", "while", "tuple", "get-tuple-element", "conditional", "call")
 
 
@@ -82,7 +84,7 @@ class Attribution:
         backward = [
             positions[name]
             for name, (instruction, _) in module.instructions.items()
-            if name in positions and _is_backward(instruction)
+            if name in positions and self._is_backward(instruction)
         ]
         self._first_backward = min(backward, default=math.inf)
         self._last_backward = max(backward, default=-math.inf)
@@ -114,7 +116,7 @@ class Attribution:
         if (
             dims in self._gradient_shapes
             and buffer.start <= self._last_backward
-            and not any(_is_activation(m) for m in makers)
+            and not any(_is_activation(m) or self._is_older(m) for m in makers)
         ):
             return "gradients"
         if buffer.start < self._first_backward <= buffer.stop:
@@ -143,6 +145,60 @@ class Attribution:
             return "", ""
         chosen = max(makers, key=lambda m: ("while/body" in m.op_name, len(m.op_name)))
         return chosen.op_name, self.module.source(chosen.frame, "/lm/")
+
+    def _inside(self, instruction: hlo.Instruction) -> list[hlo.Instruction]:
+        """What a fusion does; of anything else itself."""
+        if instruction.opcode != "fusion":
+            return [instruction]
+        return list(self.module.computations[instruction.called("calls")].instructions.values())
+
+    def _is_older(self, instruction: hlo.Instruction) -> bool:
+        """Whether a value is a copy of the optimizer's state, or the forward pass made it, the
+        first time or once more for the backward pass.
+
+        Zeros may be named by either pass, wherever they are added to.
+        """
+        made = self._maker(instruction.name)
+        if made.op_name.startswith("state.opt_state"):
+            return True
+        inside = [i for i in self._inside(made) if not _only_moves(i)]
+        if all(i.opcode == "broadcast" for i in inside):
+            return False
+        names = [i.op_name for i in ([made] if made.op_name else inside)]
+        names = [name for name in names if _MODULE.search(name)]
+        return bool(names) and all(
+            "transpose(" not in name or "rematted_computation" in name for name in names
+        )
+
+    def _maker(self, name: str, depth: int = 0) -> hlo.Instruction:
+        """The instruction that made a value which others may have moved, also out of a loop."""
+        instruction, computation = self.module.instructions[name]
+        source = instruction.operands[0] if instruction.operands else ""
+        if instruction.opcode == "get-tuple-element":
+            loop = computation.operand(instruction)
+            if loop.opcode != "while":
+                return instruction
+            root = self.module.computations[loop.called("body")].root
+            source = root.operands[instruction.index] if root.opcode == "tuple" else ""
+        elif instruction.opcode == "fusion" and not instruction.op_name:
+            if not all(_only_moves(i) for i in self._inside(instruction)):
+                return instruction
+        elif instruction.opcode not in _MOVES:
+            return instruction
+        if source not in self.module.instructions or depth > 40:
+            return instruction
+        return self._maker(source, depth + 1)
+
+    def _is_backward(self, instruction: hlo.Instruction) -> bool:
+        """A product of the backward pass. Not just any of its operations: zeros to add gradients
+        to, or an operand laid out another way, may be made at the very start.
+        """
+        return any(
+            "transpose(jvp(" in i.op_name
+            and (i.opcode in ("dot", "convolution") or i.op_name.endswith("dot_general"))
+            for i in self._inside(instruction)
+            if i.opcode in ("dot", "convolution", "custom-call")
+        ) or (_is_kernel(instruction) and "transpose(jvp(" in instruction.op_name)
 
     def _is_parameter(self, name: str, depth: int = 0) -> bool:
         """Whether a value is a parameter, moved, gathered or cast."""
@@ -193,15 +249,6 @@ def _is_activation(instruction: hlo.Instruction) -> bool:
         "logistic",
         "div",
     )
-
-
-def _is_backward(instruction: hlo.Instruction) -> bool:
-    """A product of the backward pass. Not just any of its operations: zeros to add gradients to
-    may be made at the very start.
-    """
-    works = instruction.opcode in ("fusion", "dot", "convolution", "custom-call")
-    product = instruction.op_name.endswith("dot_general") or _is_kernel(instruction)
-    return works and product and "transpose(jvp(" in instruction.op_name
 
 
 def _is_kernel(instruction: hlo.Instruction) -> bool:
