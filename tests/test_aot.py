@@ -284,16 +284,21 @@ def test_state_is_told_apart_exactly(compiled):
 
 
 def test_saving_less_shrinks_saved_activations_alone(make_experiment):
-    def groups(remat):
+    def memory(remat):
         changes = {"model.remat": remat, "model.num_layers": 8, "data.batch_size": 32}
         experiment = make_experiment(changes)
         made = compiling.compile_step(experiment.lower_train_step())
-        return plan.analyse(experiment, topology.parse("cpu:1"), made).memory.groups
+        return plan.analyse(experiment, topology.parse("cpu:1"), made).memory
 
-    none, full = groups("none"), groups("full")
-    assert full["saved activations"] < 0.5 * none["saved activations"]
+    none, full = memory("none"), memory("full")
+    assert full.groups["saved activations"] < 0.5 * none.groups["saved activations"]
     for group in ("parameters", "optimizer"):
-        assert full[group] == none[group]
+        assert full.groups[group] == none.groups[group]
+
+    saved = {line.op.partition("/layers/")[2]: line for line in none.largest}
+    assert saved["mlp/up/dot_general"].group == "saved activations"
+    assert saved["mlp/up/dot_general"].source.startswith("lm/layers/linear.py:")
+    assert sum("dynamic_update_slice" in line.op for line in none.largest) < 3
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
