@@ -8,7 +8,7 @@ longest where that is less. Other data than the store below is named at the impo
 `checkpoint.allow_changed` must allow it):
 
     python scripts/hf_import.py --source=FOLDER --workdir=RUN --config.data.train="('STORE',)"
-    python scripts/train.py --config=configs/imported.py:RUN --workdir=RUN \
+    python scripts/train.py --config=configs/imported.py:RUN --workdir=RUN \\
         --config.train.num_steps=5000
 """
 

@@ -2,7 +2,7 @@
 
     python scripts/kill_test.py --kills=20
     python scripts/kill_test.py --kills=50 --processes=2 --devices-per-process=2 --seed=1
-    python scripts/kill_test.py --kills=6 --processes=2 --restart-on=1,2,4 -- \
+    python scripts/kill_test.py --kills=6 --processes=2 --restart-on=1,2,4 -- \\
         --config=configs/tiny.py --config.train.num_steps=400
 
 Trains once without interruption. Then again, with SIGKILL at random moments: in start-up, inside a

@@ -1,7 +1,7 @@
 """Know before you launch: the real compiler says what a run needs, on devices that aren't here.
 
     python scripts/plan.py --config=configs/llama3.py:70b --topology=v5p:8x8x8
-    python scripts/plan.py --config=configs/gpt2.py:124m --topology=v5e:4x4 --json=plan.json \
+    python scripts/plan.py --config=configs/gpt2.py:124m --topology=v5e:4x4 --json=plan.json \\
         --picture=plan.png --config.model.remat=full
 
 Compiles the actual train step (with --decode the decode step) from shapes alone, so neither data

@@ -1,9 +1,8 @@
-"""From text to a trained model in one command: corpus, tokenizer, token store, training, samples,
-summary.
+"""From text to a trained model in one command: corpus, tokenizer, store, training, summary.
 
-    python scripts/pretrain.py                                     # Python's standard library,
-    configs/tiny.py python scripts/pretrain.py --data='books/**/*.txt' --workdir=runs/books python
-    scripts/pretrain.py --config.train.num_steps=100        # any key of the config
+    python scripts/pretrain.py                # Python's standard library, configs/tiny.py
+    python scripts/pretrain.py --data='books/**/*.txt' --workdir=runs/books
+    python scripts/pretrain.py --config.train.num_steps=100        # any key of the config
 
 Run again, it goes on where it stopped: finished parts are kept, and training resumes from its last
 checkpoint. The run's folder gets what scripts/train.py writes, loss.png, samples.txt and

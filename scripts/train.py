@@ -1,7 +1,7 @@
 """Train, or go on training, the model of a config in a folder.
 
     python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
-    python scripts/train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2 \
+    python scripts/train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2 \\
         --config.data.train="('data/web/train',)" --config.optimizer.learning_rate=1e-3
 
 Every value of the config can be given as --config.SECTION.KEY=VALUE; --explain lists them all. The
