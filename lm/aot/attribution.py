@@ -93,25 +93,20 @@ class Attribution:
         """(operation, FILE:LINE) that made a buffer: of several the one that updates it in a loop,
         since the first only makes room.
         """
-        makers = [m for m in self.makers(buffer) if m.op_name] or [
-            i
-            for i, _ in (
-                self.module.instructions[v.name]
-                for v in buffer.values
-                if v.name in self.module.instructions
-            )
-            if i.op_name
-        ]
-        if not makers:
+        found = [n for m in self.makers(buffer) if (n := self._named(self._written(m)))]
+        if not found:
+            values = (self.module.instructions.get(v.name) for v in buffer.values)
+            found = [v[0] for v in values if v and v[0].op_name]
+        if not found:
             return "", ""
-        chosen = max(makers, key=lambda m: ("while/body" in m.op_name, len(m.op_name)))
-        written = self._written(chosen)
-        return written.op_name, self.module.source(written.frame, "/lm/")
+        chosen = max(found, key=lambda m: ("while/body" in m.op_name, len(m.op_name)))
+        return chosen.op_name, self.module.source(chosen.frame, "/lm/")
 
     def _written(self, instruction: hlo.Instruction) -> hlo.Instruction:
         """What made the values that an instruction puts into its buffer, layer by layer say; itself
         where it makes them.
         """
+        instruction = instruction if instruction.op_name else self._maker(instruction.name)
         inside = self._inside(instruction)
         update = next((i for i in inside if i.opcode == "dynamic-update-slice"), None)
         if update is None:
@@ -119,8 +114,15 @@ class Attribution:
         made = self._maker(update.operands[1])
         if made.opcode == "parameter" and instruction.opcode == "fusion":
             made = self._maker(instruction.operands[int(made.literal)])
-        known = made.op_name and "dynamic_update" not in made.op_name
-        return made if known else instruction
+        named = self._named(made)
+        return named if named and "dynamic_update" not in named.op_name else instruction
+
+    def _named(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
+        """An instruction with a path that says where a value is from."""
+        for candidate in (instruction, *reversed(self._inside(instruction))):
+            if candidate.op_name and not candidate.op_name.endswith("closed_call"):
+                return candidate
+        return None
 
     def _inside(self, instruction: hlo.Instruction) -> list[hlo.Instruction]:
         """What a fusion does; of anything else itself."""
