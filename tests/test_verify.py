@@ -209,6 +209,19 @@ def test_the_script_says_what_was_compared_on_two_processes():
 
 
 @pytest.mark.slow
+def test_the_script_fails_where_something_differs():
+    flags = [f"--config={ROOT}/configs/smoke.py", "--mesh=fsdp=2"]
+    defect = (
+        "import runpy, sys, jax; jax.lax.psum = lambda x, axes: x; del sys.argv[:2]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", defect, "-", str(ROOT / "scripts/verify_sharding.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "differ" in done.stdout
+
+
+@pytest.mark.slow
 def test_every_parallelism_is_right_on_two_processes():
     launcher = [sys.executable, str(ROOT / "scripts/launch/local.py"), "--processes=2"]
     command = [*launcher, "--devices-per-process=4", "--", str(ROOT / "tests/two_processes.py")]
