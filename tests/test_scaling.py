@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -350,6 +351,14 @@ def test_a_correction_for_repeats_needs_repeats():
     for options in (Options(fits_repeats=True), Options(repeats=15.4)):
         with pytest.raises(ValueError, match="none of 36 rows"):
             analyse(grid(unique=1e15), source(), options)
+
+
+def test_a_run_that_left_the_law_is_named():
+    made = grid(noise=0.005, seed=1)
+    assert not any("from the law" in w for w in analyse(made, source(), FEW).warnings)
+    made.loss[7] *= 0.93  # learned something that the others have not
+    [found] = [w for w in analyse(made, source(), FEW).warnings if "from the law" in w]
+    assert found.startswith(f"row {made.rows[7]} (") and re.search(r"lies -[67]\.\d%", found)
 
 
 def test_flops_counted_in_two_ways_are_warned_of():

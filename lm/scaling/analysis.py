@@ -30,6 +30,7 @@ from lm.scaling.powers import Power
 from lm.scaling.table import Source, Table, check
 
 NATS_TO_BITS = 1 / math.log(2)
+OUTLYING = 6  # times the spread of runs, further than which one is no noise
 MISFIT = 0.03  # noise in log loss above which the law hardly describes the table
 
 
@@ -194,6 +195,7 @@ def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
             f"runs lie {noise:.1%} around the law: it does not describe them well, and the "
             "intervals know nothing of what it leaves out"
         )
+    found += _outliers(table, fit.residuals[0])
     ratio = table.flops_ratio()
     if ratio.max() > 1.5 * ratio.min():
         found.append(
@@ -201,6 +203,26 @@ def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
             "least loss depends on how FLOPs are counted"
         )
     return found
+
+
+def _outliers(table: Table, residuals: np.ndarray) -> list[str]:
+    """A sentence about the run that is too far from the law to be noise, if one is.
+
+    The spread of the others is 1.48 times the median of absolute residuals, which is the standard
+    deviation of Gaussian noise and heeds no outlier.
+    """
+    spread = 1.4826 * float(np.median(np.abs(residuals)))
+    i = int(np.abs(residuals).argmax())
+    if not abs(residuals[i]) > max(OUTLYING * spread, 1e-3):
+        return []
+    many = int((np.abs(residuals) > OUTLYING * spread).sum())
+    others = f"; {many} runs in all lie further out than {OUTLYING}" if many > 1 else ""
+    return [
+        f"row {table.rows[i]} ({table.parameters[i]:.3g} parameters, "
+        f"{table.tokens[i]:.3g} tokens) lies {np.expm1(residuals[i]):+.1%} from the law, "
+        f"{abs(residuals[i]) / spread:.0f} times the spread of runs{others}: look at it, the law "
+        "describes only what the runs have in common"
+    ]
 
 
 def _describe(table: Table, best: Table, source: Source) -> dict[str, Any]:
