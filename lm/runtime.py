@@ -63,6 +63,9 @@ def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:
     from absl import flags
 
     try:
+        for found in (re.match(r"--?config=([^:]+)", a) for a in argv):
+            if found and not os.path.exists(found[1]):
+                raise ValueError(f"--config={found[1]}: no such file")
         argv, unset = _split_unset(argv)
         rest = flags.FLAGS(argv, known_only=allow_rest)
         if unset:

@@ -36,7 +36,9 @@ from lm.data.sources.tokens import TokenStore
 PROMPTS = ("def read(self, ", "class Handler(")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/tiny.py", "The config to train; its data section is filled in here."
+    "config",
+    str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
+    "The config to train; its data section is filled in here.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/CONFIG-CORPUS.")
 _STORES = flags.DEFINE_string(

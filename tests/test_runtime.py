@@ -58,3 +58,15 @@ def test_a_value_can_be_unset(flags, expected):
     else:
         assert done.stderr.startswith("error: ") and expected in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_config_that_is_not_there_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "--config=configs/tinny.py", "--workdir=never"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --config=configs/tinny.py: no such file")
+    assert done.stderr.count("\n") == 1
