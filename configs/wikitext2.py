@@ -3,9 +3,8 @@
     configs/wikitext2.py:lstm    also decoder, conv
 
 Two layers of width 200 and a tied table of 33,278 words: 7.3M parameters each. Every word of the
-text is read once, in 2,983 steps of 10 rows of 70 words: 18 minutes of two CPU cores at the speed
-measured on idle ones (1,940 words/s). The LSTM was stopped at step 1,961, at a training loss of
-5.78 nats; neither model was run to its end, so there are no test perplexities to compare yet.
+text is read once, in 2,983 steps of 10 rows of 70 words: an hour of one CPU core at 580 words/s, of
+which nine tenths are the products of the vocabulary. docs/tasks.md has what a tenth of that reaches.
 
 With the stores of configs/lstm.py:
 
@@ -47,7 +46,7 @@ def get_config(arg=None):
     data.batch_size = 10
 
     config.loader.kind = "thread"
-    config.loss.chunk_size = 700
+    config.loss.chunk_size = 100  # a fifth faster than 700: logits that stay in the cache
 
     optimizer = config.optimizer
     optimizer.weight_decay = 0.0
