@@ -4,7 +4,7 @@
 
 Two layers of width 200 and a tied table of 33,278 words: 7.3M parameters each. Every word of the
 text is read once, in 2,983 steps of 10 rows of 70 words: an hour of one CPU core at 580 words/s, of
-which nine tenths are the products of the vocabulary. docs/tasks.md has what a tenth of that reaches.
+which nine tenths are the products of the vocabulary. A tenth of that is in docs/tasks.md.
 
 With the stores of configs/lstm.py:
 
