@@ -18,6 +18,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,8 @@ def main(argv: Sequence[str]) -> int:
         "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
         f"loss curve               {workdir / 'loss.png'}\n\n"
         "What next:\n"
-        f"  {python} scripts/generate.py --workdir={workdir} --prompt='def main(' --stream\n"
+        f"  {python} scripts/generate.py --workdir={workdir} "
+        f"--prompt={shlex.quote(_PROMPT.value[0])} --stream\n"
         f"  {python} scripts/evaluate.py --workdir={workdir}\n"
         f"  {python} scripts/pretrain.py --workdir={workdir}-deeper --config.model.num_layers=8"
     )
