@@ -246,13 +246,13 @@ def test_a_sweep_that_is_killed_and_started_again_does_every_run_once(tmp_path):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         records = metrics.read(str(second_run)) if second_run.exists() else []
-        if records and records[-1]["step"] >= 15:
+        if records and records[-1]["step"] >= 45:  # the checkpoint at 20 is surely there
             break
         assert first.poll() is None
         time.sleep(0.01)
     first.kill()  # and what it started, as when the machine goes down
     for line in subprocess.run(
-        ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines():
         if f"--workdir={second_run}" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
