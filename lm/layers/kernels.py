@@ -149,7 +149,10 @@ def attend(
     # the bits of a dropout are those of one device only where the compiler shards them
     if chosen == "xla" and (whole or dropout_rng is not None):
         extra = {"bias": bias, "dropout": dropout, "dropout_rng": dropout_rng}
-        return checkpoint_name(dot_product.attend(q, k, v, mask, **options, **extra), "attended")
+        y = dot_product.attend(q, k, v, mask, **options, **extra)
+        # pinned: else its gradient comes in the layout of the residual stream, and so do the scores'
+        y = rules.constrain(y, "batch", "heads", "length", "head_dim")
+        return checkpoint_name(y, "attended")
     k, v, kv_axis = _spread(k, v, rules)
     queries = rules.spec("batch", "heads", "length", "head_dim")
     keys = rules.spec("batch", kv_axis, "length", "head_dim")
