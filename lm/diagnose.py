@@ -154,7 +154,9 @@ def _look(experiment: Experiment, step: int, state: TrainState, batch: Batch) ->
     )
     optimizer = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), state.opt_state)
     return (
-        jax.tree.map(lambda g, s: _size(g * scale, s), gradients, experiment.trained(stacked)),
+        jax.tree.map(
+            lambda g, s: _size(g * scale, s), gradients, experiment.start.trained(stacked)
+        ),
         jax.tree.map(_size, state.params, stacked),
         optimizer,
         _tokens(experiment, state.params, batch),

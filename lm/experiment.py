@@ -21,20 +21,18 @@ from lm import config as configs
 from lm import flops, loss, optim, parameters, parametrization, sharding, step
 from lm.branch import Branch
 from lm.checkpoint import manifest
-from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.data import pipeline, word_vectors
+from lm.data import pipeline
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
-from lm.data.word_vectors import WordVectors
-from lm.layers import lora, pipelining
+from lm.layers import pipelining
 from lm.objectives import Form, Objective
+from lm.start import Start
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
 
 CONFIG_FILE = "config.json"
 LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
-TABLE = "embedding.weight"  # what models call the parameter with a row for each token
 
 
 class Experiment:
@@ -62,7 +60,7 @@ class Experiment:
             )
         component = configs.component("lm.models", config.model.name)
         self.model: Model = component.build(c.model, self.rules)
-        self.batch_size = _batch_size(c, self.rules, self.model.num_microbatches)
+        self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
 
     def variant(self, changes: Mapping[str, Any]) -> Experiment:
         """The same on the same mesh with other values, {config path: value}."""
@@ -192,60 +190,24 @@ class Experiment:
         return jax.tree.map(_with_sharding, nn.meta.unbox(self.boxed_params), shardings)
 
     @functools.cached_property
-    def frozen(self) -> frozenset[str]:
-        """Names of the parameters that training keeps as they are: those that the config names,
-        and with adapters all others that don't begin at random.
-        """
-        names = parameters.flatten(self.boxed_params)
-        named = self.config.optimizer.frozen
-        frozen = parameters.matching("config.optimizer.frozen", named, names)
-        if self._lora.rank:
-            lora.check_targets(self._lora, names)
-            frozen |= frozenset(names) - lora.adapters(names) - self._new
-        if not names.keys() - frozen:
-            raise ValueError(f"config.optimizer.frozen ({named}) leaves nothing to train")
-        return frozen
-
-    @functools.cached_property
-    def borrowed(self) -> frozenset[str]:
-        """Names of the parameters that this run's checkpoints leave to its base's."""
-        adapted = self._lora.rank and self.config.init.from_
-        return self.frozen - self._new if adapted else frozenset()
-
-    @property
-    def _lora(self) -> lora.LoraConfig:
-        return getattr(self.config.model, "lora", lora.LoraConfig())
+    def start(self) -> Start:
+        """What the parameters begin with."""
+        return Start(self.config, self.abstract_params, lambda: self.tokenizer)
 
     @property
     def _scaling(self) -> parametrization.Scaling:
         return getattr(self.config.model, "scaling", parametrization.STANDARD)
 
     @functools.cached_property
-    def _new(self) -> frozenset[str]:
-        """Names of the parameters that begin at random although there is a base."""
-        init, names = self.config.init, parameters.flatten(self.boxed_params)
-        if not init.from_ and (init.new or init.skip):
-            raise ValueError(
-                f"config.init.new ({init.new}) and skip ({init.skip}) are exceptions from "
-                "config.init.from, which is not given"
-            )
-        new = parameters.matching("config.init.new", init.new, names)
-        return new | lora.adapters(names) if init.from_ else new
-
-    def trained(self, tree: Any) -> Any:
-        """The part of a tree of parameters that training changes."""
-        return parameters.split(tree, self.frozen)[1]
-
-    @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        boxed = self.trained(self.boxed_params)
+        boxed = self.start.trained(self.boxed_params)
         return optim.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
-        params, trained = self.abstract_params, self.trained(self.abstract_params)
-        owners = self.trained(self.rules.shardings(self.boxed_params))
+        params, trained = self.abstract_params, self.start.trained(self.abstract_params)
+        owners = self.start.trained(self.rules.shardings(self.boxed_params))
         owners = jax.tree.map(_with_sharding, trained, owners)
         opt_state = optim.shard_like_params(
             jax.eval_shape(self.tx.init, trained),
@@ -259,63 +221,16 @@ class Experiment:
     def init_state(self) -> TrainState:
         """The state before step 0, every array made where it lives: never whole on one device."""
         step = jax.device_put(np.int32(0), self.rules.sharding())
-        return self.start_optimizer(TrainState(step, self._first_params(), None))
-
-    def _first_params(self) -> Params:
-        """Random parameters, but those of the base where there is one."""
-        base, based = self.base, frozenset(parameters.flatten(self.abstract_params)) - self._new
-        if base is None:
-            based = frozenset()
-        wanted, new = parameters.split(self.abstract_params, based)
-        shardings = jax.tree.map(lambda s: s.sharding, new)
-
-        def init(rng: Array) -> Params:  # what isn't returned is not computed
-            return parameters.split(nn.meta.unbox(self._init_params(rng)), based)[1]
-
-        params = jax.jit(init, out_shardings=shardings)(self._key("init"))
-        if self.word_vectors is not None:
-            params = _with_rows(params, self.word_vectors)
-        if base is None:
-            return params
-        return parameters.join(params, base.read(wanted, self.config.init.skip))
-
-    @functools.cached_property
-    def word_vectors(self) -> WordVectors | None:
-        """The vectors that rows of the embedding begin with."""
-        init, names = self.config.init, parameters.flatten(self.abstract_params)
-        if not init.word_vectors:
-            return None
-        if TABLE not in names:
-            raise ValueError(
-                f"config.init.word_vectors ({init.word_vectors}) needs a parameter {TABLE}; the "
-                f"model has {', '.join(names)}"
-            )
-        if init.from_ and TABLE not in self._new:
-            raise ValueError(
-                f"config.init.from ({init.from_}) and config.init.word_vectors "
-                f"({init.word_vectors}) both say what {TABLE} begins with; add it to "
-                "config.init.new"
-            )
-        return word_vectors.load(init.word_vectors, self.tokenizer, names[TABLE].shape[1])
+        params = self.start.params(
+            lambda rng: nn.meta.unbox(self._init_params(rng)), self._key("init")
+        )
+        return self.start_optimizer(TrainState(step, params, None))
 
     def start_optimizer(self, state: TrainState) -> TrainState:
         """The state with the optimizer's as at step 0."""
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state.opt_state)
-        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(self.trained(state.params))
+        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(self.start.trained(state.params))
         return dataclasses.replace(state, opt_state=opt_state)
-
-    @functools.cached_property
-    def base(self) -> Base | None:
-        """The checkpoint that the run begins with, if it is not with random parameters; its
-        parameters are those that this run wants.
-        """
-        init = self.config.init
-        if not init.from_:
-            return None
-        base = Base(init.from_, init.step)
-        wanted = parameters.split(self.abstract_params, self._new)[1]
-        base.check(wanted, init.skip)
-        return base
 
     @functools.cached_property
     def branch(self) -> Branch | None:
@@ -331,10 +246,7 @@ class Experiment:
 
     def stored(self, state: TrainState) -> TrainState:
         """The part of a state that this run's checkpoints hold."""
-        return dataclasses.replace(state, params=self._stored_params(state.params))
-
-    def _stored_params(self, params: Params) -> Params:
-        return parameters.split(params, self.borrowed)[1]
+        return dataclasses.replace(state, params=self.start.stored(state.params))
 
     def restore(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -348,24 +260,15 @@ class Experiment:
         if restored is None:
             return None
         state, saved = restored
-        params = self._with_borrowed(state.params, saved.parent)
+        params = self.start.with_borrowed(state.params, saved.parent)
         return dataclasses.replace(state, params=params), saved
-
-    def _with_borrowed(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
-        if not self.borrowed:
-            return params
-        parent = parent or {}
-        base = Base(self.config.init.from_, parent.get("step"))
-        base.check_same(parent)
-        wanted, _ = parameters.split(self.abstract_params, self.borrowed)
-        return parameters.join(params, base.read_part(wanted))
 
     def evaluated(self, state: TrainState) -> Params:
         """The parameters that evaluation uses: the averaged ones where training keeps them."""
         averaged = optim.averaged_params(state.opt_state)
         if averaged is None:
             return state.params
-        return parameters.join(averaged, parameters.split(state.params, self.frozen)[0])
+        return parameters.join(averaged, parameters.split(state.params, self.start.frozen)[0])
 
     def restore_params(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -376,9 +279,9 @@ class Experiment:
             FileNotFoundError: there is no checkpoint.
         """
         if not self.config.optimizer.ema_decay:
-            wanted = self._stored_params(self.abstract_params)
+            wanted = self.start.stored(self.abstract_params)
             at, params = checkpoints.restore_params(wanted, step)
-            return at, self._with_borrowed(params, checkpoints.parent)
+            return at, self.start.with_borrowed(params, checkpoints.parent)
         restored = self.restore(checkpoints, step)
         if restored is None:
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
@@ -408,7 +311,7 @@ class Experiment:
         """
         rng = jax.random.fold_in(self._key("train"), at)
         parts = self.config.train.num_microbatches
-        return step.gradients(self.loss_fn, params, batch, rng, parts, self.frozen)
+        return step.gradients(self.loss_fn, params, batch, rng, parts, self.start.frozen)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         if self.config.optimizer.memory != "device":
@@ -423,8 +326,8 @@ class Experiment:
             num_microbatches=self.config.train.num_microbatches,
             spike_factor=self.config.guard.spike_factor,
             spike_warmup=self.config.guard.spike_warmup,
-            shardings=self.trained(self.rules.shardings(self.boxed_params)),
-            frozen=self.frozen,
+            shardings=self.start.trained(self.rules.shardings(self.boxed_params)),
+            frozen=self.start.frozen,
             measure_noise=self.config.log.noise_scale,
         )
 
@@ -508,58 +411,8 @@ class Experiment:
         return None if peak is None else peak * self.rules.mesh.size
 
 
-def _with_rows(params: Params, found: WordVectors) -> Params:
-    """The parameters with the rows of the embedding that have a vector; every device gets its part
-    of them.
-    """
-    leaves = parameters.flatten(params)
-    table = leaves[TABLE]
-    has = np.zeros((table.shape[0], 1), bool)
-    vectors = np.zeros(table.shape, np.float32)
-    has[found.ids], vectors[found.ids] = True, found.vectors
-    rows = jax.make_array_from_callback(table.shape, table.sharding, lambda at: vectors[at])
-    mix = jax.jit(jnp.where, out_shardings=table.sharding)
-    return parameters.unflatten({**leaves, TABLE: mix(has, rows, table)})
-
-
 def _with_sharding(x: jax.ShapeDtypeStruct, s: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-
-
-def _batch_size(config: configs.Config, rules: sharding.Rules, parts: int) -> int:
-    d, k = config.data, config.train.num_microbatches
-    if (d.batch_size is None) == (d.batch_size_per_device is None):
-        raise ValueError(
-            f"set one of config.data.batch_size ({d.batch_size}) and "
-            f"config.data.batch_size_per_device ({d.batch_size_per_device})"
-        )
-    size = d.batch_size
-    if size is None:
-        size = (d.batch_size_per_device or 0) * rules.mesh.size
-    if size < 1 or k < 1:
-        raise ValueError(
-            f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
-        )
-    if config.log.noise_scale and k < 2:
-        raise ValueError(
-            f"config.log.noise_scale compares micro-batches: config.train.num_microbatches ({k}) "
-            "must be at least 2"
-        )
-    shards, axes = rules.size("batch"), "*".join(rules.axes("batch"))
-    if size % (shards * k * parts):
-        raise ValueError(
-            f"config.data.batch_size ({size}) must be divisible by mesh {axes} ({shards}) * "
-            f"config.train.num_microbatches ({k})"
-            + (f" * config.model.pipeline.num_microbatches ({parts})" if parts > 1 else "")
-        )
-    shards, axes = rules.size("act_length"), "*".join(rules.axes("act_length"))
-    for name, length in (("length", d.length), ("encoder_length", d.encoder_length or 0)):
-        if length % shards or length % rules.size("length"):
-            raise ValueError(
-                f"config.data.{name} ({length}) must be divisible by mesh {axes} ({shards}), "
-                "over which the residual stream is sharded"
-            )
-    return size
 
 
 def load(

@@ -35,8 +35,8 @@ def first_state(
         with phases("restore"):
             return branch.restore(experiment.abstract_state), dict(branch.manifest.ledger)
     with phases("init"):
-        if experiment.base is not None:
-            checkpoints.parent = experiment.base.describe()
+        if experiment.start.base is not None:
+            checkpoints.parent = experiment.start.base.describe()
         return jax.block_until_ready(experiment.init_state()), start_totals()
 
 

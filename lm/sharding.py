@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.config import MeshConfig
+from lm.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
 
@@ -230,6 +230,48 @@ def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
         for name, _ in rules.table
     }
     return dataclasses.replace(rules, table=tuple(kept.items()))
+
+
+def batch_size(config: Config, rules: Rules, parts: int) -> int:
+    """Rows of a global batch, of which every device and each of `parts` micro-batches of a
+    pipeline gets equally many.
+
+    Raises:
+        ValueError: they don't.
+    """
+    d, k = config.data, config.train.num_microbatches
+    if (d.batch_size is None) == (d.batch_size_per_device is None):
+        raise ValueError(
+            f"set one of config.data.batch_size ({d.batch_size}) and "
+            f"config.data.batch_size_per_device ({d.batch_size_per_device})"
+        )
+    size = d.batch_size
+    if size is None:
+        size = (d.batch_size_per_device or 0) * rules.mesh.size
+    if size < 1 or k < 1:
+        raise ValueError(
+            f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
+        )
+    if config.log.noise_scale and k < 2:
+        raise ValueError(
+            f"config.log.noise_scale compares micro-batches: config.train.num_microbatches ({k}) "
+            "must be at least 2"
+        )
+    shards, axes = rules.size("batch"), "*".join(rules.axes("batch"))
+    if size % (shards * k * parts):
+        raise ValueError(
+            f"config.data.batch_size ({size}) must be divisible by mesh {axes} ({shards}) * "
+            f"config.train.num_microbatches ({k})"
+            + (f" * config.model.pipeline.num_microbatches ({parts})" if parts > 1 else "")
+        )
+    shards, axes = rules.size("act_length"), "*".join(rules.axes("act_length"))
+    for name, length in (("length", d.length), ("encoder_length", d.encoder_length or 0)):
+        if length % shards or length % rules.size("length"):
+            raise ValueError(
+                f"config.data.{name} ({length}) must be divisible by mesh {axes} ({shards}), "
+                "over which the residual stream is sharded"
+            )
+    return size
 
 
 def local_rows(rules: Rules, batch_size: int) -> np.ndarray:

@@ -74,12 +74,12 @@ def train(
             if max(checkpoints.steps(), default=-1) >= num_steps:
                 say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
                 return Exit.SUCCESS
-            if not checkpoints.steps() and experiment.base is not None:
-                _describe_base(experiment, experiment.base, say)
+            if not checkpoints.steps() and experiment.start.base is not None:
+                _describe_base(experiment, experiment.start.base, say)
             if not checkpoints.steps() and experiment.branch is not None:
                 say(f"goes on from {experiment.branch}")
-            if not checkpoints.steps() and experiment.word_vectors is not None:
-                say(experiment.word_vectors.describe())
+            if not checkpoints.steps() and experiment.start.word_vectors is not None:
+                say(experiment.start.word_vectors.describe())
             _describe(experiment, say)
             if c.guard.self_check:
                 say(selfcheck.check(c, experiment.rules))
@@ -214,7 +214,7 @@ def _describe(experiment: Experiment, say: Any) -> None:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         for name, shape, spec in rows:
             shown = "" if mesh.size == 1 else spec.removeprefix("PartitionSpec")
-            mark = "  frozen" if name in experiment.frozen else ""
+            mark = "  frozen" if name in experiment.start.frozen else ""
             say(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {shown}{mark}".rstrip())
     for source in [*experiment.train_data.sources.values(), *experiment.validation.values()]:
         if source.left_out:
@@ -223,9 +223,9 @@ def _describe(experiment: Experiment, say: Any) -> None:
     per_step = experiment.batch_size * c.data.length
     device = mesh.devices.flat[0].device_kind
     trained = sum(
-        leaf.size for leaf in jax.tree.leaves(experiment.trained(experiment.abstract_params))
+        leaf.size for leaf in jax.tree.leaves(experiment.start.trained(experiment.abstract_params))
     )
-    part = f" ({metrics.quantity(trained)} trained)" if experiment.frozen else ""
+    part = f" ({metrics.quantity(trained)} trained)" if experiment.start.frozen else ""
     say(
         f"{metrics.quantity(count)} parameters{part} · {mesh.size} × {device}"
         f"{' · ' + shape if shape else ''} · "

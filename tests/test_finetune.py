@@ -132,7 +132,7 @@ def test_new_parameters_are_those_of_a_run_without_a_base(tuned, make_experiment
 def test_lists_that_are_not_exact_are_refused_with_both_sides(tuned, changes, lines):
     experiment = tuned(changes)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        _ = experiment.frozen, experiment._new, experiment.base
+        _ = experiment.start.frozen, experiment.start.new, experiment.start.base
     for line in lines:
         assert line in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_optimizer_state(tuned, bas
     changes = {"optimizer.ema_decay": 0.5, "optimizer.weight_decay": 1.0}
     experiment = tuned({**changes, "optimizer.frozen": frozen})
     state = experiment.init_state()
-    held = names(state.params) - names(experiment.trained(state.params))
+    held = names(state.params) - names(experiment.start.trained(state.params))
     assert held == {
         n for n in names(state.params) if n.startswith(("embedding.", "layers.attention."))
     }
@@ -189,7 +189,7 @@ def test_what_is_trained_gets_the_gradient_that_it_gets_beside_the_rest(tuned):
     batch = whole.put(whole.train_data.batch_at(0))
     (all_of_them, _), (some, _) = (jax.jit(e.gradients)(params, batch, 0) for e in (whole, part))
     assert names(all_of_them) - names(some) == {"head.weight", "embedding.weight"}
-    expected = part.trained(all_of_them)
+    expected = part.start.trained(all_of_them)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
         some,

@@ -52,6 +52,7 @@ RULES = {
     "lm.step": (*LEAF, "lm.checkpoint.manifest", "lm.noise_scale", "lm.optim"),
     "lm.checkpoint": (*LEAF, "lm.exits"),
     "lm.branch": (*LEAF, "lm.checkpoint", "lm.optim"),
+    "lm.start": (*LEAF, "lm.checkpoint", "lm.data", "lm.layers"),
     "lm.metrics": (*LEAF, "lm.lines"),
     "lm.sweep": ("lm.config", "lm.exits", "lm.guard", "lm.metrics", "lm.results"),
     "lm.results": ("lm.config", "lm.flops", "lm.ledger", "lm.metrics"),

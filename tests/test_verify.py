@@ -147,7 +147,9 @@ def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
 
     class Observed(verify.Experiment):
         def lower_train_step(self):
-            seen.append((self.rules.mesh, self.trained(self.rules.shardings(self.boxed_params))))
+            seen.append(
+                (self.rules.mesh, self.start.trained(self.rules.shardings(self.boxed_params)))
+            )
             return super().lower_train_step()
 
     def norm(grads):

@@ -150,7 +150,7 @@ def attend(
     if chosen == "xla" and (whole or dropout_rng is not None):
         extra = {"bias": bias, "dropout": dropout, "dropout_rng": dropout_rng}
         y = dot_product.attend(q, k, v, mask, **options, **extra)
-        # pinned: else its gradient comes in the layout of the residual stream, and so do the scores'
+        # pinned: else its gradient, and the scores', come in the layout of the residual stream
         y = rules.constrain(y, "batch", "heads", "length", "head_dim")
         return checkpoint_name(y, "attended")
     k, v, kv_axis = _spread(k, v, rules)
