@@ -18,10 +18,10 @@ import ml_collections
 import numpy as np
 
 from lm import config as configs
-from lm import optim
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.config import ScheduleConfig
+from lm.schedule import make_schedule
 from lm.types import TrainState
 
 KEY = "config.init.branch_from"
@@ -117,5 +117,5 @@ def _is_in(path: str, sections: Sequence[str]) -> bool:
 def _values(config: ScheduleConfig, num_steps: int, stop: int) -> np.ndarray:
     """The fractions of the peak learning rate of all steps before `stop`, float32 [stop]."""
     steps = jnp.arange(stop)
-    fractions = optim.make_schedule(config, num_steps)(steps)
+    fractions = make_schedule(config, num_steps)(steps)
     return np.broadcast_to(np.asarray(fractions, np.float32), steps.shape)

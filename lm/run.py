@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import diagnose, optim
+from lm import diagnose
 from lm.checkpoint.manager import Checkpoints
 from lm.evaluate import evaluate
 from lm.exits import Exit, RunError
@@ -21,6 +21,7 @@ from lm.guard import StopSignals, Vote, Votes, Watchdog
 from lm.ledger import Ledger
 from lm.metrics import Finished, Late, Writer
 from lm.phases import Phases
+from lm.schedule import make_schedule
 from lm.types import TrainState
 
 POLICIES = ("stop", "skip", "rewind")
@@ -85,7 +86,7 @@ class Run:
         self.lead = jax.process_index() == 0
         self._watchdog, self._signals, self._votes = watchdog, signals, Votes(experiment.rules)
         self._vote = Vote()
-        self._schedule = optim.make_schedule(c.optimizer.schedule, experiment.num_steps)
+        self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved = time.monotonic()
         self._bad_in_a_row = 0
         self.judged = diagnose.judged_steps(workdir)

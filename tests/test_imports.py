@@ -47,11 +47,12 @@ RULES = {
     "lm.layers": LEAF,
     "lm.models": (*LEAF, "lm.layers"),
     "lm.loss": LEAF,
-    "lm.optim": LEAF,
+    "lm.schedule": LEAF,
+    "lm.optim": (*LEAF, "lm.schedule"),
     "lm.noise_scale": LEAF,
     "lm.step": (*LEAF, "lm.checkpoint.manifest", "lm.noise_scale", "lm.optim"),
     "lm.checkpoint": (*LEAF, "lm.exits"),
-    "lm.branch": (*LEAF, "lm.checkpoint", "lm.optim"),
+    "lm.branch": (*LEAF, "lm.checkpoint", "lm.schedule"),
     "lm.start": (*LEAF, "lm.checkpoint", "lm.data", "lm.layers"),
     "lm.metrics": (*LEAF, "lm.lines"),
     "lm.sweep": ("lm.config", "lm.exits", "lm.guard", "lm.metrics", "lm.results"),
@@ -147,7 +148,7 @@ LATE = {
     "zstandard",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-TENSORFLOW_FILES = {"lm.data.pipeline", "lm.data.sources.tfds"}
+TENSORFLOW_FILES = {"lm.data.loaders", "lm.data.sources.tfds"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from lm.optim import (
     averaged_params,
     check,
     make_optimizer,
-    make_schedule,
     roles,
 )
+from lm.schedule import make_schedule
 
 CONSTANT = ScheduleConfig(kind="constant")
 

@@ -8,17 +8,15 @@ only runs `batch_at` ahead of time.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lm.config import DataConfig, LoaderConfig
-from lm.data import packing
+from lm.data import loaders, packing
 from lm.data.packing import Span
 from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
@@ -171,24 +169,12 @@ class Pipeline:
         `batch_at` is raised when its step is due. `close()` the iterator to end early.
         Raises OutOfData if `stop_step` is beyond `num_epochs`.
         """
-        loaders = {"tf.data": _iterate_tf_data, "thread": _iterate_threads}
-        if loader.kind not in loaders:
-            raise ValueError(f"loader.kind ({loader.kind!r}) must be one of {', '.join(loaders)}")
-        if loader.num_workers < 1 or loader.prefetch < 1:
-            raise ValueError(
-                f"loader.num_workers ({loader.num_workers}) and loader.prefetch "
-                f"({loader.prefetch}) must be at least 1"
-            )
         if self._limit is not None:
             if stop_step is not None and stop_step > self._limit:
                 raise OutOfData(self._out_of_data(stop_step - 1))
             stop_step = self._limit
         stop_step = 2**62 if stop_step is None else stop_step
-
-        def make(step: int) -> Batch:
-            return self.batch_at(step, rows)
-
-        return loaders[loader.kind](make, start_step, stop_step, loader)
+        return loaders.run(lambda step: self.batch_at(step, rows), start_step, stop_step, loader)
 
     def _index(self, step: int, rows: RowIndex) -> np.ndarray:
         if step < 0:
@@ -217,10 +203,10 @@ def _in_order(parts: list[Any], index: np.ndarray) -> Any:
     if len(parts) == 1:
         return parts[0]
     back = np.argsort(index)
-    leaves = [_leaves(part) for part in parts]
+    leaves = [loaders.leaves(part) for part in parts]
     assert len({len(found) for found in leaves}) == 1, "objectives of one batch differ in structure"
     joined = (np.concatenate(arrays)[back] for arrays in zip(*leaves, strict=True))
-    return _unflatten(parts[0], joined)
+    return loaders.unflatten(parts[0], joined)
 
 
 def _begin(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
@@ -342,76 +328,3 @@ def _make_synthetic(path: str, layout: Layout, tokenizer: Tokenizer) -> RowSourc
         renamed = {names[name]: value for name, value in options.items()}
         return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **renamed)
     return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=layout.length, **options)
-
-
-def _iterate_threads(
-    make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Generator[tuple[int, Batch], None, None]:
-    executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
-    pending: collections.deque[Future[Batch]] = collections.deque()
-    try:
-        submitted = start
-        for step in range(start, stop):
-            while submitted < min(stop, step + loader.prefetch + 1):
-                pending.append(executor.submit(make, submitted))
-                submitted += 1
-            yield step, pending.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _iterate_tf_data(
-    make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Generator[tuple[int, Batch], None, None]:
-    try:
-        import tensorflow as tf
-    except ModuleNotFoundError as error:
-        if error.name != "tensorflow":
-            raise
-        raise ValueError(
-            "loader.kind=tf.data needs TensorFlow, which is not installed: install tensorflow-cpu, "
-            "or set loader.kind=thread (the batches are the same)"
-        ) from None
-    tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
-    return _run_tf_data(tf, make, start, stop, loader)
-
-
-def _run_tf_data(
-    tf: Any, make: Callable[[int], Batch], start: int, stop: int, loader: LoaderConfig
-) -> Generator[tuple[int, Batch], None, None]:
-    if start >= stop:
-        return
-    like = make(start)  # tf.data wants to know types and shapes before the first batch
-    types = [array.dtype for array in _leaves(like)]
-    shapes = [array.shape for array in _leaves(like)]
-
-    def load(step: Any) -> Any:
-        arrays = tf.numpy_function(lambda step: _leaves(make(int(step))), [step], types)
-        return [tf.ensure_shape(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
-
-    dataset = tf.data.Dataset.range(start, stop)
-    dataset = dataset.map(load, num_parallel_calls=loader.num_workers, deterministic=True)
-    arrays = dataset.prefetch(loader.prefetch).as_numpy_iterator()
-    for step in range(start, stop):
-        try:
-            leaves = next(arrays)
-        except tf.errors.OpError:
-            make(step)  # pure: raises what it raised inside tf.data, as it was
-            raise
-        yield step, _unflatten(like, iter(leaves))
-
-
-def _leaves(tree: Any) -> list[np.ndarray]:
-    """Returns the arrays of a batch in the order of its fields; fields that are None have none."""
-    if tree is None or isinstance(tree, np.ndarray):
-        return [] if tree is None else [tree]
-    return [leaf for f in dataclasses.fields(tree) for leaf in _leaves(getattr(tree, f.name))]
-
-
-def _unflatten(like: Any, leaves: Iterator[np.ndarray]) -> Any:
-    """Returns a batch of the structure of `like` from the arrays of `_leaves`."""
-    if like is None or isinstance(like, np.ndarray):
-        return None if like is None else next(leaves)
-    return type(like)(
-        **{f.name: _unflatten(getattr(like, f.name), leaves) for f in dataclasses.fields(like)}
-    )

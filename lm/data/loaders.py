@@ -1,0 +1,102 @@
+"""Batches of consecutive steps, prepared ahead of their use: by threads, or by tf.data."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from lm.config import LoaderConfig
+from lm.types import Batch
+
+Make = Callable[[int], Batch]
+Batches = Generator[tuple[int, Batch], None, None]
+
+
+def run(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+    """(step, make(step)) of every step from `start`; an error of `make` is raised when its step is
+    due.
+
+    Raises:
+        ValueError: the loader is none, or has no room.
+    """
+    kinds = {"tf.data": _tf_data, "thread": _threads}
+    if loader.kind not in kinds:
+        raise ValueError(f"loader.kind ({loader.kind!r}) must be one of {', '.join(kinds)}")
+    if loader.num_workers < 1 or loader.prefetch < 1:
+        raise ValueError(
+            f"loader.num_workers ({loader.num_workers}) and loader.prefetch "
+            f"({loader.prefetch}) must be at least 1"
+        )
+    return kinds[loader.kind](make, start, stop, loader)
+
+
+def _threads(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+    executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
+    pending: collections.deque[Future[Batch]] = collections.deque()
+    try:
+        submitted = start
+        for step in range(start, stop):
+            while submitted < min(stop, step + loader.prefetch + 1):
+                pending.append(executor.submit(make, submitted))
+                submitted += 1
+            yield step, pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _tf_data(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ValueError(
+            "loader.kind=tf.data needs TensorFlow, which is not installed: install tensorflow-cpu, "
+            "or set loader.kind=thread (the batches are the same)"
+        ) from None
+    tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
+    return _run_tf_data(tf, make, start, stop, loader)
+
+
+def _run_tf_data(tf: Any, make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+    if start >= stop:
+        return
+    like = make(start)  # tf.data wants to know types and shapes before the first batch
+    types = [array.dtype for array in leaves(like)]
+    shapes = [array.shape for array in leaves(like)]
+
+    def load(step: Any) -> Any:
+        arrays = tf.numpy_function(lambda step: leaves(make(int(step))), [step], types)
+        return [tf.ensure_shape(array, shape) for array, shape in zip(arrays, shapes, strict=True)]
+
+    dataset = tf.data.Dataset.range(start, stop)
+    dataset = dataset.map(load, num_parallel_calls=loader.num_workers, deterministic=True)
+    batches = dataset.prefetch(loader.prefetch).as_numpy_iterator()
+    for step in range(start, stop):
+        try:
+            arrays = next(batches)
+        except tf.errors.OpError:
+            make(step)  # pure: raises what it raised inside tf.data, as it was
+            raise
+        yield step, unflatten(like, iter(arrays))
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    """The arrays of a batch in the order of its fields; fields that are None have none."""
+    if tree is None or isinstance(tree, np.ndarray):
+        return [] if tree is None else [tree]
+    return [leaf for f in dataclasses.fields(tree) for leaf in leaves(getattr(tree, f.name))]
+
+
+def unflatten(like: Any, arrays: Iterator[np.ndarray]) -> Any:
+    """A batch of the structure of `like` from the arrays of `leaves`."""
+    if like is None or isinstance(like, np.ndarray):
+        return None if like is None else next(arrays)
+    return type(like)(
+        **{f.name: unflatten(getattr(like, f.name), arrays) for f in dataclasses.fields(like)}
+    )

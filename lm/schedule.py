@@ -1,0 +1,50 @@
+"""The learning rate over a run, as a fraction of its peak."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from lm.config import ScheduleConfig
+
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd", "range")
+
+
+def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
+    """step -> fraction of the peak learning rate; step 0 of a warm-up of w has 1 / w, not zero.
+
+    Raises:
+        ValueError: the run is shorter than warm-up and decay.
+    """
+    warmup, final = config.warmup_steps, config.final_fraction
+    decay = config.decay_steps if config.decay_steps is not None else max(1, num_steps // 5)
+    needed = warmup + (decay if config.kind == "wsd" else 0)
+    if needed > num_steps:
+        raise ValueError(
+            f"config.optimizer.schedule: warmup_steps ({warmup}) and decay need {needed} steps; "
+            f"the run has {num_steps}"
+        )
+    rest = max(1, num_steps - warmup)
+    main: optax.Schedule
+    if config.kind == "constant":
+        main = optax.constant_schedule(1.0)
+    elif config.kind == "cosine":
+        main = optax.cosine_decay_schedule(1.0, rest, alpha=final)
+    elif config.kind == "linear":
+        main = optax.linear_schedule(1.0, final, rest)
+    elif config.kind == "inverse_sqrt":
+        start = max(1, warmup)
+        main = lambda step: jnp.sqrt(start / (start + step))  # noqa: E731
+    elif config.kind == "range":  # arXiv:1506.01186, in equal ratios
+        if not 0 < final < 1:
+            raise ValueError(
+                f"config.optimizer.schedule.final_fraction ({final}) must be above 0 and below 1, "
+                "for kind=range to begin with"
+            )
+        main = lambda step: final ** (1 - step / max(1, rest - 1))  # noqa: E731
+    else:  # warm-up, stable, decay: arXiv:2404.06395
+        main = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
+    if warmup == 0:
+        return main
+    ramp = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup])
