@@ -18,7 +18,7 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, loss, optim, parameters, parametrization, sharding, step
+from lm import flops, layouts, loss, optim, parameters, parametrization, sharding, step
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
@@ -398,7 +398,7 @@ class Experiment:
     @property
     def flops_per_token(self) -> float | None:
         """Model FLOPs of training on one token; None for a model without a formula."""
-        if not flops.is_known(self.config.model):
+        if not layouts.is_known(self.config.model):
             return None
         data = self.config.data
         return flops.flops_per_token(self.config.model, data.length, data.encoder_length)

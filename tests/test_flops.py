@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import flops, optim
+from lm import flops, layouts, optim
 from lm.config import MeshConfig, OptimizerConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.moe import MoeConfig
@@ -189,7 +189,7 @@ def test_mean_keys_is_the_mean_over_the_mask(length, window, causal):
 
 def test_causal_scores_are_half_of_the_full_square():
     config = variant("plain")
-    weights = 2 * sum(w.uses * w.count for w in flops.layout(config).weights)
+    weights = 2 * sum(w.uses * w.count for w in layouts.layout(config).weights)
     causal = flops.flops_per_token(config, 16, training=False) - weights
     full = flops.flops_per_token(config, 16, training=False, full_square=True) - weights
     assert causal / full == (16 + 1) / (2 * 16)
@@ -229,9 +229,9 @@ def test_experts_that_a_token_does_not_meet_cost_parameters_but_no_flops(monkeyp
         pass
 
     def mixture(config):
-        return flops.Layout((flops.Weight("experts", 800, uses=2 / 8),), ())
+        return layouts.Layout((layouts.Weight("experts", 800, uses=2 / 8),), ())
 
-    monkeypatch.setitem(flops.LAYOUTS, MixtureConfig.__module__, mixture)
+    monkeypatch.setitem(layouts.LAYOUTS, MixtureConfig.__module__, mixture)
     assert flops.parameters(MixtureConfig()).total == 800
     assert flops.flops_per_token(MixtureConfig(), 4, training=False) == 2 * 200
 
@@ -244,7 +244,7 @@ def test_a_model_without_a_formula_is_refused_by_name():
 
 
 def test_gated_activations_are_those_of_the_mlp():
-    assert set(flops.GATED) == {name for name, (_, gated) in ACTIVATIONS.items() if gated}
+    assert set(layouts.GATED) == {name for name, (_, gated) in ACTIVATIONS.items() if gated}
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])

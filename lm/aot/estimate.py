@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lm import flops, sharding
+from lm import flops, layouts, sharding
 from lm.aot import wires
 from lm.aot.topology import Topology
 from lm.config import Config
@@ -42,7 +42,7 @@ def saved(config: Any, remat: str) -> float:
     """Values that the forward pass keeps of each token of a layer, by remat policy."""
     c = config
     heads, kv, width = c.num_heads * c.head_size, c.kv_heads * c.head_size, c.embed_dim
-    inner = (2 if c.activation in flops.GATED else 1) * c.mlp_size
+    inner = (2 if c.activation in layouts.GATED else 1) * c.mlp_size
     projections = heads + 2 * kv + heads + inner
     return {
         "full": width,

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 
 from lm import config as configs
-from lm import flops
+from lm import flops, layouts
 from lm.aot import (
     advice,
     compiling,
@@ -249,7 +249,7 @@ def _model_flops(
 ) -> float | None:
     """Model FLOPs of a step, for each device."""
     model, size = experiment.config.model, experiment.rules.mesh.size
-    if not flops.is_known(model):
+    if not layouts.is_known(model):
         return None
     if decode is None:
         encoder = experiment.config.data.encoder_length

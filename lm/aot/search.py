@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import ml_collections
 
 from lm import config as configs
-from lm import flops, sharding
+from lm import layouts, sharding
 from lm.aot import topology as topologies
 from lm.aot import wires
 from lm.aot.estimate import Estimate, estimate
@@ -129,9 +129,9 @@ def search(
     devices = topologies.devices(target)
     asked = configs.resolve(config)
     model = asked.model
-    if not flops.is_known(model):
-        raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/flops.py")
-    if not flops.layout(model).scores:
+    if not layouts.is_known(model):
+        raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/layouts.py")
+    if not layouts.layout(model).scores:
         raise ValueError(
             f"--search knows the arithmetic of transformers alone; config.model is one of "
             f"{type(model).__module__}: plan its meshes one by one"
