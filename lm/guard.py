@@ -1,10 +1,15 @@
-"""What watches over a run: signals from outside, and a thread that notices when nothing moves."""
+"""What watches over a run: a lock on its folder, signals from outside, and a thread that notices
+when nothing moves.
+"""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import faulthandler
+import fcntl
 import os
 import signal
 import socket
@@ -12,6 +17,8 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,12 +27,52 @@ import numpy as np
 from etils import epath
 
 from lm.config import GuardConfig
-from lm.exits import Exit
+from lm.exits import Exit, RunError
 from lm.phases import Phases
 from lm.processes import distributed
 from lm.sharding import Rules
 
 STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
+LOCK_FILE = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without them say
+
+
+class InUse(RunError):
+    """Another process trains in the run's folder."""
+
+
+@contextlib.contextmanager
+def alone(workdir: str, *, active: bool = True) -> Iterator[None]:
+    """Keeps the run's folder for this process: two that train there at once would cut each other's
+    metrics and checkpoints.
+
+    The lock is the kernel's (flock): it ends with the process, however that ends. Object stores and
+    some network file systems have none.
+
+    Raises:
+        InUse: another process has it.
+    """
+    if not active or "://" in workdir:
+        yield
+        return
+    path = Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InUse(
+                f"{workdir}: {file.read() or 'another process'} trains there; wait until it ends, "
+                "or give another --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 class StopSignals:

@@ -20,7 +20,7 @@ from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.goodput import read as read_goodput
-from lm.guard import STOPS, StopSignals, Watchdog
+from lm.guard import STOPS, StopSignals, Watchdog, alone
 from lm.ledger import Ledger
 from lm.phases import Phases
 from lm.processes import distributed
@@ -43,7 +43,7 @@ def train(
     """Trains to the end of the run, or to a SIGINT or SIGTERM, which saves first; returns the exit
     code.
 
-    `workdir` gets config.json, metrics.jsonl, ledger.jsonl, goodput.jsonl, tensorboard/ and
+    `workdir` gets lock, config.json, metrics.jsonl, ledger.jsonl, goodput.jsonl, tensorboard/ and
     checkpoints/; stacks/, evidence/ and bad_checkpoints/ where something went wrong.
 
     began: time.monotonic() from which goodput counts, such as when the process started; now if
@@ -51,6 +51,7 @@ def train(
 
     Raises:
         ValueError: the config is inconsistent, or differs from that of the run in `workdir`.
+        InUse: another process trains in `workdir`.
         RunError: the run can't go on; its `code` is for the process to exit with.
     """
     phases = Phases(began)
@@ -68,6 +69,7 @@ def train(
         StopSignals() as signals,
         distributed.peers(),
         writing(workdir),
+        alone(workdir, active=lead),
     ):
         same_data = _record_config(config, workdir, experiment, say, lead)
         with Checkpoints(workdir, c.checkpoint) as checkpoints:

@@ -54,12 +54,14 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
+    from lm import metrics
     from lm.aot import cache, report
     from lm.aot import plan as plans
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
     name = flags.FLAGS["config"].config_filename  # pyright: ignore
-    show = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
+    # a stream of its own: what the compiler writes to the other one is kept for the plan
+    show = metrics.Progress(os.fdopen(os.dup(2), "w"), pause=30)
 
     def make(config: Any, topology: str, decode: plans.Decode | None) -> plans.Plan:
         options: dict[str, Any] = {"config_name": name, "decode": decode, "show": show}

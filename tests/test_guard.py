@@ -11,7 +11,7 @@ import pytest
 
 from lm.config import GuardConfig
 from lm.exits import Exit
-from lm.guard import Vote, Votes, Watchdog
+from lm.guard import InUse, Vote, Votes, Watchdog, alone
 from lm.phases import Phases
 
 
@@ -19,7 +19,7 @@ def start(body, *arguments):
     code = """
         import signal, sys, time
         from lm.config import GuardConfig
-        from lm.guard import StopSignals, Watchdog
+        from lm.guard import StopSignals, Watchdog, alone
         from lm.phases import Phases
     """
     program = textwrap.dedent(code) + textwrap.dedent(body)
@@ -82,6 +82,31 @@ STUCK = """
     with Watchdog(config, phases, sys.argv[1]):
         forever()
 """
+
+
+def test_a_folder_is_for_one_process_until_that_is_gone(tmp_path):
+    folder = tmp_path / "run"
+    body = """
+        with alone(sys.argv[1]):
+            print("held", flush=True)
+            time.sleep(300)
+    """
+    other = start(body, str(folder))
+    try:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InUse, match=f"process {other.pid} on .* trains there"),
+            alone(str(folder)),
+        ):
+            pass
+        with alone(str(folder), active=False):  # another process of the same run
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    for _ in range(2):
+        with alone(str(folder)):
+            assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize("phase", ["compile", "step", "data", "save", "evaluate"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -21,7 +22,9 @@ from environment import fake_devices
 from lm import config as configs
 from lm import metrics
 from lm.checkpoint.manager import Checkpoints
+from lm.exits import Exit
 from lm.experiment import Experiment, load
+from lm.guard import alone
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -206,6 +209,15 @@ def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_process_in_the_folder_of_a_run_ends_before_it_touches_anything(tmp_path):
+    with alone(str(tmp_path / "run")):
+        second = run(tmp_path / "run", 1)
+    assert second.returncode == Exit.ERROR
+    assert f"process {os.getpid()} on " in second.stderr and "--workdir" in second.stderr
+    assert "Traceback" not in second.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(whole):

@@ -10,12 +10,13 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import ml_collections
 
 from lm import config as configs
 from lm.aot.plan import Decode, Plan, from_json, make, without_data
+from lm.metrics import Progress
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 
@@ -26,7 +27,7 @@ def cached(
     *,
     config_name: str = "",
     decode: Decode | None = None,
-    show: TextIO | None = None,
+    show: Progress | None = None,
     folder: Path | None = None,
 ) -> tuple[Plan, bool]:
     """(the plan of `make`, whether it was found in the folder)."""

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from lm.metrics import Progress
 
 FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
 
@@ -34,8 +36,8 @@ class Compiled:
     cpu_seconds: float  # of all threads, which other work on the machine lengthens less
 
 
-def compile_step(lowered: Any, *, label: str = "", show: TextIO | None = None) -> Compiled:
-    """Compiles a lowered step; `show` gets a line with the time so far, once a second.
+def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None) -> Compiled:
+    """Compiles a lowered step; `show` says how long it has taken so far.
 
     Raises:
         ValueError: the compiler refuses the program for another reason than memory.
@@ -126,8 +128,8 @@ def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
 
 
 @contextlib.contextmanager
-def _ticking(label: str, start: float, show: TextIO | None) -> Iterator[None]:
-    """Keeps one line of `show` saying how long it has taken."""
+def _ticking(label: str, start: float, show: Progress | None) -> Iterator[None]:
+    """Keeps `show` saying how long it has taken."""
     if show is None:
         yield
         return
@@ -135,8 +137,7 @@ def _ticking(label: str, start: float, show: TextIO | None) -> Iterator[None]:
 
     def tick() -> None:
         while not ended.wait(1.0):
-            show.write(f"\r{label}: compiling, {time.monotonic() - start:.0f} s ")
-            show.flush()
+            show.show(f"{label}: compiling, {time.monotonic() - start:.0f} s")
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
@@ -145,5 +146,4 @@ def _ticking(label: str, start: float, show: TextIO | None) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        show.write("\r\x1b[K")
-        show.flush()
+        show.clear()

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import ml_collections
@@ -38,6 +38,7 @@ from lm.aot.topology import Topology
 from lm.aot.work import Work
 from lm.experiment import Experiment
 from lm.generation.decode import lower_decode
+from lm.metrics import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ def make(
     *,
     config_name: str = "",
     decode: Decode | None = None,
-    show: TextIO | None = None,
+    show: Progress | None = None,
 ) -> Plan:
     """Compiles the step of `config` for the topology called `name`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import ml_collections
 
@@ -20,6 +20,7 @@ from lm.aot import wires
 from lm.aot.estimate import Estimate, estimate
 from lm.aot.plan import Make, Plan, changed
 from lm.layers.stack import REMAT
+from lm.metrics import Progress
 
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 
@@ -118,7 +119,7 @@ def search(
     make: Make,
     *,
     num_compiled: int = 4,
-    show: TextIO | None = None,
+    show: Progress | None = None,
 ) -> Found:
     """The fastest candidate that fits, after compiling `num_compiled` and more until one fits.
 
@@ -159,7 +160,7 @@ def search(
         if enough or len(tried) >= 3 * num_compiled:
             break
         if show is not None:
-            show.write(f"\n{len(tried) + 1}: {candidate.flags}\n")
+            show.note(f"{len(tried) + 1}: {candidate.flags}")
         try:
             made = make(changed(config, candidate.changes), name, None)
         except ValueError as error:
