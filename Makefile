@@ -7,8 +7,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports; of the 25,000 files in the environment that is a fifth
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 DATA ?= stdlib
 CONFIG ?= configs/tiny.py
 ARGS ?=
@@ -19,11 +17,11 @@ $(VENV)/ok: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no ensurepip; on Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/ok requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 pretrain: $(VENV)/ok
