@@ -30,7 +30,7 @@ is made.
 import math
 
 from lm import flops
-from lm.config import default, resolve
+from lm.config_tree import default, resolve
 
 WIDTH_PER_LAYER = 24
 TOKENS_PER_PARAMETER = 20.0

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lm import config as configs
+from lm import config_tree
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.config import ScheduleConfig
@@ -37,7 +37,7 @@ class Branch:
         """Raises FileNotFoundError where there is no such checkpoint, ValueError where the config
         doesn't say which one.
         """
-        c = configs.resolve(config)
+        c = config_tree.resolve(config)
         if c.init.from_ or c.init.word_vectors:
             raise ValueError(
                 f"{KEY} ({c.init.branch_from}) gives the whole state: leave out config.init.from "
@@ -49,7 +49,7 @@ class Branch:
         self._own, self._own_dict = c, config
         self._base = Base(self.workdir, self.step, key=KEY)
         self.manifest = self._base.manifest
-        self.config = configs.from_json(json.dumps(self.manifest.config))
+        self.config = config_tree.from_json(json.dumps(self.manifest.config))
 
     def __str__(self) -> str:
         return f"{self.workdir} at step {self.step}"
@@ -71,12 +71,12 @@ class Branch:
         allowed = self._own.checkpoint.allow_changed
         lines = [
             f"config.{path}: {old!r} -> {new!r}"
-            for path, (old, new) in configs.changed(self.config, self._own_dict).items()
+            for path, (old, new) in config_tree.changed(self.config, self._own_dict).items()
             if _is_in(path, SAME) and not _is_in(path, (SCHEDULE, *allowed))
         ]
         if not _is_in(SCHEDULE, allowed):
             old = _values(
-                configs.resolve(self.config).optimizer.schedule, trunk_num_steps, self.step
+                config_tree.resolve(self.config).optimizer.schedule, trunk_num_steps, self.step
             )
             new = _values(self._own.optimizer.schedule, num_steps, self.step)
             if (old != new).any():

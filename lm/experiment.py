@@ -18,7 +18,7 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import flops, layouts, loss, optim, parameters, parametrization, sharding, step
+from lm import config_tree, flops, layouts, loss, optim, parameters, parametrization, sharding, step
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
@@ -41,7 +41,7 @@ class Experiment:
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
         self.config_dict = config
-        self.config = configs.resolve(config)
+        self.config = config_tree.resolve(config)
         c = self.config
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
@@ -429,8 +429,8 @@ def load(
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
-    config = configs.from_json(path.read_text())
-    usual = configs.default(**configs.names(config))
+    config = config_tree.from_json(path.read_text())
+    usual = config_tree.default(**config_tree.names(config))
     config.mesh, config.train.num_microbatches = usual.mesh, 1
     if "pipeline" in usual.model:
         config.model.pipeline = usual.model.pipeline

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import config as configs
-from lm import parameters
+from lm import config_tree, parameters
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.streamed import ParamsWriter
 from lm.experiment import CONFIG_FILE, Experiment, load
@@ -42,7 +41,7 @@ def merge_run(
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         at, params = experiment.restore_params(checkpoints, step)
     config: Any = experiment.config_dict.copy_and_resolve_references()
-    usual: Any = configs.default(**configs.names(config))
+    usual: Any = config_tree.default(**config_tree.names(config))
     config.model.lora, config.init = usual.model.lora, usual.init
     plain = Experiment(config, devices)
     merged = parameters.flatten(lora.merge(section, params))
@@ -60,5 +59,5 @@ def merge_run(
             "parent": {"workdir": str(workdir), "step": at},
         }
     )
-    (folder / CONFIG_FILE).write_text(configs.to_json(config))
+    (folder / CONFIG_FILE).write_text(config_tree.to_json(config))
     return plain

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import config as configs
-from lm import flops, ledger, metrics
+from lm import config_tree, flops, ledger, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no config.json in it")
-    config = configs.resolve(configs.from_json(path.read_text()))
+    config = config_tree.resolve(config_tree.from_json(path.read_text()))
     records = metrics.read(workdir)
     evals = [r for r in records if r["kind"] == "eval"]
     if not evals:

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import config as configs
-from lm import metrics
+from lm import config_tree, metrics
 from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
@@ -50,7 +49,7 @@ def overview(experiment: Experiment, step: int) -> str:
     ]
     values = [
         (path, repr(value), repr(default), sentence)
-        for path, value, default, sentence in configs.explain(experiment.config_dict)
+        for path, value, default, sentence in config_tree.explain(experiment.config_dict)
         if value != default
     ]
     return _table((), facts) + _table(("config", "this run", "default", ""), values)

@@ -13,7 +13,7 @@ import ml_collections
 from etils import epath
 
 from lm import config as configs
-from lm import metrics, selfcheck
+from lm import config_tree, metrics, selfcheck
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
@@ -177,7 +177,9 @@ def _record_config(
     if path.exists():
         allowed = experiment.config.checkpoint.allow_changed
         refused = []
-        for key, (old, new) in configs.changed(configs.from_json(path.read_text()), config).items():
+        for key, (old, new) in config_tree.changed(
+            config_tree.from_json(path.read_text()), config
+        ).items():
             line = f"config.{key}: {old!r} -> {new!r}"
             named = any(key == a or key.startswith(a + ".") for a in allowed)
             if key.split(".")[0] in FIXED and not named:
@@ -194,7 +196,7 @@ def _record_config(
     if lead:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.parent / (CONFIG_FILE + ".new")
-        written.write_text(configs.to_json(config))
+        written.write_text(config_tree.to_json(config))
         written.replace(path)
     return same_data
 
@@ -243,7 +245,9 @@ def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
     for section in ("model", "data"):
         kept = ("tokenizer",) if section == "data" else tuple(new[section])
         a, b = ({k: tree.get(section, {}).get(k) for k in kept} for tree in (old, new))
-        for path, (was, now) in configs.changed(*map(ml_collections.ConfigDict, (a, b))).items():
+        for path, (was, now) in config_tree.changed(
+            *map(ml_collections.ConfigDict, (a, b))
+        ).items():
             say(f"unlike there: config.{section}.{path}: {was!r} -> {now!r}")
 
 

@@ -25,7 +25,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import config as configs
+from lm import config_tree
 from lm.experiment import Experiment
 from lm.sharding import AXES
 from lm.types import Batch, Tokens, TrainState
@@ -129,7 +129,7 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         changes |= {"data.encoder_length": length, "data.length": length // 4}
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
-        config.objective = configs.default(objective=objective).objective
+        config.objective = config_tree.default(objective=objective).objective
     config.update_from_flattened_dict(changes)
     return config
 

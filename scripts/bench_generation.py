@@ -38,14 +38,14 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm import config as configs
+    from lm import config_tree
     from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
     from lm.hf.importing import import_folder
 
     with tempfile.TemporaryDirectory() as folder:
         workdir = f"{folder}/run"
-        config: Any = configs.default()
+        config: Any = config_tree.default()
         config.data.train, config.data.batch_size_per_device = ("synthetic:random",), 1
         import_folder(args.source, workdir, config, jax.devices(), tokenizer="bytes", say=silent)
         experiment = load(workdir, jax.devices())

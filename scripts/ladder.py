@@ -30,8 +30,7 @@ from lm import runtime
 def main() -> int:
     import jax
 
-    from lm import config as configs
-    from lm import results
+    from lm import config_tree, results
     from lm.train import train
 
     args, settings = _flags()
@@ -41,7 +40,7 @@ def main() -> int:
     for size in args.sizes.split(","):
         config = get_config(size)
         for setting in settings:
-            configs.assign(config, setting.removeprefix("--"))
+            config_tree.assign(config, setting.removeprefix("--"))
         runs += plan(config, size, args.fractions, root)
     for name, config in runs:
         folder = root / name
@@ -120,9 +119,9 @@ def is_finished(folder: Path, num_steps: int | None) -> bool:
 
 
 def _length(folder: Path) -> int | None:
-    from lm import config as configs
+    from lm import config_tree
 
-    config = configs.resolve(configs.from_json((folder / "config.json").read_text()))
+    config = config_tree.resolve(config_tree.from_json((folder / "config.json").read_text()))
     return config.train.num_steps
 
 

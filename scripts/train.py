@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if _CONFIG.value is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
     if _EXPLAIN.value:
-        from lm.config import explain
+        from lm.config_tree import explain
 
         for path, value, default, sentence in explain(_CONFIG.value):
             note = "" if value == default else f"  (default {default!r})"

@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 
 from lm import config as configs
+from lm import config_tree
 from lm.experiment import Experiment
 from lm.models import decoder
 from lm.sharding import make_rules
@@ -139,7 +140,7 @@ def make_config():
     """(changes by dotted path) -> the ConfigDict of a tiny run on synthetic data."""
 
     def make(changes=None):
-        config = configs.default()
+        config = config_tree.default()
         config.model.update(TINY)
         values = {
             "data.train": ("synthetic:markov",),

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config as configs
-from lm import verify
+from lm import config_tree, verify
 from lm.checkpoint.manager import Checkpoints
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
@@ -48,7 +47,7 @@ def cell(make_config, pairs):
         changes = {"model.vocab_size": 320, "objective.name": objective}
         if model == "decoder":
             config = make_config({"model.dropout": 0.1})
-            config.objective = configs.default(objective=objective).objective
+            config.objective = config_tree.default(objective=objective).objective
             config.model.vocab_size = 320
         else:
             fits = model == "encoder_decoder" and objective != "span_corruption"

@@ -5,7 +5,8 @@ import ml_collections
 import pytest
 
 from lm import config as configs
-from lm.config import changed, component, default, explain, from_json, resolve, to_json
+from lm.config import component
+from lm.config_tree import changed, default, explain, from_json, resolve, to_json
 
 
 def leaves(tree, prefix="config"):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lm import flops, optim
-from lm.config import MeshConfig, component, resolve
+from lm.config import MeshConfig, component
+from lm.config_tree import resolve
 from lm.sharding import make_rules
 from lm.types import Tokens
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from configs import t5
-from lm import config as configs
-from lm import verify
+from lm import config_tree, verify
 from lm.checkpoint.manager import Checkpoints
 from lm.evaluate import evaluate
 from lm.experiment import Experiment
@@ -56,7 +55,7 @@ TINY = {
 def make_config(kind, **changes):
     values = {**TINY, **KINDS[kind], **changes}
     names = {part: values.pop(f"{part}.name") for part in ("model", "objective")}
-    config = configs.default(**names)
+    config = config_tree.default(**names)
     config.update_from_flattened_dict(values)
     return config
 

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 from environment import some
 
-from lm import config as configs
+from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
 from lm.config import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
@@ -372,7 +372,7 @@ def run_folder(make_experiment, tmp_path_factory):
     """A run with one checkpoint, of parameters never trained."""
     folder = tmp_path_factory.mktemp("run")
     experiment = make_experiment({"model.max_length": 64})
-    (folder / "config.json").write_text(configs.to_json(experiment.config_dict))
+    (folder / "config.json").write_text(config_tree.to_json(experiment.config_dict))
     with Checkpoints(str(folder), experiment.config.checkpoint) as checkpoints:
         checkpoints.save(experiment.init_state())
     return folder, experiment

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config as configs
-from lm import metrics
+from lm import config_tree, metrics
 from lm.checkpoint.manager import Checkpoints
 from lm.experiment import load
 from lm.generation.generator import Generator
@@ -28,7 +27,7 @@ LOSSES = 1e-4
 
 
 def small_config(**changes):
-    config = configs.default()
+    config = config_tree.default()
     config.update_from_flattened_dict(
         {"data.length": 24, "data.batch_size": 4, "train.num_steps": 20, **changes}
     )

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lm import config as configs
+from lm import config_tree
 from lm.checkpoint import stored
 from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
@@ -27,7 +27,7 @@ def quiet(line):
 
 
 def small_config(**changes):
-    config = configs.default()
+    config = config_tree.default()
     values = {"data.length": 24, "data.batch_size": 4, "train.num_steps": 3}
     values |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
     values |= {"log.tensorboard": False, "log.parameter_table": False, "guard.self_check": False}
@@ -204,7 +204,7 @@ def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path,
         workdir = str(tmp_path / name)
         config = small_config(**{"checkpoint.every": 2, "checkpoint.keep_last": 9})
         import_folder(str(folder), workdir, config, devices[:1], tokenizer="bytes", say=quiet)
-        config = configs.from_json((tmp_path / name / "config.json").read_text())
+        config = config_tree.from_json((tmp_path / name / "config.json").read_text())
         config.optimizer.schedule.kind = "constant"  # others depend on the number of steps
         if name == "halves":
             config.train.num_steps = 2

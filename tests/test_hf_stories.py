@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config as configs
+from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
@@ -61,7 +61,7 @@ def workdir(tmp_path_factory, expected, devices):
             piece = piece.encode("latin-1").decode()
         model.pieces.add(piece=piece, score=score, type=kind)
     (home / "source/tokenizer.model").write_bytes(model.SerializeToString())
-    config = configs.default()
+    config = config_tree.default()
     changes = {"data.length": 64, "data.batch_size": 8, "train.num_steps": 4}
     changes |= {"optimizer.learning_rate": 3e-4, "log.tensorboard": False}
     changes |= {"loader.kind": "thread", "guard.self_check": False}

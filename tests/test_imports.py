@@ -18,11 +18,19 @@ MODULES = {
 # What a module or package may import from lm. The longest name that fits counts; a package may
 # always import itself. `config` is for `field`, with which sections and components declare their
 # fields.
-LEAF = ("lm.types", "lm.config", "lm.sharding", "lm.parameters", "lm.parametrization")
+LEAF = (
+    "lm.types",
+    "lm.config",
+    "lm.config_tree",
+    "lm.sharding",
+    "lm.parameters",
+    "lm.parametrization",
+)
 RULES = {
     "lm": (),
     "lm.types": (),
     "lm.config": (),
+    "lm.config_tree": ("lm.config",),
     "lm.exits": (),
     "lm.lines": (),
     "lm.parameters": (),
@@ -56,8 +64,8 @@ RULES = {
     "lm.branch": (*LEAF, "lm.checkpoint", "lm.schedule"),
     "lm.start": (*LEAF, "lm.checkpoint", "lm.data", "lm.layers"),
     "lm.metrics": (*LEAF, "lm.lines"),
-    "lm.sweep": ("lm.config", "lm.exits", "lm.guard", "lm.metrics", "lm.results"),
-    "lm.results": ("lm.config", "lm.flops", "lm.ledger", "lm.metrics"),
+    "lm.sweep": ("lm.config_tree", "lm.exits", "lm.guard", "lm.metrics", "lm.results"),
+    "lm.results": ("lm.config_tree", "lm.flops", "lm.ledger", "lm.metrics"),
     "lm.generation": LEAF,
     "lm.task_metrics": (),
     "lm.task_baselines": ("lm.task_metrics",),
@@ -268,7 +276,7 @@ def loaded_after(*modules):
 
 
 def test_config_loads_without_jax_and_data_without_tensorflow():
-    assert not loaded_after("lm.config") & (LATE | JAX)
+    assert not loaded_after("lm.config", "lm.config_tree") & (LATE | JAX)
     data = [n for n in MODULES if n.startswith(("lm.data", "lm.objectives"))]
     assert not loaded_after("lm.config", *data) & {
         "tensorflow",

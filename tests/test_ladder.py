@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lm import flops
-from lm.config import resolve
+from lm.config_tree import resolve
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config as configs
-from lm import metrics
-from lm.config import LossConfig, task
+from lm import config_tree, metrics
+from lm.config import LossConfig
+from lm.config_tree import task
 from lm.data.tokenizer import ByteTokenizer
 from lm.loss import lm_loss
 from lm.objectives import Form, multitask
@@ -30,7 +30,7 @@ def make(make_experiment):
     """(changes) -> an experiment of three tasks."""
 
     def make(changes=None, **axes):
-        base = configs.default(objective="multitask").objective
+        base = config_tree.default(objective="multitask").objective
         base.tasks = TASKS
         return make_experiment({**CHANGES, "objective": base, **(changes or {})}, **axes)
 
@@ -110,15 +110,17 @@ def test_a_task_without_tokens_has_no_mean():
 
 
 def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
-    config = make_config({"objective": configs.default(objective="multitask").objective})
+    config = make_config({"objective": config_tree.default(objective="multitask").objective})
     config.objective.tasks = TASKS
-    again = configs.from_json(configs.to_json(config))
-    assert configs.resolve(again) == configs.resolve(config) and not configs.changed(config, again)
+    again = config_tree.from_json(config_tree.to_json(config))
+    assert config_tree.resolve(again) == config_tree.resolve(config) and not config_tree.changed(
+        config, again
+    )
     again.update_from_flattened_dict({"objective.tasks.spans.mean_span": 2.0})
-    assert configs.resolve(again).objective.tasks["spans"].config.mean_span == 2.0
+    assert config_tree.resolve(again).objective.tasks["spans"].config.mean_span == 2.0
     again.objective.tasks.spans.mean_spam = 2.0
     with pytest.raises(ValueError, match=r"config\.objective\.tasks\.spans\.mean_spam.*mean_span"):
-        configs.resolve(again)
+        config_tree.resolve(again)
     with pytest.raises(ValueError, match=r"task causal\.rate"):
         task("causal", ("a",), rate=1)
 
@@ -135,7 +137,7 @@ def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
     ],
 )
 def test_tasks_that_cannot_work_are_refused(tasks, message):
-    resolved = configs._from_dict(multitask.Config, {"tasks": tasks}, "config.objective")
+    resolved = config_tree._from_dict(multitask.Config, {"tasks": tasks}, "config.objective")
     with pytest.raises(ValueError, match=message):
         multitask.build(resolved, ByteTokenizer(), Form(16))
 

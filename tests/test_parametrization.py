@@ -290,8 +290,8 @@ def test_steps_without_a_row_are_refused(name):
 
 
 def test_recurrent_models_have_no_such_key(make_config):
-    from lm import config as configs
+    from lm import config_tree
 
-    config = configs.default(model="lstm")
+    config = config_tree.default(model="lstm")
     with pytest.raises(ValueError, match=r"config\.model\.parametrization is not a config key"):
-        configs.resolve({**config.to_dict(), "model": {**config.model.to_dict(), **MUP}})
+        config_tree.resolve({**config.to_dict(), "model": {**config.model.to_dict(), **MUP}})

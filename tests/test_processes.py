@@ -88,14 +88,14 @@ def test_a_stopped_process_ends_both_with_their_stacks(start, tmp_path):
 def test_a_source_that_gives_nothing_ends_the_run_with_its_stacks(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import importlib.util, pathlib\n"
-        "from lm import config as configs\n"
+        "from lm import config_tree\n"
         f"path = pathlib.Path({str(ROOT)!r}) / 'configs/smoke.py'\n"
         "spec = importlib.util.spec_from_file_location('smoke', path)\n"
         "smoke = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(smoke)\n"
         "def get_config(arg=None):\n"
         "    config = smoke.get_config()\n"
-        "    slow = configs.default(objective='tests.slow_objective')\n"
+        "    slow = config_tree.default(objective='tests.slow_objective')\n"
         "    config.objective = slow.objective\n"
         "    return config\n"
     )

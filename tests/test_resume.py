@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config as configs
-from lm import metrics
+from lm import config_tree, metrics
 from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
 from lm.experiment import Experiment, load
@@ -122,7 +121,7 @@ def test_recurrent_and_convolutional_models_go_on_with_the_same_bytes(
     tmp_path, make_config, devices, name
 ):
     config = make_config({"mesh.data": 1})
-    config.model = configs.default(model=name).model
+    config.model = config_tree.default(model=name).model
     config.model.update({"vocab_size": 264, "embed_dim": 16, "num_layers": 2, "dropout": 0.3})
 
     def go(experiment, state, start, stop):

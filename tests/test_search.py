@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lm import config as configs
+from lm import config_tree
 from lm.aot import estimate as estimating
 from lm.aot import plan, report, search, sizing, topology, wires
 from lm.aot.memory import Memory
@@ -40,9 +40,9 @@ def test_every_candidate_divides_the_sizes_of_the_config(make_config):
         shards = c["mesh.data"] * c["mesh.fsdp"]
         assert shards * c["mesh.tensor"] * c.get("mesh.stage", 1) == 8
         assert 16 % (shards * c["train.num_microbatches"]) == 0
-    asked = configs.resolve(config)
+    asked = config_tree.resolve(config)
     for c in found[:: len(found) // 5]:
-        assert search._replaced(asked, c) == configs.resolve(plan.changed(config, c))
+        assert search._replaced(asked, c) == config_tree.resolve(plan.changed(config, c))
 
 
 def test_an_axis_counts_where_the_model_has_use_for_it(make_config):
@@ -99,7 +99,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
 
 
 def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
-    config = configs.default(model="lstm")
+    config = config_tree.default(model="lstm")
     with pytest.raises(
         ValueError, match=r"transformers alone; config\.model is .*lm\.models\.lstm"
     ):

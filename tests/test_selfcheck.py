@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lm import loss, reference, selfcheck
-from lm.config import LossConfig, resolve
+from lm.config import LossConfig
+from lm.config_tree import resolve
 from lm.exits import Exit
 from lm.layers import attention
 from lm.layers.dot_product import Mask

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config as configs
-from lm import ledger, metrics
+from lm import config_tree, ledger, metrics
 from lm.sweep import cluster, pool, report, space
 from lm.sweep.adaptive import Search
 from lm.sweep.pool import Run
@@ -77,7 +76,7 @@ def test_names_are_short_and_tell_keys_apart():
 def fake(tmp_path, make_config):
     """The command of a training script that takes no time."""
     template = tmp_path / "template.json"
-    template.write_text(configs.to_json(make_config()))
+    template.write_text(config_tree.to_json(make_config()))
     return [sys.executable, str(ROOT / "tests" / "fake_train.py"), str(template)]
 
 

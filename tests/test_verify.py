@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from lm import config as configs
 from lm import loss, sharding, verify
-from lm.config import resolve
+from lm.config_tree import resolve
 
 ROOT = Path(__file__).parents[1]
 FSDP = {"data": 2, "fsdp": 4}

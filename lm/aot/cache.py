@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from lm import config as configs
+from lm import config_tree
 from lm.aot.plan import Decode, Plan, from_json, make, without_data
 from lm.metrics import Progress
 
@@ -45,9 +45,9 @@ def cached(
 
 def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = None) -> str:
     """What a plan depends on, as a hash."""
-    configs.resolve(config)  # a mistake in it is told before anything is looked up
+    config_tree.resolve(config)  # a mistake in it is told before anything is looked up
     parts: dict[str, Any] = {
-        "config": json.loads(configs.to_json(without_data(config))),
+        "config": json.loads(config_tree.to_json(without_data(config))),
         "topology": name,
         "decode": None if decode is None else dataclasses.asdict(decode),
         "code": _code(),

@@ -17,8 +17,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from lm import config as configs
-from lm import flops, layouts
+from lm import config_tree, flops, layouts
 from lm.aot import (
     advice,
     compiling,
@@ -157,7 +156,7 @@ def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
         "data.validation": (),
         "train.max_epochs": None,
     }
-    c = configs.resolve(config)
+    c = config_tree.resolve(config)
     if c.train.num_epochs is not None:  # data would have to say how many steps that is
         changes |= {"train.num_epochs": None, "train.num_steps": 1000}
     return changed(config, changes)

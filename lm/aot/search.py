@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from lm import config as configs
-from lm import layouts, sharding
+from lm import config_tree, layouts, sharding
 from lm.aot import topology as topologies
 from lm.aot import wires
 from lm.aot.estimate import Estimate, estimate
@@ -57,7 +57,7 @@ def candidates(config: ml_collections.ConfigDict, num_devices: int) -> Iterator[
     Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
     which a shard keeps `SHORTEST` tokens, `stage` with a pipeline of 2 or 4 micro-batches a stage.
     """
-    c = configs.resolve(config)
+    c = config_tree.resolve(config)
     batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
     # host offload and the like are asked for, not found
     policies = [name for name in REMAT if "offload" not in name and "host" not in name]
@@ -128,7 +128,7 @@ def search(
     """
     target = topologies.parse(name)
     devices = topologies.devices(target)
-    asked = configs.resolve(config)
+    asked = config_tree.resolve(config)
     model = asked.model
     if not layouts.is_known(model):
         raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/layouts.py")

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import jax
 import ml_collections
 
-from lm import config as configs
-from lm import sharding
+from lm import config_tree, sharding
 from lm.aot import topology as topologies
 from lm.aot.plan import Decode, Make, Plan, changed, without_data
 from lm.experiment import Experiment
@@ -54,7 +53,7 @@ def largest_batch(
 
     Memory is a line in the number of rows, or nearly, so that few plans are compiled.
     """
-    c, target = configs.resolve(config), topologies.parse(name)
+    c, target = config_tree.resolve(config), topologies.parse(name)
     if not target.chip.hbm:
         raise ValueError(f"--largest_batch: {target.chip.name} has no memory of its own to fill")
     rules = sharding.make_rules(c.mesh, topologies.devices(target))
@@ -104,7 +103,7 @@ def fewest_chips(
     """
     target = topologies.parse(name)
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
-    configs.resolve(config)  # a mistake in it is told before any slice is refused
+    config_tree.resolve(config)  # a mistake in it is told before any slice is refused
     trials: list[Trial] = []
     for shape in SLICES[kind.dims]:
         at = f"{count}{kind.name}:{shape}"

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm import config as configs
-from lm import parameters
+from lm import config_tree, parameters
 from lm.checkpoint.streamed import ParamsWriter
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.hf import structure, table, vocabulary
@@ -65,7 +64,7 @@ def import_folder(
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
     read_into(workdir, reader, structure.family(tree["model_type"]), experiment, skip=skip, say=say)
-    (out / CONFIG_FILE).write_text(configs.to_json(config))
+    (out / CONFIG_FILE).write_text(config_tree.to_json(config))
     return experiment
 
 
@@ -79,7 +78,7 @@ def with_model(config: Any, section: Any, say: Say) -> Any:
             if configured := _find(config.model, path):
                 section.update_from_flattened_dict({path: configured[0]})
     else:
-        config.objective = configs.default(objective=OBJECTIVES[section.name]).objective
+        config.objective = config_tree.default(objective=OBJECTIVES[section.name]).objective
         config.data.encoder_length = None
     config.model = section
     longest = section.max_length

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import lm.hf
-from lm import config as configs
+from lm import config_tree
 from lm.hf.keys import Keys
 from lm.hf.table import Row
 
@@ -98,7 +98,7 @@ def model_section(tree: dict[str, Any], tensors: Iterable[str] = ()) -> Any:
     keys = Keys(tree, tensors)
     fields = kind.ours(keys)
     keys.finish()
-    section: Any = configs.default(model=kind.MODEL).model
+    section: Any = config_tree.default(model=kind.MODEL).model
     section.update_from_flattened_dict(fields)
     return section
 
@@ -146,9 +146,9 @@ def find_family(section: Any) -> str:
 
 def resolve(section: Any) -> Any:
     """The frozen config of a section `config.model`."""
-    config = configs.default(model=section.name)
+    config = config_tree.default(model=section.name)
     config.model = section
-    return configs.resolve(config).model
+    return config_tree.resolve(config).model
 
 
 def rename(names_there: list[str], kind: Family) -> dict[str, str]:

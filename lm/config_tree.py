@@ -1,0 +1,272 @@
+"""Conversion of configs: ConfigDict, frozen dataclasses, JSON text, and settings from flags.
+
+`configs/*.py` and the command line work on a `ml_collections.ConfigDict`; `resolve` turns it into
+the frozen `lm.config.Config` that the code reads.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from lm.config import COMPONENTS, Config, Task, component
+
+
+def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
+    """A ConfigDict with every field of every section at its default, for configs to change."""
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        if f.name in COMPONENTS:
+            name = {"model": model, "objective": objective}[f.name]
+            section = {"name": name} | _to_dict(component(COMPONENTS[f.name], name).Config)
+        else:
+            section = _to_dict(_hints(Config)[f.name]) if f.name != "seed" else f.default
+        tree[f.name] = section
+    return ml_collections.ConfigDict(tree)
+
+
+def task(name: str, sources: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+    """A section of `config.objective.tasks`: an objective, its fields at their defaults or
+    `changes`, and the stores that it is for.
+    """
+    fields = _to_dict(component(COMPONENTS["objective"], name).Config)
+    _check_keys(changes, set(fields), f"task {name}")
+    return {"name": name, "sources": sources} | fields | changes
+
+
+def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """The frozen `Config` of a ConfigDict (or of the plain dict that `to_dict` made of one).
+
+    Raises:
+        ValueError: a key that nothing reads, a missing section, or a value of the wrong type; with
+        the config path.
+    """
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(Config):
+        path, section = f"config.{f.name}", tree.get(f.name, {})
+        if f.name in COMPONENTS:
+            section = dict(section)
+            name = section.pop("name", None)
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{path}.name must name a component of {COMPONENTS[f.name]}, got {name!r}"
+                )
+            values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config, section, path)
+        elif f.name == "seed":
+            values[f.name] = _convert(int, tree.get("seed", f.default), path)
+        else:
+            values[f.name] = _from_dict(_hints(Config)[f.name], section, path)
+    return Config(**values)
+
+
+def names(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The component names of a config: {"model": "decoder", "objective": "causal"}."""
+    return {key: config[key]["name"] for key in COMPONENTS}  # pyright: ignore
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as JSON text; `from_json` reads it back to an equal one."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The ConfigDict that `to_json` wrote; fields added since get their defaults."""
+    tree = json.loads(text)
+    config = default(**{key: tree[key]["name"] for key in COMPONENTS})
+    _check_keys(tree, set(config.keys()), "config")
+    if "tasks" in config.objective:
+        of = tree["objective"].get("tasks", {})
+        config.objective.tasks = {name: task(t["name"], ()) for name, t in of.items()}
+    for path, value in _leaves(tree):
+        *sections, last = path.split(".")
+        node: Any = config
+        for key in sections:
+            node = node[key]
+        _check_keys({last: value}, set(node.keys()), ".".join(["config", *sections]))
+        with node.ignore_type():
+            node[last] = _tuples(value)
+    return config
+
+
+def assign(config: ml_collections.ConfigDict, setting: str) -> None:
+    """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… would.
+
+    Raises:
+        ValueError: no such key, or a value of another type.
+    """
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise ValueError(f"{setting!r} is not KEY=VALUE")
+    path = path.removeprefix("config.")
+    *sections, last = path.split(".")
+    node: Any = config
+    for depth, key in enumerate([*sections, last]):
+        if not isinstance(node, ml_collections.ConfigDict):
+            raise ValueError(f"config.{'.'.join(sections[:depth])} is a value and has no keys")
+        _check_keys({key: None}, set(node.keys()), ".".join(["config", *sections[:depth]]))
+        node = node[key] if depth < len(sections) else node
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    if isinstance(node[last], str):
+        value = text
+    try:
+        node[last] = _tuples(value)
+    except TypeError:
+        kind = type(node[last]).__name__
+        raise ValueError(f"config.{path} must be {kind}, got {text!r}") from None
+
+
+def changed(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values differ, with both values."""
+    a, b = dict(_leaves(old.to_dict())), dict(_leaves(new.to_dict()))
+    return {
+        path: (a.get(path), b.get(path))
+        for path in sorted(a.keys() | b.keys())
+        if _tuples(a.get(path)) != _tuples(b.get(path))
+    }
+
+
+def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, str]]:
+    """(path, value, default, sentence) of every key."""
+    base = default(**names(config))
+    defaults = dict(_leaves(base.to_dict()))
+    sentences = {"seed": _sentence(Config, "seed")}
+    for f in dataclasses.fields(Config):
+        if f.name in COMPONENTS:
+            package = COMPONENTS[f.name]
+            cls = component(package, names(config)[f.name]).Config
+            sentences[f"{f.name}.name"] = f"A module of {package}, or a full module name."
+        else:
+            cls = _hints(Config)[f.name]
+        if dataclasses.is_dataclass(cls):
+            sentences |= dict(_sentences(cls, f.name))
+    for path, value in _leaves(config.to_dict()):
+        yield path, value, defaults.get(path), sentences.get(path, "")
+
+
+def _sentence(cls: Any, name: str) -> str:
+    return next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _sentences(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    hints = _hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from _sentences(hints[f.name], f"{prefix}.{f.name}")
+        else:
+            yield f"{prefix}.{f.name}", f.metadata["help"]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@functools.cache  # a search resolves thousands of configs, and this is most of the time it takes
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _optional(hint: Any) -> tuple[Any, bool]:
+    """(X, True) for `X | None`, else (hint, False)."""
+    args = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) and type(None) in args:
+        return next(a for a in args if a is not type(None)), True
+    return hint, False
+
+
+def _to_dict(cls: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        hint, optional = _optional(_hints(cls)[f.name])
+        if dataclasses.is_dataclass(hint):
+            tree[f.name] = _to_dict(hint)
+        elif optional and f.default is None:
+            tree[f.name] = config_dict.placeholder(hint)  # else the command line could not set it
+        elif typing.get_origin(hint) is dict:
+            tree[f.name] = {}
+        else:
+            tree[f.name] = f.default
+    return tree
+
+
+def _check_keys(tree: dict[str, Any], known: set[str], path: str) -> None:
+    for key in tree:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = (
+                f"; did you mean {path}.{close[0]}?"
+                if close
+                else f"; known: {', '.join(sorted(known))}"
+            )
+            raise ValueError(f"{path}.{key} is not a config key{hint}")
+
+
+def _from_dict(cls: Any, tree: dict[str, Any], path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must be a section with keys, got {tree!r}")
+    hints = _hints(cls)
+    _check_keys(tree, set(hints), path)
+    values = {}
+    for key, value in tree.items():
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _from_dict(hints[key], value, f"{path}.{key}")
+        else:
+            values[key] = _convert(hints[key], value, f"{path}.{key}")
+    return cls(**values)
+
+
+def _to_task(section: Any, path: str) -> Task:
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise ValueError(f"{path} must be a section with the name of an objective, got {section!r}")
+    fields = {key: value for key, value in section.items() if key not in ("name", "sources")}
+    sources = _convert(tuple[str, ...], section.get("sources", ()), f"{path}.sources")
+    config = component(COMPONENTS["objective"], section["name"]).Config
+    return Task(section["name"], sources, _from_dict(config, fields, path))
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    kind, optional = _optional(hint)
+    if optional and value is None:
+        return None
+    origin = typing.get_origin(kind) or kind
+    if kind == dict[str, Task]:
+        return {name: _to_task(section, f"{path}.{name}") for name, section in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = typing.get_args(kind)
+        if hints[-1] is ...:
+            hints = hints[:1] * len(value)
+        if len(hints) != len(value):
+            raise ValueError(f"{path} must have {len(hints)} entries, got {value!r}")
+        pairs = enumerate(zip(hints, value, strict=True))
+        return tuple(_convert(hint, v, f"{path}[{i}]") for i, (hint, v) in pairs)
+    if kind is Any:
+        return _tuples(value)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        raise ValueError(f"{path} must be {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value
