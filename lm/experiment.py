@@ -22,7 +22,7 @@ from lm import config_tree, flops, layouts, loss, optim, parameters, parametriza
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
-from lm.data import pipeline
+from lm.data import pipeline, run_tokenizer
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
@@ -419,7 +419,7 @@ def load(
     workdir: str, devices: Sequence[Any], changes: Mapping[str, Any] | None = None
 ) -> Experiment:
     """The experiment of a run's folder on these devices, all data-parallel unless `changes` say
-    otherwise.
+    otherwise; with the tokenizer that the folder keeps, wherever the folder is now.
 
     changes: {config path: value}. A batch that the devices don't divide is made larger.
 
@@ -430,6 +430,7 @@ def load(
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = config_tree.from_json(path.read_text())
+    config.data.tokenizer = run_tokenizer.find(workdir, config.data.tokenizer)
     usual = config_tree.default(**config_tree.names(config))
     config.mesh, config.train.num_microbatches = usual.mesh, 1
     if "pipeline" in usual.model:

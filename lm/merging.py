@@ -16,6 +16,7 @@ from etils import epath
 from lm import config_tree, parameters
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.streamed import ParamsWriter
+from lm.data import run_tokenizer
 from lm.experiment import CONFIG_FILE, Experiment, load
 from lm.layers import lora
 from lm.ledger import start_totals
@@ -59,5 +60,7 @@ def merge_run(
             "parent": {"workdir": str(workdir), "step": at},
         }
     )
+    run_tokenizer.keep(plain.tokenizer, out)
+    config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
     (folder / CONFIG_FILE).write_text(config_tree.to_json(config))
     return plain

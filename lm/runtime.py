@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import logging as stdlib_logging
@@ -10,6 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm.exits import Exit, RunError
@@ -57,6 +59,45 @@ def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = 
     app.run(
         functools.partial(run, main), flags_parser=functools.partial(_parse, allow_rest=allow_rest)
     )
+
+
+def folder(path: str) -> str:
+    """A flag's path of a run's folder, with `~` expanded; its type in argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: no folder can have this name, or something else has it.
+    """
+    if "://" in path:
+        return path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"{os.fsencode(path)!r} is not UTF-8, and config.json of a run holds names: rename it"
+        ) from None
+    if not path.strip():
+        raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
+    found = Path(path).expanduser()
+    for part in (found, *found.parents):
+        if part.is_symlink() and not part.exists():
+            raise argparse.ArgumentTypeError(f"{part} is a link to {part.readlink()}: not there")
+        if part.exists() and not part.is_dir():
+            raise argparse.ArgumentTypeError(f"{part} is a file, not a folder")
+    return str(found)
+
+
+def define_workdir(sentence: str) -> Any:
+    """The flag --workdir of scripts whose flags are absl's: a holder of `folder` of its value."""
+    from absl import flags
+
+    class Parser(flags.ArgumentParser):
+        def parse(self, argument: str) -> str:
+            try:
+                return folder(argument)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(str(error)) from None
+
+    return flags.DEFINE(Parser(), "workdir", None, sentence)
 
 
 def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:

@@ -17,6 +17,7 @@ from lm import config_tree, metrics, selfcheck
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
+from lm.data import run_tokenizer
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.goodput import read as read_goodput
@@ -72,6 +73,9 @@ def train(
         alone(workdir, active=lead),
     ):
         same_data = _record_config(config, workdir, experiment, say, lead)
+        if lead:
+            replace = "data.tokenizer" in c.checkpoint.allow_changed
+            run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
         with Checkpoints(workdir, c.checkpoint) as checkpoints:
             if max(checkpoints.steps(), default=-1) >= num_steps:
                 say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")

@@ -28,7 +28,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
     add("--data", required=True, help="BLiMP.zip, or a folder with its .jsonl files")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--limit", type=int, help="pairs of each paradigm (default: all 1,000)")

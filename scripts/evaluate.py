@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=runtime.folder, required=True, help="folder of the run")
     parser.add_argument(
         "--data", action="append", help="token store to use instead of the run's; repeatable"
     )

@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--prompt", action="append", help="text to continue; repeatable (default: standard input)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")

@@ -28,8 +28,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
-    add("--out", required=True, help="folder to write; must be new or empty")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    add("--out", type=runtime.folder, required=True, help="folder to write; must be new or empty")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--family", help="a model_type: llama, say (default: the first that can hold the model)")
     add(

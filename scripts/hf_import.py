@@ -37,7 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "What config.json doesn't say, as FILE or FILE:ARG.",
 )
 _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json, tensors and tokenizer.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.")
+_WORKDIR = runtime.define_workdir("Folder of the run to make.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A tokenizer in place of that of the source: a file, or bytes."
 )

@@ -66,7 +66,7 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     add("--config", default="configs/ladder.py", help="a file with get_config(size)")
     add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")
     add("--fractions", type=_fractions, default=(0.25, 0.5), help="lengths of the other runs")
-    add("--workdir", required=True, help="folder of the runs' folders")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the runs' folders")
     add("--out", help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)")
     args, rest = parser.parse_known_args()
     for flag in rest:

@@ -66,7 +66,7 @@ def parse_args() -> Any:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
     add("--tasks", required=True, help="names or YAML files, with commas between them")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--limit", type=int, help="documents of each task (default: all)")

@@ -24,7 +24,7 @@ from lm import runtime
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it doesn't exist.")
+_WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
 _LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")
 _MOST = flags.DEFINE_float("most", 1.0, "Learning rate of the last step.")

@@ -24,8 +24,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run with adapters")
-    add("--out", required=True, help="folder of the run to make")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run with adapters")
+    add("--out", type=runtime.folder, required=True, help="folder of the run to make")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     args = parser.parse_args()
 

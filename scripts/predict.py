@@ -153,7 +153,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="folder of the run")
+    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
     corpora.add_source_flags(parser)
     add("--train", action="append", help="records that baselines may know; repeatable")
     add(

@@ -41,7 +41,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
     "The config to train; its data section is filled in here.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/CONFIG-CORPUS.")
+_WORKDIR = runtime.define_workdir("Folder of the run; default: runs/CONFIG-CORPUS.")
 _STORES = flags.DEFINE_string(
     "stores", None, "Folder of tokenizer and stores; default: data/CORPUS."
 )

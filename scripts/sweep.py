@@ -103,7 +103,12 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--config", required=True, help="a file with get_config(arg), as FILE or FILE:ARG")
-    add("--workdir", required=True, help="folder of the sweep; one folder below it for each run")
+    add(
+        "--workdir",
+        type=runtime.folder,
+        required=True,
+        help="folder of the sweep; one folder below it for each run",
+    )
     add("--grid", action="append", default=[], metavar="KEY=A,B", help="values of a key")
     add(
         "--range",

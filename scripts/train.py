@@ -29,7 +29,7 @@ from lm.processes import distributed
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it doesn't exist.")
+_WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every config key with its value, default and meaning, and exit."
 )

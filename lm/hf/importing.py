@@ -19,6 +19,7 @@ from etils import epath
 
 from lm import config_tree, parameters
 from lm.checkpoint.streamed import ParamsWriter
+from lm.data.run_tokenizer import FOLDER
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.hf import structure, table, vocabulary
 from lm.hf.files import Reader
@@ -60,7 +61,7 @@ def import_folder(
     tree = json.loads(path.read_text())
     reader = Reader(folder)
     config = with_model(config, structure.model_section(tree, reader.shapes), say)
-    config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / "tokenizer"))
+    config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / FOLDER))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
     read_into(workdir, reader, structure.family(tree["model_type"]), experiment, skip=skip, say=say)

@@ -17,13 +17,10 @@ from typing import Any
 from etils import epath
 
 from lm.data import tokenizer as tokenizers
+from lm.data.run_tokenizer import BESIDE
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model")
-BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "generation_config.json"),
-)
 # A conversion must give the ids of the original on all of these; not on the names of special
 # tokens, which `transformers` never takes for text.
 PROBES = (

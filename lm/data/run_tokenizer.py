@@ -1,0 +1,50 @@
+"""The tokenizer that a run's folder keeps: RUN/tokenizer/, so that a folder that was moved or
+copied to another machine needs no other path.
+"""
+
+from pathlib import PurePath
+
+from etils import epath
+
+from lm.data.tokenizer import Tokenizer
+
+FOLDER = "tokenizer"
+# what tells `transformers` and chat templates about a tokenizer, beside its own file
+BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+
+
+def keep(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
+    """Copy the tokenizer's file, and the files that describe it, into the run's folder.
+
+    replace: another content may take the place of that which the folder has.
+
+    Raises:
+        ValueError: the run has been trained with another content of the file of this name.
+    """
+    if not tokenizer.model:  # bytes: no file
+        return
+    source, folder = epath.Path(tokenizer.name), epath.Path(workdir) / FOLDER
+    kept = folder / source.name
+    if kept.exists() and kept.read_bytes() != tokenizer.model and not replace:
+        raise ValueError(
+            f"config.data.tokenizer={tokenizer.name} is not the tokenizer that this run was "
+            f"trained with ({kept}): give that one, another --workdir, or allow it "
+            "(--config.checkpoint.allow_changed=\"('data.tokenizer',)\")"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name: source.parent / name for name in BESIDE}
+    contents = {name: file.read_bytes() for name, file in found.items() if file.exists()}
+    for name, content in {**contents, source.name: tokenizer.model}.items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
+            written = folder / f"{name}.new"
+            written.write_bytes(content)
+            written.replace(folder / name)
+
+
+def find(workdir: str, name: str) -> str:
+    """The run's own copy of the tokenizer `name`, or `name` where it keeps none."""
+    kept = epath.Path(workdir) / FOLDER / PurePath(name).name
+    return str(kept) if name != "bytes" and kept.exists() else name

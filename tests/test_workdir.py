@@ -1,0 +1,79 @@
+"""A run's folder: any legal name works or is refused in one line, and it may be moved."""
+
+import argparse
+import os
+
+import jax
+import pytest
+
+from lm import runtime
+from lm.data.tokenizer_training import train_words
+from lm.exits import Exit
+from lm.experiment import load
+from lm.train import train
+
+NAMES = ["my run", "100%d {x} %s", "a?b#c&d=e", "[x]*", 'it\'s "q"', "$HOME `x`", "运行", "-x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_folder_stays_as_it_is(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert runtime.folder(name) == name
+    os.mkdir(name)
+    assert runtime.folder(name) == name
+    assert runtime.folder(f"{name}/new/deeper") == f"{name}/new/deeper"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runtime.folder("~/runs/a") == str(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "'' is no name of a folder"),
+        (" ", "' ' is no name of a folder"),
+        ("file", "file is a file, not a folder"),
+        ("file/below", "file is a file, not a folder"),
+        ("link", "link is a link to gone: not there"),
+        ("link/below", "link is a link to gone: not there"),
+        (os.fsdecode(b"\xff\xfe"), r"b'\\xff\\xfe' is not UTF-8"),
+    ],
+)
+def test_what_can_be_no_folder_is_refused_with_its_name(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        runtime.folder(name)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The path of a tokenizer.json of a few words, with a chat template beside it."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "words.json").write_bytes(train_words(["a b c d\ne f"], vocab_size=8))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder / "words.json"
+
+
+def test_a_run_that_was_moved_has_its_tokenizer(tmp_path, make_config, words):
+    changes = {"data.tokenizer": str(words), "train.num_steps": 1, "guard.self_check": False}
+    config = make_config(changes)
+    assert train(config, str(tmp_path / "my run"), jax.devices()) == Exit.SUCCESS
+    model = words.read_bytes()
+    (tmp_path / "my run").rename(tmp_path / "moved")
+    words.unlink()
+    tokenizer = load(str(tmp_path / "moved"), jax.devices()).tokenizer
+    assert tokenizer.model == model
+    assert (tmp_path / "moved" / "tokenizer" / "chat_template.jinja").exists()
+
+    words.write_bytes(train_words(["x y z"], vocab_size=8))
+    config.train.num_steps = 2
+    with pytest.raises(ValueError, match="is not the tokenizer that this run was trained with"):
+        train(config, str(tmp_path / "moved"), jax.devices())
+    config.checkpoint.allow_changed = ("data.tokenizer",)
+    assert train(config, str(tmp_path / "moved"), jax.devices()) == Exit.SUCCESS
+    assert load(str(tmp_path / "moved"), jax.devices()).tokenizer.model == words.read_bytes()
