@@ -195,7 +195,7 @@ def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> Row
             ids[row, at], segments[row, at], fields[row, at] = part, 1, field
             positions[row, at] = np.arange(len(part)) + (0 if apart else start)
             start += len(part)
-    return Rows(ids, segments, positions, np.full(len(pairs), -1, np.int32), fields)
+    return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
 
 
 def _padded(rows: Rows, count: int) -> Rows:

@@ -27,7 +27,9 @@ def make_rows(ids, segments, previous):
     for r, row in enumerate(segments):
         for t in range(1, len(row)):
             positions[r, t] = positions[r, t - 1] + 1 if row[t] == row[t - 1] != 0 else 0
-    return Rows(np.array(ids, np.int32), segments, positions, np.array(previous, np.int32))
+    before = np.full_like(segments, -1)
+    before[:, 0] = previous
+    return Rows(np.array(ids, np.int32), segments, positions, before)
 
 
 def test_inputs_by_hand():

@@ -26,7 +26,7 @@ def rows_of(texts, length):
             ids[r, place], segments[r, place] = tokens, number
             positions[r, place] = np.arange(len(tokens))
             start += len(tokens)
-    return Rows(ids, segments, positions, np.full(len(texts), -1, np.int32))
+    return Rows(ids, segments, positions, np.full_like(ids, -1))
 
 
 def noisy(texts, length, **config):

@@ -27,7 +27,7 @@ def rows():
     segments[:, 90:] = 0
     ids *= segments > 0
     positions = np.tile(np.arange(100, dtype=np.int32) % 20, (112, 1)) * (segments > 0)
-    return Rows(ids, segments, positions, np.full(112, -1, np.int32))
+    return Rows(ids, segments, positions, np.full_like(ids, -1))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_whole_words_are_predicted_or_not():
     ids = np.tile(text, (300, 1)).astype(np.int32)
     ones = np.ones_like(ids)
     positions = np.tile(np.arange(len(text), dtype=np.int32), (300, 1))
-    rows = Rows(ids, ones, positions, np.full(300, -1, np.int32))
+    rows = Rows(ids, ones, positions, np.full_like(ids, -1))
     config = mlm.Config(whole_word=True)
     form = Form(len(text), is_causal=False, vocab_size=260)
     weights = mlm.build(config, TOKENIZER, form)(rows, generator).weights

@@ -166,7 +166,7 @@ def test_decoder_inputs_are_the_targets_before_them(case, batch):
     same &= batch.inputs.segments[:, 1:] > 0
     np.testing.assert_array_equal(batch.inputs.ids[:, 1:][same], batch.targets[:, :-1][same])
     assert (batch.inputs.ids[:, 1:][~same & (batch.inputs.segments[:, 1:] > 0)] == BOS).all()
-    continued = (previous >= 0) & objective.scores_every_token
+    continued = (previous[:, 0] >= 0) & objective.scores_every_token
     assert (batch.inputs.ids[~continued, 0] == BOS).all()
 
 

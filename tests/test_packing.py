@@ -15,6 +15,7 @@ from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
+from lm.objectives import Form, causal
 
 EOS = ByteTokenizer().eos_id
 PACKINGS = [packing.split, packing.best_fit]
@@ -46,7 +47,7 @@ def test_split_rows_by_hand(tmp_path):
     np.testing.assert_array_equal(rows.ids, [[a, b, EOS, EOS], [o, p, q, r], [s, EOS, 0, 0]])
     np.testing.assert_array_equal(rows.segments, [[1, 1, 1, 2], [1, 1, 1, 1], [1, 1, 0, 0]])
     np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]])
-    np.testing.assert_array_equal(rows.previous, [-1, -1, r])
+    np.testing.assert_array_equal(rows.previous[:, 0], [-1, -1, r])
 
 
 def test_best_fit_rows_by_hand(tmp_path):
@@ -56,7 +57,7 @@ def test_best_fit_rows_by_hand(tmp_path):
     np.testing.assert_array_equal(rows.ids, [[a, b, EOS, EOS], [h, i, j, k], [l, EOS, 0, 0]])
     np.testing.assert_array_equal(rows.segments, [[1, 1, 1, 2], [1, 1, 1, 1], [1, 1, 0, 0]])
     np.testing.assert_array_equal(rows.positions, [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 0]])
-    np.testing.assert_array_equal(rows.previous, [-1, -1, k])
+    np.testing.assert_array_equal(rows.previous[:, 0], [-1, -1, k])
 
 
 def test_the_rest_of_a_cut_document_comes_first_so_that_it_continues(tmp_path):
@@ -65,7 +66,22 @@ def test_the_rest_of_a_cut_document_comes_first_so_that_it_continues(tmp_path):
     h, i, j, k, l = (ord(c) for c in "hijkl")  # noqa: E741
     np.testing.assert_array_equal(rows.ids, [[l, EOS, EOS, 0], [h, i, j, k]])
     np.testing.assert_array_equal(rows.segments, [[1, 1, 2, 0], [1, 1, 1, 1]])
-    np.testing.assert_array_equal(rows.previous, [k, -1])
+    np.testing.assert_array_equal(rows.previous[:, 0], [k, -1])
+
+
+def test_every_rest_of_a_cut_document_in_a_row_continues_it(tmp_path):
+    # The pieces are 4 + 2 and 4 + 2: the two rests share a row.
+    packed = packing.best_fit(make_store(tmp_path, [6, 6]), 4)
+    rows = all_rows(packed)
+    [shared] = [r for r, spans in enumerate(packed.documents(np.arange(3))) if len(spans) == 2]
+    before = [rows.ids[r, 3] for r in range(3) if r != shared]  # the ends of the whole pieces
+    np.testing.assert_array_equal(rows.segments[shared], [1, 1, 2, 2])
+    np.testing.assert_array_equal(rows.previous[shared], [before[0], -1, before[1], -1])
+    form = Form(length=4, is_causal=True, encoder_length=None, vocab_size=259)
+    batch = causal.build(causal.Config(), ByteTokenizer(), form)(rows, np.random.default_rng)
+    inputs, bos = batch.inputs.ids[shared], ByteTokenizer().bos_id
+    np.testing.assert_array_equal(inputs[[0, 2]], before)
+    assert (batch.inputs.ids == bos).sum() == 2  # once for each document
 
 
 @pytest.mark.parametrize("pack", PACKINGS)
@@ -109,10 +125,13 @@ def test_positions_restart_in_segments_and_previous_continues_the_document(pack,
             expected = [p for span in spans for p in range(span.stop - span.start)]
             expected += [0] * (length - len(expected))
             np.testing.assert_array_equal(rows.positions[r], expected)
-            first = spans[0]
-            at = int(store.offsets[first.document]) + first.start
-            expected = store.tokens(at - 1, at)[0] if first.start else -1
-            assert rows.previous[r] == expected
+            expected, column = np.full(length, -1), 0
+            for span in spans:
+                if span.start:
+                    at = int(store.offsets[span.document]) + span.start
+                    [expected[column]] = store.tokens(at - 1, at)
+                column += span.stop - span.start
+            np.testing.assert_array_equal(rows.previous[r], expected)
         assert [rows.ids.dtype, rows.segments.dtype, rows.positions.dtype] == [np.int32] * 3
 
 

@@ -16,7 +16,9 @@ def segments_of(lengths, count):
     positions = np.concatenate([np.arange(n) for n in lengths])
     ids = np.tile(np.arange(len(segments)) % 200, (count, 1))
     tiled = (np.tile(x, (count, 1)) for x in (segments, positions))
-    return Rows(*(x.astype(np.int32) for x in (ids, *tiled)), np.full(count, -1, np.int32))
+    return Rows(
+        *(x.astype(np.int32) for x in (ids, *tiled)), np.full((count, len(segments)), -1, np.int32)
+    )
 
 
 def build(length, **config):

@@ -13,14 +13,14 @@ TOGETHER = Rows(  # "ab" -> "x", "c" -> "yz"
     ids=np.array([[1, 2, EOS, 7, EOS, 3, EOS, 8, 9, EOS, 0, 0], [0] * 12], np.int32),
     segments=np.array([[1] * 5 + [2] * 5 + [0, 0], [0] * 12], np.int32),
     positions=np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0], [0] * 12], np.int32),
-    previous=np.array([-1, -1], np.int32),
+    previous=np.full((2, 12), -1, np.int32),
     fields=np.array([[0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0], [0] * 12], np.int32),
 )
 APART = Rows(
     ids=np.array([[1, 2, EOS, 3, EOS, 0, 7, EOS, 8, 9, EOS, 0]], np.int32),
     segments=np.array([[1, 1, 1, 2, 2, 0, 1, 1, 2, 2, 2, 0]], np.int32),
     positions=np.array([[0, 1, 2, 0, 1, 0, 0, 1, 0, 1, 2, 0]], np.int32),
-    previous=np.array([-1], np.int32),
+    previous=np.full((1, 12), -1, np.int32),
     fields=np.array([[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0]], np.int32),
 )
 

@@ -38,7 +38,7 @@ def make_rows(lengths, width, seed=0):
             segments[r, start:stop] = number
             positions[r, start:stop] = np.arange(stop - start)
             start = stop
-    return Rows(ids, segments, positions, np.full(len(lengths), -1, np.int32))
+    return Rows(ids, segments, positions, np.full_like(ids, -1))
 
 
 def pieces(ids):

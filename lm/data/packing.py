@@ -79,10 +79,16 @@ class Packed:
     def read(self, rows: np.ndarray) -> Rows:
         """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, starts, stops = self._pieces_of(rows)
-        tokens, previous = self._fetch(starts, stops, first=np.cumsum(counts) - counts)
+        tokens, is_rest, before = self._fetch(starts, stops)
         numbers = (ranges(np.ones_like(counts), counts)).astype(np.int32)
         lengths = stops - starts
         shape = (len(counts), self.length)
+        previous = np.full(shape, -1, np.int32)
+        if len(before):
+            begins = np.cumsum(lengths) - lengths
+            row = np.repeat(np.arange(len(counts)), counts)
+            column = begins - begins[np.cumsum(counts) - counts][row]
+            previous[row[is_rest], column[is_rest]] = before
         padded = len(tokens) < shape[0] * shape[1]
         if padded:  # one more piece for every row, of segment 0
             ends = np.cumsum(counts)
@@ -131,12 +137,13 @@ class Packed:
         return np.searchsorted(self.store.offsets, positions, "right") - 1
 
     def _fetch(
-        self, starts: np.ndarray, stops: np.ndarray, *, first: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens of all pieces, and `previous` of the rows that begin at `first`."""
-        before = starts[first] - 1
-        continued = self.store.offsets[self._documents_at(starts[first])] <= before
-        before = before[continued]
+        self, starts: np.ndarray, stops: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of all pieces, bool [P]: a piece begins inside its document, and the tokens
+        just before these pieces.
+        """
+        is_rest = self.store.offsets[self._documents_at(starts)] < starts
+        before = starts[is_rest] - 1
         new = np.ones(len(starts) + 1, bool)  # pieces that lie side by side are one read
         new[1:-1] = starts[1:] != stops[:-1]
         ranges = self.store._ranges(
@@ -144,10 +151,8 @@ class Packed:
             np.concatenate([stops[new[1:]], before + 1]).tolist(),
         )
         tokens = np.concatenate([np.empty(0, np.int32), *ranges], dtype=np.int32, casting="unsafe")
-        previous = np.full(len(first), -1, np.int32)
         num_tokens = len(tokens) - len(before)
-        previous[continued] = tokens[num_tokens:]
-        return tokens[:num_tokens], previous
+        return tokens[:num_tokens], is_rest, tokens[num_tokens:]
 
 
 def split(store: TokenStore, length: int) -> Packed:

@@ -129,7 +129,7 @@ class Pairs:
             segments.flat[places] = np.repeat(numbers, size)
             positions.flat[places] = ranges(offsets[:, field], size)
             fields.flat[places] = field
-        return Rows(ids, segments, positions, np.full(len(counts), -1, np.int32), fields)
+        return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
         """Returns for each row its documents; their tokens are those of all fields together."""

@@ -20,9 +20,9 @@ class Config:
 def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     """Returns the causal objective: targets are the tokens, inputs are the tokens before them.
 
-    The input of a document's first token is bos; that of a row's first token is the last one of the
-    row before if the document goes on. So every token of the data is predicted once, the eos of
-    every document included:
+    The input of a document's first token is bos; where a segment is the rest of a document that was
+    cut, that of its first token is the token before it in the document. So every token of the data
+    is predicted once, the eos of every document included:
 
         ids       a b . c d      (`.` is eos)
         segments  1 1 1 2 2
@@ -41,7 +41,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
         inputs = np.empty_like(rows.ids)
         inputs[:, 1:] = rows.ids[:, :-1]
         inputs[rows.positions == 0] = bos
-        inputs[:, 0] = np.where(rows.previous >= 0, rows.previous, bos)
+        np.copyto(inputs, rows.previous, where=rows.previous >= 0)
         scored = rows.segments != 0
         inputs *= scored
         return Batch(

@@ -80,5 +80,5 @@ def _on_empty_rows(objective: Objective) -> Batch:
     """Returns what the objective makes of a row of padding: the structure of its batches."""
     zeros = np.zeros((1, objective.layout.length), np.int32)
     fields = zeros if len(objective.layout.fields) > 1 else None
-    rows = Rows(zeros, zeros, zeros, np.full(1, -1, np.int32), fields)
+    rows = Rows(zeros, zeros, zeros, np.full_like(zeros, -1), fields)
     return objective(rows, np.random.default_rng)

@@ -150,16 +150,17 @@ def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> R
     held = np.count_nonzero(rows.segments[index], axis=1)
     first = (draws * (np.maximum(held - length, 0) + 1)).astype(int)
     at = first[:, None] + np.arange(length)
-    ids, segments, positions = (
-        np.take_along_axis(x[index], at, axis=1) for x in (rows.ids, rows.segments, rows.positions)
+    ids, segments, positions, previous = (
+        np.take_along_axis(x[index], at, axis=1)
+        for x in (rows.ids, rows.segments, rows.positions, rows.previous)
     )
     is_cut = segments == segments[:, :1]
     continues = positions[:, 0] > 0
     positions = np.where(is_cut, positions - positions[:, :1], positions)
     segments = np.where(segments, segments - segments[:, :1] + 1, 0)
     before = np.take_along_axis(rows.ids[index], np.maximum(at[:, :1] - 1, 0), axis=1)[:, 0]
-    before = np.where(first == 0, rows.previous[index], np.where(continues, before, -1))
-    return Rows(ids, segments, positions, before)
+    previous[:, 0] = np.where(continues, before, previous[:, 0])
+    return Rows(ids, segments, positions, previous)
 
 
 def _prepend(stream: Stream, token: int) -> Stream:

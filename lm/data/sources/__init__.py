@@ -80,8 +80,8 @@ class Rows:
     segments: int32 [B, T], 1, 2, ... in every row, 0 where there is padding.
     positions: int32 [B, T], restart at 0 in every segment, also in a document continued from the
     row before; where fields lie apart, in every field.
-    previous: int32 [B], the token just before `ids[:, 0]` if it belongs to the same document, else
-    -1.
+    previous: int32 [B, T], where a segment begins inside its document (the rest of one that was
+    cut) the token just before it in the document, else -1.
     fields: int32 [B, T], which field of its document a token is from; None where there is one.
     """
 

@@ -78,7 +78,7 @@ class Synthetic:
         else:
             seen = begins + positions % _PERIOD if self.kind == "copy" else columns
             ids = scale_hash(self._hash(1, rows, seen), np.uint64(self.vocab_size)).astype(np.int32)
-        return Rows(ids, segments, positions, np.full(len(rows), -1, np.int32))
+        return Rows(ids, segments, positions, np.full_like(ids, -1))
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
         """Returns for each row its documents, numbered in the row."""
