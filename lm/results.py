@@ -39,7 +39,8 @@ COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "step")
 
 
 def read(workdir: str, name: str | None = None) -> Result | None:
-    """The result of a run, of its last evaluation; None before its first.
+    """The result of a run, of its last evaluation; None before its first, and before the first log
+    line of a fork, whose ledger begins where its parent's ends.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -52,16 +53,15 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     evals = [r for r in records if r["kind"] == "eval"]
     if not evals:
         return None
-    step = evals[-1]["step"]
-    last = [r for r in evals if r["step"] == step]
-    scored = sum(r["tokens"] for r in last)
-    loss = sum(r["loss"] * r["tokens"] for r in last) / scored
-    trained = next(r for r in reversed(records) if r["kind"] == "train" and r["step"] == step)
-    tokens = int(trained["tokens_seen"])
+    step, loss = evals[-1]["step"], mean_losses(evals)[evals[-1]["step"]]
+    entries = ledger.read(workdir)
+    tokens = _tokens_seen(records, entries, step)
+    if tokens is None:
+        return None
     count = flops.parameters(config.model)
     data = config.data
     per_token = flops.flops_per_token(config.model, data.length, data.encoder_length)
-    entry = ledger.read(workdir)[-1]
+    entry = entries[-1]
     return Result(
         run=name or Path(workdir).name,
         parameters=count.total,
@@ -74,6 +74,34 @@ def read(workdir: str, name: str | None = None) -> Result | None:
         seed=config.seed,
         step=step,
     )
+
+
+def mean_losses(evals: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Step -> the mean loss over the scored tokens of all validation stores, of the records of
+    evaluations.
+    """
+    sums: dict[int, tuple[float, float]] = {}
+    for r in evals:
+        loss, tokens = sums.get(r["step"], (0.0, 0.0))
+        sums[r["step"]] = loss + r["loss"] * r["tokens"], tokens + r["tokens"]
+    return {step: loss / tokens for step, (loss, tokens) in sums.items()}
+
+
+def _tokens_seen(
+    records: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]], step: int
+) -> int | None:
+    """Tokens trained on in the first `step` steps: the count of the log line nearest to it, and the
+    ledger's of the steps between; None where neither knows what a parent has trained on.
+    """
+    logged = {r["step"]: r["tokens_seen"] for r in records if r["kind"] == "train"}
+    if not entries or entries[0]["step"] == 0:
+        logged.setdefault(0, 0)
+    if not logged:
+        return None
+    near = min(logged, key=lambda at: abs(at - step))
+    low, high = sorted((near, step))
+    between = sum(e["filled"] for e in entries if low <= e["step"] < high)
+    return int(logged[near]) + (between if near < step else -between)
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -33,8 +33,8 @@ def main():
     config["seed"] = seed = int(flags.get("config.seed", 0))
     (folder / "config.json").write_text(json.dumps(config))
     loss = 2 + (math.log10(rate) + 2) ** 2 + 0.01 * seed
-    entry = {"filled": 512, "padding": 0}
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for _ in range(6)))
+    entries = [{"step": step, "filled": 512, "padding": 0} for step in range(STEPS[-1])]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in STEPS:
             record = {"step": step, "kind": "train", "tokens_seen": 512 * step}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lm import flops
+from lm import flops, ledger, metrics, results
 from lm.config_tree import resolve
+from lm.train import train
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,16 @@ def test_an_argument_that_is_no_size_is_refused(ladder, arg):
         ladder.get_config(arg)
 
 
-def test_cool_downs_leave_the_long_run_where_their_decay_begins(ladder, tmp_path):
+@pytest.fixture(scope="module")
+def script():
     path = Path(__file__).parents[1] / "scripts" / "ladder.py"
     spec = importlib.util.spec_from_file_location("ladder_script", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_cool_downs_leave_the_long_run_where_their_decay_begins(ladder, script, tmp_path):
     runs = script.plan(ladder.get_config("3:40"), "3:40", (0.25, 0.5), tmp_path)
     (name, whole), *others = runs
     steps = whole.train.num_steps
@@ -71,3 +77,25 @@ def test_cool_downs_leave_the_long_run_where_their_decay_begins(ladder, tmp_path
         assert config.optimizer.schedule.decay_steps == pytest.approx(fifth, abs=1)
         assert config.optimizer.schedule.warmup_steps == whole.optimizer.schedule.warmup_steps
         assert config.data == whole.data
+
+
+def test_a_run_killed_after_an_evaluation_between_log_lines_is_unfinished(
+    script, make_config, tmp_path, devices
+):
+    changes = {"train.log_every": 4, "train.eval_every": 3, "train.num_steps": 8}
+    changes |= {"data.validation": ("synthetic:markov:40:7",), "guard.self_check": False}
+    config = make_config(changes)
+    assert train(config, str(tmp_path), devices[:1]) == 0
+    assert script.is_finished(tmp_path, 8)
+    seen = {}
+    path = tmp_path / metrics.METRICS_FILE
+    whole = path.read_text().splitlines(keepends=True)
+    for step in (3, 6, 8):
+        at = max(i for i, text in enumerate(whole) if f'"step": {step}, "kind": "eval"' in text)
+        path.write_text("".join(whole[: at + 1]))
+        assert script.is_finished(tmp_path, 8) == (step == 8)
+        result = results.read(str(tmp_path))
+        seen[step] = result.tokens
+        assert result.step == step
+    entries = ledger.read(str(tmp_path))
+    assert seen == {step: sum(e["filled"] for e in entries[:step]) for step in (3, 6, 8)}
