@@ -1,5 +1,6 @@
 """Sweeps: which runs there are, that each is done once whatever is killed, and what is reported."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -9,13 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config_tree, ledger, metrics
+from lm import config_tree, guard, ledger, lines, metrics, results
 from lm.sweep import cluster, pool, report, space
 from lm.sweep.adaptive import Search
 from lm.sweep.pool import Run
@@ -131,6 +133,17 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
     assert pool.read_outcome(tmp_path, run.name).status == "finished"
 
 
+def test_a_run_that_was_started_by_hand_is_waited_for(tmp_path, fake):
+    [run] = make_runs([0.1])
+    hand, said = contextlib.ExitStack(), []
+    hand.enter_context(guard.alone(str(tmp_path / run.name)))
+    threading.Timer(0.8, hand.close).start()
+    pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
+    assert len(said) == 1 and "waiting for it" in said[0]
+    assert len(starts(tmp_path, run)) == 1
+    assert pool.read_outcome(tmp_path, run.name).status == "finished"
+
+
 def test_a_killed_run_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
     [run] = make_runs([0.1])
     killer = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
@@ -138,6 +151,33 @@ def test_a_killed_run_is_started_again_but_not_for_ever(tmp_path, monkeypatch):
     pool.run_all(tmp_path, iter([run]), slots=1, command=killer, say=said.append)
     assert said == [f"{run.name}: exit code 137; started again"] * pool.RETRIES
     assert pool.read_outcome(tmp_path, run.name).status == "failed"
+
+
+DEAF = """
+import pathlib, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+pathlib.Path(sys.argv[-1].removeprefix("--workdir="), "up").touch()
+time.sleep(120)
+"""
+
+
+def test_a_run_that_ignores_sigterm_is_killed(tmp_path):
+    deaf, [run] = [sys.executable, "-c", DEAF], make_runs([0.1])
+    is_up = (tmp_path / "pruned" / run.name / "up").exists
+    began = time.monotonic()
+    go = {"slots": 1, "command": deaf, "grace": 1.0}
+    pool.run_all(tmp_path / "pruned", iter([run]), is_hopeless=lambda run: is_up(), **go)
+    assert pool.read_outcome(tmp_path / "pruned", run.name) == pool.Outcome("pruned", 137)
+
+    def stop_the_sweep():
+        while not (tmp_path / "stopped" / run.name / "up").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_the_sweep, daemon=True).start()
+    assert pool.run_all(tmp_path / "stopped", iter([run]), **go) == signal.SIGTERM
+    assert pool.read_outcome(tmp_path / "stopped", run.name) is None  # it may go on
+    assert time.monotonic() - began < 60
 
 
 # ---- the search ----
@@ -172,6 +212,28 @@ def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
     go = {"is_hopeless": more.is_hopeless, "ended": more.ended}
     pool.run_all(tmp_path, iter([worst]), slots=1, command=fake, **go)
     assert pool.read_outcome(tmp_path, name).status == "pruned"
+
+
+def test_pruning_and_ranking_read_the_same_mean_over_stores(tmp_path, make_config):
+    folder = tmp_path / "000-x"
+    folder.mkdir()
+    (folder / "config.json").write_text(config_tree.to_json(make_config()))
+    (folder / "ledger.jsonl").write_text(
+        "".join(lines.line({"step": i, "filled": 500, "padding": 12}) for i in range(6))
+    )
+    (folder / "metrics.jsonl").write_text(
+        "".join(
+            lines.line({"step": 6, "kind": "eval", "source": name, "tokens": n, "loss": loss})
+            for name, n, loss in (("a", 900, 2.0), ("b", 100, 4.0))
+        )
+    )
+    search = Search(tmp_path, AXES, 1, 0, "x.py", ())
+    [run] = search.runs()
+    (tmp_path / run.name).symlink_to(folder)
+    search.is_hopeless(run)
+    reported = search._study.trials[0].intermediate_values
+    assert reported == {6: pytest.approx(2.2)}  # not 3, the plain mean
+    assert results.read(str(folder)).loss == reported[6]
 
 
 # ---- the report ----
@@ -228,12 +290,28 @@ def test_commands_for_tpus_train_every_run_once_on_its_resource(tmp_path):
 # ---- the real thing ----
 
 
-def sweep(root, *flags):
+def sweep(root, *flags, steps=600):
     return [
         sys.executable, str(ROOT / "scripts" / "sweep.py"), f"--config={ROOT}/configs/smoke.py",
-        f"--workdir={root}", f"--grid={RATE}=1e-3,3e-3,1e30", "--config.train.num_steps=600",
+        f"--workdir={root}", f"--grid={RATE}=1e-3,3e-3,1e30", f"--config.train.num_steps={steps}",
         "--config.checkpoint.every=20", "--config.guard.self_check=False", *flags,
     ]  # fmt: skip
+
+
+def test_a_small_sweep_trains_its_runs_and_ranks_them(tmp_path):
+    root = tmp_path / "a sweep's {fold} ~"
+    done = subprocess.run(
+        sweep(root, "--slots=3", steps=4),
+        env=fake_devices(1), cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 runs: 2 finished, 1 diverged" in done.stdout
+    assert " 1 learning_rate=0.003 " in done.stdout  # the ranking's first
+    with (root / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", "finished", "diverged"]
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"]) and rows[2]["loss"] == ""
+    assert (root / "sweep.png").stat().st_size > 5000
 
 
 @pytest.mark.slow

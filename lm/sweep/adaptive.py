@@ -96,7 +96,9 @@ class Search:
         """The trial of a run, which the study now knows all evaluations of."""
         number = _number(run)
         known, trial = self._study.trials[number].intermediate_values, self._trial(number)
-        for step, loss in _losses(str(self._root / run.name)).items():
+        records = metrics.read(str(self._root / run.name))
+        losses = results.mean_losses([r for r in records if r["kind"] == "eval"])
+        for step, loss in losses.items():
             if step not in known:
                 trial.report(loss, step)
         return trial
@@ -131,12 +133,3 @@ class Search:
 
 def _number(run: Run) -> int:
     return int(run.name.split("-")[0])
-
-
-def _losses(workdir: str) -> dict[int, float]:
-    """Step -> mean loss over the validation stores."""
-    found: dict[int, list[float]] = {}
-    for r in metrics.read(workdir):
-        if r["kind"] == "eval":
-            found.setdefault(r["step"], []).append(r["loss"])
-    return {step: sum(losses) / len(losses) for step, losses in found.items()}

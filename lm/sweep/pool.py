@@ -3,10 +3,12 @@
     ROOT/NAME/              the folder of a run, as scripts/train.py makes it, and in it
               log.txt       what it printed
               outcome.json  how it ended; not there while it may go on
-              lock          held by the process of the run for as long as it lives
+              sweep.lock    held by the process of the run for as long as it lives
 
 A killed sweep leaves its runs alive. The next one waits for them at their locks, so that no run is
-ever done by two processes; and since a run goes on where its last checkpoint is, none is lost.
+ever done by two processes; and since a run goes on where its last checkpoint is, none is lost. The
+lock is not that of scripts/train.py (lm/guard.py), which the process takes by itself once it has
+started: until then this one keeps others away.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from lm.exits import Exit
-from lm.guard import StopSignals
+from lm.guard import LOCK_FILE, StopSignals
 
-OUTCOME_FILE = "outcome.json"
+OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
 # The codes of scripts/train.py after which the same command may go on; also those of a crash.
 AGAIN = (Exit.HUNG, Exit.PEER_LOST, Exit.TERMINATED, 134, 137, 139)
 RETRIES = 2
 PAUSE = 0.2  # seconds between looks at the processes
+GRACE = 300.0  # seconds from SIGTERM to SIGKILL: a save may take as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +75,13 @@ class _Active:
         self.run, self.folder = run, root / run.name
         self.process: subprocess.Popen[bytes] | None = None
         self.tries, self.is_pruned, self.told = 0, False, False
+        self.asked_at: float | None = None  # when SIGTERM was sent
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, command: list[str]) -> bool:
         """Starts the process, if no other one has the run."""
-        with (self.folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with (self.folder / SWEEP_LOCK_FILE).open("w") as lock:
+            if not _try_lock(lock) or not self._is_free():
                 return False
             with (self.folder / "log.txt").open("ab") as log:
                 self.process = subprocess.Popen(
@@ -93,6 +95,11 @@ class _Active:
         self.tries += 1
         return True
 
+    def _is_free(self) -> bool:
+        """Whether nothing trains in the folder, started by hand say."""
+        with (self.folder / LOCK_FILE).open("a") as lock:
+            return _try_lock(lock)
+
     @property
     def code(self) -> int | None:
         """The exit code as a shell shows it."""
@@ -100,9 +107,18 @@ class _Active:
         return 128 - code if code is not None and code < 0 else code
 
     def terminate(self) -> None:
+        """Asks the process to save and to end."""
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGTERM)
+            self.asked_at = time.monotonic()
+
+    def kill_if_overdue(self, grace: float) -> None:
+        """Kills what was asked to end `grace` seconds ago, with all that it has started."""
+        if self.asked_at is not None and time.monotonic() > self.asked_at + grace:
+            with contextlib.suppress(ProcessLookupError):
+                if self.process is not None and self.process.poll() is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)
 
     def outcome(self, code: int) -> Outcome | None:
         """How the run ended; None if it is to be started again."""
@@ -115,6 +131,15 @@ class _Active:
         status = DIVERGED if code == Exit.DIVERGED else FAILED
         with (self.folder / "log.txt").open("rb") as log:
             return Outcome(status, code, last_words(log))
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Takes the lock of a file until it is closed; whether no other process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def last_words(log: IO[bytes]) -> str:
@@ -133,6 +158,7 @@ def run_all(
     ended: Callable[[Run, Outcome], Any] = lambda run, outcome: None,
     is_hopeless: Callable[[Run], bool] = lambda run: False,
     command: list[str] | None = None,
+    grace: float = GRACE,
     say: Callable[[str], Any] = print,
 ) -> signal.Signals | None:
     """Does all runs, `slots` at a time; returns the signal that ended it early.
@@ -157,6 +183,7 @@ def run_all(
                     continue
                 active.append(_Active(root, run))
             for one in [*active]:
+                one.kill_if_overdue(grace)
                 if (outcome := _look(one, command, is_hopeless, say)) is not None:
                     record(root, one.run.name, outcome)
                     active.remove(one)
@@ -164,9 +191,10 @@ def run_all(
             time.sleep(PAUSE)
         for one in active:
             one.terminate()
-        for one in active:
-            if one.process is not None:
-                one.process.wait()
+        while any(one.process is not None and one.code is None for one in active):
+            for one in active:
+                one.kill_if_overdue(grace)
+            time.sleep(PAUSE)
     return signals.received
 
 
@@ -176,7 +204,7 @@ def _look(
     """Starts a run that has no process yet, or looks at the one that it has."""
     if one.process is None:
         if not one.start(command) and not one.told:
-            say(f"{one.run.name}: runs already, from an earlier sweep; waiting for it")
+            say(f"{one.run.name}: runs already, started by another process; waiting for it")
             one.told = True
         return None
     if (code := one.code) is not None:
