@@ -30,7 +30,7 @@ def evaluate(
     `max_batches` limits every source (0: all of it); bits per byte then uses the source's mean
     bytes per token. `report` takes a line of progress.
     """
-    results = {}
+    results, names = {}, metrics.short_names([*experiment.validation])
     for name, source in experiment.validation.items():
         objective = experiment.objective.of(name)
         total: dict[str, float] = {}
@@ -43,7 +43,7 @@ def evaluate(
             sums = experiment.eval_step(params, experiment.put(batch))
             _add(total, pending)  # of the batch before: the devices don't wait for the host
             pending = sums
-            report(f"evaluating {name} · batch {i + 1}/{count}")
+            report(f"evaluating {names[name]} · batch {i + 1}/{count}")
         if pending is None:
             raise ValueError(f"config.data.validation: {name} has no rows")
         _add(total, pending)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lm.inside import Lens, Norms
 from lm.show import visible
+from lm.telemetry import fonts
 from lm.types import Array
 
 _BLUE, _ORANGE = (33, 102, 172), (214, 96, 19)  # for and against
@@ -24,6 +25,7 @@ def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str
 
     confidence = np.asarray(lens.confidence)[:, 0]
     layers, length = confidence.shape
+    families = fonts.families("".join([*texts, *(g for row in guesses for g in row)]), "monospace")
     figure = Figure(figsize=(1.5 + 0.62 * length, 1.6 + 0.34 * layers), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
@@ -33,15 +35,15 @@ def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str
             axis.text(
                 place,
                 layer,
-                visible(guesses[layer][place])[:7],
+                fonts.readable(visible(guesses[layer][place])[:7], families),
                 ha="center",
                 va="center",
                 fontsize=7,
-                family="monospace",
+                family=families,
                 color="white" if sure else "black",
             )
-    names = [visible(text)[:9] for text in texts]
-    axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family="monospace")
+    names = [fonts.readable(visible(text)[:9], families) for text in texts]
+    axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family=families)
     axis.set_yticks(range(layers), [f"after layer {i}" for i in range(layers)], fontsize=8)
     axis.set_xlabel("the token that was read")
     axis.tick_params(length=0)
@@ -120,8 +122,9 @@ def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Any:
     places = np.arange(len(pairs))[::-1]
     colors = ["C0" if gain > 0 else "C1" for gain in gains]
     axis.barh(places, gains, color=colors, height=0.6)
-    names = [f"{visible(a)}  |  {visible(b)}" for a, b in pairs]
-    axis.set_yticks(places, names, fontsize=8, family="monospace")
+    families = fonts.families("".join(text for pair in pairs for text in pair), "monospace")
+    names = [fonts.readable(f"{visible(a)}  |  {visible(b)}", families) for a, b in pairs]
+    axis.set_yticks(places, names, fontsize=8, family=families)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_xlabel("nats by which the first is likelier than the second")
     _quiet(axis)

@@ -18,6 +18,7 @@ from lm import lines
 from lm.types import Facts, Sums
 
 METRICS_FILE = "metrics.jsonl"
+SEPARATOR = " · "  # between the parts of a line of progress
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -78,6 +79,23 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def short_names(sources: Sequence[str]) -> dict[str, str]:
+    """A name for each source (a path, a URL): the fewest last parts of it that no other one ends
+    with, so that runs that read the same store in other folders call it the same.
+
+    short_names(["/data/books/validation", "/data/code/validation"]) are books/validation and
+    code/validation; a source that is alone is called by its last part.
+    """
+    parts = {source: source.rstrip("/").split("/") for source in sources}
+    found = {}
+    for source, mine in parts.items():
+        others = [p for other, p in parts.items() if other != source]
+        counts = range(1, len(mine) + 1)
+        count = next((n for n in counts if all(mine[-n:] != p[-n:] for p in others)), None)
+        found[source] = "/".join(mine[-count:]) if count else source
+    return found
+
+
 class Progress:
     """One line, drawn over itself on a terminal; elsewhere at most a line every `pause` seconds."""
 
@@ -85,11 +103,20 @@ class Progress:
         self._stream, self._pause, self._last = stream, pause, -math.inf
         self._live = stream.isatty()
 
-    def show(self, text: str, *, final: bool = False) -> None:
+    @property
+    def live(self) -> bool:
+        """Whether lines are drawn over each other: the stream is a terminal."""
+        return self._live
+
+    def show(self, text: str, *, keep: bool = False, final: bool = False) -> None:
+        """Draws the line. keep: it stays on a terminal, and the next one is drawn below it; final:
+        it also comes at once where lines are `pause` seconds apart.
+        """
         now = time.monotonic()
         if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r\x1b[K" + text[:width] + ("\n" if final else ""))
+            kept = keep or final
+            shown = text + "\n" if kept else _fit(text, shutil.get_terminal_size().columns - 1)
+            self._stream.write("\r\x1b[K" + shown)
         elif final or now - self._last >= self._pause:
             self._stream.write(text + "\n")
         else:
@@ -107,6 +134,13 @@ class Progress:
         """A line that stays, above the progress line."""
         self._stream.write(("\r\x1b[K" if self._live else "") + text + "\n")
         self._stream.flush()
+
+
+def _fit(text: str, width: int) -> str:
+    """The first parts of a line, which " · " sets apart, that fit into `width` characters."""
+    while len(text) > width and SEPARATOR in text:
+        text = text.rpartition(SEPARATOR)[0]
+    return text[:width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +235,8 @@ class Writer:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._active = active
         self._window: list[Finished] = []
+        self._speed: _Speed | None = None  # of the last window that has one
+        self._learning_rate: float | None = None
         self.progress = Progress()
         if active:
             path = epath.Path(workdir) / METRICS_FILE
@@ -218,13 +254,17 @@ class Writer:
         self._window.append(finished)
         if self.is_due(finished.step + 1):
             self._emit(finished.step + 1, extra)
+        elif self._active and self.progress.live:
+            self.progress.show(self._line([finished], self._speed or _speed(self._window)))
 
     def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Writes the metrics of every validation source."""
+        names = short_names([*results])
         for source, values in results.items():
-            self._write({"step": step, "kind": "eval", "source": source, **values})
-            shown = " · ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
-            self.note(f"eval {step} · {source} · {shown}")
+            record = {"step": step, "kind": "eval", "source": source, **values}
+            self._write(record, f"eval/{names[source]}")
+            shown = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
+            self.note(f"eval {step} · {names[source]} · {shown}")
 
     def note(self, text: str) -> None:
         """A line that stays on the terminal, above the progress line."""
@@ -238,10 +278,6 @@ class Writer:
     def _emit(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []
         good = [f for f in window if not f.bad]
-        timed = [f for f in window if f.seconds is not None]
-        elapsed = sum(f.seconds or 0.0 for f in timed)
-        per_step = sum(f.sums["tokens"] for f in good) / max(1, len(good))
-        rate = per_step * len(timed) / elapsed if elapsed else 0.0
         record: dict[str, Any] = {}
         if good:
             record = means({n: sum(f.sums[n] for f in good) for n in good[-1].sums})
@@ -249,33 +285,67 @@ class Writer:
             record |= _noise(good)
         if len(good) < len(window):
             record["skipped"] = len(window) - len(good)
-        record |= extra | {"seconds": elapsed, "tokens_per_second": rate}
-        speed = ""
-        if self._flops_per_token is not None:
-            flops = rate * self._flops_per_token
-            speed = f" · {quantity(flops)}FLOP/s"
-            if self._peak_flops:
-                record["mfu"] = flops / self._peak_flops
-                speed = f" · {100 * record['mfu']:.1f}% MFU"
-        self._write({"step": step, "kind": "train", **record})
+        speed = _speed(window)
+        record |= extra | {"seconds": sum(f.seconds or 0.0 for f in window)}
+        if speed is not None:
+            record["tokens_per_second"] = speed.tokens
+            if self._flops_per_token is not None and self._peak_flops:
+                record["mfu"] = speed.tokens * self._flops_per_token / self._peak_flops
+        self._write({"step": step, "kind": "train", **record}, "train")
+        self._speed = speed or self._speed
+        self._learning_rate = extra.get("learning_rate", self._learning_rate)
         if self._active:
-            left = (self._num_steps - step) * elapsed / len(timed) if timed else math.nan
-            loss = f"loss {record['loss']:.4f}" if good else "every update skipped"
             self.progress.show(
-                f"step {step}/{self._num_steps} · {loss} · "
-                f"{quantity(rate)} tokens/s{speed} · {seconds(left)} left",
-                final=step == self._num_steps,
+                self._line(window, self._speed), keep=True, final=step == self._num_steps
             )
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _line(self, window: Sequence[Finished], speed: _Speed | None) -> str:
+        """The line of progress: what the steps of `window` gave, and how fast they come."""
+        done, good = window[-1].step + 1, [f for f in window if not f.bad]
+        parts = [f"step {done}/{self._num_steps}"]
+        if good:
+            tokens = sum(f.sums["tokens"] for f in good)
+            parts.append(f"loss {sum(f.sums['loss'] for f in good) / max(tokens, 1.0):.4f}")
+        else:
+            parts.append("every update skipped" if len(window) > 1 else "update skipped")
+        if speed is not None:
+            left = (self._num_steps - done) * speed.step_seconds
+            parts += [f"{quantity(speed.tokens)} tokens/s", f"{seconds(left)} left"]
+        parts.append(f"grad norm {float(window[-1].facts['grad_norm']):.3g}")
+        if self._learning_rate is not None:
+            parts.append(f"lr {self._learning_rate:.2e}")
+        if speed is not None and self._flops_per_token is not None:
+            flops = speed.tokens * self._flops_per_token
+            known = bool(self._peak_flops)
+            mfu = 100 * flops / self._peak_flops if self._peak_flops else 0.0
+            parts.append(f"{mfu:.1f}% MFU" if known else f"{quantity(flops)}FLOP/s")
+        return SEPARATOR.join(parts)
+
+    def _write(self, record: dict[str, Any], tag: str) -> None:
+        """Writes a record; its numbers are called `tag`/NAME in TensorBoard."""
         if not self._active:
             return
         self._file.write(lines.line(record))
         self._file.flush()
         if self._tensorboard is not None:
-            prefix = record["kind"] + (f"/{record['source']}" if "source" in record else "")
-            values = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, float)}
+            values = {f"{tag}/{k}": v for k, v in record.items() if isinstance(v, float)}
             self._tensorboard.write(record["step"], values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+    tokens: float  # a second
+    step_seconds: float
+
+
+def _speed(window: Sequence[Finished]) -> _Speed | None:
+    """That of the steps with a time; None where no step has one, as a process's first."""
+    good = [f for f in window if not f.bad]
+    times = [f.seconds for f in window if f.seconds is not None]
+    if not times or not sum(times):
+        return None
+    per_step = sum(f.sums["tokens"] for f in good) / max(1, len(good))
+    return _Speed(per_step * len(times) / sum(times), sum(times) / len(times))
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -2,75 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from lm import metrics
+from lm.telemetry import fonts
 
 
 def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> str:
-    """Draws WORKDIR/loss.png from metrics.jsonl and returns its path.
+    """Draws `loss_figure` into WORKDIR/loss.png and returns its path."""
+    return _save(loss_figure(workdir, references), workdir, "loss.png")
 
-    Left: training and validation loss in nats per token; right, where it is known: bits per byte of
-    validation. `references` are named horizontal lines in bits per byte, such as what gzip needs.
+
+def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> Any:
+    """Losses over training tokens, from metrics.jsonl: a matplotlib figure that needs no window.
+
+    Left: training and validation loss in nats per token, with a gap where every update of a log
+    window was skipped; right, where it is known: bits per byte of validation. `references` are
+    named horizontal lines in bits per byte, such as what gzip needs.
 
     Raises:
-        ValueError: the run has written no metrics yet.
+        ValueError: the run has written no loss yet.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = metrics.read(workdir)
     train = [r for r in records if r["kind"] == "train"]
+    if not any("loss" in r for r in train):
+        raise ValueError(f"{workdir} has no loss to draw yet")
     evals = [r for r in records if r["kind"] == "eval"]
-    if not train:
-        raise ValueError(f"{workdir} has no metrics to draw yet")
     tokens, seen = [], 0.0
     at = {}
     for r in train:
-        seen += r["tokens"]
+        seen += r.get("tokens", 0.0)  # a window of skipped updates has none
         tokens.append(seen / 1e6)
         at[r["step"]] = seen / 1e6
-    sources = sorted({r["source"] for r in evals})
-    with_bytes = any("bits_per_byte" in r for r in evals)
-    figure, axes = plt.subplots(1, 1 + with_bytes, figsize=(6 * (1 + with_bytes), 4), squeeze=False)
-    left = axes[0][0]
-    left.plot(tokens, [r["loss"] for r in train], color="0.6", linewidth=1, label="training")
-    for axis, key in zip(axes[0], ("loss", "bits_per_byte"), strict=False):
-        for source in sources:
-            mine = [r for r in evals if r["source"] == source and key in r and r["step"] in at]
-            x, y = [at[r["step"]] for r in mine], [r[key] for r in mine]
-            name = epath.Path(source).name
-            axis.plot(x, y, marker="o", markersize=4, label=name)
-            if y:
-                axis.annotate(
-                    f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), textcoords="offset points", ha="right"
-                )
-        axis.set_xlabel("tokens trained on (millions)")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set_ylabel("loss (nats per token)")
-    values = sorted(r["loss"] for r in [*train, *evals])
-    left.set_ylim(values[0] * 0.95, values[int(0.97 * (len(values) - 1))] * 1.05)
-    left.legend(frameon=False)
-    if with_bytes:
-        right = axes[0][1]
-        right.set_ylabel("bits per byte, held out")
-        for i, (name, value) in enumerate((references or {}).items()):
-            right.axhline(value, color=f"C{i + 2}", linestyle="--", label=f"{name} {value:.3f}")
-        top = [r["bits_per_byte"] for r in evals if "bits_per_byte" in r]
-        low = min([*top, *(references or {}).values()])
-        right.set_ylim(low * 0.93, max([min(top) * 1.6, *(references or {}).values()]) * 1.05)
-        right.legend(frameon=False)
-    figure.suptitle(epath.Path(workdir).resolve().name)
-    figure.tight_layout()
-    path = epath.Path(workdir) / "loss.png"
-    figure.savefig(str(path), dpi=120)
-    plt.close(figure)
-    return str(path)
+    names = metrics.short_names(sorted({r["source"] for r in evals}))
+    title = epath.Path(workdir).resolve().name
+    references = references or {}
+    with fonts.fonts_for([title, *names.values(), *references]) as families:
+        figure, axes = _figure(1 + any("bits_per_byte" in r for r in evals))
+        axes[0].plot(
+            tokens,
+            [r.get("loss", math.nan) for r in train],
+            color="0.6",
+            linewidth=1,
+            label="training",
+        )
+        for axis, key in zip(axes, ("loss", "bits_per_byte"), strict=False):
+            for i, (source, name) in enumerate(names.items()):
+                mine = [r for r in evals if r["source"] == source and key in r and r["step"] in at]
+                x, y = [at[r["step"]] for r in mine], [r[key] for r in mine]
+                label = fonts.readable(name, families)
+                axis.plot(x, y, marker="o", markersize=4, color=f"C{i}", label=label)
+                if y and math.isfinite(y[-1]):
+                    axis.annotate(
+                        f"{y[-1]:.3f}", (x[-1], y[-1]), (6, 0), textcoords="offset points",
+                        va="center", annotation_clip=False,
+                    )  # fmt: skip
+            axis.set_xlabel("tokens trained on (millions)")
+        axes[0].set_ylabel("loss (nats per token)")
+        values = sorted(_finite(r.get("loss") for r in [*train, *evals]))
+        axes[0].set_ylim(values[0] * 0.95, values[int(0.97 * (len(values) - 1))] * 1.05)
+        if len(axes) > 1:
+            axes[1].set_ylabel("bits per byte, held out")
+            for i, (name, value) in enumerate(references.items(), len(names)):
+                label = fonts.readable(f"{name} {value:.3f}", families)
+                axes[1].axhline(value, color=f"C{i}", linestyle="--", label=label)
+            found = _finite(r.get("bits_per_byte") for r in evals)
+            low, high = [*found, *references.values()], [*references.values()]
+            if found:
+                high.append(min(found) * 1.6)
+            if low:
+                axes[1].set_ylim(min(low) * 0.93, max(high) * 1.05)
+        _legend_below(figure, axes)
+        figure.suptitle(fonts.readable(title, families))
+        return figure
 
 
 def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
@@ -82,11 +90,6 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
     Raises:
         ValueError: the run has written too few metrics.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     records = [r for r in metrics.read(workdir) if r["kind"] == "train" and "loss" in r]
     if len(records) < 2:
         raise ValueError(f"{workdir} has {len(records)} records of training: nothing to draw")
@@ -96,28 +99,51 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
         mean = smoothing * mean + (1 - smoothing) * loss
         smooth.append(mean / (1 - smoothing ** (i + 1)))
     low = min(range(len(smooth)), key=lambda i: smooth[i])
-    figure, axis = plt.subplots(figsize=(6, 4))
-    axis.plot(rates, losses, color="0.7", linewidth=1, label="each record")
-    axis.plot(rates, smooth, label="running mean")
-    axis.scatter([rates[low]], [smooth[low]], marker="*", s=90, zorder=3, color="C1")
-    axis.annotate(
-        f"lowest at {rates[low]:.2g}",
-        (rates[low], smooth[low]),
-        (0, -14),
-        textcoords="offset points",
-        ha="center",
+    title = epath.Path(workdir).resolve().name
+    with fonts.fonts_for([title]) as families:
+        figure, [axis] = _figure(1)
+        axis.plot(rates, losses, color="0.7", linewidth=1, label="each record")
+        axis.plot(rates, smooth, label="running mean")
+        label = f"lowest at {rates[low]:.2g}"
+        axis.axvline(rates[low], color="C1", linewidth=1, linestyle="--", label=label)
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel("loss (nats per token)")
+        span = smooth[0] - smooth[low] or 1.0
+        axis.set_ylim(smooth[low] - 0.25 * span, smooth[0] + 0.5 * span)
+        _legend_below(figure, [axis])
+        figure.suptitle(fonts.readable(title, families))
+        return _save(figure, workdir, "lr_range.png"), rates[low]
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 4.4), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend_below(figure: Any, axes: list[Any]) -> None:
+    """One legend for all axes, where it covers no curve."""
+    found = {}
+    for axis in axes:
+        for line in axis.lines:
+            found.setdefault(line.get_label(), line)
+    columns = min(len(found), 3 * len(axes))
+    figure.legend(
+        list(found.values()), list(found), loc="outside lower center", ncols=columns, frameon=False
     )
-    axis.set_xscale("log")
-    axis.set_xlabel("learning rate")
-    axis.set_ylabel("loss (nats per token)")
-    span = smooth[0] - smooth[low]
-    axis.set_ylim(smooth[low] - 0.25 * span, smooth[0] + 0.5 * span)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.suptitle(epath.Path(workdir).resolve().name)
-    figure.tight_layout()
-    path = epath.Path(workdir) / "lr_range.png"
+
+
+def _finite(values: Any) -> list[float]:
+    return [v for v in values if v is not None and math.isfinite(v)]
+
+
+def _save(figure: Any, workdir: str, name: str) -> str:
+    path = epath.Path(workdir) / name
     figure.savefig(str(path), dpi=120)
-    plt.close(figure)
-    return str(path), rates[low]
+    return str(path)

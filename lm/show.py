@@ -17,6 +17,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.experiment import Experiment
 from lm.inspect import TokenLosses, cut, mean_distances, token_text, token_texts
 from lm.layers.dot_product import self_mask
+from lm.telemetry import fonts
 from lm.types import Array, Batch, Tokens
 
 # One colour after the other for the segments of a row, light enough for text on top.
@@ -202,7 +203,8 @@ def attention_figure(
     """A figure of chosen heads (layer, head) of maps: [L, N, T, S], tokens along both sides."""
     size = 1.0 + 0.14 * len(texts)
     figure, axes = _figure(-(-len(heads) // columns), columns, (size + 0.5, size))
-    names = [visible(text)[:9] for text in texts]
+    families = fonts.families("".join(texts), "monospace")
+    names = [fonts.readable(visible(text)[:9], families) for text in texts]
     distances, image = mean_distances(maps), None
     used = axes.flat[: len(heads)]
     for axis in axes.flat[len(heads) :]:
@@ -211,8 +213,8 @@ def attention_figure(
         image = _show_weights(axis, maps[layer, head])
         back = distances[layer, head]
         axis.set_title(f"layer {layer}, head {head}: {back:.1f} tokens back", fontsize=10)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, family="monospace")
-        axis.set_yticks(range(len(names)), names, fontsize=7, family="monospace")
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, family=families)
+        axis.set_yticks(range(len(names)), names, fontsize=7, family=families)
         axis.tick_params(length=0)
     figure.colorbar(image, ax=used, shrink=0.4, label="attention weight")
     return figure

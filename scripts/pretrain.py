@@ -20,7 +20,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
         step(3, "samples, summary and loss curve")
         finish(workdir, stores / "validation", config)
     summary = json.loads(summary_file.read_text())
+    speed = summary["tokens_per_second"]
     python = os.path.relpath(sys.executable)
     python = sys.executable if python.startswith("..") else python
     print((workdir / "samples.txt").read_text())
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
         f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}, xz -9 {summary['xz_bits_per_byte']:.3f})\n"
         f"training                 {seconds(summary['train_seconds'])}, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, "
+        f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
         f"{summary['parameters'] / 1e6:.2f}M parameters\n"
         f"run                      {workdir}   "
         "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
@@ -158,29 +159,35 @@ def finish(workdir: Path, validation: Path, config: Any) -> None:
 
     records = metrics.read(str(workdir))
     final = next(r for r in reversed(records) if r["kind"] == "eval" and r["step"] == at)
-    train = [r for r in records if r["kind"] == "train"]
     text = held_out_text(validation)
     references = {
         "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
         "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
     plot.loss_curve(str(workdir), references)
-    tokens = sum(r["tokens"] for r in train)
-    spent = sum(r["seconds"] for r in train)
     summary = {
         "bits_per_byte": final["bits_per_byte"],
         "gzip_bits_per_byte": references["gzip -9"],
         "xz_bits_per_byte": references["xz -9"],
-        "tokens_per_second": tokens / spent,
-        "train_seconds": spent,
+        **totals(records),
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
         "steps": at,
-        "tokens": tokens,
         "held_out_bytes": len(text),
     }
     new = workdir / "summary.json.new"
     new.write_text(json.dumps(summary, indent=2) + "\n")
     new.replace(workdir / "summary.json")
+
+
+def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Tokens, seconds and tokens per second of all training records. Windows of skipped updates
+    have no tokens; a run without a timed step, as one of a single step, has no speed.
+    """
+    train = [r for r in records if r["kind"] == "train"]
+    tokens = sum(r.get("tokens", 0.0) for r in train)
+    spent = sum(r["seconds"] for r in train)
+    speed = tokens / spent if spent else None
+    return {"tokens": tokens, "train_seconds": spent, "tokens_per_second": speed}
 
 
 def held_out_text(store: Path) -> bytes:

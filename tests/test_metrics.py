@@ -8,7 +8,17 @@ import time
 import numpy as np
 import pytest
 
-from lm.metrics import Finished, Late, Progress, Writer, means, quantity, read, seconds
+from lm.metrics import (
+    Finished,
+    Late,
+    Progress,
+    Writer,
+    means,
+    quantity,
+    read,
+    seconds,
+    short_names,
+)
 
 
 def make_writer(folder, **changes):
@@ -170,6 +180,34 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert abs(event.wall_time - time.time()) < 60
 
 
+def test_two_runs_with_their_stores_elsewhere_share_the_tags_of_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        writer = make_writer(tmp_path / place, tensorboard=True)
+        paths = [str(tmp_path / place / corpus / "validation") for corpus in ("books", "code")]
+        writer.eval(4, {path: {"loss": float(i)} for i, path in enumerate(paths)})
+        writer.close()
+        assert [r["source"] for r in read(str(tmp_path / place))] == paths
+        events = EventAccumulator(str(tmp_path / place / "tensorboard")).Reload()
+        tags.append(events.Tags()["scalars"])
+        assert events.Scalars("eval/code/validation/loss")[0].value == 1.0
+    assert tags[0] == tags[1] == ["eval/books/validation/loss", "eval/code/validation/loss"]
+
+
+def test_sources_are_called_by_the_fewest_last_parts_that_tell_them_apart():
+    def names(*sources):
+        return list(short_names(sources).values())
+
+    assert names("/data/books/validation") == ["validation"]
+    assert names("gs://bucket/books/validation/") == ["validation"]
+    assert names("a/x/val", "b/x/val", "b/test") == ["a/x/val", "b/x/val", "test"]
+    assert names("/val", "/a/val", "val") == ["/val", "a/val", "val"]  # one ends another
+    assert names("/a/val", "/a/val/") == ["/a/val", "/a/val/"]
+
+
 def test_a_writer_that_is_not_active_writes_nothing(tmp_path):
     writer = make_writer(tmp_path, active=False, tensorboard=True)
     for step in (1, 2):
@@ -191,9 +229,60 @@ def test_progress_draws_over_itself_on_a_terminal_only():
         for text in ("one", "two", "three"):
             progress.show(text)
         progress.note("kept")
+        progress.show("stays", keep=True)
         progress.show("four", final=True)
-    assert terminal.getvalue().count("\r") == 5
+    assert terminal.getvalue().count("\r") == 6
     assert file.getvalue() == "one\nkept\nfour\n"
+    assert on_screen(terminal) == ["kept", "stays", "four", ""]
+
+
+def on_screen(terminal):
+    """The lines that a terminal shows: each as it was last drawn."""
+    return [line.rpartition("\x1b[K")[2] for line in terminal.getvalue().split("\n")]
+
+
+def progress_of(stream, folder, *, steps=5, **changes):
+    """The writer of a run whose progress goes to `stream`, after some steps of 1,000 tokens."""
+    writer = make_writer(folder, num_steps=20, **changes)
+    writer.progress = Progress(stream, pause=0.0)
+    for done in range(1, steps + 1):
+        spent = None if done == 1 else 0.5
+        step = finished(done, 1000, 2.0 + done, grad_norm=0.5 * done, seconds=spent)
+        writer.train(step, **({"learning_rate": 3e-4} if writer.is_due(done) else {}))
+    return writer
+
+
+def test_a_terminal_keeps_a_line_for_each_window_and_draws_every_step_below(tmp_path):
+    terminal = Terminal()
+    progress_of(terminal, tmp_path, every=2)
+    first, second, live = on_screen(terminal)
+    assert first == (
+        "step 2/20 · loss 3.5000 · 2k tokens/s · 9s left · grad norm 1 · lr 3.00e-04 · 20kFLOP/s"
+    )
+    assert second.startswith("step 4/20 · loss 5.5000 · 2k tokens/s · 8s left · grad norm 2 ")
+    assert live.startswith("step 5/20 · loss 7.0000 · 2k tokens/s · 8s left · grad norm 2.5 ")
+
+
+def test_in_a_pipe_there_is_a_plain_line_for_each_window(tmp_path):
+    file = io.StringIO()
+    progress_of(file, tmp_path, every=2)
+    assert [line[:9] for line in file.getvalue().splitlines()] == ["step 2/20", "step 4/20"]
+    assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
+
+
+def test_a_line_that_is_too_long_for_the_terminal_loses_its_last_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    terminal = Terminal()
+    progress_of(terminal, tmp_path, every=4, steps=3)
+    assert on_screen(terminal) == ["step 3/20 · loss 5.0000 · 2k tokens/s"]
+
+
+def test_a_window_without_a_timed_step_has_no_speed(tmp_path):
+    terminal = Terminal()
+    progress_of(terminal, tmp_path, every=1, steps=1, peak_flops=1e6).close()
+    assert on_screen(terminal)[0] == "step 1/20 · loss 3.0000 · grad norm 0.5 · lr 3.00e-04"
+    [record] = read(str(tmp_path))
+    assert not {"tokens_per_second", "mfu"} & record.keys()
 
 
 def test_records_are_json_lines(tmp_path):

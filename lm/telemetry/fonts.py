@@ -1,0 +1,78 @@
+"""Text in pictures: fonts that have its letters, and escapes where no installed font has them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+
+_PLACEHOLDER = "Last Resort"  # has a box for every character
+
+
+@contextlib.contextmanager
+def fonts_for(texts: Iterable[str], family: str = "sans-serif") -> Iterator[list[str]]:
+    """Figures made inside are written in `family`, and what it lacks in other installed fonts.
+
+    Yields the names of the families, for text whose family is given. Write texts through
+    `readable`, which escapes what none of them has.
+    """
+    import matplotlib
+
+    found = families("".join(texts), family)
+    with matplotlib.rc_context({"font.family": found}):
+        yield found
+
+
+def families(text: str, family: str = "sans-serif") -> list[str]:
+    """`family`, and the fewest other installed fonts, best first, that have letters of `text` which
+    those before them lack.
+    """
+    from matplotlib.font_manager import fontManager
+
+    found = [family]
+    missing = {c for c in text if c.isprintable()} - _letters(_path(family))
+    if not missing:
+        return found
+    entries = {e.name: e for e in sorted(fontManager.ttflist, key=_distance_from_regular)[::-1]}
+    fonts = {name: _letters(e.fname) for name, e in sorted(entries.items())}
+    while fonts:
+        name = max(fonts, key=lambda n: len(missing & fonts[n]))
+        gained = missing & fonts.pop(name)
+        if not gained:
+            break
+        found.append(name)
+        missing -= gained
+    return found
+
+
+def readable(text: str, fonts: Iterable[str]) -> str:
+    r"""`text` with \uXXXX for what no font of these families has, and no mathematics in it."""
+    letters = frozenset[str]().union(*(_letters(_path(name)) for name in fonts))
+    shown = (c if c in letters else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown).replace("$", r"\$")
+
+
+def _path(family: str) -> str:
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return findfont(FontProperties(family=[family]))
+
+
+@functools.cache
+def _letters(path: str) -> frozenset[str]:
+    """The characters of a font that can be drawn in any size."""
+    from matplotlib.font_manager import get_font
+
+    try:
+        font = get_font(path)
+    except (OSError, RuntimeError):  # listed, but gone, or of a kind that matplotlib can't draw
+        return frozenset()
+    if not font.scalable or font.family_name.lstrip(".").startswith(_PLACEHOLDER):
+        return frozenset()
+    return frozenset(map(chr, font.get_charmap()))
+
+
+def _distance_from_regular(entry: object) -> tuple[bool, int]:
+    weight = getattr(entry, "weight", 400)
+    weight = weight if isinstance(weight, int) else 400
+    return getattr(entry, "style", "normal") != "normal", abs(weight - 400)
