@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,98 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 """
     entry = hlo.parse(text).entry
     assert entry.root.name == "k" and entry.root.op_name == "attend"
+
+
+# A loop over six products, as libtpu 0.0.42 and 0.0.52 write it.
+LOOP = """HloModule m
+
+%condition (c: (s32[], f32[4,4])) -> pred[] {
+  %c = (s32[], f32[4,4]{1,0}) parameter(0)
+  %six = s32[] constant(6)
+  %counter = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%counter, %six), direction=LT
+}
+
+%body (b: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
+  %b = (s32[], f32[4,4]{1,0:T(8,128)}) parameter(0)
+  %one = s32[] constant(1)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%b), index=1
+  %next = s32[] add(%i, %one)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %whole = f32[4,8]{1,0} all-gather(%x), replica_groups={{0,1}}, dimensions={1}
+  ROOT %t = (s32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {
+  %zero = s32[] constant(0)
+  %input = f32[4,4]{1,0} parameter(0)
+  %start = (s32[], f32[4,4]{1,0}) tuple(%zero, %input)
+  %loop = (s32[], f32[4,4]{1,0}) while(%start), condition=%condition, body=%body
+  %product = f32[4,4]{1,0} get-tuple-element(%loop), index=1
+  ROOT %end = f32[4,4]{1,0} negate(%product)
+}
+"""
+
+
+def _with_parts_named_in_place(text):
+    """An HLO text as libtpu 0.0.52 writes it: %loop#1 for an instruction that takes that part."""
+    part = re.compile(r"  %(\w+) = .* get-tuple-element\(%(\w+)\), index=(\d+)\n")
+    for name, source, index in part.findall(text):
+        text = re.sub(rf"%{name}\b(?! =)", f"%{source}#{index}", text)
+    return part.sub("", text)
+
+
+@pytest.mark.parametrize("write", [str, _with_parts_named_in_place])
+def test_a_loops_length_is_found_however_its_counter_is_named(write):
+    text = write(LOOP)
+    assert ("get-tuple-element" in text) == (write is str)
+    module = hlo.parse(text)
+    assert work.measure(module).flops == 6 * 2 * 4**3
+    [gather] = traffic.collectives(module, ("fsdp",), (2,))
+    assert (gather.times, gather.bytes) == (6, 6 * 4 * 8 * 4 / 2)
+    assert module.entry.operand(module.entry.root).shapes[0].dims == (4, 4)
+
+
+def test_parts_of_a_tuple_of_tuples_are_told_apart():
+    found = hlo._elements("((f32[2]{0}, s32[]), /*index=1*/bf16[4,8]{1,0:T(8,128)(2,1)S(1)})")
+    assert [hlo.shapes(part) for part in found] == [
+        (hlo.Shape("f32", (2,)), hlo.Shape("s32", ())),
+        (hlo.Shape("bf16", (4, 8), 1),),
+    ]
+
+
+def test_a_gather_spread_over_products_counts_once():
+    """libtpu writes it into the fusion that starts it, those that go on with it and the last."""
+
+    def fused(name, target):
+        call = f'custom-call(%{name}.g), custom_call_target="{target}"' if target else ""
+        root = call or f"negate(%{name}.g)"
+        return f"""
+%{name} (p: f32[4,4]) -> f32[4,16] {{
+  %{name}.p = f32[4,4]{{1,0}} parameter(0)
+  %{name}.g = f32[4,16]{{1,0}} all-gather(%{name}.p), replica_groups={{{{0,1,2,3}}}}, \
+dimensions={{1}}, frontend_attributes={{chain_id="1"}}
+  ROOT %{name}.r = f32[4,16]{{1,0}} {root}
+}}
+"""
+
+    text = (
+        "HloModule m\n"
+        + fused("first", "AsyncCollectiveStart")
+        + fused("between", "")
+        + fused("last", "AsyncCollectiveDone")
+        + """
+ENTRY %main (x: f32[4,4]) -> f32[4,16] {
+  %x = f32[4,4]{1,0} parameter(0)
+  %a = f32[4,16]{1,0} fusion(%x), kind=kCustom, calls=%first
+  %b = f32[4,16]{1,0} fusion(%x), kind=kOutput, calls=%between
+  ROOT %c = f32[4,16]{1,0} fusion(%x), kind=kCustom, calls=%last
+}
+"""
+    )
+    [found] = traffic.collectives(hlo.parse(text), ("fsdp",), (4,))
+    assert found.bytes == 4 * 16 * ITEM * 3 / 4
 
 
 def test_what_slices_send_each_other_is_read_from_their_hosts_transfers():

@@ -21,7 +21,7 @@ HBM, HOST = 0, 5  # memory spaces of a layout, S(n): everything else is on the c
 
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)?)")  # %x#1 is part 1 of a tuple, since libtpu 0.0.5x
 _HEAD = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
 _CLOSING = re.compile(r"\}(?:, execution_thread=.*)?\s*$")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
@@ -278,7 +278,31 @@ def shapes(text: str) -> tuple[Shape, ...]:
     return tuple(found)
 
 
-def _instruction(line: str) -> Instruction | None:
+def _elements(text: str) -> list[str]:
+    """The texts of a tuple's parts, of which each may be a tuple itself."""
+    found, depth, start = [], 0, 1
+    for i, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == (letter == ","):  # a comma of the tuple itself, or its end
+            found.append(text[start:i])
+            start = i + 1
+    return found
+
+
+def _part(name: str, tuples: dict[str, str]) -> Instruction:
+    """What an operand `%x#1` stands for. Compilers before wrote an instruction of its own for it,
+    which the rest of this package goes by.
+    """
+    source, _, index = name.partition("#")
+    shape = shapes(_elements(tuples[source])[int(index)])
+    attributes = f", index={index}"
+    return Instruction(
+        name, "get-tuple-element", shape, (source,), f"%{source}", attributes, root=False
+    )
+
+
+def _instruction(line: str) -> tuple[Instruction, str] | None:
+    """The instruction of a line, and the text of its shape."""
     head = _HEAD.match(line)
     if not head:
         return None
@@ -287,7 +311,7 @@ def _instruction(line: str) -> Instruction | None:
     opening = line.index("(", stop)
     closing = _closing(line, opening)
     inner = line[opening + 1 : closing - 1]
-    return Instruction(
+    instruction = Instruction(
         name=head[2],
         opcode=line[stop:opening].strip(),
         shapes=shapes(line[start:stop]),
@@ -296,6 +320,7 @@ def _instruction(line: str) -> Instruction | None:
         attributes=line[closing:],
         root=bool(head[1]),
     )
+    return instruction, line[start:stop].strip()
 
 
 def parse(text: str) -> Module:
@@ -304,10 +329,17 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = ""
     current: Computation | None = None
+    tuples: dict[str, str] = {}  # name -> text of its shape
     for line in _logical_lines(text):
         if current is not None and not _CLOSING.match(line):
-            instruction = _instruction(line)
-            if instruction:
+            found = _instruction(line)
+            if found:
+                instruction, shape = found
+                if shape.startswith("("):
+                    tuples[instruction.name] = shape
+                for operand in instruction.operands:
+                    if "#" in operand and operand not in current.instructions:
+                        current.instructions[operand] = _part(operand, tuples)
                 current.instructions[instruction.name] = instruction
             continue
         opened = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)

@@ -64,7 +64,9 @@ class Collective:
 def collectives(
     module: hlo.Module, axis_names: Sequence[str], axis_sizes: Sequence[int], *, slices: int = 1
 ) -> list[Collective]:
-    """The collectives that a step runs, over a mesh of these axes; starts without their dones.
+    """The collectives that a step runs, over a mesh of these axes; starts without their dones. One
+    that libtpu spreads over products stands in the fusions of its start, its end and of each of
+    those products, and counts in the first.
 
     The outermost axis of the mesh crosses its `slices`; what goes between those is a transfer of
     hosts, which libtpu (megascale) writes as a send.
@@ -78,7 +80,7 @@ def collectives(
             kind = between[1].lower().replace("_", "-")
         else:
             between = None
-        if kind not in KINDS or not visit.times:
+        if kind not in KINDS or not visit.times or _goes_on(visit):
             continue
         inputs = [
             sum(s.bytes for s in visit.computation.instructions[o].shapes)
@@ -114,6 +116,14 @@ def collectives(
             )
         )
     return found
+
+
+def _goes_on(visit: hlo.Visit) -> bool:
+    """Whether a collective of a chain has started in another fusion."""
+    if not re.search(r"\bchain_id=", visit.instruction.attributes):
+        return False
+    targets = [i.target for i in visit.computation.instructions.values()]
+    return visit.outer is not None and "AsyncCollectiveStart" not in targets
 
 
 def _keeps_a_slice(computation: hlo.Computation) -> bool:
