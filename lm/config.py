@@ -9,19 +9,116 @@ is, so that a component may live outside of this project). `lm.config_tree` conv
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
+import math
 import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def field(default: Any, sentence: str) -> Any:
-    """A dataclass field with its default and the sentence that `--explain` prints."""
-    if dataclasses.is_dataclass(default):
-        kind = type(default)
-        return dataclasses.field(default_factory=lambda: kind(), metadata={"help": sentence})
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of finite numbers: at least `ge`, above `gt`, at most `le`, below `lt`; and
+    numbers outside of it, `also`, that have a meaning of their own.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, x: float) -> bool:
+        return x in self.also or (
+            math.isfinite(x)
+            and (self.ge is None or x >= self.ge)
+            and (self.gt is None or x > self.gt)
+            and (self.le is None or x <= self.le)
+            and (self.lt is None or x < self.lt)
+        )
+
+    def __str__(self) -> str:
+        """The end of a sentence: "at least 1, or -1", "in [0, 1)"."""
+        low = self.gt if self.ge is None else self.ge
+        high = self.lt if self.le is None else self.le
+        if low is None and high is None:
+            return "finite"
+        if self.ge is not None and self.ge == self.le:
+            text = f"{low}"
+        elif high is None:
+            text = f"{'above' if self.ge is None else 'at least'} {low}"
+        elif low is None:
+            text = f"{'below' if self.le is None else 'at most'} {high}"
+        else:
+            brackets = ("(" if self.ge is None else "["), (")" if self.le is None else "]")
+            text = f"in {brackets[0]}{low}, {high}{brackets[1]}"
+        return ", or ".join([text, *map(str, self.also)])
+
+
+def field(
+    default: Any,
+    sentence: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    also: tuple[float, ...] = (),
+    choices: Iterable[str] = (),
+) -> Any:
+    """A dataclass field: its default, the sentence that `--explain` prints, and the values that it
+    takes, to which `check_values` holds configs before anything is compiled.
+
+    ge, gt, le, lt, also: the `Range` of every number in it; gt=-math.inf: any finite number.
+    choices: of every text in it.
+    """
+    metadata = {"help": sentence, "choices": tuple(choices)}
+    if (ge, gt, le, lt) != (None, None, None, None):
+        bounds = (None if b is None or math.isinf(b) else b for b in (ge, gt, le, lt))
+        metadata["range"] = Range(*bounds, also)
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"help": sentence})
-    return dataclasses.field(default=default, metadata={"help": sentence})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_values(config: Any, path: str) -> None:
+    """Holds the fields of a frozen config, and of those in it, to their ranges and choices.
+
+    Raises:
+        ValueError: a number outside of its range, NaN or infinite, or a text that is no choice;
+        with its path below `path`.
+    """
+    for f in dataclasses.fields(config):
+        _check_value(getattr(config, f.name), f.metadata, f"{path}.{f.name}")
+
+
+def _check_value(value: Any, metadata: Mapping[str, Any], path: str) -> None:
+    if isinstance(value, Task):
+        check_values(value.config, path)
+    elif dataclasses.is_dataclass(value):
+        check_values(value, path)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_value(inner, metadata, f"{path}.{key}")
+    elif isinstance(value, tuple):
+        for i, inner in enumerate(value):
+            _check_value(inner, metadata, f"{path}[{i}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        bounds = metadata.get("range", Range())
+        if value not in bounds:
+            raise ValueError(f"{path} ({value}) must be {bounds}")
+    elif isinstance(value, str):
+        choices = metadata.get("choices", ())
+        if choices and value not in choices:
+            known = f"{', '.join(choices)}{suggestion(value, choices)}"
+            raise ValueError(f"{path} ({value!r}) must be one of {known}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of an error's line: the word of `known` that is most alike, if any is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +130,7 @@ class InitConfig:
     from_: str = field(
         "", "Run or import whose parameters this one begins with (a flag --config.init.from)."
     )
-    step: int | None = field(None, "Checkpoint of that run; unset: the newest.")
+    step: int | None = field(None, "Checkpoint of that run; unset: the newest.", ge=0)
     branch_from: str = field(
         "",
         "Run whose whole state at `step` this one goes on from, as if it had made those steps "
@@ -54,23 +151,30 @@ class DataConfig:
         "bytes", "bytes, a SentencePiece .model, or a Hugging Face tokenizer.json."
     )
     train: tuple[str, ...] = field((), "Token stores to train on, or synthetic:KIND.")
-    weights: tuple[float, ...] = field((), "Mixture weights of the stores; empty: by their size.")
+    weights: tuple[float, ...] = field(
+        (), "Mixture weights of the stores; empty: by their size.", gt=0
+    )
     validation: tuple[str, ...] = field(
         (), "Token stores to evaluate on, each reported separately."
     )
-    length: int = field(1024, "Tokens in a row; with an encoder, in a row of the decoder.")
+    length: int = field(1024, "Tokens in a row; with an encoder, in a row of the decoder.", ge=1)
     encoder_length: int | None = field(
-        None, "Tokens in a row of the encoder; for models that have one beside a decoder."
+        None, "Tokens in a row of the encoder; for models that have one beside a decoder.", ge=1
     )
-    batch_size: int | None = field(None, "Rows in a global batch.")
+    batch_size: int | None = field(None, "Rows in a global batch.", ge=1)
     batch_size_per_device: int | None = field(
-        None, "Rows per device; an alternative to batch_size."
+        None, "Rows per device; an alternative to batch_size.", ge=1
     )
-    packing: str = field("split", "split: concatenate and cut; best_fit: whole documents only.")
+    packing: str = field(
+        "split",
+        "split: concatenate and cut; best_fit: whole documents only.",
+        choices=("split", "best_fit"),
+    )
     too_long: str = field(
         "error",
         "Documents of several fields that don't fit in a row: error; cut the first field at its "
         "end; drop them.",
+        choices=("error", "cut", "drop"),
     )
     shuffle: bool = field(True, "Visit the rows of every epoch in a new random order.")
 
@@ -79,19 +183,25 @@ class DataConfig:
 class LoaderConfig:
     """How batches reach the device; nothing here changes what is in them."""
 
-    kind: str = field("tf.data", "tf.data, or thread (no TensorFlow needed).")
-    num_workers: int = field(2, "Batches prepared in parallel.")
-    prefetch: int = field(4, "Batches kept ready.")
+    kind: str = field(
+        "tf.data", "tf.data, or thread (no TensorFlow needed).", choices=("tf.data", "thread")
+    )
+    num_workers: int = field(2, "Batches prepared in parallel.", ge=1)
+    prefetch: int = field(4, "Batches kept ready.", ge=1)
     cache_dir: str = field("", "Where packing plans are kept; empty: beside each store.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     z_loss: float = field(
-        0.0, "Coefficient of log(Z)^2, which keeps logits near zero (PaLM: 1e-4)."
+        0.0, "Coefficient of log(Z)^2, which keeps logits near zero (PaLM: 1e-4).", ge=0
     )
-    label_smoothing: float = field(0.0, "Probability mass spread evenly over the vocabulary.")
-    chunk_size: int = field(2048, "Tokens whose logits exist at once on a device; 0: all of them.")
+    label_smoothing: float = field(
+        0.0, "Probability mass spread evenly over the vocabulary.", ge=0, lt=1
+    )
+    chunk_size: int = field(
+        2048, "Tokens whose logits exist at once on a device; 0: all of them.", ge=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,38 +209,40 @@ class ScheduleConfig:
     kind: str = field(
         "cosine", "constant, cosine, linear, inverse_sqrt, wsd, or range (see scripts/lr_range.py)."
     )
-    warmup_steps: int = field(0, "Steps of linear warm-up from zero.")
-    decay_steps: int | None = field(None, "wsd: steps of the final decay; unset: 20% of the run.")
+    warmup_steps: int = field(0, "Steps of linear warm-up from zero.", ge=0)
+    decay_steps: int | None = field(
+        None, "wsd: steps of the final decay; unset: 20% of the run.", ge=0
+    )
     final_fraction: float = field(
-        0.1, "Learning rate at the end, as a fraction of its peak; range: at the start."
+        0.1, "Learning rate at the end, as a fraction of its peak; range: at the start.", ge=0, le=1
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = field("adamw", "adamw, adafactor, lion, muon or sgd.")
-    learning_rate: float = field(3e-4, "Peak learning rate.")
+    learning_rate: float = field(3e-4, "Peak learning rate.", ge=0)
     schedule: ScheduleConfig = field(
         ScheduleConfig(), "How the learning rate changes over the run."
     )
-    weight_decay: float = field(0.1, "Decoupled decay, multiplied by the learning rate.")
+    weight_decay: float = field(0.1, "Decoupled decay, multiplied by the learning rate.", ge=0)
     decay_roles: tuple[str, ...] = field(
         ("matrix",), "Roles of parameters that decay: matrix, embedding, vector."
     )
-    b1: float = field(0.9, "Decay of the first moment; the momentum of lion and sgd.")
-    b2: float = field(0.95, "Decay of the second moment.")
-    eps: float = field(1e-8, "Added to the root of the second moment.")
+    b1: float = field(0.9, "Decay of the first moment; the momentum of lion and sgd.", ge=0, lt=1)
+    b2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
+    eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)
     nesterov: bool = field(False, "Nesterov momentum (adamw, sgd; muon always uses it).")
-    clip_norm: float = field(1.0, "Largest global norm of the gradient; 0: no clipping.")
+    clip_norm: float = field(1.0, "Largest global norm of the gradient; 0: no clipping.", ge=0)
     muon_learning_rate: float | None = field(
-        None, "muon: peak learning rate of the matrices; unset: learning_rate."
+        None, "muon: peak learning rate of the matrices; unset: learning_rate.", ge=0
     )
-    muon_momentum: float = field(0.95, "muon: decay of the momentum of the matrices.")
+    muon_momentum: float = field(0.95, "muon: decay of the momentum of the matrices.", ge=0, lt=1)
     bias_rate: float = field(
-        0.001, "Step of the selection biases of routers, against the load of their experts."
+        0.001, "Step of the selection biases of routers, against the load of their experts.", ge=0
     )
     ema_decay: float = field(
-        0.0, "Decay of an average of the weights, used by evaluation; 0: none."
+        0.0, "Decay of an average of the weights, used by evaluation; 0: none.", ge=0, lt=1
     )
     moment_dtype: str = field("float32", "Type of stored moments: float32 or bfloat16.")
     memory: str = field("device", "Where the state lies between steps: device or host.")
@@ -141,15 +253,24 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = field(-1, "Replicas; -1: all devices that the other axes leave.")
-    fsdp: int = field(1, "Shards of parameters, optimizer state and batch.")
-    expert: int = field(1, "Shards of experts.")
-    tensor: int = field(1, "Shards of heads, MLP width and vocabulary.")
-    sequence: int = field(1, "Shards of the sequence.")
-    stage: int = field(1, "Pipeline stages.")
-    slices: int = field(1, "Slices joined by a slow network, over which `data` is spread.")
+    data: int = field(
+        -1,
+        "Replicas; here or in one other axis -1: all devices that the others leave.",
+        ge=1,
+        also=(-1,),
+    )
+    fsdp: int = field(1, "Shards of parameters, optimizer state and batch.", ge=1, also=(-1,))
+    expert: int = field(1, "Shards of experts.", ge=1, also=(-1,))
+    tensor: int = field(1, "Shards of heads, MLP width and vocabulary.", ge=1, also=(-1,))
+    sequence: int = field(1, "Shards of the sequence.", ge=1, also=(-1,))
+    stage: int = field(1, "Pipeline stages.", ge=1, also=(-1,))
+    slices: int = field(1, "Slices joined by a slow network, over which `data` is spread.", ge=1)
     zero: int = field(
-        3, "ZeRO stage over fsdp: 3 shards parameters and optimizer state, 1 the latter alone."
+        3,
+        "ZeRO stage over fsdp: 3 shards parameters and optimizer state, 1 the latter alone.",
+        ge=3,
+        le=3,
+        also=(1,),
     )
     rules: tuple[tuple[str, Any], ...] = field(
         (), "Rows of the sharding table to replace: (logical axis, mesh axis, axes or None)."
@@ -158,29 +279,35 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    num_steps: int | None = field(None, "Length of the run in optimizer steps.")
+    num_steps: int | None = field(None, "Length of the run in optimizer steps.", ge=1, lt=2**31)
     num_tokens: int | None = field(
-        None, "Length of the run in tokens; an alternative to num_steps."
+        None, "Length of the run in tokens; an alternative to num_steps.", ge=1
     )
     num_epochs: float | None = field(
-        None, "Length of the run in epochs; an alternative to num_steps."
+        None, "Length of the run in epochs; an alternative to num_steps.", gt=0
     )
     max_epochs: float | None = field(
-        None, "Epochs of its sources that a run may not go beyond; unset: any number."
+        None, "Epochs of its sources that a run may not go beyond; unset: any number.", gt=0
     )
-    num_microbatches: int = field(1, "Parts of a batch whose gradients are accumulated.")
-    eval_every: int = field(0, "Steps between evaluations; 0: at the end only.")
-    eval_batches: int = field(0, "Batches of each validation store per evaluation; 0: all of it.")
-    log_every: int = field(10, "Steps between log lines.")
+    num_microbatches: int = field(1, "Parts of a batch whose gradients are accumulated.", ge=1)
+    eval_every: int = field(0, "Steps between evaluations; 0: at the end only.", ge=0)
+    eval_batches: int = field(
+        0, "Batches of each validation store per evaluation; 0: all of it.", ge=0
+    )
+    log_every: int = field(10, "Steps between log lines.", ge=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = field(0, "Steps between checkpoints; 0: at the end only.")
-    every_seconds: float = field(0.0, "Also save when this many seconds have passed; 0: never.")
-    keep_last: int = field(2, "Newest checkpoints to keep.")
-    keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.")
-    at: tuple[int, ...] = field((), "Steps to save at and to keep, where other runs branch off.")
+    every: int = field(0, "Steps between checkpoints; 0: at the end only.", ge=0)
+    every_seconds: float = field(
+        0.0, "Also save when this many seconds have passed; 0: never.", ge=0
+    )
+    keep_last: int = field(2, "Newest checkpoints to keep.", ge=1)
+    keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.", ge=0)
+    at: tuple[int, ...] = field(
+        (), "Steps to save at and to keep, where other runs branch off.", ge=0
+    )
     allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
     verify: bool = field(True, "Check every bit after a save, from its files, and after a restore.")
 
@@ -191,24 +318,30 @@ class GuardConfig:
         "stop",
         "At a loss or gradient that is not finite, or a spike: stop, skip the update, or rewind "
         "to the last checkpoint, replay the step and say whose fault it was.",
+        choices=("stop", "skip", "rewind"),
     )
     spike_factor: float = field(
-        0.0, "A gradient norm this many times its running geometric mean is a spike; 0: none is."
+        0.0,
+        "A gradient norm this many times its running geometric mean is a spike; 0: none is.",
+        gt=1,
+        also=(0,),
     )
-    spike_warmup: int = field(100, "Steps that the running mean needs before it judges.")
-    max_skips: int = field(10, "Bad steps in a row after which every policy stops.")
+    spike_warmup: int = field(100, "Steps that the running mean needs before it judges.", ge=0)
+    max_skips: int = field(10, "Bad steps in a row after which every policy stops.", ge=0)
     agreement_every: int = field(
-        100, "Steps between checks that replicas hold the same bits; 0: none."
+        100, "Steps between checks that replicas hold the same bits; 0: none.", ge=0
     )
     self_check: bool = field(True, "Check attention and loss against a reference at the start.")
     watchdog: bool = field(True, "End a process that makes no progress, with all stacks written.")
-    start_seconds: float = field(1800.0, "Budget of start, initialisation and restoring.")
-    compile_seconds: float = field(3600.0, "Budget of compiling, and of the first step.")
-    step_seconds: float = field(120.0, "Least budget of a step.")
-    step_factor: float = field(20.0, "Budget of a step, in running medians of the steps before.")
-    data_seconds: float = field(900.0, "Budget of waiting for one batch.")
-    save_seconds: float = field(1800.0, "Budget of what blocks in a save.")
-    evaluate_seconds: float = field(900.0, "Budget of one batch of an evaluation.")
+    start_seconds: float = field(1800.0, "Budget of start, initialisation and restoring.", gt=0)
+    compile_seconds: float = field(3600.0, "Budget of compiling, and of the first step.", gt=0)
+    step_seconds: float = field(120.0, "Least budget of a step.", gt=0)
+    step_factor: float = field(
+        20.0, "Budget of a step, in running medians of the steps before.", ge=1
+    )
+    data_seconds: float = field(900.0, "Budget of waiting for one batch.", gt=0)
+    save_seconds: float = field(1800.0, "Budget of what blocks in a save.", gt=0)
+    evaluate_seconds: float = field(900.0, "Budget of one batch of an evaluation.", gt=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +353,10 @@ class LogConfig:
         "Measure the gradient noise scale, in tokens, from the gradients of micro-batches "
         "(arXiv:1812.06162).",
     )
-    profile_start: int = field(0, "First step of the profiler's window.")
-    profile_steps: int = field(0, "Steps to profile into WORKDIR/profile; 0: none.")
+    profile_start: int = field(0, "First step of the profiler's window.", ge=0)
+    profile_steps: int = field(0, "Steps to profile into WORKDIR/profile; 0: none.", ge=0)
     peak_flops_per_device: float | None = field(
-        None, "FLOP/s of one device, for MFU; unset: from the table of known chips."
+        None, "FLOP/s of one device, for MFU; unset: from the table of known chips.", gt=0
     )
 
 
@@ -231,7 +364,9 @@ class LogConfig:
 class Config:
     """Everything that determines a run."""
 
-    seed: int = field(0, "Seed of initialisation, dropout and the order of the data.")
+    seed: int = field(
+        0, "Seed of initialisation, dropout and the order of the data.", ge=0, lt=2**32
+    )
     model: Any = field(None, "The model: name, and the fields of that component.")
     objective: Any = field(None, "The objective: name, and the fields of that component.")
     init: InitConfig = field(InitConfig(), "What parameters begin with.")

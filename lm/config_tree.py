@@ -19,27 +19,38 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from lm.config import COMPONENTS, Config, Task, component
+from lm.config import COMPONENTS, Config, Range, Task, check_values, component
+
+
+class ConfigTree(ml_collections.ConfigDict):
+    """A section of a config, where a whole number may be written as a float: 1e9."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key in self and self.get_type(key) is int:
+            value = _whole(value)
+        super().__setitem__(key, value)
 
 
 def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
     """A ConfigDict with every field of every section at its default, for configs to change."""
-    tree: dict[str, Any] = {}
+    tree = ConfigTree()
     for f in dataclasses.fields(Config):
         if f.name in COMPONENTS:
             name = {"model": model, "objective": objective}[f.name]
-            section = {"name": name} | _to_dict(component(COMPONENTS[f.name], name).Config)
+            section = ConfigTree({"name": name})
+            section.update(_to_tree(component(COMPONENTS[f.name], name).Config()))
         else:
-            section = _to_dict(_hints(Config)[f.name]) if f.name != "seed" else f.default
+            section = _to_tree(f.default) if f.name != "seed" else f.default
         tree[f.name] = section
-    return ml_collections.ConfigDict(tree)
+    return tree
 
 
 def task(name: str, sources: tuple[str, ...], **changes: Any) -> dict[str, Any]:
     """A section of `config.objective.tasks`: an objective, its fields at their defaults or
     `changes`, and the stores that it is for.
     """
-    fields = _to_dict(component(COMPONENTS["objective"], name).Config)
+    tree = _to_tree(component(COMPONENTS["objective"], name).Config())
+    fields = dict(tree.items(preserve_field_references=True))
     _check_keys(changes, set(fields), f"task {name}")
     return {"name": name, "sources": sources} | fields | changes
 
@@ -48,8 +59,8 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     """The frozen `Config` of a ConfigDict (or of the plain dict that `to_dict` made of one).
 
     Raises:
-        ValueError: a key that nothing reads, a missing section, or a value of the wrong type; with
-        the config path.
+        ValueError: a key that nothing reads, a missing section, a value of the wrong type or out
+        of its range; with the config path.
     """
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
@@ -63,12 +74,14 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
                 raise ValueError(
                     f"{path}.name must name a component of {COMPONENTS[f.name]}, got {name!r}"
                 )
-            values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config, section, path)
+            values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config(), section, path)
         elif f.name == "seed":
             values[f.name] = _convert(int, tree.get("seed", f.default), path)
         else:
-            values[f.name] = _from_dict(_hints(Config)[f.name], section, path)
-    return Config(**values)
+            values[f.name] = _from_dict(f.default, section, path)
+    resolved = Config(**values)
+    check_values(resolved, "config")
+    return resolved
 
 
 def names(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -143,7 +156,7 @@ def changed(
 
 
 def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, str]]:
-    """(path, value, default, sentence) of every key."""
+    """(path, value, default, sentence with the range of numbers) of every key."""
     base = default(**names(config))
     defaults = dict(_leaves(base.to_dict()))
     sentences = {"seed": _sentence(Config, "seed")}
@@ -161,7 +174,12 @@ def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, 
 
 
 def _sentence(cls: Any, name: str) -> str:
-    return next(f.metadata["help"] for f in dataclasses.fields(cls) if f.name == name)
+    return next(_describe(f) for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _describe(f: dataclasses.Field) -> str:
+    bounds: Range | None = f.metadata.get("range")
+    return f.metadata["help"] + (f" Must be {bounds}." if bounds else "")
 
 
 def _sentences(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
@@ -170,7 +188,7 @@ def _sentences(cls: Any, prefix: str) -> Iterator[tuple[str, str]]:
         if dataclasses.is_dataclass(hints[f.name]):
             yield from _sentences(hints[f.name], f"{prefix}.{f.name}")
         else:
-            yield f"{prefix}.{f.name}", f.metadata["help"]
+            yield f"{prefix}.{f.name}", _describe(f)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -190,6 +208,11 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def _whole(value: Any) -> Any:
+    """`value`, as an int where it is a float without a fraction, such as 1e9."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _optional(hint: Any) -> tuple[Any, bool]:
     """(X, True) for `X | None`, else (hint, False)."""
     args = typing.get_args(hint)
@@ -198,18 +221,17 @@ def _optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _to_dict(cls: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        hint, optional = _optional(_hints(cls)[f.name])
-        if dataclasses.is_dataclass(hint):
-            tree[f.name] = _to_dict(hint)
-        elif optional and f.default is None:
-            tree[f.name] = config_dict.placeholder(hint)  # else the command line could not set it
-        elif typing.get_origin(hint) is dict:
-            tree[f.name] = {}
+def _to_tree(config: Any) -> ConfigTree:
+    """The section of a frozen config, its own fields' values in it."""
+    tree = ConfigTree()
+    for f in dataclasses.fields(config):
+        value, (hint, optional) = getattr(config, f.name), _optional(_hints(type(config))[f.name])
+        if dataclasses.is_dataclass(value):
+            tree[f.name] = _to_tree(value)
+        elif optional and value is None:
+            tree[f.name] = config_dict.placeholder(hint)  # a type for what is set later
         else:
-            tree[f.name] = f.default
+            tree[f.name] = value
     return tree
 
 
@@ -225,18 +247,19 @@ def _check_keys(tree: dict[str, Any], known: set[str], path: str) -> None:
             raise ValueError(f"{path}.{key} is not a config key{hint}")
 
 
-def _from_dict(cls: Any, tree: dict[str, Any], path: str) -> Any:
+def _from_dict(default: Any, tree: dict[str, Any], path: str) -> Any:
+    """`default`, a frozen config, with the values of `tree`."""
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must be a section with keys, got {tree!r}")
-    hints = _hints(cls)
+    hints = _hints(type(default))
     _check_keys(tree, set(hints), path)
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _from_dict(hints[key], value, f"{path}.{key}")
+            values[key] = _from_dict(getattr(default, key), value, f"{path}.{key}")
         else:
             values[key] = _convert(hints[key], value, f"{path}.{key}")
-    return cls(**values)
+    return dataclasses.replace(default, **values)
 
 
 def _to_task(section: Any, path: str) -> Task:
@@ -244,7 +267,7 @@ def _to_task(section: Any, path: str) -> Task:
         raise ValueError(f"{path} must be a section with the name of an objective, got {section!r}")
     fields = {key: value for key, value in section.items() if key not in ("name", "sources")}
     sources = _convert(tuple[str, ...], section.get("sources", ()), f"{path}.sources")
-    config = component(COMPONENTS["objective"], section["name"]).Config
+    config = component(COMPONENTS["objective"], section["name"]).Config()
     return Task(section["name"], sources, _from_dict(config, fields, path))
 
 
@@ -265,6 +288,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(_convert(hint, v, f"{path}[{i}]") for i, (hint, v) in pairs)
     if kind is Any:
         return _tuples(value)
+    if origin is int:
+        value = _whole(value)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):

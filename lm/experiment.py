@@ -18,7 +18,18 @@ import optax
 from etils import epath
 
 from lm import config as configs
-from lm import config_tree, flops, layouts, loss, optim, parameters, parametrization, sharding, step
+from lm import (
+    config_tree,
+    flops,
+    layouts,
+    loss,
+    optim,
+    parameters,
+    parametrization,
+    schedule,
+    sharding,
+    step,
+)
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
@@ -140,6 +151,7 @@ class Experiment:
 
         Raises:
             OutOfData: they need more than `max_epochs`.
+            ValueError: not one of them is set, or the schedule needs more steps.
         """
         t = self.config.train
         given = [n for n in LENGTHS if getattr(t, n) is not None]
@@ -164,6 +176,7 @@ class Experiment:
                 f"{self.batch_size} rows; config.train.max_epochs ({t.max_epochs}) of the data "
                 f"are {self.train_data.num_batches(t.max_epochs)}"
             )
+        schedule.check(self.config.optimizer.schedule, steps)
         return steps
 
     # ---- state ----

@@ -62,11 +62,6 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
             f"{LARGEST_BFLOAT16_DECAY} for config.optimizer.moment_dtype (bfloat16): smaller steps "
             "of an average are lost to its rounding"
         )
-    for path in ("learning_rate", "weight_decay", "clip_norm", "bias_rate"):
-        if getattr(config, path) < 0:
-            raise ValueError(
-                f"config.optimizer.{path} must not be negative: {getattr(config, path)}"
-            )
 
 
 def roles(boxed: Any) -> Any:

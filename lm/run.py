@@ -24,8 +24,6 @@ from lm.phases import Phases
 from lm.schedule import make_schedule
 from lm.types import TrainState
 
-POLICIES = ("stop", "skip", "rewind")
-
 
 class Diverged(RunError):
     """A step was bad, and the policy doesn't go on."""

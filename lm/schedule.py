@@ -10,20 +10,38 @@ from lm.config import ScheduleConfig
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd", "range")
 
 
-def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
-    """step -> fraction of the peak learning rate; step 0 of a warm-up of w has 1 / w, not zero.
+def decay_steps(config: ScheduleConfig, num_steps: int) -> int:
+    """Steps of the final decay of wsd in a run of `num_steps`."""
+    return max(1, num_steps // 5) if config.decay_steps is None else config.decay_steps
 
-    Raises:
-        ValueError: the run is shorter than warm-up and decay.
+
+def check(config: ScheduleConfig, num_steps: int) -> None:
+    """Raises ValueError, naming config path and numbers, for a schedule that a run of `num_steps`
+    has no room for.
     """
     warmup, final = config.warmup_steps, config.final_fraction
-    decay = config.decay_steps if config.decay_steps is not None else max(1, num_steps // 5)
+    decay = decay_steps(config, num_steps)
     needed = warmup + (decay if config.kind == "wsd" else 0)
     if needed > num_steps:
         raise ValueError(
             f"config.optimizer.schedule: warmup_steps ({warmup}) and decay need {needed} steps; "
             f"the run has {num_steps}"
         )
+    if config.kind == "range" and not 0 < final < 1:
+        raise ValueError(
+            f"config.optimizer.schedule.final_fraction ({final}) must be above 0 and below 1, for "
+            "kind=range to begin with"
+        )
+
+
+def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
+    """step -> fraction of the peak learning rate; step 0 of a warm-up of w has 1 / w, not zero.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(config, num_steps)
+    warmup, final = config.warmup_steps, config.final_fraction
     rest = max(1, num_steps - warmup)
     main: optax.Schedule
     if config.kind == "constant":
@@ -36,13 +54,9 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
         start = max(1, warmup)
         main = lambda step: jnp.sqrt(start / (start + step))  # noqa: E731
     elif config.kind == "range":  # arXiv:1506.01186, in equal ratios
-        if not 0 < final < 1:
-            raise ValueError(
-                f"config.optimizer.schedule.final_fraction ({final}) must be above 0 and below 1, "
-                "for kind=range to begin with"
-            )
         main = lambda step: final ** (1 - step / max(1, rest - 1))  # noqa: E731
     else:  # warm-up, stable, decay: arXiv:2404.06395
+        decay = decay_steps(config, num_steps)
         main = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
     if warmup == 0:
         return main

@@ -220,8 +220,6 @@ def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
     """The rules of parameters: those of their optimizer state, without fsdp in ZeRO stage 1
     (arXiv:1910.02054).
     """
-    if config.zero not in (1, 3):
-        raise ValueError(f"config.mesh.zero must be 1 or 3, got {config.zero}")
     if config.zero == 3:
         return rules
     names = ("batch", "length", "act_length", "act_embed")  # of activations
@@ -248,10 +246,6 @@ def batch_size(config: Config, rules: Rules, parts: int) -> int:
     size = d.batch_size
     if size is None:
         size = (d.batch_size_per_device or 0) * rules.mesh.size
-    if size < 1 or k < 1:
-        raise ValueError(
-            f"config.data.batch_size ({size}) and train.num_microbatches ({k}) must be positive"
-        )
     if config.log.noise_scale and k < 2:
         raise ValueError(
             f"config.log.noise_scale compares micro-batches: config.train.num_microbatches ({k}) "

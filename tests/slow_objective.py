@@ -10,8 +10,8 @@ from lm.objectives import causal
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    batches: int = field(20, "Batches before it gets slow.")
-    seconds: float = field(600.0, "How long each takes then.")
+    batches: int = field(20, "Batches before it gets slow.", ge=0)
+    seconds: float = field(600.0, "How long each takes then.", ge=0)
 
 
 def build(config, tokenizer, form):

@@ -192,11 +192,6 @@ def test_the_checkpoint_at_step_n_is_the_state_before_batch_n(make_config, devic
         assert_bitwise(state, wanted)
 
 
-def test_keep_last_must_keep_something(tmp_path):
-    with pytest.raises(ValueError, match=r"config.checkpoint.keep_last \(0\) must be at least 1"):
-        Checkpoints(str(tmp_path), CheckpointConfig(keep_last=0))
-
-
 # ---- manifests, and what is done with damage ----
 
 

@@ -1,12 +1,18 @@
 import dataclasses
+import importlib
 import json
+import math
+import pkgutil
+import typing
 
 import ml_collections
 import pytest
 
 from lm import config as configs
-from lm.config import component
-from lm.config_tree import changed, default, explain, from_json, resolve, to_json
+from lm import config_tree
+from lm.config import ScheduleConfig, component, field
+from lm.config_tree import assign as set_from_text
+from lm.config_tree import changed, default, explain, from_json, resolve, task, to_json
 
 
 def leaves(tree, prefix="config"):
@@ -120,7 +126,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_closest_one(path, value
     "path, value, expected",
     [
         ("config.seed", "one", "config.seed must be int, got 'one'"),
-        ("config.model.num_layers", 2.0, "config.model.num_layers must be int, got 2.0"),
+        ("config.model.num_layers", 2.5, "config.model.num_layers must be int, got 2.5"),
         ("config.model.num_layers", None, "config.model.num_layers must be int, got None"),
         ("config.model.num_layers", True, "config.model.num_layers must be int, got True"),
         ("config.model.tie_embeddings", 1, "config.model.tie_embeddings must be bool, got 1"),
@@ -139,6 +145,167 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_path(path, value, expecte
     with pytest.raises(ValueError) as error:
         resolve(config)
     assert expected in str(error.value)
+
+
+def component_names():
+    for key, package in configs.COMPONENTS.items():
+        home = importlib.import_module(package)
+        for module in pkgutil.iter_modules(home.__path__):
+            if hasattr(importlib.import_module(f"{package}.{module.name}"), "Config"):
+                yield key, module.name
+
+
+def fields_below(config, path):
+    """(path, field, value) of every field of a frozen config and of those in it."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_below(value, f"{path}.{f.name}")
+        else:
+            hint = typing.get_type_hints(type(config))[f.name]
+            yield f"{path}.{f.name}", f, value, hint
+
+
+def every_field():
+    sections = resolve(default())
+    for f in dataclasses.fields(sections):
+        if f.name == "seed":
+            yield "config.seed", f, sections.seed, int
+        elif f.name not in configs.COMPONENTS:
+            yield from fields_below(getattr(sections, f.name), f"config.{f.name}")
+    for key, name in component_names():
+        yield from fields_below(component(configs.COMPONENTS[key], name).Config(), f"{key} {name}")
+
+
+def numeric(hint):
+    args = typing.get_args(hint)
+    return any(map(numeric, args)) if args else hint in (int, float)
+
+
+def test_every_numeric_field_states_a_range_that_holds_its_default():
+    seen = 0
+    for path, f, value, hint in every_field():
+        if numeric(hint):
+            assert "range" in f.metadata, f"{path} states no range beside its default"
+            configs._check_value(value, f.metadata, path)
+            seen += 1
+    assert seen > 150
+
+
+def test_every_text_of_a_field_with_choices_is_one_of_them():
+    chosen = [(path, f, value) for path, f, value, _ in every_field() if f.metadata["choices"]]
+    assert {"config.loader.kind", "config.guard.policy"} <= {path for path, *_ in chosen}
+    for path, f, value in chosen:
+        configs._check_value(value, f.metadata, path)
+
+
+def test_choices_of_the_schema_are_those_of_the_code():
+    from lm.data import pairs, pipeline
+
+    of = {f.name: f.metadata["choices"] for f in dataclasses.fields(configs.DataConfig)}
+    assert set(of["packing"]) == set(pipeline.PACKINGS)
+    assert set(of["too_long"]) == set(pairs.TOO_LONG)
+
+
+@pytest.mark.parametrize(
+    "path, value, expected",
+    [
+        ("config.seed", -1, "config.seed (-1) must be in [0, 4294967296)"),
+        ("config.train.log_every", 0, "config.train.log_every (0) must be at least 1"),
+        ("config.train.num_tokens", 0, "config.train.num_tokens (0) must be at least 1"),
+        ("config.train.num_epochs", math.nan, "config.train.num_epochs (nan) must be above 0"),
+        ("config.checkpoint.keep_every", -1, "config.checkpoint.keep_every (-1) must be at least"),
+        ("config.checkpoint.keep_last", 0, "config.checkpoint.keep_last (0) must be at least 1"),
+        ("config.checkpoint.at", (5, -3), "config.checkpoint.at[1] (-3) must be at least 0"),
+        ("config.optimizer.b1", 1, "config.optimizer.b1 (1.0) must be in [0, 1)"),
+        ("config.optimizer.eps", 0.0, "config.optimizer.eps (0.0) must be above 0"),
+        (
+            "config.optimizer.learning_rate",
+            math.nan,
+            "config.optimizer.learning_rate (nan) must be",
+        ),
+        (
+            "config.optimizer.learning_rate",
+            math.inf,
+            "config.optimizer.learning_rate (inf) must be",
+        ),
+        ("config.optimizer.ema_decay", 1.5, "config.optimizer.ema_decay (1.5) must be in [0, 1)"),
+        (
+            "config.optimizer.schedule.warmup_steps",
+            -3,
+            "config.optimizer.schedule.warmup_steps (-3) must be at least 0",
+        ),
+        ("config.loss.label_smoothing", 1.5, "config.loss.label_smoothing (1.5) must be in [0, 1)"),
+        ("config.loss.z_loss", -1, "config.loss.z_loss (-1.0) must be at least 0"),
+        ("config.loss.chunk_size", -5, "config.loss.chunk_size (-5) must be at least 0"),
+        ("config.mesh.fsdp", 0, "config.mesh.fsdp (0) must be at least 1, or -1"),
+        ("config.mesh.zero", 2, "config.mesh.zero (2) must be 3, or 1"),
+        ("config.guard.spike_factor", 0.5, "config.guard.spike_factor (0.5) must be above 1, or 0"),
+        ("config.model.rotary.theta", 0.0, "config.model.rotary.theta (0.0) must be above 0"),
+        ("config.model.num_layers", 0, "config.model.num_layers (0) must be at least 1"),
+        ("config.data.weights", (1.0, -2.0), "config.data.weights[1] (-2.0) must be above 0"),
+        ("config.loader.kind", "tf", "config.loader.kind ('tf') must be one of tf.data, thread"),
+        (
+            "config.guard.policy",
+            "skipp",
+            "config.guard.policy ('skipp') must be one of stop, skip,",
+        ),
+        (
+            "config.data.packing",
+            "bestfit",
+            "must be one of split, best_fit; did you mean best_fit?",
+        ),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_with_path_value_and_range(path, value, expected):
+    config = default().to_dict()
+    assign(config, path, value)
+    with pytest.raises(ValueError) as error:
+        resolve(config)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_of_tasks_are_held_to_the_ranges_of_their_objective():
+    config = default(objective="multitask")
+    config.objective.tasks = {"a": task("mlm", ("x",), rate=2.0)}
+    with pytest.raises(ValueError, match=r"config\.objective\.tasks\.a\.rate \(2\.0\) must be in"):
+        resolve(config)
+
+
+def test_a_number_of_a_component_without_a_range_must_be_finite(component_outside):
+    config = default(model=component_outside)
+    config.model.smoothing = math.nan
+    with pytest.raises(ValueError, match=r"config\.model\.smoothing \(nan\) must be finite"):
+        resolve(config)
+
+
+def test_integers_may_be_written_as_1e9():
+    config = default()
+    config.train.num_tokens = 1e9
+    config.data.batch_size = 1e2
+    set_from_text(config, "model.vocab_size=3.2e4")
+    set_from_text(config, "checkpoint.at=(1e3, 2e3)")
+    resolved = resolve(config)
+    assert (resolved.train.num_tokens, resolved.data.batch_size) == (10**9, 100)
+    assert (resolved.model.vocab_size, resolved.checkpoint.at) == (32_000, (1000, 2000))
+    assert isinstance(config.train.num_tokens, int) and isinstance(config.model.vocab_size, int)
+    tree = json.loads(to_json(config))
+    tree["train"]["num_tokens"] = 2.5e9
+    assert resolve(from_json(json.dumps(tree))).train.num_tokens == 2_500_000_000
+    with pytest.raises(ValueError, match=r"config\.model\.num_layers must be int, got '1\.5'"):
+        set_from_text(config, "model.num_layers=1.5")
+
+
+def test_a_section_that_is_a_default_keeps_its_values():
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        schedule: ScheduleConfig = field(ScheduleConfig(kind="wsd", warmup_steps=7), "A schedule.")
+
+    assert Outer().schedule == ScheduleConfig(kind="wsd", warmup_steps=7)
+    tree = config_tree._to_tree(Outer())
+    assert (tree.schedule.kind, tree.schedule.warmup_steps) == ("wsd", 7)
+    partly = config_tree._from_dict(Outer(), {"schedule": {"warmup_steps": 9}}, "config.outer")
+    assert partly.schedule == ScheduleConfig(kind="wsd", warmup_steps=9)
 
 
 def test_a_whole_number_may_stand_for_a_float():
@@ -208,6 +375,9 @@ def test_explain_has_a_sentence_for_every_key():
     assert {f"config.{path}" for path, *_ in rows} == {path for path, _ in leaves(config.to_dict())}
     for path, _, _, sentence in rows:
         assert sentence.endswith(".") and sentence[0] != " ", f"{path}: {sentence!r}"
+    sentences = {path: sentence for path, _, _, sentence in rows}
+    assert sentences["optimizer.b2"] == "Decay of the second moment. Must be in [0, 1)."
+    assert sentences["mesh.fsdp"].endswith("Must be at least 1, or -1.")
 
 
 def test_explain_tells_values_from_defaults():

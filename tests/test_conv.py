@@ -186,9 +186,9 @@ def test_pipeline_stages_are_refused(rules_on):
     ("changes", "message"),
     [
         ({"kernel_size": 13}, r"kernel_size \(13\) must be at most config\.data\.length \(12\)"),
-        ({"kernel_size": 0}, r"config\.model\.kernel_size must be positive, got 0"),
+        ({"kernel_size": 0}, r"config\.model\.kernel_size \(0\) must be at least 1"),
         ({"remat": "all"}, r"config\.model\.remat must be one of none, dots, full, got 'all'"),
-        ({"scan_unroll": 9}, r"scan_unroll \(9\) must be -1 or in 1\.\.num_layers \(8\)"),
+        ({"scan_unroll": 9}, r"scan_unroll \(9\) must be at most num_layers \(8\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -264,7 +264,7 @@ def test_what_an_encoder_cannot_do_is_refused(subject, rows, rules_on):
         )
     with pytest.raises(ValueError, match=r"config.mesh.stage \(2\) must be 1"):
         encoder.build(Config(**SIZES), rules_on(stage=2))
-    with pytest.raises(ValueError, match=r"config.model.num_types must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"config.model.num_types \(-1\) must be at least 0"):
         Config(**{**SIZES, "num_types": -1}).check(8)
 
 

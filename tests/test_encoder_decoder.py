@@ -422,14 +422,14 @@ def test_it_lists_what_its_layers_call_attention_with(subject, streams, monkeypa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_encoder_layers": 0}, r"num_encoder_layers must be positive, got 0"),
+        ({"num_encoder_layers": 0}, r"num_encoder_layers \(0\) must be at least 1"),
         (
             {"scan_unroll": 2, "num_encoder_layers": 1},
             r"scan_unroll \(2\) .*num_encoder_layers \(1\)",
         ),
         ({"parallel_block": True}, r"parallel_block must be False"),
-        ({"logit_scale": 0.0}, r"logit_scale must be positive, got 0.0"),
-        ({"embed_init_std": -1.0}, r"embed_init_std must be positive, got -1.0"),
+        ({"logit_scale": 0.0}, r"logit_scale \(0.0\) must be above 0"),
+        ({"embed_init_std": -1.0}, r"embed_init_std \(-1.0\) must be above 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_path_and_numbers(changes, message):

@@ -378,13 +378,13 @@ def test_the_dropout_of_adapters_is_on_in_training_alone(tuned, base):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"rank": -1}, "config.model.lora.rank must be positive, or 0 for no adapters, got -1"),
-        ({"alpha": 0.0}, "config.model.lora.alpha must be positive, got 0.0"),
-        ({"dropout": 1.0}, "config.model.lora.dropout must be in [0, 1), got 1.0"),
-        ({"rank": 2, "targets": ()}, "config.model.lora.targets must be given with a rank"),
+        ({"rank": -1}, "config.model.lora.rank (-1) must be at least 0"),
+        ({"alpha": 0.0}, "config.model.lora.alpha (0.0) must be above 0"),
+        ({"dropout": 1.0}, "config.model.lora.dropout (1.0) must be in [0, 1)"),
+        ({"rank": 2, "targets": ()}, "config.model.lora.targets (()) must be given with a rank"),
     ],
     ids=str,
 )
-def test_adapters_that_mean_nothing_are_refused(change, expected):
+def test_adapters_that_mean_nothing_are_refused(change, expected, tiny_decoder):
     with pytest.raises(ValueError, match=re.escape(expected)):
-        lora.LoraConfig(**change).check()
+        tiny_decoder(lora=lora.LoraConfig(**change))

@@ -294,9 +294,9 @@ def test_a_mesh_that_would_cut_time_or_depth_is_refused(rules_on, axes, message)
     ("changes", "message"),
     [
         ({"bptt": 35}, r"config\.model\.bptt \(35\) must be at most config\.data\.length \(12\)"),
-        ({"hidden_dim": 0}, r"config\.model\.hidden_dim must be positive, got 0"),
-        ({"scan_unroll": 3}, r"scan_unroll \(3\) must be -1 or in 1\.\.num_layers \(2\)"),
-        ({"dropout": 1.0}, r"config\.model\.dropout must be in \[0, 1\), got 1\.0"),
+        ({"hidden_dim": 0}, r"config\.model\.hidden_dim \(0\) must be at least 1"),
+        ({"scan_unroll": 3}, r"scan_unroll \(3\) must be at most num_layers \(2\)"),
+        ({"dropout": 1.0}, r"config\.model\.dropout \(1\.0\) must be in \[0, 1\)"),
         ({"dtype": "float16"}, r"config\.model\.dtype must be one of float32, bfloat16"),
     ],
 )

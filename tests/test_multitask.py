@@ -137,7 +137,7 @@ def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
     ],
 )
 def test_tasks_that_cannot_work_are_refused(tasks, message):
-    resolved = config_tree._from_dict(multitask.Config, {"tasks": tasks}, "config.objective")
+    resolved = config_tree._from_dict(multitask.Config(), {"tasks": tasks}, "config.objective")
     with pytest.raises(ValueError, match=message):
         multitask.build(resolved, ByteTokenizer(), Form(16))
 

@@ -263,7 +263,7 @@ def test_a_factor_without_weights_to_go_into_is_refused():
     [
         ({"parametrization": "ntk"}, r"parametrization must be one of standard, mup, got 'ntk'"),
         ({**MUP, "base_embed_dim": 8, "base_num_layers": 2}, r"base_head_dim must be given"),
-        ({**MUP, **BASE, "base_embed_dim": 0}, r"base_embed_dim must be positive, got 0"),
+        ({**MUP, **BASE, "base_embed_dim": 0}, r"base_embed_dim \(0\) must be at least 1"),
         ({**MUP, **WIDE, "query_scale": 0.3}, r"query_scale \(0.3\) .*head_dim \(4\).*\(1\)"),
         ({**MUP, **WIDE, "norm_placement": "post"}, r"num_layers \(2\) must be .*\(1\)"),
         ({**MUP, **BASE, "lora": LoraConfig(rank=2)}, r"lora\.rank \(2\)"),

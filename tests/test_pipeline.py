@@ -375,19 +375,6 @@ def test_a_config_that_cannot_work_is_refused(stores, options, message):
         pipeline.make_pipeline(config, objective, TOKENIZER, batch_size=4, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        (LoaderConfig(kind="torch"), r"loader\.kind \('torch'\) must be one of tf\.data, thread"),
-        (LoaderConfig(num_workers=0), r"loader\.num_workers \(0\)"),
-        (LoaderConfig(prefetch=0), r"\(0\) must be at least 1"),
-    ],
-)
-def test_a_loader_that_cannot_work_is_refused(mixed, loader, message):
-    with pytest.raises(ValueError, match=message):
-        mixed.iterate(0, loader=loader)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_synthetic_rows_are_pure_and_well_formed(kind):
     source = Synthetic(kind, vocab_size=50, length=64, num_rows=100, document_length=16, seed=2)

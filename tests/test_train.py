@@ -29,3 +29,12 @@ def test_a_window_that_the_run_ends_in_is_written(tmp_path):
         with jax.profiler.TraceAnnotation(f"work{step}"):
             pass
     assert names_in_trace(tmp_path) == {"work1", "work2"}
+
+
+def test_a_schedule_longer_than_the_run_is_refused_before_anything_is_compiled(make_experiment):
+    changes = {"optimizer.schedule.warmup_steps": 20, "train.num_steps": 10}
+    with pytest.raises(ValueError, match=r"warmup_steps \(20\) .* need 20 steps; the run has 10"):
+        make_experiment(changes).num_steps  # noqa: B018
+    changes = {"optimizer.schedule.kind": "range", "optimizer.schedule.final_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"final_fraction \(0\.0\) must be above 0 and below 1"):
+        make_experiment(changes).num_steps  # noqa: B018

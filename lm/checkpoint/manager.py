@@ -61,8 +61,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        if config.keep_last < 1:
-            raise ValueError(f"config.checkpoint.keep_last ({config.keep_last}) must be at least 1")
         root = epath.Path(workdir).resolve()
         self.directory = root / "checkpoints"
         self._bad = root / "bad_checkpoints"

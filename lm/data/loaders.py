@@ -20,18 +20,8 @@ Batches = Generator[tuple[int, Batch], None, None]
 def run(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
     """(step, make(step)) of every step from `start`; an error of `make` is raised when its step is
     due.
-
-    Raises:
-        ValueError: the loader is none, or has no room.
     """
     kinds = {"tf.data": _tf_data, "thread": _threads}
-    if loader.kind not in kinds:
-        raise ValueError(f"loader.kind ({loader.kind!r}) must be one of {', '.join(kinds)}")
-    if loader.num_workers < 1 or loader.prefetch < 1:
-        raise ValueError(
-            f"loader.num_workers ({loader.num_workers}) and loader.prefetch "
-            f"({loader.prefetch}) must be at least 1"
-        )
     return kinds[loader.kind](make, start, stop, loader)
 
 

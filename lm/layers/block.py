@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.config import field
+from lm.config import check_values, field
 from lm.layers import kernels
 from lm.layers import positions as pe
 from lm.layers.attention import Attention, Context, CrossAttention
@@ -31,37 +31,41 @@ from lm.types import Array
 class BlockConfig:
     """What transformers of every kind choose among; each adds its own fields."""
 
-    vocab_size: int = field(50_304, "Rows of the embedding; at least the tokenizer's vocabulary.")
-    max_length: int = field(1024, "Longest row; the table size of learned positions.")
-    num_layers: int = field(12, "Blocks.")
-    embed_dim: int = field(768, "Width of the residual stream.")
-    num_heads: int = field(12, "Query heads.")
-    num_kv_heads: int | None = field(None, "Key and value heads; unset: num_heads.")
-    head_dim: int | None = field(None, "Width of a head; unset: embed_dim / num_heads.")
-    mlp_dim: int | None = field(None, "Width of the MLP; unset: 4 * embed_dim.")
+    vocab_size: int = field(
+        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+    )
+    max_length: int = field(1024, "Longest row; the table size of learned positions.", ge=1)
+    num_layers: int = field(12, "Blocks.", ge=1)
+    embed_dim: int = field(768, "Width of the residual stream.", ge=1)
+    num_heads: int = field(12, "Query heads.", ge=1)
+    num_kv_heads: int | None = field(None, "Key and value heads; unset: num_heads.", ge=1)
+    head_dim: int | None = field(None, "Width of a head; unset: embed_dim / num_heads.", ge=1)
+    mlp_dim: int | None = field(None, "Width of the MLP; unset: 4 * embed_dim.", ge=1)
     moe: MoeConfig = field(MoeConfig(), "Mixture of experts in place of the MLP.")
     activation: str = field("gelu", f"One of {', '.join(ACTIVATIONS)}.")
     norm: str = field("rms", f"One of {', '.join(NORMS)}.")
     norm_placement: str = field("pre", "pre, post (of 2017), or both (around each sublayer).")
-    norm_eps: float = field(1e-6, "Added to the variance.")
+    norm_eps: float = field(1e-6, "Added to the variance.", gt=0)
     norm_bias: bool = field(False, "Norms have a bias.")
     positions: str = field("rotary", f"One of {', '.join(pe.KINDS)}.")
     rotary: pe.RotaryConfig = field(pe.RotaryConfig(), "Rotary positions.")
-    relative_buckets: int = field(32, "relative: buckets of distance.")
-    relative_max_distance: int = field(128, "relative: distance from which all share a bucket.")
+    relative_buckets: int = field(32, "relative: buckets of distance.", ge=2)
+    relative_max_distance: int = field(
+        128, "relative: distance from which all share a bucket.", ge=1
+    )
     layer_pattern: tuple[str, ...] = field(
         ("global",), "Kinds of layer, global or local, repeated over the depth."
     )
-    window: int | None = field(None, "Keys that a local layer sees, itself included.")
+    window: int | None = field(None, "Keys that a local layer sees, itself included.", ge=1)
     qk_norm: bool = field(False, "RMS norm on queries and keys of each head.")
     qkv_bias: bool = field(False, "Biases on query, key and value.")
     out_bias: bool = field(False, "Bias on the attention output.")
     mlp_bias: bool = field(False, "Biases in the MLP.")
-    query_scale: float | None = field(None, "Factor on the scores; unset: head_dim ** -0.5.")
-    attention_softcap: float | None = field(None, "Soft cap of the scores.")
+    query_scale: float | None = field(None, "Factor on the scores; unset: head_dim ** -0.5.", gt=0)
+    attention_softcap: float | None = field(None, "Soft cap of the scores.", gt=0)
     parallel_block: bool = field(False, "Attention and MLP read the same input (GPT-J, PaLM).")
-    dropout: float = field(0.0, "Dropout of embeddings and residual branches.")
-    attention_dropout: float = field(0.0, "Dropout of attention weights.")
+    dropout: float = field(0.0, "Dropout of embeddings and residual branches.", ge=0, lt=1)
+    attention_dropout: float = field(0.0, "Dropout of attention weights.", ge=0, lt=1)
     attention_kernel: str = field(
         "auto",
         "xla, splash (TPU; interpreted on CPU) or cudnn (GPU, bfloat16); auto: splash on TPU where "
@@ -70,21 +74,29 @@ class BlockConfig:
     sequence_parallel: str = field(
         "gather", "mesh.sequence > 1: gather all keys and values, or pass them on in a ring."
     )
-    init_std: float | None = field(0.02, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    init_std: float | None = field(
+        0.02, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
+    )
     parametrization: str = field(
         "standard",
         f"How weights and steps change with the size, one of {', '.join(TABLES)}; "
         "lm/parametrization.py has the tables.",
     )
-    base_embed_dim: int | None = field(None, "mup: embed_dim that hyper-parameters are meant for.")
-    base_num_layers: int | None = field(
-        None, "mup: num_layers that hyper-parameters are meant for."
+    base_embed_dim: int | None = field(
+        None, "mup: embed_dim that hyper-parameters are meant for.", ge=1
     )
-    base_head_dim: int | None = field(None, "mup: head_dim that hyper-parameters are meant for.")
+    base_num_layers: int | None = field(
+        None, "mup: num_layers that hyper-parameters are meant for.", ge=1
+    )
+    base_head_dim: int | None = field(
+        None, "mup: head_dim that hyper-parameters are meant for.", ge=1
+    )
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
-    scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+    scan_unroll: int = field(
+        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
+    )
 
     @property
     def is_causal(self) -> bool:
@@ -158,6 +170,8 @@ class BlockConfig:
         rows of `length`.
         """
 
+        check_values(self, "config.model")
+
         def need(condition: bool, message: str) -> None:
             if not condition:
                 raise ValueError(f"config.model.{message}")
@@ -178,18 +192,9 @@ class BlockConfig:
             for part in name.split("."):
                 value = getattr(value, part)
             need(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
-        for name in (
-            *("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"),
-            *("head_dim", "mlp_dim", "window", "norm_eps", "init_std", "query_scale"),
-            *("attention_softcap", "relative_max_distance"),
-            *("base_embed_dim", "base_num_layers", "base_head_dim"),
-        ):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name} must be positive, got {value}")
         need(
-            self.positions != "relative"
-            or 2 <= self.relative_buckets < 2 * self.relative_max_distance,
-            f"relative_buckets ({self.relative_buckets}) must be at least 2 and less than twice "
+            self.positions != "relative" or self.relative_buckets < 2 * self.relative_max_distance,
+            f"relative_buckets ({self.relative_buckets}) must be less than twice "
             f"relative_max_distance ({self.relative_max_distance})",
         )
         need(
@@ -198,7 +203,7 @@ class BlockConfig:
             "or set head_dim",
         )
         need(
-            self.kv_heads > 0 and self.num_heads % self.kv_heads == 0,
+            self.num_heads % self.kv_heads == 0,
             f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.kv_heads})",
         )
         need(
@@ -226,13 +231,9 @@ class BlockConfig:
             f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
             "no biases",
         )
-        for name in ("dropout", "attention_dropout"):
-            need(
-                0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}"
-            )
         need(
-            self.scan_unroll == -1 or 1 <= self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be -1 or in 1..num_layers ({self.num_layers})",
+            self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
         )
         need(
             length <= self.max_length,

@@ -20,29 +20,24 @@ NAMES = ("lora_a", "lora_b")  # parameters beside the `weight` of a linear map
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    rank: int = field(0, "Columns of A and rows of B; 0: no adapters.")
-    alpha: float = field(16.0, "The adapter's product counts alpha / rank times.")
+    rank: int = field(0, "Columns of A and rows of B; 0: no adapters.", ge=0)
+    alpha: float = field(16.0, "The adapter's product counts alpha / rank times.", gt=0)
     targets: tuple[str, ...] = field(
         ("query", "value"), "Linear maps that get one: query key value out up gate down head."
     )
-    dropout: float = field(0.0, "Dropout of the adapters' inputs.")
+    dropout: float = field(0.0, "Dropout of the adapters' inputs.", ge=0, lt=1)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def check(self) -> None:
-        """Raises ValueError, naming the config path, for numbers that mean nothing."""
-        for name, good, wanted in (
-            ("rank", self.rank >= 0, "positive, or 0 for no adapters"),
-            ("alpha", self.alpha > 0, "positive"),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("targets", self.rank == 0 or bool(self.targets), "given with a rank"),
-        ):
-            if not good:
-                raise ValueError(
-                    f"config.model.lora.{name} must be {wanted}, got {getattr(self, name)}"
-                )
+        """Raises ValueError, naming the config path, for adapters of nothing."""
+        if self.rank and not self.targets:
+            raise ValueError(
+                f"config.model.lora.targets ({self.targets}) must be given with a rank "
+                f"({self.rank})"
+            )
 
 
 def adapters(names: Any) -> frozenset[str]:

@@ -40,12 +40,13 @@ STATE = ("layers", "batch", "act_length", "act_embed")  # of [S, B / M, T, D]
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     num_microbatches: int = field(
-        1, "Parts of a batch that flow through the stages of the mesh; 1: no pipeline."
+        1, "Parts of a batch that flow through the stages of the mesh; 1: no pipeline.", ge=1
     )
     num_repeats: int = field(
         1,
         "Times that each part goes round the stages: idle time falls about as many times, for an "
         "exchange of weights and of gradients between stages in every forward pass.",
+        ge=1,
     )
 
 
@@ -88,11 +89,6 @@ def make_schedule(config: PipelineConfig, num_layers: int, rules: Rules) -> Sche
         ValueError: layers or micro-batches can't be divided among the stages.
     """
     stages, m = rules.size("layers"), config.num_microbatches
-    if m < 1 or config.num_repeats < 1:
-        raise ValueError(
-            f"config.model.pipeline: num_microbatches ({m}) and num_repeats "
-            f"({config.num_repeats}) must be positive"
-        )
     repeats = config.num_repeats if stages > 1 else 1
     if m % stages:
         raise ValueError(

@@ -23,21 +23,23 @@ KINDS = ("rotary", "learned", "sinusoidal", "relative", "alibi", "none")
 
 @dataclasses.dataclass(frozen=True)
 class RotaryConfig:
-    theta: float = field(10_000.0, "Base of the wavelengths.")
+    theta: float = field(10_000.0, "Base of the wavelengths.", gt=0)
     local_theta: float | None = field(
-        None, "Base in local layers, unscaled; unset: as in global ones."
+        None, "Base in local layers, unscaled; unset: as in global ones.", gt=0
     )
     scaling: str = field("none", "none, linear, llama3 or yarn.")
-    factor: float = field(1.0, "How many times the original length is wanted.")
-    original_length: int = field(8192, "Length that the model was first trained on.")
+    factor: float = field(1.0, "How many times the original length is wanted.", gt=0)
+    original_length: int = field(8192, "Length that the model was first trained on.", ge=1)
     low_frequency_factor: float = field(
-        1.0, "llama3: wavelengths longer than length/this are scaled."
+        1.0, "llama3: wavelengths longer than length/this are scaled.", gt=0
     )
     high_frequency_factor: float = field(
-        4.0, "llama3: wavelengths shorter than length/this are kept."
+        4.0, "llama3: wavelengths shorter than length/this are kept.", gt=0
     )
-    beta_fast: float = field(32.0, "yarn: rotations over the original length above which to keep.")
-    beta_slow: float = field(1.0, "yarn: rotations below which to interpolate fully.")
+    beta_fast: float = field(
+        32.0, "yarn: rotations over the original length above which to keep.", gt=0
+    )
+    beta_slow: float = field(1.0, "yarn: rotations below which to interpolate fully.", gt=0)
 
 
 SCALINGS = ("none", "linear", "llama3", "yarn")

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
+from lm.config import check_values, field
 from lm.layers.convolution import GatedConvolution
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
@@ -29,17 +29,23 @@ REMAT = ("none", "dots", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    vocab_size: int = field(50_304, "Rows of the embedding; at least the tokenizer's vocabulary.")
-    num_layers: int = field(8, "Blocks.")
-    embed_dim: int = field(512, "Width of the residual stream.")
-    kernel_size: int = field(4, "Tokens that a convolution reads, its own included.")
-    norm_eps: float = field(1e-6, "Added to the variance.")
+    vocab_size: int = field(
+        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+    )
+    num_layers: int = field(8, "Blocks.", ge=1)
+    embed_dim: int = field(512, "Width of the residual stream.", ge=1)
+    kernel_size: int = field(4, "Tokens that a convolution reads, its own included.", ge=1)
+    norm_eps: float = field(1e-6, "Added to the variance.", gt=0)
     tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
-    dropout: float = field(0.0, "Dropout of embeddings and residual branches.")
-    init_std: float | None = field(None, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    dropout: float = field(0.0, "Dropout of embeddings and residual branches.", ge=0, lt=1)
+    init_std: float | None = field(
+        None, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
+    )
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
     remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
-    scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+    scan_unroll: int = field(
+        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
+    )
 
     @property
     def is_causal(self) -> bool:
@@ -59,27 +65,18 @@ class Config:
         rows of `length`.
         """
 
+        check_values(self, "config.model")
+
         def need(condition: bool, message: str) -> None:
             if not condition:
                 raise ValueError(f"config.model.{message}")
 
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "embed_dim",
-            "kernel_size",
-            "norm_eps",
-            "init_std",
-        ):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name} must be positive, got {value}")
         for name, known in (("dtype", ("float32", "bfloat16")), ("remat", REMAT)):
             value = getattr(self, name)
             need(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
-        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         need(
-            self.scan_unroll == -1 or 1 <= self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be -1 or in 1..num_layers ({self.num_layers})",
+            self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
         )
         need(
             self.kernel_size <= length,

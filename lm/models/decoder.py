@@ -26,25 +26,15 @@ from lm.types import Array, Cache, Output, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
-    logit_softcap: float | None = field(None, "Soft cap of the logits.")
+    logit_softcap: float | None = field(None, "Soft cap of the logits.", gt=0)
     tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
-    embed_scale: float = field(1.0, "Factor on the embeddings.")
+    embed_scale: float = field(1.0, "Factor on the embeddings.", gt=0)
     sequence_balance: bool = field(
         True, "mesh.sequence > 1: give every shard the same share of a causal mask."
     )
     pipeline: pipelining.PipelineConfig = field(
         pipelining.PipelineConfig(), "How micro-batches pass the stages of the mesh."
     )
-
-    def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
-        rows of `length`.
-        """
-        super().check(length)
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError(
-                f"config.model.logit_softcap must be positive, got {self.logit_softcap}"
-            )
 
 
 class Decoder(Transformer):

@@ -24,23 +24,12 @@ from lm.types import Array, Cache, Output, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
-    num_types: int = field(2, "Token types, as many as rows of their table; 0: none.")
-    pooler_dim: int = field(0, "Width of the pooled output of a segment; 0: there is none.")
+    num_types: int = field(2, "Token types, as many as rows of their table; 0: none.", ge=0)
+    pooler_dim: int = field(0, "Width of the pooled output of a segment; 0: there is none.", ge=0)
 
     @property
     def is_causal(self) -> bool:
         return False
-
-    def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
-        rows of `length`.
-        """
-        super().check(length)
-        for name in ("num_types", "pooler_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"config.model.{name} must not be negative, got {getattr(self, name)}"
-                )
 
 
 class Encoder(Transformer):

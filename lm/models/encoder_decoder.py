@@ -24,13 +24,13 @@ from lm.types import Array, Cache, Output, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
-    num_encoder_layers: int | None = field(None, "Blocks of the encoder; unset: num_layers.")
+    num_encoder_layers: int | None = field(None, "Blocks of the encoder; unset: num_layers.", ge=1)
     tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
-    embed_scale: float = field(1.0, "Factor on the embeddings.")
+    embed_scale: float = field(1.0, "Factor on the embeddings.", gt=0)
     embed_init_std: float | None = field(
-        None, "Deviation of initial embeddings; unset: init_std, or 0.02 without one."
+        None, "Deviation of initial embeddings; unset: init_std, or 0.02 without one.", gt=0
     )
-    logit_scale: float = field(1.0, "Factor on the states before the vocabulary projection.")
+    logit_scale: float = field(1.0, "Factor on the states before the vocabulary projection.", gt=0)
 
     @property
     def takes_encoder(self) -> bool:
@@ -55,12 +55,10 @@ class Config(BlockConfig):
         """
         super().check(length)
         own = self.num_encoder_layers
-        if own is not None and own < 1:
-            raise ValueError(f"config.model.num_encoder_layers must be positive, got {own}")
         if own is not None and self.scan_unroll > own:
             raise ValueError(
-                f"config.model.scan_unroll ({self.scan_unroll}) must be -1 or in "
-                f"1..num_encoder_layers ({own})"
+                f"config.model.scan_unroll ({self.scan_unroll}) must be at most "
+                f"num_encoder_layers ({own})"
             )
         if own is not None and own != self.num_layers and self.parametrization != "standard":
             raise ValueError(
@@ -73,10 +71,6 @@ class Config(BlockConfig):
                 "config.model.parallel_block must be False for encoder_decoder: cross-attention "
                 "reads what attention has added"
             )
-        for name in ("embed_init_std", "logit_scale"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"config.model.{name} must be positive, got {value}")
 
 
 class EncoderDecoder(nn.Module):

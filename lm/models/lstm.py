@@ -10,12 +10,13 @@ cut every `bptt` tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
+from lm.config import check_values, field
 from lm.layers import recurrent
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter
@@ -27,24 +28,33 @@ from lm.types import Array, Cache, Output, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    vocab_size: int = field(33_280, "Rows of the embedding; at least the tokenizer's vocabulary.")
-    num_layers: int = field(2, "LSTM layers.")
-    embed_dim: int = field(200, "Width of the embedding and of the vocabulary projection.")
+    vocab_size: int = field(
+        33_280, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+    )
+    num_layers: int = field(2, "LSTM layers.", ge=1)
+    embed_dim: int = field(200, "Width of the embedding and of the vocabulary projection.", ge=1)
     hidden_dim: int | None = field(
         None,
         "Width of the layers; unset: embed_dim. Another width has a linear map before the first "
         "layer and one after the last.",
+        ge=1,
     )
     tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
     head_bias: bool = field(True, "The vocabulary projection has a bias for every token.")
-    dropout: float = field(0.0, "Dropout of embeddings and of every layer's output.")
+    dropout: float = field(0.0, "Dropout of embeddings and of every layer's output.", ge=0, lt=1)
     bptt: int | None = field(
-        None, "Tokens of a row after which gradients stop; unset: they go through the whole row."
+        None,
+        "Tokens of a row after which gradients stop; unset: they go through the whole row.",
+        ge=1,
     )
-    forget_bias: float = field(1.0, "Initial bias of the forget gates.")
-    init_std: float | None = field(0.05, "Deviation of initial weights; unset: fan_in ** -0.5.")
+    forget_bias: float = field(1.0, "Initial bias of the forget gates.", gt=-math.inf)
+    init_std: float | None = field(
+        0.05, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
+    )
     dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
-    scan_unroll: int = field(1, "Layers per iteration of the scan; -1: all of them, no loop.")
+    scan_unroll: int = field(
+        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
+    )
 
     @property
     def hidden_size(self) -> int:
@@ -68,21 +78,19 @@ class Config:
         rows of `length`.
         """
 
+        check_values(self, "config.model")
+
         def need(condition: bool, message: str) -> None:
             if not condition:
                 raise ValueError(f"config.model.{message}")
 
-        for name in ("vocab_size", "num_layers", "embed_dim", "hidden_dim", "bptt", "init_std"):
-            value = getattr(self, name)
-            need(value is None or value > 0, f"{name} must be positive, got {value}")
         need(
             self.dtype in ("float32", "bfloat16"),
             f"dtype must be one of float32, bfloat16, got {self.dtype!r}",
         )
-        need(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}")
         need(
-            self.scan_unroll == -1 or 1 <= self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be -1 or in 1..num_layers ({self.num_layers})",
+            self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
         )
         need(
             self.bptt is None or self.bptt <= length,

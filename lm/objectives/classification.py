@@ -26,7 +26,9 @@ class Config:
         (), "What is predicted for each class, one token each; empty: the labels themselves."
     )
     mask_id: int | None = field(
-        None, "Encoders: where the label is predicted; unset: the tokenizer's, else a spare id."
+        None,
+        "Encoders: where the label is predicted; unset: the tokenizer's, else a spare id.",
+        ge=0,
     )
 
 

@@ -25,13 +25,17 @@ class Config:
         "In this order: mask tokens, delete tokens, infill (one mask for a span), shuffle "
         "sentences, rotate (begin anywhere).",
     )
-    rate: float = field(0.3, "Fraction of the tokens that mask, delete and infill hide.")
-    mean_span: float = field(3.0, "infill: mean of the Poisson distribution of spans.")
+    rate: float = field(
+        0.3, "Fraction of the tokens that mask, delete and infill hide.", ge=0, lt=1
+    )
+    mean_span: float = field(3.0, "infill: mean of the Poisson distribution of spans.", ge=0)
     bidirectional: bool = field(
         True, "Without an encoder: the noisy text is a prefix that its segment sees whole."
     )
     mask_id: int | None = field(
-        None, "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use."
+        None,
+        "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use.",
+        ge=0,
     )
 
 

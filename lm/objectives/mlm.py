@@ -17,14 +17,21 @@ _INSIDE = bytes(range(0x80, 0xC0))  # go on a UTF-8 character
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    rate: float = field(0.15, "Probability that a token, or a word, is predicted.")
-    mask_fraction: float = field(0.8, "Of the predicted tokens, those that the mask token hides.")
+    rate: float = field(0.15, "Probability that a token, or a word, is predicted.", gt=0, lt=1)
+    mask_fraction: float = field(
+        0.8, "Of the predicted tokens, those that the mask token hides.", ge=0, le=1
+    )
     random_fraction: float = field(
-        0.1, "Of the predicted tokens, those that a random token replaces; the rest stay."
+        0.1,
+        "Of the predicted tokens, those that a random token replaces; the rest stay.",
+        ge=0,
+        le=1,
     )
     whole_word: bool = field(False, "Predict all tokens of a word or none.")
     mask_id: int | None = field(
-        None, "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use."
+        None,
+        "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use.",
+        ge=0,
     )
 
 

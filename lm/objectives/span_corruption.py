@@ -18,8 +18,8 @@ from lm.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    noise_density: float = field(0.15, "Fraction of the tokens that are hidden.")
-    mean_span: float = field(3.0, "Mean number of tokens in a hidden span.")
+    noise_density: float = field(0.15, "Fraction of the tokens that are hidden.", gt=0, lt=1)
+    mean_span: float = field(3.0, "Mean number of tokens in a hidden span.", ge=1)
     bidirectional: bool = field(
         True, "Without an encoder: the corrupted text is a prefix that its segment sees whole."
     )
@@ -27,6 +27,7 @@ class Config:
         None,
         "Id of the first sentinel, the next ones descending; unset: the tokenizer's <extra_id_0>, "
         "else the last id of the model.",
+        ge=0,
     )
 
 

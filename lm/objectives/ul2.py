@@ -31,10 +31,11 @@ class Config:
             ("X", 0.5, 64.0),
         ),
         "(mode, noise density, mean span) of each; a mean span of 0 is one span, at the end.",
+        ge=0,
     )
-    rates: tuple[float, ...] = field((), "Probability of each denoiser; empty: all the same.")
+    rates: tuple[float, ...] = field((), "Probability of each denoiser; empty: all the same.", gt=0)
     mode_ids: tuple[int, ...] = field(
-        (), "Ids of the mode tokens R, S and X, put before the text; empty: none is."
+        (), "Ids of the mode tokens R, S and X, put before the text; empty: none is.", ge=0
     )
     bidirectional: bool = field(
         True, "Without an encoder: the corrupted text is a prefix that its segment sees whole."
@@ -43,6 +44,7 @@ class Config:
         None,
         "Id of the first sentinel, the next ones descending; unset: the tokenizer's <extra_id_0>, "
         "else the last id of the model.",
+        ge=0,
     )
 
 
