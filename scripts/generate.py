@@ -49,10 +49,10 @@ def main() -> int:
     from lm.generation.generator import Generator
     from lm.generation.text import Piece
 
-    sampling = _sampling(args)
+    sampling = _checked(args)
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = experiment.restore_params(checkpoints, args.step)
+        step, params = experiment.restore_params(checkpoints, args.step)
     tokenizer = experiment.tokenizer
     request: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.chat or args.messages:
@@ -62,6 +62,8 @@ def main() -> int:
         generator = Generator(experiment.model, params, tokenizer, eos_id=chat.end_id)
         if args.messages:
             return answer(generator, chat, request, args.messages)
+        if sys.stdin.isatty():
+            print(banner(args.workdir, step, experiment, args.max_new_tokens), file=sys.stderr)
         return converse(generator, chat, request, args.system)
     prompts = args.prompt or [_standard_input()]
     generator = Generator(experiment.model, params, tokenizer)
@@ -169,6 +171,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _checked(args: argparse.Namespace) -> Any:
+    """What `_sampling` makes of the flags; a ValueError names the flag that is out of its range."""
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
+    try:
+        return _sampling(args)
+    except ValueError as error:
+        field, _, wanted = str(error).partition(" ")
+        raise ValueError(f"--{field.replace('_', '-')} {wanted}") from None
+
+
 def _sampling(args: argparse.Namespace) -> Any:
     from lm.generation.beam import BeamSearch
     from lm.generation.sampling import Sampling
@@ -205,6 +218,21 @@ def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int
         reply = {"role": "assistant", "content": made.text.strip()}
         print(json.dumps({"messages": [*dialogues[made.prompt], reply]}, ensure_ascii=False))
     return 0
+
+
+def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str:
+    """The lines that open a dialogue: the model, its context, and how to leave."""
+    from jax import tree
+
+    from lm.metrics import quantity
+
+    count = sum(leaf.size for leaf in tree.leaves(experiment.abstract_params))
+    return (
+        f"{workdir}, step {step}: {quantity(count)} parameters, a context of "
+        f"{experiment.config.model.max_length:,} tokens, replies of at most {max_new_tokens:,}; "
+        "what no longer fits is forgotten, the oldest first.\n"
+        "Type a message and Enter; Ctrl-D on an empty line leaves."
+    )
 
 
 def converse(generator: Any, chat: Any, request: dict[str, Any], system: str | None) -> int:

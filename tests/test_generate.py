@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
 from lm.config import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
+from lm.generation.beam import BeamSearch
 from lm.generation.decode import CHUNK
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling, choose
+from lm.metrics import quantity
 from lm.models import decoder
 from lm.sharding import make_rules
 from lm.types import Tokens
@@ -335,11 +338,61 @@ def test_what_just_fits_is_accepted():
     [
         *({"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}),
         *({"num_samples": 0}, {"seed": -1}, {"seed": 2**32}, {"stop": ("a", "")}),
+        *({"temperature": t} for t in (math.inf, math.nan, 1e7, 9e-7, 1e300, 5e-324)),
+        *({"repetition_penalty": p} for p in (0, math.inf, math.nan, 1e300, 1e-300)),
+        *({"top_p": 1e-300}, {"top_p": math.nan}, {"min_p": math.nan}),
     ],
 )
 def test_sampling_out_of_range_is_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(str(value))}"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"length_penalty": 1e3}, {"length_penalty": math.nan}, {"repetition_penalty": 1e300}]
+)
+def test_a_beam_search_out_of_range_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        BeamSearch(**wrong)
+
+
+EXTREMES = {
+    "temperature": (0.0, 1e-6, 1e6),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1e-300, 1.0),
+    "repetition_penalty": (1e-6, 1e6),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in EXTREMES.items() for value in values]
+)
+def test_the_ends_of_every_range_draw_known_ids_with_finite_probabilities(name, value):
+    generator = make_generator()
+    for other in ({}, {"temperature": 1e6}, {"temperature": 1e-6, "top_p": 0.5}, {"top_k": 300}):
+        sampling = Sampling(**{**other, name: value})
+        for made in generator.generate(PROMPTS, max_new_tokens=6, sampling=sampling):
+            assert np.isfinite(made.logprobs).all()
+            assert made.ids.max(initial=0) < TOKENIZER.vocab_size
+
+
+def test_scores_that_are_huge_or_equal_are_drawn_from_without_nan():
+    keys = jax.random.split(jax.random.key(0), 2)
+    logits = jnp.array([[-jnp.inf, -1e30, 1e30, 0.0], [-jnp.inf, 2.0, 2.0, 2.0]])
+    for temperature in (1e-6, 1.0, 1e6):
+        for top_p in (1e-6, 1.0):
+            values = np.array([temperature, top_p, 0.0], np.float32)
+            first, second = choose(logits, keys, values, top_k=0, nucleus=top_p < 1).tolist()
+            assert first == 2 and second != 0
+
+
+def test_the_longest_text_of_a_beam_search_has_a_finite_score():
+    for penalty in (-1.0, 5.0):
+        for stopping in (True, False, "never"):
+            search = BeamSearch(length_penalty=penalty, early_stopping=stopping)
+            divisors = search.divisors(1_000_000, 1_000_001).astype(np.float32)
+            assert np.isfinite(divisors).all() and (divisors > 0).all()
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
@@ -408,7 +461,13 @@ def test_the_script_prints_what_the_generator_makes(run_folder, stream):
         pytest.param(["--workdir=/nowhere"], "/nowhere holds no run", marks=pytest.mark.slow),
         (["--max-new-tokens=70"], "config.model.max_length (64)"),
         pytest.param(["--step=7"], "no checkpoint of step 7", marks=pytest.mark.slow),
-        pytest.param(["--top-p=0"], "top_p must be in (0, 1]", marks=pytest.mark.slow),
+        pytest.param(["--top-p=0"], "--top-p must be in [1e-06, 1]", marks=pytest.mark.slow),
+        (["--temperature=inf"], "--temperature must be 0, which is greedy, or in"),
+        pytest.param(
+            ["--max-new-tokens=0"],
+            "--max-new-tokens must be positive, got 0",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):
@@ -416,3 +475,21 @@ def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):
     assert (run.returncode, run.stdout) == (1, b"")
     assert run.stderr.decode().startswith("error: ") and message in run.stderr.decode()
     assert run.stderr.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_a_dialogue_in_a_terminal_opens_with_the_model_and_how_to_leave(run_folder):
+    folder, experiment = run_folder
+    script = Path(__file__).parent.parent / "scripts" / "generate.py"
+    flags = [f"--workdir={folder}", "--chat", "--max-new-tokens=4"]
+    terminal, other = os.openpty()
+    os.write(terminal, b"Hi\n\x04")  # Ctrl-D
+    run = subprocess.run(
+        [sys.executable, str(script), *flags], stdin=other, capture_output=True, check=True
+    )
+    os.close(terminal)
+    os.close(other)
+    count = sum(x.size for x in jax.tree.leaves(experiment.abstract_params))
+    first, second, *_ = run.stderr.decode().splitlines()
+    assert first.startswith(f"{folder}, step 0: {quantity(count)} parameters, a context of 64 tok")
+    assert "Ctrl-D" in second

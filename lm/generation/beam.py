@@ -30,24 +30,26 @@ class BeamSearch:
     """How prompts are continued by the likeliest texts that a search finds."""
 
     num_beams: int = 4
-    length_penalty: float = 1.0  # above 0: for longer texts; 0: by log-probability alone
+    # -1 to 5; above 0: for longer texts; 0: by log-probability alone
+    length_penalty: float = 1.0
     # True: when num_beams have ended. False: when the best that goes on scores below the worst of
     # them at its present length. "never": below it at the length that would score best.
     early_stopping: bool | str = False
     num_samples: int = 1  # best continuations of each prompt that are returned
-    repetition_penalty: float = 1.0  # as in `Sampling`, on log-probabilities
+    repetition_penalty: float = 1.0  # 1e-3 to 1e3; as in `Sampling`, on log-probabilities
 
     def __post_init__(self) -> None:
         for name, good, wanted in (
             ("num_beams", self.num_beams > 0, "positive"),
-            ("length_penalty", np.isfinite(self.length_penalty), "finite"),
+            # beyond, scores of real texts come near to LOW
+            ("length_penalty", -1 <= self.length_penalty <= 5, "in [-1, 5]"),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a bool or never"),
             (
                 "num_samples",
                 0 < self.num_samples <= self.num_beams,
                 f"in 1..num_beams ({self.num_beams})",
             ),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive"),
+            ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "in [0.001, 1000]"),
         ):
             if not good:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 
 from lm.types import Array
 
+# Of what divides or multiplies logits. Beyond some 1e38 either way it is 0 or infinite in float32,
+# and makes NaN of logits that are masked.
+SMALLEST, LARGEST = 1e-6, 1e6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -20,11 +24,11 @@ class Sampling:
     (arXiv:2407.01082).
     """
 
-    temperature: float = 1.0  # divides the logits; 0: greedy
+    temperature: float = 1.0  # divides the logits, 1e-6 to 1e6; 0: greedy
     top_k: int = 0  # most likely tokens that are kept; 0: all
-    top_p: float = 1.0
+    top_p: float = 1.0  # 1e-6 to 1
     min_p: float = 0.0
-    # above 1: tokens that came before, in the prompt or since, are less likely
+    # 1e-6 to 1e6; above 1: tokens that came before, in the prompt or since, are less likely
     repetition_penalty: float = 1.0
     num_samples: int = 1  # continuations of each prompt
     seed: int = 0
@@ -32,10 +36,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, good, wanted in (
-            ("temperature", 0 <= self.temperature < float("inf"), "finite and not negative"),
+            (
+                "temperature",
+                self.temperature == 0 or SMALLEST <= self.temperature <= LARGEST,
+                f"0, which is greedy, or in [{SMALLEST:g}, {LARGEST:g}]",
+            ),
             ("top_k", self.top_k >= 0, "positive, or 0 for all"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "positive"),
+            ("top_p", SMALLEST <= self.top_p <= 1, f"in [{SMALLEST:g}, 1]"),
+            (
+                "repetition_penalty",
+                SMALLEST <= self.repetition_penalty <= LARGEST,
+                f"in [{SMALLEST:g}, {LARGEST:g}]",
+            ),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("num_samples", self.num_samples > 0, "positive"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
