@@ -17,7 +17,7 @@ from typing import Any
 from lm.exits import Exit, RunError
 from lm.processes import distributed
 
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
 def run(main: Callable[..., int], *args: Any) -> None:

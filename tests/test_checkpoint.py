@@ -3,11 +3,13 @@ found, or harmless.
 """
 
 import json
+import os
 import pathlib
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -252,6 +254,49 @@ def test_a_bad_checkpoint_is_set_aside_and_the_newest_good_one_used(three, capsy
     assert "step 3 is bad and was moved to" in lines[0] and "bad_checkpoints/3-1: " in lines[0]
     assert "checksum" in lines[0] and "the manifest says" in lines[0]
     assert "step 2 is bad" in lines[1] and "params.w: NOT_FOUND" in lines[1]
+
+
+NAMES = ["my run", "a%20b", "%zz", "a#b", "a?b=c&d", "[x]*", "**", "{0} %s", "运行", "a\nb", "~"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_holds_its_checkpoints(name, tmp_path, capsys):
+    (tmp_path / "x").mkdir()  # what the pattern [x]* would find
+    workdir = str(tmp_path / name)
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        checkpoints.save(small(1))
+        assert_bitwise(checkpoints.restore(abstract(small(0)))[0], small(1))
+        checkpoints.save(small(2))
+    with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
+        assert_bitwise(checkpoints.restore(abstract(small(0)))[0], small(2))
+    assert capsys.readouterr().out == ""  # nothing was passed over
+    folder = epath.Path(workdir) / "checkpoints" / "2"
+    manifest = stored.read_manifest(folder)
+    assert stored.find_fault(folder, manifest) == ""
+    w = stored.read_leaf(folder, "params.w", manifest.leaves["params.w"])
+    np.testing.assert_array_equal(w, small(2).params["w"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become a user who may not read")
+@pytest.mark.parametrize("file", ["params/manifest.ocdbt", "manifest/manifest.json"])
+def test_a_checkpoint_that_may_not_be_read_is_not_called_bad(file, capsys):
+    workdir = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are root's alone
+    try:
+        with Checkpoints(str(workdir), CheckpointConfig(keep_last=2)) as checkpoints:
+            checkpoints.save(small(1))
+            checkpoints.save(small(2))
+        for path in [workdir, *workdir.rglob("*")]:
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        (step_folder(workdir, 2) / file).chmod(0)
+        os.seteuid(65534)
+        with Checkpoints(str(workdir), CheckpointConfig()) as checkpoints:
+            with pytest.raises(PermissionError, match=r"checkpoints/2 cannot be opened: .*as it was"):
+                checkpoints.restore(abstract(small(0)))
+            assert checkpoints.steps() == [1, 2]
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(workdir)
+    assert not capsys.readouterr().out
 
 
 def test_no_good_checkpoint_ends_the_run_with_its_code(three):

@@ -27,6 +27,7 @@ from lm.checkpoint import restore, stored
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config import CheckpointConfig
 from lm.exits import Exit, RunError
+from lm.storage import LiteralPath
 from lm.types import Params, TrainState
 
 # What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and
@@ -61,7 +62,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        root = epath.Path(workdir).resolve()
+        root = LiteralPath(workdir).resolve()
         self.directory = root / "checkpoints"
         self._bad = root / "bad_checkpoints"
         self._config = config

@@ -20,7 +20,9 @@ from jax.experimental import multihost_utils
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import stored
 from lm.checkpoint.manifest import Damaged, Manifest
+from lm.checkpoint.stored import Unreadable
 
+_CANNOT = "cannot be opened"  # how the fault of an Unreadable begins
 NUM_READERS = 8  # leaves that are read at the same time
 
 
@@ -39,13 +41,14 @@ def restore(
 
     Raises:
         ValueError: the checkpoint has other leaves than `wanted`; the message lists them.
+        Unreadable: its files cannot be opened.
     """
     manifest, tree, fault = None, {}, ""
     try:
         manifest = stored.read_manifest(folder)
-    except Damaged as error:
-        fault = str(error)
-    if (fault := _agree(fault)) or manifest is None:
+    except (Damaged, Unreadable) as error:
+        fault = _fault(error)
+    if (fault := _agree(fault, folder)) or manifest is None:
         return fault, tree, manifest
     if all(name.startswith("params.") for name in manifest.leaves):
         wanted = {"params": wanted["params"]}
@@ -63,9 +66,9 @@ def restore(
     try:
         with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as readers:
             tree = structure.unflatten(readers.map(read, manifests.leaves(wanted), leaves))
-    except Damaged as error:
-        fault = str(error)
-    if (fault := _agree(fault)) or not verify:
+    except (Damaged, Unreadable) as error:
+        fault = _fault(error)
+    if (fault := _agree(fault, folder)) or not verify:
         return fault, tree, manifest
     found = manifests.leaves(tree, sums(tree))
     wrong = [name for name in there if found[name].checksum != there[name].checksum]
@@ -75,7 +78,7 @@ def restore(
             f"{name}{others}: checksum {found[name].checksum}, the manifest says "
             f"{there[name].checksum}"
         )
-    return _agree(fault), tree, manifest
+    return _agree(fault, folder), tree, manifest
 
 
 def _read(folder: epath.Path, manifest: Manifest, name: str, wanted: Any) -> jax.Array:
@@ -127,8 +130,23 @@ def from_lead(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
-def _agree(fault: str) -> str:
-    """What any process found wrong, the same text in all of them; "" if none did."""
+def _fault(error: Exception) -> str:
+    return f"{_CANNOT}: {error}" if isinstance(error, Unreadable) else str(error)
+
+
+def _agree(fault: str, folder: epath.Path) -> str:
+    """What any process found wrong, the same text in all of them; "" if none did.
+
+    Raises:
+        Unreadable: a process cannot open the files, in all of them.
+    """
+    found = _gather(fault)
+    if _CANNOT in found:
+        raise Unreadable(f"the checkpoint {folder} {found}; it is as it was")
+    return found
+
+
+def _gather(fault: str) -> str:
     if jax.process_count() == 1:
         return fault
     mine = np.zeros(512, np.uint8)

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm import storage
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
@@ -27,6 +28,13 @@ MANIFEST_FILE = "manifest.json"
 DELETING = "deleting"  # a step with this file in it is no checkpoint any more
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+_UNREADABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+class Unreadable(PermissionError):
+    """Files that may not be read, or whose place doesn't answer: nothing is known of their bits, so
+    that no checkpoint is called damaged for it.
+    """
 
 
 def steps(directory: epath.Path) -> list[int]:
@@ -63,10 +71,13 @@ def read_manifest(folder: epath.Path) -> Manifest:
     """The manifest of a step's folder.
 
     Raises:
+        Unreadable: it may not be read.
         Damaged: there is none, or it isn't what was written for this step.
     """
     try:
         manifest = Manifest.from_json((folder / MANIFEST / MANIFEST_FILE).read_bytes())
+    except PermissionError as error:
+        raise Unreadable(str(error)) from None
     except OSError as error:
         raise Damaged(f"no manifest can be read: {error}") from None
     if str(manifest.step) != folder.name:
@@ -116,9 +127,8 @@ def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> Any:
     import tensorstore as ts
 
     item, path = name.split(".", 1)
-    base = str(folder / item)
-    base = base if "://" in base else f"file://{base}"
-    kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{path}/"}
+    base = storage.kvstore(str(folder / item))
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     array = result(ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True), name)
     found = Leaf(tuple(array.shape), array.dtype.name)
     if str(found) != str(leaf):
@@ -135,11 +145,14 @@ def result(future: Any, name: str) -> Any:
     """What a future of TensorStore gives.
 
     Raises:
+        Unreadable: it may not be read, or its place doesn't answer.
         Damaged: the file is damaged or missing, of which TensorStore raises ValueErrors alone.
     """
     try:
         return future.result()
     except ValueError as error:
+        if str(error).startswith(_UNREADABLE):
+            raise Unreadable(f"{name}: {first_line(error)}") from None
         raise Damaged(f"{name}: {first_line(error)}") from None
 
 

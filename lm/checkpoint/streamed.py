@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lm import storage
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import stored
 from lm.checkpoint.manager import SaveFailed
@@ -49,11 +50,10 @@ class ParamsWriter:
         """
         import tensorstore as ts
 
-        base = str(self._writing / "params")
-        base = base if "://" in base else f"file://{base}"
+        base = storage.kvstore(str(self._writing / "params"))
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"},
+            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},
             "metadata": {
                 "shape": list(shape),
                 "chunks": [1] * num_stacked + [max(n, 1) for n in shape[num_stacked:]],

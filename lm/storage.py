@@ -1,0 +1,51 @@
+"""Paths of runs, stores and checkpoints, as the libraries that open them want them spelled: every
+legal name means itself, whatever is special in it to URLs and patterns.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any, Self
+
+from etils.epath import gpath
+
+_DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore
+_SCHEMES = (*_DRIVERS, "file", "http", "https", "memory")
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` names a place by URL: a folder may have `://` in its path, too."""
+    return path.partition("://")[0] in _SCHEMES and "://" in path
+
+
+def kvstore(folder: str) -> dict[str, Any]:
+    """TensorStore's spec of a folder: a local path, or `gs://`, `s3://` (both taken as they are),
+    `file://` or `http://` (both URLs, with %20 for a space).
+    """
+    folder = folder.rstrip("/") + "/"
+    if not is_url(folder):
+        return {"driver": "file", "path": os.path.abspath(folder) + "/"}
+    scheme, _, rest = folder.partition("://")
+    if scheme == "file":
+        return {"driver": "file", "path": urllib.parse.unquote(rest)}
+    if scheme not in _DRIVERS:
+        driver = "memory" if scheme == "memory" else "http"
+        return {"driver": driver, **({"path": rest} if driver == "memory" else {"base_url": folder})}
+    bucket, _, path = rest.partition("/")
+    return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
+
+
+class LiteralPath(gpath.PosixGPath):
+    """A path whose own characters mean themselves to `glob` too. etils takes `runs/[x]*` for a
+    pattern, and Orbax, which lists what its processes wrote by `glob`, then loses it.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        if is_url(str(self)):
+            yield from super().glob(pattern)
+        else:
+            for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
+                yield self._new(path)
