@@ -124,6 +124,7 @@ class Experiment:
             c.data,
             self.objective,
             self.tokenizer,
+            key="config.data.validation",
             cache_dir=c.loader.cache_dir,
         )
 

@@ -21,6 +21,19 @@ def is_url(path: str) -> bool:
     return path.partition("://")[0] in _SCHEMES and "://" in path
 
 
+def expand(path: str, name: str) -> str:
+    """The path with `~` expanded, as a shell would have.
+
+    name: the config path or flag that it was given for.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not path.strip():
+        raise ValueError(f"{name}: {path!r} is no path; name a file or folder")
+    return path if is_url(path) else os.path.expanduser(path)
+
+
 def kvstore(folder: str) -> dict[str, Any]:
     """TensorStore's spec of a folder: a local path, or `gs://`, `s3://` (both taken as they are),
     `file://` or `http://` (both URLs, with %20 for a space).
@@ -33,7 +46,10 @@ def kvstore(folder: str) -> dict[str, Any]:
         return {"driver": "file", "path": urllib.parse.unquote(rest)}
     if scheme not in _DRIVERS:
         driver = "memory" if scheme == "memory" else "http"
-        return {"driver": driver, **({"path": rest} if driver == "memory" else {"base_url": folder})}
+        return {
+            "driver": driver,
+            **({"path": rest} if driver == "memory" else {"base_url": folder}),
+        }
     bucket, _, path = rest.partition("/")
     return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
 

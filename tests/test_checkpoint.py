@@ -290,7 +290,9 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_bad(file, capsys):
         (step_folder(workdir, 2) / file).chmod(0)
         os.seteuid(65534)
         with Checkpoints(str(workdir), CheckpointConfig()) as checkpoints:
-            with pytest.raises(PermissionError, match=r"checkpoints/2 cannot be opened: .*as it was"):
+            with pytest.raises(
+                PermissionError, match=r"checkpoints/2 cannot be opened: .*as it was"
+            ):
                 checkpoints.restore(abstract(small(0)))
             assert checkpoints.steps() == [1, 2]
     finally:

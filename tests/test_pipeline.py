@@ -447,3 +447,16 @@ def test_a_store_made_before_gives_the_same_batches(packing, expected, tmp_path)
         for x in (tokens.ids, tokens.segments, tokens.positions, batch.targets, batch.weights):
             found.update(np.ascontiguousarray(x).tobytes())
     assert found.hexdigest() == expected
+
+
+def test_a_missing_store_is_named_with_its_key(stores, tmp_path):
+    for key, train, validation in (
+        ("train", (str(tmp_path / "gone"),), ()),
+        ("validation", (stores[0],), (str(tmp_path / "gone"),)),
+    ):
+        config = DataConfig(train=train, validation=validation)
+        with pytest.raises(ValueError, match=f"^config.data.{key}: .*/gone: no such folder"):
+            pipeline.make_pipeline(config, CAUSAL, TOKENIZER, batch_size=2, seed=0)
+            pipeline.make_sources(
+                config.validation, config, CAUSAL, TOKENIZER, key="config.data.validation"
+            )

@@ -95,6 +95,61 @@ def test_store_holds_every_document_and_its_end(store):
     assert store.tokenizer().fingerprint == ByteTokenizer.fingerprint
 
 
+NAMES = ["my store", "a%20b", "%zz", "a#b", "a?b=c", "[x]*", "**", "{0} %s", "存", "a\nb", "a://b"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"\xff\xfe")])
+def test_a_store_of_any_name_is_read(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / name)
+    local = TokenStore.open(tmp_path / name)
+    assert local.tokens(0, local.num_tokens).tolist() == STREAM
+    if name.isprintable():
+        url = f"file://{urllib.parse.quote(str(tmp_path / name))}"
+        by_url = TokenStore.open(url)
+        assert by_url.tokens(0, local.num_tokens).tolist() == STREAM
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a#b", "a?b=c", "a b"])
+def test_an_object_store_takes_names_as_they_are(folder, server, monkeypatch, name):
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server)
+    shutil.copytree(folder, folder.parent / name)
+    assert TokenStore.open(f"gs://bucket/{name}").num_documents == len(TEXTS)
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert TokenStore.open("~/store").num_documents == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "'' is no path"),
+        ("gone", "gone: no such folder; make the store with scripts/prepare_data.py"),
+        ("file", "file: a file, not the folder of a token store"),
+        ("link", "link: a link to gone, which is not there"),
+        ("both", "both: not a token store but a folder of some: name one of train, validation"),
+        ("empty", "empty: not a complete token store"),
+    ],
+)
+def test_what_is_no_store_is_said_in_one_line(folder, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "empty").mkdir()
+    for split in ("validation", "train"):
+        shutil.copytree(folder, tmp_path / "both" / split)
+    with pytest.raises(ValueError, match=message) as caught:
+        TokenStore.open(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_may_hold_bytes_that_are_no_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    write_store(tmp_path / "store", [Document(name, {"text": "x"})], ByteTokenizer())
+    assert TokenStore.open(tmp_path / "store").document_ids(0) == name
+
+
 def test_gather_is_slicing_with_zeros_beyond_the_end(store):
     padded = np.array(STREAM + [0] * 50)
     starts = np.array([0, 3, 3, len(STREAM) - 5, len(STREAM), len(STREAM) + 40, 10**12])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lm import storage
 from lm.config import DataConfig, LoaderConfig
 from lm.data import loaders, packing
 from lm.data.packing import Span
@@ -22,7 +23,7 @@ from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
 from lm.data.sources import Layout, Rows, Source, synthetic
 from lm.data.sources.synthetic import Synthetic
-from lm.data.sources.tokens import TokenStore
+from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.exits import Exit, RunError
 from lm.types import Batch
@@ -259,9 +260,11 @@ def make_source(
     """
     if config.packing not in PACKINGS:
         raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
-    inside = None if "://" in path else Path(path) / "packing"
     if path.startswith("synthetic:"):
         return _make_synthetic(path, layout, tokenizer)
+    path = storage.expand(path, "a token store")
+    inside = None if storage.is_url(path) else Path(path) / "packing"
+    cache_dir = cache_dir and storage.expand(cache_dir, "config.loader.cache_dir")
     stores = [TokenStore.open(path, field=field) for field in layout.fields]
     stores[0].check_tokenizer(tokenizer)
     if len(stores) > 1:
@@ -277,17 +280,26 @@ def make_sources(
     objective: Objective,
     tokenizer: Tokenizer,
     *,
+    key: str,
     cache_dir: str = "",
 ) -> dict[str, RowSource]:
-    """Returns `make_source` of every path, by path, with the rows that its objective wants."""
+    """Returns `make_source` of every path, by path, with the rows that its objective wants.
+
+    key: the config path that names them, for the errors.
+    """
     if len(set(paths)) < len(paths):
         raise ValueError(
-            f"a token store is named twice in {list(paths)}: give it a larger weight instead"
+            f"{key}: a token store is named twice in {list(paths)}: give it a larger weight instead"
         )
-    return {
-        path: make_source(path, config, objective.of(path).layout, tokenizer, cache_dir=cache_dir)
-        for path in paths
-    }
+    try:
+        return {
+            path: make_source(
+                path, config, objective.of(path).layout, tokenizer, cache_dir=cache_dir
+            )
+            for path in paths
+        }
+    except NoStore as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def make_pipeline(
@@ -302,9 +314,18 @@ def make_pipeline(
 ) -> Pipeline:
     """Returns the training pipeline of a config."""
     if not config.train:
-        raise ValueError("data.train is empty: name at least one token store, or synthetic:markov")
+        raise ValueError(
+            "config.data.train is empty: name at least one token store, or synthetic:markov"
+        )
     return Pipeline(
-        make_sources(config.train, config, objective, tokenizer, cache_dir=cache_dir),
+        make_sources(
+            config.train,
+            config,
+            objective,
+            tokenizer,
+            key="config.data.train",
+            cache_dir=cache_dir,
+        ),
         {path: objective.of(path) for path in config.train},
         batch_size=batch_size,
         seed=seed,

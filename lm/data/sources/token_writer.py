@@ -55,7 +55,7 @@ def encode_block(
     documents: Sequence[Document], tokenizer: Tokenizer, *, fields: Sequence[str]
 ) -> Block:
     """Returns the documents as tokens, each followed by eos."""
-    ids = [document.id.encode() for document in documents]
+    ids = [document.id.encode(errors="surrogateescape") for document in documents]
     dtype = token_dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], dtype)
     tokens, num_bytes = {}, {}

@@ -24,10 +24,19 @@ from pathlib import Path
 
 import numpy as np
 
+from lm import storage
 from lm.data import tokenizer as tokenizers
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_INCOMPLETE = (
+    f"not a complete token store (no {MANIFEST}); run scripts/prepare_data.py, again if it was "
+    "interrupted"
+)
+
+
+class NoStore(ValueError):
+    """There is no complete token store at a path."""
 
 
 class TokenStore:
@@ -56,16 +65,13 @@ class TokenStore:
     def open(cls, path: str | os.PathLike, *, field: str = "text") -> "TokenStore":
         """Returns the store at `path`, a folder or a URL; file sizes are checked, contents are not.
 
-        Raises ValueError if there is no complete store or it has no such field.
+        Raises NoStore if there is no complete store, ValueError if it has no such field.
         """
-        path = os.fspath(path)
-        files = _Remote(path) if "://" in path else _Mapped(path)
+        path = storage.expand(os.fspath(path), "a token store")
+        files = _Remote(path) if storage.is_url(path) else _Mapped(path)
         content = files.read(MANIFEST)
         if content is None:
-            raise ValueError(
-                f"{path}: not a complete token store (no {MANIFEST}); "
-                "run scripts/prepare_data.py, again if it was interrupted"
-            )
+            raise NoStore(f"{path}: {files.absence()}")
         manifest = json.loads(content)
         if manifest.get("format") != FORMAT:
             raise ValueError(
@@ -99,9 +105,10 @@ class TokenStore:
         return result
 
     def document_ids(self, i: int) -> str:
-        """Returns the id of document `i`."""
+        """Returns the id of document `i`, bytes that are no UTF-8 as `os.fsdecode` gives them."""
         start, stop = self._id_offsets[i], self._id_offsets[i + 1]
-        return self._id_ranges([int(start)], [int(stop)])[0].tobytes().decode()
+        content = self._id_ranges([int(start)], [int(stop)])[0].tobytes()
+        return content.decode(errors="surrogateescape")
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Returns the tokenizer that made this store, from the copy inside it."""
@@ -150,6 +157,19 @@ class _Mapped:
     def __init__(self, path: str):
         self._path = Path(path)
 
+    def absence(self) -> str:
+        """Why there is no store."""
+        if self._path.is_symlink() and not self._path.exists():
+            return f"a link to {os.readlink(self._path)}, which is not there"
+        if not self._path.exists():
+            return "no such folder; make the store with scripts/prepare_data.py"
+        if not self._path.is_dir():
+            return "a file, not the folder of a token store"
+        inside = [path.parent.name for path in sorted(self._path.glob(f"*/{MANIFEST}"))]
+        if inside:
+            return f"not a token store but a folder of some: name one of {', '.join(inside)} in it"
+        return _INCOMPLETE
+
     def read(self, name: str) -> bytes | None:
         file = self._path / name
         return file.read_bytes() if file.is_file() else None
@@ -190,7 +210,10 @@ class _Remote:
         import tensorstore
 
         self._url = url.rstrip("/")
-        self._store = tensorstore.KvStore.open(self._url + "/").result()
+        self._store = tensorstore.KvStore.open(storage.kvstore(self._url)).result()
+
+    def absence(self) -> str:
+        return _INCOMPLETE
 
     def read(self, name: str) -> bytes | None:
         result = self._store.read(name).result()
