@@ -113,6 +113,13 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return config
 
 
+def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A copy with every field of every section and component, those that `config` lacks at their
+    defaults, as where an objective is chosen by its name alone.
+    """
+    return from_json(to_json(config))
+
+
 def assign(config: ml_collections.ConfigDict, setting: str) -> None:
     """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… would.
 

@@ -51,8 +51,8 @@ class Experiment:
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
-        self.config_dict = config
         self.config = config_tree.resolve(config)
+        self.config_dict = config_tree.completed(config)
         c = self.config
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)

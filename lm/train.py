@@ -70,7 +70,7 @@ def train(
         writing(workdir),
         alone(workdir, active=lead),
     ):
-        same_data = _record_config(config, workdir, experiment, say, lead)
+        same_data = _record_config(workdir, experiment, say, lead)
         if lead:
             replace = "data.tokenizer" in c.checkpoint.allow_changed
             run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
@@ -165,17 +165,15 @@ def _timed(batches: Iterator[Any], phases: Phases) -> Iterator[Any]:
         yield item
 
 
-def _record_config(
-    config: ml_collections.ConfigDict, workdir: str, experiment: Experiment, say: Any, lead: bool
-) -> bool:
-    """Writes config.json, or checks that a resumed run is the same run; False if it reads other
-    data than it did, as was allowed.
+def _record_config(workdir: str, experiment: Experiment, say: Any, lead: bool) -> bool:
+    """Writes config.json, with every field of every component, or checks that a resumed run is the
+    same run; False if it reads other data than it did, as was allowed.
 
     Raises:
         ValueError: a fixed value differs and `checkpoint.allow_changed` doesn't name it.
     """
     path = epath.Path(workdir) / CONFIG_FILE
-    same_data = True
+    config, same_data = experiment.config_dict, True
     if path.exists():
         allowed = experiment.config.checkpoint.allow_changed
         refused = []

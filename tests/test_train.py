@@ -1,10 +1,12 @@
 """What the loop does besides stepping."""
 
+import json
+
 import jax
 import pytest
 
 from lm.config import LogConfig
-from lm.train import _profiled
+from lm.train import _profiled, train
 
 
 def names_in_trace(folder):
@@ -38,3 +40,27 @@ def test_a_schedule_longer_than_the_run_is_refused_before_anything_is_compiled(m
     changes = {"optimizer.schedule.kind": "range", "optimizer.schedule.final_fraction": 0.0}
     with pytest.raises(ValueError, match=r"final_fraction \(0\.0\) must be above 0 and below 1"):
         make_experiment(changes).num_steps  # noqa: B018
+
+
+def test_a_run_whose_objective_was_given_by_name_alone_goes_on(make_config, tmp_path, capsys):
+    config = make_config({"train.num_steps": 2, "guard.self_check": False})
+    config.objective.name = "prefix"  # as --config.objective.name=prefix does: no field is set
+    for _ in range(2):
+        assert train(config, str(tmp_path), jax.devices()[:1]) == 0
+    assert "finished, all 2 steps are done" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["objective"] == {"name": "prefix", "bidirectional": True}
+
+    config.objective.name = "causal"
+    with pytest.raises(ValueError, match=r"config\.objective\.name: 'prefix' -> 'causal'"):
+        train(config, str(tmp_path), jax.devices()[:1])
+
+
+def test_a_run_of_an_older_version_without_a_components_fields_goes_on(make_config, tmp_path):
+    config = make_config({"train.num_steps": 2, "guard.self_check": False})
+    config.objective.name = "prefix"
+    assert train(config, str(tmp_path), jax.devices()[:1]) == 0
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["objective"]["bidirectional"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert train(config, str(tmp_path), jax.devices()[:1]) == 0
