@@ -11,7 +11,8 @@ model.dtype, model.remat) comes from --config, and can be set by --config.SECTIO
 folder gets a checkpoint of step 0 with the parameters; training from it starts a new optimizer.
 
 A key of config.json or a tensor that has no place here is an error that lists what is left on both
-sides. A tensor that shall be left out, a head for another task say, is named by --skip=PATTERN.
+sides. A tensor that shall be left out, a head for another task say, is named by --skip=PATTERN, and
+a key that makes no difference by --ignore-key=KEY.
 
 Texts begin with the tokenizer's bos here. GPT-2 and Qwen have none: their texts begin with
 `<|endoftext|>`, as documents did in their training, and `transformers` puts nothing there. To
@@ -44,6 +45,12 @@ _TOKENIZER = flags.DEFINE_string(
 _SKIP = flags.DEFINE_multi_string(
     "skip", [], "Regular expression of whole names of tensors to leave out; repeatable."
 )
+_IGNORE_KEY = flags.DEFINE_multi_string(
+    "ignore-key", [], "Key of config.json to read as if it were not there; repeatable."
+)
+_ALLOW_NONFINITE = flags.DEFINE_bool(
+    "allow-nonfinite", False, "Take tensors with entries that are NaN or infinite."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
         jax.devices()[:1],
         tokenizer=_TOKENIZER.value,
         skip=_SKIP.value,
+        ignored=_IGNORE_KEY.value,
+        allow_nonfinite=_ALLOW_NONFINITE.value,
     )
     return 0
 

@@ -6,6 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from lm import config_tree
 from lm.checkpoint import stored
@@ -165,7 +166,7 @@ def test_a_tied_copy_that_differs_and_a_type_that_is_no_float_are_refused(plain,
 
     name = "model.norm.weight"
     save_file({**tensors, name: tensors[name].astype(np.int8)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.norm\.weight has the type I8"):
+    with pytest.raises(ValueError, match=r"of others are model\.norm\.weight \(I8\)"):
         bring(folder)
 
 
@@ -217,3 +218,67 @@ def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path,
     assert runs["whole"] == runs["halves"]
     assert any(name.startswith("opt_state.") for name in runs["whole"])
     assert all(begun[name].checksum != runs["whole"][name].checksum for name in begun)
+
+
+POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 548118077
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"]
+)
+def test_a_git_lfs_pointer_is_named_as_such(name, plain, tmp_path, devices):
+    folder, _ = plain
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer .*548,118,077.*git lfs"):
+        import_folder(str(folder), str(tmp_path / "new"), small_config(), devices[:1], say=quiet)
+
+
+def test_all_types_are_checked_before_anything_is_written(plain, tmp_path, bring):
+    folder, _ = plain
+    from safetensors.numpy import save_file
+
+    tensors = read(folder)
+    wrong = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")  # not the first to be read
+    tensors |= {wrong[0]: tensors[wrong[0]].astype(np.int8)}
+    tensors |= {wrong[1]: tensors[wrong[1]].astype(np.float64)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        bring(folder)
+    assert all(text in str(error.value) for text in (f"{wrong[0]} (I8)", f"{wrong[1]} (F64)"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_weights_that_are_no_numbers_are_named_and_not_imported_unasked(plain, tmp_path, bring):
+    folder, _ = plain
+    tensors = read(folder)
+    tensors["model.norm.weight"][3] = np.nan
+    tensors["model.layers.1.mlp.up_proj.weight"][2, :4] = np.inf
+    write(folder, tensors)
+    with pytest.raises(ValueError) as error:
+        bring(folder)
+    assert "model.norm.weight (1 of 16 entries)" in str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight (4 of 384 entries)" in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not stored.steps(epath.Path(tmp_path / "run" / "checkpoints"))
+    said = []
+    found = bring(folder, allow_nonfinite=True, say=said.append)
+    assert np.isnan(found["params.norm.scale"]).sum() == 1
+    assert any("model.norm.weight (1 of 16 entries)" in line for line in said)
+    written = bring(folder, allow_nonfinite=True)  # over what the refused one left behind
+    assert written.keys() == found.keys()
+
+
+def test_an_unknown_key_of_config_json_is_ignored_when_named(plain, tmp_path, bring):
+    folder, params = plain
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "world_size": 8}))
+    with pytest.raises(ValueError, match=r"world_size = 8.*--ignore-key"):
+        bring(folder)
+    said = []
+    assert equal(bring(folder, ignored=["world_size"], say=said.append), params)
+    assert "ignored in config.json: world_size = 8" in said

@@ -142,7 +142,7 @@ def test_rows_and_parameters_must_be_one_to_one():
 
 
 def test_a_key_of_config_json_that_nobody_reads_is_named():
-    keys = Keys({"size": 3, "use_cache": True, "bend": 1.5, "curl": None})
+    keys = Keys({"size": 3, "use_cache": True, "bend": 1.5, "curl": 2, "unset": None})
     assert keys.take("size") == 3
-    with pytest.raises(ValueError, match=r"bend = 1\.5, curl = None"):
+    with pytest.raises(ValueError, match=r"here: bend = 1\.5, curl = 2 \("):
         keys.finish()

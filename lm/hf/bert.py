@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import Keys
+from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
 MODEL = "encoder"
@@ -15,10 +15,6 @@ PREFIX = "bert."
 BUFFERS = r"bert\.embeddings\.position_ids"
 RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 POOLER = "pooler.dense.weight"
-ACTIVATIONS = {
-    **{"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-    **{"relu": "relu", "silu": "silu"},
-}
 
 
 def ours(keys: Keys) -> dict[str, Any]:
@@ -26,7 +22,8 @@ def ours(keys: Keys) -> dict[str, Any]:
     keys.expect("is_decoder", False)
     keys.expect("add_cross_attention", False)
     keys.expect("tie_word_embeddings", True)
-    keys.ignore("initializer_range", *(f"pooler_{name}" for name in _POOLER))
+    keys.expect("directionality", "bidi")  # of the first release in TensorFlow
+    keys.ignore(*(f"pooler_{name}" for name in _POOLER))
     embed_dim = keys.take("hidden_size")
     return {
         "vocab_size": keys.take("vocab_size"),

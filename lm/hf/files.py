@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import pickle
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from lm.hf.table import Shape
+from lm.hf.table import Shape, some
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {
@@ -21,6 +23,35 @@ DTYPES = {
 }
 _CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 STEMS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
+
+
+def check_pointer(file: Path) -> None:
+    """Raises ValueError where a file is what Git keeps in place of one that Git LFS has."""
+    with open(file, "rb") as content:
+        begin = content.read(512)
+    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d+)$", begin, re.MULTILINE)
+        stands = f" of a file of {int(size[1]):,} bytes" if size else ""
+        raise ValueError(
+            f"{file} is a Git LFS pointer{stands}, not the file itself: get it by `git lfs pull` "
+            f"in {file.parent}"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or no object; the message names the file.
+    """
+    check_pointer(file)
+    try:
+        tree = json.loads(file.read_bytes())
+    except ValueError as error:  # neither UTF-8 nor JSON
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} must hold an object, and holds a {type(tree).__name__}")
+    return tree
 
 
 class Reader:
@@ -35,6 +66,7 @@ class Reader:
         self._loaded: dict[str, Any] = {}
         kind, files = _find(folder)
         for file in files:
+            check_pointer(file)
             self._open_safetensors(file) if kind == "safetensors" else self._open_bin(file)
 
     def _add(self, name: str, file: Path, shape: Shape, dtype: str) -> None:
@@ -61,10 +93,12 @@ class Reader:
                 f"{file} needs PyTorch: pip install torch, or use safetensors"
             ) from None
         codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        # mapped: a tensor's pages are read when it is
-        for name, tensor in torch.load(
-            file, map_location="cpu", weights_only=True, mmap=True
-        ).items():
+        try:  # mapped: a tensor's pages are read when it is
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{file} is no file of tensors by torch.save: {reason}") from error
+        for name, tensor in tensors.items():
             self._add(name, file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
             self._loaded[name] = tensor
 
@@ -76,16 +110,16 @@ class Reader:
             if self.dtypes[name] in DTYPES
         )
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in the type that it has in the file.
-
-        Raises:
-            ValueError: the type is no float of 16 or 32 bits.
-        """
-        if self.dtypes[name] not in DTYPES:
+    def check_dtypes(self, names: Iterable[str]) -> None:
+        """Raises ValueError, listing them, where tensors are no floats of 16 or 32 bits."""
+        wrong = [f"{n} ({self.dtypes[n]})" for n in names if self.dtypes[n] not in DTYPES]
+        if wrong:
             raise ValueError(
-                f"{name} has the type {self.dtypes[name]}; there are {', '.join(DTYPES)}"
+                f"tensors must be of the types {', '.join(DTYPES)}, and of others are {some(wrong)}"
             )
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in the type that it has in the file, which `check_dtypes` lets pass."""
         if name in self._loaded:
             return _from_torch(self._loaded[name])
         from safetensors import safe_open
@@ -100,7 +134,7 @@ def _find(folder: Path) -> tuple[str, list[Path]]:
     for kind, stem in STEMS.items():
         index = folder / f"{stem}.index.json"
         if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(read_json(index)["weight_map"].values()))
             if missing := [file for file in files if not (folder / file).exists()]:
                 raise FileNotFoundError(
                     f"{folder} lacks {', '.join(missing)}, which {index.name} names"

@@ -23,9 +23,22 @@ __all__ = [
     "theirs",
 ]
 ARCHITECTURE = "Gemma3ForCausalLM"
+# of Gemma3TextConfig: what the published text_config of a larger model leaves out
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+}
 
 
 def ours(keys: Keys) -> dict[str, Any]:
+    keys.fill(DEFAULTS)
     bias = keys.take("attention_bias", False)
     keys.expect("use_bidirectional_attention", False)
     keys.expect("attn_logit_softcapping", None)  # transformers reads it and does nothing with it
@@ -40,7 +53,7 @@ def ours(keys: Keys) -> dict[str, Any]:
     return {
         **fields,
         **rotary.both(keys),
-        **windows.ours(kinds, keys.take("sliding_window", 4096), num_layers),
+        **windows.ours(kinds, keys.take_or_none("sliding_window", 4096), num_layers),
         "norm": "rms_plus_one",
         "norm_placement": "both",
         "qk_norm": True,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import Keys
+from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, Row
 
 MODEL = "decoder"
@@ -14,28 +14,37 @@ ARCHITECTURE = "GPT2LMHeadModel"
 PREFIX = "transformer."
 BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks
 RENAMED = ()
-ACTIVATIONS = {
-    **{"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-    **{"gelu": "gelu", "relu": "relu", "silu": "silu"},
-}
 
 
 def ours(keys: Keys) -> dict[str, Any]:
     embed_dim = keys.take("n_embd")
-    dropout = keys.take("resid_pdrop", 0.1)
-    keys.expect("embd_pdrop", dropout)
+    dropout, of_embedding = keys.take("resid_pdrop", 0.1), keys.take("embd_pdrop", 0.1)
+    if dropout != of_embedding:
+        keys.say(
+            f"note: config.json has embd_pdrop ({of_embedding}) beside resid_pdrop ({dropout}); "
+            "config.model.dropout is the latter in both places, for training: nothing else reads it"
+        )
+    num_heads, num_layers = keys.take("n_head"), keys.take("n_layer")
+    length = keys.take("n_positions")
+    for name, value in (  # `transformers` takes them for the same sizes
+        ("hidden_size", embed_dim),
+        ("num_attention_heads", num_heads),
+        ("num_hidden_layers", num_layers),
+        ("max_position_embeddings", length),
+    ):
+        keys.expect(name, value)
     keys.expect("scale_attn_weights", True)
     keys.expect("scale_attn_by_inverse_layer_idx", False)
     keys.expect("add_cross_attention", False)
     keys.ignore("reorder_and_upcast_attn")  # the same scores, with other rounding in float16
-    keys.ignore("initializer_range", *(f"summary_{n}" for n in _SUMMARY))
+    keys.ignore(*(f"summary_{n}" for n in _SUMMARY))
     return {
         "vocab_size": keys.take("vocab_size"),
-        "max_length": keys.take("n_positions"),
-        "num_layers": keys.take("n_layer"),
+        "max_length": length,
+        "num_layers": num_layers,
         "embed_dim": embed_dim,
-        "num_heads": keys.take("n_head"),
-        "mlp_dim": keys.take("n_inner", None) or 4 * embed_dim,
+        "num_heads": num_heads,
+        "mlp_dim": keys.take("n_inner", 4 * embed_dim),
         "activation": keys.translate("activation_function", ACTIVATIONS, "gelu_new"),
         "norm": "layer",
         "norm_eps": keys.take("layer_norm_epsilon", 1e-5),

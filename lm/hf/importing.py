@@ -7,10 +7,9 @@ generated from, evaluated, exported, and trained on, for which a new optimizer s
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from lm.checkpoint.streamed import ParamsWriter
 from lm.data.run_tokenizer import FOLDER
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.hf import structure, table, vocabulary
-from lm.hf.files import Reader
+from lm.hf.files import Reader, read_json
+from lm.hf.keys import Say
+from lm.hf.nested import text_names
 from lm.ledger import start_totals
 
 # of a model that the config is not for: what it was pretrained with
 OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
-
-Say = Callable[[str], Any]
 
 
 def import_folder(
@@ -39,18 +38,22 @@ def import_folder(
     *,
     tokenizer: str | None = None,
     skip: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     say: Say = print,
 ) -> Experiment:
     """Makes the run's folder `workdir` of the model in `source`, and returns its experiment.
 
     config: what config.json doesn't say: data, optimizer, and of the model how it is computed.
     tokenizer: a file in place of that in `source`, or `bytes`. skip: regular expressions of
-    tensors that are left out.
+    tensors that are left out. ignored: keys of config.json that are read as if they were not
+    there. allow_nonfinite: take tensors with entries that are NaN or infinite.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: `workdir` is in use; or config.json, tensors and table don't fit together, and
-        the message lists what.
+        ValueError: `workdir` is in use; a file is a pointer of Git LFS; tensors hold entries that
+        are NaN or infinite; or config.json, tensors and table don't fit together, and the message
+        lists what.
     """
     folder, out = Path(source), epath.Path(workdir)
     path = folder / "config.json"
@@ -58,13 +61,26 @@ def import_folder(
         raise FileNotFoundError(f"{source} has no config.json")
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{workdir} holds a run already; use another --workdir")
-    tree = json.loads(path.read_text())
+    tree = read_json(path)
     reader = Reader(folder)
-    config = with_model(config, structure.model_section(tree, reader.shapes), say)
+    names = text_names(tree.get("model_type", ""), list(reader.shapes))
+    if left := len(reader.shapes) - len(names):
+        say(f"left out: {left} tensors beside those of the text model, for other kinds of input")
+    section = structure.model_section(tree, names, ignored=ignored, say=say)
+    config = with_model(config, section, say)
     config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / FOLDER))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
-    read_into(workdir, reader, structure.family(tree["model_type"]), experiment, skip=skip, say=say)
+    read_into(
+        workdir,
+        reader,
+        names,
+        structure.family(tree["model_type"]),
+        experiment,
+        skip=skip,
+        allow_nonfinite=allow_nonfinite,
+        say=say,
+    )
     (out / CONFIG_FILE).write_text(config_tree.to_json(config))
     return experiment
 
@@ -104,37 +120,53 @@ def _find(section: Any, path: str) -> list[Any]:
 def read_into(
     workdir: str,
     reader: Reader,
+    there: Mapping[str, str],
     family: structure.Family,
     experiment: Experiment,
     *,
     skip: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     say: Say = print,
 ) -> None:
-    """Writes the checkpoint of step 0 with the tensors of `reader`."""
+    """Writes the checkpoint of step 0 with the tensors of `reader`, of the names
+    {that of the model: that in the files}.
+    """
     model = experiment.config.model
     abstract = parameters.flatten(experiment.abstract_params)
     leaves = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     where = table.places(family.rows(model), leaves)
     held = table.tensors(where)
-    names = structure.rename(list(reader.shapes), family)
+    names = {name: there[old] for name, old in structure.rename(list(there), family).items()}
     wanted = {name: table.tensor_shape(parts) for name, parts in held.items()}
     aliases = family.aliases(model)
-    there = {name: reader.shapes[file_name] for name, file_name in names.items()}
-    unread = table.match(wanted, there, aliases=aliases, buffers=family.BUFFERS, skip=skip)
+    shapes = {name: reader.shapes[file_name] for name, file_name in names.items()}
+    unread = table.match(wanted, shapes, aliases=aliases, buffers=family.BUFFERS, skip=skip)
+    reader.check_dtypes(names[name] for name in names if name in wanted or name in aliases)
     for name in unread:
         if name not in aliases:
-            say(f"left out: {name} {list(there[name])}")
+            say(f"left out: {name} {list(shapes[name])}")
         elif not np.array_equal(reader.read(names[name]), reader.read(names[aliases[name]])):
             raise ValueError(
                 f"config.json says that {name} and {aliases[name]} are one tensor, and they differ"
             )
     begun, count = time.monotonic(), sum(math.prod(shape) for shape in leaves.values())
     writer = ParamsWriter(workdir, step=0)
+    nonfinite: dict[str, str] = {}
     for place in where:
         if not any(place.index):
             writer.add(place.row.ours, leaves[place.row.ours], len(place.index))
         tensor = reader.read(names[place.name])
+        if bad := tensor.size - int(np.isfinite(tensor).sum()):
+            nonfinite[place.name] = f"{place.name} ({bad} of {tensor.size:,} entries)"
         writer.write(place.row.ours, place.index, np.asarray(place.read(tensor), np.float32, "C"))
+    if nonfinite:
+        listed = f"NaN or infinite: {table.some([*nonfinite.values()])}"
+        if not allow_nonfinite:
+            raise ValueError(
+                f"the tensors have entries that are {listed}; get the files again, or take them "
+                "as they are by --allow-nonfinite"
+            )
+        say(f"note: entries are {listed}")
     written = time.monotonic()
     writer.commit({"ledger": start_totals(), "config": experiment.config_dict.to_dict()})
     say(

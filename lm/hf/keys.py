@@ -2,48 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-# What says nothing about the function that a model computes.
-_NO_MATTER = {
-    *("_name_or_path", "_from_model_config", "architectures", "dtype", "torch_dtype"),
-    *("transformers_version", "transformers.js_config", "model_type", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "decoder_start_token_id"),
-    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "task_specific_params"),
-    *("output_attentions", "output_hidden_states", "output_past", "return_dict", "n_ctx"),
-    *("id2label", "label2id", "problem_type", "gradient_checkpointing", "_attn_implementation"),
-    *("tokenizer_class", "prefix", "max_length", "do_sample", "num_beams", "classifier_dropout"),
+# Keys that can't change a number that the model computes, by the reason.
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "who wrote the file, and from what": (
+        *("_name_or_path", "_model_name_or_path", "_from_model_config", "_commit_hash"),
+        *("architectures", "model_type", "transformers_version", "transformers.js_config"),
+        *("name_or_path", "is_llama_config", "finetuning_task"),
+    ),
+    "code and classes to load it with": ("auto_map", "tokenizer_class"),
+    "type of the stored tensors, which they say themselves": ("dtype", "torch_dtype"),
+    "how the same numbers are computed": (
+        *("use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "torchscript"),
+        *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+        *("_attn_implementation_internal", "_flash_attn_2_enabled", "cache_implementation"),
+        *("pretraining_tp", "output_past"),
+    ),
+    "what is returned beside the logits": (
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
+        *("return_dict_in_generate", "output_scores"),
+    ),
+    "special tokens: lm/data/special_tokens.py": (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+        *("cls_token_id", "mask_token_id", "decoder_start_token_id", "n_special"),
+        *("predict_special_tokens", "eos_token_ids"),
+    ),
+    "how texts are generated": (
+        *("prefix", "task_specific_params", "max_length", "min_length", "max_new_tokens"),
+        *("do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "temperature"),
+        *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+        *("diversity_penalty", "early_stopping", "no_repeat_ngram_size", "bad_words_ids"),
+        *("encoder_no_repeat_ngram_size", "remove_invalid_values", "forced_bos_token_id"),
+        *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        *("exponential_decay_length_penalty",),
+    ),
+    "heads for other tasks, whose tensors must be left out by name": (
+        *("id2label", "label2id", "num_labels", "_num_labels", "problem_type"),
+        *("classifier_dropout", "tf_legacy_loss"),
+    ),
+    "random beginnings, before the stored tensors": ("initializer_range", "initializer_factor"),
+    "lengths that nothing reads beside the model's own": (
+        *("n_ctx", "max_sequence_length", "model_max_length"),
+    ),
+    "notes of a training framework": ("unsloth_*",),
+}
+_NAMES = frozenset(name for names in WITHOUT_EFFECT.values() for name in names)
+_PREFIXES = tuple(name[:-1] for name in _NAMES if name.endswith("*"))
+# Keys of every class in `transformers` that change nothing with this value.
+_OFF = {
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention"), False),
+    **dict.fromkeys(("tie_encoder_decoder", "use_bfloat16"), False),
+    "pruned_heads": {},
+}
+# Names of one function each. gelu_fast is the tanh approximation with its constants rounded.
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    "relu": "relu",
+    **dict.fromkeys(("silu", "swish"), "silu"),
 }
 _MISSING = object()
+
+Say = Callable[[str], Any]
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
 
 
 class Keys:
     """The content of a config.json: `take` and `expect` read a key, `finish` finds what is left.
 
-    All errors are ValueErrors that name the key with its value.
+    A key that is null is unset: it means what a missing key does. All errors are ValueErrors that
+    name the key with its value.
     """
 
-    def __init__(self, tree: dict[str, Any], tensors: Iterable[str] = ()) -> None:
-        """tensors: the names of those beside it, which say what some keys don't."""
-        self.tensors = frozenset(tensors)
-        self._left = {key: value for key, value in tree.items() if key not in _NO_MATTER}
+    def __init__(
+        self,
+        tree: dict[str, Any],
+        tensors: Iterable[str] = (),
+        *,
+        say: Say = quiet,
+        part: str = "",
+    ) -> None:
+        """tensors: the names of those beside it, which say what some keys don't. say: takes notes
+        for the user. part: the key whose value `tree` is, of a whole config.json: "".
+        """
+        self.tensors, self.say = frozenset(tensors), say
+        self._part = part
+        self.architectures = tuple(tree.get("architectures") or ())
+        self._left = {key: value for key, value in tree.items() if not _is_without_effect(key)}
+
+    @property
+    def _where(self) -> str:
+        return "config.json" + (f", {self._part}," if self._part else "")
+
+    def fill(self, defaults: dict[str, Any]) -> None:
+        """Gives keys that are unset the values of their class in `transformers`."""
+        self._left |= {k: v for k, v in defaults.items() if self._left.get(k) is None}
 
     def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The value of a key, or `default` where it is missing."""
-        value = self._left.pop(name, default)
-        if value is _MISSING:
-            raise ValueError(f"config.json has no key {name}")
-        return value
+        """The value of a key, or `default` where it is unset."""
+        value = self._left.pop(name, None)
+        if value is not None:
+            return value
+        if default is _MISSING:
+            raise ValueError(f"{self._where} has no key {name}")
+        return default
+
+    def take_or_none(self, name: str, default: Any) -> Any:
+        """As `take`, of a key that means something else by null than by being missing."""
+        return self._left.pop(name, default)
 
     def expect(self, name: str, *allowed: Any) -> Any:
-        """The value of a key that may be missing, else must be one of `allowed`; the first one is
-        what a missing key means.
+        """The value of a key that may be unset, else must be one of `allowed`; the first one is
+        what unset means.
         """
-        value = self._left.pop(name, allowed[0])
+        value = self.take(name, allowed[0])
         if value not in allowed:
             raise ValueError(
-                f"config.json has {name} = {value!r}, of which there is only "
+                f"{self._where} has {name} = {value!r}, of which there is only "
                 f"{', '.join(repr(a) for a in allowed)} here"
             )
         return value
@@ -53,7 +133,9 @@ class Keys:
         value = self.take(name, default)
         if value not in table:
             known = ", ".join(repr(key) for key in table)
-            raise ValueError(f"config.json has {name} = {value!r}, of which there is only {known}")
+            raise ValueError(
+                f"{self._where} has {name} = {value!r}, of which there is only {known}"
+            )
         return table[value]
 
     def ignore(self, *names: str) -> None:
@@ -62,7 +144,30 @@ class Keys:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """Raises unless every key was read."""
-        if self._left:
-            left = ", ".join(f"{key} = {value!r}" for key, value in sorted(self._left.items()))
-            raise ValueError(f"config.json has keys that mean nothing here: {left}")
+        """Raises unless every key was read, is unset, or changes nothing with its value."""
+        left = {
+            key: value
+            for key, value in self._left.items()
+            if value is not None and (key not in _OFF or value != _OFF[key])
+        }
+        if left:
+            listed = ", ".join(f"{key} = {value!r}" for key, value in sorted(left.items()))
+            hint = "" if self._part else " (--ignore-key=KEY reads one as if it were not there)"
+            raise ValueError(f"{self._where} has keys that mean nothing here: {listed}{hint}")
+
+
+def without(tree: dict[str, Any], ignored: Sequence[str], say: Say = quiet) -> dict[str, Any]:
+    """A config.json without the keys that the user says make no difference.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    for key in ignored:
+        if key not in tree:
+            raise ValueError(f"--ignore-key={key}: config.json has no such key")
+        say(f"ignored in config.json: {key} = {tree[key]!r}")
+    return {key: value for key, value in tree.items() if key not in ignored}
+
+
+def _is_without_effect(key: str) -> bool:
+    return key in _NAMES or key.startswith(_PREFIXES)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import rotary
-from lm.hf.keys import Keys
+from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
 MODEL = "decoder"
@@ -20,7 +20,6 @@ RENAMED = ()
 def ours(keys: Keys) -> dict[str, Any]:
     bias = keys.take("attention_bias", False)
     keys.expect("rope_interleaved", False)
-    keys.ignore("is_llama_config", "pretraining_tp")  # how products were cut on their devices
     return {
         **shared_ours(keys),
         **rotary.ours(keys),
@@ -49,21 +48,26 @@ def aliases(model: Any) -> dict[str, str]:
 
 
 def shared_ours(
-    keys: Keys, *, activation: str = "hidden_act", tie: bool = False, eps: float = 1e-6
+    keys: Keys,
+    *,
+    activation: str = "hidden_act",
+    tie: bool = False,
+    eps: float = 1e-6,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
-    """Sizes, norm and activation, which all families name alike; `tie` and `eps` are for a
-    config.json that doesn't say, `activation` is the key for it.
+    """Sizes, norm and activation, which all families name alike; `tie`, `eps` and `head_dim` are
+    for a config.json that doesn't say, `activation` is the key for it.
     """
-    keys.ignore("initializer_range")
     embed_dim, num_heads = keys.take("hidden_size"), keys.take("num_attention_heads")
-    gated = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
+    gates = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+    gated = {key: gates[plain] for key, plain in ACTIVATIONS.items()}
     return {
         "vocab_size": keys.take("vocab_size"),
         "num_layers": keys.take("num_hidden_layers"),
         "embed_dim": embed_dim,
         "num_heads": num_heads,
-        "num_kv_heads": keys.take("num_key_value_heads", None) or num_heads,
-        "head_dim": keys.take("head_dim", None) or embed_dim // num_heads,
+        "num_kv_heads": keys.take("num_key_value_heads", num_heads),
+        "head_dim": keys.take("head_dim", head_dim or embed_dim // num_heads),
         "mlp_dim": keys.take("intermediate_size"),
         "activation": keys.translate(activation, gated, "silu"),
         "norm": "rms",

@@ -24,7 +24,9 @@ ARCHITECTURE = "MistralForCausalLM"
 
 def ours(keys: Keys) -> dict[str, Any]:
     fields = {**llama.shared_ours(keys), **rotary.ours(keys)}
-    return fields | windows.ours(None, keys.take("sliding_window", 4096), fields["num_layers"])
+    return fields | windows.ours(
+        None, keys.take_or_none("sliding_window", 4096), fields["num_layers"]
+    )
 
 
 def theirs(model: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ ARCHITECTURE = "Qwen3ForCausalLM"
 
 def ours(keys: Keys) -> dict[str, Any]:
     bias = keys.take("attention_bias", False)
-    fields = {**llama.shared_ours(keys), **rotary.ours(keys)}
+    fields = {**llama.shared_ours(keys, head_dim=128), **rotary.ours(keys)}
     fields |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
     return fields | windows.optional(keys, fields["num_layers"])
 

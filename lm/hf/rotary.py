@@ -34,7 +34,7 @@ def ours(keys: Keys, *, theta: float = 10_000.0) -> dict[str, Any]:
 
 
 def _fields(tree: dict[str, Any], length: int) -> dict[str, Any]:
-    parts = Keys(tree)
+    parts = Keys(tree, part="rope_parameters")
     old_name = parts.take("type", "default")
     scaling = parts.translate("rope_type", _NAMES, old_name)
     fields = {"rotary.theta": float(parts.take("rope_theta")), "rotary.scaling": scaling}
@@ -78,7 +78,7 @@ def both(keys: Keys) -> dict[str, Any]:
     local |= new.get("sliding_attention") or {}
     if unknown := set(new) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"config.json has rope_parameters of {', '.join(sorted(unknown))}")
-    own = Keys(local)
+    own = Keys(local, part="rope_parameters")
     own.expect("rope_type", "default")
     theta = float(own.take("rope_theta"))
     own.finish()

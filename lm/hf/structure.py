@@ -11,12 +11,13 @@ import dataclasses
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import lm.hf
 from lm import config_tree
-from lm.hf.keys import Keys
+from lm.hf.keys import Keys, Say, quiet, without
+from lm.hf.nested import NESTED, text_config
 from lm.hf.table import Row
 
 TRAINING = (
@@ -76,26 +77,37 @@ def names() -> list[str]:
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`.
+    """The family of a `model_type`: of its text part where it has several.
 
     Raises:
         ValueError: there is none; the message lists those that exist.
     """
-    if model_type not in names():
-        raise ValueError(f"no family {model_type!r} in lm/hf; there are: {', '.join(names())}")
-    module: Any = importlib.import_module(f"lm.hf.{model_type}")
+    if model_type not in names() and model_type not in NESTED:
+        parts = [f"{name} (its text part)" for name in NESTED]
+        listed = ", ".join(sorted([*names(), *parts]))
+        raise ValueError(f"no family {model_type!r} in lm/hf; there are: {listed}")
+    name = NESTED[model_type].family if model_type in NESTED else model_type
+    module: Any = importlib.import_module(f"lm.hf.{name}")
     return module
 
 
-def model_section(tree: dict[str, Any], tensors: Iterable[str] = ()) -> Any:
+def model_section(
+    tree: dict[str, Any],
+    tensors: Iterable[str] = (),
+    *,
+    ignored: Sequence[str] = (),
+    say: Say = quiet,
+) -> Any:
     """`config.model` of a config.json beside these tensors: its structure, and defaults for all
     else.
+
+    ignored: keys that are read as if they were not there. say: takes notes for the user.
 
     Raises:
         ValueError: an unknown family, or keys and values that can't be represented.
     """
     kind = family(tree.get("model_type", "none"))
-    keys = Keys(tree, tensors)
+    keys = Keys(text_config(without(tree, ignored, say)), tensors, say=say)
     fields = kind.ours(keys)
     keys.finish()
     section: Any = config_tree.default(model=kind.MODEL).model

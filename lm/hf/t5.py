@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm.hf.keys import ACTIVATIONS as UNGATED
 from lm.hf.keys import Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
@@ -16,8 +17,10 @@ PREFIX = ""
 BUFFERS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 RENAMED = ()
 ACTIVATIONS = {
-    **{"relu": "relu", "gelu": "gelu", "silu": "silu", "gelu_new": "gelu_tanh"},
-    **{"gated-gelu": "geglu_tanh", "gated-silu": "swiglu", "gated-relu": "reglu"},
+    **UNGATED,
+    # gated-gelu is the one whose function its name does not say
+    **{"gated-gelu": "geglu_tanh", "gated-gelu_new": "geglu_tanh", "gated-relu": "reglu"},
+    **dict.fromkeys(("gated-silu", "gated-swish"), "swiglu"),
 }
 HEAD = "lm_head.weight"
 
@@ -26,7 +29,6 @@ def ours(keys: Keys) -> dict[str, Any]:
     keys.expect("is_encoder_decoder", True)
     keys.expect("is_decoder", False)
     keys.ignore("dense_act_fn", "is_gated_act")  # follow from feed_forward_proj
-    keys.ignore("initializer_factor")
     embed_dim, num_layers = keys.take("d_model"), keys.take("num_layers")
     # transformers 5 says True for whatever it saves, and by the other key which release it is of
     tied = keys.take("tie_word_embeddings", True)
@@ -57,7 +59,7 @@ def ours(keys: Keys) -> dict[str, Any]:
 
 
 def theirs(model: Any) -> dict[str, Any]:
-    names = {value: key for key, value in ACTIVATIONS.items()}
+    names = {value: key for key, value in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "t5",
         "vocab_size": model.vocab_size,

@@ -157,11 +157,12 @@ def match(
         }
         raise ValueError(
             "the tensors are not those of config.json:"
-            + "".join(f"\n  {side}: {_some(names)}" for side, names in sides.items() if names)
+            + "".join(f"\n  {side}: {some(names)}" for side, names in sides.items() if names)
         )
     return unread
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of many names, and how many more there are."""
     shown, more = names[:40], len(names) - 40
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -19,6 +19,7 @@ from etils import epath
 from lm.data import tokenizer as tokenizers
 from lm.data.run_tokenizer import BESIDE
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from lm.hf.files import check_pointer, read_json
 
 WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model")
 # A conversion must give the ids of the original on all of these; not on the names of special
@@ -71,6 +72,7 @@ def bring(folder: Path, to: epath.Path) -> epath.Path:
 def _read(folder: Path) -> tuple[str, bytes] | None:
     for name in WHOLE:
         if (folder / name).exists():
+            check_pointer(folder / name)
             return name, (folder / name).read_bytes()
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         return WHOLE[0], from_merges(folder / "vocab.json", folder / "merges.txt")
@@ -96,7 +98,7 @@ def _from_words(folder: Path) -> bytes:
     from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     path = folder / "tokenizer_config.json"
-    lower = json.loads(path.read_text()).get("do_lower_case", True) if path.exists() else True
+    lower = read_json(path).get("do_lower_case", True) if path.exists() else True
     made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)
     special = [
         t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if made.token_to_id(t) is not None
