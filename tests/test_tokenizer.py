@@ -225,6 +225,23 @@ def test_training_is_deterministic_and_quiet(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_vocabulary_smaller_than_the_alphabet_has_pieces_of_several_characters():
+    """Chinese: more characters than pieces. The rare ones are bytes, and nothing is lost."""
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(0x4E00, 0x5200, 2))) for _ in range(900)]
+    common = rng.choice(words[:40], 4000).tolist()
+    text = "".join(rng.permutation([*words, *common]).tolist())
+    assert len(set(text)) > 600
+    model = train_sentencepiece([text], vocab_size=600)
+    assert model == train_sentencepiece([text], vocab_size=600)
+    tokenizer = from_bytes("small.model", model)
+    assert tokenizer.vocab_size == 600
+    pieces = [tokenizer.decode_bytes([i]) for i in range(4 + 256, 600)]
+    assert sum(len(piece.decode()) > 1 for piece in pieces) >= 40
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) < 0.8 * len(text)
+
+
 def test_pieces_may_hold_newlines_and_indentation():
     tokenizer = _tokenizer("bpe")
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
@@ -272,8 +289,10 @@ def test_ids_outside_the_vocabulary_are_refused():
 
 
 def test_too_large_a_vocabulary_is_one_clear_error():
-    with pytest.raises(ValueError, match="cannot train 4096 bpe pieces"):
-        train_sentencepiece(["a b c"], vocab_size=4096)
+    message = "5 characters of text give at most 269 bpe pieces, not 4,096: give more text, or "
+    with pytest.raises(ValueError, match=f"{message}--config.model.vocab_size=269$"):
+        train_sentencepiece(["a b c"], vocab_size=4096, vocab_flag="--config.model.vocab_size")
+    assert train_sentencepiece(["a b c"], vocab_size=269)
 
 
 def _awkward_cases(name: str) -> list[tuple[str, list[int]]]:

@@ -16,6 +16,8 @@ from lm.data.tokenizer import LONG_TEXT, pieces
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+NUM_SPECIAL, NUM_BYTES = 4, 256  # pieces that every vocabulary has
+COVERAGE = 0.9999  # share of the text whose characters are pieces
 UNKNOWN_WORD, END_OF_LINE = "<unk>", "<eos>"
 
 
@@ -54,6 +56,7 @@ def train_sentencepiece(
     model_type: str = "bpe",
     piece_span: str = "line",
     split_digits: bool = False,
+    vocab_flag: str = "--vocab-size",
 ) -> bytes:
     """Returns the SentencePiece model trained on `texts`: the same texts give the same bytes.
 
@@ -65,14 +68,23 @@ def train_sentencepiece(
     Python's standard library, BPE of 4,096 pieces: 3.06 where newlines are cut off and pieces keep
     to one script (letters or punctuation), 3.19 with newlines, 3.67 "word", 4.35 "line".
 
+    Where 99.99% of the text needs characters for more than half of the vocabulary, as Chinese does,
+    the most frequent characters get that half and the others are written in bytes. Bytes per token
+    of the last 5% of a Chinese novel, 4,096 pieces: 4.07 with a quarter of them for characters,
+    4.37 with 40%, 4.40 with half, 4.22 with three quarters, 3.92 with nine tenths.
+
+    vocab_flag: the flag that a user sets `vocab_size` with, for the error.
+
     Raises ValueError where the texts cannot fill the vocabulary.
     """
     import sentencepiece
 
+    texts = list(texts)
+    rare = _rare_characters(texts, (vocab_size - NUM_BYTES - NUM_SPECIAL) // 2)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts, piece_span),
+            sentence_iterator=_sentences(texts, piece_span, rare),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -85,7 +97,7 @@ def train_sentencepiece(
             split_by_whitespace=piece_span == "word",
             split_by_unicode_script=False,
             max_sentencepiece_length=32,
-            character_coverage=0.9999,
+            character_coverage=COVERAGE,
             max_sentence_length=4 * LONG_TEXT,  # bytes; SentencePiece leaves out longer ones
             num_threads=16,  # a constant: unigram's sums depend on it
             pad_id=PAD_ID,
@@ -95,18 +107,38 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        text = str(error).splitlines()[-1]
+        most = re.search(r"value <= (\d+)", text)
         raise ValueError(
-            f"SentencePiece cannot train {vocab_size} {model_type} pieces on these texts: "
-            f"{str(error).splitlines()[-1]}; change --vocab-size or give more text"
+            f"{sum(map(len, texts)):,} characters of text give at most {int(most[1]):,} {model_type} "
+            f"pieces, not {vocab_size:,}: give more text, or {vocab_flag}={most[1]}"
+            if most
+            else f"SentencePiece cannot train {vocab_size} {model_type} pieces on these texts: "
+            f"{text}; change {vocab_flag} or give more text"
         ) from error
     return model.getvalue()
 
 
-def _sentences(texts: Iterable[str], piece_span: str) -> Iterator[str]:
-    """Yields what SentencePiece counts pairs in; never across two of these."""
+def _rare_characters(texts: Iterable[str], most: int) -> dict[int, str]:
+    """A table for `str.translate` that makes "\\0" of all but the `most` most frequent characters;
+    empty where so many cover the texts.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = sum(counts[character] for character in ordered[: max(most, 0)])
+    if covered >= COVERAGE * counts.total():
+        return {}
+    return dict.fromkeys(map(ord, ordered[max(most, 0) :]), "\0")
+
+
+def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> Iterator[str]:
+    """Yields what SentencePiece counts pairs in; never across two of these, or a rare character."""
     for text in texts:
         for line in [text] if piece_span == "word" else _LINE.split(text):
-            yield from pieces(line)
+            for part in line.translate(rare).split("\0") if rare else [line]:
+                yield from pieces(part)
 
 
 def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
@@ -145,6 +177,7 @@ def train_tokenizer(
     piece_span: str,
     split_digits: bool,
     sample_bytes: int,
+    vocab_flag: str = "--vocab-size",
 ) -> int:
     """Writes a model trained on the train split to `out`; returns the bytes it was given.
 
@@ -174,6 +207,7 @@ def train_tokenizer(
             model_type=model_type,
             piece_span=piece_span,
             split_digits=split_digits,
+            vocab_flag=vocab_flag,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
