@@ -24,9 +24,14 @@ $(VENV)/dev: $(VENV)/ok requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
+# As they are given, through the environment: a name may hold anything but what make expands first.
+override DATA := $(value DATA)
+override WORKDIR := $(value WORKDIR)
+export DATA WORKDIR
+
 pretrain: $(VENV)/ok
-	@$(BIN)/python scripts/pretrain.py --data='$(DATA)' --config=$(CONFIG) \
-		$(if $(WORKDIR),--workdir=$(WORKDIR)) $(ARGS)
+	@$(BIN)/python scripts/pretrain.py --data="$$DATA" --config=$(CONFIG) \
+		$${WORKDIR:+--workdir="$$WORKDIR"} $(ARGS)
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

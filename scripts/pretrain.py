@@ -12,6 +12,7 @@ summary.json.
 from __future__ import annotations
 
 import argparse
+import glob
 import gzip
 import hashlib
 import json
@@ -22,7 +23,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,9 +33,13 @@ from ml_collections import config_flags
 from lm import runtime
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
+from lm.data import tokenizer as tokenizers
 from lm.data.sources.tokens import TokenStore
+from lm.data.tokenizer import Tokenizer
 
-PROMPTS = ("def read(self, ", "class Handler(")
+if TYPE_CHECKING:
+    from lm.experiment import Experiment
+    from lm.types import Params
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -46,24 +51,29 @@ _STORES = flags.DEFINE_string(
     "stores", None, "Folder of tokenizer and stores; default: data/CORPUS."
 )
 _PROMPT = flags.DEFINE_multi_string(
-    "prompt", list(PROMPTS), "What the samples continue; repeatable."
+    "prompt", None, "Text that samples continue; repeatable; default: lines of the held-out text."
 )
 _DATA = argparse.ArgumentParser(add_help=False)
 corpora.add_flags(_DATA)
+_DATA.set_defaults(split=None)  # by the number of documents
+
+MAX_NEW_TOKENS = 120  # of a sample
 
 
 def main(argv: Sequence[str]) -> int:
     import jax
 
     from lm import metrics
-    from lm.metrics import seconds
     from lm.train import train
 
-    given = (
-        [*argv[1:]] if any(a.startswith("--data") for a in argv) else ["--data=stdlib", *argv[1:]]
-    )
-    corpus = corpora.from_flags(_DATA.parse_args(given))
+    given = [*argv[1:]]
+    if not any(a.startswith("--data") for a in given):
+        given = ["--data=stdlib", *given]
+    arguments = _DATA.parse_args(given)
+    is_given, arguments.split = arguments.split is not None, arguments.split or "hash"
+    corpus = corpora.from_flags(arguments)
     name = corpus_name(corpus)
+    corpus = corpus if is_given else corpora.choose_split(corpus)
     config = _CONFIG.value
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or f"runs/{recipe}-{name}")
@@ -71,52 +81,89 @@ def main(argv: Sequence[str]) -> int:
 
     summary_file = workdir / "summary.json"
     step(1, f"tokenizer and token store of {' '.join(corpus.data)} in {stores}")
-    tokenizer = stores / "tokenizer.model"
-    if not tokenizer.exists():
-        stores.mkdir(parents=True, exist_ok=True)
-        tokenizer_training.train_tokenizer(
-            corpus,
-            out=str(tokenizer),
-            vocab_size=config.model.vocab_size,
-            model_type="bpe",
-            piece_span="line",
-            split_digits=False,
-            sample_bytes=100_000_000,
-        )
-    prepared = prepare.prepare(corpus, tokenizer=str(tokenizer), out=str(stores))
+    tokenizer = make_tokenizer(corpus, stores / "tokenizer.model", config.model.vocab_size)
+    prepared = prepare.prepare(corpus, tokenizer=tokenizer.name, out=str(stores))
     print(prepare.summary(prepared.manifests))
+    if corpus.split == "tail" and not is_given:
+        print(
+            f"fewer than {corpora.FEW_DOCUMENTS} documents: the last "
+            f"{corpus.validation_fraction:.0%} of each are held out (--split=hash: whole ones)"
+        )
 
-    config.data.tokenizer = str(tokenizer)
+    config.data.tokenizer = tokenizer.name
     config.data.train = (str(stores / "train"),)
-    config.data.validation = (str(stores / "validation"),)
+    held_out = stores / "validation" if "validation" in corpus.splits else None
+    config.data.validation = (str(held_out),) if held_out else ()
+    text = held_out_text(held_out) if held_out else b""
+    prompts = _PROMPT.value or make_prompts(text, tokenizer, config.model.max_length)
+    check_prompts(prompts, tokenizer, config.model.max_length)
     step(2, f"training in {workdir}")
     code = train(config, str(workdir), jax.devices())
     if code:
         return code
     if summarised_step(summary_file) != metrics.read(str(workdir))[-1]["step"]:
         step(3, "samples, summary and loss curve")
-        finish(workdir, stores / "validation", config)
-    summary = json.loads(summary_file.read_text())
-    speed = summary["tokens_per_second"]
-    python = os.path.relpath(sys.executable)
-    python = sys.executable if python.startswith("..") else python
-    print((workdir / "samples.txt").read_text())
-    print(
-        f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
-        f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}, xz -9 {summary['xz_bits_per_byte']:.3f})\n"
-        f"training                 {seconds(summary['train_seconds'])}, "
-        f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
-        f"{summary['parameters'] / 1e6:.2f}M parameters\n"
-        f"run                      {workdir}   "
-        "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
-        f"loss curve               {workdir / 'loss.png'}\n\n"
-        "What next:\n"
-        f"  {python} scripts/generate.py --workdir={workdir} "
-        f"--prompt={shlex.quote(_PROMPT.value[0])} --stream\n"
-        f"  {python} scripts/evaluate.py --workdir={workdir}\n"
-        f"  {python} scripts/pretrain.py --workdir={workdir}-deeper --config.model.num_layers=8"
-    )
+        finish(workdir, text, prompts)
+    report(workdir, prompts, config)
     return 0
+
+
+def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the stores, trained unless it is there.
+
+    Raises:
+        ValueError: it is there, with another number of pieces than the model is to have.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer_training.train_tokenizer(
+            corpus,
+            out=str(file),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            piece_span="line",
+            split_digits=False,
+            sample_bytes=100_000_000,
+            vocab_flag="--config.model.vocab_size",
+        )
+    tokenizer = tokenizers.load(str(file))
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{file} has {tokenizer.vocab_size:,} pieces and config.model.vocab_size is "
+            f"{vocab_size:,}: keep the tokenizer with --config.model.vocab_size="
+            f"{tokenizer.vocab_size}, or make another with --stores={file.parent}-{vocab_size} "
+            "and a --workdir"
+        )
+    return tokenizer
+
+
+def make_prompts(text: bytes, tokenizer: Tokenizer, max_length: int) -> list[str]:
+    """The beginnings of two lines of the held-out text, at one and two thirds of it: whole words
+    where there are spaces, and no more than half of the model's length.
+    """
+    lines = [line.strip() for line in text.decode(errors="ignore").splitlines()]
+    lines = [line for line in lines if len(line) >= 12] or [line for line in lines if line]
+    found = [lines[len(lines) * i // 3] for i in (1, 2)] if lines else []
+    return list(dict.fromkeys(_beginning(line, tokenizer, max_length // 2) for line in found))
+
+
+def _beginning(line: str, tokenizer: Tokenizer, most: int) -> str:
+    words = line[:25].rpartition(" ")[0]
+    prompt = line if len(line) <= 24 else words if len(words) >= 8 else line[:16]
+    while len(prompt) > 1 and len(tokenizer.encode(prompt)) > most:
+        prompt = prompt[:-1]
+    return prompt
+
+
+def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises ValueError where a prompt leaves no token of the model's length to sample."""
+    for prompt in prompts:
+        length = 1 + len(tokenizer.encode(prompt))
+        if length >= max_length:
+            raise ValueError(
+                f"--prompt={prompt[:40]!r} has {length} tokens with the first one, and "
+                f"config.model.max_length ({max_length}) must be larger: shorten the prompt"
+            )
 
 
 def step(number: int, text: str) -> None:
@@ -129,46 +176,52 @@ def summarised_step(file: Path) -> int | None:
 
 
 def corpus_name(corpus: corpora.Corpus) -> str:
-    """A folder name for a corpus: what it is called, and a hash of what decides its content."""
+    """A folder name for a corpus: what its files are called, and a hash of what decides its
+    content.
+    """
     if list(corpus.data) == ["stdlib"] and corpus == corpora.Corpus(data=corpus.data):
         return "stdlib"
-    words = re.sub(r"[^a-zA-Z0-9]+", "-", " ".join(corpus.data)).strip("-").lower()[:30]
+    words = "-".join(_last_name(spec) for spec in corpus.data)[:40].strip("-")
     return f"{words}-{hashlib.sha256(repr(corpus).encode()).hexdigest()[:6]}"
 
 
-def finish(workdir: Path, validation: Path, config: Any) -> None:
-    """Writes samples.txt, loss.png and, last, summary.json."""
+def _last_name(spec: str) -> str:
+    """The name of a file without its suffixes, of a folder, or of a pattern's last fixed folder."""
+    parts = [part for part in spec.split("/") if part and not glob.has_magic(part)]
+    name = parts[-1] if parts else spec
+    return re.sub(r"[^\w:]+", "-", re.sub(r"(\.\w{1,5}){1,2}$", "", name)).replace(":", "-").lower()
+
+
+def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
+    """Writes samples.txt, loss.png and, last, summary.json.
+
+    text: what was held out, for the sizes that compressors give it; empty: nothing was.
+    """
     import jax
 
     from lm import metrics, plot
     from lm.checkpoint.manager import Checkpoints
     from lm.experiment import load
-    from lm.generation.generator import Generator
-    from lm.generation.sampling import Sampling
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
         at, params = experiment.restore_params(checkpoints)
-    generator = Generator(experiment.model, params, experiment.tokenizer)
-    length = min(120, config.model.max_length - 50)
-    made = generator.generate(
-        _PROMPT.value, max_new_tokens=length, sampling=Sampling(temperature=0.7, top_p=0.95)
-    )
-    lines = [f"--- sample {i + 1}\n{_PROMPT.value[g.prompt]}{g.text}\n" for i, g in enumerate(made)]
-    (workdir / "samples.txt").write_text("\n".join(lines))
+    (workdir / "samples.txt").write_text(sample(experiment, params, prompts), encoding="utf-8")
 
     records = metrics.read(str(workdir))
-    final = next(r for r in reversed(records) if r["kind"] == "eval" and r["step"] == at)
-    text = held_out_text(validation)
-    references = {
-        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
-    }
+    evals = [r for r in records if r["kind"] == "eval" and r["step"] == at]
+    references = {}
+    if text:
+        references = {
+            "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+        }
     plot.loss_curve(str(workdir), references)
     summary = {
-        "bits_per_byte": final["bits_per_byte"],
-        "gzip_bits_per_byte": references["gzip -9"],
-        "xz_bits_per_byte": references["xz -9"],
+        "loss": evals[-1]["loss"] if evals else None,
+        "bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
+        "gzip_bits_per_byte": references.get("gzip -9"),
+        "xz_bits_per_byte": references.get("xz -9"),
         **totals(records),
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
         "steps": at,
@@ -188,6 +241,100 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     spent = sum(r["seconds"] for r in train)
     speed = tokens / spent if spent else None
     return {"tokens": tokens, "train_seconds": spent, "tokens_per_second": speed}
+
+
+def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> str:
+    """Continuations of the prompts, as text; why there are none, where the model makes none."""
+    from lm.generation.generator import Generator
+    from lm.generation.sampling import Sampling
+
+    if not experiment.config.model.is_causal:
+        return f"no samples: config.model.name={experiment.config_dict.model.name} is not causal\n"
+    if not prompts:
+        return "no samples: nothing is held out to take prompts from, and no --prompt is given\n"
+    generator = Generator(experiment.model, params, experiment.tokenizer)
+    longest = 1 + max(len(experiment.tokenizer.encode(prompt)) for prompt in prompts)
+    length = min(MAX_NEW_TOKENS, experiment.config.model.max_length - longest)
+    made = generator.generate(
+        prompts, max_new_tokens=length, sampling=Sampling(temperature=0.7, top_p=0.95)
+    )
+    lines = [f"--- sample {i + 1}\n{prompts[g.prompt]}{g.text}\n" for i, g in enumerate(made)]
+    return "\n".join(lines)
+
+
+def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
+    """Prints samples, figures and the commands that a user may want next."""
+    from lm.metrics import seconds
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    speed = summary["tokens_per_second"]
+    print((workdir / "samples.txt").read_text(encoding="utf-8"))
+    if summary["bits_per_byte"] is not None:
+        print(
+            f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
+            f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}, "
+            f"xz -9 {summary['xz_bits_per_byte']:.3f})"
+        )
+    elif summary["loss"] is not None:
+        print(f"held-out loss            {summary['loss']:.3f} nats per scored token")
+    print(
+        f"training                 {seconds(summary['train_seconds'])}, "
+        f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
+        f"{summary['parameters'] / 1e6:.2f}M parameters\n"
+        f"run                      {workdir}   "
+        "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
+        f"loss curve               {workdir / 'loss.png'}\n\n"
+        "What next:"
+    )
+    run = f"--workdir={workdir}"
+    if config.model.name == "decoder" and prompts:
+        _next("generate.py", run, f"--prompt={prompts[0]}", "--stream")
+    _next("evaluate.py", run)
+    layers = f"--config.model.num_layers={2 * config.model.num_layers}"
+    _next("pretrain.py", *_arguments(), f"{run}-deeper", layers)
+    family, activation = export_family(config.model)
+    if family and not activation:
+        _next("hf_export.py", run, f"--out=exports/{family}")
+    else:
+        print(
+            "transformers has no model like this one, so it can't be exported"
+            + (f"; it has one with --config.model.activation={activation}" if activation else "")
+        )
+
+
+def _next(script: str, *arguments: str) -> None:
+    python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
+    print(f"  {shlex.quote(python)} scripts/{script} {shlex.join(arguments)}")
+
+
+def _arguments() -> list[str]:
+    """This command's own, without the folder of the run and what is the default."""
+    given = iter(sys.argv[1:])
+    kept = []
+    for argument in given:
+        if argument.lstrip("-") == "workdir":
+            next(given, None)
+        elif not argument.lstrip("-").startswith("workdir="):
+            kept.append(argument)
+    return [a for a in kept if a not in ("--data=stdlib", "--config=configs/tiny.py")]
+
+
+def export_family(model: Any) -> tuple[str, str]:
+    """(family of transformers' models that is like `config.model`, activation that it takes for
+    one where the configured one has none: "" where none is needed); ("", "") where nothing helps.
+    """
+    from lm.hf import structure
+
+    other = model.copy_and_resolve_references()
+    if "activation" in other:
+        other.activation = "swiglu"
+    for section, activation in ((model, ""), (other, "swiglu")):
+        try:
+            return structure.find_family(section), activation
+        except ValueError:
+            continue
+    return "", ""
 
 
 def held_out_text(store: Path) -> bytes:

@@ -5,6 +5,7 @@ Preparation and tokenizer training read documents through here, so both agree on
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,7 @@ from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
 _MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
+FEW_DOCUMENTS = 100
 _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
 
 
@@ -102,6 +104,19 @@ class Corpus:
         else:
             is_held_out = self.split == "hash" and held_out(document_id, self.validation_fraction)
         return "validation" if is_held_out else "train"
+
+
+def choose_split(corpus: Corpus) -> Corpus:
+    """Returns the corpus with the last characters of each document held out where it has fewer than
+    `FEW_DOCUMENTS` of one field, in place of whole documents: by their hash none of a few may be
+    held out, or most of the text.
+    """
+    if corpus.split == "tail" or corpus.fold or len(corpus.columns) > 1:
+        return corpus
+    read = (item for part in plan_parts(corpus.sources()) for _, item, _ in read_part(corpus, part))
+    documents = (item for item in read if isinstance(item, Document))
+    few = sum(1 for _ in itertools.islice(documents, FEW_DOCUMENTS)) < FEW_DOCUMENTS
+    return replace(corpus, split="tail") if few and corpus.validation_fraction else corpus
 
 
 def held_out(key: str, fraction: float) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.sources import Skipped
+from lm.data.sources.records import column_names
 from lm.data.tokenizer import LONG_TEXT, pieces
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
@@ -25,14 +26,22 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
     """Yields texts of the train split, without duplicates, about `sample_bytes` of them in all.
 
     The sample takes documents by a hash of their id, spread over the whole corpus.
+
+    Raises ValueError where there is none, with the reasons why records were skipped.
     """
     parts = plan_parts(corpus.sources())
     total = sum(unit.size for part in parts for _, unit in part)
     share = sample_bytes / max(total, 1)
     seen, size = set(), 0
+    skipped: collections.Counter[str] = collections.Counter()
+    fields: dict[str, None] = {}
     for part in parts:
         for split, item, digest in read_part(corpus, part):
-            if split != "train" or isinstance(item, Skipped) or digest in seen:
+            if isinstance(item, Skipped):
+                skipped[item.reason] += 1
+                fields |= dict.fromkeys(item.fields)
+                continue
+            if split != "train" or digest in seen:
                 continue
             if not _is_sampled(item.id, share):
                 continue
@@ -42,6 +51,20 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
                 yield text
             if size >= sample_bytes:  # compressed files hold more than their sizes say
                 return
+    if not size:
+        raise ValueError(_no_text(corpus, skipped, list(fields)))
+
+
+def _no_text(corpus: Corpus, skipped: collections.Counter[str], fields: list[str]) -> str:
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"
+    text = f"no text to train a tokenizer on in {', '.join(corpus.data)}; skipped: {reasons}"
+    if not fields:
+        return text
+    field = next(iter(corpus.columns))
+    return (
+        f"{text}. Records have the fields {', '.join(fields[:20])} and not "
+        f"{', '.join(column_names(corpus.columns))}: say --field={field}={fields[0]}"
+    )
 
 
 def _is_sampled(document_id: str, share: float) -> bool:
@@ -110,8 +133,8 @@ def train_sentencepiece(
         text = str(error).splitlines()[-1]
         most = re.search(r"value <= (\d+)", text)
         raise ValueError(
-            f"{sum(map(len, texts)):,} characters of text give at most {int(most[1]):,} {model_type} "
-            f"pieces, not {vocab_size:,}: give more text, or {vocab_flag}={most[1]}"
+            f"{sum(map(len, texts)):,} characters of text give at most {int(most[1]):,} "
+            f"{model_type} pieces, not {vocab_size:,}: give more text, or {vocab_flag}={most[1]}"
             if most
             else f"SentencePiece cannot train {vocab_size} {model_type} pieces on these texts: "
             f"{text}; change {vocab_flag} or give more text"

@@ -21,10 +21,14 @@ class Document(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A record that is no document: counted by its reason, never dropped in silence."""
+    """A record that is no document: counted by its reason, never dropped in silence.
+
+    fields: of a record without a wanted field, those that it has.
+    """
 
     id: str
     reason: str
+    fields: tuple[str, ...] = ()
 
 
 class Unit(NamedTuple):

@@ -43,7 +43,8 @@ def from_record(document_id: str, record: object, columns: Mapping[str, str]) ->
     """Returns the document of a record (a JSON object), or why it is none."""
     names = column_names(columns)
     if not isinstance(record, dict) or not all(name in record for name in names):
-        return Skipped(document_id, "missing_field")
+        fields = tuple(map(str, record)) if isinstance(record, dict) else ()
+        return Skipped(document_id, "missing_field", fields)
     texts = {name: record[name] for name in names}
     if not all(isinstance(text, str) for text in texts.values()):
         return Skipped(document_id, "field_is_not_text")

@@ -1,0 +1,134 @@
+"""`make pretrain` on a text of one's own: the commonest kinds of text, and what the end needs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from environment import fake_devices
+
+from lm.data.corpus import Corpus, choose_split
+from lm.data.tokenizer import from_bytes
+from lm.data.tokenizer_training import train_sentencepiece, training_texts
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "train.num_steps": 2,
+    "train.eval_every": 0,
+    "checkpoint.every": 0,
+    "optimizer.schedule.warmup_steps": 1,
+    "data.batch_size": 2,
+    "data.length": 32,
+    "model.num_layers": 1,
+    "model.embed_dim": 32,
+    "model.max_length": 32,  # shorter than a sample is elsewhere
+    "model.vocab_size": 600,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module, its flags among themselves."""
+    kept, flags.FLAGS = flags.FLAGS, flags.FlagValues()
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "scripts" / "pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        flags.FLAGS = kept
+    return module
+
+
+def run(*arguments, cwd, **changes):
+    values = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments, *values],
+        cwd=cwd,
+        env=fake_devices(1),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def chinese(num_characters):
+    """Lines of text with more characters than the vocabulary of `SMALL` has pieces."""
+    common = "的一是不了人我在有他这中大来上国" * 40
+    text = "".join(chr(0x4E00 + i * 7 % 2000) + common[i % 600] for i in range(num_characters // 2))
+    return "\n".join(text[i : i + 40] for i in range(0, len(text), 40))
+
+
+def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path):
+    (tmp_path / "红楼 梦.txt").write_text(chinese(12_000), encoding="utf-8")
+    done = run("--data=红楼 梦.txt", "--workdir=runs/my run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the last 5% of each are held out" in done.stdout
+    [store] = (tmp_path / "data").iterdir()
+    assert store.name.startswith("红楼-梦-")
+    assert "--data=红楼 梦.txt'" in done.stdout.split("What next:")[1]
+    assert "it has one with --config.model.activation=swiglu" in done.stdout
+    samples = (tmp_path / "runs/my run/samples.txt").read_text(encoding="utf-8")
+    assert samples.count("--- sample") == 2 and "def " not in samples
+    summary = json.loads((tmp_path / "runs/my run/summary.json").read_text())
+    assert 0 < summary["bits_per_byte"] < 8 and summary["steps"] == 2
+
+    other = run("--data=红楼 梦.txt", "--workdir=runs/b", cwd=tmp_path, **{"model.vocab_size": 512})
+    assert other.returncode == 1
+    assert other.stderr.startswith(f"error: data/{store.name}/tokenizer.model has 600 pieces and ")
+    assert f"--stores=data/{store.name}-512" in other.stderr and other.stderr.count("\n") == 1
+    long = run("--data=红楼 梦.txt", "--workdir=runs/b", "--prompt=" + "的" * 99, cwd=tmp_path)
+    assert long.returncode == 1 and "config.model.max_length (32) must be larger" in long.stderr
+    assert not (tmp_path / "runs/b").exists()
+
+
+def test_records_without_the_field_name_those_that_are_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "a", "body": "b"}\n' * 3)
+    message = r"3 missing_field. Records have the fields title, body and not text: say --field=text"
+    with pytest.raises(ValueError, match=message):
+        list(training_texts(Corpus([str(tmp_path / "a.jsonl")]), sample_bytes=100))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, "tail"), (99, "tail"), (100, "hash")])
+def test_few_documents_are_held_out_in_part(tmp_path, count, expected):
+    for i in range(count):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    assert choose_split(Corpus([str(tmp_path)])).split == expected
+    whole = Corpus([str(tmp_path)], validation_fraction=0.0)
+    assert choose_split(whole) == whole
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (["/home/user/texts/chinese-novels/hongloumeng.txt"], "hongloumeng"),
+        (["books/红楼梦.txt.gz"], "红楼梦"),
+        (["books/**/*.txt"], "books"),
+        (["a/web pages/"], "web-pages"),
+        (["tfds:lm1b/plain"], "plain"),
+        (["stdlib:all", "b/c.md"], "stdlib-all-c"),
+    ],
+)
+def test_a_store_is_named_like_its_data(script, data, name):
+    found = script.corpus_name(Corpus(data))
+    assert found.rpartition("-")[0] == name and found != script.corpus_name(Corpus([*data, "x"]))
+
+
+def test_prompts_are_beginnings_of_lines_of_the_held_out_text(script):
+    text = "\n".join(f"line number {i} is here, and goes on for long" for i in range(30))
+    tokenizer = from_bytes("bytes", b"")
+    prompts = script.make_prompts(text.encode(), tokenizer, 256)
+    assert prompts == ["line number 10 is here,", "line number 20 is here,"]
+    assert script.make_prompts(("春" * 50).encode(), tokenizer, 256) == ["春" * 16]
+    assert script.make_prompts(("春" * 50).encode(), tokenizer, 32) == ["春" * 5]
+    assert script.make_prompts(b"a\nb", tokenizer, 256) == ["a", "b"]
+    assert script.make_prompts(b"", tokenizer, 256) == []
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_training(script):
+    tokenizer = from_bytes("a.model", train_sentencepiece(["a b c"], vocab_size=269))
+    script.check_prompts(["a b c"], tokenizer, 8)
+    with pytest.raises(ValueError, match=r"has 10 tokens .* config.model.max_length \(8\) must be"):
+        script.check_prompts(["x" * 9], tokenizer, 8)
