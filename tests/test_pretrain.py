@@ -1,18 +1,17 @@
 """`make pretrain` on a text of one's own: the commonest kinds of text, and what the end needs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 from environment import fake_devices
 
 from lm.data.corpus import Corpus, choose_split
 from lm.data.tokenizer import from_bytes
 from lm.data.tokenizer_training import train_sentencepiece, training_texts
+from scripts import pretrain as script
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -27,19 +26,6 @@ SMALL = {
     "model.max_length": 32,  # shorter than a sample is elsewhere
     "model.vocab_size": 600,
 }
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module, its flags among themselves."""
-    kept, flags.FLAGS = flags.FLAGS, flags.FlagValues()
-    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "scripts" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        flags.FLAGS = kept
-    return module
 
 
 def run(*arguments, cwd, **changes):
@@ -111,12 +97,12 @@ def test_few_documents_are_held_out_in_part(tmp_path, count, expected):
         (["stdlib:all", "b/c.md"], "stdlib-all-c"),
     ],
 )
-def test_a_store_is_named_like_its_data(script, data, name):
+def test_a_store_is_named_like_its_data(data, name):
     found = script.corpus_name(Corpus(data))
     assert found.rpartition("-")[0] == name and found != script.corpus_name(Corpus([*data, "x"]))
 
 
-def test_prompts_are_beginnings_of_lines_of_the_held_out_text(script):
+def test_prompts_are_beginnings_of_lines_of_the_held_out_text():
     text = "\n".join(f"line number {i} is here, and goes on for long" for i in range(30))
     tokenizer = from_bytes("bytes", b"")
     prompts = script.make_prompts(text.encode(), tokenizer, 256)
@@ -127,7 +113,7 @@ def test_prompts_are_beginnings_of_lines_of_the_held_out_text(script):
     assert script.make_prompts(b"", tokenizer, 256) == []
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_before_training(script):
+def test_a_prompt_that_leaves_no_room_is_refused_before_training():
     tokenizer = from_bytes("a.model", train_sentencepiece(["a b c"], vocab_size=269))
     script.check_prompts(["a b c"], tokenizer, 8)
     with pytest.raises(ValueError, match=r"has 10 tokens .* config.model.max_length \(8\) must be"):
