@@ -1,28 +1,72 @@
 """What the exit code of a run means, and the base of the errors that carry one.
 
 Codes above 128 are 128 plus a signal's number, as a shell shows them; those of the project lie
-where neither shells nor sysexits.h have theirs.
+where neither shells nor sysexits.h have theirs. This is the one table of them: local.py and sweeps
+read it, and `python scripts/launch/exit_codes.py` writes what the launchers in bash and the README
+say of it.
 """
 
 from __future__ import annotations
 
 import enum
+import signal
+
+RESTARTED = "yes: every launcher does"
 
 
 class Exit(enum.IntEnum):
-    SUCCESS = 0
-    ERROR = 1  # a mistake in the config or the files; the message says which
-    USAGE = 2  # a mistake on the command line
-    OUT_OF_DATA = 40  # the sources have no more epochs to read
-    DIVERGED = 41  # a loss or gradient that is not finite, or a spike, and the policy says stop
-    HUNG = 42  # a phase went over its budget; the stacks are in WORKDIR/stacks
-    SAVE_FAILED = 43  # a checkpoint could not be written; the last good one is still there
-    CORRUPT = 44  # no checkpoint verifies, or replicas hold different values
-    MISMATCH = 45  # the processes of a run have different configs, code or data
-    PEER_LOST = 46  # a process of the run never came, or went away
-    SELF_CHECK = 47  # the start-up check found a kernel that computes something else
-    INTERRUPTED = 130  # SIGINT: saved, the same command goes on
-    TERMINATED = 143  # SIGTERM: saved, the same command goes on
+    """The codes, each with its meaning and whether the same command, started again, goes on."""
+
+    meaning: str
+    again: str
+
+    def __new__(cls, code: int, meaning: str, again: str) -> Exit:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning, member.again = meaning, again
+        return member
+
+    SUCCESS = 0, "finished", ""
+    ERROR = 1, "a mistake in the config or the files", "after mending it"
+    USAGE = 2, "a mistake in the flags", "after mending it"
+    OUT_OF_DATA = 40, "out of data: more steps than `train.max_epochs` has", "with more data"
+    DIVERGED = (
+        41,
+        "diverged: a bad step and policy `stop`, or `guard.max_skips` in a row",
+        "look first",
+    )
+    HUNG = 42, "hung: no progress within a budget of `config.guard`; see `RUN/stacks`", RESTARTED
+    SAVE_FAILED = 43, "a checkpoint could not be saved; the last good one is there", "with space"
+    CORRUPT = 44, "corrupt: no checkpoint verifies, or replicas hold different bits", "look first"
+    MISMATCH = (
+        45,
+        "the processes differ in config or code, or a step consumed other data than before",
+        "look first",
+    )
+    PEER_LOST = 46, "a process of the run never came or went away", RESTARTED
+    SELF_CHECK = 47, "the start-up check found a kernel that computes something else", "no"
+    DEVICE_ERROR = 48, "a device failed: an error of JAX's runtime", RESTARTED
+    OUT_OF_MEMORY = 49, "out of memory, of a device or of the machine", "with a smaller config"
+    INTERRUPTED = (
+        130,
+        "Ctrl-C: saved in all processes at the same step (a second one ends at once, unsaved)",
+        "yes",
+    )
+    TERMINATED = 143, "SIGTERM, such as a preemption or a time limit: saved likewise", RESTARTED
+
+
+# What a shell shows of a process that crashed, or that something killed.
+KILLS = tuple(
+    128 + number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
+)
+KILLED = "a process crashed, or was killed"
+
+
+def restarts(code: int) -> bool:
+    """Whether a launcher starts the same command again after this code: it goes on from the last
+    checkpoint, and may do better.
+    """
+    return code in KILLS or (code in list(Exit) and Exit(code).again == RESTARTED)
 
 
 class RunError(Exception):

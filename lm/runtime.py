@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
         return error.code, f"error: {error}"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        from lm import device_errors  # which imports jax
+
+        code = device_errors.exit_code(error)
+        if code is None:
+            raise
+        traceback.print_exc()  # where it came up, for whoever has to find the cause
+        return code, f"error: {device_errors.describe(code, error)}"
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE, ""

@@ -430,6 +430,18 @@ def test_a_full_disk_fails_the_save_and_the_last_good_checkpoint_restores(tmp_pa
             assert checkpoints.steps() == [1]
 
 
+def test_a_failed_save_has_the_code_of_what_failed(three):
+    def fail(x):
+        raise OSError("the link to the chip is down")
+
+    with pytest.raises(jax.errors.JaxRuntimeError) as device:
+        jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(fail, x, x))(jnp.ones(4)))
+    with Checkpoints(str(three), CheckpointConfig()) as checkpoints:
+        failed = checkpoints._failed(4, device.value)
+        assert failed.code == Exit.DEVICE_ERROR and "INTERNAL" in str(failed)
+        assert checkpoints._failed(4, OSError("no space")).code == Exit.SAVE_FAILED
+
+
 def test_a_read_only_folder_fails_the_save(three):
     with (
         Checkpoints(str(three), CheckpointConfig()) as checkpoints,

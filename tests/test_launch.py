@@ -12,8 +12,8 @@ import time
 import pytest
 
 from lm import metrics
-from lm.exits import Exit
-from scripts.launch.local import decisive, is_mendable
+from lm.exits import Exit, restarts
+from scripts.launch.local import decisive
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCHER = str(ROOT / "scripts" / "launch" / "local.py")
@@ -85,9 +85,10 @@ def test_the_first_cause_decides_the_exit_code():
 
 def test_only_what_a_restart_can_mend_is_restarted():
     killed = [128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)]
-    assert all(map(is_mendable, [Exit.PEER_LOST, Exit.HUNG, *killed]))
-    other = set(Exit) - {Exit.PEER_LOST, Exit.HUNG}
-    assert not any(map(is_mendable, other))
+    mendable = {Exit.PEER_LOST, Exit.HUNG, Exit.DEVICE_ERROR, Exit.TERMINATED}
+    assert all(map(restarts, [*mendable, *killed]))
+    others = [*(set(Exit) - mendable), 3, 127, 255, *(128 + n for n in (signal.SIGHUP, 13))]
+    assert not any(map(restarts, others))
 
 
 def test_output_keeps_its_stream_and_names_its_process(script, tmp_path):
@@ -167,6 +168,8 @@ def test_processes_die_with_their_launcher(script, tmp_path):
         ("os.kill(os.getpid(), signal.SIGKILL)", 3, 137),
         ("sys.exit(46)", 3, 46),
         ("sys.exit(42) if len(starts) < 2 else None", 2, 0),
+        ("sys.exit(48)", 3, 48),
+        ("sys.exit(49)", 1, 49),
         ("sys.exit(45)", 1, 45),
         ("sys.exit(1)", 1, 1),
     ],
@@ -194,6 +197,52 @@ def train(workdir: pathlib.Path, processes: int, devices: int, *launcher: str):
         *(f"--workdir={workdir}", f"--config.train.num_steps={STEPS}"),
         *("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.checkpoint.every=10"),
     )
+
+
+FAILING = """
+import importlib.util, pathlib
+from lm import config_tree
+spec = importlib.util.spec_from_file_location("smoke", pathlib.Path({root!r}, "configs/smoke.py"))
+smoke = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(smoke)
+def get_config(arg=None):
+    config = smoke.get_config()
+    failing = config_tree.default(model="tests.failing_device").model
+    set_ = {{k: v for k, v in config.model.to_dict().items() if k != "name" and v is not None}}
+    failing.update(set_)
+    failing.marker = {marker!r}
+    config.model = failing
+    return config
+"""
+
+
+def test_a_job_whose_device_fails_starts_again_and_goes_on(tmp_path):
+    path = tmp_path / "failing.py"
+    path.write_text(FAILING.format(root=str(ROOT), marker=str(tmp_path / "failed")))
+    flags = [f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=2"]
+    flags += ["--config.train.num_steps=24", "--config.checkpoint.every=5"]
+    flags += ["--config.guard.self_check=False"]
+    code, out, errors = finish(
+        launch("--processes=2", "--max-restarts=1", "--", ROOT / "scripts" / "train.py", *flags)
+    )
+    assert code == 0, out + errors
+    assert (tmp_path / "failed").exists()
+    assert "JaxRuntimeError: INTERNAL" in errors and "the link to the chip is down" in errors
+    assert "error: a device failed: INTERNAL" in errors
+    assert "launch: process 0 ended with exit code 48 (DEVICE_ERROR)" in errors
+    assert "from step 10 to 24" in out
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 25))
+
+
+def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(tmp_path):
+    flags = [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'run'}"]
+    flags += [f"--config.model.mlp_dim={2**40}", "--config.guard.self_check=False"]
+    code, out, errors = finish(
+        launch("--max-restarts=3", "--", ROOT / "scripts" / "train.py", *flags)
+    )
+    assert code == Exit.OUT_OF_MEMORY, out + errors
+    assert "error: out of memory: RESOURCE_EXHAUSTED" in errors
+    assert "config.train.num_microbatches" in errors and "starting again" not in errors
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """The scripts for SLURM, Cloud TPUs and GKE: what they would run, and what they do in a fake cloud.
 
-`python tests/test_launch_scripts.py` writes the answers in tests/golden anew.
+`PYTHONPATH=. python tests/test_launch_scripts.py` writes the answers in tests/golden anew.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import jsonschema
 import pytest
 import yaml
 
-from lm.exits import Exit
+from lm.exits import KILLS, Exit, restarts
 from lm.processes.environment import detect
-from scripts.launch.local import is_mendable
+from scripts.launch import exit_codes
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "scripts" / "launch"
@@ -35,17 +36,24 @@ SHELLCHECK = shutil.which(
 )
 TRANSCRIPTS = ("slurm", "tpu_vm", "gke")
 
-# What the same command, run again, mends; SIGTERM comes of a time limit or a preemption.
-KILLED = [128 + number for number in (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV)]
-AGAIN = {code for code in [*Exit, *KILLED] if is_mendable(code)} | {Exit.TERMINATED}
-FINAL = set(Exit) - AGAIN - {Exit.SUCCESS, Exit.INTERRUPTED}
+CODES = [*Exit, *KILLS, 128 + signal.SIGHUP, 128 + signal.SIGILL, 3, 127, 255]
+AGAIN = {int(code) for code in CODES if restarts(code)}
 
 
-def shell(command: str, *, path: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in the folder of the repository, with nothing else in the environment."""
+def shell(
+    command: str, *, path: str = "", words: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in the folder of the repository, with nothing else in the environment; its
+    arguments are `words`.
+    """
     clean = {"PATH": f"{path}:{os.environ['PATH']}".strip(":"), "HOME": "/nowhere", **environment}
     return subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=300
+        ["bash", "-c", command, "bash", *words],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -81,6 +89,23 @@ def test_a_dry_run_prints_the_commands_of_the_transcript(name):
     assert today == golden
 
 
+def test_bash_and_the_readme_have_the_table_of_exit_codes():
+    assert (FOLDER / "exit_codes.sh").read_text() == exit_codes.shell()
+    assert exit_codes.table_in((ROOT / "README.md").read_text()) == exit_codes.markdown()
+    done = shell(
+        "source scripts/launch/exit_codes.sh; for code; do ! restarts $code || echo $code; done",
+        words=[str(int(code)) for code in CODES],
+    )
+    assert set(map(int, done.stdout.split())) == AGAIN
+
+
+def test_no_launcher_has_a_list_of_exit_codes_of_its_own():
+    two = re.compile(r"\b4\d\b\D{1,4}\b(4\d|13\d)\b")
+    files = [p for p in [*FOLDER.iterdir(), ROOT / "lm" / "sweep" / "pool.py"] if p.is_file()]
+    own = {path.name for path in files if two.search(path.read_text())}
+    assert own == {"exit_codes.sh"}
+
+
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck isn't installed")
 def test_shellcheck_finds_nothing():
     assert len(SCRIPTS) >= 5
@@ -88,7 +113,9 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [p for p in SCRIPTS if p.name != "exit_codes.sh"], ids=lambda path: path.name
+)
 def test_help_names_every_variable(path):
     done = shell(f"{path} --help")
     assert done.returncode == 0 and not done.stderr
@@ -144,7 +171,7 @@ def commands(tmp_path):
 def test_a_job_requeues_itself_after_what_a_restart_mends(commands):
     path = commands({"srun": "exit $CODE", "scontrol": "echo scontrol $*"})
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "path": path}
-    for code in [*Exit, *KILLED]:
+    for code in CODES:
         done = shell("scripts/launch/slurm.sbatch", CODE=str(code), **job)
         assert done.returncode == code
         assert ("scontrol requeue 7" in done.stdout) == (code in AGAIN), code
@@ -314,7 +341,8 @@ def test_the_pods_count_themselves_from_0(variables):
 def test_a_jobset_fails_for_good_after_what_no_restart_mends():
     spec = apply(**GPUS)["spec"]
     (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
-    assert set(rule["onExitCodes"]["values"]) == FINAL
+    on = rule["onExitCodes"]
+    assert (rule["action"], on["operator"]) == ("FailJob", "NotIn") and set(on["values"]) == AGAIN
 
 
 def test_a_topology_must_divide_among_the_nodes():
@@ -378,7 +406,7 @@ def cloud(tmp_path, commands):
     repository, path = tmp_path / "repository", tmp_path / "cloud"
     (repository / "scripts" / "launch").mkdir(parents=True)
     path.mkdir()
-    for name in ("tpu_vm.sh", "tpu_host.sh"):
+    for name in ("tpu_vm.sh", "tpu_host.sh", "exit_codes.sh"):
         shutil.copy(FOLDER / name, repository / "scripts" / "launch")
     for name in ("lm/__init__.py", "configs/x.py", "requirements.txt", "constraints.txt"):
         (repository / name).parent.mkdir(exist_ok=True)

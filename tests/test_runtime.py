@@ -5,7 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from lm import device_errors
+from lm.exits import Exit
 
 PROGRAM = """
 from lm import runtime
@@ -70,3 +76,27 @@ def test_a_config_that_is_not_there_is_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config=configs/tinny.py: no such file")
     assert done.stderr.count("\n") == 1
+
+
+def test_errors_of_the_machine_have_codes_and_those_of_a_program_a_traceback():
+    assert device_errors.exit_code(RuntimeError("INTERNAL: out of memory")) is None
+    for code, make in (
+        (Exit.OUT_OF_MEMORY, lambda: jax.block_until_ready(jnp.zeros((2**50,), jnp.int8))),
+        (Exit.OUT_OF_MEMORY, lambda: np.ones((2**60,), np.int8)),
+        (Exit.DEVICE_ERROR, lambda: jax.block_until_ready(_with_a_failing_callback(1.0))),
+    ):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            make()
+        assert device_errors.exit_code(caught.value) == code
+        line = device_errors.describe(code, caught.value)
+        assert "\n" not in line and line.startswith(device_errors.KINDS[code])
+    wrong = jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ")
+    assert device_errors.exit_code(wrong) is None
+
+
+@jax.jit
+def _with_a_failing_callback(x):
+    def fail(x):
+        raise OSError("the link to the chip is down")
+
+    return jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), x)

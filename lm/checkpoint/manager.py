@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lm import device_errors
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, stored
 from lm.checkpoint.manifest import Damaged, Manifest
@@ -174,11 +175,13 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
         others = [s for s in self.steps() if s != step]
-        return SaveFailed(
+        failed = SaveFailed(
             f"the checkpoint of step {step} could not be saved in {self.directory}: "
             f"{stored.first_line(error)}; "
             + (f"the last one is of step {others[-1]}" if others else "there is no other one")
         )
+        failed.code = device_errors.exit_code(error) or failed.code
+        return failed
 
     def _finish(self, step: int, committed: threading.Event) -> None:
         """In the background: the end of a save, its verification, and what it allows to delete."""

@@ -26,14 +26,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lm.exits import Exit
+from lm.exits import Exit, restarts
 from lm.guard import LOCK_FILE, StopSignals
 
 OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
-# The codes of scripts/train.py after which the same command may go on; also those of a crash.
-AGAIN = (Exit.HUNG, Exit.PEER_LOST, Exit.TERMINATED, 134, 137, 139)
-RETRIES = 2
+RETRIES = 2  # after exit codes that ask for it
 PAUSE = 0.2  # seconds between looks at the processes
 GRACE = 300.0  # seconds from SIGTERM to SIGKILL: a save may take as long
 
@@ -126,7 +124,7 @@ class _Active:
             return Outcome(FINISHED, code)
         if self.is_pruned:
             return Outcome(PRUNED, code)
-        if code in AGAIN and self.tries <= RETRIES:
+        if restarts(code) and self.tries <= RETRIES:
             return None
         status = DIVERGED if code == Exit.DIVERGED else FAILED
         with (self.folder / "log.txt").open("rb") as log:

@@ -12,9 +12,9 @@
 #     status        the JobSet and its pods
 #     delete        end it: the processes get SIGTERM and GRACE seconds to save
 #
-# The JobSet starts all processes again, from the last checkpoint, when one fails or loses its node,
-# but not after an exit code that says that this is of no use (lm/exits.py). The node pools must be
-# there. The variables, with their defaults:
+# The JobSet starts all processes again, from the last checkpoint, when one loses its node or ends
+# with a code that asks for it (the README's table; exit_codes.sh). The node pools must be there.
+# The variables, with their defaults:
 #
 #     NAME IMAGE          of the JobSet; with this repository as its working folder
 #     ACCELERATOR         tpu-v4-podslice, tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x,
@@ -34,8 +34,8 @@ SLICES=${SLICES:-1}
 NODES=${NODES:-1}
 GRACE=${GRACE:-300}
 MAX_RESTARTS=${MAX_RESTARTS:-100}
-# a wrong config or flags, no more data, diverged, no space, corrupt, processes differ, wrong kernel
-FINAL_CODES="[1, 2, 40, 41, 43, 44, 45, 47]"
+# shellcheck source=scripts/launch/exit_codes.sh
+source "$(dirname "$0")/exit_codes.sh"
 
 main() {
   dry=
@@ -95,11 +95,13 @@ manifest() {
   fill PROCESSES $((SLICES * NODES))
   fill GRACE "$GRACE"
   fill MAX_RESTARTS "$MAX_RESTARTS"
-  fill FINAL_CODES "$FINAL_CODES"
+  fill RESTART_CODES "[$(join "${RESTART_CODES[@]}")]"
   [[ ${text/"${open}COMMAND}"/} != *"$open"* ]] || fail "gke.yaml has a field that nothing fills in"
   fill COMMAND "$(json python scripts/train.py "$@")" # last: flags may look like fields
   echo "$text"
 }
+
+join() { (IFS=, && echo "$*"); }
 
 fill() { text=${text//"\${$1}"/"$2"}; }
 

@@ -5,7 +5,8 @@
 
 Each process gets --coordinator, --num_processes and --process_id. Ctrl-C and SIGTERM go to all of
 them; a second one kills them. When one fails, the others get --grace seconds to end by themselves.
-The exit code is that of the first that failed, before those that only lost it (lm/exits.py).
+The exit code is that of the first that failed, before those that only lost it. After some of them
+(lm/exits.py has the table) the job starts again, --max-restarts times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lm.exits import Exit
+from lm.exits import Exit, restarts
 
 # The processes end so together, when each is ready: none of them keeps the others waiting for long.
 TOGETHER = (Exit.SUCCESS, Exit.INTERRUPTED, Exit.TERMINATED)
@@ -92,18 +93,12 @@ def main(argv: Sequence[str]) -> int:
         if code == 0:
             return 0
         print(f"launch: {why}", file=sys.stderr)
-        if stop.received or not is_mendable(code) or restart == arguments.max_restarts:
+        if stop.received or not restarts(code) or restart == arguments.max_restarts:
             return code
         print(
             f"launch: starting again ({restart + 1} of {arguments.max_restarts})", file=sys.stderr
         )
     raise AssertionError("the last round returns")
-
-
-def is_mendable(code: int) -> bool:
-    """Whether the same command may do better: a process was killed, crashed, hung or got lost."""
-    killed = code > 128 and code not in TOGETHER
-    return killed or code in (Exit.PEER_LOST, Exit.HUNG)
 
 
 def decisive(codes: Sequence[int]) -> int:

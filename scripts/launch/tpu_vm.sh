@@ -15,8 +15,8 @@
 #     delete        give the slices back; `train` does it after code 0
 #
 # `train` may be ended and started again, here or elsewhere: what runs goes on running. It starts
-# the run again after the codes 42, 46, 134, 137, 139 and 143, and asks for other slices when these
-# are gone; any other code ends it. The variables, with their defaults:
+# the run again after the codes of which the README's table says so (exit_codes.sh), and asks for
+# other slices when these are gone; any other code ends it. The variables, with their defaults:
 #
 #     NAME ZONE TYPE    of the queued resource; its zone; its accelerator, such as v6e-256
 #     SLICES=1          more than one talk over the data center's network: config.mesh.slices
@@ -53,6 +53,8 @@ main() {
   esac
   : "${NAME:?name of the queued resource}" "${ZONE:?zone of the TPUs}"
   cd "$(dirname "$0")/../.."
+  # shellcheck source=scripts/launch/exit_codes.sh
+  source scripts/launch/exit_codes.sh
   "$@"
 }
 
@@ -158,12 +160,15 @@ train() {
     silent=0 code=0
     logs || code=$?
     note "exit code $code after $restart restarts"
-    case $code in
-      0) delete && return ;;
-      "$LOST") sleep "$POLL" ;;
-      42 | 46 | 134 | 137 | 139 | 143) everywhere "$HOST kill" || true ;; # some may still run
-      *) note "the slices are still there" && return "$code" ;;
-    esac
+    if ((code == 0)); then
+      delete && return
+    elif ((code == LOST)); then
+      sleep "$POLL"
+    elif restarts "$code"; then
+      everywhere "$HOST kill" || true # some may still run
+    else
+      note "the slices are still there" && return "$code"
+    fi
   done
   fail "gave up after $MAX_RESTARTS restarts"
 }

@@ -1,0 +1,36 @@
+"""Exit codes for errors of the machine that JAX's runtime raises, apart from those of a program."""
+
+from __future__ import annotations
+
+import jax
+
+from lm.exits import Exit
+
+# The program is wrong on every device: a restart changes nothing, and the traceback says where.
+PROGRAM_ERRORS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
+NO_MEMORY = ("resource_exhausted", "out of memory", "out_of_memory")
+ADVICE = {
+    Exit.OUT_OF_MEMORY: (
+        "Lower config.data.batch_size or data.length, raise config.train.num_microbatches, set "
+        "config.model.remat, or use more devices; scripts/plan.py says what fits"
+    ),
+    Exit.DEVICE_ERROR: "The same command goes on from the last checkpoint",
+}
+KINDS = {Exit.OUT_OF_MEMORY: "out of memory", Exit.DEVICE_ERROR: "a device failed"}
+
+
+def exit_code(error: BaseException) -> Exit | None:
+    """OUT_OF_MEMORY (of a device or of the host) or DEVICE_ERROR; None of any other error."""
+    if isinstance(error, MemoryError):
+        return Exit.OUT_OF_MEMORY
+    text = str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or text.startswith(PROGRAM_ERRORS):
+        return None
+    lacks = any(words in text.lower() for words in NO_MEMORY)
+    return Exit.OUT_OF_MEMORY if lacks else Exit.DEVICE_ERROR
+
+
+def describe(code: Exit, error: BaseException) -> str:
+    """One line for the user about an error with this exit code."""
+    said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return f"{KINDS[code]}: {said}. {ADVICE[code]}"

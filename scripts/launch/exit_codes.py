@@ -1,0 +1,54 @@
+"""Write what the launchers in bash and the README say of exit codes, from the table in lm/exits.py.
+
+python scripts/launch/exit_codes.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lm.exits import KILLED, KILLS, RESTARTED, Exit, restarts
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = "<!-- scripts/launch/exit_codes.py writes this table -->\n"
+
+
+def main() -> None:
+    (ROOT / "scripts" / "launch" / "exit_codes.sh").write_text(shell())
+    path = ROOT / "README.md"
+    text = path.read_text()
+    path.write_text(text.replace(table_in(text), markdown()))
+
+
+def shell() -> str:
+    """The codes that are restarted, as bash."""
+    codes = sorted(code for code in [*Exit, *KILLS] if restarts(code))
+    return (
+        "# shellcheck shell=bash\n"
+        "# Written by scripts/launch/exit_codes.py from the table in lm/exits.py: the codes after\n"
+        "# which a launcher starts the run again.\n"
+        f"RESTART_CODES=({' '.join(str(int(code)) for code in codes)})\n"
+        '\nrestarts() { [[ " ${RESTART_CODES[*]} " == *" $1 "* ]]; }\n'
+    )
+
+
+def markdown() -> str:
+    """The table of the README."""
+    rows = [(str(int(code)), code.meaning, code.again) for code in Exit]
+    kills = (", ".join(map(str, sorted(KILLS))), KILLED, RESTARTED)
+    before = [row for row in rows if int(row[0]) < KILLS[0]]
+    lines = [("code", "meaning", "start again?"), ("---",) * 3, *before, kills, rows[-1]]
+    return BEGIN + "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in lines)
+
+
+def table_in(text: str) -> str:
+    """The table as it stands in the README."""
+    table = text[text.index(BEGIN) :]
+    return table[: table.index("\n\n") + 1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A decoder whose device fails once, in the middle of a step: for tests of launchers.
+
+The failure is a callback of the compiled step that raises: JAX's runtime makes a JaxRuntimeError of
+it, as of a fault of a real device.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+
+import jax
+
+from lm.config import field
+from lm.models import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(decoder.Config):
+    fail_after: int = field(12, "Batches before the device fails.")
+    marker: str = field("", "File that is there when it has failed.")
+
+
+class FailingDecoder(decoder.Decoder):
+    def __call__(self, inputs, *, train=False, **rest):
+        if train:
+            ids = jax.pure_callback(_fail_once(self.config), inputs.ids, inputs.ids)
+            inputs = dataclasses.replace(inputs, ids=ids)
+        return super().__call__(inputs, train=train, **rest)
+
+
+def build(config, rules):
+    return FailingDecoder(config, rules)
+
+
+def _fail_once(config):
+    made, marker = itertools.count(), pathlib.Path(config.marker)
+
+    def check(ids):
+        if next(made) >= config.fail_after and not marker.exists():
+            marker.touch()
+            raise OSError("the link to the chip is down")
+        return ids
+
+    return check
