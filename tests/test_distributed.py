@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 import socket
@@ -125,6 +126,15 @@ def together(tmp_path):
             },
             Environment("SLURM", "a-1.cluster:61447", 2, 0),
         ),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_STEP_NODELIST": "rack[1-2]node[3-4]x,rack3",
+                "SLURM_PROCID": "3",
+            },
+            Environment("SLURM", "rack1node3x:61447", 4, 3),
+        ),
         # an interactive shell in an allocation of four tasks is one task
         (
             {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
@@ -168,6 +178,64 @@ def together(tmp_path):
 )
 def test_the_launcher_is_read_from_the_environment(environ, expected):
     assert detect(environ) == expected
+
+
+def slurm_task(process_id=0, **more):
+    """The environment of a task of a job with two tasks on node 0 and 1, and one on node 2."""
+    return {
+        **{"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NODELIST": "localhost"},
+        **{"SLURM_PROCID": str(process_id), "SLURM_LOCALID": str(process_id % 2)},
+        **{"SLURM_NODEID": str(process_id // 2), "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        (slurm_task(0, SLURM_GPUS_ON_NODE="8"), (0, 1, 2, 3)),
+        (slurm_task(3, SLURM_GPUS_ON_NODE="8"), (4, 5, 6, 7)),
+        (slurm_task(3, SLURM_GPUS_ON_NODE="2", CUDA_VISIBLE_DEVICES="4,6"), (1,)),
+        (slurm_task(4, SLURM_GPUS_ON_NODE="8"), None),  # alone on its node
+        (slurm_task(1), None),  # no GPU there
+        # SLURM, or a script around this one, has given each task its own
+        (slurm_task(1, SLURM_GPUS_ON_NODE="2", CUDA_VISIBLE_DEVICES="0"), None),
+        (slurm_task(1, SLURM_GPUS_ON_NODE="3", JAX_PLATFORMS="cpu"), None),
+    ],
+)
+def test_tasks_of_slurm_on_one_node_share_its_gpus(environ, expected):
+    assert detect(environ).gpus == expected
+
+
+def test_gpus_that_do_not_divide_among_the_tasks_of_a_node_are_refused():
+    with pytest.raises(ValueError, match="the 3 GPUs of this node don't divide among its 2 tasks"):
+        detect(slurm_task(1, SLURM_GPUS_ON_NODE="3"))
+
+
+SHARES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lm.processes import distributed
+found = distributed.initialize(peer_timeout=60)
+import jax
+print(found.process_id, jax.config._read("jax_cuda_visible_devices"))
+sys.exit(distributed.leave(0))
+"""
+
+
+def test_jax_is_told_the_gpus_of_its_task():
+    environment = {k: v for k, v in fake_devices(1).items() if k != "JAX_PLATFORMS"}
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": "4"}
+    job["SLURM_JOB_ID"] = str(os.getpid())  # both take their port from it
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARES, str(ROOT)],
+            env={**environment, **slurm_task(i, **job)}, stdout=subprocess.PIPE, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert said == ["0 0,1", "1 2,3"]
 
 
 @pytest.mark.parametrize("endpoints", ["10.0.0.2,10.0.0.3", "a:0:10.0.0.2,b:1:10.0.0.3"])

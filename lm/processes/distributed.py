@@ -98,6 +98,11 @@ def initialize(
         print(found)
     if found.num_processes == 1:
         return found
+    if found.gpus is not None:
+        import jax
+
+        for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+            jax.config.update(name, ",".join(map(str, found.gpus)))
     _peer_timeout = peer_timeout
     _end_when_the_coordinator_fails()
     sys.excepthook = _report_and_leave

@@ -21,6 +21,7 @@ class Environment:
     coordinator: str = ""  # HOST:PORT of process 0
     num_processes: int = 1
     process_id: int = 0
+    gpus: tuple[int, ...] | None = None  # this process's, of those that it sees; None: all
 
     def __str__(self) -> str:
         if self.num_processes == 1:
@@ -61,14 +62,63 @@ def _slurm(environ: Mapping[str, str]) -> Environment:
     tasks = int(environ["SLURM_STEP_NUM_TASKS"])
     if tasks == 1:
         return Environment("SLURM")
-    nodes = environ["SLURM_STEP_NODELIST"]  # node[001-003,7],other or node001,other
-    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodes)
-    if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host")
-    host = "".join(part or "" for part in match.groups())
     # jobs share machines: a port of its own for each, above the ephemeral range of most
     port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
-    return Environment("SLURM", f"{host}:{port}", tasks, int(environ["SLURM_PROCID"]))
+    return Environment(
+        "SLURM",
+        f"{_first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        tasks,
+        int(environ["SLURM_PROCID"]),
+        _share_of_gpus(environ),
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """rack1node3 of rack[1-2]node[3-4],other; node001 of node[001-003,7]."""
+    match = re.match(r"(?:[^,\[\]]|\[[^\]]+\])+", nodes)
+    if match is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", match[0])
+
+
+def _share_of_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The GPUs of this task, by their place among those that it sees; None: all of them.
+
+    A task sees all GPUs of its node unless SLURM binds them (--gpus-per-task, --gpu-bind) or
+    something else has set CUDA_VISIBLE_DEVICES: then it sees fewer than there are.
+
+    Raises:
+        ValueError: they don't divide among the tasks of the node.
+    """
+    tasks = _tasks_on_node(environ)
+    platforms = environ.get("JAX_PLATFORMS", "cuda")
+    if tasks == 1 or not re.search("cuda|gpu", platforms):
+        return None
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = int(environ.get("SLURM_GPUS_ON_NODE") or there)
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if not count or (visible is not None and len(visible.split(",")) < count):
+        return None
+    if count % tasks:
+        raise ValueError(
+            f"SLURM: the {count} GPUs of this node don't divide among its {tasks} tasks; set "
+            "--ntasks-per-node=1, or --gpus-per-task"
+        )
+    share = count // tasks
+    first = int(environ["SLURM_LOCALID"]) * share
+    return tuple(range(first, first + share))
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """The entry of this node in SLURM_STEP_TASKS_PER_NODE, such as 2(x3),1: two on each of three
+    nodes, one on a fourth.
+    """
+    listed = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed):
+        counts += [int(number)] * int(times or 1)
+    node = int(environ.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else 1
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Environment:
