@@ -113,13 +113,13 @@ def parameter_bytes(config: Any, bytes_per_parameter: int = FLOAT32_BYTES) -> in
     return parameters(config).total * bytes_per_parameter
 
 
-# Float32 numbers that an optimizer keeps for each parameter: (of a matrix inside a layer, of any
-# other).
+# Moments that an optimizer keeps for each parameter: (of a matrix inside a layer, of any other).
 OPTIMIZER_SLOTS = {"adamw": (2, 2), "lion": (1, 1), "sgd": (1, 1), "muon": (1, 2)}
 
 
 def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
     """Bytes of the optimizer's state, averaged weights (`ema_decay`) included, scalars not.
+    Moments are of `moment_dtype`, averaged weights float32.
 
     Raises:
         ValueError: an optimizer whose state depends on shapes.
@@ -134,7 +134,8 @@ def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
     of_matrix, of_other = OPTIMIZER_SLOTS[optimizer.name]
     steered = sum(w.count for w in layout(config).weights if w.group == "balance")  # stateless
     slots = of_matrix * matrices + of_other * (total - matrices - steered)
-    return FLOAT32_BYTES * (slots + (total if optimizer.ema_decay else 0))
+    of_moment = 2 if optimizer.moment_dtype == "bfloat16" else FLOAT32_BYTES
+    return of_moment * slots + FLOAT32_BYTES * (total if optimizer.ema_decay else 0)
 
 
 def kv_cache_bytes(

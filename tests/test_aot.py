@@ -1,8 +1,10 @@
 """What a plan reads from a compiled program, against formulas and against the compiler's totals."""
 
+import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -18,7 +20,9 @@ from lm import flops
 from lm.aot import (
     buffers,
     cache,
+    chips,
     compiling,
+    gpus,
     hlo,
     memory,
     plan,
@@ -449,6 +453,9 @@ def torus(name):
         ("v5p:4x4x4", list(range(16)), 4),  # two rings
         ("v5e:8x8", list(range(8)), 1),  # does not close below 16
         ("v5e:16x16", list(range(16)), 2),
+        ("v5p:2x2x4", [0, 1, 2, 3], 1),  # no ring in less than a cube
+        ("v5p:4x4x2", list(range(0, 32, 2)), 2),
+        ("v5e:8x16", list(range(16)), 2),  # in two dimensions each closes by itself
         ("v5p:4x4x4", [0, 2], 0.5),  # every second chip shares its line with another group
     ],
 )
@@ -456,6 +463,62 @@ def test_a_group_has_the_links_that_its_shape_gives(name, members, links):
     target, places = torus(name)
     found = wires.path(target, [places[i] for i in members])
     assert found.bandwidth == links * target.chip.link
+
+
+def fullest_link(target, members):
+    """What the fullest link of a slice passes in one direction, of 1 that every member sends to
+    every member: bytes go along one dimension after another, the short way, half of them each way
+    where both are as short.
+    """
+    load = collections.Counter()
+    for a, b in itertools.permutations(members, 2):
+        at = list(a.chip)
+        for dimension, length in enumerate(target.shape):
+            ahead = (b.chip[dimension] - at[dimension]) % length
+            ways = [(1, ahead), (-1, length - ahead)]
+            if not target.closes(dimension):
+                ways = [w for w in ways if 0 <= at[dimension] + w[0] * w[1] < length]
+            least = min(steps for _, steps in ways)
+            ways = [w for w in ways if w[1] == least]
+            for direction, steps in ways:
+                for k in range(steps):
+                    chip = list(at)
+                    chip[dimension] = (at[dimension] + direction * k) % length
+                    load[tuple(chip), dimension, direction] += 1 / len(ways)
+            at[dimension] = b.chip[dimension]
+    return max(load.values())
+
+
+@pytest.mark.parametrize(
+    "name, members",
+    [
+        ("v5p:4x4x4", range(64)),  # rings in three dimensions
+        ("v5p:4x4x4", range(16)),
+        ("v5p:4x4x8", range(128)),  # the longest decides
+        ("v5p:2x2x4", range(16)),  # lines
+        ("v5e:4x8", range(32)),
+        ("v5e:3x5", range(15)),
+        ("v5e:2x16", range(32)),  # a line and a ring
+        ("v5e:8x8", range(8)),
+    ],
+)
+def test_an_exchange_takes_as_long_as_its_fullest_link(name, members):
+    target, places = torus(name)
+    group = [places[i] for i in members]
+    n, sent = len(group), 1e9  # bytes to each of the others
+    exchange = traffic.Collective(
+        "all-to-all", ("expert",), True, tuple(members), int(sent * n), 1, "", "", ""
+    )
+    expected = fullest_link(target, group) * sent / target.chip.link
+    assert wires.seconds(exchange, wires.path(target, group)) == pytest.approx(expected)
+
+
+def test_cores_of_a_chip_share_its_links_in_an_exchange():
+    """Both send different bytes, which gather and sum do not."""
+    target, places = torus("tpu7x:4x4x4")
+    both = [dataclasses.replace(p, core=core) for p in places for core in (0, 1)]
+    one, two = wires.path(target, places), wires.path(target, both)
+    assert two.bandwidth == 2 * one.bandwidth and two.exchange == pytest.approx(one.exchange)
 
 
 def test_groups_of_two_slices_use_the_network():
@@ -487,6 +550,40 @@ def test_topologies_are_named_by_their_shape(name, shape, chips):
 def test_a_wrong_topology_is_refused_with_its_name(name):
     with pytest.raises(ValueError, match=f"--topology={name}"):
         topology.parse(name)
+
+
+@pytest.mark.parametrize("name, total", [("h100", 79.1), ("h200", 139.8), ("b200", 178.35)])
+def test_a_gpu_has_three_quarters_of_its_memory_unless_jax_is_told(monkeypatch, name, total):
+    """Totals that CUDA reports, in GiB; jax's share as its own variables say."""
+    chip = chips.CHIPS[name]
+    for variable in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(variable, raising=False)
+    assert chip.hbm / 2**30 == pytest.approx(0.75 * total)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert chip.hbm / 2**30 == pytest.approx(0.9 * total)
+    assert f"device_memory_size: {chip.memory}\n" in gpus.target_config(name)
+
+
+def test_a_plan_for_a_gpu_counts_what_jax_takes_of_it(small_plan, monkeypatch):
+    """70 GiB do not fit an H100 whose jax takes 59.3, and the page says of which whole."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    made = small_plan[2][0]
+    used = dataclasses.replace(made.memory, total=70 * 2**30)
+    of_gpu = dataclasses.replace(
+        made, topology="h100:8", memory=used, capacity=chips.CHIPS["h100"].hbm
+    )
+    assert not of_gpu.fits
+    assert "59.32 GiB  75% of 79.10 GiB: XLA_CLIENT_MEM_FRACTION" in report.page(of_gpu)
+    experiment = Experiment(plan.without_data(small_plan[1]), jax.devices())
+    flags = [a.flags for a in plan.advice.advice(of_gpu, experiment)]
+    assert "XLA_CLIENT_MEM_FRACTION=0.9" in flags
+
+
+@needs_tpu
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5p:1x1x1"])
+def test_a_slice_may_be_one_chip(name):
+    [device] = topology.devices(topology.parse(name))
+    assert device.platform == "tpu"
 
 
 # ---- plans ----

@@ -249,10 +249,11 @@ def test_gated_activations_are_those_of_the_mlp():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.99])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["biases", "experts"])
-def test_optimizer_bytes_are_those_of_its_state(kind, name, ema_decay):
+def test_optimizer_bytes_are_those_of_its_state(kind, moment_dtype, name, ema_decay):
     config = variant(kind)
-    optimizer = OptimizerConfig(name=name, ema_decay=ema_decay)
+    optimizer = OptimizerConfig(name=name, ema_decay=ema_decay, moment_dtype=moment_dtype, b2=0.95)
     boxed = boxed_params(build(config))
     tx = optim.make_optimizer(optimizer, boxed, 10)
     state = jax.eval_shape(tx.init, nn.meta.unbox(boxed))

@@ -175,7 +175,7 @@ def test_the_largest_batch_of_decoding_counts_its_own_rows(make_config):
 
 @needs_tpu
 def test_slices_that_cannot_hold_the_state_are_not_compiled(make_config):
-    """4 chips cannot; 8 hold it, with one row of a shard at a time."""
+    """1 and 4 chips cannot; 8 hold it, with one row of a shard at a time."""
     seen = []
 
     def make(config, name, decode):
@@ -189,7 +189,19 @@ def test_slices_that_cannot_hold_the_state_are_not_compiled(make_config):
     found = sizing.fewest_chips(make_config(sizes), "v5e:16x16", make)
     assert seen == [("v5e:2x4", 1), ("v5e:2x4", 4)]
     assert found.winner.flags == "--topology=v5e:2x4 --config.train.num_microbatches=4"
-    assert "alone take 16.0 of 15.8 GiB" in found.trials[0].refused
+    refused = [t.refused for t in found.trials[:2]]
+    assert "alone take 64.0 of 15.8 GiB" in refused[0]
+    assert "alone take 16.0 of 15.8 GiB" in refused[1]
+
+
+@needs_tpu
+@pytest.mark.parametrize(
+    "name, smallest",
+    [("v5e:16x16", "v5e:1x1"), ("v5p:4x4x4", "v5p:1x1x1"), ("v4:4x4x4", "v4:2x2x1")],
+)
+def test_a_slice_of_one_chip_is_the_smallest_where_it_is_on_offer(make_config, name, smallest):
+    found = sizing.fewest_chips(make_config({"mesh.data": -1}), name, lambda *a: made(name=a[1]))
+    assert found.winner is not None and found.winner.flags == f"--topology={smallest}"
 
 
 def test_slices_whose_sizes_do_not_divide_are_told(make_config):

@@ -6,9 +6,12 @@ import dataclasses
 import math
 from typing import Any
 
+from lm.aot import topology
 from lm.experiment import Experiment
 
 GIB = 2**30
+# Of a GPU's memory: what NVIDIA's libraries and NCCL's buffers leave (jax took 90% until 2023).
+LARGEST_SHARE = 0.9
 REMAT = ("none", "dots", "projections", "attended", "full")  # from most to least that is saved
 
 
@@ -37,6 +40,15 @@ def _to_fit(plan: Any, experiment: Experiment) -> list[Advice]:
     remat = getattr(c.model, "remat", "full")
     shards = experiment.rules.size("batch")
     k = c.train.num_microbatches
+    chip = topology.parse(plan.topology).chip
+    if chip.platform == "gpu" and plan.memory.total < LARGEST_SHARE * chip.memory:
+        found.append(
+            Advice(
+                f"jax takes {(plan.capacity or 0) / chip.memory:.0%} of a GPU's memory: let it "
+                "take more, in the run too",
+                f"XLA_CLIENT_MEM_FRACTION={LARGEST_SHARE}",
+            )
+        )
     by_batch = sum(groups.get(n, 0) for n in ("saved activations", "temporaries", "kernels"))
     if remat != "full" and groups.get("saved activations", 0) > missing / 2:
         found.append(Advice("save only the inputs of layers", _flag("model.remat", "full")))

@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from lm import config_tree
+from lm.aot import chips
 from lm.aot.plan import Decode, Plan, from_json, make, without_data
 from lm.metrics import Progress
 
@@ -53,6 +54,7 @@ def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = No
         "code": _code(),
         "versions": _versions(),
         "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "gpu_share": chips.gpu_share(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

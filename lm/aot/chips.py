@@ -7,6 +7,7 @@ less.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from lm import flops
 
@@ -24,7 +25,7 @@ class Chip:
     name: str
     platform: str  # tpu, gpu or cpu
     kind: str  # what jax calls the device: a key of flops.PEAK_FLOPS
-    hbm: int  # bytes of a device that a program may use
+    memory: int  # bytes of a device: of a TPU what a program may use, of a GPU all of it
     hbm_bandwidth: float  # bytes/s of a device
     link: float  # bytes/s, one direction: of an ICI link of a chip; of a GPU to its switch
     network: float | None  # bytes/s of a chip to other slices or nodes; None: not published
@@ -32,12 +33,28 @@ class Chip:
     dims: int = 1  # of the torus
     wraps: int = 0  # a torus dimension closes to a ring where it is a multiple of this; 0: never
     devices: int = 1  # jax devices of a chip
+    smallest: int = 1  # chips of the smallest slice on offer
     tile: tuple[int, int] = (1, 1)  # what the last two dimensions of an array are padded to
     config: str = ""  # libtpu's chip_config_name, where its default is not what users get
+
+    @property
+    def hbm(self) -> int:
+        """Bytes of a device that a program may use: of a GPU the share that jax takes."""
+        return int(self.memory * gpu_share()) if self.platform == "gpu" else self.memory
 
     def peak_flops(self, dtype: str) -> float | None:
         """Dense FLOP/s of a device in bfloat16; float32 products have no published peak."""
         return flops.peak_flops(self.kind, dtype)
+
+
+def gpu_share() -> float:
+    """The share of a GPU's memory that jax takes for all programs: three quarters, unless its own
+    variables say another one.
+    """
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if os.environ.get(name):
+            return float(os.environ[name])
+    return 0.75
 
 
 _CLOUD = "https://cloud.google.com/tpu/docs"
@@ -53,6 +70,7 @@ CHIPS: dict[str, Chip] = {
             f"{_CLOUD}/v4, arXiv:2304.01433; {_LIBTPU}",
             dims=3,
             wraps=4,
+            smallest=4,
             tile=(8, 128),
             config="megacore",
         ),
@@ -90,21 +108,22 @@ CHIPS: dict[str, Chip] = {
             tile=(8, 128),
         ),
         # NVLink: half of the total that the data sheets print; one 400 Gbit/s port for each GPU,
-        # as in DGX systems. Usable memory: what the driver reports, less jax's 25% reserve is not
-        # counted off.
+        # as in DGX systems. Memory: the total that CUDA reports, which is less than the data
+        # sheets' 80, 141 and 180 GB sound like (those are no decimal units of it either).
         Chip(
-            *("h100", "gpu", "NVIDIA H100", 80 * GIB, 3350e9, 450e9, 50e9),
-            "NVIDIA H100 data sheet (SXM), DGX H100 data sheet",
+            *("h100", "gpu", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9),
+            "NVIDIA H100 data sheet (SXM), DGX H100 data sheet; memory as PyTorch prints it",
             tile=(1, 8),
         ),
         Chip(
-            *("h200", "gpu", "NVIDIA H200", 141 * 10**9, 4800e9, 450e9, 50e9),
-            "NVIDIA H200 data sheet (SXM), DGX H200 data sheet",
+            *("h200", "gpu", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9),
+            "NVIDIA H200 data sheet (SXM), DGX H200 data sheet; memory as PyTorch prints it",
             tile=(1, 8),
         ),
         Chip(
-            *("b200", "gpu", "NVIDIA B200", 180 * 10**9, 8000e9, 900e9, 50e9),
-            "NVIDIA DGX B200 data sheet: 1,440 GB, 64 TB/s and 14.4 TB/s of NVLink for 8",
+            *("b200", "gpu", "NVIDIA B200", int(178.35 * GIB), 8000e9, 900e9, 50e9),
+            "NVIDIA DGX B200 data sheet: 64 TB/s and 14.4 TB/s of NVLink for 8; memory: "
+            "https://github.com/pytorch/ao/pull/4002",
             tile=(1, 8),
         ),
         # No accelerator and no published peaks: plans for it have no times.

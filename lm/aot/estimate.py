@@ -72,8 +72,6 @@ def estimate(
     layers = (count.non_embedding - experts + experts / mesh["expert"]) / stage
     whole = (count.embedding + layers) / tensor
     moments = flops.optimizer_bytes(c, config.optimizer) / count.total
-    if config.optimizer.moment_dtype == "bfloat16":
-        moments /= 2
     held = whole / fsdp * FULL
     layer = layers * stage / c.num_layers / tensor
     table = c.vocab_size * c.embed_dim / tensor
@@ -89,7 +87,10 @@ def estimate(
     )
     peak = topology.chip.peak_flops(c.dtype)
     if peak is None:
-        raise ValueError(f"no published peak for {topology.chip.name} in {c.dtype}")
+        raise ValueError(
+            f"config.model.dtype ({c.dtype}): no published peak for {topology.chip.name} in it, so "
+            "--search can rank nothing; with --config.model.dtype=bfloat16 it can"
+        )
     one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
     done = one * batch_size * config.data.length
     pipeline = pipelining.make_schedule(c.pipeline, c.num_layers, rules)
@@ -116,8 +117,8 @@ def estimate(
         if mesh[axis] > 1:
             path = wires.path(topology, [places[i] for i in group(rules, axis)])
             moved = size * (1 if axis == "stage" else (mesh[axis] - 1) / mesh[axis])
-            moved *= path.hops if axis == "expert" else 1
-            parts[axis] = moved / path.bandwidth if path.bandwidth else math.inf
+            rate = path.exchange if axis == "expert" else path.bandwidth
+            parts[axis] = moved / rate if rate else math.inf
     return Estimate(memory, parts)
 
 

@@ -7,12 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from lm.aot import chips
+
 # From NVIDIA's data sheets and the tables of the CUDA programming guide (compute capability 9.0
-# and 10.0): multiprocessors, boost clock in GHz, bytes/s, bytes of memory, L2 cache.
+# and 10.0): multiprocessors, boost clock in GHz, L2 cache.
 _GPUS = {
-    "h100": ((9, 0), 132, 1.98, 3_350_000_000_000, 85_000_000_000, 50 * 2**20),
-    "h200": ((9, 0), 132, 1.98, 4_800_000_000_000, 141_000_000_000, 50 * 2**20),
-    "b200": ((10, 0), 148, 1.965, 8_000_000_000_000, 180_000_000_000, 126 * 2**20),
+    "h100": ((9, 0), 132, 1.98, 50 * 2**20),
+    "h200": ((9, 0), 132, 1.98, 50 * 2**20),
+    "b200": ((10, 0), 148, 1.965, 126 * 2**20),
 }
 _NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "b200": "NVIDIA B200"}
 
@@ -23,7 +25,8 @@ def target_config(name: str) -> str:
     Limits that all of these share are those of their compute capability: 64k registers and 228 KiB
     of shared memory for each multiprocessor, of which a block may take 227 KiB.
     """
-    capability, cores, clock, bandwidth, memory, cache = _GPUS[name]
+    capability, cores, clock, cache = _GPUS[name]
+    chip = chips.CHIPS[name]
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -37,10 +40,10 @@ gpu_device_info {{
   block_dim_limit_x: {2**31 - 1}
   block_dim_limit_y: {2**16 - 1}
   block_dim_limit_z: {2**16 - 1}
-  memory_bandwidth: {bandwidth}
+  memory_bandwidth: {int(chip.hbm_bandwidth)}
   l2_cache_size: {cache}
   clock_rate_ghz: {clock}
-  device_memory_size: {memory}
+  device_memory_size: {chip.memory}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {capability[0]} minor: {capability[1]} }}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
+from lm.aot import topology
 from lm.aot.memory import GROUPS, Line
 from lm.aot.plan import Plan
 from lm.aot.search import Found
@@ -123,10 +124,19 @@ def _memory(plan: Plan) -> str:
             rows.append(f"  {group:18} {_bytes(size):>10}  {_bar(size / scale)}  {meaning}")
     rows.append(f"  {'total':18} {_bytes(total):>10}  {_bar(total / scale)}")
     if plan.capacity:
-        rows.append(f"  {'HBM':18} {_bytes(plan.capacity):>10}")
+        rows.append(f"  {'HBM':18} {_bytes(plan.capacity):>10}{_share(plan)}")
     if plan.memory.host:
         rows.append(f"  {'host memory':18} {_bytes(plan.memory.host):>10}")
     return "\n".join(["memory of a device at the peak", *rows])
+
+
+def _share(plan: Plan) -> str:
+    """Of a GPU: what the capacity is a share of."""
+    chip = topology.parse(plan.topology).chip
+    if chip.platform != "gpu":
+        return ""
+    part = (plan.capacity or 0) / chip.memory
+    return f"  {part:.0%} of {_bytes(chip.memory)}: XLA_CLIENT_MEM_FRACTION"
 
 
 def _buffers(plan: Plan) -> str:

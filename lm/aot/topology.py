@@ -42,6 +42,14 @@ class Topology:
     def num_devices(self) -> int:
         return self.num_chips * self.chip.devices
 
+    def closes(self, dimension: int) -> bool:
+        """Whether a dimension of a slice's torus is a ring. In three dimensions optical switches
+        join whole cubes of 4 x 4 x 4 alone, and a slice smaller than one has no ring.
+        """
+        wraps = self.chip.wraps
+        lengths = self.shape if self.chip.dims == 3 else (self.shape[dimension],)
+        return wraps > 0 and all(n % wraps == 0 for n in lengths)
+
 
 def parse(name: str) -> Topology:
     """Raises ValueError, with the forms that exist, for a name that is none."""
@@ -130,6 +138,8 @@ def _tpus(topology: Topology) -> Sequence[Any]:
     options: dict[str, Any] = {}
     if topology.slices > 1:
         options["num_slices"] = topology.slices
+    if topology.num_chips == topology.slices:  # else libtpu wants whole hosts of 2 x 2
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.config:
         options["chip_config_name"] = topology.chip.config
     try:

@@ -2,8 +2,10 @@
 
 A TPU slice is a torus. In each dimension that a group fills it has a ring (both directions of a
 link count) where the torus closes, or a line (one) where it doesn't; a group that takes every k-th
-chip shares its line with k - 1 others. Several dimensions work at once. Between slices, and
-between nodes of GPUs, there is the data centre's network; GPUs of a node share a switch. See
+chip shares its line with k - 1 others. Several dimensions work at once: of a gather or a sum each
+takes its part, so their links add up. In an all-to-all no dimension can take another's part: every
+byte has its own way to go in each, and the slowest dimension decides. Between slices, and between
+nodes of GPUs, there is the data centre's network; GPUs of a node share a switch. See
 https://jax-ml.github.io/scaling-book/sharding for the model.
 """
 
@@ -32,8 +34,8 @@ class Path:
     """What a group of devices sends over: `network` or the links, and bytes/s of a device."""
 
     network: bool
-    bandwidth: float | None  # None: not published
-    hops: float = 1.0  # of an all-to-all: mean distance on the torus over that of its ring traffic
+    bandwidth: float | None  # of a gather or a sum; None: not published
+    exchange: float | None  # of an all-to-all
 
 
 def places(topology: Topology, devices: Sequence[Any]) -> list[Place]:
@@ -59,34 +61,39 @@ def path(topology: Topology, members: Sequence[Place]) -> Path:
     if len(islands) > 1:
         inside = len(members) / len(islands)  # members of an island drive its ports together
         if chip.network is None:
-            return Path(True, None)
+            return Path(True, None, None)
         rate = chip.network * inside / chip.devices
         if chip.platform == "gpu":
             rate = min(rate, chip.link)
-        return Path(True, rate)
+        return Path(True, rate, rate)
     if chip.platform != "tpu":
-        return Path(False, chip.link or None)
-    links, hops = 0.0, 1.0
-    for dimension, length in enumerate(topology.shape):
+        return Path(False, chip.link or None, chip.link or None)
+    chips = len({m.chip for m in members})
+    links, slowest = 0.0, 0.0
+    for dimension in range(len(topology.shape)):
         at = sorted({m.chip[dimension] for m in members})
-        if len(at) < 2:
+        n = len(at)
+        if n < 2:
             continue
-        ring = len(at) == length and chip.wraps > 0 and length % chip.wraps == 0
         stride = min(b - a for a, b in itertools.pairwise(at))
-        links += 2.0 if ring else 1.0 / stride
-        # of an all-to-all, bytes travel a quarter of a ring or a third of a line on average
-        hops = max(hops, len(at) / 4 if ring else len(at) / 3)
-    cores = len({m.core for m in members})
+        ring = n == topology.shape[dimension] and topology.closes(dimension)
+        here = 2.0 if ring else 1.0 / stride
+        links += here
+        # Of what a chip sends to all, itself included, the fullest link of the dimension passes
+        # n / 4 (n odd: (n^2 - 1) / 4n) in the direction of a line, half of that in each of a ring.
+        passed = (n * n // 4) / n * chips / (chips - 1)
+        slowest = max(slowest, passed / here)
     if not links:  # two cores of one chip: inside of the package, faster than any link
-        return Path(False, chip.link * 2 * chip.dims)
-    shared = chip.devices / cores  # cores in different groups share the chip's links
-    return Path(False, chip.link * links / shared, hops)
+        inside = chip.link * 2 * chip.dims
+        return Path(False, inside, inside)
+    cores = len({m.core for m in members})
+    # cores in different groups share the chip's links; those of one group take in the same bytes,
+    # except in an all-to-all
+    shared = chip.devices / cores
+    return Path(False, chip.link * links / shared, chip.link / slowest / chip.devices)
 
 
 def seconds(collective: Collective, path: Path) -> float | None:
     """The least time of a collective over a whole step; None where bandwidth is not published."""
-    if path.bandwidth is None:
-        return None
-    if collective.kind.endswith("all-to-all"):
-        return collective.bytes * path.hops / path.bandwidth
-    return collective.bytes / path.bandwidth
+    rate = path.exchange if collective.kind.endswith("all-to-all") else path.bandwidth
+    return None if rate is None else collective.bytes / rate
