@@ -409,13 +409,21 @@ class Experiment:
             jax.tree_util.keystr(path, simple=True, separator=".") for path, bad in wrong if bad
         ]
 
-    @property
+    @functools.cached_property
     def flops_per_token(self) -> float | None:
-        """Model FLOPs of training on one token; None for a model without a formula."""
+        """Model FLOPs of training on one token, without the gradients of frozen parameters; None
+        for a model without a formula.
+        """
         if not layouts.is_known(self.config.model):
             return None
-        data = self.config.data
-        return flops.flops_per_token(self.config.model, data.length, data.encoder_length)
+        data, leaves = self.config.data, parameters.flatten(self.abstract_params)
+        return flops.training_flops_per_token(
+            self.config.model,
+            {name: math.prod(leaf.shape) for name, leaf in leaves.items()},
+            self.start.frozen,
+            data.length,
+            data.encoder_length,
+        )
 
     def peak_flops(self) -> float | None:
         """FLOP/s of all devices together, where their peak is known or given."""

@@ -8,10 +8,11 @@ compiler's count is no substitute: `cost_analysis()` counts the body of a scan o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lm.config import OptimizerConfig
-from lm.layouts import layout
+from lm.layouts import Layout, Scores, layout
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
 FLOAT32_BYTES = 4
@@ -100,12 +101,96 @@ def flops_per_token(
     lengths = {"inputs": length, "encoder": encoder_length or 0}
     share = lengths["encoder"] / length  # tokens of the encoder for each of the inputs
     flops = sum(2 * w.uses * w.count * (share if w.encoder else 1) for w in parts.weights)
-    for s in parts.scores:
-        keys: float = lengths[s.keys]
-        if not full_square and s.keys == s.queries and keys:
-            keys = mean_keys(lengths[s.keys], window=s.window, causal=s.causal)
-        flops += 4 * s.num_layers * s.num_heads * s.head_dim * keys * lengths[s.queries] / length
+    flops += sum(_score_flops(s, lengths, length, full_square) for s in parts.scores)
     return flops * (3 if training else 1)
+
+
+def _score_flops(
+    scores: Scores, lengths: Mapping[str, int], length: int, full_square: bool = False
+) -> float:
+    """Forward FLOPs of scores and weighted values for each of the `length` tokens of a row."""
+    s = scores
+    keys: float = lengths[s.keys]
+    if not full_square and s.keys == s.queries and keys:
+        keys = mean_keys(lengths[s.keys], window=s.window, causal=s.causal)
+    return 4 * s.num_layers * s.num_heads * s.head_dim * keys * lengths[s.queries] / length
+
+
+def training_flops_per_token(
+    config: Any,
+    sizes: Mapping[str, int],
+    frozen: Collection[str],
+    length: int,
+    encoder_length: int | None = None,
+    *,
+    full_square: bool = False,
+) -> float:
+    """`flops_per_token` of training where some parameters are frozen, adapters among the others.
+
+    sizes: the number of elements of every parameter by name; frozen: those without a gradient. A
+    frozen weight is spared its own third of the FLOPs. The third of its input's gradient is needed
+    as long as something is trained in its own layers or before: with a trained head on a frozen
+    body there is no backward pass but the head's.
+    """
+    parts = layout(config)
+    trained = {_stage(name) for name in sizes if name not in frozen}
+    flows = {
+        stage: any(s in trained for s in STAGES[: i + (stage != "head")])
+        for i, stage in enumerate(STAGES)
+    }
+    total = 0.0
+    for name, size in sizes.items():
+        uses, stage = _uses(name, parts, length, encoder_length or 0), _product_stage(name)
+        total += 2 * size * uses * (1 + (name not in frozen) + flows[stage])
+    lengths = {"inputs": length, "encoder": encoder_length or 0}
+    for s in parts.scores:
+        flow = flows["encoder" if s.queries == "encoder" else "layers"]
+        total += _score_flops(s, lengths, length, full_square) * (1 + 2 * flow)
+    return total
+
+
+STAGES = ("embedding", "encoder", "layers", "norm", "head")  # in the order of the forward pass
+
+
+def _stage(name: str) -> str:
+    """The stage of a model that a parameter belongs to, by its name."""
+    first = name.split(".")[0]
+    if first in ("embedding", "embedding_norm", "position", "type"):
+        return "embedding"
+    if first in ("head", "head_bias", "transform", "transform_norm", "logit_bias", "pooler"):
+        return "head"
+    if first == "norm" or name.startswith("decoder.norm."):
+        return "norm"
+    return "encoder" if first == "encoder" else "layers"
+
+
+def _product_stage(name: str) -> str:
+    """The stage in which a token is multiplied by a parameter: a tied table serves as head, and
+    cross-attention's keys and values are made of the encoder's tokens.
+    """
+    if name == "embedding.weight":
+        return "head"
+    return "encoder" if _of_encoder(name) else _stage(name)
+
+
+def _of_encoder(name: str) -> bool:
+    cross = any(f".cross_attention.{kind}." in name for kind in ("key", "value"))
+    return cross or name.startswith("encoder.")
+
+
+def _uses(name: str, parts: Layout, length: int, encoder_length: int) -> float:
+    """How often a token is multiplied by a parameter, as the layout says of its group."""
+    first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
+    scale = encoder_length / length if _of_encoder(name) else 1.0
+    if last in ("bias", "scale", "selection_bias") or "bias" in first:
+        return 0.0
+    if first in ("position", "type", "pooler") or ".relative." in f".{name}":
+        return 0.0
+    group = "experts" if ".moe." in name and last in ("gate", "up", "down") else ""
+    group = "embedding" if first == "embedding" else group
+    if group:
+        return scale * next(w.uses for w in parts.weights if w.group == group)
+    return scale
 
 
 def parameter_bytes(config: Any, bytes_per_parameter: int = FLOAT32_BYTES) -> int:

@@ -334,18 +334,17 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class _Speed:
-    tokens: float  # a second
+    tokens: float  # non-padding tokens a second, scored or not: what model FLOPs are counted for
     step_seconds: float
 
 
 def _speed(window: Sequence[Finished]) -> _Speed | None:
     """That of the steps with a time; None where no step has one, as a process's first."""
-    good = [f for f in window if not f.bad]
-    times = [f.seconds for f in window if f.seconds is not None]
-    if not times or not sum(times):
+    timed = [(f.seconds, int(f.facts["filled"])) for f in window if f.seconds is not None]
+    elapsed = sum(seconds for seconds, _ in timed)
+    if not elapsed:
         return None
-    per_step = sum(f.sums["tokens"] for f in good) / max(1, len(good))
-    return _Speed(per_step * len(times) / sum(times), sum(times) / len(times))
+    return _Speed(sum(filled for _, filled in timed) / elapsed, elapsed / len(timed))
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm import config_tree, flops, ledger, metrics
+from lm.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +61,13 @@ def read(workdir: str, name: str | None = None) -> Result | None:
         return None
     count = flops.parameters(config.model)
     data = config.data
-    per_token = flops.flops_per_token(config.model, data.length, data.encoder_length)
     entry = entries[-1]
     return Result(
         run=name or Path(workdir).name,
         parameters=count.total,
         non_embedding_parameters=count.non_embedding,
         tokens=tokens,
-        flops=tokens * per_token,
+        flops=tokens * _flops_per_token(config, records),
         loss=loss,
         learning_rate=config.optimizer.learning_rate,
         batch_size=(entry["filled"] + entry["padding"]) // data.length,
@@ -102,6 +102,16 @@ def _tokens_seen(
     low, high = sorted((near, step))
     between = sum(e["filled"] for e in entries if low <= e["step"] < high)
     return int(logged[near]) + (between if near < step else -between)
+
+
+def _flops_per_token(config: Config, records: Sequence[Mapping[str, Any]]) -> float:
+    """What the run itself counted, which knows its frozen parameters and adapters; of a run made
+    before runs did, as if everything were trained.
+    """
+    counted = [r for r in records if r.get("flops_seen") and r["tokens_seen"]]
+    if counted:
+        return counted[-1]["flops_seen"] / counted[-1]["tokens_seen"]
+    return flops.flops_per_token(config.model, config.data.length, config.data.encoder_length)
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -135,6 +135,8 @@ class Run:
             if self.lead and self.writer.is_due(finished.step + 1):
                 extra["learning_rate"] = self._learning_rate(int(finished.facts["updates"]))
                 extra["tokens_seen"] = self.ledger.totals()["filled"]
+                if self.experiment.flops_per_token is not None:
+                    extra["flops_seen"] = extra["tokens_seen"] * self.experiment.flops_per_token
                 extra["goodput"] = self._goodput.write(finished.step + 1)
             self.writer.train(finished, **extra)
             self._bad_in_a_row = self._bad_in_a_row + 1 if finished.bad else 0

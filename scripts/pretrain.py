@@ -233,13 +233,15 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
 
 
 def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Tokens, seconds and tokens per second of all training records. Windows of skipped updates
-    have no tokens; a run without a timed step, as one of a single step, has no speed.
+    """Scored tokens and seconds of all training records, and non-padding tokens per second. Windows
+    of skipped updates have no scored tokens; a run without a timed step, as one of a single step,
+    has no speed.
     """
     train = [r for r in records if r["kind"] == "train"]
     tokens = sum(r.get("tokens", 0.0) for r in train)
-    spent = sum(r["seconds"] for r in train)
-    speed = tokens / spent if spent else None
+    timed = [(r["tokens_per_second"], r["seconds"]) for r in train if "tokens_per_second" in r]
+    spent = sum(seconds for _, seconds in timed)
+    speed = sum(rate * seconds for rate, seconds in timed) / spent if spent else None
     return {"tokens": tokens, "train_seconds": spent, "tokens_per_second": speed}
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import flops, optim
+from lm import flops, optim, parameters
 from lm.config import MeshConfig, component
 from lm.config_tree import resolve
 from lm.sharding import make_rules
@@ -144,8 +144,14 @@ def forward(model, inputs, encoder=None):
 
 
 @functools.cache
+def sizes_of(model_config):
+    """Elements of every parameter, by name."""
+    params = parameters.flatten(abstract_params(build(model_config)))
+    return {name: leaf.size for name, leaf in params.items()}
+
+
 def num_parameters(model_config):
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(build(model_config))))
+    return sum(sizes_of(model_config).values())
 
 
 @pytest.mark.parametrize("name, size", ALL)
@@ -177,6 +183,19 @@ def test_parameters_of_models_without_a_checkpoint_round_to_the_paper(name, size
 def test_formula_counts_the_parameters_that_init_makes(name, size):
     config = resolve(load(name).get_config(size))
     assert flops.parameters(config.model).total == num_parameters(config.model)
+
+
+@pytest.mark.parametrize("name, size", ALL)
+def test_flops_by_parameter_are_those_of_the_layout(name, size):
+    """With nothing frozen; and with everything frozen, of the forward pass alone."""
+    config = resolve(load(name).get_config(size))
+    model, lengths = config.model, (config.data.length, config.data.encoder_length)
+    sizes = sizes_of(model)
+    expected = flops.flops_per_token(model, *lengths)
+    found = flops.training_flops_per_token(model, sizes, (), *lengths)
+    assert found == pytest.approx(expected, rel=1e-12)
+    forward = flops.training_flops_per_token(model, sizes, sizes, *lengths)
+    assert forward == pytest.approx(expected / 3, rel=1e-12)
 
 
 def test_every_size_of_every_file_is_in_the_tables_of_this_test():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import parameters
+from lm import flops, metrics, parameters, results
 from lm.checkpoint import stored
 from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
@@ -249,6 +249,17 @@ def test_only_adapters_are_trained_and_saved(adapted, base):
     kept = {n.removeprefix("params.") for n in stored_names if n.startswith("params.")}
     assert kept == lora.adapters(after)
     assert not any("weight" in name for name in stored_names)
+
+
+def test_frozen_weights_are_spared_a_third_of_their_flops_in_what_a_run_reports(adapted):
+    experiment, folder, _ = adapted
+    c = experiment.config
+    record = metrics.read(str(folder.parent.parent))[-1]
+    whole = flops.flops_per_token(c.model, c.data.length)
+    assert 0.65 < experiment.flops_per_token / whole < 0.8
+    assert record["flops_seen"] == record["tokens_seen"] * experiment.flops_per_token
+    assert results._flops_per_token(c, [record]) == experiment.flops_per_token
+    assert results._flops_per_token(c, [{"tokens_seen": 5}]) == whole  # of a run made before
 
 
 def test_merged_adapters_compute_what_they_did_beside_the_weights(

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import flops, layouts, optim
+from lm import flops, layouts, optim, parameters
 from lm.config import MeshConfig, OptimizerConfig
+from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.moe import MoeConfig
 from lm.models import decoder
@@ -154,6 +155,46 @@ def test_backward_pass_has_twice_the_dot_products(name):
     traced = jax.make_jaxpr(jax.grad(loss))(params)
     expected = flops.flops_per_token(config, length, full_square=True)
     assert product_flops(traced.jaxpr) == rows * length * expected
+
+
+ADAPTED = {
+    "everything": ({}, lambda name: False),
+    "adapters": ({"lora": LoraConfig(rank=4)}, lambda name: "lora" not in name),
+    "adapters of all maps": (
+        {
+            "activation": "swiglu",
+            "lora": LoraConfig(
+                rank=2, targets=("query", "key", "value", "out", "up", "gate", "down")
+            ),
+        },
+        lambda name: "lora" not in name,
+    ),
+    "tables frozen": ({"tie_embeddings": False}, lambda name: name == "embedding.weight"),
+    "the head alone": ({"tie_embeddings": False}, lambda name: name != "head.weight"),
+    "mlps frozen": ({}, lambda name: ".mlp." in name),
+    "experts frozen": (VARIANTS["experts"], lambda name: ".moe." in name),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_frozen_parameters_are_spared_the_products_of_their_gradients(name):
+    """Products of the traced gradient of the trained parameters alone."""
+    changes, is_frozen = ADAPTED[name]
+    config, (rows, length) = dataclasses.replace(BASE, **changes), (2, 16)
+    model, inputs = build(config), tokens(2, 16)
+    params = nn.meta.unbox(boxed_params(model))
+    sizes = {n: math.prod(leaf.shape) for n, leaf in parameters.flatten(params).items()}
+    frozen = frozenset(n for n in sizes if is_frozen(n))
+    assert bool(frozen) == (name != "everything")
+    rest, trained = parameters.split(params, frozen)
+
+    def loss(trained, rest):
+        out = forward(model, inputs, parameters.join(trained, rest))
+        return jax.numpy.sum(jax.nn.logsumexp(out, axis=-1))
+
+    traced = jax.make_jaxpr(jax.grad(loss))(trained, rest)
+    found = flops.training_flops_per_token(config, sizes, frozen, length, full_square=True)
+    assert product_flops(traced.jaxpr) == rows * length * found
 
 
 @pytest.mark.parametrize("experts", [0, 4])

@@ -33,10 +33,13 @@ def make_writer(folder, **changes):
     return Writer(str(folder), **{**options, **changes})
 
 
-def finished(done, tokens, loss, *, grad_norm=1.0, bad=False, seconds=0.1):
-    """The step that ended at `done`, with a mean loss of `loss`."""
+def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, seconds=0.1):
+    """The step that ended at `done`, with a mean loss of `loss` over `tokens` scored tokens of
+    `filled`, by default of as many.
+    """
     sums = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": float(tokens)}
-    return Finished(done - 1, sums, {"grad_norm": grad_norm, "bad": bad}, None, seconds)
+    facts = {"grad_norm": grad_norm, "bad": bad, "filled": tokens if filled is None else filled}
+    return Finished(done - 1, sums, facts, None, seconds)
 
 
 class Unready:
@@ -116,6 +119,19 @@ def test_speed_is_that_of_the_steps_with_a_time(tmp_path):
     assert record["seconds"] == pytest.approx(0.5)
     assert record["tokens_per_second"] == pytest.approx(4000)
     assert record["mfu"] == pytest.approx(4000 * 10 / 1e6)
+
+
+def test_speed_and_mfu_count_the_tokens_that_were_computed_not_the_scored_ones(tmp_path):
+    """A masked model scores 15% of its tokens and multiplies all of them; an update that was
+    skipped took its time for its tokens too.
+    """
+    writer = make_writer(tmp_path, every=2, peak_flops=1e6)
+    writer.train(finished(1, 150, 1.0, filled=1000, seconds=0.1))
+    writer.train(finished(2, 150, math.nan, filled=1000, seconds=0.1, bad=True))
+    [record] = read(str(tmp_path))
+    assert record["tokens"] == 150
+    assert record["tokens_per_second"] == pytest.approx(10_000)
+    assert record["mfu"] == pytest.approx(10_000 * 10 / 1e6)
 
 
 def test_steps_that_were_not_applied_are_counted_and_stay_out_of_the_means(tmp_path):

@@ -63,14 +63,16 @@ def test_a_run_without_records_is_refused(tmp_path):
 
 
 def test_totals_count_windows_of_skipped_updates_and_runs_without_a_timed_step():
-    skipped = {"step": 4, "kind": "train", "skipped": 2, "seconds": 1.0}
-    one = {"step": 2, "kind": "train", "tokens": 60.0, "seconds": 2.0}
+    """A window of 60 scored of 100 tokens in 2 seconds, and one of 20 tokens in 1."""
+    skipped = {"step": 4, "kind": "train", "skipped": 2, "seconds": 1.0, "tokens_per_second": 20.0}
+    one = {"step": 2, "kind": "train", "tokens": 60.0, "seconds": 2.0, "tokens_per_second": 50.0}
     assert pretrain.totals([one, skipped, {"kind": "eval"}]) == {
         "tokens": 60.0,
         "train_seconds": 3.0,
-        "tokens_per_second": 20.0,
+        "tokens_per_second": 40.0,
     }
-    assert pretrain.totals([{**one, "seconds": 0.0}])["tokens_per_second"] is None
+    untimed = {"step": 1, "kind": "train", "tokens": 60.0, "seconds": 0.0}
+    assert pretrain.totals([untimed])["tokens_per_second"] is None
 
 
 @pytest.fixture

@@ -252,8 +252,7 @@ def _model_flops(
     if not layouts.is_known(model):
         return None
     if decode is None:
-        encoder = experiment.config.data.encoder_length
-        return flops.flops_per_token(model, length, encoder) * rows * length / size
+        return (experiment.flops_per_token or 0.0) * rows * length / size
     # a new token attends to every slot of the cache
     one = flops.flops_per_token(model, length, training=False, full_square=True)
     return one * rows / size
