@@ -44,6 +44,7 @@ def get_config(arg=None):
     data.validation = ("data/shakespeare/validation",)
     data.length = 64
     data.batch_size = 12
+    config.loader.kind = "thread"
 
     optimizer = config.optimizer
     optimizer.name = "adamw"

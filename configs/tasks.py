@@ -90,6 +90,7 @@ def get_config(arg=None):
     data.length = length
     data.encoder_length = encoder_length
     data.batch_size = batch_size
+    config.loader.kind = "thread"
     data.too_long = "error" if name == "masked" else "cut"
 
     if name == "topics":  # begins with the run `masked`, and so has its tokenizer

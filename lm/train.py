@@ -17,7 +17,7 @@ from lm import config_tree, metrics, selfcheck
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.data import run_tokenizer
+from lm.data import loaders, run_tokenizer
 from lm.exits import Exit
 from lm.experiment import CONFIG_FILE, Experiment
 from lm.goodput import read as read_goodput
@@ -87,7 +87,7 @@ def train(
             _describe(experiment, say)
             if c.guard.self_check:
                 say(selfcheck.check(c, experiment.rules))
-            with phases("compile"):
+            with phases("compile"), loaders.importing(c.loader):
                 _ = experiment.train_step
                 if experiment.rules.mesh.size > 1:
                     _ = experiment.compare_replicas

@@ -460,3 +460,23 @@ def test_a_missing_store_is_named_with_its_key(stores, tmp_path):
             pipeline.make_sources(
                 config.validation, config, CAUSAL, TOKENIZER, key="config.data.validation"
             )
+
+
+def test_tensorflow_is_imported_where_it_is_asked_for_beside_other_work():
+    code = (
+        "import sys\n"
+        "from lm.config import LoaderConfig\n"
+        "from lm.data import loaders\n"
+        "for kind in ('thread', 'tf.data'):\n"
+        "    with loaders.importing(LoaderConfig(kind=kind)):\n"
+        "        pass\n"
+        "    print('tensorflow' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,6 +25,27 @@ def run(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
     """
     kinds = {"tf.data": _tf_data, "thread": _threads}
     return kinds[loader.kind](make, start, stop, loader)
+
+
+@contextlib.contextmanager
+def importing(loader: LoaderConfig) -> Iterator[None]:
+    """Import what the loader needs beside the body, such as a compilation, which leaves Python to
+    others: TensorFlow takes seconds. What is missing is reported when the loader runs.
+    """
+    if loader.kind != "tf.data":
+        yield
+        return
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):
+            import tensorflow as _  # noqa: F401
+
+    thread = threading.Thread(target=load, name="import tensorflow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()  # before others import modules that this import is in the middle of
 
 
 def _threads(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
