@@ -382,6 +382,7 @@ class Config:
 
 
 COMPONENTS = {"model": "lm.models", "objective": "lm.objectives"}
+_KEYS = {package: key for key, package in COMPONENTS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,17 +403,25 @@ def component(package: str, name: str) -> types.ModuleType:
         exist.
     """
     path = name if "." in name else f"{package}.{name}"
+    asked = f"config.{_KEYS[package]}.name ({name!r})"
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise  # the module exists, and something that it needs does not
+        if "." in name:
+            raise ValueError(
+                f"{asked}: Python finds no module {error.name}; give the folder that holds it as "
+                "PYTHONPATH=FOLDER"
+            ) from None
         import pkgutil
 
         home = importlib.import_module(package)
         known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
-        raise ValueError(f"{name!r} is not in {package}; there are: {', '.join(known)}") from None
+        raise ValueError(
+            f"{asked} is not in {package}; there are: {', '.join(known)}{suggestion(name, known)}"
+        ) from None
     for needed in ("Config", "build"):
         if not hasattr(module, needed):
-            raise ValueError(f"{path} is no component: it has no `{needed}`")
+            raise ValueError(f"{asked} is no component: {path} has no `{needed}`")
     return module

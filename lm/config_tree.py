@@ -33,16 +33,23 @@ class ConfigTree(ml_collections.ConfigDict):
 
 def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
     """A ConfigDict with every field of every section at its default, for configs to change."""
-    tree = ConfigTree()
+    tree, chosen = ConfigTree(), {"model": model, "objective": objective}
     for f in dataclasses.fields(Config):
         if f.name in COMPONENTS:
-            name = {"model": model, "objective": objective}[f.name]
-            section = ConfigTree({"name": name})
-            section.update(_to_tree(component(COMPONENTS[f.name], name).Config()))
+            tree[f.name] = _section(f.name, chosen[f.name])
         else:
-            section = _to_tree(f.default) if f.name != "seed" else f.default
-        tree[f.name] = section
+            tree[f.name] = f.default if f.name == "seed" else _to_tree(f.default)
     return tree
+
+
+def _section(key: str, name: str) -> ConfigTree:
+    """The section `key` of a config for its component `name`, at the defaults of that."""
+    section = ConfigTree({"name": name})
+    for field, value in _to_tree(component(COMPONENTS[key], name).Config()).items(
+        preserve_field_references=True
+    ):
+        section[field] = value
+    return section
 
 
 def task(name: str, sources: tuple[str, ...], **changes: Any) -> dict[str, Any]:
@@ -68,12 +75,8 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     for f in dataclasses.fields(Config):
         path, section = f"config.{f.name}", tree.get(f.name, {})
         if f.name in COMPONENTS:
-            section = dict(section)
-            name = section.pop("name", None)
-            if not isinstance(name, str):
-                raise ValueError(
-                    f"{path}.name must name a component of {COMPONENTS[f.name]}, got {name!r}"
-                )
+            name = _name_in(tree, f.name)
+            section = {key: value for key, value in section.items() if key != "name"}
             values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config(), section, path)
         elif f.name == "seed":
             values[f.name] = _convert(int, tree.get("seed", f.default), path)
@@ -82,6 +85,16 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     resolved = Config(**values)
     check_values(resolved, "config")
     return resolved
+
+
+def _name_in(tree: dict[str, Any], key: str) -> str:
+    section = tree.get(key, {})
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(
+            f"config.{key}.name must name a component of {COMPONENTS[key]}, got {name!r}"
+        )
+    return name
 
 
 def names(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -97,8 +110,8 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def from_json(text: str) -> ml_collections.ConfigDict:
     """The ConfigDict that `to_json` wrote; fields added since get their defaults."""
     tree = json.loads(text)
-    config = default(**{key: tree[key]["name"] for key in COMPONENTS})
-    _check_keys(tree, set(config.keys()), "config")
+    _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
+    config = default(**{key: _name_in(tree, key) for key in COMPONENTS})
     if "tasks" in config.objective:
         of = tree["objective"].get("tasks", {})
         config.objective.tasks = {name: task(t["name"], ()) for name, t in of.items()}
@@ -120,34 +133,85 @@ def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return from_json(to_json(config))
 
 
-def assign(config: ml_collections.ConfigDict, setting: str) -> None:
-    """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… would.
+def is_name(path: str) -> bool:
+    """Whether a config path, such as "objective.name", names a component."""
+    return path.removeprefix("config.") in {f"{key}.name" for key in COMPONENTS}
+
+
+def choose(config: ml_collections.ConfigDict, key: str, name: str) -> None:
+    """Makes `name` the component of `config[key]`, with all of its fields. Those that the one
+    before it has too, and that differ from its defaults, keep their values.
 
     Raises:
-        ValueError: no such key, or a value of another type.
+        ValueError: there is no such component.
+    """
+    old, new = config[key], _section(key, name)
+    usual = dict(_leaves(_section(key, old.name).to_dict()))
+    for path, value in _leaves(old.to_dict()):
+        node, last = _find(new, path)
+        changed_ = path not in usual or _tuples(usual[path]) != _tuples(value)
+        if path != "name" and node is not None and changed_:
+            with node.ignore_type():
+                node[last] = value
+    config[key] = new
+
+
+def _find(config: Any, path: str) -> tuple[Any, str]:
+    """(the section of a config that holds the key of `path`, or None, and the key)."""
+    *sections, last = path.split(".")
+    for key in sections:
+        config = config.get(key) if isinstance(config, ml_collections.ConfigDict) else None
+    known = isinstance(config, ml_collections.ConfigDict) and last in config
+    return config if known else None, last
+
+
+def assign(config: ml_collections.ConfigDict, setting: str) -> None:
+    """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… does;
+    "objective.name=prefix" brings the fields of that component.
+
+    Raises:
+        ValueError: no such key, or a value of another type; with the config path.
     """
     path, equals, text = setting.partition("=")
     if not equals:
         raise ValueError(f"{setting!r} is not KEY=VALUE")
     path = path.removeprefix("config.")
+    if is_name(path):
+        return choose(config, path.removesuffix(".name"), text)
     *sections, last = path.split(".")
     node: Any = config
     for depth, key in enumerate([*sections, last]):
         if not isinstance(node, ml_collections.ConfigDict):
             raise ValueError(f"config.{'.'.join(sections[:depth])} is a value and has no keys")
+        if f"{key}_" in node:  # init.from_: Python keeps the word
+            key = last = f"{key}_"
         _check_keys({key: None}, set(node.keys()), ".".join(["config", *sections[:depth]]))
         node = node[key] if depth < len(sections) else node
+    kind = node.get_type(last)
+    if issubclass(kind, ml_collections.ConfigDict) and not text.startswith("{"):
+        raise ValueError(f"config.{path} is a section: set its keys, which --explain lists")
     try:
-        value = ast.literal_eval(text)
+        node[last] = _parse(text, kind)
+    except TypeError:
+        raise ValueError(f"config.{path} must be {kind.__name__}, got {text!r}") from None
+
+
+def _parse(text: str, kind: type) -> Any:
+    """The value of a flag's text, of type `kind` where the text can be read so."""
+    words = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+    if kind is str:
+        return text
+    if kind is bool and text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = _tuples(ast.literal_eval(text))
     except (SyntaxError, ValueError):
         value = text
-    if isinstance(node[last], str):
-        value = text
-    try:
-        node[last] = _tuples(value)
-    except TypeError:
-        kind = type(node[last]).__name__
-        raise ValueError(f"config.{path} must be {kind}, got {text!r}") from None
+    if kind is float and value in ("nan", "inf", "-inf"):
+        return float(text)  # for the range to refuse
+    if kind is tuple and not isinstance(value, tuple | None):
+        return (value,)
+    return value
 
 
 def changed(
@@ -245,13 +309,24 @@ def _to_tree(config: Any) -> ConfigTree:
 def _check_keys(tree: dict[str, Any], known: set[str], path: str) -> None:
     for key in tree:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"; did you mean {path}.{close[0]}?"
-                if close
-                else f"; known: {', '.join(sorted(known))}"
-            )
-            raise ValueError(f"{path}.{key} is not a config key{hint}")
+            meant = _meant(key, known, path)
+            hint = f"did you mean {meant}?" if meant else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{path}.{key} is not a config key; {hint}")
+
+
+def _meant(key: str, known: set[str], path: str) -> str | None:
+    """The path of the config that is most likely meant by `key` in the section `path`."""
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"{path}.{close[0]}"
+    everywhere: dict[str, str] = {}
+    for leaf, _ in _leaves(default().to_dict()):
+        last = leaf.rsplit(".", 1)[-1]
+        initials = "".join(word[:1] for word in last.split("_"))
+        everywhere.setdefault(last, f"config.{leaf}")
+        if len(initials) > 1:
+            everywhere.setdefault(initials, f"config.{leaf}")
+    close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8)
+    return everywhere[close[0]] if close else None
 
 
 def _from_dict(default: Any, tree: dict[str, Any], path: str) -> Any:

@@ -23,6 +23,7 @@ from lm import (
     flops,
     layouts,
     loss,
+    models,
     optim,
     parameters,
     parametrization,
@@ -51,9 +52,15 @@ class Experiment:
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
+        if jax.config.jax_enable_x64:
+            raise ValueError(
+                "JAX_ENABLE_X64 is set, and training is in float32 and int32: unset it "
+                "(JAX_ENABLE_X64=0)"
+            )
         self.config = config_tree.resolve(config)
         self.config_dict = config_tree.completed(config)
         c = self.config
+        models.check_config(c.model, self.config_dict.model.name)
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         c.model.check(c.data.length)
@@ -195,7 +202,9 @@ class Experiment:
     @functools.cached_property
     def boxed_params(self) -> Any:
         """Abstract parameters with their logical axes."""
-        return jax.eval_shape(self._init_params, jax.random.key(0))
+        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        models.check_axes(boxed, self.config_dict.model.name)
+        return boxed
 
     @functools.cached_property
     def abstract_params(self) -> Params:

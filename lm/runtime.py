@@ -7,7 +7,6 @@ import functools
 import importlib.util
 import logging as stdlib_logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm import config_flag
+from lm.config_flag import ConfigFlag
 from lm.exits import Exit, RunError
 from lm.processes import distributed
 
@@ -55,19 +56,21 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
         return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
 
 
-def run_with_config(main: Callable[[Sequence[str]], int], *, allow_rest: bool = False) -> None:
-    """`run` for scripts whose flags are absl's, since ml_collections' config flags are.
+def run_with_config(
+    main: Callable[[Sequence[str]], int],
+    config: ConfigFlag | None = None,
+    *,
+    allow_rest: bool = False,
+) -> None:
+    """`run` for scripts whose flags are absl's, --config among them where `config` is that flag.
 
     `main` gets the arguments that are no flags; without `allow_rest` there may be none.
     """
     from absl import app
 
     _use_huge_pages()
-    # ml_collections reads paths as Python, where `from` is a keyword
-    sys.argv = [re.sub(r"^--?config\.init\.from(?==|$)", r"\g<0>_", a) for a in sys.argv]
-    app.run(
-        functools.partial(run, main), flags_parser=functools.partial(_parse, allow_rest=allow_rest)
-    )
+    parse = functools.partial(_parse, config=config, allow_rest=allow_rest)
+    app.run(functools.partial(run, main), flags_parser=parse)
 
 
 def folder(path: str) -> str:
@@ -109,38 +112,23 @@ def define_workdir(sentence: str) -> Any:
     return flags.DEFINE(Parser(), "workdir", None, sentence)
 
 
-def _parse(argv: Sequence[str], *, allow_rest: bool) -> Sequence[str]:
+def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> Sequence[str]:
     from absl import flags
 
     try:
-        for found in (re.match(r"--?config=([^:]+)", a) for a in argv):
-            if found and not os.path.exists(found[1]):
-                raise ValueError(f"--config={found[1]}: no such file")
-        argv, unset = _split_unset(argv)
+        argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+        argv, settings = config_flag.split(argv) if config else (argv, [])
         rest = flags.FLAGS(argv, known_only=allow_rest)
-        if unset:
-            flags.FLAGS.config.update_from_flattened_dict(dict.fromkeys(unset))
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        # ml_collections raises an AttributeError of an unknown config key, with a traceback
-        text = str(error).strip("'\"").replace("\\'", "'").replace("\\n", " ").replace("\n", " ")
-        if isinstance(error, AttributeError):
-            text = f"config has no key {text}"
+        if config is not None:
+            config.load(settings)
+    except (ValueError, flags.Error) as error:
+        text = str(error).replace("\n", " ")
         print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
         sys.exit(2)
     if len(rest) > 1 and not allow_rest:
         print(f"error: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
         sys.exit(2)
     return rest
-
-
-def _split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The other arguments, and paths that `--config.PATH=None` unsets, which ml_collections takes
-    for a value of the wrong type.
-    """
-    found = [re.match(r"--?config\.([\w.]+)=(None$)?", a) for a in argv]
-    last = {match[1]: match[2] for match in found if match}
-    kept = [a for a, match in zip(argv, found, strict=True) if not (match and match[2])]
-    return kept, [path for path, none in last.items() if none]
 
 
 def _use_huge_pages() -> None:

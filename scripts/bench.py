@@ -49,9 +49,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import loss, metrics, runtime
+from lm import config_flag, loss, metrics, runtime
 from lm.checkpoint.manager import Checkpoints
 from lm.config import LossConfig
 from lm.data.pipeline import Pipeline
@@ -81,9 +80,7 @@ UNITS = {  # endings of names: the unit to show, and its size
 }
 Figures = dict[str, Any]
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _PARTS = flags.DEFINE_list("parts", None, "Parts to measure; default: all of them.")
 _BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: the config's.")
 _STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)
@@ -488,4 +485,4 @@ def _row(name: str, value: Any) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

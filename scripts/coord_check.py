@@ -17,13 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
 _HEAD_DIMS = flags.DEFINE_list("head_dims", [], "Instead: values of embed_dim, with wider heads.")
 _DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")
@@ -64,4 +61,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

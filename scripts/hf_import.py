@@ -28,14 +28,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
+_CONFIG = config_flag.define(
     "What config.json doesn't say, as FILE or FILE:ARG.",
+    str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
 )
 _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json, tensors and tokenizer.")
 _WORKDIR = runtime.define_workdir("Folder of the run to make.")
@@ -75,4 +73,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

@@ -16,7 +16,6 @@ lm/scaling fits it.
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import config_flag, runtime
 
 
 def main() -> int:
@@ -35,10 +34,9 @@ def main() -> int:
 
     args, settings = _flags()
     root = Path(args.workdir)
-    get_config = runpy.run_path(args.config)["get_config"]
     runs = []
     for size in args.sizes.split(","):
-        config = get_config(size)
+        config: Any = config_flag.load(f"{args.config}:{size}")
         for setting in settings:
             config_tree.assign(config, setting.removeprefix("--"))
         runs += plan(config, size, args.fractions, root)

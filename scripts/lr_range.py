@@ -17,13 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
 _LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")
@@ -67,4 +64,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

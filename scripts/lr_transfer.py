@@ -16,13 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512"], "Values of embed_dim.")
 _RATES = flags.DEFINE_list(
     "rates", ["-9", "-8", "-7", "-6", "-5"], "Learning rates, as powers of two."
@@ -56,4 +53,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

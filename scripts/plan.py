@@ -27,13 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
 )
@@ -59,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     from lm.aot import plan as plans
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
-    name = flags.FLAGS["config"].config_filename  # pyright: ignore
+    name = _CONFIG.name
     # a stream of its own: what the compiler writes to the other one is kept for the plan
     show = metrics.Progress(os.fdopen(os.dup(2), "w"), pause=30)
 
@@ -118,4 +115,4 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

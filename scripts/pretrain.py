@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
@@ -41,10 +40,9 @@ if TYPE_CHECKING:
     from lm.experiment import Experiment
     from lm.types import Params
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
+_CONFIG = config_flag.define(
     "The config to train; its data section is filled in here.",
+    str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
 )
 _WORKDIR = runtime.define_workdir("Folder of the run; default: runs/CONFIG-CORPUS.")
 _STORES = flags.DEFINE_string(
@@ -75,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     name = corpus_name(corpus)
     corpus = corpus if is_given else corpora.choose_split(corpus)
     config = _CONFIG.value
-    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    recipe = Path(_CONFIG.name).stem
     workdir = Path(_WORKDIR.value or f"runs/{recipe}-{name}")
     stores = Path(_STORES.value or f"data/{name}")
 
@@ -350,4 +348,4 @@ def held_out_text(store: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, allow_rest=True)
+    runtime.run_with_config(main, _CONFIG, allow_rest=True)

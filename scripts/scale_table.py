@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import config_flag, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,12 +107,8 @@ def line(row: Row, plan: Any) -> str:
 def _make(row: Row) -> Any:
     from lm.aot import cache
 
-    file, _, arg = row.config.partition(":")
-    spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
-    assert spec and spec.loader, f"configs/{file}.py is shipped"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(arg or None)
+    file, *arg = row.config.split(":")
+    config: Any = config_flag.load(":".join([str(ROOT / "configs" / f"{file}.py"), *arg]))
     config.update_from_flattened_dict(dict(row.changes))
     return cache.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
 

@@ -21,14 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 from lm.processes import distributed
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every config key with its value, default and meaning, and exit."
@@ -60,4 +57,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

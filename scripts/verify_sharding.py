@@ -23,14 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from lm import runtime
+from lm import config_flag, runtime
 from lm.processes import distributed
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file with get_config(arg), as FILE or FILE:ARG."
-)
+_CONFIG = config_flag.define()
 _MESH = flags.DEFINE_list(
     "mesh", ["data=2", "fsdp=2", "tensor=2"], "Sizes of mesh axes, and of slices: data=2,fsdp=4."
 )
@@ -101,4 +98,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main)
+    runtime.run_with_config(main, _CONFIG)

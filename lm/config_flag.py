@@ -1,0 +1,160 @@
+"""The flag --config of a script, and --config.KEY=VALUE for every key of that config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from etils import epath
+
+from lm import config_tree, storage
+
+# what Python raises where a config file is wrong; other errors are not of its writer
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+class ConfigFlag:
+    """--config=FILE of a script: after `load`, `value` is its config, and `name` what was given."""
+
+    def __init__(self, sentence: str, default: str | None = None) -> None:
+        self._flag = flags.DEFINE_string("config", default, sentence)
+        self.value: Any = None  # an `ml_collections.ConfigDict`
+
+    @property
+    def name(self) -> str:
+        return self._flag.value or ""
+
+    def load(self, settings: Sequence[str]) -> None:
+        """Sets `value`. Raises ValueError as `read` does, or for settings of no config."""
+        if self._flag.value is None:
+            if settings:
+                raise ValueError(
+                    f"--config.{settings[0]} changes a config: name one with "
+                    "--config=configs/NAME.py"
+                )
+            return
+        self.value = read(self._flag.value, settings)
+
+
+def define(
+    sentence: str = "A file with get_config(arg), as FILE or FILE:ARG, or a run's config.json.",
+    default: str | None = None,
+) -> ConfigFlag:
+    """Defines the flag --config of a script, with the file `default` where none is given."""
+    return ConfigFlag(sentence, default)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, KEY=VALUE of every --config.KEY=VALUE).
+
+    Also --config.KEY VALUE; and --config.KEY and --noconfig.KEY, which mean True and False.
+    """
+    rest, settings, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return [*rest, word, *words], settings
+        found = re.fullmatch(r"--?(no)?config\.([^=]*)(=.*)?", word, re.DOTALL)
+        if found is None:
+            rest.append(word)
+            continue
+        negated, path, value = found.groups()
+        if value is None and negated:
+            value = "=False"
+        elif value is None:
+            value = f"={words.pop(0)}" if words and not words[0].startswith("-") else "=True"
+        settings.append(path + value)
+    return rest, settings
+
+
+def read(name: str, settings: Sequence[str]) -> ml_collections.ConfigDict:
+    """The locked config of `load`, with `settings` applied, KEY=VALUE each; of several of a key the
+    last one counts.
+
+    Raises:
+        ValueError: the file, a key or a value is wrong.
+    """
+    config = load(name)
+    # components first: their names decide which fields there are
+    for setting in sorted(settings, key=lambda s: not config_tree.is_name(s.partition("=")[0])):
+        config_tree.assign(config, setting)
+    return config.lock()
+
+
+def load(name: str) -> ml_collections.ConfigDict:
+    """The config of FILE.py or FILE.py:ARG, or of the config.json that a run has in its folder.
+
+    Raises:
+        ValueError: there is no such file, or a mistake in it, with the file and its line.
+    """
+    if name.endswith(".json"):
+        return _from_json_file(name)
+    path, colon, arg = name.partition(":")
+    path = storage.expand(path, "--config")
+    if not os.path.exists(path):
+        raise ValueError(f"--config={path}: no such file")
+    if os.path.isdir(path):
+        inside = Path(path) / "config.json"
+        hint = f"; did you mean --config={inside}?" if inside.exists() else ""
+        raise ValueError(f"--config={path} is a folder{hint}")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config={path} is neither a Python file (.py) nor a run's config.json")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("it has no function get_config")
+        config = module.get_config(*([arg] if colon else []))
+    except MISTAKES as error:
+        raise ValueError(f"--config={_describe(error, path)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"--config={path}: get_config returns {type(config).__name__}, and must return the "
+            "config that lm.config_tree.default made"
+        )
+    return config
+
+
+def _from_json_file(name: str) -> ml_collections.ConfigDict:
+    path = epath.Path(storage.expand(name, "--config"))
+    if not path.exists():
+        raise ValueError(f"--config={name}: no such file")
+    try:
+        return config_tree.from_json(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config={name}, line {error.lineno}: no JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError(f"--config={name}: {error}") from None
+
+
+def _describe(error: BaseException, path: str) -> str:
+    """A mistake in the config file `path` as a line: file, line and the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == os.path.abspath(path)]
+    if isinstance(error, SyntaxError) and error.filename == os.path.abspath(path):
+        lines, text = [error.lineno], error.msg
+    else:
+        text = str(error)
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    where = f"{path}, line {lines[-1]}" if lines else path
+    return f"{where}: {kind}{' '.join(text.split())}"
