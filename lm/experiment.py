@@ -41,7 +41,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.layers import pipelining
 from lm.objectives import Form, Objective
 from lm.start import Start
-from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState
+from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState, check_head
 
 CONFIG_FILE = "config.json"
 LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
@@ -100,6 +100,7 @@ class Experiment:
 
     @functools.cached_property
     def objective(self) -> Objective:
+        check_head(self.config.model)
         component = configs.component("lm.objectives", self.config_dict.objective.name)
         return component.build(self.config.objective, self.tokenizer, self.form)
 
@@ -191,12 +192,14 @@ class Experiment:
 
     def _init_params(self, rng: Array) -> Any:
         def everything(model: Any, tokens: Tokens) -> Array:
-            return model.logits(model(tokens, encoder=encoder).hidden)
+            hidden = model(tokens, encoder=encoder).hidden
+            return model.logits(hidden) if has_head else hidden
 
         shape = (self.rules.size("act_batch"), self.rules.size("act_length"))
         zeros = jnp.zeros(shape, jnp.int32)
         tokens = Tokens(zeros, zeros, zeros)
         encoder = tokens if self.config.model.takes_encoder else None
+        has_head = getattr(self.config.model, "has_head", True)
         return self.model.init({"params": rng}, tokens, method=everything)["params"]
 
     @functools.cached_property

@@ -68,8 +68,8 @@ def encoder(config: Any) -> Layout:
         Weight("types", c.num_types * embed),
         *_stack(c),
         Weight("norm", 2 * embed * (1 + c.norm_bias)),
-        Weight("head", embed * embed, uses=1.0),
-        Weight("head", c.mlp_bias * embed + vocab),
+        Weight("head", c.has_head * embed * embed, uses=1.0),
+        Weight("head", c.has_head * (c.mlp_bias * embed + vocab)),
         Weight("head", (embed + c.mlp_bias) * c.pooler_dim),
     )
     return Layout(weights, _scores(c, causal=False))
@@ -105,7 +105,8 @@ def _tables(c: Any) -> tuple[Weight, ...]:
 
 
 def _head(c: Any) -> tuple[Weight, ...]:
-    return (Weight("head", 0 if c.tie_embeddings else c.vocab_size * c.embed_dim, uses=1.0),)
+    own = getattr(c, "has_head", True) and not c.tie_embeddings
+    return (Weight("head", own * c.vocab_size * c.embed_dim, uses=1.0),)
 
 
 def _stack(c: Any) -> tuple[Weight, ...]:

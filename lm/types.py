@@ -99,4 +99,14 @@ class Model(Protocol):
     def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def check_head(config: Any) -> None:
+    """Raises ValueError where a model's config says that it has no projection to the vocabulary."""
+    if not getattr(config, "has_head", True):
+        raise ValueError(
+            "config.model.has_head is False: the model has no projection to the vocabulary, and "
+            "gives hidden states alone. To train one, start a run with --config.init.from=RUN "
+            "--config.model.has_head=True and its parameters in --config.init.new"
+        )
+
+
 LossFn: TypeAlias = Callable[[Params, Batch, Array], tuple[Array, Sums]]

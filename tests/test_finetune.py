@@ -15,6 +15,7 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
 from lm.evaluate import evaluate
 from lm.experiment import load
+from lm.hf.exporting import export_folder
 from lm.layers import lora
 from lm.merging import merge_run
 from lm.train import train
@@ -311,6 +312,16 @@ def test_what_cannot_be_merged_is_refused(adapted, base, devices, tmp_path):
         merge_run(str(base[0]), str(tmp_path / "x"), devices[:1])
     with pytest.raises(ValueError, match="holds a run already"):
         merge_run(str(adapted[1].parents[1]), str(base[0]), devices[:1])
+
+
+@pytest.mark.parametrize("family", [None, "llama"])
+def test_an_export_of_adapters_that_are_not_merged_names_the_script_that_merges(
+    family, adapted, tmp_path
+):
+    experiment, _, params = adapted
+    with pytest.raises(ValueError, match=r"lora\.rank is 2.*scripts/merge_lora\.py") as error:
+        export_folder(experiment, params, str(tmp_path / "out"), family=family)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_adapters_save_bytes_of_checkpoints_and_of_the_optimizer(adapted, base, tuned):

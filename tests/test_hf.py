@@ -60,14 +60,15 @@ def imported(tmp_path_factory, devices):
     return make
 
 
-def bring(folder, theirs, devices, **options):
-    workdir = str(folder / "run")
+def bring(folder, theirs, devices, *, source=None, **options):
+    """source: the folder of transformers; None: that in `folder`."""
+    workdir, source = str(folder / "run"), source or str(folder / "theirs")
     options = {"tokenizer": "bytes", "say": lambda line: None, **options}
-    import_folder(str(folder / "theirs"), workdir, small_config(), devices[:1], **options)
+    import_folder(source, workdir, small_config(), devices[:1], **options)
     experiment = load(workdir, devices[:1])
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         _, params = experiment.restore_params(checkpoints)
-    return Imported(theirs, str(folder / "theirs"), workdir, experiment, params)
+    return Imported(theirs, source, workdir, experiment, params)
 
 
 def attention(model):

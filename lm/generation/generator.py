@@ -27,7 +27,7 @@ from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
 from lm.generation.text import Generation, Piece, Row
 from lm.parameters import apart
-from lm.types import Model, Params, Tokens
+from lm.types import Model, Params, Tokens, check_head
 
 DEFAULT = Sampling()
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos
@@ -49,9 +49,10 @@ class Generator:
         may want none (GPT-2), or their padding (T5). eos_id: the token that ends a continuation,
         where it isn't the tokenizer's eos.
 
-        Raises ValueError where the model sees what comes later, or has no row for an id of the
-        tokenizer.
+        Raises ValueError where the model sees what comes later, has no head, or has no row for an
+        id of the tokenizer.
         """
+        check_head(model.config)
         if not model.config.is_causal:
             raise ValueError("config.model is not causal: it can't continue a text")
         if tokenizer.vocab_size > model.config.vocab_size:

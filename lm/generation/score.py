@@ -18,7 +18,7 @@ import numpy as np
 from lm.generation.decode import known, without_length
 from lm.generation.generator import Prompt
 from lm.generation.rows import batch_size, bucket, pad, power_of_two
-from lm.types import Array, Model, Params, Tokens
+from lm.types import Array, Model, Params, Tokens, check_head
 
 CHUNK_LOGITS = 1 << 24  # numbers that are there at once: 64 MiB
 
@@ -60,8 +60,9 @@ class Scorer:
         """start: as of `Generator`. max_batch_tokens: on each device, padding included; a longer
         row is a batch of its own.
 
-        Raises ValueError where the model sees what comes later.
+        Raises ValueError where the model sees what comes later, or has no head.
         """
+        check_head(model.config)
         if not model.config.is_causal:
             raise ValueError("config.model is not causal: it gives texts no probability")
         self.model = without_length(model)

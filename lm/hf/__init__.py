@@ -4,6 +4,7 @@ A family of models is a module with the name of its `model_type` in config.json:
 
     MODEL           the component of `lm.models` that it is, `decoder` say
     ARCHITECTURE    the class that `transformers` loads, for config.json
+    BARE            its class without the projection to the vocabulary
     PREFIX          of the names of its tensors, which a checkpoint of the bare model lacks
     ours(keys)      the fields of `config.model` {path: value} of a config.json (lm/hf/keys.py)
     theirs(model)   the config.json, a dict, of a resolved `config.model`

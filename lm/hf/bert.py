@@ -1,4 +1,4 @@
-"""BERT (arXiv:1810.04805) with its masked-LM head, and its pooler where the tensors have one. The
+"""BERT (arXiv:1810.04805), with its masked-LM head and its pooler where the tensors have them. The
 head for pairs of sentences has no place here: `cls.seq_relationship.*` must be skipped by name.
 """
 
@@ -10,7 +10,7 @@ from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
 MODEL = "encoder"
-ARCHITECTURE = "BertForMaskedLM"
+ARCHITECTURE, BARE = "BertForMaskedLM", "BertModel"
 PREFIX = "bert."
 BUFFERS = r"bert\.embeddings\.position_ids"
 RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -39,6 +39,7 @@ def ours(keys: Keys) -> dict[str, Any]:
         "norm_bias": True,
         "positions": "learned",
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+        "has_head": keys.has_head("cls.predictions."),
         "num_types": keys.take("type_vocab_size", 2),
         "pooler_dim": embed_dim if any(n.endswith(POOLER) for n in keys.tensors) else 0,
         "dropout": keys.take("hidden_dropout_prob", 0.1),
@@ -79,10 +80,11 @@ def rows(model: Any) -> list[Row]:
         *_linear("layers.attention.out", f"{layer}.attention.output.dense", LINEAR_OUT),
         *_linear("layers.mlp.up", f"{layer}.intermediate.dense"),
         *_linear("layers.mlp.down", f"{layer}.output.dense"),
-        *_linear("transform", "cls.predictions.transform.dense"),
-        *_norm("transform_norm", "cls.predictions.transform.LayerNorm"),
-        Row("logit_bias", "cls.predictions.bias", VECTOR),
     ]
+    if model.has_head:
+        found += _linear("transform", "cls.predictions.transform.dense")
+        found += _norm("transform_norm", "cls.predictions.transform.LayerNorm")
+        found.append(Row("logit_bias", "cls.predictions.bias", VECTOR))
     for name in ("query", "key", "value"):
         found += _linear(f"layers.attention.{name}", f"{layer}.attention.self.{name}")
     if model.num_types:
@@ -107,7 +109,8 @@ def _norm(ours_name: str, their_name: str) -> list[Row]:
 
 
 def aliases(model: Any) -> dict[str, str]:
-    del model
+    if not model.has_head:
+        return {}
     return {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -14,6 +14,7 @@ from lm import parameters
 from lm.experiment import Experiment
 from lm.hf import folding, structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, Writer
+from lm.layers import lora
 from lm.types import Params
 
 
@@ -32,8 +33,14 @@ def export_folder(
     family: a `model_type`; None: the first, by name, that can represent the model.
 
     Raises:
-        ValueError: `out` has such files, or the model is not one of the family.
+        ValueError: `out` has such files, the run has adapters, or the model is not one of the
+        family.
     """
+    if rank := getattr(experiment.config.model, "lora", lora.LoraConfig()).rank:
+        raise ValueError(
+            f"config.model.lora.rank is {rank}: adapters are of no family; merge them into their "
+            "base by scripts/merge_lora.py --workdir=RUN --out=MERGED, and export MERGED"
+        )
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
@@ -48,6 +55,8 @@ def export_folder(
     held = table.tensors(where)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
+    bare = "" if getattr(model, "has_head", True) else kind.PREFIX  # as that class names them
+    held = {name.removeprefix(bare): parts for name, parts in held.items()}
     shapes = {name: table.tensor_shape(parts) for name, parts in held.items()}
     writer = Writer(folder, shapes, dtype, shard_bytes=shard_bytes)
     for tensor, parts in held.items():

@@ -13,6 +13,7 @@ from lm.hf.table import VECTOR, Row
 
 __all__ = [
     "ARCHITECTURE",
+    "BARE",
     "BUFFERS",
     "MODEL",
     "PREFIX",
@@ -22,7 +23,7 @@ __all__ = [
     "rows",
     "theirs",
 ]
-ARCHITECTURE = "Gemma3ForCausalLM"
+ARCHITECTURE, BARE = "Gemma3ForCausalLM", "Gemma3TextModel"
 # of Gemma3TextConfig: what the published text_config of a larger model leaves out
 DEFAULTS = {
     "vocab_size": 262_208,

@@ -10,7 +10,7 @@ from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, Row
 
 MODEL = "decoder"
-ARCHITECTURE = "GPT2LMHeadModel"
+ARCHITECTURE, BARE = "GPT2LMHeadModel", "GPT2Model"
 PREFIX = "transformer."
 BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks
 RENAMED = ()
@@ -33,6 +33,7 @@ def ours(keys: Keys) -> dict[str, Any]:
         ("max_position_embeddings", length),
     ):
         keys.expect(name, value)
+    tied = keys.take("tie_word_embeddings", True)
     keys.expect("scale_attn_weights", True)
     keys.expect("scale_attn_by_inverse_layer_idx", False)
     keys.expect("add_cross_attention", False)
@@ -51,7 +52,8 @@ def ours(keys: Keys) -> dict[str, Any]:
         "norm_bias": True,
         "positions": "learned",
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
-        "tie_embeddings": keys.take("tie_word_embeddings", True),
+        "tie_embeddings": tied,
+        "has_head": tied or keys.has_head("lm_head."),
         "dropout": dropout,
         "attention_dropout": keys.take("attn_pdrop", 0.1),
     }
@@ -99,7 +101,7 @@ def rows(model: Any) -> list[Row]:
         found.append(Row(f"layers.{path}.weight", f"{layer}.{name}.weight", layout))
         found.append(Row(f"layers.{path}.bias", f"{layer}.{name}.bias", VECTOR))
     found += _norm("norm", "transformer.ln_f")
-    if not model.tie_embeddings:
+    if model.has_head and not model.tie_embeddings:
         found.append(Row("head.weight", "lm_head.weight", LINEAR))
     return found
 

@@ -63,6 +63,8 @@ ACTIVATIONS = {
     "relu": "relu",
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
+# ends of names of classes that predict tokens
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 _MISSING = object()
 
 Say = Callable[[str], Any]
@@ -137,6 +139,20 @@ class Keys:
                 f"{self._where} has {name} = {value!r}, of which there is only {known}"
             )
         return table[value]
+
+    def has_head(self, *prefixes: str) -> bool:
+        """Whether the model has a projection to the vocabulary of its own: its class has one, or
+        a tensor has one of these beginnings. Without tensors to look at, it has.
+        """
+        there = any(name.startswith(prefixes) for name in self.tensors)
+        named = any(name.endswith(_WITH_HEAD) for name in self.architectures)
+        if there or named or not self.tensors:
+            return True
+        self.say(
+            "note: the files have no projection to the vocabulary: config.model.has_head is False; "
+            "the model gives hidden states, and can't score, generate or be trained without one"
+        )
+        return False
 
     def ignore(self, *names: str) -> None:
         """Reads keys that make no difference to this family."""

@@ -11,7 +11,7 @@ from lm.hf.keys import ACTIVATIONS, Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
 MODEL = "decoder"
-ARCHITECTURE = "LlamaForCausalLM"
+ARCHITECTURE, BARE = "LlamaForCausalLM", "LlamaModel"
 PREFIX = "model."
 BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 RENAMED = ()
@@ -59,6 +59,7 @@ def shared_ours(
     for a config.json that doesn't say, `activation` is the key for it.
     """
     embed_dim, num_heads = keys.take("hidden_size"), keys.take("num_attention_heads")
+    tied = keys.take("tie_word_embeddings", tie)
     gates = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
     gated = {key: gates[plain] for key, plain in ACTIVATIONS.items()}
     return {
@@ -73,7 +74,8 @@ def shared_ours(
         "norm": "rms",
         "norm_eps": keys.take("rms_norm_eps", eps),
         "positions": "rotary",
-        "tie_embeddings": keys.take("tie_word_embeddings", tie),
+        "tie_embeddings": tied,
+        "has_head": tied or keys.has_head("lm_head."),
         "attention_dropout": keys.take("attention_dropout", 0.0),
     }
 
@@ -114,7 +116,7 @@ def shared_rows(model: Any) -> list[Row]:
             path = f"layers.attention.{name}_norm.scale"
             found.append(Row(path, f"{LAYER}.self_attn.{letter}_norm.weight", VECTOR))
     found.append(Row("norm.scale", "model.norm.weight", VECTOR))
-    if not model.tie_embeddings:
+    if model.has_head and not model.tie_embeddings:
         found.append(Row("head.weight", "lm_head.weight", LINEAR))
     return found
 

@@ -11,6 +11,7 @@ from lm.hf.table import LINEAR, VECTOR, Row
 
 __all__ = [
     "ARCHITECTURE",
+    "BARE",
     "BUFFERS",
     "MODEL",
     "PREFIX",
@@ -20,7 +21,7 @@ __all__ = [
     "rows",
     "theirs",
 ]
-ARCHITECTURE = "MixtralForCausalLM"
+ARCHITECTURE, BARE = "MixtralForCausalLM", "MixtralModel"
 
 
 def ours(keys: Keys) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, rows
 
 __all__ = [
     "ARCHITECTURE",
+    "BARE",
     "BUFFERS",
     "MODEL",
     "PREFIX",
@@ -19,7 +20,7 @@ __all__ = [
     "rows",
     "theirs",
 ]
-ARCHITECTURE = "Qwen3ForCausalLM"
+ARCHITECTURE, BARE = "Qwen3ForCausalLM", "Qwen3Model"
 
 
 def ours(keys: Keys) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Family(Protocol):
 
     MODEL: str
     ARCHITECTURE: str
+    BARE: str
     PREFIX: str
     BUFFERS: str
     RENAMED: tuple[tuple[str, str], ...]
@@ -137,7 +138,8 @@ def hf_config(kind: Family, section: Any) -> dict[str, Any]:
     ]
     if wrong:
         raise ValueError(f"no {kind.ARCHITECTURE} is like this model:\n  " + "\n  ".join(wrong))
-    return {"architectures": [kind.ARCHITECTURE], **tree}
+    has_head = getattr(model, "has_head", True)
+    return {"architectures": [kind.ARCHITECTURE if has_head else kind.BARE], **tree}
 
 
 def find_family(section: Any) -> str:

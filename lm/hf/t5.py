@@ -11,7 +11,7 @@ from lm.hf.keys import Keys
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
 
 MODEL = "encoder_decoder"
-ARCHITECTURE = "T5ForConditionalGeneration"
+ARCHITECTURE, BARE = "T5ForConditionalGeneration", ""
 PREFIX = ""
 # a table for cross-attention, which has no positions: in the first release, read by nothing
 BUFFERS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"

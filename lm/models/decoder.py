@@ -21,13 +21,14 @@ from lm.layers.linear import Linear, times
 from lm.layers.stack import REMAT
 from lm.layers.transformer import Transformer, check_kernels, make_output
 from lm.sharding import Rules
-from lm.types import Array, Cache, Output, Tokens
+from lm.types import Array, Cache, Output, Tokens, check_head
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
     logit_softcap: float | None = field(None, "Soft cap of the logits.", gt=0)
     tie_embeddings: bool = field(True, "The vocabulary projection is the embedding.")
+    has_head: bool = field(True, "A vocabulary projection; without one, hidden states alone.")
     embed_scale: float = field(1.0, "Factor on the embeddings.", gt=0)
     sequence_balance: bool = field(
         True, "mesh.sequence > 1: give every shard the same share of a causal mask."
@@ -52,7 +53,7 @@ class Decoder(Transformer):
         self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
         if c.positions == "learned":
             self.position = Embedding(c.max_length, c.embed_dim, self.rules, None, dtype, std)
-        if not c.tie_embeddings:
+        if c.has_head and not c.tie_embeddings:
             self.head = Linear(
                 (c.embed_dim,),
                 (c.vocab_size,),
@@ -101,8 +102,13 @@ class Decoder(Transformer):
         return make_output(x if order == 1 else zigzag.unshuffle(x, rules), cache, reports)
 
     def logits(self, hidden: Array) -> jax.Array:
-        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        """hidden: [B, T, D] -> float32 [B, T, V].
+
+        Raises:
+            ValueError: the model has no head.
+        """
         c = self.config
+        check_head(c)
         x = times(hidden, c.scaling.logits)
         x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
         x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")

@@ -19,11 +19,12 @@ from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
 from lm.sharding import Rules
-from lm.types import Array, Cache, Output, Tokens
+from lm.types import Array, Cache, Output, Tokens, check_head
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
+    has_head: bool = field(True, "A vocabulary projection; without one, hidden states alone.")
     num_types: int = field(2, "Token types, as many as rows of their table; 0: none.", ge=0)
     pooler_dim: int = field(0, "Width of the pooled output of a segment; 0: there is none.", ge=0)
 
@@ -34,8 +35,8 @@ class Config(BlockConfig):
 
 class Encoder(Transformer):
     """The model. Parameters: those of `Transformer`; `embedding` and `embedding_norm`; `position`,
-    `type` and `pooler` where used; `transform`, `transform_norm` and `logit_bias` [V] between the
-    hidden states and the projection by the embedding.
+    `type` and `pooler` where used; with a head, `transform`, `transform_norm` and `logit_bias` [V]
+    between the hidden states and the projection by the embedding.
     """
 
     config: Config  # pyright: ignore
@@ -54,20 +55,21 @@ class Encoder(Transformer):
             self.type = Embedding(c.num_types, c.embed_dim, rules, None, dtype, std)
         self.embedding_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
         self.dropout = nn.Dropout(c.dropout)
-        self.transform = Linear(
-            (c.embed_dim,),
-            (c.embed_dim,),
-            ("embed",),
-            ("mlp",),
-            rules,
-            c.mlp_bias,
-            dtype,
-            c.init_std,
-            init_scale,
-        )
-        self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
-        zeros = nn.initializers.zeros
-        self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
+        if c.has_head:
+            self.transform = Linear(
+                (c.embed_dim,),
+                (c.embed_dim,),
+                ("embed",),
+                ("mlp",),
+                rules,
+                c.mlp_bias,
+                dtype,
+                c.init_std,
+                init_scale,
+            )
+            self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
+            zeros = nn.initializers.zeros
+            self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
         if c.pooler_dim:
             shape = ((c.embed_dim,), (c.pooler_dim,), ("embed",), ("mlp",))
             self.pooler = Linear(*shape, rules, c.mlp_bias, dtype, c.init_std, init_scale)
@@ -111,7 +113,12 @@ class Encoder(Transformer):
         return jnp.tanh(self.pooler(jnp.take_along_axis(hidden, start[..., None], axis=1)))
 
     def logits(self, hidden: Array) -> jax.Array:
-        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        """hidden: [B, T, D] -> float32 [B, T, V].
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        check_head(self.config)
         act, _ = ACTIVATIONS[self.config.activation]
         x = self.transform_norm(act(self.transform(hidden)))
         x = self.embedding.attend(times(x, self.config.scaling.logits))
