@@ -89,7 +89,7 @@ def folder(path: str) -> str:
         ) from None
     if not path.strip():
         raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     for part in (found, *found.parents):
         if part.is_symlink() and not part.exists():
             raise argparse.ArgumentTypeError(f"{part} is a link to {part.readlink()}: not there")

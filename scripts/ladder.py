@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm import config_flag, runtime
+from lm.sweep.space import folder_name
 
 
 def main() -> int:
@@ -92,7 +93,7 @@ def plan(config: Any, size: str, fractions: Sequence[float], root: Path) -> list
     lengths = [*(round(steps * fraction) for fraction in fractions), steps]
     decays = [max(1, round(share * length)) for length in lengths]
     starts = [length - decay for length, decay in zip(lengths, decays, strict=True)]
-    name = size.replace(":", "-")
+    name = folder_name(size.replace(":", "-"))
     runs = []
     for length, decay, start in reversed(list(zip(lengths, decays, starts, strict=True))):
         mine = config.copy_and_resolve_references()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
 CONFIG = "config"  # the axis that is no key of a config, but the config's file
 
 
@@ -86,7 +88,7 @@ def parse(text: str) -> Axis:
             raise ValueError(f"{text!r}: the logarithm needs a positive LOW, got {low}")
         return Range(key, *limits, log=scale == "log")
     found = tuple(_value(part) if key != CONFIG else part for part in _split(values))
-    if len(set(map(repr, found))) < len(found):
+    if len(set(map(str, found))) < len(found):  # a flag is a text
         raise ValueError(f"{text!r} has a value twice")
     return Choice(key, found)
 
@@ -170,10 +172,24 @@ def labels(keys: Sequence[str]) -> dict[str, str]:
 
 
 def name(point: Mapping[str, Any]) -> str:
-    """What the folder of a point is called."""
+    """The name of a point's folder, that of no other point."""
     short = labels(list(point))
     text = ",".join(f"{short[key]}={value}" for key, value in point.items()) or "run"
-    return "".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in text)
+    return folder_name(text, repr(list(point.items())))
+
+
+def folder_name(text: str, identity: str = "") -> str:
+    """`text` as a folder may be called, in at most LONGEST bytes.
+
+    identity: what tells it from others with the same text, which is itself by default. Where
+    letters are replaced or cut, the name ends with a hash of it.
+    """
+    kept = "".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in text)
+    if kept == text and len(text.encode()) <= LONGEST:
+        return text
+    digest = hashlib.blake2b((identity or text).encode(), digest_size=4).hexdigest()
+    cut = kept.encode()[: LONGEST - len(digest) - 1].decode(errors="ignore")
+    return f"{cut}-{digest}"
 
 
 def arguments(config: str, point: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
