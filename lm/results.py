@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from lm import config_tree, flops, ledger, metrics
 from lm.config import Config
 
@@ -46,7 +48,7 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    path = Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no config.json in it")
     config = config_tree.resolve(config_tree.from_json(path.read_text()))
@@ -63,7 +65,7 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     data = config.data
     entry = entries[-1]
     return Result(
-        run=name or Path(workdir).name,
+        run=name or epath.Path(workdir).name,
         parameters=count.total,
         non_embedding_parameters=count.non_embedding,
         tokens=tokens,
@@ -74,6 +76,18 @@ def read(workdir: str, name: str | None = None) -> Result | None:
         seed=config.seed,
         step=step,
     )
+
+
+def is_finished(workdir: str) -> bool:
+    """Whether the run in a folder has evaluated and saved after its last step; False too where its
+    config gives its length in tokens or epochs.
+    """
+    folder = epath.Path(workdir)
+    if not (folder / "config.json").exists():
+        return False
+    steps = config_tree.from_json((folder / "config.json").read_text()).train.num_steps
+    evaluated = any(r["kind"] == "eval" and r["step"] == steps for r in metrics.read(workdir))
+    return evaluated and (folder / "checkpoints" / str(steps)).exists()
 
 
 def mean_losses(evals: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -18,8 +18,10 @@ happened, does what is left: finished runs are kept, interrupted ones go on. Fai
 runs are recorded as such, and the sweep goes on without them. It ends with sweep.csv and
 sweep.jsonl, a ranking and sweep.png. Its exit code is 1 if runs failed; a diverged one is a result.
 
---write=slurm and --write=tpu_vm write the commands for a cluster instead of running them;
-afterwards the same command without --write finds what is finished, and ends with the table.
+--write=slurm and --write=tpu_vm write the commands for a cluster instead of running them; later the
+same command with --collect in place of --write starts nothing and ends with the table of what has
+finished. Machines of Cloud TPUs are deleted after a run: their runs are kept in a bucket,
+--runs=gs://BUCKET/FOLDER.
 """
 
 from __future__ import annotations
@@ -43,19 +45,21 @@ def main() -> int:
     from lm.sweep.pool import Outcome, Run
 
     args, settings = _flags()
-    root = Path(args.workdir)
+    root, home = Path(args.workdir), args.runs or args.workdir
     grid = [space.parse(text) for text in args.grid]
     ranges = [space.parse(text) for text in args.range]
     space.check_keys([*grid, *ranges])
     if bool(ranges) != bool(args.random or args.adaptive) or (args.random and args.adaptive):
         raise ValueError("--range needs one of --random=COUNT and --adaptive=COUNT, and they it")
-    if args.adaptive and (grid or args.seeds > 1 or args.folds > 1 or args.write):
+    if args.adaptive and (grid or args.seeds > 1 or args.folds > 1 or args.write or args.collect):
         raise ValueError(
             "--adaptive chooses its runs one by one: give all axes as --range, and repeat the best "
             "with --grid and --seeds or --folds; it writes no commands for a cluster"
         )
     if args.folds > 1 and not any("{fold}" in setting for setting in settings):
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
+    if args.runs and not (args.write or args.collect):
+        raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
     _claim(root, args, settings)
 
     search: Search | None = None
@@ -73,8 +77,10 @@ def main() -> int:
         source = iter(runs)
     if args.write:
         write = {"slurm": cluster.write_slurm, "tpu_vm": cluster.write_tpu_vm}[args.write]
-        print(f"{len(runs)} runs in {write(root, runs, args.slots)}")
+        print(f"{len(runs)} runs in {write(root, runs, args.slots, home)}")
         return 0
+    if args.collect:
+        return 1 if _finish(root, runs, home) else 0
 
     done: list[Run] = []
 
@@ -89,7 +95,7 @@ def main() -> int:
         return search is not None and search.is_hopeless(run)
 
     stopped = pool.run_all(root, source, slots=args.slots, ended=ended, is_hopeless=is_hopeless)
-    failed = _finish(root, sorted(done, key=lambda run: run.name) if search else runs)
+    failed = _finish(root, sorted(done, key=lambda run: run.name) if search else runs, home)
     if stopped is not None:
         print(f"{stopped.name}: the same command goes on")
         return STOPS[stopped]
@@ -124,7 +130,18 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     add("--folds", type=int, default=1, help="runs of each point, one for each fold")
     add("--slots", type=int, default=1, help="runs at a time (default: 1)")
     add("--write", choices=("slurm", "tpu_vm"), help="write commands for a cluster instead")
+    add("--collect", action="store_true", help="make the table of what a cluster has done")
+    add(
+        "--runs",
+        type=runtime.folder,
+        metavar="URL",
+        help="folder of a cluster's runs (default: WORKDIR)",
+    )
     args, rest = parser.parse_known_args()
+    if "://" in args.workdir:
+        parser.error(f"--workdir={args.workdir}: a sweep is kept on this machine; see --runs")
+    if args.write and args.collect:
+        parser.error("--write comes before the runs, --collect after them")
     for flag in rest:
         if not flag.startswith("--config.") or "=" not in flag:
             parser.error(f"unrecognized argument {flag}; flags of all runs are --config.KEY=VALUE")
@@ -142,11 +159,12 @@ def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> Non
     shared = ("config", "adaptive", "search_seed")
     spec: dict[str, Any] = {name: getattr(args, name) for name in shared}
     spec |= {"range": args.range if args.adaptive else [], "settings": list(settings)}
+    spec["runs"] = args.runs
     path = root / "sweep.json"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(spec, indent=2) + "\n")
-    found = json.loads(path.read_text())
+    found = {"runs": None, **json.loads(path.read_text())}
     lines = [f"{key}: {found[key]!r} -> {spec[key]!r}" for key in spec if found[key] != spec[key]]
     if lines:
         raise ValueError(
@@ -155,14 +173,14 @@ def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> Non
         )
 
 
-def _finish(root: Path, runs: Sequence[Any]) -> bool:
+def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
     """Writes the tables and the picture, and prints the ranking; whether runs failed."""
     from lm import results
     from lm.sweep import pool, report
 
     if not runs:
         return False
-    table = report.collect(root, runs)
+    table = report.collect(root, runs, home)
     for name in ("sweep.csv", "sweep.jsonl"):
         results.write(root / name, table)
     ranks = report.rank(runs, table)

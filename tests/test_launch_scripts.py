@@ -70,7 +70,7 @@ def replay(name: str) -> tuple[str, str]:
 def apply(**variables: object) -> dict:
     """The manifest that gke.sh makes with these variables."""
     words = " ".join(f"{key}='{value}'" for key, value in variables.items())
-    command = "scripts/launch/gke.sh --dry-run apply --config=configs/gpt2.py --x='(\"a\",)'"
+    command = "scripts/launch/gke.sh --dry-run apply --config=configs/gpt2.py --x='(\"a\",)' --workdir=gs://b/x"
     done = shell(f"NAME=run IMAGE=example.com/lm:1 {words} {command}")
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(done.stdout.partition("\n")[2].removesuffix("END\n"))
@@ -286,6 +286,7 @@ def test_the_manifest_is_a_jobset(variables):
         "scripts/train.py",
         "--config=configs/gpt2.py",
         '--x=("a",)',
+        "--workdir=gs://b/x",
     ]
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy asks for it
 
@@ -345,9 +346,59 @@ def test_a_jobset_fails_for_good_after_what_no_restart_mends():
     assert (rule["action"], on["operator"]) == ("FailJob", "NotIn") and set(on["values"]) == AGAIN
 
 
+def expand(word: str) -> str:
+    """What Kubernetes makes of a word of a command in which no variable is defined.
+
+    https://github.com/kubernetes/kubernetes/blob/master/third_party/forked/golang/expansion/expand.go
+    """
+    return re.sub(r"\$(\$|\([^)]*\))?", lambda m: "$" if m[1] == "$" else m[0], word)
+
+
+WILD = 'a b\'s "c" %j 100% {} {fold} [*]? ~ # & ; | < > ! \\ `x` $HOME $(HOME) $$ ${NAME} é\tx\ny'
+
+
+def test_a_pod_gets_the_words_of_its_command_as_they_are():
+    command = "NAME=run IMAGE=i ACCELERATOR=gpu scripts/launch/gke.sh --dry-run apply"
+    flags = [f"--workdir=gs://b/{WILD}", f"--config.data.train=('{WILD}',)"]
+    done = shell(f'{command} "$@"', words=flags)
+    assert done.returncode == 0, done.stderr
+    manifest = yaml.safe_load(done.stdout.partition("\n")[2].removesuffix("END\n"))
+    (job,) = manifest["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert [expand(word) for word in container["command"][2:]] == flags
+
+
+def test_slurm_gets_the_words_of_its_command_as_they_are(commands):
+    path = commands(
+        {"srun": 'printf "%s\\0" "$@" >"$SAID"', "sbatch": 'printf "%s\\0" "$@" >"$SAID"'}
+    )
+    for job in ({}, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}):
+        said = pathlib.Path(path).parent / f"said{len(job)}"
+        done = shell(
+            'scripts/launch/slurm.sbatch "$@"', words=[f"--workdir={WILD}"], path=path,
+            SAID=str(said), **job,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert said.read_text().split("\0")[-2] == f"--workdir={WILD}"
+
+
+@pytest.mark.parametrize("flags", ["--config=x.py", "--workdir=runs/x", "--workdir runs/a://b"])
+def test_a_run_whose_folder_would_be_deleted_with_its_machine_is_refused(flags):
+    for command in (
+        "ZONE=z TYPE=v6e-8 scripts/launch/tpu_vm.sh --dry-run train",
+        "IMAGE=i ACCELERATOR=gpu scripts/launch/gke.sh --dry-run apply",
+    ):
+        done = shell(f"NAME=x {command} {flags}")
+        assert done.returncode == 1 and done.stdout == ""
+        assert "--workdir=gs://BUCKET/FOLDER is needed" in done.stderr
+        assert shell(f"NAME=x {command} --workdir gs://b/x").returncode == 0
+
+
 def test_a_topology_must_divide_among_the_nodes():
     slices = "ACCELERATOR=tpu-v6e-slice TOPOLOGY=2x3"
-    done = shell(f"NAME=x IMAGE=y {slices} scripts/launch/gke.sh --dry-run apply")
+    done = shell(
+        f"NAME=x IMAGE=y {slices} scripts/launch/gke.sh --dry-run apply --workdir=gs://b/x"
+    )
     assert done.returncode == 1
     assert "TOPOLOGY=2x3 (6 chips) must be a multiple of DEVICES_PER_NODE (4)" in done.stderr
 
@@ -488,10 +539,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_train_goes_on_after_preemptions_and_gives_the_slices_back(cloud):
-    process = cloud("""train --config=configs/x.py --y="('a b',)" """)
+    process = cloud("""train --workdir=gs://b/x --y="('a b',)" """)
     for count in (1, 2):
         wait_for(runs(cloud, count))
-        assert starts(cloud, 1)[-1] == "--config=configs/x.py --y=('a b',)"
+        assert starts(cloud, 1)[-1] == "--workdir=gs://b/x --y=('a b',)"
         (cloud.path / "state").write_text("SUSPENDED")
         vanish(cloud)
         for path in cloud.path.glob("gone*"):
@@ -507,21 +558,31 @@ def test_train_goes_on_after_preemptions_and_gives_the_slices_back(cloud):
 
 
 def test_slices_that_are_gone_but_seem_active_are_replaced(cloud):
-    process = cloud("train")
+    process = cloud("train --workdir=gs://b/x")
     wait_for(runs(cloud, 1))
     vanish(cloud)
     wait_for(runs(cloud, 2))
     (cloud.path / "end").write_text("0")
     code, out = finish(process)
     assert code == 0, out
-    assert starts(cloud, 0) == ["", ""]  # and no flag that is an empty word
+    assert starts(cloud, 0) == ["--workdir=gs://b/x"] * 2
+
+
+def test_a_host_gets_the_words_of_the_command_as_they_are(cloud):
+    wild = WILD.replace("\n", " ")  # a line a start
+    process = cloud(f"train {shlex.quote(f'--workdir=gs://b/{wild}')}")
+    wait_for(runs(cloud, 1))
+    (cloud.path / "end").write_text("0")
+    code, out = finish(process)
+    assert code == 0, out
+    assert starts(cloud, 0) == starts(cloud, 1) == [f"--workdir=gs://b/{wild}"]
 
 
 def test_a_lost_connection_disturbs_no_run(cloud):
-    process = cloud("train")
+    process = cloud("train --workdir=gs://b/x")
     wait_for(runs(cloud, 1))
     os.killpg(process.pid, signal.SIGKILL)
-    again = cloud("train")
+    again = cloud("train --workdir=gs://b/x")
     time.sleep(1.0)
     (cloud.path / "end").write_text("0")
     code, out = finish(again)
@@ -530,7 +591,7 @@ def test_a_lost_connection_disturbs_no_run(cloud):
 
 
 def test_a_run_that_hung_starts_again_on_the_same_slices(cloud):
-    process = cloud("train")
+    process = cloud("train --workdir=gs://b/x")
     wait_for(runs(cloud, 1))
     (cloud.path / "end").write_text(str(int(Exit.HUNG)))
     wait_for(lambda: len(starts(cloud, 0)) > 1)
@@ -542,7 +603,7 @@ def test_a_run_that_hung_starts_again_on_the_same_slices(cloud):
 
 @pytest.mark.parametrize("how", ["stop", "a mistake"])
 def test_train_ends_with_what_no_restart_mends_and_keeps_the_slices(cloud, how):
-    process = cloud("train")
+    process = cloud("train --workdir=gs://b/x")
     wait_for(runs(cloud, 1))
     if how == "stop":
         assert finish(cloud("stop"))[0] == 0

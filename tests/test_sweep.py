@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +39,9 @@ def test_axes_are_read_as_values_and_ranges():
     assert parse("config=c/x.py:2,c/x.py:3").values == ("c/x.py:2", "c/x.py:3")
 
 
-@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=2..1", "a=x..y", "a=0..1:log", "a=1,1"])
+@pytest.mark.parametrize(
+    "text", ["a", "a=", "=1", "a=2..1", "a=x..y", "a=0..1:log", "a=1,1", "a=1,'1'"]
+)
 def test_what_is_no_axis_is_refused(text):
     with pytest.raises(ValueError, match=re.escape(text)):
         space.parse(text)
@@ -69,6 +72,18 @@ def test_names_are_short_and_tell_keys_apart():
     assert space.name(point) == "learning_rate=0.001,optimizer.name=muon,model.name=decoder"
     flags = space.arguments("c.py", {"seed": 1, "fold": 2}, ["--config.data.train=d/{fold}"])
     assert flags == ["--config=c.py", "--config.data.train=d/2", "--config.seed=1"]
+
+
+def test_every_point_has_a_folder_of_its_own_that_file_systems_take(tmp_path):
+    values = ["a/b", "a_b", "a:b", "a b", "../a", "x" * 400, "x" * 400 + "y", "é" * 150, "('a',)"]
+    points = [{"data.train": value, "optimizer.name": "muon"} for value in values]
+    names = [space.name(point) for point in points]
+    assert len(set(names)) == len(values) and names == [space.name(point) for point in points]
+    assert names[1] == "train=a_b,name=muon"  # as ever where nothing is replaced or cut
+    for name in names:
+        (tmp_path / f"000-{name}").mkdir()
+        assert "/" not in name and len(name.encode()) <= space.LONGEST
+    assert names[0].startswith("train=a_b,name=muon-")
 
 
 # ---- running, with a stand-in for the training script ----
@@ -255,36 +270,112 @@ def test_a_ranking_says_what_seeds_do_not_tell_apart():
 # ---- clusters ----
 
 
+WILD = 'a b\'s "c" %j 100% {} {fold} [*]? ~ # & ; | < > ! `x` $HOME $(HOME) $$ ${NAME} é'
+
+
+def run_task(path, script, code=0, **environment):
+    """The words that task 1 of a written array, or the last run of a slot, gave to `script`, which
+    ends with `code`.
+    """
+    said = path.parent / "said"
+    said.unlink(missing_ok=True)
+    stub = path.parent / "stub"
+    stub.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >>{shlex.quote(str(said))}\nexit {code}\n')
+    stub.chmod(0o755)
+    text = path.read_text().replace(script, shlex.quote(str(stub)))
+    done = subprocess.run(
+        ["bash", "-c", text, str(path)], env={**os.environ, **environment}, check=False
+    )
+    return done.returncode, said.read_text().split("\0")[:-1] if said.exists() else []
+
+
 def test_a_slurm_array_gives_every_task_the_flags_of_its_run(tmp_path):
+    root = tmp_path / WILD
     runs = make_runs([0.1, 0.2], "--config.data.train=('a b','c')")
-    path = cluster.write_slurm(tmp_path, runs, slots=2)
+    path = cluster.write_slurm(root, runs, slots=2, home=str(root))
     script = path.read_text()
     assert "#SBATCH --array=0-1%2" in script and "#SBATCH --requeue" in script
-    stub = tmp_path / "slurm.sbatch"
-    stub.write_text('printf "%s\\n" "$@"\n')
-    path.write_text(script.replace(cluster.SLURM, str(stub)))
-    done = subprocess.run(
-        ["bash", str(path)],
-        env={**os.environ, "SLURM_ARRAY_TASK_ID": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == [*runs[1].arguments, f"--workdir={tmp_path / runs[1].name}"]
+    _, said = run_task(path, cluster.SLURM, SLURM_ARRAY_TASK_ID="1")
+    assert said == [*runs[1].arguments, f"--workdir={root / runs[1].name}"]
+    # what SLURM reads of the log's name: words as in a shell, and %% for a percent sign
+    (log,) = [line for line in script.splitlines() if line.startswith("#SBATCH --output=")]
+    (word,) = shlex.split(log.removeprefix("#SBATCH "))
+    assert word == f"--output={root}/".replace("%", "%%") + "%x-%A_%a.log"
+
+
+@pytest.mark.parametrize("write", [cluster.write_slurm, cluster.write_tpu_vm])
+def test_a_flag_that_no_line_can_hold_is_refused(tmp_path, write):
+    with pytest.raises(ValueError, match="has a line break"):
+        write(tmp_path, make_runs([0.1], "--config.x='a\nb'"), 1, "gs://b/x")
+
+
+def test_a_backslash_in_the_name_of_slurms_log_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="backslash"):
+        cluster.write_slurm(tmp_path / "a\\b", make_runs([0.1]), 1, "x")
 
 
 def test_commands_for_tpus_train_every_run_once_on_its_resource(tmp_path):
-    runs = make_runs([0.1, 0.2, 0.3])
-    path = cluster.write_tpu_vm(tmp_path, runs, slots=2)
-    stub = tmp_path / "tpu_vm.sh.stub"
-    stub.write_text(f'#!/bin/bash\necho "$NAME $ZONE $*" >> {tmp_path}/calls\n')
-    stub.chmod(0o755)
-    path.write_text(path.read_text().replace(cluster.TPU_VM, str(stub)))
-    environment = {**os.environ, "NAME": "s", "ZONE": "z", "TYPE": "v6e-8"}
-    subprocess.run(["bash", str(path)], env=environment, check=True)
-    calls = sorted((tmp_path / "calls").read_text().splitlines())
-    names = [(line.split()[0], line.rsplit("=", 1)[1].count("0.") and line[-3:]) for line in calls]
-    assert names == [("s-0", "0.1"), ("s-0", "0.3"), ("s-1", "0.2")]
+    runs, home = make_runs([0.1, 0.2, 0.3]), f"gs://b/{WILD}"
+    path = cluster.write_tpu_vm(tmp_path, runs, slots=2, home=home)
+    environment = {"NAME": "s", "ZONE": "z", "TYPE": "v6e-8"}
+    _, said = run_task(path, cluster.TPU_VM, code=46, **environment)
+    assert {word for word in said if word.startswith("--workdir")} == {
+        f"--workdir={home}/{run.name}" for run in runs
+    }
+    assert said.count("train") == 3
+    lines = path.read_text().splitlines()
+    slots = [i for i, line in enumerate(lines) if line.startswith("( export NAME=$name-")]
+    assert [lines[i + 1].count("0.1/") or "0.1" in lines[i + 1] for i in slots] == [True, False]
+    # what was left is done by the same commands, what is finished is not
+    (tmp_path / "codes" / runs[0].name).write_text("0\n")
+    _, said = run_task(path, cluster.TPU_VM, **environment)
+    assert said.count("train") == 2
+    assert run_task(path, cluster.TPU_VM, **environment)[1] == []
+
+
+def test_runs_that_would_be_lost_with_their_machines_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"would be lost.*--runs=gs://BUCKET"):
+        cluster.write_tpu_vm(tmp_path, make_runs([0.1]), slots=1, home=str(tmp_path))
+
+
+def test_collecting_takes_what_a_cluster_has_recorded_and_starts_nothing(tmp_path, fake):
+    root, home = tmp_path / "sweep", str(tmp_path / "bucket")
+    runs = make_runs([0.1, 0.2, 0.3, 0.4, 0.5])
+    path = cluster.write_slurm(root, runs, slots=2, home=home)
+    for index, code in enumerate((0, 41, 1, 143)):
+        if code == 0:  # the cluster trains it
+            (tmp_path / "bucket" / runs[index].name).mkdir(parents=True)
+            flags = [*runs[index].arguments, f"--workdir={home}/{runs[index].name}"]
+            subprocess.run([*fake, *flags], check=True)
+        environment = {"SLURM_ARRAY_TASK_ID": str(index)}
+        assert run_task(path, cluster.SLURM, code=code, **environment)[0] == code
+    table = report.collect(root, runs, home)
+    statuses = ["finished", "diverged", "failed", "unfinished", "unfinished"]
+    assert [row["status"] for row in table] == statuses
+    assert table[0]["loss"] == 3.0 and table[2]["message"] == "exit code 1, on a cluster"
+    assert not list(root.glob("*/outcome.json"))
+    # a later start of the job may mend what failed
+    run_task(path, cluster.SLURM, code=42, SLURM_ARRAY_TASK_ID="2")
+    assert report.collect(root, runs, home)[2]["status"] == "unfinished"
+    # a run that failed here, where the cluster's mesh isn't, is finished all the same
+    (root / runs[0].name).mkdir()
+    pool.record(root, runs[0].name, pool.Outcome("failed", 1, "not enough devices"))
+    assert report.collect(root, runs, home)[0]["status"] == "finished"
+
+
+def test_a_run_that_is_finished_is_not_started(tmp_path, fake, make_config):
+    """Without a record of its end: by its last evaluation and its last checkpoint."""
+    [run] = make_runs([0.1])
+    folder = tmp_path / run.name
+    (folder / "checkpoints" / "10").mkdir(parents=True)
+    (folder / "config.json").write_text(config_tree.to_json(make_config()))
+    (folder / "metrics.jsonl").write_text(
+        lines.line({"step": 10, "kind": "eval", "source": "a", "tokens": 9, "loss": 2.0})
+    )
+    ended = []
+    pool.run_all(tmp_path, iter([run]), slots=1, command=fake, ended=lambda r, o: ended.append(o))
+    assert [outcome.status for outcome in ended] == ["finished"]
+    assert not (folder / "starts").exists()
 
 
 # ---- the real thing ----
@@ -299,7 +390,7 @@ def sweep(root, *flags, steps=600):
 
 
 def test_a_small_sweep_trains_its_runs_and_ranks_them(tmp_path):
-    root = tmp_path / "a sweep's {fold} ~"
+    root = tmp_path / "a sweep's {fold} 100%j ~ [*]"
     done = subprocess.run(
         sweep(root, "--slots=3", steps=4),
         env=fake_devices(1), cwd=ROOT, text=True, capture_output=True, check=False,
@@ -312,6 +403,14 @@ def test_a_small_sweep_trains_its_runs_and_ranks_them(tmp_path):
     assert [row["status"] for row in rows] == ["finished", "finished", "diverged"]
     assert float(rows[1]["loss"]) < float(rows[0]["loss"]) and rows[2]["loss"] == ""
     assert (root / "sweep.png").stat().st_size > 5000
+    (root / "sweep.csv").unlink()
+    collect = subprocess.run(
+        sweep(root, "--collect", steps=4),
+        env=fake_devices(1), cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert collect.returncode == 0, collect.stderr
+    assert collect.stdout.splitlines() == done.stdout.splitlines()[3:]  # without the runs' ends
+    assert (root / "sweep.csv").exists()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.sweep.pool import Run
+from lm.sweep.pool import CODES, Run
 
 SLURM = "scripts/launch/slurm.sbatch"
 TPU_VM = "scripts/launch/tpu_vm.sh"
@@ -23,28 +23,44 @@ _ARRAY = """\
 set -u
 line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {commands})
 eval "set -- $line"
-exec bash {script} "$@"
+folder=${{!#}}
+code_file={codes}/${{folder##*/}}
+rm -f "$code_file"
+bash {script} "$@"
+code=$?
+echo $code >"$code_file"
+exit $code
 """
 
 
-def write_slurm(root: Path, runs: Sequence[Run], slots: int) -> Path:
+def write_slurm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path:
     """Writes ROOT/commands.txt, the flags of a run in each line, and ROOT/array.sbatch, a job array
     of `scripts/launch/slurm.sbatch`, whose path it returns.
+
+    home: folder of the runs' folders. A run leaves its exit code in ROOT/codes.
+
+    Raises:
+        ValueError: a flag or a path is none that a line, or SLURM, can hold.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    if "\\" in str(root):
+        raise ValueError(f"--workdir={root}: to SLURM a backslash in a log's name is no part of it")
+    (root / CODES).mkdir(parents=True, exist_ok=True)
     commands, path = root / "commands.txt", root / "array.sbatch"
-    commands.write_text("".join(shlex.join(_flags(root, run)) + "\n" for run in runs))
+    commands.write_text("".join(_words(home, run) + "\n" for run in runs))
     script = Path(__file__).parents[2] / SLURM
     lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
-    lines = [line.replace("%x-%j.log", f"{root}/%x-%A_%a.log") for line in lines]
+    # % begins what SLURM replaces
+    log = shlex.quote(f"{root}/".replace("%", "%%") + "%x-%A_%a.log")
+    lines = [line.replace("%x-%j.log", log) for line in lines]
     path.write_text(
         _ARRAY.format(
             count=len(runs),
             last=len(runs) - 1,
             slots=slots,
-            path=path,
+            path=shlex.quote(str(path)),
             options="\n".join(lines),
             commands=shlex.quote(str(commands)),
+            codes=shlex.quote(str(root / CODES)),
             script=SLURM,
         )
     )
@@ -52,28 +68,49 @@ def write_slurm(root: Path, runs: Sequence[Run], slots: int) -> Path:
     return path
 
 
-def write_tpu_vm(root: Path, runs: Sequence[Run], slots: int) -> Path:
+def write_tpu_vm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path:
     """Writes ROOT/tpu_vm.sh, which trains the runs one after the other on `slots` queued resources,
     NAME-0 and so on, and returns its path.
+
+    home: URL of the runs' folders. A run leaves its exit code in ROOT/codes.
+
+    Raises:
+        ValueError: the runs' folders would be deleted with the machines.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    if "://" not in home:
+        raise ValueError(
+            f"--write=tpu_vm: runs in {home} would be lost with the machines that they ran on; "
+            "give --runs=gs://BUCKET/FOLDER"
+        )
+    (root / CODES).mkdir(parents=True, exist_ok=True)
     path = root / "tpu_vm.sh"
     lines = [
         "#!/bin/bash",
         f"# {len(runs)} runs on {slots} queued resources, made and deleted for each run. In the",
-        f"# folder of the repository:  NAME=sweep ZONE=… TYPE=… {path}",
+        f"# folder of the repository:  NAME=sweep ZONE=… TYPE=… {shlex.quote(str(path))}",
         ': "${NAME:?name of the queued resources}" "${ZONE:?zone}" "${TYPE:?accelerator type}"',
         "name=$NAME; export NAME ZONE TYPE",
+        f"codes={shlex.quote(str(root / CODES))}",
+        "train() { # a run, unless an earlier start of these commands has finished it",
+        '  [[ $(cat "$codes/$1" 2>/dev/null) == 0 ]] && return',
+        f'  {TPU_VM} train "${{@:2}}"',
+        '  echo $? >"$codes/$1"',
+        "}",
     ]
     for slot in range(min(slots, len(runs))):
         lines.append(f"( export NAME=$name-{slot}")
         for run in runs[slot::slots]:
-            lines.append(f"  {TPU_VM} train {shlex.join(_flags(root, run))}")
+            lines.append(f"  train {shlex.quote(run.name)} {_words(home, run)}")
         lines.append(") &")
     path.write_text("\n".join([*lines, "wait", ""]))
     path.chmod(path.stat().st_mode | 0o111)
     return path
 
 
-def _flags(root: Path, run: Run) -> list[str]:
-    return [*run.arguments, f"--workdir={os.path.join(root, run.name)}"]
+def _words(home: str, run: Run) -> str:
+    """The flags of a run as words of a shell; the last one is its folder."""
+    flags = [*run.arguments, f"--workdir={os.path.join(home, run.name)}"]
+    for flag in flags:
+        if "\n" in flag:
+            raise ValueError(f"{flag!r} has a line break, which no line of commands can hold")
+    return shlex.join(flags)

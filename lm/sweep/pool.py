@@ -26,9 +26,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lm import results
 from lm.exits import Exit, restarts
 from lm.guard import LOCK_FILE, StopSignals
 
+CODES = "codes"  # folder of exit codes, a file for each run, that a cluster's commands write
 OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
 RETRIES = 2  # after exit codes that ask for it
@@ -54,10 +56,30 @@ class Outcome:
     message: str = ""
 
 
-def read_outcome(root: Path, name: str) -> Outcome | None:
-    """How a run ended, None if it has not."""
-    path = root / name / OUTCOME_FILE
-    return Outcome(**json.loads(path.read_text())) if path.exists() else None
+def read_outcome(root: Path, name: str, runs: str = "") -> Outcome | None:
+    """How a run ended, None if it has not: as this machine or a cluster has recorded it (see
+    cluster.py), or as its folder shows.
+
+    runs: folder or URL of the runs' folders; `root` if empty.
+    """
+    found = []
+    if (path := root / name / OUTCOME_FILE).exists():
+        found.append(Outcome(**json.loads(path.read_text())))
+    if (path := root / CODES / name).exists() and (text := path.read_text().strip()):
+        found.append(_outcome(int(text)))
+    if not found and results.is_finished(os.path.join(runs or root, name)):
+        found.append(Outcome(FINISHED, Exit.SUCCESS))
+    known = [outcome for outcome in found if outcome is not None]
+    return next((o for o in known if o.status == FINISHED), next(iter(known), None))
+
+
+def _outcome(code: int) -> Outcome | None:
+    """How a run ended whose last process ended with `code`; None if it may go on."""
+    if restarts(code) or code == Exit.INTERRUPTED:
+        return None
+    statuses = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}
+    status = statuses.get(code, FAILED) if code in list(Exit) else FAILED
+    return Outcome(status, code, "" if status == FINISHED else f"exit code {code}, on a cluster")
 
 
 def record(root: Path, name: str, outcome: Outcome) -> None:

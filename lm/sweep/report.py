@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,20 @@ REPEATS = ("seed", "fold")  # keys that tell runs of the same point apart
 UNFINISHED = "unfinished"
 
 
-def collect(root: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+def collect(root: Path, runs: Sequence[Run], home: str = "") -> list[dict[str, Any]]:
     """A row for each run: its name, the values of its point, how it ended, and its result.
+
+    home: folder or URL of the runs' folders; `root` if empty.
 
     A run without a finished outcome has no loss: where it was is not what it would have reached.
     """
     keys = dict.fromkeys(key for run in runs for key in run.point)
     table = []
     for run in runs:
-        outcome = pool.read_outcome(root, run.name)
+        outcome = pool.read_outcome(root, run.name, home)
         status = outcome.status if outcome is not None else UNFINISHED
-        result = results.read(str(root / run.name)) if status == pool.FINISHED else None
+        folder = os.path.join(home or root, run.name)
+        result = results.read(folder) if status == pool.FINISHED else None
         values = {name: getattr(result, name, None) for name in results.COLUMNS if name != "run"}
         row: dict[str, Any] = {"run": run.name, "status": status}
         row |= {key: run.point.get(key) for key in keys}

@@ -7,7 +7,7 @@
 #     ACCELERATOR=nvidia-h100-80gb NODES=4 scripts/launch/gke.sh apply --config=...
 #
 # [--dry-run] COMMAND, where --dry-run prints the commands, and the manifest, instead:
-#     apply FLAGS   start scripts/train.py FLAGS in IMAGE (see Dockerfile)
+#     apply FLAGS   start scripts/train.py FLAGS in IMAGE (see Dockerfile); the workdir is in a bucket
 #     logs          follow the log of process 0
 #     status        the JobSet and its pods
 #     delete        end it: the processes get SIGTERM and GRACE seconds to save
@@ -52,6 +52,8 @@ main() {
 usage() { sed -n '2,/^set/{/^set/d;s/^# \?//p}' "$0"; }
 
 apply() {
+  [[ " $*" =~ \ --?workdir[=\ ][a-z0-9]+:// ]] ||
+    fail "--workdir=gs://BUCKET/FOLDER is needed: a folder of a pod is deleted with it"
   : "${IMAGE:?image to run}" "${ACCELERATOR:?such as tpu-v5p-slice or nvidia-h100-80gb}"
   case $ACCELERATOR in
     tpu*) slices_of_tpus ;;
@@ -105,11 +107,15 @@ join() { (IFS=, && echo "$*"); }
 
 fill() { text=${text//"\${$1}"/"$2"}; }
 
-# The words as a JSON array, which YAML takes as it is.
+# The words as a JSON array, which YAML takes as it is. Kubernetes puts variables in place of $(NAME),
+# and a $ in place of two.
 json() {
   local word line=
   for word in "$@"; do
     word=${word//\\/\\\\}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
+    word=${word//'$'/'$$'}
     line+=", \"${word//\"/\\\"}\""
   done
   echo "[${line:2}]"

@@ -5,7 +5,8 @@
 #     scripts/launch/tpu_vm.sh train --config=configs/gpt2.py --workdir=gs://bucket/gpt2
 #
 # [--dry-run] COMMAND, where --dry-run prints the commands instead:
-#     train FLAGS   create, install and run, again after each preemption, until the run is over
+#     train FLAGS   create, install and run, again after each preemption, until the run is over; the
+#                   workdir is in a bucket
 #     create        ask for the slices, as a queued resource, and wait until they are there
 #     install       copy the last commit of this repository to all hosts and make its environment
 #     run FLAGS     start scripts/train.py FLAGS on all hosts, and follow
@@ -149,6 +150,8 @@ stop() { everywhere "$HOST stop"; }
 
 train() {
   local restart code silent=0
+  [[ " $*" =~ \ --?workdir[=\ ][a-z0-9]+:// ]] ||
+    fail "--workdir=gs://BUCKET/FOLDER is needed: a folder of the hosts is deleted with them"
   for ((restart = 0; restart <= MAX_RESTARTS; restart++)); do
     there
     if ! { install && start "$@"; }; then
