@@ -68,7 +68,7 @@ RULES = {
     "lm.start": (*LEAF, "lm.checkpoint", "lm.data", "lm.layers"),
     "lm.metrics": (*LEAF, "lm.lines"),
     "lm.sweep": ("lm.config_tree", "lm.exits", "lm.guard", "lm.metrics", "lm.results"),
-    "lm.results": ("lm.config_tree", "lm.flops", "lm.ledger", "lm.metrics"),
+    "lm.results": ("lm.config", "lm.config_tree", "lm.flops", "lm.ledger", "lm.metrics"),
     "lm.generation": LEAF,
     "lm.task_metrics": (),
     "lm.task_baselines": ("lm.task_metrics",),
