@@ -73,6 +73,7 @@ def seconds(count: float) -> str:
 
 def quantity(value: float) -> str:
     """1234567 -> 1.23M."""
+    value = float(f"{value:.3g}")  # 999,999 is 1M
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{letter}"

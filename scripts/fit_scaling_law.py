@@ -77,9 +77,14 @@ def main() -> int:
 
         folder = Path(args.pictures)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.every_figure(runs.best(), result).items():
-            figure.savefig(folder / f"{name}.png", dpi=120)
-        print(f"pictures: {', '.join(sorted(str(p) for p in folder.glob('*.png')))}")
+        made = figures.every_figure(runs.best(), result)
+        for name in figures.FIGURES:
+            path = folder / f"{name}.png"
+            if name in made:
+                made[name].savefig(path, dpi=120)
+            else:
+                path.unlink(missing_ok=True)  # of an earlier fit
+        print(f"pictures: {', '.join(str(folder / f'{name}.png') for name in sorted(made))}")
     return 0
 
 

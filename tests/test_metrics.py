@@ -310,6 +310,7 @@ def test_records_are_json_lines(tmp_path):
 
 
 def test_figures_are_short():
+    assert [quantity(v) for v in (999.9, 999_999, -999_999_999)] == ["1k", "1M", "-1G"]
     assert [quantity(v) for v in (0.5, 999, 1234, 1.234567e6, 5e9, 2e13)] == [
         "0.5",
         "999",

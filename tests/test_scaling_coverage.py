@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from lm.scaling import intervals, parametric
+from lm.scaling.analysis import analyse
+from lm.scaling.artefact import Options
 from lm.scaling.parametric import NAMES
 from lm.scaling.table import Table
-from tests.scaling_tables import CHINCHILLA
+from tests.scaling_tables import CHINCHILLA, source, unbalanced
 
 TRIALS, REPLICATES = 200, 200
+MOST = 0.985  # a bootstrap of cases leaves some sizes of a small grid out, and is a little wide
 WIDE = (np.geomspace(5e7, 1e10, 6), np.geomspace(1e9, 3e11, 6))
 NARROW = (np.geomspace(1e8, 4e9, 6), np.geomspace(2e9, 1e11, 6))
 
@@ -25,25 +28,43 @@ def heavy(rng, shape):
     return rng.standard_t(5, shape) * np.sqrt(3 / 5)
 
 
+def short_are_noisy(rng, tokens):
+    """Noise of variance 1 for long runs, and as much again for each 3 billion tokens fewer."""
+    return rng.standard_normal(len(tokens)) * (1 + 3e9 / tokens)
+
+
+def uneven(noise):
+    """A draw for tokens, of which the others only take the number."""
+    return lambda rng, tokens: noise(rng, len(tokens))
+
+
+def of_grid(axes):
+    return tuple(v.ravel() for v in np.meshgrid(*axes))
+
+
+SHAPE = unbalanced()
+UNBALANCED = (SHAPE.parameters, SHAPE.tokens)
 CASES = {
-    "wide grid, 0.5% of the loss": (WIDE, 0.005, gaussian, 0.95),
-    "wide grid, 1%": (WIDE, 0.01, gaussian, 0.95),
-    "narrow grid, 0.5%": (NARROW, 0.005, gaussian, 0.95),
-    # a fit by Huber loss gains from heavy tails what a Gaussian bootstrap knows nothing of
-    "wide grid, 0.5%, heavy tails": (WIDE, 0.005, heavy, 1.0),
+    "wide grid, 0.5% of the loss": (of_grid(WIDE), 0.005, uneven(gaussian)),
+    "wide grid, 1%": (of_grid(WIDE), 0.01, uneven(gaussian)),
+    "narrow grid, 0.5%": (of_grid(NARROW), 0.005, uneven(gaussian)),
+    "wide grid, 0.5%, heavy tails": (of_grid(WIDE), 0.005, uneven(heavy)),
+    "unbalanced, 0.5%": (UNBALANCED, 0.005, uneven(gaussian)),
+    "unbalanced, 0.5%, heavy tails": (UNBALANCED, 0.005, uneven(heavy)),
+    "unbalanced, 0.5%, more for few tokens": (UNBALANCED, 0.005, short_are_noisy),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes, noise, draw, most", CASES.values(), ids=CASES)
-def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, most, request):
-    sizes, tokens = (v.ravel() for v in np.meshgrid(*axes))
+@pytest.mark.parametrize("axes, noise, draw", CASES.values(), ids=CASES)
+def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, request):
+    sizes, tokens = axes
     runs = (sizes, tokens, 6 * sizes * tokens)
     rng = np.random.default_rng(2)
     truth = np.array([getattr(CHINCHILLA, n) for n in NAMES[:5]])
     inside = np.zeros((TRIALS, 5), bool)
     for trial in range(TRIALS):
-        loss = CHINCHILLA.loss(sizes, tokens) * (1 + noise * draw(rng, len(sizes)))
+        loss = CHINCHILLA.loss(sizes, tokens) * (1 + noise * draw(rng, tokens))
         table = Table(*runs, loss, np.arange(len(loss)), "total")
         fit = parametric.fit(table)
         again, _ = intervals.bootstrap(
@@ -55,4 +76,18 @@ def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, mos
             inside[trial, k] = found.low <= truth[k] <= found.high
     share = dict(zip(NAMES[:5], inside.mean(axis=0).round(3).tolist(), strict=True))
     print(f"\n{request.node.callspec.id}: {share}")
-    assert all(0.85 <= v <= most for v in share.values()), share
+    assert all(0.85 <= v <= MOST for v in share.values()), share
+
+
+@pytest.mark.slow
+def test_intervals_of_isoflop_exponents_hold_the_truth_as_often():
+    def loss(rng, n, d):
+        return CHINCHILLA.loss(n, d) * np.exp(0.005 * rng.standard_normal(len(n)))
+
+    inside = []
+    for trial in range(100):
+        found = analyse(unbalanced(loss, seed=trial), source(), Options(num_replicates=60))
+        a = found.isoflop.parameters.exponent
+        inside.append(a.low <= CHINCHILLA.parameters_exponent <= a.high)
+    print(f"\nisoflop: {np.mean(inside):.2f}")
+    assert 0.8 <= np.mean(inside) <= 1.0

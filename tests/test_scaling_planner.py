@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -134,12 +135,33 @@ def test_figures_show_every_run_and_every_size(runs, result):
     [axis] = made["isoflop"].axes
     [stars] = [line for line in axis.lines if line.get_marker() == "*"]
     assert list(stars.get_xdata()) == result.isoflop.points["parameters"]
+    for figure in made.values():
+        figure.canvas.draw()
+        for axis in figure.axes:  # no legend lies on what is drawn
+            if (legend := axis.get_legend()) is not None:
+                assert not legend.get_window_extent().overlaps(axis.get_window_extent())
     # the interval of the law's size is drawn as wide as it is
     band = made["optimum"].axes[0].collections[-1].get_paths()[0].vertices
     low = intervals.estimate(
         result.law.optimum(1.8e24)[0], np.asarray(result.laws.optimum(1.8e24)[0]), 0.9
     )
     assert band[:, 1].max() == pytest.approx(low.high, rel=1e-6)
+
+
+def test_an_approach_without_a_law_is_not_drawn(tmp_path, script):
+    table = Path(__file__).parents[1] / "docs" / "ladder.csv"  # no best size lies between others
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("isoflop", "own"):
+        (pictures / f"{name}.png").write_bytes(b"of an earlier fit")
+    out = tmp_path / "fit.json"
+    flags = {"table": table, "counting": "total", "out": out, "replicates": 20}
+    page = script(fit_scaling_law, **flags, pictures=pictures)
+    assert "2 isoflop   no: " in page and "isoflop.png" not in page and "own.png" not in page
+    names = {path.stem for path in pictures.iterdir()}
+    assert names == {"loss", "law", "optimum", "held_out", "own"}
+    plan = script(plan_compute, fit=out, flops=1e15)
+    assert "by isoflop " in plan and "no law\n" in plan
 
 
 # ---- the scripts ----

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,15 @@ from lm.scaling.artefact import (
 )
 from lm.scaling.frontier import Frontier
 from lm.scaling.intervals import Estimate
-from lm.scaling.parametric import NAMES, Fit
+from lm.scaling.parametric import NAMES, Fit, Law
 from lm.scaling.powers import Power
-from lm.scaling.table import Source, Table, check
+from lm.scaling.table import Source, Table, check, groups, means
 
 NATS_TO_BITS = 1 / math.log(2)
+FEW_BUDGETS = 4  # below which a power law through lowest points rests on single ones
+WIDE = (
+    0.2  # interval of an exponent that tells little: of N_opt by 2.5 times in 100 times the FLOPs
+)
 OUTLYING = 6  # times the spread of runs, further than which one is no noise
 MISFIT = 0.03  # noise in log loss above which the law hardly describes the table
 
@@ -50,20 +54,28 @@ def analyse(table: Table, source: Source, options: Options | None = None) -> Res
     law, laws = fit.one(), again.law
     every = {name: intervals.estimate(getattr(law, name), getattr(laws, name), o.level)
              for name in (*names, "parameters_exponent", "tokens_exponent")}  # fmt: skip
-    near = intervals.draw(best.loss, noise, o.num_replicates, rng)
+    near = intervals.wild(best, fit, o.num_replicates, rng)
+    envelope, isoflop = (
+        _frontier(approach, best, near, law, o.level)
+        for approach in (frontier.envelope, frontier.isoflop)
+    )
+    exponents = {"a": every["parameters_exponent"], "b": every["tokens_exponent"]}
     return Result(
         counting=table.counting,
         options=o,
         data=_describe(table, best, source),
         constants={name: every[name] for name in names},
-        exponents={"a": every["parameters_exponent"], "b": every["tokens_exponent"]},
+        exponents=exponents,
         replicates=rounded(np.stack([getattr(laws, n) for n in names], axis=1)),
         noise=noise,
         objective=float(fit.objective[0]),
         num_starts=fit.num_starts,
-        warnings=_warnings(best, fit, again, noise),
-        envelope=_frontier(frontier.envelope, best, near, o.level),
-        isoflop=_frontier(frontier.isoflop, best, near, o.level),
+        warnings=[
+            *_warnings(best, fit, again, noise),
+            *_disagreement({"envelope": envelope, "isoflop": isoflop}, exponents["a"]),
+        ],
+        envelope=envelope,
+        isoflop=isoflop,
         settings=_settings(table, noise, o, rng),
         held_out=_hold_out(best, o, len(names), rng),
     )
@@ -83,7 +95,7 @@ def _hold_out(
     table: Table, o: Options, num_constants: int, rng: np.random.Generator
 ) -> HeldOut | None:
     """None where too little is left without the largest size."""
-    largest = table.parameters == table.parameters.max()
+    largest = table.sizes() == table.sizes().max()
     rest, held = table.take(~largest), table.take(largest)
     try:
         check(rest, num_constants=num_constants)
@@ -110,12 +122,13 @@ def _hold_out(
 
 
 def _frontier(
-    approach: Callable[[Table, np.ndarray | None], Frontier],
+    approach: Callable[[Table, np.ndarray | None, Law], Frontier],
     table: Table,
     losses: np.ndarray,
+    law: Law,
     level: float,
 ) -> FrontierEstimate:
-    found, again = approach(table, None), [approach(table, loss) for loss in losses]
+    found, again = approach(table, None, law), [approach(table, loss, law) for loss in losses]
     columns = ("flops", "parameters", "tokens", "loss")
     return FrontierEstimate(
         points={name: rounded(getattr(found, name)) for name in columns},
@@ -205,6 +218,30 @@ def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
     return found
 
 
+def _disagreement(found: Mapping[str, FrontierEstimate], law: Estimate) -> list[str]:
+    """Sentences about approaches whose exponent of N_opt rests on little, or is not the law's."""
+    warnings = []
+    for name, approach in found.items():
+        a, budgets = approach.parameters.exponent, len(approach.points["flops"])
+        if not np.isfinite(a.value):
+            continue  # the page says so
+        said = f"{name}: N_opt ~ C^{a.value:.3f}"
+        if budgets < FEW_BUDGETS:
+            warnings.append(
+                f"{said} rests on {budgets} budgets: one run more or less may change it"
+            )
+        if not np.isfinite(a.low):
+            warnings.append(f"{said} has no interval: most replicates tell no exponent")
+        elif a.high - a.low > WIDE:
+            warnings.append(f"{said} may be {a.low:.3f} to {a.high:.3f}: it tells little")
+        elif a.high < law.low or law.high < a.low:
+            warnings.append(
+                f"{said} [{a.low:.3f}, {a.high:.3f}], but the law says {law.value:.3f} "
+                f"[{law.low:.3f}, {law.high:.3f}]: they are of other minds about the best size"
+            )
+    return warnings
+
+
 def _outliers(table: Table, residuals: np.ndarray) -> list[str]:
     """A sentence about the run that is too far from the law to be noise, if one is.
 
@@ -231,8 +268,8 @@ def _describe(table: Table, best: Table, source: Source) -> dict[str, Any]:
         **dataclasses.asdict(source),
         "num_fitted": len(best),
         "num_other_settings": len(table) - len(best),
-        "parameters": np.unique(best.parameters).tolist(),
-        "tokens": np.unique(best.tokens).tolist(),
+        "parameters": means(best.parameters, best.sizes()).tolist(),
+        "tokens": means(best.tokens, groups(best.tokens)).tolist(),
         "flops": [float(best.flops.min()), float(best.flops.max())],
         "loss": [float(best.loss.min()), float(best.loss.max())],
         "flops_per_parameter_token": [float(ratio.min()), float(ratio.max())],

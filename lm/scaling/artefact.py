@@ -16,6 +16,11 @@ from lm.scaling.parametric import Law
 from lm.scaling.powers import Power
 
 FORMAT = 1
+# Which bootstrap the intervals of the constants are of.
+BOOTSTRAPS = {
+    "cases": "runs drawn with replacement",
+    "noise": "Gaussian noise drawn around the law",  # of artefacts that do not name theirs
+}
 DIGITS = 7  # of what is written for each replicate and point
 
 
@@ -101,6 +106,7 @@ class Result:
     isoflop: FrontierEstimate
     settings: dict[str, Setting]
     held_out: HeldOut | None
+    bootstrap: str = "cases"  # a key of BOOTSTRAPS
     format: int = FORMAT
     loss_unit: str = "nats per token"
 
@@ -149,6 +155,7 @@ def from_json(text: str, name: str = "the file") -> Result:
         frontiers[key] = FrontierEstimate(f["points"], _law(f["parameters"]), _law(f["tokens"]))
     return Result(
         **{
+            "bootstrap": "noise",
             **tree,
             **frontiers,
             "options": Options(**tree["options"]),

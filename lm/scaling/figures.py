@@ -15,21 +15,30 @@ from lm.metrics import quantity
 from lm.scaling import frontier, intervals
 from lm.scaling.artefact import FrontierEstimate, LawEstimate, Result, Setting
 from lm.scaling.intervals import Estimate
-from lm.scaling.powers import NEIGHBOURS
-from lm.scaling.table import Table
+from lm.scaling.powers import parabola
+from lm.scaling.table import Table, means
 
+FIGURES = ("loss", "isoflop", "law", "optimum", "held_out", "settings")
 BEYOND = 100.0  # factor of FLOPs beyond the table that lines are drawn to
+# A legend under the axis, where it covers no curve.
+_BELOW: dict[str, Any] = {
+    "loc": "upper center",
+    "bbox_to_anchor": (0.5, -0.13),
+    "frameon": False,
+    "fontsize": 8,
+}
 _APPROACHES = {"envelope": "C2", "isoflop": "C1", "parametric": "C0"}
 
 
 def every_figure(table: Table, result: Result) -> dict[str, Any]:
-    """All figures that this table gives, by name."""
+    """All figures that this table gives, by name, of FIGURES: none of an approach without a law."""
     found = {
         "loss": loss_figure(table, result),
-        "isoflop": isoflop_figure(table, result),
         "law": law_figure(table, result),
         "optimum": optimum_figure(result),
     }
+    if np.isfinite(result.isoflop.parameters.exponent.value):
+        found["isoflop"] = isoflop_figure(table, result)
     if result.held_out is not None:
         found["held_out"] = held_out_figure(result)
     if any(_varies(s) for s in result.settings.values()):
@@ -42,17 +51,17 @@ def loss_figure(table: Table, result: Result) -> Any:
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
     figure, [axis] = _figure(1, (7.6, 4.8))
-    curves = frontier.curves(table)
+    curves, sizes = frontier.curves(table), table.sizes()
     for curve, color in zip(curves, _spread(len(curves)), strict=True):
-        mine = table.parameters == curve.parameters
-        name = f"{quantity(curve.parameters)} parameters"
-        axis.plot(table.flops[mine], table.loss[mine], "o", color=color, markersize=4, label=name)
+        mine = sizes == curve.number
+        axis.plot(table.flops[mine], table.loss[mine], "o", color=color, markersize=4)
         tokens = np.geomspace(table.tokens[mine].min(), table.tokens[mine].max(), 50)
         flops = np.exp(np.interp(np.log(tokens), curve.log_tokens, curve.log_flops))
         if table.unique_tokens is None:
             axis.plot(flops, result.law.loss(curve.parameters, tokens), color=color, linewidth=1)
     points = result.envelope.points
-    axis.plot(points["flops"], points["loss"], ".", color="0.3", markersize=3, label="envelope")
+    if points["flops"]:
+        axis.plot(points["flops"], points["loss"], ".", color="0.3", markersize=3, label="envelope")
     flops = np.geomspace(table.flops.min(), table.flops.max() * BEYOND, 80)
     middle, low, high = _best_losses(result, flops)
     axis.plot(flops, middle, "--", color="black", linewidth=1, label="least, by the law")
@@ -62,7 +71,7 @@ def loss_figure(table: Table, result: Result) -> Any:
     axis.yaxis.set_major_locator(MaxNLocator(8))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.legend(frameon=False, fontsize=8)
+    _color_keys(axis, [quantity(c.parameters) for c in curves], "parameters")
     _quiet(axis)
     return figure
 
@@ -70,26 +79,27 @@ def loss_figure(table: Table, result: Result) -> Any:
 def isoflop_figure(table: Table, result: Result) -> Any:
     """Approach 2: loss over parameters at equal FLOPs, the parabolas and their lowest points."""
     figure, [axis] = _figure(1, (7.6, 4.8))
-    cuts = frontier.slices(table)
-    colors = _spread(len(cuts))
-    for cut, color in zip(cuts, colors, strict=True):
-        order = np.argsort(cut.parameters)
-        x, y = cut.parameters[order], cut.loss[order]
-        axis.plot(x, y, "o", color=color, markersize=4, label=f"{cut.flops:.2g} FLOPs")
-        i = int(np.argmin(y))
-        near = slice(max(0, i - NEIGHBOURS), i + NEIGHBOURS + 1)
-        if not 0 < i < len(y) - 1:
-            continue
-        middle = np.log(x[near]).mean()
-        parabola = np.polyfit(np.log(x[near]) - middle, y[near], 2)
-        line = np.geomspace(x[near][0], x[near][-1], 60)
-        axis.plot(line, np.polyval(parabola, np.log(line) - middle), color=color, linewidth=1)
-    points = result.isoflop.points
-    axis.plot(points["parameters"], points["loss"], "k*", markersize=9, label="lowest")
+    cuts = frontier.slices(table, law=result.law)
+    top = 0.0
+    for cut, color in zip(cuts, _spread(len(cuts)), strict=True):
+        axis.plot(cut.parameters, cut.loss, "o", color=color, markersize=4)
+        found = parabola(cut.parameters, cut.loss)
+        if found is not None:
+            line = np.geomspace(found.low, found.high, 60)
+            axis.plot(line, found.at(line), color=color, linewidth=1)
+            top = max(top, found.at(found.low), found.at(found.high))
+    points = result.isoflop.points  # stars around the points, not on them
+    axis.plot(points["parameters"], points["loss"], "k*", markersize=11, markerfacecolor="none",
+              markeredgewidth=0.8, label="lowest point of a budget")  # fmt: skip
     axis.set(xscale="log", xlabel=_parameters(result), ylabel="loss (nats per token)")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    if not cuts:
-        axis.set_title("no budget has three sizes to compare")
+    _color_keys(axis, [f"{cut.flops:.2g}" for cut in cuts], "FLOPs")
+    losses = np.concatenate([cut.loss for cut in cuts]) if cuts else np.zeros(0)
+    top += 0.1 * (top - losses.min(initial=top))  # the parabolas fill the picture
+    if 0 < top < losses.max():
+        axis.set_ylim(top=top)
+        axis.set_title(f"{(losses > top).sum()} runs lie above the picture", fontsize=10)
+    if not np.isfinite(result.isoflop.parameters.exponent.value):
+        axis.set_title("no law: too few budgets have their best size inside")
     _quiet(axis)
     return figure
 
@@ -110,20 +120,21 @@ def law_figure(table: Table, result: Result) -> Any:
     left.plot(table.flops, table.parameters, "o", color="0.2", markersize=3, label="runs")
     left.set(xscale="log", yscale="log", ylim=(sizes[0], sizes[-1]))
     left.set(xlabel="training FLOPs", ylabel=_parameters(result), title="lines of equal loss")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(**_BELOW, ncols=2)
     over = np.log(table.loss) - np.log(
         result.law.loss(table.parameters, table.tokens, table.unique_tokens)
     )
-    colors = _spread(len(np.unique(table.parameters)))
-    for size, color in zip(np.unique(table.parameters), colors, strict=True):
-        mine = table.parameters == size
-        right.plot(table.tokens[mine], 100 * over[mine], "o", color=color, label=quantity(size))
+    numbers = table.sizes()
+    names = [quantity(size) for size in means(table.parameters, numbers)]
+    for number, color in enumerate(_spread(len(names))):
+        mine = numbers == number
+        right.plot(table.tokens[mine], 100 * over[mine], "o", color=color, markersize=4)
     right.axhline(0, color="0.4", linewidth=1)
     band = 100 * result.noise
     right.axhspan(-band, band, color="0.6", alpha=0.2, linewidth=0)
     right.set(xscale="log", xlabel="tokens", ylabel="measured above the law (%)")
     right.set_title(f"what is left over: {result.noise:.2%} (the band)")
-    right.legend(frameon=False, fontsize=8, title="parameters", title_fontsize=8)
+    _color_keys(right, names, "parameters")
     _quiet(left)
     _quiet(right)
     return figure
@@ -154,7 +165,7 @@ def optimum_figure(result: Result) -> Any:
                       textcoords="offset points", fontsize=7, color="0.4")  # fmt: skip
         label = _parameters(result) if name == "parameters" else name
         axis.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {label}")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(**_BELOW)
         _quiet(axis)
     return figure
 
@@ -178,7 +189,7 @@ def held_out_figure(result: Result) -> Any:
         "what was fitted",
         fontsize=10,
     )
-    axis.legend(frameon=False)
+    axis.legend(**_BELOW)
     axis.margins(x=0.15)
     _quiet(axis)
     return figure
@@ -196,7 +207,7 @@ def settings_figure(result: Result) -> Any:
         word = "best" if setting.kind == "swept" else "as run:"
         axis.set(xscale="log", yscale="log", xlabel=setting.variable)
         axis.set_ylabel(f"{word} {name.replace('_', ' ')}")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(**_BELOW)
         _quiet(axis)
     return figure
 
@@ -247,6 +258,31 @@ def _spread(count: int) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps["viridis"](np.linspace(0.0, 0.9, max(count, 1)))[:count]
+
+
+def _color_keys(axis: Any, names: Sequence[str], title: str) -> None:
+    """Says right of the axis which of the colours of `_spread` is which, and below what else there
+    is: a legend of up to 20 names, else a scale with ten of them.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+    from matplotlib.lines import Line2D
+
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(**_BELOW, ncols=2)
+    colors = _spread(len(names))
+    if len(names) > 20:
+        places = np.unique(np.linspace(0, len(names) - 1, 10).round().astype(int))
+        scale = ScalarMappable(cmap=ListedColormap(list(colors)))
+        scale.set_clim(-0.5, len(names) - 0.5)
+        bar = axis.figure.colorbar(scale, ax=axis, ticks=places, label=title, aspect=40)
+        bar.ax.set_yticklabels([names[i] for i in places], fontsize=8)
+        return
+    lines = [Line2D([], [], color=c, marker="o", markersize=4, linewidth=1) for c in colors]
+    axis.figure.legend(
+        lines[::-1], names[::-1], loc="outside right upper", title=title, title_fontsize=8,
+        frameon=False, fontsize=8,
+    )  # fmt: skip
 
 
 def _figure(columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

@@ -10,10 +10,14 @@ import dataclasses
 
 import numpy as np
 
+from lm.scaling.parametric import Law
 from lm.scaling.powers import Power, fit_power, lowest
-from lm.scaling.table import Table
+from lm.scaling.table import Table, groups, means
 
-SAME_FLOPS = 1.05  # the most by which FLOPs differ within an IsoFLOP set
+# What counts as an IsoFLOP set: (most by which its FLOPs differ, fewest sizes). Sets that were
+# planned have equal budgets; where budgets were missed by some percent, or runs of other budgets
+# lie between, wide sets hold more sizes.
+SETS = ((1.05, 3), (1.3, 5))
 NUM_ENVELOPE = 200  # budgets that the envelope is read at
 NUM_SLICES = 9  # budgets to cut curves at, where a table has no IsoFLOP sets
 
@@ -34,6 +38,7 @@ class Frontier:
 class Curve:
     """Losses of one size over FLOPs, with the mean of seeds."""
 
+    number: int  # of the size, as in Table.sizes
     parameters: float
     log_flops: np.ndarray  # [k], ascending
     log_tokens: np.ndarray  # [k]
@@ -56,25 +61,29 @@ class Slice:
 def curves(table: Table, loss: np.ndarray | None = None) -> list[Curve]:
     """A curve for every size that has at least two token counts; loss: [n], not the table's."""
     loss = table.loss if loss is None else loss
+    sizes = table.sizes()
     found = []
-    for size in np.unique(table.parameters):
-        mine = table.parameters == size
-        tokens, which = np.unique(table.tokens[mine], return_inverse=True)
-        if len(tokens) < 2:
+    for number, size in enumerate(means(table.parameters, sizes)):
+        mine = sizes == number
+        which = groups(table.tokens[mine])
+        if which.max() < 1:
             continue
         count = np.bincount(which)
-        mean = [np.bincount(which, v[mine]) / count for v in (np.log(table.flops), loss)]
-        found.append(Curve(float(size), mean[0], np.log(tokens), mean[1]))
+        logs = (np.log(table.flops), np.log(table.tokens), loss)
+        log_flops, log_tokens, mean = (np.bincount(which, v[mine]) / count for v in logs)
+        found.append(Curve(number, float(size), log_flops, log_tokens, mean))
     return found
 
 
-def envelope(table: Table, loss: np.ndarray | None = None) -> Frontier:
+def envelope(table: Table, loss: np.ndarray | None = None, law: Law | None = None) -> Frontier:
     """Approach 1: for each budget the size whose curve is lowest there.
 
     Between its runs a curve is a line over log FLOPs. A budget counts where the best size is
     neither the smallest nor the largest of those whose curves reach it, since beyond the ends of a
-    table the best of its sizes is not the best size. Empty where no budget counts.
+    table the best of its sizes is not the best size. Empty where no budget counts. It needs no
+    law.
     """
+    del law
     all_curves = curves(table, loss)
     if len(all_curves) < 3:
         return _frontier([])
@@ -98,29 +107,72 @@ def envelope(table: Table, loss: np.ndarray | None = None) -> Frontier:
     return _frontier(points)
 
 
-def slices(table: Table, loss: np.ndarray | None = None) -> list[Slice]:
-    """The IsoFLOP sets of a table; where it has fewer than two, cuts through its curves."""
-    loss = table.loss if loss is None else loss
-    order = np.argsort(table.flops)
-    gaps = np.diff(np.log(table.flops[order])) > np.log(SAME_FLOPS) / 2
-    groups = np.split(order, np.flatnonzero(gaps) + 1)
+def slices(table: Table, loss: np.ndarray | None = None, law: Law | None = None) -> list[Slice]:
+    """The IsoFLOP sets of a table; where it has fewer than two, cuts through its curves.
+
+    A run whose FLOPs are not its set's is moved there: its size stays, its tokens change, and its
+    loss changes by what `law` says of those tokens (by nothing without a law). 10% more FLOPs are
+    some 0.5% of the loss, as much as a factor of 1.5 in size near the best one.
+    """
+    loss, sizes = table.loss if loss is None else loss, table.sizes()
     found = []
-    for group in groups:
-        flops = table.flops[group]
-        if len(np.unique(table.parameters[group])) < 3 or flops.max() > SAME_FLOPS * flops.min():
-            continue
-        values = (table.parameters[group], table.tokens[group], loss[group])
-        found.append(Slice(float(np.exp(np.log(flops).mean())), *values))
+    for rows in _sets(table.flops, sizes):
+        runs = table.take(rows)
+        flops = float(np.exp(np.log(runs.flops).mean()))
+        tokens = runs.tokens * flops / runs.flops
+        moved = loss[rows]
+        if law is not None:
+            here, there = (
+                law.loss(runs.parameters, count, runs.unique_tokens)
+                for count in (runs.tokens, tokens)
+            )
+            moved = moved * there / here
+        which = np.unique(sizes[rows], return_inverse=True)[1]  # runs of one size become one
+        size, tokens = means(runs.parameters, which), means(tokens, which)
+        moved = np.bincount(which, moved) / np.bincount(which)
+        found.append(Slice(flops, size, tokens, moved))
     return found if len(found) >= 2 else _cuts(curves(table, loss))
 
 
-def isoflop(table: Table, loss: np.ndarray | None = None) -> Frontier:
+def _sets(flops: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Rows of the IsoFLOP sets, by budget: of the kind in SETS whose sets hold more sizes in all
+    than their parabolas have degrees of freedom.
+    """
+    kinds = [_windows(np.log(flops), sizes, width, least) for width, least in SETS]
+    spare = [sum(len(np.unique(sizes[rows])) - 2 for rows in kind) for kind in kinds]
+    return kinds[int(np.argmax(spare))]
+
+
+def _windows(
+    log_flops: np.ndarray, sizes: np.ndarray, width: float, least: int
+) -> list[np.ndarray]:
+    """Disjoint sets of rows whose FLOPs differ by up to `width` times: again and again that with
+    the most sizes of what is left, until none has `least`.
+    """
+    rest, found = np.argsort(log_flops), []
+    while len(rest):
+        held = np.zeros((len(rest) + 1, sizes.max() + 1), int)
+        held[np.arange(1, len(rest) + 1), sizes[rest]] = 1
+        held = held.cumsum(axis=0)  # rows of each size before a place
+        x = log_flops[rest]
+        ends = np.searchsorted(x, x + np.log(width) + 1e-9, side="right")
+        count = (held[ends] > held[:-1]).sum(axis=1)
+        first = int(np.argmax(count))
+        if count[first] < least:
+            break
+        found.append(rest[first : ends[first]])
+        rest = np.delete(rest, np.s_[first : ends[first]])
+    return sorted(found, key=lambda rows: log_flops[rows[0]])
+
+
+def isoflop(table: Table, loss: np.ndarray | None = None, law: Law | None = None) -> Frontier:
     """Approach 2: for each budget the lowest point of a parabola of loss over log parameters.
 
-    A budget whose parabola opens downwards or is lowest beyond its sizes does not count.
+    A budget whose parabola opens downwards or is lowest beyond its sizes does not count. law: see
+    `slices`.
     """
     points = []
-    for cut in slices(table, loss):
+    for cut in slices(table, loss, law):
         size, at_best = lowest(cut.parameters, cut.loss)
         if np.isnan(size):
             continue

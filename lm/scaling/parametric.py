@@ -99,12 +99,14 @@ def fit(
     repeats: float | None = None,
     delta: float = HUBER_DELTA,
     starts: np.ndarray | Law | None = None,
+    counts: np.ndarray | None = None,
 ) -> Fit:
     """The law of least Huber loss on residuals of log L, from many starts at once.
 
-    losses: [R, n] to fit instead of the table's one vector, as bootstraps do. repeats: R* of the
-    law; None fits it where the table has unique_tokens, and takes every token as new where it has
-    not. starts: a grid like `starts_grid`'s, or a Law near the minimum.
+    losses: [R, n] to fit instead of the table's one vector, as bootstraps do; counts: [R, n], how
+    often each run counts, once if None. repeats: R* of the law; None fits it where the table has
+    unique_tokens, and takes every token as new where it has not. starts: a grid like
+    `starts_grid`'s, or a Law near the minimum.
 
     The residual is r = logsumexp(log E, log A - alpha log N, log B - beta log D') - log L. The
     minimum is that of the paper's L-BFGS runs; what goes down to it is Levenberg's method, on all
@@ -112,25 +114,30 @@ def fit(
     """
     problem = _Problem.of(table, repeats)
     targets = np.log(table.loss[None] if losses is None else losses)  # [R, n]
+    counts = np.ones((1, 1)) if counts is None else counts
+    targets, counts = np.broadcast_arrays(targets, counts)
     if isinstance(starts, Law):
         theta = np.broadcast_to(problem.encode(starts), (len(targets), problem.size)).copy()
-        theta, value = problem.descend_through(DESCENTS[1:], theta, targets, delta)
+        theta, value = problem.descend_through(DESCENTS[1:], theta, targets, counts, delta)
         return problem.result(theta, value, targets, num_starts=1)
     grid = starts_grid() if starts is None else starts
-    found = [_search(problem, target, grid, delta) for target in targets]
+    found = [_search(problem, t, c, grid, delta) for t, c in zip(targets, counts, strict=True)]
     theta = np.array([f[0] for f in found])
     return problem.result(theta, np.array([f[1] for f in found]), targets, num_starts=len(grid))
 
 
 def _search(
-    problem: _Problem, target: np.ndarray, grid: np.ndarray, delta: float
+    problem: _Problem, target: np.ndarray, counts: np.ndarray, grid: np.ndarray, delta: float
 ) -> tuple[np.ndarray, float]:
-    """(theta [P], objective) of the best end of all starts, for target [n]."""
+    """(theta [P], objective) of the best end of all starts, for target and counts [n]."""
     theta = problem.begin(grid, target)
-    targets = np.broadcast_to(target, (len(theta), len(target)))
-    theta, value = problem.descend(theta, targets, max(DESCENTS[0], delta), steps=30)
+    shape = (len(theta), len(target))
+    targets, counts = np.broadcast_to(target, shape), np.broadcast_to(counts, shape)
+    theta, value = problem.descend(theta, targets, counts, max(DESCENTS[0], delta), steps=30)
     kept = np.argsort(value)[:KEPT]
-    theta, value = problem.descend_through(DESCENTS[1:], theta[kept], targets[kept], delta)
+    theta, value = problem.descend_through(
+        DESCENTS[1:], theta[kept], targets[kept], counts[kept], delta
+    )
     best = int(np.argmin(value))
     return theta[best], float(value[best])
 
@@ -251,39 +258,53 @@ class _Problem:
             columns.append(-p[2] * beta * d_worth / (1 + worth))
         return top + np.log(total), np.stack(columns, axis=-1)
 
-    def objective(self, theta: np.ndarray, targets: np.ndarray, delta: float) -> np.ndarray:
+    def objective(
+        self, theta: np.ndarray, targets: np.ndarray, counts: np.ndarray, delta: float
+    ) -> np.ndarray:
         """Sums of Huber losses [R]."""
-        return huber(self.terms(theta)[0] - targets, delta).sum(axis=1)
+        return (counts * huber(self.terms(theta)[0] - targets, delta)).sum(axis=1)
 
     def descend_through(
-        self, deltas: Sequence[float], theta: np.ndarray, targets: np.ndarray, delta: float
+        self,
+        deltas: Sequence[float],
+        theta: np.ndarray,
+        targets: np.ndarray,
+        counts: np.ndarray,
+        delta: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`descend` with those of `deltas` that are larger, then with delta."""
         for larger in deltas:
             if larger > delta:
-                theta, _ = self.descend(theta, targets, larger)
-        return self.descend(theta, targets, delta)
+                theta, _ = self.descend(theta, targets, counts, larger)
+        return self.descend(theta, targets, counts, delta)
 
     def descend(
-        self, theta: np.ndarray, targets: np.ndarray, delta: float, *, steps: int = 100
+        self,
+        theta: np.ndarray,
+        targets: np.ndarray,
+        counts: np.ndarray,
+        delta: float,
+        *,
+        steps: int = 100,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(theta [R, P], objective [R]) at minima near theta; targets: [R, n]."""
+        """(theta [R, P], objective [R]) at minima near theta; targets and counts: [R, n]."""
         theta = theta.copy()
-        value = self.objective(theta, targets, delta)
+        value = self.objective(theta, targets, counts, delta)
         damping, active, diagonal = (
             np.full(len(theta), 1e-3),
             np.arange(len(theta)),
             range(self.size),
         )
         for step in range(steps):
-            here, wanted = theta[active], targets[active]
+            here, wanted, count = theta[active], targets[active], counts[active]
             f, jacobian = self.terms(here)
             r = f - wanted
             # The exact weights, 1 within delta and 0 beyond, converge fast but say nothing of
             # residuals beyond; those of reweighted least squares are safe and slow. In turn.
             safe = np.minimum(1.0, delta / np.maximum(np.abs(r), 1e-300))
             weights = safe if step % 3 == 0 else np.maximum(np.abs(r) <= delta, 0.02 * safe)
-            gradient = np.einsum("rn,rnk->rk", np.clip(r, -delta, delta), jacobian)
+            weights = count * weights
+            gradient = np.einsum("rn,rnk->rk", count * np.clip(r, -delta, delta), jacobian)
             curvature = np.einsum("rn,rnk,rnl->rkl", weights, jacobian, jacobian)
             size = np.einsum("rkk->rk", curvature)
             size = np.maximum(size, 1e-12 * size.max(axis=1, keepdims=True) + 1e-300)
@@ -295,7 +316,7 @@ class _Problem:
             curvature[:, diagonal, diagonal] += held
             move = -np.linalg.solve(curvature, gradient[..., None])[..., 0]
             new = np.clip(here + np.clip(move, -2.0, 2.0), self.low, self.high)
-            tried = self.objective(new, wanted, delta)
+            tried = self.objective(new, wanted, count, delta)
             gain = value[active] - tried
             better = gain > 0
             theta[active[better]], value[active[better]] = new[better], tried[better]

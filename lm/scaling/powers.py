@@ -28,24 +28,52 @@ def fit_power(x: np.ndarray, y: np.ndarray) -> Power:
     return Power(float(np.exp(log_y.mean() - exponent * log_x.mean())), exponent)
 
 
-NEIGHBOURS = 2  # points on each side of the lowest that a parabola is laid through
+NEIGHBOURS = 2  # points on each side of the lowest that a parabola is laid through, at least
+REACH = 2.0  # and all points up to this factor from it
+
+
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+    """y = square (log x - middle)^2 + slope (log x - middle) + height, for low <= x <= high."""
+
+    square: float
+    slope: float
+    height: float
+    middle: float
+    low: float
+    high: float
+
+    def at(self, x: np.ndarray | float) -> np.ndarray | float:
+        return np.polyval((self.square, self.slope, self.height), np.log(x) - self.middle)
+
+    @property
+    def lowest(self) -> float:
+        """The x of its lowest point; NaN unless it opens upwards and has that point inside."""
+        place = -self.slope / (2 * self.square) if self.square > 0 else np.nan
+        x = float(np.exp(self.middle + place))
+        return x if self.low <= x <= self.high else np.nan
+
+
+def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
+    """That of least squares through the lowest of the points [n], n >= 3, and those near it: far
+    from the minimum a loss is no parabola. None where the lowest point is the first or the last.
+    """
+    order = np.argsort(x)
+    x, y = x[order], y[order]
+    i = int(np.argmin(y))
+    if i in (0, len(x) - 1):
+        return None
+    near = np.abs(np.log(x / x[i])) <= np.log(REACH) + 1e-9
+    near[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1] = True
+    log_x = np.log(x[near])
+    middle = float(log_x.mean())
+    square, slope, height = (float(v) for v in np.polyfit(log_x - middle, y[near], 2))
+    return Parabola(square, slope, height, middle, float(x[near][0]), float(x[near][-1]))
 
 
 def lowest(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the lowest point of a parabola of y over log x; NaN where there is none inside.
-
-    It goes through the lowest of the points [n], n >= 3, and its neighbours: far from the minimum a
-    loss is no parabola. It must open upwards and be lowest between the outer of these points.
-    """
-    order = np.argsort(x)
-    i = int(np.argmin(y[order]))
-    if i in (0, len(x) - 1):
+    """(x, y) of the lowest point of `parabola`; NaN where there is none inside."""
+    found = parabola(x, y)
+    if found is None:
         return np.nan, np.nan
-    near = order[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1]
-    log_x = np.log(x[near])
-    middle = log_x.mean()
-    square, slope, height = np.polyfit(log_x - middle, y[near], 2)
-    place = -slope / (2 * square) if square > 0 else np.nan
-    if not log_x.min() <= middle + place <= log_x.max():
-        return np.nan, np.nan
-    return float(np.exp(middle + place)), float(height + slope * place / 2)
+    return found.lowest, float(found.at(found.lowest))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lm.metrics import quantity
-from lm.scaling.artefact import HeldOut, Result, Setting
+from lm.scaling.artefact import BOOTSTRAPS, HeldOut, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.planner import Machine, RunPlan
 
@@ -54,7 +54,9 @@ def plan_page(
     absent = [n for n in ("learning_rate", "batch_size") if n not in plan.settings]
     rows += [(n.replace("_", " "), "the table has no such column") for n in absent]
     for name, (size, tokens) in plan.other.items():
-        rows.append((f"by {name}", f"{_quantities(size)} and {_quantities(tokens)} tokens"))
+        known = np.isfinite(size.value)
+        found = f"{_quantities(size)} and {_quantities(tokens)} tokens" if known else "no law"
+        rows.append((f"by {name}", found))
     if machine is not None:
         fast, slow = machine.days(plan.flops)
         mfu = " to ".join(f"{m:.0%}" for m in dict.fromkeys(machine.mfu))
@@ -97,7 +99,9 @@ def _constants(result: Result) -> str:
         rows.append(f"  repeats  {o.repeats:g}, as given")
     head = (
         f"L = E + A / N^alpha + B / D^beta{repeats}; Huber {o.delta:g}, "
-        f"{result.num_starts} starts, {o.level:.0%} intervals of {o.num_replicates} replicates"
+        f"{result.num_starts} starts\n"
+        f"{o.level:.0%} intervals of {o.num_replicates} bootstrap replicates: "
+        f"{BOOTSTRAPS[result.bootstrap]}"
     )
     return "\n".join([head, *rows, f"  noise    {result.noise:.2%} of the loss"])
 
@@ -159,8 +163,6 @@ def _numbers(e: Estimate, form: str) -> str:
 
 
 def _quantities(e: Estimate) -> str:
-    if not np.isfinite(e.value):
-        return "no law"
     return f"{quantity(e.value)} [{quantity(e.low)}, {quantity(e.high)}]"
 
 

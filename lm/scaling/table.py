@@ -26,6 +26,7 @@ OPTIONAL = ("learning_rate", "batch_size", "unique_tokens")
 # reach 10 times as much; a mistake in units is a factor of 1000.
 FLOPS_PER_PARAMETER_TOKEN = 6.0
 FLOPS_RATIO = 30.0  # how far from that a table may be
+SAME = 1.001  # factor within which sizes are one size, and token counts one count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,15 @@ class Table:
         columns: dict[str, Any] = {k: v[which] for k, v in values.items() if _is_column(v)}
         return dataclasses.replace(self, **columns)
 
+    def sizes(self) -> np.ndarray:
+        """For each row the number of its size, from the smallest: int [n]. Parameters that were
+        read from a picture or counted in two ways differ in their last digits.
+        """
+        return groups(self.parameters)
+
     def cells(self) -> np.ndarray:
-        """For each row the number of its pair of parameters and tokens: int [n]."""
-        pairs = np.stack([self.parameters, self.tokens], axis=1)
+        """For each row the number of its pair of size and token count: int [n]."""
+        pairs = np.stack([self.sizes(), groups(self.tokens)], axis=1)
         return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
     def settings(self) -> np.ndarray:
@@ -81,6 +88,24 @@ class Table:
     def flops_ratio(self) -> np.ndarray:
         """FLOPs for each parameter and token: float64 [n]."""
         return self.flops / (self.parameters * self.tokens)
+
+
+def groups(values: np.ndarray) -> np.ndarray:
+    """For each value the number of its group, from the smallest: int [n]. A group holds what is up
+    to SAME times its least value.
+    """
+    order, found, least = np.argsort(values), np.zeros(len(values), int), np.inf
+    number = -1
+    for i in order:
+        if number < 0 or values[i] > SAME * least:
+            number, least = number + 1, values[i]
+        found[i] = number
+    return found
+
+
+def means(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The mean of each group of values: [n], by the numbers that `groups` gave."""
+    return np.bincount(numbers, values) / np.bincount(numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +183,7 @@ def read(
 
 def check(table: Table, *, num_constants: int, what: str = "the table") -> None:
     """Raises ValueError where `num_constants` cannot be told from these rows."""
-    sizes, counts = np.unique(table.parameters), np.unique(table.tokens)
+    sizes, counts = (means(v, groups(v)) for v in (table.parameters, table.tokens))
     if len(sizes) < 3 or len(counts) < 3:
         raise ValueError(
             f"{what} has {_count(len(sizes), 'size')} (parameters {_list(sizes)}) and "
