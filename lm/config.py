@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
+import importlib.util
 import math
+import pkgutil
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -402,26 +403,34 @@ def component(package: str, name: str) -> types.ModuleType:
         ValueError: no such module, or it has no `Config` and `build`; the message lists those that
         exist.
     """
-    path = name if "." in name else f"{package}.{name}"
     asked = f"config.{_KEYS[package]}.name ({name!r})"
+    if "." in name:
+        return imported(name, asked, needed=("Config", "build"))
+    if not name.isidentifier() or importlib.util.find_spec(f"{package}.{name}") is None:
+        home = importlib.import_module(package)
+        known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
+        raise ValueError(
+            f"{asked} is not in {package}; there are: {', '.join(known)}{suggestion(name, known)}"
+        )
+    return imported(f"{package}.{name}", asked, needed=("Config", "build"))
+
+
+def imported(path: str, asked: str, *, needed: Iterable[str]) -> types.ModuleType:
+    """The module of a full name, which has all that is `needed`; `asked` is who names it.
+
+    Raises:
+        ValueError: there is no such module, or something that is needed is not in it.
+    """
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
             raise  # the module exists, and something that it needs does not
-        if "." in name:
-            raise ValueError(
-                f"{asked}: Python finds no module {error.name}; give the folder that holds it as "
-                "PYTHONPATH=FOLDER"
-            ) from None
-        import pkgutil
-
-        home = importlib.import_module(package)
-        known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
         raise ValueError(
-            f"{asked} is not in {package}; there are: {', '.join(known)}{suggestion(name, known)}"
+            f"{asked}: Python finds no module {error.name}; give the folder that holds it as "
+            "PYTHONPATH=FOLDER"
         ) from None
-    for needed in ("Config", "build"):
-        if not hasattr(module, needed):
-            raise ValueError(f"{asked} is no component: {path} has no `{needed}`")
+    for name in needed:
+        if not hasattr(module, name):
+            raise ValueError(f"{asked} is no component: {path} has no `{name}`")
     return module

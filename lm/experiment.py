@@ -328,6 +328,8 @@ class Experiment:
         return self._loss(params, batch, rng, train=True, config=self.config.loss)
 
     def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
+        if self.objective.loss is not None:
+            return loss.of_objective(self.objective.loss, self.model, params, batch, rng, **options)
         tasks = self.objective.tasks if batch.tasks is not None else ()
         return loss.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
 

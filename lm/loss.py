@@ -315,3 +315,27 @@ def lm_loss(
     for name, value in output.stats.items():
         sums[name] = value * sums["tokens"]
     return objective, {**sums, "objective": objective}
+
+
+def of_objective(
+    own: Callable[..., tuple[Array, Sums]],
+    model: Model,
+    params: Params,
+    batch: Batch,
+    rng: Array,
+    *,
+    train: bool,
+    config: LossConfig,
+) -> tuple[Array, Sums]:
+    """As `lm_loss`, by the loss `own` that an objective brings (lm.objectives.Objective.loss).
+
+    Raises:
+        ValueError: its sums lack what a run divides by or reports.
+    """
+    objective, sums = own(model, params, batch, rng, train=train, config=config)
+    if missing := {"tokens", "loss"} - sums.keys():
+        raise ValueError(
+            f"the loss of config.objective returns sums without {', '.join(sorted(missing))}: "
+            "tokens is what sums are divided by, loss what is reported"
+        )
+    return objective, {**sums, "objective": objective}

@@ -6,13 +6,17 @@ Preparation and tokenizer training read documents through here, so both agree on
 import argparse
 import hashlib
 import itertools
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from lm.config import imported
 from lm.data.sources import Document, DocumentSource, Skipped, Unit
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
+_MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):(.*)")  # PACKAGE.MODULE:ARGUMENT
 _MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
 FEW_DOCUMENTS = 100
 _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
@@ -22,7 +26,8 @@ _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
 class Corpus:
     """Which documents, and how they are split.
 
-    data: each "stdlib", "stdlib:all", "tfds:NAME/CONFIG", a file, a folder or a pattern.
+    data: each "stdlib", "stdlib:all", "tfds:NAME/CONFIG", a file, a folder, a pattern, or
+      "PACKAGE.MODULE:ARGUMENT", whose `build(argument, columns)` returns a `DocumentSource`.
     columns: store field -> column of jsonl, tables or TFDS, or a template (see sources/records.py).
     separator: between documents of one text file; empty: a file is one document.
     validation_fraction: 0 makes no validation store.
@@ -71,18 +76,22 @@ class Corpus:
         return ("train", "validation") if self.validation_fraction else ("train",)
 
     def sources(self) -> list[DocumentSource]:
-        return [
-            TfdsSource(
+        return [self._source(spec) for spec in self.data]
+
+    def _source(self, spec: str) -> DocumentSource:
+        if spec.startswith("tfds:"):
+            return TfdsSource(
                 spec.removeprefix("tfds:"),
                 self.columns,
                 self.tfds_split,
                 self.tfds_data_dir,
                 self.tfds_download,
             )
-            if spec.startswith("tfds:")
-            else TextSource(spec, self.columns, self.separator)
-            for spec in self.data
-        ]
+        own = _MODULE.fullmatch(spec)
+        if own and not os.path.lexists(spec):
+            module = imported(own[1], f"--data={spec}", needed=("build",))
+            return module.build(own[2], self.columns)
+        return TextSource(spec, self.columns, self.separator)
 
     def assign(self, document: Document) -> list[tuple[str, Document]]:
         """Returns the document with its split; both parts of it where `split` is "tail"."""
@@ -206,7 +215,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
         ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
-        "tfds:NAME/CONFIG or tfds:/path. Repeatable; the order matters where documents are "
+        "tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
+        "(docs/extending.md). Repeatable; the order matters where documents are "
         "duplicates: the first stays",
     )
     add(

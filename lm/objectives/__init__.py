@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,9 @@ from lm.data.tokenizer import Tokenizer
 from lm.types import Batch
 
 RowGenerator = Callable[[int], np.random.Generator]
+# (model, params, batch, rng, *, train, config: LossConfig) -> (the SUM over the batch to
+# differentiate, additive sums: `tokens`, what to divide by, `loss`, and others under other names)
+Loss = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Objective:
 
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
     so that its loss is that of the text. tasks: names of the tasks that `Batch.tasks` tells apart.
-    by_source: where rows of different sources have different objectives, these.
+    by_source: where rows of different sources have different objectives, these. loss: in place of
+    the token cross-entropy of `lm.loss.lm_loss`, a function of the same contract.
     """
 
     make: Callable[[Rows, RowGenerator], Batch]
@@ -92,6 +97,7 @@ class Objective:
     scores_every_token: bool = False
     tasks: tuple[str, ...] = ()
     by_source: Mapping[str, Objective] | None = None
+    loss: Loss | None = None
 
     def __call__(self, rows: Rows, rng: RowGenerator, /) -> Batch:
         return self.make(rows, rng)

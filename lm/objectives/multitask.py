@@ -44,6 +44,12 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
         name: component("lm.objectives", task.name).build(task.config, tokenizer, form)
         for name, task in tasks.items()
     }
+    for name, objective in inner.items():
+        if objective.loss is not None:
+            raise ValueError(
+                f"config.objective.tasks.{name} ({tasks[name].name}) brings a loss of its own: "
+                "tasks of a batch share the token cross-entropy"
+            )
     examples = [_on_empty_rows(objective) for objective in inner.values()]
     with_prefix = any(batch.inputs.bidirectional is not None for batch in examples)
     by_source: dict[str, Objective] = {}
