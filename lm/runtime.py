@@ -41,6 +41,11 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
         return error.code, f"error: {error}"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
+    except ModuleNotFoundError as error:
+        name = error.name or ""
+        if "." in name or name in ("", "lm", "scripts", "configs"):
+            raise
+        return Exit.ERROR, f"error: {name} is needed here and not installed: pip install {name}"
     except (MemoryError, RuntimeError) as error:
         from lm import device_errors  # which imports jax
 

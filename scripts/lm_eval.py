@@ -26,6 +26,7 @@ from lm import runtime
 def main() -> int:
     args = parse_args()
     import jax
+    import lm_eval  # noqa: F401 (before the run is read: it may not be installed)
 
     from lm import harness
     from lm.checkpoint.manager import Checkpoints

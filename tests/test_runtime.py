@@ -66,6 +66,21 @@ def test_a_value_can_be_unset(flags, expected):
         assert done.stderr.count("\n") == 1
 
 
+def test_a_package_that_is_not_installed_is_one_line():
+    """lm_eval, which requirements.txt leaves out; and before the run is looked at."""
+    hide = "import sys; sys.modules['lm_eval'] = None; import runpy; sys.argv[0] = 'lm_eval.py'; "
+    start = "runpy.run_path('scripts/lm_eval.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", hide + start, "--workdir=never", "--tasks=a"],
+        env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},  # no second start
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    expected = "error: lm_eval is needed here and not installed: pip install lm_eval\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 def test_a_config_that_is_not_there_is_one_line():
     done = subprocess.run(
         [sys.executable, "scripts/train.py", "--config=configs/tinny.py", "--workdir=never"],
