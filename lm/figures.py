@@ -82,7 +82,7 @@ def norms_figure(norms: Norms, weights: Array) -> Any:
         [line] = axis.plot(layers, middle, marker="o", label=name)
         axis.fill_between(layers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
     axis.set(xlabel="layer", ylabel="root mean square", xticks=layers, yscale="log")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     _quiet(axis)
     return figure
 

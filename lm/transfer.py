@@ -209,20 +209,19 @@ def draw(runs: Sequence[Run], path: str) -> None:
     """Writes a picture: loss against learning rate, a panel for each parametrization and a line for
     each width, its lowest point marked and its seeds as dots.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.parametrization for r in runs))
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.2), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(names), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     widths = sorted({r.width for r in runs})
     for name, axis in zip(names, axes[0], strict=True):
         for i, width in enumerate(widths):
             mine = [r for r in runs if (r.parametrization, r.width) == (name, width)]
             if not mine:
                 continue
-            colour = plt.get_cmap("viridis")(i / max(1, len(widths) - 1) * 0.9)
+            colour = colormaps["viridis"](i / max(1, len(widths) - 1) * 0.9)
             curve = {r: loss for r, loss in mean_losses(mine).items() if math.isfinite(loss)}
             axis.plot(list(curve), list(curve.values()), color=colour, label=width, zorder=2)
             dots = [r for r in mine if r.loss is not None]
@@ -241,7 +240,6 @@ def draw(runs: Sequence[Run], path: str) -> None:
     for axis in axes[0]:
         axis.set_ylim(losses[0] - 0.05 * (top - losses[0]), top)
     axes[0][0].set_ylabel("loss at the end (nats per token)")
-    axes[0][0].legend(title="width", frameon=False)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="width", frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -10,7 +10,6 @@ import pytest
 from scipy.optimize import minimize
 
 from lm.scaling import (
-    analysis,
     artefact,
     frontier,
     intervals,
@@ -364,7 +363,7 @@ def test_an_exponent_that_rests_on_little_or_is_not_the_laws_is_warned_of(result
         power = artefact.LawEstimate(estimate, estimate, [])
         points = {"flops": [1.0] * budgets}
         found = artefact.FrontierEstimate(points, power, power)
-        return analysis._disagreement({"isoflop": found}, law)
+        return artefact.disagreement({"isoflop": found}, law)
 
     assert warnings(0.52, 0.46, 0.58) == [] and warnings(np.nan, np.nan, np.nan, 0) == []
     [few] = warnings(0.52, 0.46, 0.58, budgets=3)

@@ -84,6 +84,19 @@ def test_a_budget_too_far_out_is_refused_and_a_larger_factor_allows_it(result):
             planner.plan(result, budget)
 
 
+def test_a_plan_warns_of_an_approach_that_rests_on_little_whatever_its_artefact_says(result):
+    assert not any(w.startswith("isoflop") for w in planner.plan(result, 1e22).warnings)
+    wide = dataclasses.replace(
+        result.isoflop.parameters, exponent=intervals.Estimate(0.678, 0.469, 1.002)
+    )
+    isoflop = dataclasses.replace(result.isoflop, parameters=wide)
+    old = dataclasses.replace(result, isoflop=isoflop)
+    [warning] = [w for w in planner.plan(old, 1e22).warnings if w.startswith("isoflop")]
+    assert "N_opt ~ C^0.678 may be 0.469 to 1.002" in warning
+    said = dataclasses.replace(old, warnings=[warning])
+    assert planner.plan(said, 1e22).warnings.count(warning) == 1
+
+
 def test_another_count_of_flops_than_the_tables_is_said(result):
     assert not any("x parameters x tokens" in w for w in planner.plan(result, 1e22).warnings)
     plan = planner.plan(result, 1e22, factor=9.0)

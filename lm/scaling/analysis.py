@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from lm.scaling.artefact import (
     Options,
     Result,
     Setting,
+    disagreement,
     rounded,
 )
 from lm.scaling.frontier import Frontier
@@ -30,10 +31,6 @@ from lm.scaling.powers import Power
 from lm.scaling.table import Source, Table, check, groups, means
 
 NATS_TO_BITS = 1 / math.log(2)
-FEW_BUDGETS = 4  # below which a power law through lowest points rests on single ones
-WIDE = (
-    0.2  # interval of an exponent that tells little: of N_opt by 2.5 times in 100 times the FLOPs
-)
 OUTLYING = 6  # times the spread of runs, further than which one is no noise
 MISFIT = 0.03  # noise in log loss above which the law hardly describes the table
 
@@ -72,7 +69,7 @@ def analyse(table: Table, source: Source, options: Options | None = None) -> Res
         num_starts=fit.num_starts,
         warnings=[
             *_warnings(best, fit, again, noise),
-            *_disagreement({"envelope": envelope, "isoflop": isoflop}, exponents["a"]),
+            *disagreement({"envelope": envelope, "isoflop": isoflop}, exponents["a"]),
         ],
         envelope=envelope,
         isoflop=isoflop,
@@ -216,30 +213,6 @@ def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
             "least loss depends on how FLOPs are counted"
         )
     return found
-
-
-def _disagreement(found: Mapping[str, FrontierEstimate], law: Estimate) -> list[str]:
-    """Sentences about approaches whose exponent of N_opt rests on little, or is not the law's."""
-    warnings = []
-    for name, approach in found.items():
-        a, budgets = approach.parameters.exponent, len(approach.points["flops"])
-        if not np.isfinite(a.value):
-            continue  # the page says so
-        said = f"{name}: N_opt ~ C^{a.value:.3f}"
-        if budgets < FEW_BUDGETS:
-            warnings.append(
-                f"{said} rests on {budgets} budgets: one run more or less may change it"
-            )
-        if not np.isfinite(a.low):
-            warnings.append(f"{said} has no interval: most replicates tell no exponent")
-        elif a.high - a.low > WIDE:
-            warnings.append(f"{said} may be {a.low:.3f} to {a.high:.3f}: it tells little")
-        elif a.high < law.low or law.high < a.low:
-            warnings.append(
-                f"{said} [{a.low:.3f}, {a.high:.3f}], but the law says {law.value:.3f} "
-                f"[{law.low:.3f}, {law.high:.3f}]: they are of other minds about the best size"
-            )
-    return warnings
 
 
 def _outliers(table: Table, residuals: np.ndarray) -> list[str]:

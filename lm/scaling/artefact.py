@@ -21,6 +21,10 @@ BOOTSTRAPS = {
     "cases": "runs drawn with replacement",
     "noise": "Gaussian noise drawn around the law",  # of artefacts that do not name theirs
 }
+FEW_BUDGETS = 4  # below which a power law through lowest points rests on single ones
+WIDE = (
+    0.2  # interval of an exponent that tells little: of N_opt by 2.5 times in 100 times the FLOPs
+)
 DIGITS = 7  # of what is written for each replicate and point
 
 
@@ -128,6 +132,30 @@ class Result:
     def _law(self, constants: Mapping[str, Any]) -> Law:
         fixed = np.inf if self.options.repeats is None else self.options.repeats
         return Law(**{"repeats": fixed, **constants})
+
+
+def disagreement(found: Mapping[str, FrontierEstimate], law: Estimate) -> list[str]:
+    """Sentences about approaches whose exponent of N_opt rests on little, or is not the law's."""
+    warnings = []
+    for name, approach in found.items():
+        a, budgets = approach.parameters.exponent, len(approach.points["flops"])
+        if not np.isfinite(a.value):
+            continue  # the page says so
+        said = f"{name}: N_opt ~ C^{a.value:.3f}"
+        if budgets < FEW_BUDGETS:
+            warnings.append(
+                f"{said} rests on {budgets} budgets: one run more or less may change it"
+            )
+        if not np.isfinite(a.low):
+            warnings.append(f"{said} has no interval: most replicates tell no exponent")
+        elif a.high - a.low > WIDE:
+            warnings.append(f"{said} may be {a.low:.3f} to {a.high:.3f}: it tells little")
+        elif a.high < law.low or law.high < a.low:
+            warnings.append(
+                f"{said} [{a.low:.3f}, {a.high:.3f}], but the law says {law.value:.3f} "
+                f"[{law.low:.3f}, {law.high:.3f}]: they are of other minds about the best size"
+            )
+    return warnings
 
 
 def to_json(result: Result) -> str:

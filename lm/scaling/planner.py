@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from lm.scaling import intervals
-from lm.scaling.artefact import Result, plain
+from lm.scaling.artefact import Result, disagreement, plain
 from lm.scaling.intervals import Estimate
 from lm.scaling.parametric import Law
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
@@ -172,7 +172,11 @@ def _warnings(
     for name, setting in result.settings.items():
         if setting.kind == "as run":
             found.append(f"{name}: no sweep behind it, this is how the table's runs were set")
-    return [*found, *result.warnings]
+    approaches = {"envelope": result.envelope, "isoflop": result.isoflop}
+    found += result.warnings
+    # those of approaches are no part of artefacts that were made before there were any
+    found += [w for w in disagreement(approaches, result.exponents["a"]) if w not in found]
+    return found
 
 
 def _above(value: float) -> float:
