@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +221,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
         "bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
         "gzip_bits_per_byte": references.get("gzip -9"),
         "xz_bits_per_byte": references.get("xz -9"),
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,  # builds of Python have several, zlib-ng among them
         **totals(records),
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
         "steps": at,
@@ -270,9 +272,10 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     speed = summary["tokens_per_second"]
     print((workdir / "samples.txt").read_text(encoding="utf-8"))
     if summary["bits_per_byte"] is not None:
+        by = f" by zlib {summary['zlib']}" if "zlib" in summary else ""
         print(
             f"held-out bits per byte   {summary['bits_per_byte']:.3f}   "
-            f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}, "
+            f"(gzip -9 {summary['gzip_bits_per_byte']:.3f}{by}, "
             f"xz -9 {summary['xz_bits_per_byte']:.3f})"
         )
     elif summary["loss"] is not None:
