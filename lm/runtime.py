@@ -159,7 +159,7 @@ def _report(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _skip_absent_tpu() -> None:
+def skip_absent_tpu() -> None:
     """Keeps jax from looking for a TPU where libtpu is installed for its compiler alone: it would
     ask a metadata server that isn't there, and fill the screen.
     """
@@ -180,7 +180,7 @@ def _set_up() -> None:
 
     The cache lies in ~/.cache/lm unless JAX_COMPILATION_CACHE_DIR names another place.
     """
-    _skip_absent_tpu()
+    skip_absent_tpu()
     import jax
     from absl import logging
 

@@ -1,6 +1,10 @@
 """Every notebook runs on a finished run, defines nothing, and is saved clean."""
 
 import ast
+import importlib.util
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -78,6 +82,28 @@ def test_the_notebook_runs_on_a_finished_run(path, run):
 def test_the_notebook_of_scaling_laws_runs_on_the_shipped_table():
     kinds = execute(SCALING)
     assert kinds.count("image/png") == 5 and kinds.count("stream") == 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+@pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: path.stem)
+def test_the_notebook_begins_without_complaints_of_the_tpu_compiler(path):
+    """Which looks for a TPU where jax does not know that there is none."""
+    notebook = nbformat.read(path, as_version=4)
+    imports = next(c.source for c in notebook.cells if "import jax" in c.source)
+    lines = [line for line in imports.split("\n") if not line.startswith("%")]
+    code = "\n".join([*lines, "jax.devices()"])
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=path.parent,
+        env={**environment, "PYTHONPATH": str(path.parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
