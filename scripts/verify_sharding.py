@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -49,6 +50,15 @@ def _sizes(entries: Sequence[str]) -> dict[str, int]:
             raise app.UsageError(f"--mesh: {entry!r} is not like fsdp=4")
         sizes[name] = int(size)
     return sizes
+
+
+def _shrunk(config: Any) -> str:
+    """The sizes of the model that are others than in the config that was given."""
+    whole, small = _CONFIG.value.model, config.model
+    changed = {n: (whole[n], small[n]) for n in small if n in whole and whole[n] != small[n]}
+    return ", ".join(
+        f"{name} {old} -> {new}" for name, (old, new) in changed.items() if isinstance(new, int)
+    )
 
 
 def _launch(processes: int, number: int) -> None:
@@ -86,6 +96,8 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     config = verify.shrink(_CONFIG.value) if _SHRINK.value else _CONFIG.value
     lead = jax.process_index() == 0
+    if lead and _SHRINK.value:
+        print(f"model resized, its structure kept (--noshrink: as it is): {_shrunk(config)}")
     if lead:
         print(f"{_MESH.value} against one device, float32, {verify.STEPS} steps", flush=True)
     report = verify.verify(config, sizes, jax.devices(), num_microbatches=_MICROBATCHES.value)

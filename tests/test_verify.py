@@ -207,6 +207,8 @@ def test_the_script_says_what_was_compared_on_two_processes():
     done = subprocess.run([*script, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "layout: as the config says" in done.stdout and "the same" in done.stdout
+    [sizes] = [line for line in done.stdout.splitlines() if line.startswith("model resized")]
+    assert "(--noshrink: as it is)" in sizes and "embed_dim 32 -> 64, " in sizes
     assert "2 processes" in done.stdout and done.stdout.count("gradient norm") == verify.STEPS
 
 
