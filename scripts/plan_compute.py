@@ -87,12 +87,17 @@ def _machine(args: argparse.Namespace) -> Machine | None:
         raise ValueError(f"--mfu={args.mfu:g}: model FLOPs as a part of the peak, between 0 and 1")
     if args.plan is not None and args.topology is not None:
         raise ValueError("--plan names its topology: give --plan or --topology, not both")
+    from lm.aot import topology
+
     if args.plan is not None:
         tree = json.loads(Path(args.plan).read_text())
         low, high = tree["derived"]["mfu"] if args.mfu is None else (args.mfu, args.mfu)
         peak = tree["peak_flops"]
         if peak is None or low is None or high is None:
-            raise ValueError(f"{args.plan} has no MFU: {tree['topology']} has no published peaks")
+            raise ValueError(
+                f"{args.plan} has no MFU: {tree['topology']} has no published peak for its type"
+                f"{topology.parse(tree['topology']).chip.dtype_with_peak()}"
+            )
         return Machine(tree["num_chips"], peak * tree["num_devices"], (low, high))
     if args.topology is None:
         return None
@@ -100,8 +105,6 @@ def _machine(args: argparse.Namespace) -> Machine | None:
         raise ValueError(
             f"--topology={args.topology} needs --mfu, or --plan=PLAN.json in its place"
         )
-    from lm.aot import topology
-
     target = topology.parse(args.topology)
     peak = target.chip.peak_flops("bfloat16")
     if peak is None:

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from lm import config_tree
+from lm.aot import chips, plan, report, search, sizing, topology, wires
 from lm.aot import estimate as estimating
-from lm.aot import plan, report, search, sizing, topology, wires
 from lm.aot.memory import Memory
 from lm.aot.roofline import Times
 from lm.aot.work import Work
@@ -104,6 +104,17 @@ def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
         ValueError, match=r"transformers alone; config\.model is .*lm\.models\.lstm"
     ):
         search.search(config, "cpu:8", lambda *_: None)
+
+
+@needs_tpu
+def test_a_search_in_a_type_without_a_peak_names_the_flag_of_one_that_has_it(make_config):
+    wanted = r"config\.model\.dtype \(float32\): no published peak for v5e in it; "
+    with pytest.raises(ValueError, match=wanted + "--config.model.dtype=bfloat16 has a published"):
+        search.search(make_config({"mesh.data": -1}), "v5e:2x2", lambda *_: None)
+
+
+def test_a_chip_without_any_peak_names_no_flag():
+    assert chips.CHIPS["cpu"].dtype_with_peak() == ""
 
 
 def test_the_search_names_a_winner_and_why_the_others_lost(make_config):

@@ -46,6 +46,13 @@ class Chip:
         """Dense FLOP/s of a device in bfloat16; float32 products have no published peak."""
         return flops.peak_flops(self.kind, dtype)
 
+    def dtype_with_peak(self) -> str:
+        """What to say where there is no peak: the flag of a type that has one, if any."""
+        return "" if self.peak_flops("bfloat16") is None else PEAK_FLAG
+
+
+PEAK_FLAG = "; --config.model.dtype=bfloat16 has a published peak"
+
 
 def gpu_share() -> float:
     """The share of a GPU's memory that jax takes for all programs: three quarters, unless its own

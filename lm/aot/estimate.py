@@ -88,8 +88,8 @@ def estimate(
     peak = topology.chip.peak_flops(c.dtype)
     if peak is None:
         raise ValueError(
-            f"config.model.dtype ({c.dtype}): no published peak for {topology.chip.name} in it, so "
-            "--search can rank nothing; with --config.model.dtype=bfloat16 it can"
+            f"config.model.dtype ({c.dtype}): no published peak for {topology.chip.name} in it"
+            f"{topology.chip.dtype_with_peak()}"
         )
     one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
     done = one * batch_size * config.data.length

@@ -63,7 +63,7 @@ def times(
     peak = chip.peak_flops(dtype)
     unknown = []
     if peak is None:
-        unknown.append(f"peak FLOP/s of {chip.name} in {dtype}")
+        unknown.append(f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}")
     if work.unknown:
         unknown.append(f"FLOPs of {len(work.unknown)} kernels that declare none")
     links: dict[str, float] = {}
