@@ -28,6 +28,7 @@ from lm.config import Config, LossConfig, MeshConfig
 from lm.exits import Exit, RunError
 from lm.layers.dot_product import self_mask
 from lm.layers.kernels import attend
+from lm.layers.linear import float32_product
 from lm.sharding import Rules
 from lm.types import Array, Batch, Output, Tokens
 
@@ -321,7 +322,7 @@ class _Given(nn.Module):
 
     def logits(self, hidden: Array) -> jax.Array:
         table: Any = self.get_variable("params", "table")
-        return _cap((hidden @ table.astype(self.dtype).T).astype(jnp.float32), self.config)
+        return _cap(float32_product(1, hidden, table.astype(self.dtype)), self.config)
 
 
 def _cap(x: Array, softcap: float | None) -> Array:

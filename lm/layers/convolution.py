@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.layers.linear import initializer, parameter, project_gates
+from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -50,7 +50,7 @@ class GatedConvolution(nn.Module):
             return project_gates(seen, flat, self.rules), last
 
         gates, last = convolve(x, flat)
-        gates = gates + bias.astype(self.dtype)
+        gates = gates + broadcast_as(bias, gates)
         gates = self.rules.constrain(gates, "batch", "length", "gates", "mlp")
         y = gates[..., 0, :] * jax.nn.sigmoid(gates[..., 1, :])
         return self.rules.constrain(y, "batch", "length", "act_embed"), last

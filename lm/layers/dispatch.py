@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lm.layers.grouped import collect, grouped_matmul, sort_by_group, spread
+from lm.layers.linear import broadcast_as
 from lm.sharding import Rules
 from lm.types import Array
 
@@ -156,7 +157,7 @@ def _sorted(
     product = functools.partial(grouped_matmul, platform, sizes=sizes)
     rows = spread(x, order, slots.reshape(chosen.shape))
     y = _feed_forward(rows, experts, act, product)
-    y = y * spread(weights.reshape(-1, 1), order, slots[:, None]).astype(y.dtype)
+    y = y * broadcast_as(spread(weights.reshape(-1, 1), order, slots[:, None]), y)
     return collect(y, order, slots.reshape(chosen.shape))
 
 
@@ -206,12 +207,12 @@ def _in_passes_backward(
         d_flat = d_flat.at[assignment].add(d_weight, mode="drop")
         return dx, d_flat, jax.tree.map(jnp.add, d_experts, d_part)
 
-    zeros = (
-        jnp.zeros(x.shape, jnp.float32),
-        jnp.zeros_like(flat),
-        jax.tree.map(jnp.zeros_like, experts),
-    )
-    dx, d_flat, d_experts = jax.lax.fori_loop(0, _count(sizes, size), body, zeros)
+    def zeros(like: Array) -> jax.Array:  # sums over passes in float32
+        return jnp.zeros(like.shape, jnp.float32)
+
+    sums = zeros(x), zeros(flat), jax.tree.map(zeros, experts)
+    dx, d_flat, d_experts = jax.lax.fori_loop(0, _count(sizes, size), body, sums)
+    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
     return dx.astype(x.dtype), None, d_flat.reshape(weights.shape), d_experts
 
 
@@ -237,7 +238,7 @@ def _passes(
 
         def apply(rows: Array, weights: Array, experts: Experts) -> jax.Array:
             y = _feed_forward(rows, experts, act, product)
-            return y * weights[:, None].astype(y.dtype)
+            return y * broadcast_as(weights[:, None], y)
 
         return apply, assignment // k, assignment
 
@@ -292,7 +293,7 @@ def with_capacity(
             y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
         y = y.reshape(b, num_experts * room, -1)
         factor = jax.vmap(spread)(weights.reshape(b, -1, 1), order, slots[..., None])
-        return jax.vmap(collect)(y * factor.astype(y.dtype), order, slots.reshape(b, t, k))
+        return jax.vmap(collect)(y * broadcast_as(factor, y), order, slots.reshape(b, t, k))
 
     over = ("act_length", "length", "mlp")
     return _on_shards(apply, x, chosen, weights, experts, rules, over=over)

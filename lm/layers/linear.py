@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -27,8 +28,43 @@ def parameter(
     return value
 
 
-def project(x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1) -> jax.Array:
-    """x: [B, T, *in] times weight: [*in, *out] -> [B, T, *out].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def float32_product(dim: int, x: Array, weight: Array) -> jax.Array:
+    """The float32 sums that the product of x and weight is made of, without rounding them to the
+    type of both: [..., D] with dimension `dim` of a matrix.
+
+    Its own gradient: the cotangent is rounded to the type of x, so that the two products of the
+    backward pass are as fast as those of the same type, as they are for a rounded result.
+    """
+    over = (((x.ndim - 1,), (dim,)), ((), ()))
+    return jax.lax.dot_general(x, weight, over, preferred_element_type=jnp.float32)
+
+
+def _product_forward(dim: int, x: Array, weight: Array) -> tuple[jax.Array, tuple[Array, Array]]:
+    return float32_product(dim, x, weight), (x, weight)
+
+
+def _product_backward(
+    dim: int, residuals: tuple[Array, Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = residuals
+    product = functools.partial(
+        jax.lax.dot_general, dimension_numbers=(((x.ndim - 1,), (dim,)), ((), ()))
+    )
+    dy = dy.astype(x.dtype)
+    [dx] = jax.linear_transpose(lambda x: product(x, weight), x)(dy)
+    [d_weight] = jax.linear_transpose(lambda w: product(x, w), weight)(dy)
+    return dx, d_weight
+
+
+float32_product.defvjp(_product_forward, _product_backward)
+
+
+def project(
+    x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1, unrounded: bool = False
+) -> jax.Array:
+    """x: [B, T, *in] times weight: [*in, *out] -> [B, T, *out], in their type, or `unrounded`
+    float32.
 
     One matrix product on rows flattened to [B * T, in]: XLA's CPU products and their gradients are
     much faster in two dimensions, and on other platforms the reshape is free. Not where the length
@@ -37,7 +73,8 @@ def project(x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1) -> j
     lead, inner, outer = x.shape[:-num_in], weight.shape[:num_in], weight.shape[num_in:]
     flat = weight.reshape(math.prod(inner), math.prod(outer))
     x = x.reshape(*lead, flat.shape[0])
-    y = (x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x) @ flat
+    x = x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x
+    y = float32_product(0, x, flat) if unrounded else x @ flat
     return y.reshape(*lead, *outer)
 
 
@@ -48,6 +85,15 @@ def project_gates(x: Array, weight: Array, rules: Rules) -> jax.Array:
     # two dimensions, as in `project`
     flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
     return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def broadcast_as(x: Array, like: Array) -> jax.Array:
+    """Float32 numbers x broadcast to the shape of `like`, and then in its type.
+
+    In this order, their gradient is a sum over tokens in float32: of numbers that are cast first,
+    it is one in the compute type, of which bfloat16 loses all that is below 1 / 256 of it.
+    """
+    return jnp.broadcast_to(x, like.shape).astype(like.dtype)
 
 
 def times(x: jax.Array, factor: float) -> jax.Array:
@@ -61,6 +107,8 @@ class Linear(nn.Module):
     Parameters: `weight` [*in_shape, *out_shape], `bias` [*out_shape], and, where `lora` has its
     name among the targets, `lora_a` [*in_shape, rank], `lora_b` [rank, *out_shape]. The adapter's
     dropout is on where there is a generator for `dropout`: in training.
+
+    y has the type `dtype`, or, `unrounded`, the float32 that products are summed in.
     """
 
     in_shape: tuple[int, ...]
@@ -73,6 +121,10 @@ class Linear(nn.Module):
     init_std: float | None = None
     init_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
+    unrounded: bool = False
+
+    def _project(self, x: jax.Array, weight: jax.Array, num_in: int = 1) -> jax.Array:
+        return project(x, weight, self.rules, num_in, self.unrounded)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,11 +132,11 @@ class Linear(nn.Module):
         init = initializer(self.init_std, math.prod(self.in_shape), self.init_scale)
         axes = (*self.in_axes, *self.out_axes)
         weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)
-        y = project(x, self.rules.collect(weight, *axes), self.rules, len(self.in_shape))
+        y = self._project(x, self.rules.collect(weight, *axes), len(self.in_shape))
         if self.bias:
             zeros = nn.initializers.zeros
             bias = parameter(self, "bias", zeros, self.out_shape, self.out_axes)
-            y = y + bias.astype(self.dtype)
+            y = y + broadcast_as(bias, y)
         if self.lora.rank and self.name in self.lora.targets:
             y = y + self._adapter(x)
         return y
@@ -102,4 +154,4 @@ class Linear(nn.Module):
         )
         x = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
         low = project(x, wide, self.rules, len(self.in_shape))  # [B, T, rank]
-        return project(low, narrow, self.rules) * jnp.asarray(self.lora.scale, self.dtype)
+        return times(self._project(low, narrow), self.lora.scale)

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.layers.linear import initializer, parameter, project_gates
+from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
 from lm.sharding import Rules
 from lm.types import Array, Tokens
 
@@ -90,9 +90,8 @@ class Lstm(nn.Module):
             return jnp.zeros(shape).at[FORGET].set(self.forget_bias)
 
         bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
-        inputs = project_gates(x, matrix("weight", self.embed_dim), self.rules) + bias.astype(
-            self.dtype
-        )
+        inputs = project_gates(x, matrix("weight", self.embed_dim), self.rules)
+        inputs = inputs + broadcast_as(bias, inputs)
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
         recurrent = matrix("recurrent", self.hidden_dim)
         found: Any = recurrence(self.rules, inputs, recurrent, state, where)

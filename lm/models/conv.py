@@ -138,6 +138,7 @@ class LanguageModel(nn.Module):
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                unrounded=True,
             )
         self.dropout = nn.Dropout(c.dropout)
 
@@ -174,7 +175,7 @@ class LanguageModel(nn.Module):
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
         x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
-        return self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+        return self.rules.constrain(x, "act_batch", "length", "vocab")
 
     @property
     def num_microbatches(self) -> int:

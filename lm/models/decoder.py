@@ -62,6 +62,7 @@ class Decoder(Transformer):
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                unrounded=True,
                 init_scale=c.scaling.init("head", c.init_std),
                 lora=c.lora,
             )
@@ -111,7 +112,7 @@ class Decoder(Transformer):
         check_head(c)
         x = times(hidden, c.scaling.logits)
         x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
-        x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+        x = self.rules.constrain(x, "act_batch", "length", "vocab")
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     @property

@@ -122,7 +122,7 @@ class Encoder(Transformer):
         act, _ = ACTIVATIONS[self.config.activation]
         x = self.transform_norm(act(self.transform(hidden)))
         x = self.embedding.attend(times(x, self.config.scaling.logits))
-        x = self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+        x = self.rules.constrain(x, "act_batch", "length", "vocab")
         return x + self.logit_bias
 
     def init_cache(self, batch_size: int, length: int) -> Cache:

@@ -102,6 +102,7 @@ class EncoderDecoder(nn.Module):
                 rules,
                 dtype=dtype,
                 init_std=c.init_std,
+                unrounded=True,
                 init_scale=c.scaling.init("head", c.init_std),
             )
         self.dropout = nn.Dropout(c.dropout)
@@ -157,7 +158,7 @@ class EncoderDecoder(nn.Module):
         c = self.config
         x = times(hidden * jnp.asarray(c.logit_scale, hidden.dtype), c.scaling.logits)
         x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
-        return self.rules.constrain(x.astype(jnp.float32), "act_batch", "length", "vocab")
+        return self.rules.constrain(x, "act_batch", "length", "vocab")
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `length` tokens of the decoder, of `batch_size` streams."""

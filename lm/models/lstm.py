@@ -143,7 +143,8 @@ class LanguageModel(nn.Module):
             self.up = Linear(narrow, wide, ("embed",), ("mlp",), **shared)
             self.down = Linear(wide, narrow, ("mlp",), ("embed",), **shared)
         if not c.tie_embeddings:
-            self.head = Linear((c.embed_dim,), (c.vocab_size,), ("embed",), ("vocab",), **shared)
+            sizes = (c.embed_dim,), (c.vocab_size,)
+            self.head = Linear(*sizes, ("embed",), ("vocab",), **shared, unrounded=True)
         if c.head_bias:
             zeros = nn.initializers.zeros
             self.head_bias = parameter(self, "head_bias", zeros, (c.vocab_size,), ("vocab",))
@@ -189,7 +190,6 @@ class LanguageModel(nn.Module):
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
         x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
-        x = x.astype(jnp.float32)
         x = x + self.head_bias if c.head_bias else x
         return self.rules.constrain(x, "act_batch", "length", "vocab")
 
