@@ -22,8 +22,9 @@ import numpy as np
 import optax
 from etils import epath
 
-from lm import loss, optim
+from lm import optim
 from lm.experiment import Experiment
+from lm.layers import chunking
 from lm.metrics import Finished
 from lm.types import Array, Batch, Params, TrainState
 
@@ -182,18 +183,15 @@ def _tokens(experiment: Experiment, params: Params, batch: Batch) -> tuple[Array
     variables = {"params": params}
     hidden = model.apply(variables, batch.inputs, encoder=batch.encoder, train=False).hidden
     size, length = batch.targets.shape
-    n = loss.num_chunks(chunk_size, size // experiment.rules.size("act_batch"), length)
-
-    def split(x: Array) -> Array:  # [B, T, ...] -> [n, B, T / n, ...]
-        return jnp.moveaxis(x.reshape(size, n, -1, *x.shape[2:]), 1, 0)
+    n = chunking.num_chunks(chunk_size, size // experiment.rules.size("act_batch"), length)
 
     def piece(x: tuple[Array, Array]) -> jax.Array:
         hidden, targets = x
         log_p = jax.nn.log_softmax(model.apply(variables, hidden, method="logits"), axis=-1)
         return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
-    losses = jax.lax.map(piece, (split(hidden), split(batch.targets)))
-    losses = jnp.moveaxis(losses, 0, 1).reshape(size, length)
+    losses = jax.lax.map(piece, chunking.split((hidden, batch.targets), n))
+    losses = chunking.join(losses, length)
     scored = batch.weights != 0
     return jnp.where(scored, losses * batch.weights, 0.0), scored, batch.inputs.segments
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm.config import LossConfig
+from lm.layers.chunking import join, num_chunks, split
 from lm.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 
@@ -43,7 +44,8 @@ def _statistics(
     sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
     sums = {name: jnp.sum(value * weights) for name, value in sums.items()}
     if tasks is not None:
-        sums["task_loss"] = jnp.einsum("...,...k->k", nll * weights, tasks.astype(nll.dtype))
+        of_tasks = jnp.where(tasks, (nll * weights)[..., None], 0.0)
+        sums["task_loss"] = jnp.sum(of_tasks, axis=tuple(range(nll.ndim)))
     return sums, log_z
 
 
@@ -220,30 +222,15 @@ def _add(a: Any, b: Any) -> Any:
 
 def _over_chunks(chunk: Any, num_chunks: int, xs: tuple[Array, ...]) -> tuple[Any, Any]:
     """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T,
-    ...].
+    ...]. Padding of the last piece has no weight, and so neither loss nor gradient.
     """
     if num_chunks == 1:
         return chunk(None, xs)
-
-    def split(x: Array) -> Array:  # [B, T, ...] -> [n, B, T / n, ...]
-        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, -1, *x.shape[2:]), 1, 0)
-
-    pieces = jax.tree.map(split, xs)
+    pieces = split(xs, num_chunks)
     shapes = jax.eval_shape(lambda p: chunk(None, p)[0], jax.tree.map(lambda p: p[0], pieces))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     carry, outputs = jax.lax.scan(chunk, zeros, pieces)
-    if outputs is not None:
-        outputs = jnp.moveaxis(outputs, 0, 1)
-        outputs = outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])
-    return carry, outputs
-
-
-def num_chunks(chunk_size: int, rows: int, length: int) -> int:
-    """The fewest equal pieces of `length` with at most `chunk_size` tokens each, of `rows` rows."""
-    if chunk_size == 0:
-        return 1
-    wanted = max(1, min(length, -(-rows * length // chunk_size)))
-    return next(n for n in range(wanted, length + 1) if length % n == 0)
+    return carry, None if outputs is None else join(outputs, xs[0].shape[1])
 
 
 def _projection(model: Model, params: Params, hidden: Array) -> tuple[Project, list[Array]]:

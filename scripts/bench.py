@@ -60,6 +60,7 @@ from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
 from lm.experiment import Experiment
 from lm.generation.generator import Generator
+from lm.layers.chunking import num_chunks
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache
@@ -209,7 +210,7 @@ def _project(hidden: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, vocab: int) -> Figures:
-    chunks = loss.num_chunks(chunk_size, rows, length)
+    chunks = num_chunks(chunk_size, rows, length)
 
     def objective(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Any:
         weights, config = jnp.ones(targets.shape), LossConfig(chunk_size=chunk_size)

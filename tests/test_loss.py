@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm.config import LossConfig
-from lm.loss import lm_loss, num_chunks
+from lm.layers.chunking import num_chunks
+from lm.loss import lm_loss
 from lm.types import Output
 
 BATCH, LENGTH, VOCAB = 2, 12, 40
@@ -83,6 +84,15 @@ def _everything(model, tokens):
 
 
 FULL = {"z_loss": 0.01, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_chunks_that_are_not_equal_are_the_plain_loss(setup, packed_batch, tie_embeddings):
+    """11 places in 4 pieces of 3: the last one is filled up with a place that counts nothing."""
+    model, params, _ = setup(tie_embeddings=tie_embeddings)
+    batch = packed_batch(BATCH, 11, VOCAB)
+    assert num_chunks(3 * BATCH, BATCH, 11) == 4
+    assert_same(both(model, params, batch, LossConfig(**FULL, chunk_size=3 * BATCH)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False])
@@ -190,13 +200,20 @@ def test_logits_of_the_whole_batch_never_exist_when_chunked(
 
 
 @given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 96))
-def test_chunks_are_the_fewest_equal_ones_that_are_small_enough(chunk_size, rows, length):
+def test_chunks_are_the_fewest_that_are_small_enough_or_equal(chunk_size, rows, length):
     n = num_chunks(chunk_size, rows, length)
-    fitting = [
-        k for k in range(1, length + 1) if length % k == 0 and rows * (length // k) <= chunk_size
-    ]
-    assert n == (min(fitting) if fitting else length)
+    fitting = [k for k in range(1, length + 1) if rows * -(-length // k) <= chunk_size]
+    fewest = min(fitting, default=length)
+    equal = [k for k in range(fewest, 2 * fewest) if length % k == 0]
+    assert n == min(equal, default=fewest)
+    assert (n - 1) * -(-length // n) < length  # the last one isn't padding alone
     assert num_chunks(0, rows, length) == 1
+
+
+def test_a_prime_length_has_few_chunks():
+    assert num_chunks(2048, 8, 1021) == 4
+    assert num_chunks(2048, 8, 1024) == 4
+    assert num_chunks(3000, 8, 1024) == 4  # three were enough, but are not equal
 
 
 class WithAuxiliary(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 from lm.generation.decode import known, without_length
 from lm.generation.generator import Prompt
 from lm.generation.rows import batch_size, bucket, pad, power_of_two
+from lm.layers import chunking
 from lm.types import Array, Model, Params, Tokens, check_head
 
 CHUNK_LOGITS = 1 << 24  # numbers that are there at once: 64 MiB
@@ -252,10 +253,8 @@ def _score(
     hidden = model.apply(variables, spread(inputs), encoder=spread(encoder)).hidden
     rows, scored = targets.ids.shape
     hidden = hidden[:, -scored:]
-    size = max(1, CHUNK_LOGITS * rules.size("batch") // (rows * model.config.vocab_size))
-    count = -(-scored // size)
-    while scored % count:
-        count += 1
+    size = CHUNK_LOGITS * rules.size("batch") // model.config.vocab_size
+    count = chunking.num_chunks(max(1, size), rows, scored)
 
     def chunk(part: Any) -> tuple[jax.Array, jax.Array]:
         hidden, ids = part
@@ -264,11 +263,8 @@ def _score(
         best = jnp.argmax(jnp.where(known(vocab_size, logits), logits, -jnp.inf), axis=2)
         return chosen - jax.nn.logsumexp(logits, axis=2), best == ids
 
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(rows, count, scored // count, *x.shape[2:]), 1, 0)
-
-    parts = jax.lax.map(chunk, (split(hidden), split(jnp.asarray(targets.ids))))
-    logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(rows, scored) for x in parts)
+    parts = jax.lax.map(chunk, chunking.split((hidden, jnp.asarray(targets.ids)), count))
+    logprobs, best = (chunking.join(x, scored) for x in parts)
     counts = targets.segments != 0
     sums = jnp.sum(jnp.where(counts, logprobs, 0.0), axis=1)
     return rules.constrain(sums, None), rules.constrain(jnp.all(best | ~counts, axis=1), None)
