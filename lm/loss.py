@@ -40,7 +40,8 @@ def _statistics(
         loss = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
     if config.z_loss:
         loss = loss + config.z_loss * jnp.square(log_z)
-    correct = target >= top
+    # alone at the top: a target that ties with another token has not been told from it
+    correct = jnp.sum(logits >= target[..., None], axis=-1) == 1
     sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
     sums = {name: jnp.sum(value * weights) for name, value in sums.items()}
     if tasks is not None:

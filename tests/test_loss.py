@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from lm.config import LossConfig
 from lm.layers.chunking import num_chunks
+from lm.layers.embedding import Embedding
 from lm.loss import lm_loss
-from lm.types import Output
+from lm.types import Batch, Output, Tokens
 
 BATCH, LENGTH, VOCAB = 2, 12, 40
 RNG = jax.random.key(0)
@@ -141,6 +142,55 @@ def test_loss_is_the_numpy_one(setup):
     np.testing.assert_allclose(sums["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(sums["accuracy"], hits, rtol=1e-6)
     np.testing.assert_allclose(sums["tokens"], batch.weights.sum(), rtol=1e-6)
+
+
+def sums_of(rules, hidden, table, targets):
+    """Sums of bfloat16 states [B, T, D] before a tied table [V, D]."""
+    model, params = Stated(rules), {"hidden": hidden, "table": {"weight": table}}
+    tokens = Tokens(targets, np.ones_like(targets), np.zeros_like(targets))
+    batch = Batch(tokens, targets, np.ones(targets.shape, np.float32))
+    run = functools.partial(lm_loss, model, train=False, config=LossConfig(chunk_size=64))
+    return jax.jit(lambda: run(params, batch, RNG)[1])()
+
+
+class Stated(nn.Module):
+    """A model by the contract whose hidden states are parameters."""
+
+    rules: object
+    config: object = None
+
+    def setup(self):
+        self.table = Embedding(VOCAB_32K, 64, self.rules, dtype=jnp.bfloat16)
+
+    def __call__(self, inputs, *, encoder=None, cache=None, train=False):
+        return Output(hidden=self.get_variable("params", "hidden"))
+
+    def logits(self, hidden):
+        return self.table.attend(hidden)
+
+
+VOCAB_32K = 32_768
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_only_the_best_of_close_logits_is_a_hit_in_bfloat16(rules_on, rank):
+    """Logits rounded to bfloat16 take the second-best of 32,768 tokens for a hit in 4% of cases."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(4, 64, 64)), jnp.bfloat16)
+    table = jnp.asarray(rng.normal(size=(VOCAB_32K, 64)), jnp.bfloat16)
+    exact = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    targets = np.argpartition(exact, -rank)[..., -rank].astype(np.int32)
+    sums = sums_of(rules_on(), hidden, table.astype(jnp.float32), targets)
+    assert float(sums["accuracy"]) == (targets.size if rank == 1 else 0)
+
+
+def test_a_tie_is_no_hit(rules_on):
+    """Of two tokens with the same vector neither is told from the other."""
+    table = np.zeros((VOCAB_32K, 64), np.float32)
+    table[[7, 9, 11], [0, 0, 1]] = 1.0
+    hidden = jnp.zeros((1, 3, 64), jnp.bfloat16).at[0, jnp.arange(3), [0, 0, 1]].set(1.0)
+    sums = sums_of(rules_on(), hidden, table, np.asarray([[7, 9, 11]], np.int32))
+    assert float(sums["accuracy"]) == 1.0
 
 
 def test_targets_without_weight_change_nothing(setup):
