@@ -95,9 +95,10 @@ def train_step(
     Gradients are summed over micro-batches and divided once by the total weight of the scored
     tokens: neither the number of micro-batches nor that of devices changes what the update means.
 
-    A step is bad if its loss or the norm of its gradient is not finite, or if that norm is
-    `spike_factor` times its running geometric mean (0: never). Its update is not applied:
-    parameters and optimizer state keep every bit, and only `step` moves on.
+    A step is bad if its loss, the norm of its gradient or a number that it would write into the
+    parameters is not finite, or if that norm is `spike_factor` times its running geometric mean (0:
+    never). Its update is not applied: parameters and optimizer state keep every bit, and only
+    `step` moves on.
 
     Parameters whose names are in `frozen` are no argument of the loss's gradient and none of the
     optimizer's, whose state knows the others alone.
@@ -124,6 +125,8 @@ def train_step(
     rest, trained = parameters.split(state.params, frozen)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optax.apply_updates(trained, updates)
+    # a finite gradient may still give an update that is not
+    bad |= ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(bad, old, new),

@@ -81,6 +81,37 @@ def test_a_bad_step_moves_nothing_but_the_step(step, value, num_microbatches):
     assert bits(later.params) == bits(clean.params)  # as if it had never been
 
 
+@pytest.mark.parametrize(
+    "inner, size",
+    [
+        (optax.adam(0.1, eps=0.0), 0.0),  # 0 / 0
+        (optax.sgd(1e30), 1e9),  # an update beyond float32
+        (optax.chain(optax.scale_by_sign(), optax.scale(-2e38)), -1.0),  # a sum beyond it
+        (optax.sgd(float("nan")), 1.0),
+    ],
+    ids=["zero_by_zero", "update", "parameter", "learning_rate"],
+)
+def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
+    """Though loss and gradient are: one of four parameters would not be."""
+    tx = optax.chain(optim.track_norms(), inner)
+    params = {"v": jnp.ones(2), "w": jnp.asarray([1.0, 2.0, 3.0, 3e38])}
+    state = TrainState(jnp.int32(0), params, tx.init(params))
+    batch = make_batch([1.0, 2.0])
+    batch = batch.replace(weights=np.float32([[1e-9, 1e-9, 1e-9, size]] * 2))
+
+    def loss_fn(params, batch, rng):
+        del rng
+        w = params["w"]
+        loss = jnp.sum(batch.weights * (w - jax.lax.stop_gradient(w)))
+        return loss, {"objective": loss, "loss": loss, "tokens": jnp.float32(2)}
+
+    step = jax.jit(lambda s, b: train_step(s, b, loss_fn=loss_fn, tx=tx, rng=jax.random.key(0)))
+    after, _, facts = step(state, batch)
+    assert facts["bad"] and np.isfinite(facts["grad_norm"])
+    assert bits((state.params, state.opt_state)) == bits((after.params, after.opt_state))
+    assert (int(after.step), int(facts["updates"])) == (1, 0)
+
+
 def test_spikes_are_judged_by_the_steps_that_were_applied(step):
     """A spike during the warm-up counts into the mean; one after it doesn't."""
     spike = [80.0] * 4
