@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from lm import parametrization
+from lm import muon, parametrization
+from lm.adafactor import each_layer, factored_rms, is_masked
 from lm.config import OptimizerConfig
 from lm.parametrization import STANDARD, Scaling
 from lm.schedule import SCHEDULES, make_schedule
@@ -85,24 +83,11 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
-def _is_dims(x: Any) -> bool:
-    return isinstance(x, MuonDimensionNumbers)
-
-
 def _muon_dimensions(boxed: Any) -> Any:
-    """Rows and columns of each matrix: the dimensions before and after the residual stream's."""
+    """Rows and columns of each matrix; of others nothing, as `optax.partition` leaves them."""
 
-    def one(leaf: nn.Partitioned, role: str) -> MuonDimensionNumbers | optax.MaskedNode:
-        if role != "matrix":
-            return optax.MaskedNode()  # as `optax.partition` leaves them
-        stacked = ("layers", "expert")  # many matrices; a router's `expert` is a column of one
-        dims = [i for i, n in enumerate(leaf.names) if n not in stacked or i == leaf.value.ndim - 1]
-        cut = 1 if leaf.names[dims[0]] == "embed" else len(dims) - 1
-        return MuonDimensionNumbers(tuple(dims[:cut]), tuple(dims[cut:]))
+    def one(leaf: nn.Partitioned, role: str) -> Any:
+        return muon.matrix_dimensions(leaf.names) if role == "matrix" else optax.MaskedNode()
 
     return jax.tree.map(one, boxed, roles(boxed), is_leaf=_is_box)
 
@@ -154,7 +139,7 @@ def scale_and_decay(weight_decay: float, factors: Any) -> optax.GradientTransfor
     """Updates times their parameter's factor on the learning rate, plus what it decays by."""
 
     def one(f: Factors, update: Any, param: Any) -> Any:
-        if _is_masked(update):  # of another part of a partition
+        if is_masked(update):  # of another part of a partition
             return update
         update = update if f.rate == 1 else f.rate * update
         return update + weight_decay * f.decay * param if f.decay else update
@@ -173,7 +158,7 @@ def with_epsilons(
     """
 
     def one(f: Factors, gradient: Any) -> Any:
-        return gradient if f.epsilon == 1 or _is_masked(gradient) else gradient / f.epsilon
+        return gradient if f.epsilon == 1 or is_masked(gradient) else gradient / f.epsilon
 
     def update(updates: Any, state: Any, params: Params | None = None) -> Any:
         return inner.update(jax.tree.map(one, factors, updates), state, params)
@@ -324,31 +309,25 @@ def make_optimizer(
     elif config.name == "sgd":
         core = [stored(optax.trace(config.b1, config.nesterov)), *finish(config.learning_rate)]
     elif config.name == "adafactor":  # arXiv:1804.04235, as in optax.adafactor
+        stacked = jax.tree.map(lambda x: x.names[:1] == ("layers",), boxed, is_leaf=_is_box)
         core = [
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.scale_by_param_block_rms(),
+            factored_rms(stacked),
+            each_layer(optax.clip_by_block_rms(1.0), stacked),
+            each_layer(optax.scale_by_param_block_rms(), stacked),
             *finish(config.learning_rate),
         ]
     else:  # arXiv:2502.16982; embeddings and vectors by Adam
         dimensions, matrix_rate = _muon_dimensions(boxed), config.muon_learning_rate
-
-        def scale(dims: MuonDimensionNumbers, update: jax.Array) -> jax.Array:
-            sides = [math.prod(np.take(update.shape, axes)) for axes in dims]
-            return update * (0.2 * max(sides) ** 0.5)  # the size of AdamW's updates
-
-        muon = [
-            stored(scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions)),
-            optax.stateless(
-                lambda updates, _: jax.tree.map(scale, dimensions, updates, is_leaf=_is_dims)
-            ),
+        matrices = [
+            stored(muon.orthogonalize(config.muon_momentum, dimensions)),
+            muon.scale_to_adam(dimensions),
             *finish(config.learning_rate if matrix_rate is None else matrix_rate),
         ]
         labels = jax.tree.map(lambda role: "muon" if role == "matrix" else "adam", kinds)
         core = [
             optax.partition(
                 {
-                    "muon": optax.chain(*muon),
+                    "muon": optax.chain(*matrices),
                     "adam": optax.chain(adam, *finish(config.learning_rate)),
                 },
                 labels,

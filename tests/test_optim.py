@@ -1,5 +1,6 @@
 """Schedules by their values, optimizers by plain numpy, and stacked and sharded parameters."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -9,7 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from lm import muon
 from lm.config import OptimizerConfig, ScheduleConfig
+from lm.layers.lora import LoraConfig
+from lm.layers.moe import MoeConfig
+from lm.models import conv, decoder, encoder, encoder_decoder, lstm
 from lm.optim import (
     OPTIMIZERS,
     averaged_params,
@@ -18,6 +23,7 @@ from lm.optim import (
     roles,
 )
 from lm.schedule import make_schedule
+from lm.types import Tokens
 
 CONSTANT = ScheduleConfig(kind="constant")
 
@@ -240,6 +246,139 @@ def test_muon_makes_the_singular_values_of_matrices_equal():
     np.testing.assert_allclose(  # vectors and embeddings: Adam's first step is the sign
         after["embedding"] - params["embedding"], -np.sign(gradient["embedding"]), atol=1e-4
     )
+
+
+# Every set of axes of a matrix in a model, and how many of its dimensions, the stacked ones left
+# out, are rows.
+ROWS = {
+    ("layers", "embed", "heads", "head_dim"): 1,
+    ("layers", "embed", "kv_heads", "head_dim"): 1,
+    ("layers", "heads", "head_dim", "embed"): 2,
+    ("layers", "embed", "mlp"): 1,
+    ("layers", "mlp", "embed"): 1,
+    ("layers", "expert", "embed", "mlp"): 1,
+    ("layers", "expert", "mlp", "embed"): 1,
+    ("layers", "embed", "expert"): 1,
+    ("layers", "embed", "rank"): 1,
+    ("layers", "mlp", "rank"): 1,
+    ("layers", "heads", "head_dim", "rank"): 2,
+    ("layers", "rank", "embed"): 1,
+    ("layers", "rank", "mlp"): 1,
+    ("layers", "rank", "heads", "head_dim"): 1,
+    ("layers", "rank", "kv_heads", "head_dim"): 1,
+    ("layers", "embed", "taps", "gates", "mlp"): 2,
+    ("layers", "embed", "gates", "mlp"): 1,
+    ("embed", "mlp"): 1,
+    ("mlp", "embed"): 1,
+    ("embed", "rank"): 1,
+}
+
+
+@pytest.mark.parametrize("axes", ROWS, ids="-".join)
+def test_the_rows_of_a_matrix_are_what_its_map_sums_over(axes):
+    rows, columns = muon.matrix_dimensions(axes)
+    *_, last = axes
+    stacked = [i for i, n in enumerate(axes) if n == "layers" or (n == "expert" and n != last)]
+    assert list(rows) + list(columns) == [i for i in range(len(axes)) if i not in stacked]
+    assert len(rows) == ROWS[axes]
+
+
+@pytest.mark.parametrize("name", ["decoder", "moe", "encoder", "encoder_decoder", "conv", "lstm"])
+def test_the_matrices_of_every_model_are_known(rules_on, name):
+    """A model with another set of axes has to say here what the rows are."""
+    sizes = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16}
+    heads = {"num_heads": 4, "max_length": 8}
+    targets = ("query", "key", "value", "out", "up", "down", "head")
+    lora = {"lora": LoraConfig(rank=2, targets=targets), "tie_embeddings": False}
+    model, changes = {
+        "decoder": (decoder, {**heads, **lora, "num_kv_heads": 2}),
+        "moe": (decoder, {**heads, "moe": MoeConfig(num_experts=4)}),
+        "encoder": (encoder, {**heads, "pooler_dim": 8}),
+        "encoder_decoder": (encoder_decoder, heads),
+        "conv": (conv, {"kernel_size": 3}),
+        "lstm": (lstm, {"hidden_dim": 24}),
+    }[name]
+    model = model.build(model.Config(**sizes, **changes), rules_on())
+    zeros = jnp.zeros((1, 4), jnp.int32)
+    tokens = Tokens(zeros, zeros + 1, zeros)
+    source = tokens if model.config.takes_encoder else None
+
+    def everything(model, tokens, encoder):
+        return model.logits(model(tokens, encoder=encoder).hidden)
+
+    init = functools.partial(model.init, method=everything)
+    boxed = jax.eval_shape(init, jax.random.key(0), tokens, source)["params"]
+    is_box = {"is_leaf": lambda x: isinstance(x, nn.Partitioned)}
+    names = jax.tree.leaves(
+        jax.tree.map(lambda leaf: leaf.names, boxed, **is_box),
+        **{"is_leaf": lambda x: isinstance(x, tuple)},
+    )
+    found = {n for n, r in zip(names, jax.tree.leaves(roles(boxed)), strict=True) if r == "matrix"}
+    assert found and found <= set(ROWS), found - set(ROWS)
+
+
+def test_muon_makes_adapters_and_convolutions_orthogonal_as_the_maps_that_they_are():
+    axes = {
+        "lora_b": ("layers", "rank", "heads", "head_dim"),
+        "convolution": ("layers", "embed", "taps", "gates", "mlp"),
+    }
+    shapes = {"lora_b": (3, 4, 4, 6), "convolution": (3, 6, 3, 2, 7)}
+    config = OptimizerConfig("muon", 1.0, CONSTANT, weight_decay=0.0, clip_norm=0.0)
+    params, gradient = random_tree(shapes, 0), random_tree(shapes, 1)
+    [after], _ = run(config, params, [gradient], box(shapes, shapes, axes))
+    for name, (rows, columns) in {"lora_b": (4, 24), "convolution": (18, 14)}.items():
+        update = (np.asarray(after[name]) - params[name]).reshape(3, rows, columns)
+        singular = np.linalg.svd(update, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
+        assert 0.6 < singular.min() <= singular.max() < 1.3, name
+
+
+def test_bfloat16_moments_leave_the_constants_of_muon_exact():
+    """One step of a momentum that bfloat16 holds exactly is that of float32, to every bit."""
+    shapes, axes = {"up": (8, 16)}, {"up": ("embed", "mlp")}
+    params = random_tree(shapes, 0)
+    gradient = {"up": np.random.default_rng(1).integers(-8, 8, (8, 16)).astype(np.float32)}
+    steps = []
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig("muon", 1.0, CONSTANT, moment_dtype=dtype, clip_norm=0.0)
+        [after], _ = run(config, params, [gradient], box(shapes, shapes, axes))
+        steps.append(np.asarray(after["up"]))
+    np.testing.assert_array_equal(*steps)
+
+
+# moments that are factored and not, of more layers than a layer has rows, and of one number
+ADAFACTOR = {
+    "up": ((3, 128, 130), ("layers", "embed", "mlp")),
+    "out": ((140, 2, 130, 4), ("layers", "heads", "head_dim", "embed")),
+    "scale": ((3, 6), ("layers", None)),
+    "gain": ((3, 1), ("layers", None)),
+}
+
+
+def test_adafactor_updates_stacked_layers_as_it_updates_each():
+    """Of gradients and parameters whose sizes differ from layer to layer by up to 100."""
+    shapes = {n: shape for n, (shape, _) in ADAFACTOR.items()}
+    axes = {n: names for n, (_, names) in ADAFACTOR.items()}
+    config = OptimizerConfig("adafactor", 0.1, CONSTANT, clip_norm=0.0)
+
+    def uneven(seed):
+        def one(x):
+            sizes = 10.0 ** np.random.default_rng(seed).uniform(-1, 1, len(x))
+            return x * sizes.astype(np.float32).reshape(-1, *[1] * (x.ndim - 1))
+
+        return {n: one(x) for n, x in random_tree(shapes, seed).items()}
+
+    trees = [uneven(seed) for seed in range(4)]  # parameters and three gradients
+    (*_, stacked), state = run(config, trees[0], trees[1:], box(shapes, shapes, axes))
+    for name, (shape, names) in ADAFACTOR.items():
+        boxed = box([name], {name: shape[1:]}, {name: names[1:]})
+        for layer in (0, len(stacked[name]) - 1):
+            own = [{name: tree[name][layer]} for tree in trees]
+            (*_, alone), _ = run(config, own[0], own[1:], boxed)
+            np.testing.assert_allclose(
+                stacked[name][layer], alone[name], rtol=1e-5, atol=1e-6, err_msg=name
+            )
+    sizes = {n: x.shape for n, x in optax.tree.get(state, "v_row").items()}
+    assert sizes == {"up": (3, 128), "out": (1,), "scale": (1,), "gain": (1,)}
 
 
 def test_the_average_of_weights_is_the_loop():
