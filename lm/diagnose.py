@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 
 from lm import optim
@@ -68,8 +67,11 @@ def verdict(first: Outcome, replay: Outcome, float32: Outcome | None) -> str:
 def describe(step: Finished) -> str:
     """What is bad about a step, in a line."""
     norm = float(step.facts["grad_norm"])
-    finite = math.isfinite(norm) and math.isfinite(step.sums["objective"])
-    what = "its gradient is a spike" if finite else "not finite"
+    what = "its gradient is a spike"
+    if not (math.isfinite(norm) and math.isfinite(step.sums["objective"])):
+        what = "not finite"
+    elif not step.facts["finite_params"]:
+        what = "its update is not finite (see config.optimizer)"
     return f"step {step.step}: {what}: loss {_mean(step.sums):.4g}, gradient norm {norm:.4g}"
 
 
@@ -119,20 +121,16 @@ def diagnose(
 
 def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: int) -> Outcome:
     """What the step comes to in float32."""
-    guard, k = experiment.config.guard, experiment.config.train.num_microbatches
+    k = experiment.config.train.num_microbatches
     parts = experiment.rules.size("batch") * experiment.model.num_microbatches
     if experiment.batch_size % (2 * k * parts) == 0:
         k *= 2  # as activations take twice the memory
     other = experiment.variant({"model.dtype": "float32", "train.num_microbatches": k})
 
     def run(state: TrainState, batch: Batch) -> Any:
-        gradients, sums = other.gradients(state.params, batch, step)
-        norm = optax.tree.norm(gradients) / jnp.maximum(sums["tokens"], 1.0)
-        bad = ~jnp.isfinite(norm) | ~jnp.isfinite(sums["objective"])
-        if guard.spike_factor:
-            factor, warmup = guard.spike_factor, guard.spike_warmup
-            bad |= optim.is_spike(state.opt_state, norm, factor=factor, warmup=warmup)
-        return sums, norm, bad
+        # the update is a part of it, too: what isn't returned is not kept
+        _, sums, facts = other._train_step(state.replace(step=jnp.int32(step)), batch)
+        return sums, facts["grad_norm"], facts["bad"]
 
     everywhere = experiment.rules.sharding()
     sums, norm, bad = jax.device_get(jax.jit(run, out_shardings=everywhere)(state, batch))

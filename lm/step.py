@@ -106,7 +106,8 @@ def train_step(
     `shardings`, those of the optimizer's view of the trained parameters, are pinned on the
     gradients: where that view is finer (ZeRO-1), devices reduce and update only their own part.
 
-    Facts: grad_norm, before clipping; bad, bool; updates, int32, applied before this one; and those
+    Facts: grad_norm, before clipping; bad, bool; finite_params, bool, whether those that the update
+    gives are finite; updates, int32, applied before this one; and those
     of `fingerprint`; with `measure_noise`, which needs several micro-batches, those of
     `lm.noise_scale.estimate`.
     """
@@ -119,14 +120,14 @@ def train_step(
     if shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, shardings)
     norm = optax.tree.norm(grads)
-    bad = ~jnp.isfinite(norm) | ~jnp.isfinite(sums["objective"])
-    if spike_factor:
-        bad |= optim.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
     rest, trained = parameters.split(state.params, frozen)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = optax.apply_updates(trained, updates)
     # a finite gradient may still give an update that is not
-    bad |= ~jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+    written = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+    bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["objective"]) & written)
+    if spike_factor:
+        bad |= optim.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(bad, old, new),
@@ -134,7 +135,7 @@ def train_step(
         (params, opt_state),
     )
     params = parameters.join(params, rest)
-    facts = {"grad_norm": norm, "bad": bad, **fingerprint(batch)}
+    facts = {"grad_norm": norm, "bad": bad, "finite_params": written, **fingerprint(batch)}
     facts["updates"] = optim.norm_state(state.opt_state).steps
     if measure_noise:
         facts |= noise_scale.estimate(sums, norm)

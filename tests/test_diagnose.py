@@ -213,8 +213,14 @@ def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
 
 def test_a_bad_step_is_described_in_a_line(make_experiment):
     sums = {"loss": 6.0, "objective": 6.0, "tokens": 2.0}
-    spike = Finished(7, sums, {"grad_norm": np.float32(123.4), "bad": True}, None, None)
+    facts = {"grad_norm": np.float32(123.4), "bad": True, "finite_params": True}
+    spike = Finished(7, sums, facts, None, None)
     assert d.describe(spike) == "step 7: its gradient is a spike: loss 3, gradient norm 123.4"
+    overflow = Finished(7, sums, {**facts, "finite_params": False}, None, None)
+    assert d.describe(overflow) == (
+        "step 7: its update is not finite (see config.optimizer): loss 3, gradient norm 123.4"
+    )
     sums = {**sums, "loss": NAN, "objective": NAN}
-    broken = Finished(7, sums, {"grad_norm": np.float32(NAN), "bad": True}, None, None)
+    facts = {"grad_norm": np.float32(NAN), "bad": True, "finite_params": False}
+    broken = Finished(7, sums, facts, None, None)
     assert d.describe(broken) == "step 7: not finite: loss nan, gradient norm nan"
