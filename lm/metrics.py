@@ -115,9 +115,8 @@ class Progress:
         """
         now = time.monotonic()
         if self._live:
-            kept = keep or final
-            shown = text + "\n" if kept else _fit(text, shutil.get_terminal_size().columns - 1)
-            self._stream.write("\r\x1b[K" + shown)
+            shown = _fit(text, shutil.get_terminal_size().columns - 1)
+            self._stream.write("\r\x1b[K" + shown + ("\n" if keep or final else ""))
         elif final or now - self._last >= self._pause:
             self._stream.write(text + "\n")
         else:
@@ -311,10 +310,10 @@ class Writer:
             parts.append("every update skipped" if len(window) > 1 else "update skipped")
         if speed is not None:
             left = (self._num_steps - done) * speed.step_seconds
-            parts += [f"{quantity(speed.tokens)} tokens/s", f"{seconds(left)} left"]
+            parts += [f"{quantity(speed.tokens)} tok/s", f"{seconds(left)} left"]
         parts.append(f"grad norm {float(window[-1].facts['grad_norm']):.3g}")
         if self._learning_rate is not None:
-            parts.append(f"lr {self._learning_rate:.2e}")
+            parts.append(f"lr {self._learning_rate:.2g}")
         if speed is not None and self._flops_per_token is not None:
             flops = speed.tokens * self._flops_per_token
             known = bool(self._peak_flops)

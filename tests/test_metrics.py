@@ -268,15 +268,16 @@ def progress_of(stream, folder, *, steps=5, **changes):
     return writer
 
 
-def test_a_terminal_keeps_a_line_for_each_window_and_draws_every_step_below(tmp_path):
+def test_a_terminal_keeps_a_line_for_each_window_and_draws_every_step_below(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     terminal = Terminal()
     progress_of(terminal, tmp_path, every=2)
     first, second, live = on_screen(terminal)
     assert first == (
-        "step 2/20 · loss 3.5000 · 2k tokens/s · 9s left · grad norm 1 · lr 3.00e-04 · 20kFLOP/s"
+        "step 2/20 · loss 3.5000 · 2k tok/s · 9s left · grad norm 1 · lr 0.0003 · 20kFLOP/s"
     )
-    assert second.startswith("step 4/20 · loss 5.5000 · 2k tokens/s · 8s left · grad norm 2 ")
-    assert live.startswith("step 5/20 · loss 7.0000 · 2k tokens/s · 8s left · grad norm 2.5 ")
+    assert second.startswith("step 4/20 · loss 5.5000 · 2k tok/s · 8s left · grad norm 2 ")
+    assert live.startswith("step 5/20 · loss 7.0000 · 2k tok/s · 8s left · grad norm 2.5 ")
 
 
 def test_in_a_pipe_there_is_a_plain_line_for_each_window(tmp_path):
@@ -290,13 +291,13 @@ def test_a_line_that_is_too_long_for_the_terminal_loses_its_last_parts(tmp_path,
     monkeypatch.setenv("COLUMNS", "40")
     terminal = Terminal()
     progress_of(terminal, tmp_path, every=4, steps=3)
-    assert on_screen(terminal) == ["step 3/20 · loss 5.0000 · 2k tokens/s"]
+    assert on_screen(terminal) == ["step 3/20 · loss 5.0000 · 2k tok/s"]
 
 
 def test_a_window_without_a_timed_step_has_no_speed(tmp_path):
     terminal = Terminal()
     progress_of(terminal, tmp_path, every=1, steps=1, peak_flops=1e6).close()
-    assert on_screen(terminal)[0] == "step 1/20 · loss 3.0000 · grad norm 0.5 · lr 3.00e-04"
+    assert on_screen(terminal)[0] == "step 1/20 · loss 3.0000 · grad norm 0.5 · lr 0.0003"
     [record] = read(str(tmp_path))
     assert not {"tokens_per_second", "mfu"} & record.keys()
 
