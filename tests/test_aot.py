@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -26,12 +27,14 @@ from lm.aot import (
     hlo,
     memory,
     plan,
+    plausibility,
     report,
     topology,
     traffic,
     wires,
     work,
 )
+from lm.aot.roofline import Times
 from lm.experiment import Experiment
 
 needs_tpu = pytest.mark.skipif(
@@ -641,6 +644,63 @@ def test_an_involuntary_rematerialization_is_told(small_plan, make_experiment):
     experiment = make_experiment(fsdp=4, data=2)
     found = plan.findings.warnings(small_plan[2][0], experiment, target, (), (line, "other"))
     assert "bf16[8,16] jit(f)/embedding/gather" in found[0]
+
+
+def analysed(experiment, made, **changes):
+    return plan.analyse(experiment, topology.parse("cpu:4"), dataclasses.replace(made, **changes))
+
+
+def test_a_program_whose_loops_are_not_found_is_no_plan(make_experiment):
+    """The same text, but with loops that are written in a way which nobody reads."""
+    changes = {"model.num_layers": 8, "data.batch_size": 8}
+    experiment = make_experiment(changes, fsdp=4)
+    made = compiling.compile_step(experiment.lower_train_step())
+    assert analysed(experiment, made).work.flops > 0
+    program = made.program.replace("known_trip_count", "trips").replace("direction=", "way=")
+    with pytest.raises(plausibility.ImplausiblePlan) as error:
+        analysed(experiment, made, program=program)
+    message = str(error.value)
+    assert re.search(r"its products are \S+ FLOP a device, [1-5]\d\.\d% of the model's", message)
+    for library in ("jax", "jaxlib"):
+        assert f"{library} {importlib.metadata.version(library)}" in message
+    assert "\n" not in message and "cpu:4" in message
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: {"collectives": []}, "0 collectives cross fsdp (4) in 2 layers, with 0 bytes"),
+        (
+            lambda p: {"memory": dataclasses.replace(p.memory, total=2 * p.memory.stated)},
+            "its buffers add up to",
+        ),
+        (
+            lambda p: {"memory": dataclasses.replace(p.memory, groups={"batch": 1})},
+            "parameters take 0 bytes, their shards",
+        ),
+        (
+            lambda p: {"peak_flops": 1.0, "times": Times(0.0, 1e-3, {}, None, ())},
+            "MFU would be up to ",
+        ),
+        (
+            lambda p: {"work": dataclasses.replace(p.work, flops=0.5 * p.model_flops)},
+            "50.0% of the model's",
+        ),
+    ],
+)
+def test_figures_that_cannot_be_right_are_named(compiled, change, message):
+    experiment, made = compiled
+    target = topology.parse("cpu:4")
+    whole = plan.analyse(experiment, target, made)
+    mesh = experiment.rules.mesh
+    found = traffic.collectives(
+        hlo.parse(made.program), mesh.axis_names, tuple(mesh.shape.values())
+    )
+    plausibility.check(whole, experiment, found)
+    changes = change(whole)
+    found = changes.pop("collectives", found)
+    with pytest.raises(plausibility.ImplausiblePlan, match=re.escape(message)):
+        plausibility.check(dataclasses.replace(whole, **changes), experiment, found)
 
 
 @needs_tpu

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lm import config_tree
-from lm.aot import chips, plan, report, search, sizing, topology, wires
+from lm.aot import chips, plan, plausibility, report, search, sizing, topology, wires
 from lm.aot import estimate as estimating
 from lm.aot.memory import Memory
 from lm.aot.roofline import Times
@@ -213,6 +213,14 @@ def test_slices_that_cannot_hold_the_state_are_not_compiled(make_config):
 def test_a_slice_of_one_chip_is_the_smallest_where_it_is_on_offer(make_config, name, smallest):
     found = sizing.fewest_chips(make_config({"mesh.data": -1}), name, lambda *a: made(name=a[1]))
     assert found.winner is not None and found.winner.flags == f"--topology={smallest}"
+
+
+def test_a_plan_that_cannot_be_right_is_no_reason_for_a_larger_slice(make_config):
+    def make(*_):
+        raise plausibility.ImplausiblePlan("not understood")
+
+    with pytest.raises(plausibility.ImplausiblePlan):
+        sizing.fewest_chips(make_config({"mesh.data": -1}), "cpu:8", make)
 
 
 def test_slices_whose_sizes_do_not_divide_are_told(make_config):

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from lm import config_tree
-from lm.aot import chips
+from lm.aot import chips, plausibility
 from lm.aot.plan import Decode, Plan, from_json, make, without_data
 from lm.metrics import Progress
-
-LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 
 
 def cached(
@@ -52,7 +48,7 @@ def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = No
         "topology": name,
         "decode": None if decode is None else dataclasses.asdict(decode),
         "code": _code(),
-        "versions": _versions(),
+        "versions": plausibility.versions(),
         "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "gpu_share": chips.gpu_share(),
     }
@@ -65,16 +61,6 @@ def _code() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def _versions() -> Mapping[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _folder() -> Path:

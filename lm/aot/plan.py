@@ -24,6 +24,7 @@ from lm.aot import (
     findings,
     hlo,
     memory,
+    plausibility,
     roofline,
     topology,
     traffic,
@@ -200,7 +201,11 @@ def analyse(
     config_name: str = "",
     decode: Decode | None = None,
 ) -> Plan:
-    """The Plan of a program that has been compiled, or refused for want of memory."""
+    """The Plan of a program that has been compiled, or refused for want of memory.
+
+    Raises:
+        ImplausiblePlan: its figures cannot be right, so the compiler's output was not understood.
+    """
     c, mesh = experiment.config, experiment.rules.mesh
     module = hlo.parse(compiled.program)
     leaves = jax.tree.leaves(experiment.abstract_params)
@@ -238,6 +243,7 @@ def analyse(
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
     )
+    plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)
     plan = dataclasses.replace(plan, warnings=warnings)
     tries = advice.advice(plan, experiment) if decode is None else ()

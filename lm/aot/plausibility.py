@@ -1,0 +1,127 @@
+"""A plan held against what must be true of it: figures are read from a compiler's output whose form
+no version promises, and one that is read wrongly looks like any other.
+
+A step multiplies no less than its model, no device exceeds its peak, layers whose weights are
+sharded have them gathered, and the buffers add up to what the compiler says of its memory.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import parameters
+from lm.aot.traffic import Collective
+from lm.exits import Exit, RunError
+from lm.experiment import Experiment
+
+LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
+COMPILERS = LIBRARIES[:4]
+TESTED = "jax 0.10.2 with libtpu 0.0.42, jax 0.12.0.1 with libtpu 0.0.52"
+# Of the model's FLOPs. A branch that data chooses counts in equal parts with the others, which of
+# attention in a ring may be a little less than what runs.
+LEAST_FLOPS = 0.9
+LEAST_PARAMETERS = (
+    0.9  # of the bytes of their shards: those that a step has no use for are left out
+)
+BUFFERS = 0.1  # that they may be off from the compiler's own total; seen: 0.02
+
+
+class ImplausiblePlan(RunError):
+    """Figures that cannot be right. No mistake of the user's, and so no ValueError, which a search
+    takes for a candidate that does not fit.
+    """
+
+    code = Exit.ERROR
+
+
+def check(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) -> None:
+    """Raises ImplausiblePlan, with what is wrong and the versions, unless a plan can be true."""
+    wrong = [*_work(plan, experiment), *_memory(plan, experiment)]
+    wrong += _gathers(plan, experiment, collectives)
+    if wrong:
+        found = versions()
+        named = ", ".join(f"{name} {found[name]}" for name in COMPILERS if name in found)
+        raise ImplausiblePlan(
+            f"the plan for {plan.topology} cannot be right: {'; '.join(wrong)}. The output of this "
+            f"compiler is not understood ({named}); tested are {TESTED}"
+        )
+
+
+def versions() -> Mapping[str, str]:
+    """Of the libraries that a plan depends on, those that are installed."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
+    if not plan.model_flops:
+        return
+    needed = plan.model_flops * LEAST_FLOPS * _kept(experiment)
+    if plan.work.flops < needed and not plan.work.unknown:
+        share = plan.work.flops / plan.model_flops
+        yield (
+            f"its products are {plan.work.flops:.3g} FLOP a device, {share:.1%} of the model's "
+            f"{plan.model_flops:.3g}"
+        )
+    mfu = plan.mfu(plan.times.least)
+    if mfu is not None and mfu > 1:
+        kernels = f" ({len(plan.work.unknown)} kernels declare no FLOPs)"
+        yield f"MFU would be up to {mfu:.1%}{kernels if plan.work.unknown else ''}"
+
+
+def _kept(experiment: Experiment) -> float:
+    """The part of the model's FLOPs that a capacity of experts may leave."""
+    moe = getattr(experiment.config.model, "moe", None)
+    if moe is None or not moe.num_experts or moe.dispatch != "capacity":
+        return 1.0
+    return min(1.0, moe.capacity_factor)
+
+
+def _memory(plan: Any, experiment: Experiment) -> Iterator[str]:
+    memory = plan.memory
+    if memory.stated is not None and abs(memory.total - memory.stated) > BUFFERS * memory.stated:
+        yield f"its buffers add up to {memory.total} bytes, the compiler says {memory.stated}"
+    if plan.step != "train":
+        return
+    leaves = jax.tree.leaves(experiment.abstract_params)
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in leaves
+        if x.sharding.memory_kind != "pinned_host"
+    )
+    found = memory.groups.get("parameters", 0)
+    if found < LEAST_PARAMETERS * held:
+        yield f"parameters take {found} bytes, their shards {held}"
+
+
+def _gathers(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) -> Iterator[str]:
+    """Of a scanned stack: layers of which neither weights nor activations cross `fsdp`."""
+    c, mesh = experiment.config, experiment.rules.mesh
+    layers, n = getattr(c.model, "num_layers", 0), mesh.shape["fsdp"]
+    if plan.step != "train" or n == 1 or mesh.shape["stage"] > 1:
+        return
+    itemsize = jnp.dtype(c.model.dtype).itemsize
+    needed = 0.0  # bytes that a device takes in for one forward pass
+    for name, leaf in parameters.flatten(experiment.abstract_params).items():
+        axes = [a for e in leaf.sharding.spec if e for a in ((e,) if isinstance(e, str) else e)]
+        if "fsdp" in axes and "layers" in name.split("."):
+            shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            needed += shard * (n - 1) * itemsize
+    over = [x for x in collectives if "fsdp" in x.axes]
+    count, sent = sum(x.times for x in over), sum(x.bytes for x in over)
+    if count < layers and sent < needed:
+        yield (
+            f"{count:.0f} collectives cross fsdp ({n}) in {layers} layers, with {sent:.3g} bytes "
+            f"where one pass over their weights takes {needed:.3g}"
+        )
