@@ -2,11 +2,13 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lm import metrics, plot
+from lm import figures, metrics, plot, show
 from lm.telemetry import fonts
 from scripts import pretrain
 
@@ -136,3 +138,15 @@ def test_a_run_with_chinese_names_is_drawn_without_boxes(tmp_path, han_font, rec
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
     [legend] = plot.loss_figure(str(folder)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["training", r"红\u68a6"]
+
+
+def test_tokens_of_other_scripts_are_drawn_without_boxes(matplotlib_fonts, han_font, recwarn):
+    lens = types.SimpleNamespace(confidence=np.full((1, 1, 2), 0.5))
+    pairs = [("红", "梦"), ("$x$", "b")]
+    for figure in (
+        figures.lens_figure(lens, ["红", "$x$"], [["楼", "梦"]]),
+        figures.pairs_figure(pairs, np.ones((2, 2))),
+        show.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
+    ):
+        FigureCanvasAgg(figure).draw()
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -1,4 +1,4 @@
-"""How often 90% intervals hold the truth: 200 made tables, each fitted as a table of a user is.
+"""How often 90% intervals hold the truth, on made tables fitted as a table of a user is.
 
 python -m pytest -m slow tests/test_scaling_coverage.py -s
 """
@@ -62,8 +62,9 @@ def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, req
     runs = (sizes, tokens, 6 * sizes * tokens)
     rng = np.random.default_rng(2)
     truth = np.array([getattr(CHINCHILLA, n) for n in NAMES[:5]])
-    inside = np.zeros((TRIALS, 5), bool)
-    for trial in range(TRIALS):
+    trials = TRIALS if len(sizes) < 100 else TRIALS // 2  # which take ten times as long
+    inside = np.zeros((trials, 5), bool)
+    for trial in range(trials):
         loss = CHINCHILLA.loss(sizes, tokens) * (1 + noise * draw(rng, tokens))
         table = Table(*runs, loss, np.arange(len(loss)), "total")
         fit = parametric.fit(table)
@@ -76,7 +77,8 @@ def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, req
             inside[trial, k] = found.low <= truth[k] <= found.high
     share = dict(zip(NAMES[:5], inside.mean(axis=0).round(3).tolist(), strict=True))
     print(f"\n{request.node.callspec.id}: {share}")
-    assert all(0.85 <= v <= MOST for v in share.values()), share
+    least = 0.9 - 2.4 * np.sqrt(0.9 * 0.1 / trials)  # 0.85 of 200
+    assert all(least <= v <= MOST for v in share.values()), share
 
 
 @pytest.mark.slow
@@ -85,8 +87,8 @@ def test_intervals_of_isoflop_exponents_hold_the_truth_as_often():
         return CHINCHILLA.loss(n, d) * np.exp(0.005 * rng.standard_normal(len(n)))
 
     inside = []
-    for trial in range(100):
-        found = analyse(unbalanced(loss, seed=trial), source(), Options(num_replicates=60))
+    for trial in range(40):
+        found = analyse(unbalanced(loss, seed=trial), source(), Options(num_replicates=40))
         a = found.isoflop.parameters.exponent
         inside.append(a.low <= CHINCHILLA.parameters_exponent <= a.high)
     print(f"\nisoflop: {np.mean(inside):.2f}")

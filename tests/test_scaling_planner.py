@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lm.scaling import artefact, figures, intervals, planner, report
 from lm.scaling.analysis import analyse
@@ -149,7 +150,7 @@ def test_figures_show_every_run_and_every_size(runs, result):
     [stars] = [line for line in axis.lines if line.get_marker() == "*"]
     assert list(stars.get_xdata()) == result.isoflop.points["parameters"]
     for figure in made.values():
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
         for axis in figure.axes:  # no legend lies on what is drawn
             if (legend := axis.get_legend()) is not None:
                 assert not legend.get_window_extent().overlaps(axis.get_window_extent())
