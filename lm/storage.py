@@ -4,13 +4,9 @@ legal name means itself, whatever is special in it to URLs and patterns.
 
 from __future__ import annotations
 
-import glob
 import os
 import urllib.parse
-from collections.abc import Iterator
-from typing import Any, Self
-
-from etils.epath import gpath
+from typing import Any
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore
 _SCHEMES = (*_DRIVERS, "file", "http", "https", "memory")
@@ -54,14 +50,7 @@ def kvstore(folder: str) -> dict[str, Any]:
     return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
 
 
-class LiteralPath(gpath.PosixGPath):
-    """A path whose own characters mean themselves to `glob` too. etils takes `runs/[x]*` for a
-    pattern, and Orbax, which lists what its processes wrote by `glob`, then loses it.
-    """
-
-    def glob(self, pattern: str) -> Iterator[Self]:
-        if is_url(str(self)):
-            yield from super().glob(pattern)
-        else:
-            for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
-                yield self._new(path)
+def printable(name: str) -> str:
+    """A name for the screen: bytes that are no UTF-8 as \\xff, no line breaks."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return text.replace("\r", "\\r").replace("\n", "\\n")

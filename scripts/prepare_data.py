@@ -12,12 +12,14 @@ out, by the hash of its id, in one of them.
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lm import storage
 from lm.data import corpus, prepare
 
 
@@ -49,8 +51,8 @@ def main() -> None:
         else:
             for i in range(flags.folds):
                 fold = dataclasses.replace(whole, fold=(i, flags.folds))
-                _prepare(fold, str(Path(flags.out) / str(i)), flags)
-    except ValueError as error:
+                _prepare(fold, os.path.join(storage.expand(flags.out, "--out"), str(i)), flags)
+    except (ValueError, OSError) as error:
         sys.exit(f"prepare_data: {error}")
     except KeyboardInterrupt:
         sys.exit("prepare_data: interrupted; the same command goes on from here")
@@ -71,7 +73,7 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
             if result.was_complete
             else f"took {time.monotonic() - start:.1f} s"
         )
-        print(f"{prepare.summary(result.manifests)}\nstores in {out} {done}")
+        print(f"{prepare.summary(result.manifests)}\nstores in {storage.printable(out)} {done}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lm.data import corpus as corpus_module
+from lm.data import prepare as prepare_module
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.prepare import prepare, summary
 from lm.data.sources import Skipped
@@ -38,7 +39,7 @@ def texts(tmp_path_factory):
         _write(root / f"{i:03d}.txt", " ".join(rng.choice(words, 2500)))
     for i in range(0, 300, 30):
         _write(root / f"{i:03d}_again.txt", REPEATED)
-        _write(root / f"{i:03d}_bad.txt", b"\xff\xfe")
+        _write(root / f"{i:03d}_bad.txt", b"\xc3(")
         _write(root / f"{i:03d}_empty.txt", "")
     return root
 
@@ -275,15 +276,121 @@ def test_folder_with_a_store_of_unknown_origin_is_left_alone(tmp_path):
         (b"text", "none of the 1 documents .* falls into (train|validation) .*--split=tail"),
     ],
 )
-def test_split_without_documents_is_an_error_and_leaves_nothing(tmp_path, content, message):
+def test_split_without_documents_is_an_error_and_leaves_parts_alone(tmp_path, content, message):
     _write(tmp_path / "a.txt", content)
     corpus = Corpus(data=[str(tmp_path / "a.txt")])
     with pytest.raises(ValueError, match=message):
         prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
-    assert {file for file in _content(tmp_path / "out")} <= {"lock"}
+    left = {file.partition("-")[0] for file in _content(tmp_path / "out")} - {"lock"}
+    assert left == ({"parts"} if content == b"text" else set())
     _write(tmp_path / "a.txt", "another text")
     corpus = Corpus(data=[str(tmp_path / "a.txt")], validation_fraction=0)
     assert prepare(corpus, tokenizer="bytes", out=tmp_path / "out").manifests.keys() == {"train"}
+
+
+def test_parts_survive_a_split_without_documents(tmp_path, monkeypatch):
+    """Their ids are of records: only reading them tells that none falls into validation."""
+    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    for i in range(4):
+        _write(tmp_path / "texts" / f"{i}.jsonl", json.dumps({"text": f"document {i}"}))
+    data, out = [str(tmp_path / "texts")], tmp_path / "out"
+    corpus = Corpus(data=data, validation_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"none of the 4 documents .* keeps what is done"):
+        prepare(corpus, tokenizer="bytes", out=out, num_workers=1)
+    parts = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*.npz")}
+    assert len(parts) == 4 and not (out / "train").exists()
+    written = []
+    monkeypatch.setattr(prepare_module, "_write_part", lambda *call: written.append(call))
+    prepared = prepare(Corpus(data=data, validation_fraction=0.5), tokenizer="bytes", out=out)
+    assert not written  # the finished parts were joined
+    assert sum(m["num_documents"] for m in prepared.manifests.values()) == 4
+    assert not list(out.glob("parts-*"))
+    monkeypatch.undo()
+    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    again = tmp_path / "again"
+    prepare(Corpus(data=data, validation_fraction=0.5), tokenizer="bytes", out=again, num_workers=1)
+    assert _content(again) == _content(out)
+
+
+def test_an_empty_split_is_an_error_before_anything_is_done(tmp_path, monkeypatch):
+    """Ids of whole files are known at the start."""
+    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    for i in range(4):
+        _write(tmp_path / "texts" / f"{i}.txt", f"document {i}")
+    corpus = Corpus(data=[str(tmp_path / "texts")], validation_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"none of the 4 documents .* falls into validation"):
+        prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_records_are_an_error_unless_allowed(tmp_path):
+    lines = [{"text": f"good {i}"} for i in range(9)] + [{"body": "x", "title": "y"}]
+    _write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+    corpus = Corpus(data=[str(tmp_path / "a.jsonl")], validation_fraction=0)
+    named = r"1 missing_field \(a\.jsonl@\d+ \(it has body, title\)\)"
+    lost = rf"1 of 10 .*10\.0%.*{named}.*--max-loss=0\.1"
+    with pytest.raises(ValueError, match=lost):
+        prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    assert not (tmp_path / "out" / "train").exists()
+    corpus = Corpus(data=corpus.data, validation_fraction=0, max_loss=0.1)
+    manifest = prepare(corpus, tokenizer="bytes", out=tmp_path / "out").manifests["train"]
+    assert manifest["num_documents"] == 9 and manifest["skipped"] == {"missing_field": 1}
+
+
+def test_files_that_are_not_read_are_counted_and_named(tmp_path):
+    for i in range(30):
+        _write(tmp_path / "texts" / f"{i}.md", f"text {i}")
+    _write(tmp_path / "texts" / "table.parquet", b"x" * 1000)
+    _write(tmp_path / "texts" / ".git" / "config", "x")
+    (tmp_path / "texts" / "gone.md").symlink_to("nowhere")
+    flags = [str(tmp_path / "texts"), "bytes", tmp_path / "out", "--validation-fraction=0.3"]
+    result = subprocess.run(_command(*flags), capture_output=True, text=True)
+    assert result.returncode == 1 and not (tmp_path / "out").exists()
+    assert "files with 83.3% of the bytes are not read: 1 other_file_type" in result.stderr
+    assert "(table.parquet)" in result.stderr and "--max-loss=0.84" in result.stderr
+    table = _run(*_command(*flags, "--max-loss=0.9"))
+    assert "1 dangling_link, 1 hidden, 1 other_file_type" in table
+    for line in ("dangling_link: gone.md", "hidden: .git", "other_file_type: table.parquet"):
+        assert f"  {line}\n" in table
+
+
+def test_names_that_are_no_utf8_are_prepared_and_printed(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    for i in range(40):
+        _write(folder / os.fsdecode(b"caf\xe9%d.txt" % i), f"text {i}")
+    _write(folder / os.fsdecode(b"\xff.txt"), "")
+    out = folder / "stores"
+    table = _run(*_command(folder / "*.txt", "bytes", out, "--validation-fraction=0.3"))
+    assert r"empty: \xff.txt" in table and r"\xe9t\xe9" in table
+    ids = set()
+    for split in ("train", "validation"):
+        store = TokenStore.open(out / split)
+        ids |= {store.document_ids(i) for i in range(store.num_documents)}
+    assert ids == {os.fsdecode(b"caf\xe9%d.txt" % i) for i in range(40)}
+
+
+@pytest.mark.parametrize("name", ["", "file", "file/below"])
+def test_out_that_can_be_no_folder_is_one_line(tmp_path, name):
+    _write(tmp_path / "a.txt", "text")
+    _write(tmp_path / "file", "")
+    result = subprocess.run(
+        _command("a.txt", "bytes", name, "--validation-fraction=0"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("prepare_data: ")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "file"]
+
+
+def test_documents_of_white_space_are_counted(tmp_path):
+    for name, content in (("a.txt", "text"), ("b.txt", " \n\t\u3000"), ("c.txt", "")):
+        _write(tmp_path / name, content)
+    corpus = Corpus(data=[str(tmp_path / "*.txt")], validation_fraction=0)
+    manifest = prepare(corpus, tokenizer="bytes", out=tmp_path / "out").manifests["train"]
+    assert manifest["num_documents"] == 1
+    assert manifest["skipped"] == {"empty": 1, "white_space": 1}
 
 
 def test_tail_split_keeps_the_last_characters_of_each_document(tmp_path):
@@ -408,7 +515,7 @@ def test_train_tokenizer_script_writes_a_model_that_prepares(texts, tmp_path):
     output = _run(*command, f"--data={first}", f"--out={model}", "--vocab-size=500")
     assert "trained on" in output
     assert os.listdir(model.parent) == ["x.model"]
-    _run(*_command(first, model, tmp_path / "out", "--validation-fraction=0.3"))
+    _run(*_command(first, model, tmp_path / "out", "--validation-fraction=0.3", "--max-loss=0.1"))
     result = subprocess.run(
         [*command, f"--data={first}", f"--out={model}x"], capture_output=True, text=True
     )

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ import tensorflow_datasets as tfds
 
 class Poems(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="short", version="1.0.0")]
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name=name, version="1.0.0") for name in ("short", "large")
+    ]
 
     def _info(self):
         features = {"poem": tfds.features.Text(), "title": tfds.features.Text(), "year": np.int64}
@@ -27,11 +30,22 @@ class Poems(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, count):
         for i in range(count):
-            poem = b"\\xff" if i == 7 else f"poem {i} \\u00e4\\n".encode() * 20
+            large = 4000 if self.builder_config.name == "large" else 1
+            poem = b"\\xff" if i == 7 else large * f"poem {i} \\u00e4\\n".encode() * 20
             mood = -1 if i == 3 else i % 2
             yield i, {"poem": poem, "title": f"title {i}", "year": i, "mood": mood}
 """
-RUN = "import sys; from poems import Poems; Poems(data_dir=sys.argv[1]).download_and_prepare()"
+RUN = """
+import sys
+import tensorflow_datasets as tfds
+from poems import Poems
+one_shard = tfds.download.DownloadConfig(num_shards=1)
+Poems(data_dir=sys.argv[1], config="short").download_and_prepare()
+Poems(data_dir=sys.argv[1], config="large").download_and_prepare(download_config=one_shard)
+Poems(
+    data_dir=sys.argv[1] + "/array", config="short", file_format="array_record"
+).download_and_prepare()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +98,47 @@ def test_units_of_any_size_give_the_same_documents_as_the_folder(data_dir, monke
     assert _read(source) == whole
 
 
+def test_array_records_are_read_as_well(data_dir, monkeypatch):
+    def poems(folder):
+        return _poems(_read(TfdsSource("poems/short", {"text": "poem"}, data_dir=str(folder))))
+
+    whole = poems(data_dir / "array")
+    assert sorted(whole) == sorted(poems(data_dir)) and len(whole) == 40
+    monkeypatch.setattr("lm.data.sources.tfds._ARRAY_RECORD_UNIT_BYTES", 1500)
+    assert poems(data_dir / "array") == whole
+
+
+def test_a_shard_is_read_once(data_dir):
+    def bytes_read():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(lines[0].removeprefix("rchar: "))
+
+    [file] = (data_dir / "poems/large/1.0.0").glob("*train*")
+    source = TfdsSource("poems/large", {"text": "poem"}, data_dir=str(data_dir))
+    units = source.units()
+    _read(TfdsSource("poems/short", {"text": "poem"}, "test", str(data_dir)))  # imports are done
+    before = bytes_read()
+    assert sum(1 for unit in units for _ in source.read(unit)) == 40
+    assert bytes_read() - before < 1.3 * file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "kept"),
+    [("poems", "tfrecord", 15), ("array/poems", "array_record", 0)],
+)
+def test_damaged_records_are_counted(data_dir, tmp_path, folder, kind, kept):
+    file = f"poems-train.{kind}-00000-of-00001"
+    shutil.copytree(data_dir / folder / "short/1.0.0", tmp_path / "copy")
+    content = bytearray((tmp_path / "copy" / file).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "copy" / file).write_bytes(content)
+    items = _read(TfdsSource(str(tmp_path / "copy"), {"text": "poem"}))
+    assert len(items) == 40
+    damaged = [item for item in items if getattr(item, "reason", "") == "damaged_file"]
+    assert damaged and damaged[0].detail
+    assert len(items) - len(damaged) >= kept
+
+
 def test_splits_and_fields_are_chosen_by_name(data_dir):
     columns = {"inputs": "title", "targets": "poem"}
     source = TfdsSource("poems/short", columns, split="test+train", data_dir=str(data_dir))
@@ -107,6 +162,10 @@ def test_splits_and_fields_are_chosen_by_name(data_dir):
         ("no_such_data_set", {}, "is not prepared in"),
         ("no_such_data_set", {"download": True}, "could not be downloaded and prepared"),
         (".", {}, "a folder, but no data set"),
+        ("/no/such/folder", {}, "tfds:/no/such/folder: no such folder; name the folder of a"),
+        ("~/no/such", {}, "tfds:~/no/such: no such folder"),
+        ("", {}, "'' is no path"),
+        ("a b?", {}, "tfds:a b. is not prepared in"),
     ],
 )
 def test_data_set_that_is_not_there_is_one_quick_error(data_dir, name, changes, message):

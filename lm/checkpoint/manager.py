@@ -25,10 +25,10 @@ from etils import epath
 from lm import device_errors
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, stored
+from lm.checkpoint.literal_path import LiteralPath
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config import CheckpointConfig
 from lm.exits import Exit, RunError
-from lm.storage import LiteralPath
 from lm.types import Params, TrainState
 
 # What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and

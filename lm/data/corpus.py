@@ -6,13 +6,16 @@ Preparation and tokenizer training read documents through here, so both agree on
 import argparse
 import hashlib
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lm.config import imported
-from lm.data.sources import Document, DocumentSource, Skipped, Unit
+from lm.data.sources import Document, DocumentSource, ListedSource, Skipped, Unit
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
@@ -33,6 +36,8 @@ class Corpus:
     validation_fraction: 0 makes no validation store.
     split: "hash" sends whole documents by a hash of their id, "tail" the last characters of each
       document, for a corpus of few documents.
+    max_loss: share of the files or records that may be none to read (of an unknown type, damaged,
+      without the field, ...) before it is an error.
     fold: (i, n) holds out the documents whose hash falls into the i-th of n equal parts, in place
       of those below the fraction; so every document is held out in one of the n folds.
     """
@@ -43,6 +48,8 @@ class Corpus:
     validation_fraction: float = 0.05
     split: str = "hash"
     fold: tuple[int, int] | None = None
+    # not in the repr, by which folders of corpora are named: it changes no store
+    max_loss: float = field(default=0.05, repr=False)
     tfds_split: str = "train"
     tfds_data_dir: str | None = None
     tfds_download: bool = False
@@ -56,6 +63,8 @@ class Corpus:
             raise ValueError(
                 f"validation fraction {self.validation_fraction} must be at least 0 and below 1"
             )
+        if not 0 <= self.max_loss <= 1:
+            raise ValueError(f"max loss {self.max_loss} must be between 0 and 1")
         if self.split not in ("hash", "tail"):
             raise ValueError(f"split {self.split!r} must be hash or tail")
         if self.fold is not None:
@@ -104,15 +113,25 @@ class Corpus:
             ("validation", Document(document.id, {name: text[cut:]})),
         ]
 
+    @property
+    def cuts_documents(self) -> bool:
+        """Whether the splits are parts of each document, in place of whole ones."""
+        return self.split == "tail" and self.validation_fraction > 0
+
     def split_of(self, document_id: str) -> str:
         """Returns the split of a whole document: a pure function of its id."""
+        [is_held_out] = self.is_held_out(np.array([key_hash(document_id)], np.uint64))
+        return "validation" if is_held_out else "train"
+
+    def is_held_out(self, hashes: np.ndarray) -> np.ndarray:
+        """Returns bool [n]: whether whole documents with these `key_hash`es, uint64 [n], are of the
+        validation split.
+        """
+        low, high = 0.0, self.validation_fraction if self.split == "hash" else 0.0
         if self.fold is not None:
             index, count = self.fold
-            below = held_out(document_id, index / count)
-            is_held_out = held_out(document_id, (index + 1) / count) and not below
-        else:
-            is_held_out = self.split == "hash" and held_out(document_id, self.validation_fraction)
-        return "validation" if is_held_out else "train"
+            low, high = index / count, (index + 1) / count
+        return _below(hashes, high) & ~_below(hashes, low)
 
 
 def choose_split(corpus: Corpus) -> Corpus:
@@ -130,8 +149,18 @@ def choose_split(corpus: Corpus) -> Corpus:
 
 def held_out(key: str, fraction: float) -> bool:
     """Returns whether a key belongs to the fraction that is held out: a pure function of it."""
+    return key_hash(key) < fraction * 2**64
+
+
+def key_hash(key: str) -> int:
+    """Returns a number below 2**64 that decides where a key belongs."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
+
+
+def _below(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    limit = math.ceil(fraction * 2**64)  # exact: an integer is below both or neither
+    return hashes <= np.uint64(limit - 1) if limit else np.zeros(len(hashes), bool)
 
 
 Part = list[tuple[int, Unit]]  # number of the source, unit
@@ -153,27 +182,54 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
     return parts
 
 
-def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
-    """Yields (split, document or what was skipped, digest of the whole document) in order.
+def read_documents(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skipped, bytes]]:
+    """Yields (whole document or what was skipped, digest of the document) in order.
 
-    A document that is the same as an earlier one of the part is skipped.
+    A document that is the same as an earlier one of the part is skipped, and so is one with a field
+    of white space alone.
     """
     sources = corpus.sources()
     seen = set()
     for i, unit in part:
         for item in sources[i].read(unit):
             if isinstance(item, Skipped):
-                yield corpus.split_of(item.id), item, b""
-                continue
-            digest = _digest(item)
-            for split, document in corpus.assign(item):
-                if digest in seen:
-                    yield split, Skipped(item.id, "duplicate"), b""
-                elif not all(document.fields.values()):
-                    yield split, Skipped(item.id, "empty"), b""
-                else:
-                    yield split, document, digest
-            seen.add(digest)
+                yield item, b""
+            elif any(text.isspace() for text in item.fields.values()):
+                yield Skipped(item.id, "white_space"), b""
+            elif (digest := _digest(item)) in seen:
+                yield Skipped(item.id, "duplicate"), b""
+            else:
+                seen.add(digest)
+                yield item, digest
+
+
+def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
+    """Yields `read_documents` by split: (split, document or what was skipped, digest of the whole
+    document).
+    """
+    for item, digest in read_documents(corpus, part):
+        if isinstance(item, Skipped):
+            yield corpus.split_of(item.id), item, b""
+            continue
+        for split, document in corpus.assign(item):
+            is_empty = not all(document.fields.values())
+            yield split, Skipped(item.id, "empty") if is_empty else document, digest
+
+
+def split_without_documents(
+    corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]
+) -> str:
+    """Returns a split that no document can fall into, as far as ids alone tell: "" if none."""
+    missing = set() if corpus.cuts_documents else set(corpus.splits)
+    for part in parts:
+        for i, unit in part:
+            source = sources[i]
+            ids = source.document_ids(unit) if isinstance(source, ListedSource) else None
+            if ids is None:
+                return ""
+            for document_id in ids if missing else ():
+                missing.discard(corpus.split_of(document_id))
+    return min(missing, default="")
 
 
 def _digest(document: Document) -> bytes:
@@ -235,6 +291,13 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "'\\n\\n' "
         "(default: a file is one document); white space around documents is dropped with it",
     )
+    add(
+        "--max-loss",
+        type=float,
+        default=0.05,
+        help="share of the files (by bytes) and of the records that may be passed over for what is "
+        "wrong with them: 0 to 1 (default: 0.05)",
+    )
     add("--tfds-split", default="train", help="TFDS splits, joined by + (default: train)")
     add("--tfds-data-dir", help="where TFDS keeps prepared data sets (default: TFDS's own choice)")
     add("--tfds-download", action="store_true", help="let TFDS download what is not prepared")
@@ -258,9 +321,17 @@ def from_source_flags(flags: argparse.Namespace) -> Corpus:
     return Corpus(
         data=flags.data,
         columns=columns,
-        separator=flags.separator.replace("\\n", "\n").replace("\\t", "\t"),
+        separator=_unescaped(flags.separator),
         validation_fraction=0.0,
+        max_loss=flags.max_loss,
         tfds_split=flags.tfds_split,
         tfds_data_dir=flags.tfds_data_dir,
         tfds_download=flags.tfds_download,
     )
+
+
+def _unescaped(text: str) -> str:
+    """Returns the text with \\n, \\r and \\t, as written in a shell, as what they stand for."""
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        text = text.replace(written, meant)
+    return text

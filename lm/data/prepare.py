@@ -5,11 +5,13 @@
     OUT/train  OUT/validation the stores (see sources/tokens.py)
 
 1. The units of all sources, in order, are grouped into parts: a pure function of the data.
-2. Every part is read, split, tokenised and written to one file, moved to its name when complete.
-   Parts are independent, so workers and shards share them out, and a killed run finds its finished
-   ones again.
+2. Every part is read, tokenised and written to one file, moved to its name when complete. Parts
+   are independent, so workers and shards share them out, and a killed run finds its finished ones
+   again.
 3. Whoever sees all parts done joins them in order, dropping documents seen in an earlier part, into
-   stores that appear by one rename each, with their manifest.
+   stores that appear by one rename each, with their manifest. Whole documents are split here, by
+   the hash of their id: where a split stays empty, or too much is lost, the parts stay for another
+   attempt.
 
 So the stores are byte for byte the same whatever the workers, the shards and the kills.
 """
@@ -22,7 +24,7 @@ import json
 import os
 import shutil
 import socket
-from collections import Counter
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +32,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm import storage
 from lm.data import tokenizer as tokenizers
-from lm.data.corpus import Corpus, Part, plan_parts, read_part
+from lm.data.corpus import (
+    Corpus,
+    Part,
+    key_hash,
+    plan_parts,
+    read_documents,
+    split_without_documents,
+)
+from lm.data.joining import WHOLE, empty_split, groups, join, part_file
+from lm.data.loss import Losses, describe_examples
 from lm.data.progress import Progress, parallel
-from lm.data.sources import Skipped
-from lm.data.sources.token_writer import Block, Ragged, StoreWriter, encode_block
+from lm.data.sources import Document, DocumentSource, ListedSource, Skipped
+from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
+
+_PARTS_VERSION = 2  # to be raised when what a part holds changes
 
 
 class Prepared(NamedTuple):
@@ -57,17 +71,24 @@ def prepare(
 
     shard: (i, n) does every n-th part; whichever shard sees all parts done joins them.
     num_workers: processes; all cores if None. Raises ValueError for a missing or empty source, for
-    a split without documents, and where `out` holds something else.
+    a split without documents, where more of the data than `corpus.max_loss` is lost, and where
+    `out` holds something else.
     """
-    out = Path(out)
+    out = Path(storage.expand(os.fspath(out), "--out"))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={storage.printable(str(out))} is a file, not a folder")
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
     loaded = tokenizers.load(tokenizer)
-    parts = plan_parts(corpus.sources())
-    plan = _claim(out, _plan(corpus, loaded, parts))
-    folder = out / f"parts-{plan['hash'][:16]}"
-    was_complete = _is_complete(out, corpus)
+    sources = corpus.sources()
+    parts = plan_parts(sources)
+    plan = _plan(corpus, loaded, parts)
+    folder = out / f"parts-{_parts_hash(plan, corpus)[:16]}"
+    was_complete = (out / "plan.json").is_file() and _is_complete(out, corpus)
+    if not was_complete:
+        _check_start(corpus, sources, parts)
+    plan = _claim(out, plan)
     if not was_complete:
         missing = [i for i in _missing(folder, parts) if i % count == index]
         folder.mkdir(exist_ok=True)
@@ -87,8 +108,9 @@ def prepare(
             return Prepared({}, was_complete=False)
         with _lock(out):
             if not _is_complete(out, corpus):
-                _join(out, folder, parts, corpus, loaded, plan)
-    shutil.rmtree(folder, ignore_errors=True)
+                join(out, folder, parts, corpus, loaded, plan, sources)
+    for left in out.glob("parts-*"):
+        shutil.rmtree(left, ignore_errors=True)
     manifests = {split: json.loads((out / split / MANIFEST).read_text()) for split in corpus.splits}
     return Prepared(manifests, was_complete)
 
@@ -110,6 +132,28 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
     plan["hash"] = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     plan["names"] = {"tokenizer": tokenizer.name, "data": list(corpus.data)}
     return plan
+
+
+def _parts_hash(plan: dict, corpus: Corpus) -> str:
+    """Returns a hash of what the parts depend on: the split only where it cuts documents."""
+    keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
+    if corpus.cuts_documents:
+        keys += ["split", "validation_fraction"]
+    content = [_PARTS_VERSION, [plan[key] for key in keys]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_start(corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]) -> None:
+    """Raises ValueError for what would be an error at the end, as far as it is known now."""
+    units = [(sources[i], unit) for part in parts for i, unit in part]
+    losses = Losses()
+    for source, unit in units:
+        if isinstance(source, ListedSource) and source.document_ids(unit) == []:
+            losses.add(Skipped(unit.name, "other_file_type"), unit.size)
+    total = sum(unit.size for _, unit in units)
+    losses.check(sys.maxsize, total, max_loss=corpus.max_loss)
+    if len(parts) > 1 and (empty := split_without_documents(corpus, sources, parts)):
+        raise ValueError(empty_split(empty, len(units), corpus, ""))
 
 
 def _claim(out: Path, plan: dict) -> dict:
@@ -142,12 +186,8 @@ def _is_complete(out: Path, corpus: Corpus) -> bool:
     return all((out / split / MANIFEST).is_file() for split in corpus.splits)
 
 
-def _part_file(folder: str | os.PathLike, i: int) -> Path:
-    return Path(folder) / f"part-{i:06d}.npz"
-
-
 def _missing(folder: Path, parts: Sequence[Part]) -> list[int]:
-    return [i for i in range(len(parts)) if not _part_file(folder, i).is_file()]
+    return [i for i in range(len(parts)) if not part_file(folder, i).is_file()]
 
 
 def _unique() -> str:
@@ -187,30 +227,37 @@ def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
 
 
 def _write_part(job: _Job, i: int, part: Part) -> _Done:
-    """Writes the file of part `i`: digests of its documents, blocks and skips by split."""
+    """Writes the file of part `i`: digests of its documents, their blocks, and what was skipped."""
     tokenizer = _load(job.tokenizer, job.fingerprint)
-    documents = {split: [] for split in job.corpus.splits}
-    digests = {split: [] for split in job.corpus.splits}
-    skipped = {split: Counter() for split in job.corpus.splits}
+    documents: dict[str, list[Document]] = {group: [] for group in groups(job.corpus)}
+    digests = {group: [] for group in documents}
+    losses, sizes = Losses(), {unit.name: unit.size for _, unit in part}
     order = {}  # digest -> its number in the part
-    for split, item, digest in read_part(job.corpus, part):
+    for item, digest in read_documents(job.corpus, part):
         if isinstance(item, Skipped):
-            skipped[split][item.reason] += 1
-        else:
-            documents[split].append(item)
-            digests[split].append(order.setdefault(digest, len(order)))
+            losses.add(item, sizes.get(item.id, 0))
+            continue
+        number = order.setdefault(digest, len(order))
+        whole = [(WHOLE, item)]
+        for group, document in job.corpus.assign(item) if job.corpus.cuts_documents else whole:
+            if not all(document.fields.values()):
+                losses.add(Skipped(item.id, "empty"))
+                continue
+            documents[group].append(document)
+            digests[group].append(number)
     arrays = {
         "digests": np.frombuffer(b"".join(order), "<u8").reshape(-1, 2),
-        "skipped": np.frombuffer(json.dumps(skipped).encode(), np.uint8),
+        "skipped": np.frombuffer(losses.to_json(), np.uint8),
     }
     num_bytes = num_tokens = 0
-    for split in job.corpus.splits:
-        block = encode_block(documents[split], tokenizer, fields=list(job.corpus.columns))
-        arrays[f"{split}.digests"] = np.array(digests[split], np.int64)
-        arrays[f"{split}.ids"], arrays[f"{split}.id_lengths"] = block.ids
+    for group, found in documents.items():
+        block = encode_block(found, tokenizer, fields=list(job.corpus.columns))
+        arrays[f"{group}.digests"] = np.array(digests[group], np.int64)
+        arrays[f"{group}.hashes"] = np.array([key_hash(d.id) for d in found], np.uint64)
+        arrays[f"{group}.ids"], arrays[f"{group}.id_lengths"] = block.ids
         for name, tokens in block.tokens.items():
-            arrays[f"{split}.tokens.{name}"], arrays[f"{split}.lengths.{name}"] = tokens
-            arrays[f"{split}.bytes.{name}"] = block.num_bytes[name]
+            arrays[f"{group}.tokens.{name}"], arrays[f"{group}.lengths.{name}"] = tokens
+            arrays[f"{group}.bytes.{name}"] = block.num_bytes[name]
             num_bytes += int(block.num_bytes[name].sum())
             num_tokens += len(tokens.values)
     temporary = Path(job.folder) / f"part-{i:06d}.{_unique()}.tmp"
@@ -218,93 +265,22 @@ def _write_part(job: _Job, i: int, part: Part) -> _Done:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(_part_file(job.folder, i))
+    temporary.replace(part_file(job.folder, i))
     return _Done(num_bytes, num_tokens)
 
 
-def _read_block(part, split: str, corpus: Corpus) -> Block:
-    return Block(
-        Ragged(part[f"{split}.ids"], part[f"{split}.id_lengths"]),
-        {
-            name: Ragged(part[f"{split}.tokens.{name}"], part[f"{split}.lengths.{name}"])
-            for name in corpus.columns
-        },
-        {name: part[f"{split}.bytes.{name}"] for name in corpus.columns},
-    )
-
-
-def _join(
-    out: Path,
-    folder: Path,
-    parts: Sequence[Part],
-    corpus: Corpus,
-    tokenizer: tokenizers.Tokenizer,
-    plan: dict,
-) -> None:
-    """Writes the stores from the parts. Raises ValueError where a split has no documents."""
-    digests, rows = [], {split: [] for split in corpus.splits}
-    skipped = {split: Counter() for split in corpus.splits}
-    for i in range(len(parts)):
-        with np.load(_part_file(folder, i)) as part:
-            digests.append(part["digests"])
-            for split, counts in json.loads(part["skipped"].tobytes()).items():
-                skipped[split].update(counts)
-                rows[split].append(part[f"{split}.digests"])
-    first = np.split(_first_occurrences(digests), np.cumsum([len(d) for d in digests])[:-1])
-    kept = Counter()
-    for split in corpus.splits:
-        rows[split] = [first[i][numbers] for i, numbers in enumerate(rows[split])]
-        kept[split] = sum(int(mask.sum()) for mask in rows[split])
-        skipped[split]["duplicate"] += sum(len(mask) for mask in rows[split]) - kept[split]
-        skipped[split] = +skipped[split]  # without counts of 0
-    if not all(kept[split] for split in corpus.splits):
-        (out / "plan.json").unlink()
-        shutil.rmtree(folder)
-        raise ValueError(_no_documents(kept, skipped, corpus))
-    for split in reversed(corpus.splits):
-        writer = StoreWriter(out / split, tokenizer, fields=list(corpus.columns))
-        for i, mask in enumerate(rows[split]):
-            with np.load(_part_file(folder, i)) as part:
-                writer.add(_read_block(part, split, corpus).keep(mask))
-        writer.close(
-            tokenizer_name=plan["names"]["tokenizer"],
-            source=plan["names"]["data"],
-            split=split,
-            skipped=skipped[split],
-        )
-
-
-def _first_occurrences(digests: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns bool [n]: whether a digest of the joined [n, 2] words is the first of its kind."""
-    words = np.concatenate(digests)
-    order = np.lexsort((words[:, 0], words[:, 1]))  # stable: the first of equals stays first
-    is_repeat = (words[order[1:]] == words[order[:-1]]).all(axis=1)
-    first = np.ones(len(words), bool)
-    first[order[1:][is_repeat]] = False
-    return first
-
-
-def _no_documents(kept: Counter, skipped: dict[str, Counter], corpus: Corpus) -> str:
-    reasons = sum(skipped.values(), Counter())
-    listed = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "none"
-    if not kept.total():
-        return f"no documents in {', '.join(corpus.data)}; skipped: {listed}"
-    empty = next(split for split in corpus.splits if not kept[split])
-    return (
-        f"none of the {kept.total()} documents of {', '.join(corpus.data)} falls into {empty} "
-        f"(validation fraction {corpus.validation_fraction}; skipped: {listed}); change "
-        "--validation-fraction (0 makes no validation store), or cut every document with "
-        "--split=tail"
-    )
-
-
 def summary(manifests: dict[str, dict]) -> str:
-    """Returns a table of the stores: documents, bytes, tokens, and what was skipped."""
+    """Returns a table of the stores (documents, bytes, tokens, what was skipped), and the first of
+    what was skipped.
+    """
     lines = [
         f"{'store':<22}{'documents':>11}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}  skipped"
     ]
+    examples = []
     for split, manifest in manifests.items():
         skipped = ", ".join(f"{n:,} {reason}" for reason, n in manifest["skipped"].items())
+        # stores made before have none
+        examples += describe_examples(manifest.get("skipped_examples", {}))
         for name, sizes in manifest["fields"].items():
             label = split if list(manifest["fields"]) == ["text"] else f"{split}/{name}"
             ratio = sizes["num_bytes"] / sizes["num_tokens"]
@@ -312,4 +288,4 @@ def summary(manifests: dict[str, dict]) -> str:
                 f"{label:<22}{manifest['num_documents']:>11,}{sizes['num_bytes']:>16,}"
                 f"{sizes['num_tokens']:>16,}{ratio:>13.3f}  {skipped or 'nothing'}"
             )
-    return "\n".join(lines)
+    return "\n".join(lines + (["skipped, the first of each:", *examples] if examples else []))

@@ -6,9 +6,9 @@ the units in order gives the documents in order. That is what makes preparation 
 and the same everywhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,11 +24,13 @@ class Skipped(NamedTuple):
     """A record that is no document: counted by its reason, never dropped in silence.
 
     fields: of a record without a wanted field, those that it has.
+    detail: what helps to understand the first ones, if there is more to say.
     """
 
     id: str
     reason: str
     fields: tuple[str, ...] = ()
+    detail: str = ""
 
 
 class Unit(NamedTuple):
@@ -52,8 +54,21 @@ class DocumentSource(Protocol):
         """Returns all units in order. Raises ValueError where the source is missing or empty."""
         ...
 
-    def read(self, unit: Unit) -> Iterator[Document | Skipped]:
+    def read(self, unit: Unit, /) -> Iterator[Document | Skipped]:
         """Yields the documents of one unit in order, and what had to be skipped."""
+        ...
+
+
+@runtime_checkable
+class ListedSource(Protocol):
+    """A source of which more is known before it is read."""
+
+    def passed_over(self) -> list[Skipped]:
+        """Returns what lies among the data and is in no unit: links to nothing, hidden files."""
+        ...
+
+    def document_ids(self, unit: Unit, /) -> Iterable[str] | None:
+        """Returns the ids of the documents of a unit, None where only reading it would tell."""
         ...
 
 

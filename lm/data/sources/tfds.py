@@ -3,15 +3,20 @@
 TensorFlow is imported inside the functions: only a preparation from `tfds:` pays for it.
 """
 
+import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lm import storage
 from lm.data.sources import Document, Skipped, Unit
 from lm.data.sources.records import column_names, from_record
 
-_UNIT_BYTES = 1 << 22
+# A shard of TFRecords is read from its start to get at any of its records: units are whole shards,
+# cut only where they are so large (TFDS's own are of 64 MiB to 1 GiB) that memory would be short.
+_UNIT_BYTES = 1 << 28
+_ARRAY_RECORD_UNIT_BYTES = 1 << 22  # these have random access
 
 
 @dataclass(frozen=True)
@@ -48,36 +53,49 @@ class TfdsSource:
                     "name one, or several joined by +"
                 )
             count, size = info.splits[split].num_examples, info.splits[split].num_bytes
-            step = max(count * _UNIT_BYTES // max(size, 1), 1)
             units += [
                 Unit(
                     f"{info.full_name}/{split}",
                     start,
-                    min(start + step, count),
-                    size * min(step, count - start) // count,
+                    stop,
+                    size * (stop - start) // count,
                     f"{count}:{size}",
                 )
-                for start in range(0, count, step)
+                for start, stop in _ranges(builder, split)
             ]
         return units
 
+    def passed_over(self) -> list[Skipped]:
+        return []
+
+    def document_ids(self, unit: Unit) -> Iterator[str]:
+        return (f"{unit.name}@{i}" for i in range(unit.start, unit.stop))
+
     def read(self, unit: Unit) -> Iterator[Document | Skipped]:
+        import tensorflow as tf
         import tensorflow_datasets as tfds
 
-        split = unit.name.rpartition("/")[2]
         builder = self._builder(download=False)
         names = {
             name: feature.names
             for name in column_names(self.columns)
             if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
         }
-        dataset = builder.as_dataset(
-            split=f"{split}[{unit.start}:{unit.stop}]",
-            shuffle_files=False,
-            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
-        )
-        for i, record in enumerate(tfds.as_numpy(dataset), unit.start):
+        records = iter(_records(builder, unit))
+        for i in range(unit.start, unit.stop):
             document_id = f"{unit.name}@{i}"
+            try:
+                record = next(records)
+            except RuntimeError as error:  # of ArrayRecord, whose other records can be read
+                yield Skipped(document_id, "damaged_file", detail=_first_line(error))
+                continue
+            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+                # nothing after it can be found in the shard
+                yield Skipped(document_id, "damaged_file", detail=_first_line(error))
+                yield from (
+                    Skipped(f"{unit.name}@{j}", "damaged_file") for j in range(i + 1, unit.stop)
+                )
+                return
             try:
                 texts = {
                     name: record[name].decode() if isinstance(record[name], bytes) else record[name]
@@ -101,32 +119,91 @@ class TfdsSource:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import dataset_info, read_only_builder, registered
 
-        if os.path.isdir(self.name):
+        name = storage.expand(self.name, "--data=tfds:")
+        data_dir = self.data_dir and storage.expand(self.data_dir, "--tfds-data-dir")
+        if os.path.isdir(name):
             try:
-                return tfds.builder_from_directory(self.name)
+                return tfds.builder_from_directory(name)
             except dataset_info.DatasetInfoFileError as error:
                 raise ValueError(
                     f"tfds:{self.name}: a folder, but no data set that TFDS prepared (name the "
                     "folder with "
                     f"dataset_info.json): {error}"
                 ) from error
+        if name.startswith(("/", ".")) or name != self.name or os.path.exists(name):
+            is_file = "a file" if os.path.exists(name) else "no such folder"
+            raise ValueError(
+                f"tfds:{self.name}: {is_file}; name the folder of a version, with dataset_info.json"
+            )
         if download:
             try:
-                tfds.builder(self.name, data_dir=self.data_dir).download_and_prepare()
+                tfds.builder(self.name, data_dir=data_dir).download_and_prepare()
             except Exception as error:  # whatever a data set's own code and the network raise
                 raise ValueError(
                     f"tfds:{self.name} could not be downloaded and prepared: {_first_line(error)}; "
                     "prepare it on a machine with a network and copy it, or name its folder"
                 ) from error
         try:
-            return read_only_builder.builder_from_files(self.name, data_dir=self.data_dir)
-        except registered.DatasetNotFoundError as error:
+            return read_only_builder.builder_from_files(self.name, data_dir=data_dir)
+        except (registered.DatasetNotFoundError, ValueError) as error:
             raise ValueError(
                 f"tfds:{self.name} is not prepared in {self.data_dir or 'the folder of TFDS'}: "
                 "name its "
                 "folder with --tfds-data-dir or as tfds:/path, or let it be downloaded with "
                 f"--tfds-download ({_first_line(error)})"
             ) from error
+
+
+def _ranges(builder: Any, split: str) -> list[tuple[int, int]]:
+    """The first and one past the last record of every unit of a split."""
+    info = builder.info.splits[split]
+    count, size = info.num_examples, info.num_bytes
+    lengths, limit = info.shard_lengths, _UNIT_BYTES
+    if _is_array_record(builder):
+        lengths, limit = [count], _ARRAY_RECORD_UNIT_BYTES
+    elif sum(lengths or ()) != count:  # data sets of old have none
+        lengths = [count]
+    step = max(count * limit // max(size, 1), 1)
+    ranges, begin = [], 0
+    for length in lengths:
+        end = begin + length
+        ranges += [(start, min(start + step, end)) for start in range(begin, end, step)]
+        begin = end
+    return ranges
+
+
+def _is_array_record(builder: Any) -> bool:
+    file_format = builder.info.file_format
+    name = file_format.value if file_format is not None else "tfrecord"
+    if name == "array_record":
+        if importlib.util.find_spec("array_record") is None:
+            raise ValueError(
+                f"tfds:{builder.info.full_name} is stored as ArrayRecord: pip install "
+                "array_record, or convert it (tfds convert_format --out_file_format=tfrecord)"
+            )
+        return True
+    if name not in ("tfrecord", "parquet"):
+        raise ValueError(
+            f"tfds:{builder.info.full_name} is stored as {name}; tfrecord, array_record and "
+            "parquet are read: convert it (tfds convert_format --out_file_format=tfrecord)"
+        )
+    return False
+
+
+def _records(builder: Any, unit: Unit) -> Iterable[Mapping[str, Any]]:
+    """The records of a unit, in the order of the files."""
+    import tensorflow_datasets as tfds
+
+    split = unit.name.rpartition("/")[2]
+    if _is_array_record(builder):
+        source = builder.as_data_source(split=split)
+        return map(source.__getitem__, range(unit.start, unit.stop))
+    dataset = builder.as_dataset(
+        split=f"{split}[{unit.start}:{unit.stop}]",
+        shuffle_files=False,
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    )
+    return tfds.as_numpy(dataset)
 
 
 def _first_line(error: Exception) -> str:

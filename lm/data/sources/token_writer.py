@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -115,8 +116,19 @@ class StoreWriter:
             self._lengths[field].append(tokens.lengths)
             self._num_bytes[field].append(block.num_bytes[field])
 
-    def close(self, *, tokenizer_name: str, source: Sequence[str], split: str, skipped: Mapping):
-        """Writes the rest, the manifest last, and moves the store to its place."""
+    def close(
+        self,
+        *,
+        tokenizer_name: str,
+        source: Sequence[str],
+        split: str,
+        skipped: Mapping[str, int],
+        skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        """Writes the rest, the manifest last, and moves the store to its place.
+
+        skipped, skipped_examples: by reason, how many records are no documents, and the first ids.
+        """
         id_lengths = np.concatenate([np.empty(0, np.int64), *self._id_lengths])
         self._write("id_offsets.bin", _offsets(id_lengths))
         fields = {}
@@ -137,6 +149,7 @@ class StoreWriter:
             "num_documents": len(id_lengths),
             "fields": fields,
             "skipped": dict(sorted(skipped.items())),
+            "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
             "dtype": token_dtype(tokenizer),
             "tokenizer": {
                 "name": tokenizer_name,

@@ -1,0 +1,25 @@
+"""Paths for Orbax, which looks for files by patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from typing import Self
+
+from etils.epath import gpath
+
+from lm.storage import is_url
+
+
+class LiteralPath(gpath.PosixGPath):
+    """A path whose own characters mean themselves to `glob` too. etils takes `runs/[x]*` for a
+    pattern, and Orbax, which lists what its processes wrote by `glob`, then loses it.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        if is_url(str(self)):
+            yield from super().glob(pattern)
+        else:
+            for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
+                yield self._new(path)

@@ -1,0 +1,203 @@
+"""Files on disk for `text`: which there are below a folder or of a pattern, and their content
+uncompressed. What is passed over is named with its reason.
+"""
+
+import collections
+import fnmatch
+import glob
+import gzip
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm import storage
+from lm.data.sources import Skipped
+
+COMPRESSED = (".gz", ".zst")
+_BLOCK = 1 << 20
+_MAX_WINDOW = 1 << 31  # bytes of memory that a zstd frame may ask for: `zstd --ultra --long=31`
+
+
+class DamagedFile(ValueError):
+    """The content of a compressed file is not what was compressed."""
+
+
+class Listing(NamedTuple):
+    """names: of files, sorted, with / below `root`. passed_over: what else is there."""
+
+    root: Path
+    names: list[str]
+    passed_over: list[Skipped]
+
+
+def find(spec: str) -> Listing:
+    """The files of a file, a folder or a pattern (`**` recurses).
+
+    A folder that is there is meant by its name, also where its name could be a pattern. Raises
+    ValueError where `spec` is neither a file nor a folder and no file matches it.
+    """
+    path = storage.expand(spec, "--data")
+    if os.path.isdir(path):
+        return list_folder(Path(path))
+    if os.path.lexists(path):
+        if reason := _reason_against(path):
+            raise ValueError(f"data {spec!r}: {_EXPLAINED[reason]}")
+        return Listing(Path(path).parent, [os.path.basename(path)], [])
+    root, pattern = _split_pattern(path)
+    if "**" not in pattern:
+        found = glob.glob(os.path.join(glob.escape(str(root)), *pattern))
+        below = [Path(name).relative_to(root).as_posix() for name in found]
+        entries = [(n, _reason_against(os.path.join(root, n))) for n in below]
+    else:
+        hidden = any(part.startswith(".") for part in pattern)
+        entries = [
+            (name, reason)
+            for name, reason in _walk(root, frozenset(), hidden=hidden)
+            if reason == "unreadable" or _matches(name.split("/"), pattern)
+        ]
+    listing = _listing(root, [entry for entry in entries if entry[1] != "folder"])
+    if not listing.names:
+        raise ValueError(f"data {spec!r}: no such file, and no file matches")
+    return listing
+
+
+def list_folder(root: Path, excluded: frozenset[str] = frozenset()) -> Listing:
+    """The files below a folder, without what is hidden and folders of the names `excluded`.
+
+    Links to folders are followed, each folder once, under its own name where it lies below `root`.
+    """
+    return _listing(root, list(_walk(root, excluded)))
+
+
+def root_of(spec: str) -> Path:
+    """The folder that the names of `find(spec)` are below."""
+    path = storage.expand(spec, "--data")
+    if os.path.isdir(path):
+        return Path(path)
+    return Path(path).parent if os.path.lexists(path) else _split_pattern(path)[0]
+
+
+def blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """Yields the uncompressed content from `offset` on.
+
+    Raises:
+        DamagedFile: it cannot be uncompressed.
+        OSError: it cannot be read.
+    """
+    if path.suffix == ".zst":
+        yield from _zstandard_blocks(path)
+        return
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            file.seek(offset)
+            while block := file.read(_BLOCK):
+                yield block
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DamagedFile(str(error)) from error
+
+
+_EXPLAINED = {
+    "dangling_link": "a link to what is not there",
+    "link_loop": "a link that leads to itself",
+    "unreadable": "it may not be read",
+    "not_a_file": "neither a file nor a folder",
+}
+
+
+def _listing(root: Path, entries: list[tuple[str, str]]) -> Listing:
+    names = sorted(name for name, reason in entries if not reason)
+    return Listing(root, names, sorted(Skipped(n, reason) for n, reason in entries if reason))
+
+
+def _reason_against(path: str) -> str:
+    """Why a path is no file to read: "" if it is one, "folder" of a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "dangling_link"
+    except PermissionError:
+        return "unreadable"
+    except OSError:  # too many levels of links
+        return "link_loop"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return "" if stat.S_ISREG(mode) else "not_a_file"
+
+
+def _walk(
+    root: Path, excluded: frozenset[str], *, hidden: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yields (name, reason why it is passed over or "") of all below `root`, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    folders, links = collections.deque([""]), collections.deque[str]()
+    while folders or links:  # links last: what they lead to below `root` has been read by its name
+        folder = folders.popleft() if folders else links.popleft()
+        try:
+            found = os.stat(root / folder)
+            if (key := (found.st_dev, found.st_ino)) in seen:
+                yield folder, "folder_seen_before"
+                continue
+            seen.add(key)
+            entries = sorted(os.listdir(root / folder))
+        except OSError:
+            yield folder or ".", "unreadable"
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry}" if folder else entry
+            if entry.startswith(".") and not hidden:
+                yield name, "hidden"
+            elif (reason := _reason_against(os.path.join(root, name))) != "folder":
+                yield name, reason
+            elif entry not in excluded:
+                (links if os.path.islink(root / name) else folders).append(name)
+
+
+def _split_pattern(path: str) -> tuple[Path, list[str]]:
+    """The folder that a pattern begins at, and its other parts."""
+    parts = Path(path).parts
+    last = max(len(parts) - 1, 0)
+    magic = (
+        i
+        for i, part in enumerate(parts[:last])
+        if glob.has_magic(part) and not os.path.isdir(Path(*parts[: i + 1]))
+    )
+    i = next(magic, last)
+    return Path(*parts[:i]), list(parts[i:])
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a name are of a pattern, by the rules of `glob`."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**" and _matches(parts, pattern[1:]):
+        return True
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    if pattern[0] == "**":
+        return _matches(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _zstandard_blocks(path: Path) -> Iterator[bytes]:
+    """Yields the content of all frames; zstandard's own reader takes a cut one for a whole."""
+    import zstandard
+
+    def new() -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+
+    decompressor, is_whole = new(), True
+    try:
+        with open(path, "rb") as file:
+            while compressed := file.read(1 << 16):
+                while compressed:
+                    if decompressor.eof:
+                        decompressor = new()
+                    yield decompressor.decompress(compressed)
+                    compressed, is_whole = decompressor.unused_data, decompressor.eof
+    except zstandard.ZstdError as error:
+        raise DamagedFile(str(error)) from error
+    if not is_whole:
+        raise DamagedFile("cut short")
