@@ -29,6 +29,7 @@ from lm.aot import (
     plan,
     plausibility,
     report,
+    roofline,
     topology,
     traffic,
     wires,
@@ -233,6 +234,17 @@ def test_a_loops_length_is_found_however_its_counter_is_named(write):
     [gather] = traffic.collectives(module, ("fsdp",), (2,))
     assert (gather.times, gather.bytes) == (6, 6 * 4 * 8 * 4 / 2)
     assert module.entry.operand(module.entry.root).shapes[0].dims == (4, 4)
+
+
+def test_a_loop_that_ends_on_data_is_named_and_counts_once():
+    def f(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: jnp.tanh(x @ w), x)
+
+    module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
+    found = work.measure(module)
+    assert found.flops == 2 * B * D * D and len(found.loops) == 1 and "while" in found.loops[0]
+    times = roofline.times(topology.parse("v5e:2x2"), found, [], [], "bfloat16")
+    assert f"length of 1 loops, which count once: {found.loops[0]}" in times.unknown
 
 
 def test_parts_of_a_tuple_of_tuples_are_told_apart():

@@ -195,7 +195,8 @@ class Module:
             yield Visit(instruction, computation, times, outer)
             opcode = instruction.opcode
             if opcode == "while":
-                trips = times * self.trip_count(instruction, computation)
+                found = self.trip_count(instruction, computation)
+                trips = times * (1 if found is None else found)
                 for role in ("body", "condition"):
                     yield from self._walk(self.computations[instruction.called(role)], trips, outer)
             elif opcode == "conditional":
@@ -207,9 +208,9 @@ class Module:
                 within = outer or (instruction if opcode == "fusion" else None)
                 yield from self._walk(self.computations[inner], times, within)
 
-    def trip_count(self, loop: Instruction, computation: Computation) -> int:
+    def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
         """How often the body of a while loop runs: what the compiler noted, or the bound of its
-        counter; 1 where neither is known (a loop that ends on data).
+        counter; None where neither is known (a loop that ends on data).
         """
         noted = _TRIPS.search(loop.attributes)
         if noted:
@@ -221,12 +222,12 @@ class Module:
             test = self.computations[test.called("calls")].root
         direction = re.search(r"direction=(LT|LE|GT|GE)", test.attributes)
         if test.opcode != "compare" or not direction or len(condition.root.operands) < 2:
-            return 1
+            return None
         sides = [self._resolve(condition.operand(condition.root, i), condition) for i in (0, 1)]
         counters = [s for s in sides if s.opcode == "get-tuple-element"]
         bounds = [s for s in sides if s.opcode == "constant"]
         if len(counters) != 1 or len(bounds) != 1 or body.root.opcode != "tuple":
-            return 1
+            return None
         step = self._resolve(body.operand(body.root, counters[0].index), body)
         start = self._start(loop, computation, counters[0].index)
         change = [
@@ -235,7 +236,7 @@ class Module:
             if o.opcode == "constant"
         ]
         if step.opcode != "add" or start is None or len(change) != 1:
-            return 1
+            return None
         inclusive = direction[1] in ("LE", "GE")
         span = abs(int(bounds[0].literal) - start) + inclusive
         return max(0, -(-span // abs(change[0])))

@@ -25,7 +25,7 @@ class Times:
     hbm: float | None
     links: dict[str, float]  # by mesh axis, ICI or NVLink
     network: float | None  # between slices or nodes
-    unknown: tuple[str, ...]  # what is left out for want of a published figure
+    unknown: tuple[str, ...]  # what is left out because nobody says how much it is
 
     def parts(self) -> dict[str, float]:
         """Every time that is known, by name."""
@@ -66,6 +66,8 @@ def times(
         unknown.append(f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}")
     if work.unknown:
         unknown.append(f"FLOPs of {len(work.unknown)} kernels that declare none")
+    if work.loops:
+        unknown.append(f"length of {len(work.loops)} loops, which count once: {work.loops[0]}")
     links: dict[str, float] = {}
     network = 0.0
     for collective in collectives:

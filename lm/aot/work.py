@@ -24,23 +24,28 @@ class Work:
     flops: float  # of products, rematerialization included
     unknown: tuple[str, ...]  # kernels that don't say how much they compute
     hbm_bytes: float
+    loops: tuple[str, ...] = ()  # that end on data, as far as the program tells: counted once
 
 
 def measure(module: Module) -> Work:
     """The work of one device in a step, trip counts multiplied in."""
     total, moved = 0.0, 0.0
     unknown: dict[str, None] = {}
+    loops: dict[str, None] = {}
     for visit in module.walk():
         if not visit.times:
             continue
-        count = flops(visit.instruction, visit.computation)
+        instruction, computation = visit.instruction, visit.computation
+        if instruction.opcode == "while" and module.trip_count(instruction, computation) is None:
+            loops[visit.op_name or instruction.name] = None
+        count = flops(instruction, computation)
         if count is None:
-            unknown[visit.op_name or visit.instruction.target] = None
+            unknown[visit.op_name or instruction.target] = None
         else:
             total += visit.times * count
         if visit.outer is None:
-            moved += visit.times * _moved(visit.instruction, visit.computation, module)
-    return Work(total, tuple(unknown), moved)
+            moved += visit.times * _moved(instruction, computation, module)
+    return Work(total, tuple(unknown), moved, tuple(loops))
 
 
 def flops(instruction: Instruction, computation: Computation) -> float | None:
