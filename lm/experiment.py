@@ -91,10 +91,10 @@ class Experiment:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         tokenizer = tokenizers.load(self.config.data.tokenizer)
-        if tokenizer.vocab_size > self.config.model.vocab_size:
+        if tokenizer.used_vocab_size > self.config.model.vocab_size:
             raise ValueError(
                 f"config.model.vocab_size ({self.config.model.vocab_size}) must be at least the "
-                f"tokenizer's ({tokenizer.vocab_size}, {self.config.data.tokenizer})"
+                f"tokenizer's ({tokenizer.used_vocab_size}, {self.config.data.tokenizer})"
             )
         return tokenizer
 

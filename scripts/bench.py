@@ -319,8 +319,12 @@ class Ids:
 
     vocab_size: int
     name: str = "ids"
-    bos_id: int = 0
-    eos_id: int = -1
+    start_ids: tuple[int, ...] = (0,)
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def used_vocab_size(self) -> int:
+        return self.vocab_size
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return b"." * len(ids)  # a stream reports what has bytes

@@ -34,6 +34,12 @@ def main() -> int:
         type=int,
         help="tokens in a row, which nothing before it is known of (default: as in training)",
     )
+    parser.add_argument(
+        "--no-bos",
+        action="store_true",
+        help="put no bos before documents, whose first tokens are then not scored: for weights "
+        "trained so (GPT-2, Qwen); there are no bits per byte",
+    )
     args = parser.parse_args()
 
     import jax
@@ -51,6 +57,13 @@ def main() -> int:
     if args.batch_size is not None:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
     experiment = load(args.workdir, jax.devices(), changes)
+    if args.no_bos:
+        if experiment.config_dict.objective.name != "causal":
+            raise ValueError(
+                "--no-bos is for config.objective.name=causal, this run's is "
+                f"{experiment.config_dict.objective.name}"
+            )
+        experiment = experiment.variant({"objective.begins_with_bos": False})
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         step, params = experiment.restore_params(checkpoints, args.step)
     progress = Progress()

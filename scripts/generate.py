@@ -18,7 +18,12 @@ With --num-beams the likeliest texts that a beam search finds, all at the end. -
 by line what is typed, and keeps the dialogue. --messages takes one dialogue a line, {"messages":
 [{"role": "user", "content": "..."}, ...]}, and prints it with the reply. Dialogues are written by
 --chat-template, else by that beside the run's tokenizer (chat_template.jinja, or in
-tokenizer_config.json), else as lines "role: content".
+tokenizer_config.json), else as lines "role: content". A dialogue that can't be answered is printed
+with its "error"; the others are answered all the same.
+
+A text begins and ends with the tokens that the files of an import say (several ends, where they
+say so), else with bos and eos; --start-ids, --end-ids and --stop-ids say others. Names of special
+tokens in a prompt are text, unless --special-tokens says that they are those tokens.
 """
 
 from __future__ import annotations
@@ -55,23 +60,28 @@ def main() -> int:
         step, params = experiment.restore_params(checkpoints, args.step)
     tokenizer = experiment.tokenizer
     request: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    ends = _ends(args, tokenizer)
     if args.chat or args.messages:
         beside = Path(tokenizer.name).parent
         template = read(args.chat_template or str(beside)) or DEFAULT
         chat = Chat(tokenizer, template)
-        generator = Generator(experiment.model, params, tokenizer, eos_id=chat.end_id)
+        ends["stop_ids"] = tuple(dict.fromkeys((chat.end_id, *ends["stop_ids"])))
+        generator = Generator(experiment.model, params, tokenizer, **ends)
         if args.messages:
             return answer(generator, chat, request, args.messages)
         if sys.stdin.isatty():
             print(banner(args.workdir, step, experiment, args.max_new_tokens), file=sys.stderr)
         return converse(generator, chat, request, args.system)
     prompts = args.prompt or [_standard_input()]
-    generator = Generator(experiment.model, params, tokenizer)
+    generator = Generator(experiment.model, params, tokenizer, **ends)
+    inputs = prompts
+    if args.special_tokens:
+        inputs = [_without(tokenizer.encode_special(text), ends["start"]) for text in prompts]
     start, tokens = time.perf_counter(), 0
     if args.stream and args.num_beams is None:
-        pieces = generator.stream(prompts, **request)
+        pieces = generator.stream(inputs, **request)
     else:
-        made = generator.generate(prompts, **request)
+        made = generator.generate(inputs, **request)
         pieces = [Piece(whole.prompt, whole.sample, whole.data, whole) for whole in made]
     printer = Printer(prompts, args.num_samples)
     for piece in pieces:
@@ -154,6 +164,15 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="print as the tokens come, or all at the end",
     )
+    tokens = "ids or names of special tokens, with commas between them"
+    add("--start-ids", metavar="IDS", help=f"a text begins with these: {tokens}; '': nothing")
+    add("--end-ids", metavar="IDS", help="a continuation ends with one of these")
+    add("--stop-ids", metavar="IDS", help="and with one of these, beside those of the files")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="read names of special tokens in prompts, </s> say, as those tokens",
+    )
     add("--chat", action="store_true", help="a dialogue in the terminal")
     add("--messages", metavar="FILE.jsonl", help="dialogues to answer, one a line")
     add("--system", metavar="TEXT", help="--chat: a first message of the role system")
@@ -169,6 +188,34 @@ def parse_args() -> argparse.Namespace:
     if args.num_beams is not None and args.stop:
         parser.error("a beam search ends texts at their eos alone: it takes no --stop")
     return args
+
+
+def _ends(args: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """The tokens that texts begin and end with: those of the tokenizer, unless flags say others."""
+
+    def ids(flag: str, given: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+        if given is None:
+            return default
+        found = []
+        for word in filter(None, given.split(",")):
+            i = int(word) if word.isdecimal() else tokenizer.special_ids.get(word, -1)
+            if not 0 <= i < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{flag}: {word} is neither an id below {tokenizer.vocab_size} nor one of the "
+                    f"special tokens {', '.join([*tokenizer.special_ids][:20])}"
+                )
+            found.append(i)
+        return tuple(found)
+
+    start = ids("--start-ids", args.start_ids, tokenizer.start_ids)
+    ends = ids("--end-ids", args.end_ids, tokenizer.stop_ids)
+    ends += ids("--stop-ids", args.stop_ids, ())
+    return {"start": start, "stop_ids": tuple(dict.fromkeys(ends))}
+
+
+def _without(ids: Any, start: tuple[int, ...]) -> Any:
+    """The ids of a prompt without the start, which the generator puts first."""
+    return ids[len(start) :] if tuple(ids[: len(start)]) == start else ids
 
 
 def _checked(args: argparse.Namespace) -> Any:
@@ -207,17 +254,49 @@ def _sampling(args: argparse.Namespace) -> Any:
 
 
 def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
-    """Prints every dialogue of a file with the assistant's next message, a line of JSON each."""
-    dialogues = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    """Prints every dialogue of a file with the assistant's next message, a line of JSON each.
+
+    A line that can't be answered is printed with its error in place of a reply, and named on the
+    standard error. Returns 1 where that are all of them.
+    """
+    room = generator.longest_prompt(request["max_new_tokens"])
+    entries: list[dict[str, Any]] = []
+    asked: list[tuple[int, Any]] = []  # (index among the entries, ids)
+    for i, line in enumerate(Path(path).read_bytes().rstrip(b"\n").split(b"\n")):
+        entries.append({})
         try:
-            dialogues.append(json.loads(line)["messages"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}, line {number} is not {{"messages": [...]}}') from error
-    for made in generator.generate([chat.encode(d) for d in dialogues], **request):
-        reply = {"role": "assistant", "content": made.text.strip()}
-        print(json.dumps({"messages": [*dialogues[made.prompt], reply]}, ensure_ascii=False))
-    return 0
+            entries[i]["messages"] = _dialogue(line)
+            ids = chat.encode(entries[i]["messages"])
+            if len(ids) > room:
+                raise ValueError(f"{len(ids)} tokens, of which no more than {room} fit")
+            asked.append((i, ids))
+        except ValueError as error:
+            entries[i]["error"] = str(error)
+            print(f"{path}, line {i + 1}: {error}", file=sys.stderr)
+    replies: dict[int, list[str]] = {}
+    for made in generator.generate([ids for _, ids in asked], **request):
+        replies.setdefault(asked[made.prompt][0], []).append(made.text.strip())
+    for i, entry in enumerate(entries):
+        for text in replies.get(i, ()):
+            reply = {"role": "assistant", "content": text}
+            whole = {"messages": [*entry["messages"], reply]}
+            print(json.dumps(whole, ensure_ascii=False))
+        if "error" in entry:
+            print(json.dumps(entry, ensure_ascii=False))
+    if left := len(entries) - len(asked):
+        print(f"{path}: {left} of {len(entries)} dialogues have no answer", file=sys.stderr)
+    return int(not asked)
+
+
+def _dialogue(line: bytes) -> list[Any]:
+    """The messages of a line of JSON."""
+    try:
+        messages = json.loads(line)["messages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError('not {"messages": [...]}') from error
+    if not isinstance(messages, list):
+        raise ValueError('not {"messages": [...]}')
+    return messages
 
 
 def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str:
@@ -237,10 +316,20 @@ def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str
 
 def converse(generator: Any, chat: Any, request: dict[str, Any], system: str | None) -> int:
     """Answers each line of the standard input, until it ends. What no longer fits is forgotten,
-    the oldest first.
+    the oldest first; a line that does not fit by itself is refused, and the dialogue goes on.
+
+    Raises:
+        ValueError: the system's message leaves no room.
     """
     first = [{"role": "system", "content": system}] if system else []
     messages: list[dict[str, str]] = []
+    room = generator.longest_prompt(request["max_new_tokens"])
+    empty = len(chat.encode([*first, {"role": "user", "content": ""}]))
+    if empty > room:
+        raise ValueError(
+            f"--system and the template take {empty} tokens, of which no more than {room} fit "
+            f"beside --max-new-tokens ({request['max_new_tokens']})"
+        )
     show = sys.stderr.write if sys.stdin.isatty() else lambda text: 0
     while True:
         show("\n> ")
@@ -248,24 +337,31 @@ def converse(generator: Any, chat: Any, request: dict[str, Any], system: str | N
         line = sys.stdin.readline()
         if not line:
             return 0
-        messages.append({"role": "user", "content": line.rstrip("\n")})
+        asked = {"role": "user", "content": line.rstrip("\n")}
         try:
-            chat.encode(first + messages)
+            prompt, kept = _fitting(chat, first, [*messages, asked], room)
         except ValueError as error:  # of what was typed
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
             continue
-        limit = generator.model.config.max_length - request["max_new_tokens"]
-        while len(messages) > 1 and len(chat.encode(first + messages)) > limit:
-            del messages[:2]  # a question and its answer
-        reply = b""
-        for piece in generator.stream([chat.encode(first + messages)], **request):
+        messages, reply = kept, b""
+        for piece in generator.stream([prompt], **request):
             fresh = piece.data if reply else piece.data.lstrip()
             reply += fresh
             sys.stdout.buffer.write(fresh)
             sys.stdout.buffer.flush()
         print(flush=True)
         messages.append({"role": "assistant", "content": reply.decode(errors="replace").strip()})
+
+
+def _fitting(chat: Any, first: list[Any], messages: list[Any], room: int) -> tuple[Any, list[Any]]:
+    """(ids, messages) of the latest messages that fit after those of `first`."""
+    while True:
+        ids = chat.encode([*first, *messages])
+        if len(ids) <= room:
+            return ids, messages
+        if len(messages) == 1:
+            raise ValueError(f"this takes {len(ids)} tokens, of which no more than {room} fit")
+        messages = messages[2:]  # without a question and its answer
 
 
 def _standard_input() -> str:

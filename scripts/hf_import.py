@@ -14,9 +14,10 @@ A key of config.json or a tensor that has no place here is an error that lists w
 sides. A tensor that shall be left out, a head for another task say, is named by --skip=PATTERN, and
 a key that makes no difference by --ignore-key=KEY.
 
-Texts begin with the tokenizer's bos here. GPT-2 and Qwen have none: their texts begin with
-`<|endoftext|>`, as documents did in their training, and `transformers` puts nothing there. To
-compare the two, give `transformers` that token before the prompt.
+Special tokens are those that config.json, generation_config.json and tokenizer_config.json say; the
+run keeps these files. Texts begin with bos, unless they say that there is none (Qwen). GPT-2's say
+nothing of it: its texts begin with `<|endoftext|>`, as documents did in its training, and
+`transformers` puts nothing there (--start-ids= of scripts/generate.py does the same).
 """
 
 from __future__ import annotations

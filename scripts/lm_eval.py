@@ -38,15 +38,17 @@ def main() -> int:
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         step, params = experiment.restore_params(checkpoints, args.step)
-    tokenizer, start = experiment.tokenizer, None if args.bos else ()
+    tokenizer = experiment.tokenizer
+    start = None if args.bos is None else (tokenizer.bos_id,) if args.bos else ()
     chat = None
     if args.apply_chat_template:
         beside = Path(tokenizer.name).parent
         chat = Chat(tokenizer, read(args.chat_template or str(beside)) or DEFAULT)
     parts = (experiment.model, params, tokenizer)
+    ends = tokenizer.stop_ids if chat is None else (chat.end_id, *tokenizer.stop_ids)
     model = harness.make_model(
         Scorer(*parts, start=start),
-        Generator(*parts, start=start, eos_id=None if chat is None else chat.end_id),
+        Generator(*parts, start=start, stop_ids=ends),
         chat=chat,
         batch_size=args.batch_size,
     )
@@ -76,9 +78,8 @@ def parse_args() -> Any:
     add(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="begin every text with bos, as in training here; --no-bos for weights that were "
-        "trained without (GPT-2, Qwen)",
+        help="begin every text with bos, or not (default: as the files of an import say, else with "
+        "bos, as in training here)",
     )
     add("--apply-chat-template", action="store_true", help="ask in a dialogue")
     add("--chat-template", metavar="FILE", help="as in scripts/generate.py")

@@ -16,9 +16,10 @@ class Ids:
     """A tokenizer of numbers: each id is a text of its own, '7 ' for 7."""
 
     name, bos_id, eos_id, pad_id = "ids", 1, 2, 0
+    start_ids, stop_ids = (bos_id,), (eos_id,)
 
     def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+        self.vocab_size = self.used_vocab_size = vocab_size
 
     def encode(self, text):
         return np.array([int(word) for word in text.split()], np.int32)

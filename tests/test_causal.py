@@ -56,6 +56,22 @@ def test_inputs_by_hand():
     assert batch.encoder is None and batch.inputs.bidirectional is None
 
 
+def test_without_bos_a_document_begins_with_its_first_token_at_position_0():
+    rows = make_rows(
+        ids=[[11, 12, EOS, 13, 14], [15, EOS, 16, EOS, 0], [EOS, EOS, 0, 0, 0]],
+        segments=[[1, 1, 1, 2, 2], [1, 1, 2, 2, 0], [1, 2, 0, 0, 0]],
+        previous=[-1, 14, 9],
+    )
+    objective = causal.build(causal.Config(begins_with_bos=False), TOKENIZER, Form(5))
+    batch = objective(rows, no_randomness)
+    inputs, weights = batch.inputs, batch.weights
+    assert inputs.ids.tolist() == [[0, 11, 12, 0, 13], [14, 15, 0, 16, 0], [9, 0, 0, 0, 0]]
+    assert inputs.segments.tolist() == [[0, 1, 1, 0, 2], [1, 1, 0, 2, 0], [1, 0, 0, 0, 0]]
+    assert inputs.positions.tolist() == [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert weights.tolist() == [[0, 1, 1, 0, 1], [1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
+    assert batch.targets is rows.ids and not objective.scores_every_token
+
+
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), pad=st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
 def test_input_is_bos_then_the_targets_in_every_segment(lengths, pad):

@@ -1,16 +1,21 @@
 """Evaluation: the plain sums over every row of a source, whatever the batch size and the mesh."""
 
+import json
 import math
+import sys
 
 import jax
 import numpy as np
 import pytest
 
+from lm import config_tree
+from lm.checkpoint.manager import Checkpoints
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import load
 from lm.evaluate import _add, evaluate
 from lm.optim import averaged_params
+from scripts import evaluate as evaluate_script
 
 ROWS = 21  # the last batch is not full for any batch size below but 1
 
@@ -120,3 +125,25 @@ def test_sums_over_many_batches_lose_nothing():
     for _ in range(6000):  # a float32 sum is 1,900 tokens off here
         _add(total, {"tokens": np.float32(4093)})
     assert total == {"tokens": 6000 * 4093.0}
+
+
+def test_the_script_scores_without_bos(make_experiment, store, tmp_path, monkeypatch, capsys):
+    """First tokens of documents are then inputs alone: fewer are scored, by other numbers."""
+    path, _ = store
+    experiment = make_experiment({"data.validation": (path,), "data.batch_size": 4})
+    (tmp_path / "config.json").write_text(config_tree.to_json(experiment.config_dict))
+    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
+        checkpoints.save(experiment.init_state())
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", f"--workdir={tmp_path}", *flags])
+        assert evaluate_script.main() == 0
+        return json.loads(capsys.readouterr().out)
+
+    usual, bare = run(), run("--no-bos")
+    rows = experiment.validation[path]
+    read = rows.read(np.arange(len(rows)))
+    begun = np.sum((read.segments != 0) & (read.positions == 0) & (read.previous < 0))
+    assert bare["tokens"] == usual["tokens"] - begun and begun > 0
+    assert "bits_per_byte" in usual and "bits_per_byte" not in bare
+    assert bare["loss"] != usual["loss"]

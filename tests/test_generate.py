@@ -28,6 +28,7 @@ from lm.metrics import quantity
 from lm.models import decoder
 from lm.sharding import make_rules
 from lm.types import Tokens
+from scripts import generate as generate_script
 
 TOKENIZER = ByteTokenizer()
 GREEDY = Sampling(temperature=0)
@@ -493,3 +494,42 @@ def test_a_dialogue_in_a_terminal_opens_with_the_model_and_how_to_leave(run_fold
     first, second, *_ = run.stderr.decode().splitlines()
     assert first.startswith(f"{folder}, step 0: {quantity(count)} parameters, a context of 64 tok")
     assert "Ctrl-D" in second
+
+
+def run_in_process(monkeypatch, capfdbinary, *args):
+    """What scripts/generate.py prints to the standard output."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    assert generate_script.main() == 0
+    return capfdbinary.readouterr().out
+
+
+def test_the_script_takes_tokens_that_texts_begin_and_end_with(
+    run_folder, monkeypatch, capfdbinary
+):
+    folder, experiment = run_folder
+    flags = [f"--workdir={folder}", "--greedy", "--max-new-tokens=12", "--no-stream"]
+    model = experiment.model, experiment.init_state().params, TOKENIZER
+
+    def made(prompt, **options):
+        generator = Generator(*model, **options)
+        [found] = generator.generate([prompt], max_new_tokens=12, sampling=GREEDY)
+        return found
+
+    plain = made("a")
+    last = plain.ids[-1]
+    ended = made("a", stop_ids=[int(last)])
+    assert len(ended.ids) < 12 or last not in plain.ids[:-1]
+    for options, expected in (
+        (["--prompt=a"], b"a" + plain.data),
+        (["--prompt=a", f"--end-ids={last}"], b"a" + ended.data),
+        (["--prompt=a", f"--stop-ids={last}"], b"a" + made("a", stop_ids=[258, int(last)]).data),
+        (["--prompt=a", "--start-ids="], b"a" + made("a", start=()).data),
+        (["--prompt=a", "--start-ids=<pad>,65"], b"a" + made("a", start=(256, 65)).data),
+        (["--prompt=<eos>a", "--special-tokens"], b"<eos>a" + made([258, 97]).data),
+        (["--prompt=<bos>a", "--special-tokens"], b"<bos>a" + plain.data),  # once
+        (["--prompt=<eos>a"], b"<eos>a" + made("<eos>a").data),
+    ):
+        assert run_in_process(monkeypatch, capfdbinary, *flags, *options) == expected + b"\n"
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags, "--prompt=a", "--end-ids=</s>"])
+    with pytest.raises(ValueError, match=r"--end-ids: </s> is neither an id below 259 nor"):
+        generate_script.main()

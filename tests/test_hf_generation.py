@@ -42,7 +42,7 @@ def sides(request, tmp_path_factory, devices):
     own = bring(folder, theirs, devices)
     yield (
         theirs,
-        Generator(own.experiment.model, own.params, own.experiment.tokenizer, eos_id=eos),
+        Generator(own.experiment.model, own.params, own.experiment.tokenizer, stop_ids=[eos]),
         eos,
     )
     torch.set_num_threads(threads)

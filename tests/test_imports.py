@@ -80,7 +80,10 @@ RULES = {
     "lm.hf": LEAF,
     "lm.hf.importing": ("lm",),
     "lm.hf.exporting": ("lm",),
-    "lm.hf.vocabulary": ("lm.data.run_tokenizer", "lm.data.tokenizer", "lm.hf.files"),
+    "lm.hf.vocabulary": (
+        *("lm.data.run_tokenizer", "lm.data.special_tokens", "lm.data.tokenizer"),
+        "lm.hf.files",
+    ),
     "lm.guard": (*LEAF, "lm.exits", "lm.phases", "lm.processes"),
     "lm.ledger": ("lm.exits", "lm.lines"),
     "lm.goodput": ("lm.lines", "lm.phases"),

@@ -348,4 +348,4 @@ def _make_synthetic(path: str, layout: Layout, tokenizer: Tokenizer) -> RowSourc
         names = {"num_rows": "num_documents", "seed": "seed"}
         renamed = {names[name]: value for name, value in options.items()}
         return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **renamed)
-    return Synthetic(kind, vocab_size=tokenizer.vocab_size, length=layout.length, **options)
+    return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)

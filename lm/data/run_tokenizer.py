@@ -6,13 +6,14 @@ from pathlib import PurePath
 
 from etils import epath
 
+from lm.data import special_tokens
 from lm.data.tokenizer import Tokenizer
 
 FOLDER = "tokenizer"
 # what tells `transformers` and chat templates about a tokenizer, beside its own file
 BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "generation_config.json"),
+    *(special_tokens.TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", special_tokens.GENERATION_FILE, special_tokens.MODEL_FILE),
 )
 
 

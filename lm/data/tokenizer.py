@@ -22,6 +22,9 @@ from typing import Protocol
 
 import numpy as np
 
+from lm.data import special_tokens
+from lm.data.special_tokens import NOTHING, Declared
+
 LONG_TEXT = 1 << 18
 _RULES = "1"  # part of every fingerprint: to be raised when a change below changes ids
 
@@ -40,6 +43,9 @@ class Tokenizer(Protocol):
     eos_id: int
     pad_id: int
     fingerprint: str
+    start_ids: tuple[int, ...]  # that a text begins with where it is generated or scored
+    stop_ids: tuple[int, ...]  # any of which ends a continuation
+    used_vocab_size: int  # ids from here on are of special tokens that nothing uses
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -84,16 +90,19 @@ def load(name: str) -> Tokenizer:
     path = epath.Path(name)
     if not path.is_file():
         raise ValueError(f"tokenizer {name}: no such file; scripts/train_tokenizer.py makes one")
-    return from_bytes(name, path.read_bytes())
+    return from_bytes(name, path.read_bytes(), special_tokens.read(path.parent))
 
 
-def from_bytes(name: str, model: bytes) -> Tokenizer:
-    """Returns the tokenizer whose file `name` has the content `model` ("bytes" has no file)."""
+def from_bytes(name: str, model: bytes, declared: Declared = NOTHING) -> Tokenizer:
+    """Returns the tokenizer whose file `name` has the content `model` ("bytes" has no file).
+
+    declared: what the files beside it say of its special tokens.
+    """
     if name == "bytes":
         return ByteTokenizer()
     if name.endswith(".model"):
-        return SentencePieceTokenizer(name, model)
-    return HuggingFaceTokenizer(name, model)
+        return SentencePieceTokenizer(name, model, declared)
+    return HuggingFaceTokenizer(name, model, declared)
 
 
 def pieces(text: str, *, limit: int = LONG_TEXT) -> Iterator[str]:
@@ -119,6 +128,7 @@ class ByteTokenizer:
     model = b""
     vocab_size = 259
     pad_id, bos_id, eos_id = 256, 257, 258
+    start_ids, stop_ids, used_vocab_size = (bos_id,), (eos_id,), vocab_size
     fingerprint = hashlib.sha256(b"bytes:" + _RULES.encode()).hexdigest()
     special_ids = MappingProxyType({"<pad>": pad_id, "<bos>": bos_id, "<eos>": eos_id})
 
@@ -145,13 +155,14 @@ class SentencePieceTokenizer:
 
     SentencePiece writes a space as U+2581, so a U+2581 in the text would come back as a space.
     Where the model has byte pieces it is encoded as its three bytes instead, which makes models
-    with identity normalisation (those of scripts/train_tokenizer.py) lossless for every text. A
-    model without bos uses pad in its place, with which T5's decoder begins; one without pad, eos.
+    with identity normalisation (those of scripts/train_tokenizer.py) lossless for every text.
+    Special tokens are those that the files beside the model name, else the model's own, else those
+    of which those files give the ids; pad takes the place of a missing bos, eos that of pad.
     """
 
     file_name = "tokenizer.model"
 
-    def __init__(self, name: str, model: bytes):
+    def __init__(self, name: str, model: bytes, declared: Declared = NOTHING):
         import sentencepiece
 
         self.name = name
@@ -169,11 +180,13 @@ class SentencePieceTokenizer:
             raise ValueError(f"tokenizer {name}: not a SentencePiece model") from error
         processor = self._first
         self.vocab_size = processor.get_piece_size()
-        self.eos_id = processor.eos_id()
+        self.used_vocab_size = self.vocab_size
+        vocab = {processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        own = {n: getattr(processor, f"{n}_id")() for n in ("bos", "eos", "pad")}
+        self.bos_id, self.eos_id, self.pad_id = declared.choose(vocab, self.vocab_size, own)
         if self.eos_id < 0:
             raise ValueError(f"tokenizer {name}: the model has no eos piece to end documents with")
-        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
-        self.bos_id = processor.bos_id() if processor.bos_id() >= 0 else self.pad_id
+        self.start_ids, self.stop_ids = _ends(self, declared, (self.bos_id,))
         self.special_ids = {
             processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i)
         }
@@ -218,13 +231,13 @@ class HuggingFaceTokenizer:
 
     Bytes are exact for byte-level BPE (GPT-2, Llama 3, Qwen) and for pieces with U+2581 and byte
     fallback (Llama 2, Gemma). WordPiece (BERT) and WordLevel files have no spaces left to decode:
-    their words are joined by spaces. The special ids are found by their usual names; pad
-    takes the place of bos, and eos that of pad, where there is none.
+    their words are joined by spaces. Special tokens are those that the files beside it declare,
+    else those of the usual names; pad takes the place of a missing bos, eos that of pad.
     """
 
     file_name = "tokenizer.json"
 
-    def __init__(self, name: str, model: bytes):
+    def __init__(self, name: str, model: bytes, declared: Declared = NOTHING):
         import tokenizers
 
         self.name = name
@@ -246,16 +259,24 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocab.values()) + 1
         special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
         self.special_ids = special
-        self.eos_id = _special_id(special, _EOS)
+        usual = {
+            kind: next((special[name] for name in names if name in special), -1)
+            for kind, names in (("bos", _BOS), ("eos", _EOS), ("pad", _PAD))
+        }
+        chosen = declared.choose(vocab, self.vocab_size, {}, usual)
+        self.bos_id, self.eos_id, self.pad_id = chosen
         if self.eos_id < 0:
             raise ValueError(
                 f"tokenizer {name}: no end-of-document token: none of {', '.join(_EOS)} among "
-                "its special "
-                f"tokens ({', '.join(special) or 'none'})"
+                f"its special tokens ({', '.join(special) or 'none'}), and no "
+                "tokenizer_config.json beside it with an eos_token"
             )
-        bos_id, pad_id = _special_id(special, _BOS), _special_id(special, _PAD)
-        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        self.bos_id = bos_id if bos_id >= 0 else self.pad_id
+        plain = self._first.encode("a", add_special_tokens=False).ids
+        whole = self._first.encode("a").ids
+        before = whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+        self.start_ids, self.stop_ids = _ends(self, declared, tuple(before) or (self.bos_id,))
+        texts = (i for piece, i in vocab.items() if piece not in special)
+        self.used_vocab_size = 1 + max(*chosen, *self.start_ids, *self.stop_ids, *texts)
         self._has_prefix = self._first.encode("a").ids != self._rest.encode("a").ids
         self._bytes = _huggingface_bytes(spec, vocab, self.vocab_size)
 
@@ -339,8 +360,14 @@ def _sentencepiece_bytes(processor, i: int) -> bytes:
     return piece.replace("\u2581", " ").encode()
 
 
-def _special_id(special: dict[str, int], names: tuple[str, ...]) -> int:
-    return next((special[name] for name in names if name in special), -1)
+def _ends(
+    tokenizer: Tokenizer, declared: Declared, usual: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (start_ids, stop_ids); usual: those that texts begin with where no file says."""
+    says = declared.begins_with_bos
+    start = usual if says is None else (tokenizer.bos_id,) if says else ()
+    stop = (tokenizer.eos_id, *declared.ids("eos_token_id", tokenizer.vocab_size))
+    return start, tuple(dict.fromkeys(stop))
 
 
 def _without_prefix(spec):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.generation.decode import fill, known, mark_seen, next_logits
+from lm.generation.decode import fill, is_any, known, mark_seen, next_logits
 from lm.generation.sampling import penalize
 from lm.types import Array, Cache, Model, Params, Tokens
 
@@ -90,7 +90,7 @@ class _State:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "num_beams", "bucket", "penalized", "eos_id", "vocab_size")
+    jax.jit, static_argnames=("model", "num_beams", "bucket", "penalized", "stop_ids", "vocab_size")
 )
 def beam_search(
     model: Model,
@@ -106,7 +106,7 @@ def beam_search(
     num_beams: int,
     bucket: int,
     penalized: bool,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     vocab_size: int,
 ) -> Hypotheses:
     """The best `num_beams` continuations of prompts: [B, P + 1] by at most `limit` tokens.
@@ -143,7 +143,7 @@ def beam_search(
             scores=best,
         )
         count = state.count + 1
-        ends = (token == eos_id) | (count >= limit)
+        ends = is_any(token, stop_ids) | (count >= limit)
 
         going = jnp.where(ends, best + LOW, best)
         going, chosen = jax.lax.top_k(going, k)  # [B, K]

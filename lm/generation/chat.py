@@ -8,14 +8,19 @@ chat_template.jinja). It runs in Jinja2's sandbox, and sees `messages`, `add_gen
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-Message: TypeAlias = Mapping[str, str]  # role (system, user or assistant), and content
+# role (system, user or assistant), and content: a text, or a list of {"type": "text", "text": ...}
+Message: TypeAlias = Mapping[str, Any]
+
+_PRIVATE = 0xF0000  # the first character of a plane that no text uses
 
 # For tokenizers that bring none: roles by name, and an eos after what the model says.
 DEFAULT = """\
@@ -47,7 +52,7 @@ class Chat:
         self._tokenizer, self.source = tokenizer, template
         names = {i: name for name, i in tokenizer.special_ids.items()}
         self._tokens = {
-            "bos_token": names.get(tokenizer.bos_id, ""),
+            "bos_token": names.get(tokenizer.bos_id, "") if tokenizer.start_ids else "",
             "eos_token": names.get(tokenizer.eos_id, ""),
         }
 
@@ -58,32 +63,58 @@ class Chat:
             ValueError: a message has no role or content, or writes out a special token, which would
                 pass for the template's; or the template refuses the messages.
         """
-        import jinja2
-
+        messages = [_plain(i, message) for i, message in enumerate(messages)]
         for i, message in enumerate(messages):
-            if set(message) != {"role", "content"}:
-                raise ValueError(f"message {i} must have a role and a content, got {[*message]}")
             for name in self._tokenizer.special_ids:
                 if name in message["content"]:
                     raise ValueError(f"message {i} contains the special token {name}")
+        return self._write(messages, add_generation_prompt)
+
+    def _write(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        import jinja2
+
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(**values, **self._tokens)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
-        """The prompt for the assistant's next message: int32 ids, without the bos that a
+        """The prompt for the assistant's next message: int32 ids, without the `start_ids` that a
         `Generator` puts first.
+
+        A special token that a message writes out stays text there, and never becomes the token.
+
+        Raises:
+            ValueError: a message has no role or content, or the template refuses the messages.
         """
-        text = self.render(messages, add_generation_prompt=True)
-        ids = self._tokenizer.encode_special(text)
-        has_bos = (
-            len(ids) > 0
-            and ids[0] == self._tokenizer.bos_id
-            and text.startswith(self._tokens["bos_token"] or "\0")
-        )
-        return ids[1:] if has_bos else ids
+        messages = [_plain(i, message) for i, message in enumerate(messages)]
+        special = self._tokenizer.special_ids
+        contents = "\0".join(message["content"] for message in messages)
+        unused = (chr(i) for i in itertools.count(_PRIVATE) if chr(i) not in contents)
+        spelled = [n for n in sorted(special, key=len, reverse=True) if n in contents]
+        marks = dict(zip(spelled, unused, strict=False))
+        for name, mark in marks.items():
+            messages = [{**m, "content": m["content"].replace(name, mark)} for m in messages]
+        text = self._write(messages, add_generation_prompt=True)
+        ids = self._read_marked(text, marks) if marks else self._tokenizer.encode_special(text)
+        start = self._tokenizer.start_ids
+        return ids[len(start) :] if tuple(ids[: len(start)]) == start else ids
+
+    def _read_marked(self, text: str, marks: Mapping[str, str]) -> np.ndarray:
+        """The ids of a text in which `marks` stand for names of special tokens that are text."""
+        special = self._tokenizer.special_ids
+        names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+        parts = [np.zeros(0, np.int32)]
+        for part in re.split(f"({names})", text):
+            if part in special:
+                parts.append(np.array([special[part]], np.int32))
+                continue
+            for name, mark in marks.items():
+                part = part.replace(mark, name)
+            if part:
+                parts.append(self._tokenizer.encode(part))
+        return np.concatenate(parts)
 
     @property
     def end_id(self) -> int:
@@ -113,6 +144,26 @@ def read(path: str) -> str | None:
     if isinstance(template, list):  # several, by name
         return next((t["template"] for t in template if t["name"] == "default"), None)
     return template
+
+
+def _plain(i: int, message: Any) -> dict[str, str]:
+    """Message number `i` with a text as its content: that of its parts, "" for null."""
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        got = [*message] if isinstance(message, Mapping) else message
+        raise ValueError(f"message {i} must have a role and a content, got {got}")
+    role, content = message["role"], message["content"]
+    parts = [] if content is None else content if isinstance(content, list) else [content]
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"message {i} has a part that is no text: {kind}")
+        texts.append(text)
+    if not isinstance(role, str):
+        raise ValueError(f"message {i} must have a text as its role, got {role!r}")
+    return {"role": role, "content": "".join(texts)}
 
 
 def _raise(message: str) -> None:

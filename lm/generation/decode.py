@@ -53,6 +53,11 @@ def known(vocab_size: int, logits: Array) -> jax.Array:
     return jnp.arange(logits.shape[-1]) < vocab_size
 
 
+def is_any(token: Array, ids: tuple[int, ...]) -> jax.Array:
+    """bool of token's shape: whether it is one of a few ids."""
+    return functools.reduce(jnp.logical_or, (token == i for i in ids), jnp.zeros(token.shape, bool))
+
+
 def mark_seen(prompts: Tokens, vocab_size: int) -> jax.Array:
     """bool [B, V]: the tokens of prompts: [B, T], padding aside."""
     batch_size = prompts.ids.shape[0]
@@ -103,7 +108,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "chunk", "top_k", "nucleus", "eos_id", "vocab_size"),
+    static_argnames=("model", "chunk", "top_k", "nucleus", "stop_ids", "vocab_size"),
     donate_argnames=("state",),
 )
 def decode(
@@ -118,14 +123,14 @@ def decode(
     chunk: int,
     top_k: int,
     nucleus: bool,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     vocab_size: int,
 ) -> tuple[State, jax.Array, jax.Array]:
     """(state, ids, log-probabilities) after `limit` steps, or when all rows are done.
 
     done: bool [B]; values: those of `choose`; penalty: of repetition, read where the state keeps
     what was seen; ids and log-probabilities: [B, chunk], of which the first `limit` columns count,
-    and in a row those up to its eos.
+    and in a row those up to one of `stop_ids`.
     """
     rules = model.rules
     batch_size = state.token.shape[0]
@@ -145,7 +150,7 @@ def decode(
         if seen is not None:
             seen = seen.at[jnp.arange(batch_size), token].set(True)
         state = State(cache, token, state.position + 1, state.count + 1, state.keys, seen)
-        return i + 1, state, done | (token == eos_id), ids, logprobs
+        return i + 1, state, done | is_any(token, stop_ids), ids, logprobs
 
     def unfinished(carry: Any) -> jax.Array:
         return (carry[0] < limit) & ~jnp.all(carry[2])
@@ -182,7 +187,7 @@ def lower_decode(model: Model, params: Params, *, batch_size: int, length: int) 
         chunk=CHUNK,
         top_k=1,
         nucleus=False,
-        eos_id=-1,
+        stop_ids=(),
         vocab_size=model.config.vocab_size,
     )
 

@@ -1,6 +1,7 @@
 """Continuations of prompts by a model and its parameters.
 
-The first input of a prompt is `tokenizer.bos_id`, since training shifts every document right.
+The first inputs of a prompt are `tokenizer.start_ids`: bos, since training shifts every document
+right, unless published files say that a text begins with nothing.
 Prompts of different lengths are padded on the left, in segment 0, so that the rows of a batch end
 in the same slot. All inputs but the last go into the cache in one call, which computes no logits;
 then each step feeds one token and samples the next.
@@ -43,11 +44,10 @@ class Generator:
         tokenizer: Any,
         *,
         start: Sequence[int] | None = None,
-        eos_id: int | None = None,
+        stop_ids: Sequence[int] | None = None,
     ) -> None:
-        """start: ids that every stream of the (de)coder begins with; unset: bos. Weights of others
-        may want none (GPT-2), or their padding (T5). eos_id: the token that ends a continuation,
-        where it isn't the tokenizer's eos.
+        """start: ids that every stream of the (de)coder begins with; unset: the tokenizer's
+        start_ids. stop_ids: tokens that end a continuation; unset: the tokenizer's.
 
         Raises ValueError where the model sees what comes later, has no head, or has no row for an
         id of the tokenizer.
@@ -55,19 +55,20 @@ class Generator:
         check_head(model.config)
         if not model.config.is_causal:
             raise ValueError("config.model is not causal: it can't continue a text")
-        if tokenizer.vocab_size > model.config.vocab_size:
+        if tokenizer.used_vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"config.model.vocab_size ({model.config.vocab_size}) must be at least the "
-                f"vocabulary of tokenizer {tokenizer.name} ({tokenizer.vocab_size})"
+                f"vocabulary of tokenizer {tokenizer.name} ({tokenizer.used_vocab_size})"
             )
+        self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self.model = without_length(model)  # whatever training did
         self.params, self.tokenizer = params, tokenizer
         rules = model.rules
         is_alone = rules.platform == "cpu" and rules.mesh.size == 1
         self._params = apart(params) if is_alone else params
         self.takes_encoder = model.config.takes_encoder
-        self._start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
-        self._eos_id = tokenizer.eos_id if eos_id is None else eos_id
+        self._start = np.array(tokenizer.start_ids if start is None else start, np.int32)
+        self._stop_ids = tuple(tokenizer.stop_ids if stop_ids is None else stop_ids)
         if self.takes_encoder and not len(self._start):
             raise ValueError("the decoder of an encoder-decoder has to start with some token")
 
@@ -120,13 +121,20 @@ class Generator:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive")
         return [self._input(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
 
+    def longest_prompt(self, max_new_tokens: int) -> int:
+        """The most ids that a prompt may have, without the start."""
+        limit = self.model.config.max_length
+        return limit - 1 if self.takes_encoder else limit - len(self._start) + 1 - max_new_tokens
+
     def _input(self, i: int, prompt: Prompt, max_new_tokens: int) -> np.ndarray:
-        tokenizer, limit = self.tokenizer, self.model.config.max_length
-        ids = np.asarray(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int64)
-        wrong = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+        limit = self.model.config.max_length
+        ids = np.asarray(
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int64
+        )
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
         if wrong.size:
             raise ValueError(
-                f"prompt {i}: id {wrong[0]} is not in the vocabulary (size {tokenizer.vocab_size})"
+                f"prompt {i}: id {wrong[0]} is not in the vocabulary (size {self.vocab_size})"
             )
         rest = len(self._start) - 1 + max_new_tokens  # the last new token is not fed
         if self.takes_encoder:
@@ -142,7 +150,9 @@ class Generator:
                 "shorten the prompt or ask for fewer tokens"
             )
         elif not len(self._start) + len(ids):
-            raise ValueError(f"prompt {i} is empty, and there is no bos to begin with")
+            raise ValueError(
+                f"prompt {i} is empty, and there is no token to begin with: give a start"
+            )
         return ids.astype(np.int32)
 
     def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[Tokens, Tokens | None]:
@@ -176,14 +186,14 @@ class Generator:
             num_beams=search.num_beams,
             bucket=size,
             penalized=search.repetition_penalty != 1,
-            eos_id=self._eos_id,
-            vocab_size=self.tokenizer.vocab_size,
+            stop_ids=self._stop_ids,
+            vocab_size=self.vocab_size,
         )
         ids, logprobs, scores = (np.asarray(x) for x in (found.ids, found.logprobs, found.scores))
         made = []
         for i in range(len(inputs)):
             for j in range(search.num_samples):
-                row = Row(i, j, limit, (), self.tokenizer, self._eos_id)
+                row = Row(i, j, limit, (), self.tokenizer, self._stop_ids)
                 row.add(ids[i, j, :limit], logprobs[i, j, :limit])
                 made.append(row.generation(float(scores[i, j])))
         return made
@@ -199,7 +209,7 @@ class Generator:
             return
         model, tokenizer = self.model, self.tokenizer
         rows = [
-            Row(i, j, limit, sampling.stop, tokenizer, self._eos_id)
+            Row(i, j, limit, sampling.stop, tokenizer, self._stop_ids)
             for i in range(len(inputs))
             for j in range(sampling.num_samples)
         ]
@@ -218,7 +228,7 @@ class Generator:
             length=prompts.ids.shape[1] - 1 + bucket(limit),
             penalized=sampling.repetition_penalty != 1,
         )
-        top_k = 1 if sampling.temperature == 0 else min(sampling.top_k, tokenizer.vocab_size)
+        top_k = 1 if sampling.temperature == 0 else min(sampling.top_k, self.vocab_size)
         done = np.arange(len(prompts.ids)) >= len(rows)
         for start in range(0, limit, chunk):
             count = min(chunk, limit - start)
@@ -233,8 +243,8 @@ class Generator:
                 chunk=bucket(min(chunk, limit)),
                 top_k=top_k,
                 nucleus=sampling.top_p < 1 and top_k != 1,
-                eos_id=self._eos_id,
-                vocab_size=tokenizer.vocab_size,
+                stop_ids=self._stop_ids,
+                vocab_size=self.vocab_size,
             )
             ids, logprobs = (np.asarray(x)[:, :count] for x in new)
             for i, row in enumerate(rows):

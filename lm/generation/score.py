@@ -69,7 +69,8 @@ class Scorer:
         self.model = without_length(model)
         self.params, self.tokenizer = params, tokenizer
         self.takes_encoder = model.config.takes_encoder
-        self.start = np.array([tokenizer.bos_id] if start is None else start, np.int32)
+        self.start = np.array(tokenizer.start_ids if start is None else start, np.int32)
+        self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._max_batch_tokens = max_batch_tokens
 
     def score(
@@ -129,10 +130,9 @@ class Scorer:
     def _ids(self, text: Prompt) -> np.ndarray:
         ids = self.tokenizer.encode(text) if isinstance(text, str) else text
         ids = np.asarray(ids, np.int64)
-        wrong = ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
         if wrong.size:
-            size = self.tokenizer.vocab_size
-            raise ValueError(f"id {wrong[0]} is not in the vocabulary (size {size})")
+            raise ValueError(f"id {wrong[0]} is not in the vocabulary (size {self.vocab_size})")
         return ids.astype(np.int32)
 
     def _row(self, i: int, prompt: Prompt, continuation: Prompt) -> _Row:
@@ -190,7 +190,7 @@ class Scorer:
             pad([row.inputs for row in rows], size, width),
             pad(encoder, size, source[0]) if source else None,
             pad([row.targets for row in rows], size, scored),
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.vocab_size,
         )
 
     def _collect(self, rows: list[_Row], pending: Any) -> dict[int, Score]:

@@ -51,10 +51,10 @@ class Row:
         limit: int,
         stop: Sequence[str],
         tokenizer: Any,
-        eos_id: int,
+        stop_ids: tuple[int, ...],
     ) -> None:
         self.prompt, self.sample, self.finished = prompt, sample, ""
-        self._limit, self._tokenizer, self._eos_id = limit, tokenizer, eos_id
+        self._limit, self._tokenizer, self._stop_ids = limit, tokenizer, stop_ids
         self._stops = tuple(text.encode() for text in stop)
         self._longest = max(map(len, self._stops), default=0)
         self._ids: list[int] = []
@@ -73,7 +73,7 @@ class Row:
             if cut is not None:
                 del self._data[cut:]
                 self.finished = "stop"
-            elif i == self._eos_id:
+            elif i in self._stop_ids:
                 self.finished = "eos"
             elif len(self._ids) == self._limit:
                 self.finished = "length"

@@ -50,7 +50,7 @@ def export_folder(
     name = family or structure.find_family(section)
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
-    ids = vocabulary.special_ids(experiment.tokenizer)
+    ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=model.takes_encoder)
     where = table.places(kind.rows(model), {name: leaf.shape for name, leaf in leaves.items()})
     held = table.tensors(where)
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@
 
 A run's tokenizer is one file. What else tells `transformers` about it (chat templates, names of
 special tokens) lies beside that file and is handed on. A text begins with `bos_id` here, in
-training and in generation; a vocabulary without one (GPT-2, Qwen) begins it with the token that
-ends documents, as its own training did, but `transformers` puts nothing there.
+training; a vocabulary without one (GPT-2, Qwen) begins it with the token that ends documents, as
+its own training did. Generation begins it with what the published files say: with nothing, where
+they say that there is no bos.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from lm.data import special_tokens
 from lm.data import tokenizer as tokenizers
 from lm.data.run_tokenizer import BESIDE
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
@@ -119,16 +121,24 @@ def compare(tokenizer: Tokenizer, tree: dict[str, Any], say: Callable[[str], Any
     import tokenizers as library
 
     ids = library.Tokenizer.from_str(tokenizer.model.decode()).encode("a").ids
-    if ids[:1] != [tokenizer.bos_id]:
+    start = tokenizer.start_ids
+    if start and tuple(ids[: len(start)]) != start:
         say(
-            f"note: a text begins with token {tokenizer.bos_id} here; tokenizer.json puts "
+            f"note: a text begins with token {start[0]} here; tokenizer.json puts "
             f"{ids[0] if len(ids) > 1 else 'nothing'} before it"
         )
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The keys of config.json about special tokens."""
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> dict[str, Any]:
+    """The keys of config.json about special tokens: those that the published model's had, where the
+    tokenizer came with one.
+    """
+    if tokenizer.file_name:
+        published = special_tokens.read(epath.Path(tokenizer.name).parent).model
+        if special_tokens.is_published(published):
+            return {key: published[key] for key in special_tokens.IDS if key in published}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    return ids | ({"decoder_start_token_id": tokenizer.bos_id} if is_encoder_decoder else {})
 
 
 def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
@@ -162,7 +172,8 @@ def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
 
 def _beside(name: str) -> dict[str, bytes]:
     folder = epath.Path(name).parent
-    return {n: (folder / n).read_bytes() for n in BESIDE if (folder / n).exists()}
+    names = [name for name in BESIDE if name != special_tokens.MODEL_FILE]  # the model's own comes
+    return {n: (folder / n).read_bytes() for n in names if (folder / n).exists()}
 
 
 def _from_bytes() -> bytes:

@@ -56,9 +56,13 @@ class Form:
     is_causal: bool = True
     vocab_size: int | None = None
 
+    def num_rows(self, tokenizer: Tokenizer) -> int:
+        """Returns the ids that the model has: a tokenizer may have more, which nothing uses."""
+        return self.vocab_size or tokenizer.vocab_size
+
     def spare_ids(self, tokenizer: Tokenizer) -> range:
         """Returns the ids that the model has and the tokenizer does not use."""
-        return range(tokenizer.vocab_size, self.vocab_size or tokenizer.vocab_size)
+        return range(tokenizer.vocab_size, self.num_rows(tokenizer))
 
 
 def mask_id(given: int | None, tokenizer: Tokenizer, form: Form) -> int:
@@ -76,7 +80,7 @@ def mask_id(given: int | None, tokenizer: Tokenizer, form: Form) -> int:
             f"{tokenizer.vocab_size + 1}, or config.objective.mask_id to an id"
         )
     chosen = given if given is not None else found[0] if found else spare[0]
-    limit = max(tokenizer.vocab_size, spare.stop)
+    limit = form.num_rows(tokenizer)
     if not 0 <= chosen < limit:
         raise ValueError(f"config.objective.mask_id ({chosen}) must be an id below {limit}")
     return chosen

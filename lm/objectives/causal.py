@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from lm.config import field
 from lm.data.sources import Layout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import Form, Objective, RowGenerator
@@ -14,7 +15,11 @@ from lm.types import Batch, Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Nothing to choose."""
+    begins_with_bos: bool = field(
+        True,
+        "Documents begin with bos; else their first tokens are inputs alone, and not scored: for "
+        "weights that were trained so.",
+    )
 
 
 def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
@@ -27,8 +32,10 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
         ids       a b . c d      (`.` is eos)
         segments  1 1 1 2 2
         inputs    ^ a b ^ c      (`^` is bos)
+
+    Without bos there is padding in its place, and a document's first token has position 0 where it
+    is an input.
     """
-    del config
     if not form.is_causal or form.encoder_length is not None:
         raise ValueError(
             "config.objective.name=causal needs a model in which a token sees only those before "
@@ -43,11 +50,16 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
         inputs[rows.positions == 0] = bos
         np.copyto(inputs, rows.previous, where=rows.previous >= 0)
         scored = rows.segments != 0
-        inputs *= scored
+        positions = rows.positions
+        if not config.begins_with_bos:
+            is_bos = scored & (positions == 0) & (rows.previous < 0)
+            start = np.arange(scored.shape[1]) - positions  # of a token's segment
+            positions = positions - np.take_along_axis(is_bos, start, axis=1)
+            positions, scored = np.where(is_bos, 0, positions), scored & ~is_bos
         return Batch(
-            inputs=Tokens(ids=inputs, segments=rows.segments, positions=rows.positions),
+            inputs=Tokens(inputs * scored, np.where(scored, rows.segments, 0), positions),
             targets=rows.ids,
             weights=scored.astype(np.float32),
         )
 
-    return Objective(causal, Layout((form.length,)), scores_every_token=True)
+    return Objective(causal, Layout((form.length,)), scores_every_token=config.begins_with_bos)

@@ -163,7 +163,8 @@ def first_sentinel(given: int | None, spans: int, tokenizer: Tokenizer, form: Fo
     named = tokenizer.special_ids.get("<extra_id_0>")
     first = given if given is not None else named if named is not None else spare.stop - 1
     ids = range(first, first - spans, -1)
-    if not all(i in spare or i in tokenizer.special_ids.values() for i in ids):
+    special = {i for i in tokenizer.special_ids.values() if i < form.num_rows(tokenizer)}
+    if not all(i in spare or i in special for i in ids):
         raise ValueError(
             f"{spans} sentinels from id {first} down are not free: tokenizer {tokenizer.name} uses "
             f"{tokenizer.vocab_size} of the {spare.stop} ids of config.model.vocab_size; set it to "

@@ -26,6 +26,7 @@ import numpy as np
 
 from lm import storage
 from lm.data import tokenizer as tokenizers
+from lm.data.special_tokens import Declared
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -117,18 +118,27 @@ class TokenStore:
             return tokenizers.from_bytes(entry["name"], b"")
         content = self._files.read(entry["file"])
         assert content is not None, "its size was checked by open"
-        tokenizer = tokenizers.from_bytes(entry["file"], content)
+        ids = {f"{kind}_token_id": entry.get(f"{kind}_id") for kind in ("bos", "eos", "pad")}
+        tokenizer = tokenizers.from_bytes(entry["file"], content, Declared(generation=ids))
         self.check_tokenizer(tokenizer)
         return tokenizer
 
     def check_tokenizer(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Raises ValueError unless `tokenizer` is the one that made this store."""
+        """Raises ValueError unless `tokenizer` is the one that made this store, and ends documents
+        with the same token.
+        """
         entry = self.manifest["tokenizer"]
         if tokenizer.fingerprint != entry["fingerprint"]:
             raise ValueError(
                 f"{self.path}: prepared with tokenizer {entry['name']} (fingerprint "
                 f"{entry['fingerprint']}), not with {tokenizer.name} (fingerprint "
                 f"{tokenizer.fingerprint}); use the first or prepare the data again"
+            )
+        if (end := entry.get("eos_id", tokenizer.eos_id)) != tokenizer.eos_id:
+            raise ValueError(
+                f"{self.path}: its documents end with token {end}, and {tokenizer.name}, by the "
+                f"files beside it, ends them with {tokenizer.eos_id}; prepare the data again with "
+                "that tokenizer"
             )
 
     def verify(self) -> None:
