@@ -1,7 +1,7 @@
 """The sections of a run's config as frozen dataclasses, and components by name.
 
-Model and objective are components: modules with a `Config` dataclass and a `build` function, found
-by the name in `config.model.name` and `config.objective.name` (a name with a dot is imported as it
+Model, objective and optimizer are components: modules with a `Config` dataclass and a `build`
+function, found by the name in `config.model.name` and so on (a name with a dot is imported as it
 is, so that a component may live outside of this project). `lm.config_tree` converts between a
 `Config` and the `ml_collections.ConfigDict` that configs and the command line work on.
 """
@@ -208,7 +208,9 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     kind: str = field(
-        "cosine", "constant, cosine, linear, inverse_sqrt, wsd, or range (see scripts/lr_range.py)."
+        "cosine",
+        "constant, cosine, linear, inverse_sqrt, wsd, or range (see scripts/lr_range.py).",
+        choices=("constant", "cosine", "linear", "inverse_sqrt", "wsd", "range"),
     )
     warmup_steps: int = field(0, "Steps of linear warm-up from zero.", ge=0)
     decay_steps: int | None = field(
@@ -221,14 +223,16 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = field("adamw", "adamw, adafactor, lion, muon or sgd.")
+    name: str = field("adamw", "A module of lm.optimizers, or a full module name.")
     learning_rate: float = field(3e-4, "Peak learning rate.", ge=0)
     schedule: ScheduleConfig = field(
         ScheduleConfig(), "How the learning rate changes over the run."
     )
     weight_decay: float = field(0.1, "Decoupled decay, multiplied by the learning rate.", ge=0)
     decay_roles: tuple[str, ...] = field(
-        ("matrix",), "Roles of parameters that decay: matrix, embedding, vector."
+        ("matrix",),
+        "Roles of parameters that decay: matrix, embedding, vector.",
+        choices=("matrix", "embedding", "vector"),
     )
     b1: float = field(0.9, "Decay of the first moment; the momentum of lion and sgd.", ge=0, lt=1)
     b2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
@@ -245,8 +249,16 @@ class OptimizerConfig:
     ema_decay: float = field(
         0.0, "Decay of an average of the weights, used by evaluation; 0: none.", ge=0, lt=1
     )
-    moment_dtype: str = field("float32", "Type of stored moments: float32 or bfloat16.")
-    memory: str = field("device", "Where the state lies between steps: device or host.")
+    moment_dtype: str = field(
+        "float32",
+        "Type of stored moments: float32 or bfloat16.",
+        choices=("float32", "bfloat16"),
+    )
+    memory: str = field(
+        "device",
+        "Where the state lies between steps: device or host.",
+        choices=("device", "host"),
+    )
     frozen: tuple[str, ...] = field(
         (), "Patterns, such as embedding.*, of parameters that keep every bit."
     )
@@ -382,7 +394,7 @@ class Config:
     log: LogConfig = field(LogConfig(), "What is written and printed.")
 
 
-COMPONENTS = {"model": "lm.models", "objective": "lm.objectives"}
+COMPONENTS = {"model": "lm.models", "objective": "lm.objectives", "optimizer": "lm.optimizers"}
 _KEYS = {package: key for key, package in COMPONENTS.items()}
 
 
@@ -404,15 +416,16 @@ def component(package: str, name: str) -> types.ModuleType:
         exist.
     """
     asked = f"config.{_KEYS[package]}.name ({name!r})"
+    needed = ("Config", "build", "STEPS") if package == "lm.optimizers" else ("Config", "build")
     if "." in name:
-        return imported(name, asked, needed=("Config", "build"))
+        return imported(name, asked, needed=needed)
     if not name.isidentifier() or importlib.util.find_spec(f"{package}.{name}") is None:
         home = importlib.import_module(package)
         known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
         raise ValueError(
             f"{asked} is not in {package}; there are: {', '.join(known)}{suggestion(name, known)}"
         )
-    return imported(f"{package}.{name}", asked, needed=("Config", "build"))
+    return imported(f"{package}.{name}", asked, needed=needed)
 
 
 def imported(path: str, asked: str, *, needed: Iterable[str]) -> types.ModuleType:

@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from lm.config import COMPONENTS, Config, Range, Task, check_values, component
+from lm.config import COMPONENTS, Config, OptimizerConfig, Range, Task, check_values, component
 
 
 class ConfigTree(ml_collections.ConfigDict):
@@ -31,9 +31,12 @@ class ConfigTree(ml_collections.ConfigDict):
         super().__setitem__(key, value)
 
 
-def default(model: str = "decoder", objective: str = "causal") -> ml_collections.ConfigDict:
+def default(
+    model: str = "decoder", objective: str = "causal", optimizer: str = "adamw"
+) -> ml_collections.ConfigDict:
     """A ConfigDict with every field of every section at its default, for configs to change."""
-    tree, chosen = ConfigTree(), {"model": model, "objective": objective}
+    tree = ConfigTree()
+    chosen = {"model": model, "objective": objective, "optimizer": optimizer}
     for f in dataclasses.fields(Config):
         if f.name in COMPONENTS:
             tree[f.name] = _section(f.name, chosen[f.name])
@@ -48,7 +51,8 @@ def _section(key: str, name: str) -> ConfigTree:
     for field, value in _to_tree(component(COMPONENTS[key], name).Config()).items(
         preserve_field_references=True
     ):
-        section[field] = value
+        if field != "name":
+            section[field] = value
     return section
 
 
@@ -76,8 +80,10 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
         path, section = f"config.{f.name}", tree.get(f.name, {})
         if f.name in COMPONENTS:
             name = _name_in(tree, f.name)
-            section = {key: value for key, value in section.items() if key != "name"}
-            values[f.name] = _from_dict(component(COMPONENTS[f.name], name).Config(), section, path)
+            usual = component(COMPONENTS[f.name], name).Config()
+            own_name = {"name": name} if f.name == "optimizer" else {}
+            section = {key: value for key, value in section.items() if key != "name"} | own_name
+            values[f.name] = _from_dict(usual, section, path)
         elif f.name == "seed":
             values[f.name] = _convert(int, tree.get("seed", f.default), path)
         else:
@@ -89,7 +95,8 @@ def resolve(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 def _name_in(tree: dict[str, Any], key: str) -> str:
     section = tree.get(key, {})
-    name = section.get("name") if isinstance(section, dict) else None
+    usual = OptimizerConfig().name if key == "optimizer" else None
+    name = section.get("name", usual) if isinstance(section, dict) else None
     if not isinstance(name, str):
         raise ValueError(
             f"config.{key}.name must name a component of {COMPONENTS[key]}, got {name!r}"
@@ -98,7 +105,7 @@ def _name_in(tree: dict[str, Any], key: str) -> str:
 
 
 def names(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """The component names of a config: {"model": "decoder", "objective": "causal"}."""
+    """The component names of a config: {"model": "decoder", "objective": "causal", …}."""
     return {key: config[key]["name"] for key in COMPONENTS}  # pyright: ignore
 
 

@@ -1,4 +1,4 @@
-"""Roles of parameters, and optimizers by name, all through optax."""
+"""Roles of parameters, and what all optimizers (lm/optimizers) share, through optax."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import muon, parametrization
-from lm.adafactor import each_layer, factored_rms, is_masked
-from lm.config import OptimizerConfig
+from lm import parametrization
+from lm.adafactor import is_masked
+from lm.config import COMPONENTS, OptimizerConfig, check_values, component
+from lm.optimizers import Parts
 from lm.parametrization import STANDARD, Scaling
-from lm.schedule import SCHEDULES, make_schedule
+from lm.schedule import make_schedule
 from lm.types import Params
 
-ROLES = ("matrix", "embedding", "vector")  # and balance, which no optimizer takes: see `steer`
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
-# of their matrices, as rules of lm.parametrization; embeddings and vectors of muon learn by adam
-KINDS_OF_STEPS = {name: "adam" if name == "adamw" else name for name in OPTIMIZERS}
-MOMENT_DTYPES = ("float32", "bfloat16")
-MEMORIES = ("device", "host")
 # An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
 LARGEST_BFLOAT16_DECAY = 0.99
 
@@ -32,28 +27,21 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
     """Raises ValueError, naming the config path, for a name or a number that no optimizer takes, or
     a kind of step that the table of the parametrization has not.
     """
-    for path, value, known in (
-        ("name", config.name, OPTIMIZERS),
-        ("schedule.kind", config.schedule.kind, SCHEDULES),
-        ("moment_dtype", config.moment_dtype, MOMENT_DTYPES),
-        ("memory", config.memory, MEMORIES),
-        *(("decay_roles", role, ROLES) for role in config.decay_roles),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"config.optimizer.{path} must be one of {', '.join(known)}, got {value!r}"
-            )
-    if not scaling.has(rule := KINDS_OF_STEPS[config.name]):
+    optimizer = component(COMPONENTS["optimizer"], config.name)
+    if not isinstance(config, OptimizerConfig):
+        raise ValueError(
+            f"config.optimizer.name ({config.name}): its Config is no lm.config.OptimizerConfig, "
+            "whose fields every optimizer has"
+        )
+    check_values(config, "config.optimizer")
+    if not scaling.has(rule := optimizer.STEPS["matrix"]):
         raise ValueError(
             f"config.optimizer.name ({config.name}) has no learning rates in the table of "
             f"config.model.parametrization ({scaling.name}): the size of its steps ({rule}) is "
             "that of gradients or of the parameters themselves; take adamw, lion or muon"
         )
-    if config.moment_dtype != "float32" and config.name == "adafactor":
-        raise ValueError(
-            "config.optimizer.name (adafactor) averages ever more slowly: "
-            f"config.optimizer.moment_dtype ({config.moment_dtype}) would round its steps away"
-        )
+    if hasattr(optimizer, "check"):
+        optimizer.check(config)
     if config.moment_dtype == "bfloat16" and max(config.b1, config.b2) > LARGEST_BFLOAT16_DECAY:
         raise ValueError(
             f"config.optimizer.b1 ({config.b1}) and b2 ({config.b2}) must be at most "
@@ -81,15 +69,6 @@ def _row(path: Any, leaf: nn.Partitioned) -> str:
 
 def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
-
-
-def _muon_dimensions(boxed: Any) -> Any:
-    """Rows and columns of each matrix; of others nothing, as `optax.partition` leaves them."""
-
-    def one(leaf: nn.Partitioned, role: str) -> Any:
-        return muon.matrix_dimensions(leaf.names) if role == "matrix" else optax.MaskedNode()
-
-    return jax.tree.map(one, boxed, roles(boxed), is_leaf=_is_box)
 
 
 def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -123,12 +102,11 @@ class Factors:
 
 def make_factors(config: OptimizerConfig, boxed: Any, scaling: Scaling) -> Any:
     """The `Factors` of each parameter in a tree of boxes."""
+    steps = component(COMPONENTS["optimizer"], config.name).STEPS
 
     def one(path: Any, leaf: nn.Partitioned, kind: str) -> Factors:
         row, in_block = _row(path, leaf), "layers" in leaf.names
-        rule = KINDS_OF_STEPS[config.name]
-        if rule == "muon" and kind != "matrix":
-            rule = "adam"
+        rule = steps.get(kind, steps["vector"])
         decay = scaling.decay(row, in_block) if kind in config.decay_roles else 0.0
         return Factors(scaling.rate(row, rule, in_block), decay, scaling.epsilon(row, in_block))
 
@@ -301,38 +279,8 @@ def make_optimizer(
 
     stored = functools.partial(store_as, config.moment_dtype)
     adam = stored(optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov))
-    adam = with_epsilons(adam, factors)
-    if config.name == "adamw":
-        core = [adam, *finish(config.learning_rate)]
-    elif config.name == "lion":
-        core = [stored(optax.scale_by_lion(config.b1, config.b2)), *finish(config.learning_rate)]
-    elif config.name == "sgd":
-        core = [stored(optax.trace(config.b1, config.nesterov)), *finish(config.learning_rate)]
-    elif config.name == "adafactor":  # arXiv:1804.04235, as in optax.adafactor
-        stacked = jax.tree.map(lambda x: x.names[:1] == ("layers",), boxed, is_leaf=_is_box)
-        core = [
-            factored_rms(stacked),
-            each_layer(optax.clip_by_block_rms(1.0), stacked),
-            each_layer(optax.scale_by_param_block_rms(), stacked),
-            *finish(config.learning_rate),
-        ]
-    else:  # arXiv:2502.16982; embeddings and vectors by Adam
-        dimensions, matrix_rate = _muon_dimensions(boxed), config.muon_learning_rate
-        matrices = [
-            stored(muon.orthogonalize(config.muon_momentum, dimensions)),
-            muon.scale_to_adam(dimensions),
-            *finish(config.learning_rate if matrix_rate is None else matrix_rate),
-        ]
-        labels = jax.tree.map(lambda role: "muon" if role == "matrix" else "adam", kinds)
-        core = [
-            optax.partition(
-                {
-                    "muon": optax.chain(*matrices),
-                    "adam": optax.chain(adam, *finish(config.learning_rate)),
-                },
-                labels,
-            )
-        ]
+    parts = Parts(boxed, kinds, stored, with_epsilons(adam, factors), finish)
+    core = component(COMPONENTS["optimizer"], config.name).build(config, parts)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     links = [track_norms(), *clip, *core]

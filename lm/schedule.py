@@ -7,8 +7,6 @@ import optax
 
 from lm.config import ScheduleConfig
 
-SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt", "wsd", "range")
-
 
 def decay_steps(config: ScheduleConfig, num_steps: int) -> int:
     """Steps of the final decay of wsd in a run of `num_steps`."""

@@ -110,7 +110,6 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         "data.batch_size_per_device": None,
         "loader.kind": "thread",
         "loss.chunk_size": 256,
-        "optimizer.name": "sgd",
         "optimizer.b1": 0.0,
         "optimizer.nesterov": False,
         "optimizer.learning_rate": 0.5,
@@ -130,6 +129,7 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
         config.objective = config_tree.default(objective=objective).objective
+    config_tree.choose(config, "optimizer", "sgd")
     config.update_from_flattened_dict(changes)
     return config
 

@@ -23,7 +23,9 @@ def skeletons():
     blocks = re.findall(
         r"```python\n# (\S+)\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S
     )
-    assert {path for path, _ in blocks} >= {f"mine/{n}.py" for n in ("bigram", "focal", "poems")}
+    assert {path for path, _ in blocks} >= {
+        f"mine/{n}.py" for n in ("bigram", "focal", "signum", "poems")
+    }
     return dict(blocks)
 
 
@@ -59,7 +61,7 @@ def test_the_skeletons_of_the_docs_prepare_and_train(package):
     assert done.returncode == 0, done.stderr
     done = run(
         package, "train.py", "--config=mine/config.py", "--workdir=runs/mine",
-        "--config.objective.gamma=1",
+        "--config.objective.gamma=1", "--config.optimizer.momentum=0.8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (package / "runs/mine/metrics.jsonl").open()]
@@ -67,6 +69,9 @@ def test_the_skeletons_of_the_docs_prepare_and_train(package):
     assert 0 < train[-1]["focal"] < train[-1]["loss"] < 0.8 * train[0]["loss"]
     saved = json.loads((package / "runs/mine/config.json").read_text())
     assert saved["objective"] == {"name": "mine.focal", "gamma": 1.0}
+    assert (saved["optimizer"]["name"], saved["optimizer"]["momentum"]) == ("mine.signum", 0.8)
+    assert "finished" in run(package, "train.py", "--config=runs/mine/config.json",
+                             "--workdir=runs/mine").stdout  # fmt: skip
 
     done = run(package, "prepare_data.py", "--data=theirs.poems:x", "--tokenizer=bytes", "--out=o")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -105,6 +110,23 @@ def test_a_model_whose_parameters_name_no_axes_is_refused(with_model):
     experiment = with_model("dense", text)
     with pytest.raises(ValueError, match=r"2 of 3 parameters name no logical axes, head\.bias the"):
         experiment.boxed_params  # noqa: B018
+
+
+def test_an_optimizer_that_is_no_optimizer_is_refused(tmp_path, monkeypatch, make_config, devices):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = skeletons()["mine/signum.py"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "no_steps.py").write_text(re.sub(r"STEPS = .*", "", text))
+    with pytest.raises(ValueError, match=r"is no component: theirs\.no_steps has no `STEPS`"):
+        config_tree.default(optimizer="theirs.no_steps")
+    bare = text.replace("Config(OptimizerConfig)", "Config")
+    (tmp_path / "theirs" / "bare.py").write_text(
+        bare.replace("    momentum", '    name: str = field("", "Its name.")\n    momentum')
+    )
+    config = make_config()
+    config.optimizer = config_tree.default(optimizer="theirs.bare").optimizer
+    with pytest.raises(ValueError, match=r"its Config is no lm\.config\.OptimizerConfig"):
+        Experiment(config, devices[:1])
 
 
 def test_a_loss_without_its_sums_is_refused(make_experiment):

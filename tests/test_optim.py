@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pkgutil
 
 import flax.linen as nn
 import jax
@@ -10,13 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from lm import muon
+from lm import muon, optimizers
 from lm.config import OptimizerConfig, ScheduleConfig
 from lm.layers.lora import LoraConfig
 from lm.layers.moe import MoeConfig
 from lm.models import conv, decoder, encoder, encoder_decoder, lstm
 from lm.optim import (
-    OPTIMIZERS,
     averaged_params,
     check,
     make_optimizer,
@@ -25,6 +25,7 @@ from lm.optim import (
 from lm.schedule import make_schedule
 from lm.types import Tokens
 
+OPTIMIZERS = sorted(m.name for m in pkgutil.iter_modules(optimizers.__path__))
 CONSTANT = ScheduleConfig(kind="constant")
 
 
@@ -72,9 +73,10 @@ def test_schedules_longer_than_the_run_are_refused():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"name": "adam"}, r"name must be one of adamw, .*'adam'"),
-        ({"schedule": ScheduleConfig(kind="step")}, r"schedule\.kind must be one of .*'step'"),
-        ({"decay_roles": ("matrices",)}, r"decay_roles must be one of .*'matrices'"),
+        ({"name": "adam"}, r"name \('adam'\) is not in lm\.optimizers; .*did you mean adamw\?"),
+        ({"schedule": ScheduleConfig(kind="step")}, r"schedule\.kind \('step'\) must be one of "),
+        ({"decay_roles": ("matrices",)}, r"decay_roles\[0\] \('matrices'\) must be one of matrix"),
+        ({"b1": 1.0}, r"b1 \(1\.0\) must be in \[0, 1\)"),
     ],
 )
 def test_configs_that_no_optimizer_takes_are_refused(config, message):
@@ -468,7 +470,7 @@ def test_moments_that_bfloat16_would_round_away_are_refused():
         check(OptimizerConfig(b2=0.999, moment_dtype="bfloat16"))
     with pytest.raises(ValueError, match=r"adafactor.*moment_dtype \(bfloat16\)"):
         check(OptimizerConfig("adafactor", moment_dtype="bfloat16"))
-    with pytest.raises(ValueError, match=r"moment_dtype must be one of .*, got 'float16'"):
+    with pytest.raises(ValueError, match=r"moment_dtype \('float16'\) must be one of float32,"):
         check(OptimizerConfig(moment_dtype="float16"))
-    with pytest.raises(ValueError, match=r"memory must be one of device, host, got 'disk'"):
+    with pytest.raises(ValueError, match=r"memory \('disk'\) must be one of device, host"):
         check(OptimizerConfig(memory="disk"))

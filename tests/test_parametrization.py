@@ -154,7 +154,7 @@ def test_steps_and_decay_have_their_factors():
         n: nn.Partitioned(jax.ShapeDtypeStruct(params[n].shape, "float32"), axes[n]) for n in axes
     }
     every = OptimizerConfig(
-        eps=0.0,
+        eps=1e-30,
         learning_rate=0.5,
         weight_decay=0.3,
         decay_roles=("matrix", "embedding"),
