@@ -13,6 +13,8 @@ import time
 import pytest
 
 from lm import metrics
+from lm.sweep import cluster, report, space
+from lm.sweep.pool import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 120
@@ -144,3 +146,31 @@ def test_a_cancelled_job_stays_cancelled(submit):
     job.wait_until("CANCELLED")
     time.sleep(5)  # what a requeue would have needed
     assert job.record()["JobState"] == "CANCELLED" and "back into the queue" not in job.said()
+
+
+def test_a_sweep_in_a_folder_of_any_name_is_an_array(tmp_path):
+    root = tmp_path / 'a b\'s "c" %j 100% {} [*]? # & ; $HOME `x` é'
+    flags = ["--config.train.num_steps=4", "--config.guard.self_check=False"]
+    points = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)]
+    runs = [Run(space.name(p), p, space.arguments("configs/smoke.py", p, flags)) for p in points]
+    path = cluster.write_slurm(root, runs, 2, str(root))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--overcommit", "--oversubscribe", str(path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.strip()
+    try:
+        deadline = time.monotonic() + 240
+        while len(list((root / "codes").iterdir())) < 2:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.5)
+    finally:
+        subprocess.run(["scancel", number], capture_output=True)
+    table = report.collect(root, runs)
+    assert [row["status"] for row in table] == ["finished", "diverged"]
+    logs = [root / f"lm-{number}_{task}.log" for task in (0, 1)]
+    assert ["slurm.sbatch: exit code 0", "slurm.sbatch: exit code 41"] == [
+        log.read_text().splitlines()[-1] for log in logs
+    ]
