@@ -83,8 +83,9 @@ class Job:
         ]
 
     def go_on(self) -> None:
-        """Starts it now: SLURM lets two minutes pass before it starts a requeued job."""
+        """Starts it soon: SLURM lets two minutes pass before it starts a requeued job."""
         self.wait_until("PENDING")
+        time.sleep(3)  # slurmd refuses what starts in the second in which it revoked the first
         subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], check=True)
 
 
