@@ -172,6 +172,7 @@ def test_a_sweep_in_a_folder_of_any_name_is_an_array(tmp_path):
     table = report.collect(root, runs)
     assert [row["status"] for row in table] == ["finished", "diverged"]
     logs = [root / f"lm-{number}_{task}.log" for task in (0, 1)]
-    assert ["slurm.sbatch: exit code 0", "slurm.sbatch: exit code 41"] == [
-        log.read_text().splitlines()[-1] for log in logs
+    assert [log.read_text().splitlines()[-1] for log in logs] == [
+        "slurm.sbatch: exit code 0",
+        "slurm.sbatch: exit code 41",
     ]
