@@ -87,7 +87,7 @@ def isoflop_figure(table: Table, result: Result) -> Any:
         if found is not None:
             line = np.geomspace(found.low, found.high, 60)
             axis.plot(line, found.at(line), color=color, linewidth=1)
-            top = max(top, found.at(found.low), found.at(found.high))
+            top = max(top, float(np.max(found.at(line))))
     points = result.isoflop.points  # stars around the points, not on them
     axis.plot(points["parameters"], points["loss"], "k*", markersize=11, markerfacecolor="none",
               markeredgewidth=0.8, label="lowest point of a budget")  # fmt: skip
