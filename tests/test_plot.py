@@ -9,6 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lm import figures, metrics, plot, show
+from lm.sweep import report
 from lm.telemetry import fonts
 from scripts import pretrain
 
@@ -149,4 +150,13 @@ def test_tokens_of_other_scripts_are_drawn_without_boxes(matplotlib_fonts, han_f
         show.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
     ):
         FigureCanvasAgg(figure).draw()
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_values_of_a_sweep_are_drawn_without_boxes(matplotlib_fonts, han_font, recwarn, tmp_path):
+    ranks = [
+        report.Rank({"data.train": f"/数据/{name}"}, (loss,), {})
+        for name, loss in (("红", 2.0), ("$x$", 3.0))
+    ]
+    report.plot(ranks, tmp_path / "sweep.png")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -82,7 +82,7 @@ def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, req
 
 
 @pytest.mark.slow
-def test_intervals_of_isoflop_exponents_hold_the_truth_as_often():
+def test_intervals_of_isoflop_exponents_hold_the_truth_at_least_as_often():
     def loss(rng, n, d):
         return CHINCHILLA.loss(n, d) * np.exp(0.005 * rng.standard_normal(len(n)))
 
@@ -92,4 +92,4 @@ def test_intervals_of_isoflop_exponents_hold_the_truth_as_often():
         a = found.isoflop.parameters.exponent
         inside.append(a.low <= CHINCHILLA.parameters_exponent <= a.high)
     print(f"\nisoflop: {np.mean(inside):.2f}")
-    assert 0.8 <= np.mean(inside) <= 1.0
+    assert np.mean(inside) >= 0.8

@@ -9,7 +9,8 @@ were half as wide. Drawing from the residuals gives intervals that are too narro
 with a small delta passes through as many runs as there are constants, and their residuals are zero.
 
 For the lowest points of budgets, where a run that is not drawn leaves a hole, it is a wild
-bootstrap: every loss is moved by its own residual times Gaussian noise.
+bootstrap: every loss is moved by its own residual times Gaussian noise. It is on the safe side: the
+losses it moves have their own noise already.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 from lm import results
 from lm.sweep import pool, space
 from lm.sweep.pool import Run
+from lm.telemetry import fonts
 
 REPEATS = ("seed", "fold")  # keys that tell runs of the same point apart
 UNFINISHED = "unfinished"
@@ -197,5 +198,8 @@ def _places(axis: Any, values: Sequence[Any]) -> Callable[[Any], float]:
             axis.set_xticks(sorted(set(values)), [f"{v:g}" for v in sorted(set(values))])
             axis.minorticks_off()
         return float
-    axis.set_xticks(range(len(distinct)), distinct, rotation=20 * (max(map(len, distinct)) > 8))
+    families = fonts.families("".join(distinct))
+    shown = [fonts.readable(text, families) for text in distinct]
+    rotation = 20 * (max(map(len, distinct)) > 8)
+    axis.set_xticks(range(len(distinct)), shown, rotation=rotation, family=families)
     return lambda value: float(distinct.index(str(value)))
