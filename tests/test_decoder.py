@@ -171,6 +171,29 @@ def test_decoder_is_the_numpy_model_on_every_packed_document(subject, name):
             np.testing.assert_allclose(logits[row, here], expected, atol=1e-5, rtol=0)
 
 
+def relative_errors(found, exact):
+    """Of each token's logits [..., V]: the norm of the difference over that of the exact ones."""
+    exact = np.asarray(exact, np.float64)
+    return np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+
+
+@pytest.mark.parametrize("name", some(VARIANTS, "gpt2", "gemma", "t5_local", "bloom"))
+def test_in_bfloat16_logits_are_within_their_rounding_of_the_numpy_model(subject, name):
+    """Some ten roundings of 2 ** -9 on the way. Measured: medians of 0.005 to 0.013, at most 0.07,
+    where logits nearly cancel.
+    """
+    s = subject(name, dtype="bfloat16")
+    tokens = rows([12], [5, 7], [-2, 3, 4])
+    logits, errors = np.asarray(s.logits(s.params, tokens)), []
+    for row in range(3):
+        for segment in set(tokens.segments[row].tolist()) - {0}:
+            here = tokens.segments[row] == segment
+            expected = reference(s.config, s.params, tokens.ids[row, here])
+            errors.append(relative_errors(logits[row, here], expected))
+    errors = np.concatenate(errors)
+    assert 2.0**-10 < np.median(errors) < 0.02 and errors.max() < 0.1
+
+
 def test_the_variants_take_every_value():
     configs = [Config(**{**SIZES, **changes}) for changes in VARIANTS.values()]
     assert {c.positions for c in configs} == set(POSITIONS)
@@ -292,6 +315,20 @@ def test_scan_is_a_loop(subject, name):
     np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())
 
 
+@pytest.mark.parametrize("name", ["gemma", "gpt2"])
+def test_in_bfloat16_a_loop_is_as_close_to_float32_as_the_scan(subject, name):
+    """Gradients of all parameters, as one vector. Measured: 0.019 (gpt2) and 0.034 (gemma, of
+    three layers with soft caps), the loop 1.03 times that and the same.
+    """
+    exact = subject(name)
+    scan, loop = (subject(name, dtype="bfloat16", scan_unroll=n) for n in (1, -1))
+    tokens = rows([12], [5, 7], [4, 6])
+    d_logits = np.random.default_rng(0).normal(size=(3, LENGTH, VOCAB)).astype(np.float32)
+    gradient, *low = (flat(s.pull(exact.params, tokens, d_logits)) for s in (exact, scan, loop))
+    one, other = (float(relative_errors(g, gradient)) for g in low)
+    assert 0 < one < 0.05 and other < 1.2 * one
+
+
 USUAL = ("full", "projections", "offload")  # the other policies differ in what they name
 
 
@@ -402,6 +439,25 @@ def test_cached_decode_is_the_whole_forward_pass(subject, name, pieces):
         start += size
     scored = tokens.segments != 0
     np.testing.assert_allclose(np.concatenate(found, axis=1)[scored], expected[scored], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", some(VARIANTS, "gpt2", "gemma", "mistral"))
+def test_in_bfloat16_cached_decode_is_as_close_to_float32_as_the_whole_pass(subject, name):
+    """Measured: medians of 0.006 to 0.017, with a cache and without the same to every digit."""
+    s, exact = subject(name, dtype="bfloat16"), subject(name)
+    tokens = rows([12], [4, 8], [-3, 9])
+    scored = tokens.segments != 0
+    expected = np.asarray(exact.logits(s.params, tokens))[scored]
+    whole = np.asarray(s.logits(s.params, tokens))[scored]
+    cache, found, start = s.model.init_cache(3, LENGTH), [], 0
+    for size in (5, 5, 1, 1):
+        piece = jax.tree.map(lambda x, a=start, b=start + size: x[:, a:b], tokens)
+        logits, cache = s.decode(s.params, piece, cache)
+        found.append(np.asarray(logits))
+        start += size
+    found = np.concatenate(found, axis=1)[scored]
+    one, other = (np.median(relative_errors(x, expected)) for x in (whole, found))
+    assert 0 < one < 0.02 and other < 1.2 * one
 
 
 def test_decode_continues_a_cache_with_room_to_spare(subject):

@@ -146,6 +146,46 @@ def test_four_micro_batches_on_eight_devices_train_as_one(trained):
     assert_equivalent(trained(), trained(4, data=2, fsdp=2, tensor=2))
 
 
+# ---- in bfloat16 ----
+
+LOW = (("model.dtype", "bfloat16"),)
+SPLITS = {
+    "fsdp8": {"fsdp": 8},
+    "micro_batches": {"num_microbatches": 4, "data": 2, "fsdp": 2, "tensor": 2},
+    "tensor4_fsdp2": {"tensor": 4, "fsdp": 2},
+    "sequence4_fsdp2": {"sequence": 4, "fsdp": 2},
+    "ring": {"more": (*LOW, ("model.sequence_parallel", "ring")), "sequence": 4, "fsdp": 2},
+}
+SPLITS_IN_BRIEF = ("fsdp8", "micro_batches")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in SPLITS_IN_BRIEF else pytest.mark.slow) for n in SPLITS],
+)
+def test_in_bfloat16_splitting_makes_gradients_no_worse(trained, name):
+    """The error of each gradient against float32, as a fraction of its norm, is that of rounded
+    activations, on one device and on eight. Measured: 0.0025 to 0.0195 on one; on eight 0.90 to
+    1.05 times that.
+    """
+    exact = gradients(trained())
+    one = errors(gradients(trained(more=LOW)), exact)
+    other = errors(gradients(trained(**{"more": LOW, **SPLITS[name]})), exact)
+    for leaf, error in one.items():
+        assert 0 < error < 0.03, leaf
+        assert other[leaf] < 1.2 * error, leaf
+
+
+def errors(found, exact):
+    """{leaf: norm of the difference over that of the exact one}."""
+    return {
+        jax.tree_util.keystr(path): np.linalg.norm(x - y) / np.linalg.norm(y)
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True
+        )
+    }
+
+
 def test_a_batch_without_scored_tokens_changes_nothing_but_the_step(make_experiment, packed_batch):
     changes = CHANGES | {"optimizer.ema_decay": 0.0, "optimizer.weight_decay": 0.0}
     experiment = make_experiment(changes)
