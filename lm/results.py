@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from lm import config_tree, flops, ledger, metrics
+from lm import config_tree, flops, ledger, lines, metrics
 from lm.config import Config
 
 
@@ -139,13 +138,13 @@ def write(path: str | Path, table: Sequence[Mapping[str, Any]]) -> None:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row) + "\n" for row in table)
+        text = "".join(lines.line(row) for row in table)
     else:
-        lines = io.StringIO()
-        writer = csv.DictWriter(lines, table[0].keys(), lineterminator="\n")
+        text_file = io.StringIO()
+        writer = csv.DictWriter(text_file, table[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _text(value) for key, value in row.items()} for row in table)
-        text = lines.getvalue()
+        text = text_file.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.parent / (path.name + ".new")
     new.write_text(text)

@@ -50,7 +50,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lm import config_flag, loss, metrics, runtime
+from lm import config_flag, lines, loss, metrics, runtime
 from lm.checkpoint.manager import Checkpoints
 from lm.config import LossConfig
 from lm.data.pipeline import Pipeline
@@ -116,9 +116,9 @@ def main(argv: Sequence[str]) -> int:
     show("machine", results["machine"])
     results["config"] = config.to_dict()
     if _JSON.value is None:
-        print(json.dumps(results))
+        print(lines.dumps(results))
     else:
-        Path(_JSON.value).write_text(json.dumps(results, indent=2) + "\n")
+        Path(_JSON.value).write_text(lines.dumps(results, indent=2) + "\n")
     return 0
 
 
@@ -164,7 +164,7 @@ def start(config: Any) -> Figures:
             environment.pop(name, None)
         for name in ("cold", "warm"):
             at: dict[str, float] = {}
-            began, lines = time.perf_counter(), []
+            began, output = time.perf_counter(), []
             with subprocess.Popen(
                 [*command.split(), f"--workdir={folder}/{name}"],
                 cwd=ROOT,
@@ -175,13 +175,13 @@ def start(config: Any) -> Figures:
             ) as process:
                 for line in process.stdout or ():
                     now = time.perf_counter() - began
-                    lines.append(line)
+                    output.append(line)
                     if line.startswith("step "):
                         at.setdefault("step", now)
                     elif log := re.search(r"Finished (\w+) .*_train_step\b.* (\S+) sec", line):
                         at[log[1]] = float(log[2])
             if process.returncode or not {"tracing", "jaxpr", "XLA", "step"} <= set(at):
-                raise RuntimeError(f"{command} took no step:\n{''.join(lines)}")
+                raise RuntimeError(f"{command} took no step:\n{''.join(output)}")
             first = Path(folder, name, "goodput.jsonl").read_text().splitlines()[0]
             phases = json.loads(first)["seconds"]
             parts = {"start": phases["start"], "lower": at["tracing"] + at["jaxpr"]}

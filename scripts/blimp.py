@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import lines, runtime
 
 
 def main() -> int:
@@ -59,7 +58,7 @@ def main() -> int:
     print(f"step {step}: {accuracy.pairs} pairs in {seconds:.0f} s", file=sys.stderr)
     print(blimp.table(accuracy, published))
     if args.json:
-        text = json.dumps({"step": step, **dataclasses.asdict(accuracy)}, indent=2)
+        text = lines.dumps({"step": step, **dataclasses.asdict(accuracy)}, indent=2)
         Path(args.json).write_text(text + "\n")
     return 0
 

@@ -9,7 +9,6 @@ near 0; under the standard parametrization they are not. Writes OUT.png and OUT.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
+from lm import config_flag, lines, runtime
 
 _CONFIG = config_flag.define()
 _WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
@@ -54,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     print(coordinates.table(checks))
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(json.dumps([found.to_json() for found in checks], indent=1))
+    Path(f"{out}.json").write_text(lines.dumps([found.to_json() for found in checks], indent=1))
     coordinates.draw(checks, f"{out}.png")
     print(f"{out}.png, {out}.json")
     return 0

@@ -10,13 +10,12 @@ Sums are added up before the one division, so the figures don't depend on batch 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import lines, runtime
 
 
 def main() -> int:
@@ -69,7 +68,7 @@ def main() -> int:
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()
-        print(json.dumps({"step": step, "source": source, **values}))
+        print(lines.dumps({"step": step, "source": source, **values}))
     return 0
 
 

@@ -12,7 +12,6 @@ document with --samples.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 sys.path.pop(0)  # this folder, where the package's name is that of this file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import lines, runtime
 
 
 def main() -> int:
@@ -60,7 +59,7 @@ def main() -> int:
         kept = {"step": step, "results": results["results"], "n-samples": results["n-samples"]}
         if args.samples:
             kept["samples"] = results["samples"]
-        Path(args.json).write_text(json.dumps(kept, indent=2, default=str) + "\n")
+        Path(args.json).write_text(lines.dumps(kept, indent=2, default=str) + "\n")
     return 0
 
 

@@ -22,7 +22,6 @@ and the target of the nearest source by words.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import lines, runtime
 from lm.data import corpus as corpora
 from lm.data.sources import Document
 
@@ -87,7 +86,7 @@ def main() -> int:
             line: dict[str, Any] = {"id": record.id, **record.fields, "prediction": prediction.text}
             if prediction.probability is not None:
                 line["probability"] = prediction.probability
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(lines.dumps(line, ensure_ascii=False) + "\n")
     rows = {f"{args.workdir} @ {step}": [prediction.text for prediction in found]}
     pairs = [(d.fields[source], d.fields[target]) for d in train]
     wanted = {name: 0 for metric in args.metrics for name in task_baselines.OF_METRIC[metric]}
@@ -140,10 +139,10 @@ def table(measured: dict[str, dict[str, float]]) -> str:
     """A line of figures for each row of predictions."""
     figures = list(next(iter(measured.values())))
     width = max(map(len, measured)) + 2
-    lines = [" " * width + "".join(f"{name:>11}" for name in figures)]
+    rendered = [" " * width + "".join(f"{name:>11}" for name in figures)]
     for name, values in measured.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{values[f]:>11.2f}" for f in figures))
-    return "\n".join(lines)
+        rendered.append(f"{name:<{width}}" + "".join(f"{values[f]:>11.2f}" for f in figures))
+    return "\n".join(rendered)
 
 
 def parse_args() -> argparse.Namespace:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from lm import config_flag, runtime
+from lm import config_flag, lines, runtime
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
@@ -140,9 +140,9 @@ def make_prompts(text: bytes, tokenizer: Tokenizer, max_length: int) -> list[str
     """The beginnings of two lines of the held-out text, at one and two thirds of it: whole words
     where there are spaces, and no more than half of the model's length.
     """
-    lines = [line.strip() for line in text.decode(errors="ignore").splitlines()]
-    lines = [line for line in lines if len(line) >= 12] or [line for line in lines if line]
-    found = [lines[len(lines) * i // 3] for i in (1, 2)] if lines else []
+    texts = [line.strip() for line in text.decode(errors="ignore").splitlines()]
+    texts = [line for line in texts if len(line) >= 12] or [line for line in texts if line]
+    found = [texts[len(texts) * i // 3] for i in (1, 2)] if texts else []
     return list(dict.fromkeys(_beginning(line, tokenizer, max_length // 2) for line in found))
 
 
@@ -228,7 +228,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
         "held_out_bytes": len(text),
     }
     new = workdir / "summary.json.new"
-    new.write_text(json.dumps(summary, indent=2) + "\n")
+    new.write_text(lines.dumps(summary, indent=2) + "\n")
     new.replace(workdir / "summary.json")
 
 
@@ -260,8 +260,8 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
     made = generator.generate(
         prompts, max_new_tokens=length, sampling=Sampling(temperature=0.7, top_p=0.95)
     )
-    lines = [f"--- sample {i + 1}\n{prompts[g.prompt]}{g.text}\n" for i, g in enumerate(made)]
-    return "\n".join(lines)
+    samples = [f"--- sample {i + 1}\n{prompts[g.prompt]}{g.text}\n" for i, g in enumerate(made)]
+    return "\n".join(samples)
 
 
 def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
