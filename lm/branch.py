@@ -13,21 +13,20 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from lm import config_tree
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.config import ScheduleConfig
-from lm.schedule import make_schedule
+from lm.schedule import fractions
 from lm.types import TrainState
 
 KEY = "config.init.branch_from"
 # What decides what a step does.
 SAME = ("seed", "model", "objective", "data", "loss", "optimizer", "guard.spike_factor")
 SCHEDULE = "optimizer.schedule"
+BATCH = ("data.batch_size", "data.batch_size_per_device")
 
 
 class Branch:
@@ -58,10 +57,10 @@ class Branch:
         """What the manifests of the branch keep of where it began."""
         return self._base.describe()
 
-    def check(self, num_steps: int, trunk_num_steps: int) -> None:
-        """Raises ValueError unless the branch, of `num_steps`, agrees with the other run, of
-        `trunk_num_steps`, on all steps before it; `config.checkpoint.allow_changed` names what may
-        differ all the same.
+    def check(self, num_steps: int, trunk_num_steps: int, batch_size: int) -> None:
+        """Raises ValueError unless the branch, of `num_steps` with `batch_size` rows, agrees with
+        the other run, of `trunk_num_steps`, on all steps before it; `config.checkpoint.
+        allow_changed` names what may differ all the same.
         """
         if self.step >= num_steps:
             raise ValueError(
@@ -69,16 +68,19 @@ class Branch:
                 f"({num_steps}): there is nothing to do after it"
             )
         allowed = self._own.checkpoint.allow_changed
+        rows = self.manifest.resolved.get("batch_size")  # None in a checkpoint of older code
+        resolved = BATCH if rows is not None else ()
         lines = [
             f"config.{path}: {old!r} -> {new!r}"
             for path, (old, new) in config_tree.changed(self.config, self._own_dict).items()
-            if _is_in(path, SAME) and not _is_in(path, (SCHEDULE, *allowed))
+            if _is_in(path, SAME) and not _is_in(path, (SCHEDULE, *allowed, *resolved))
         ]
+        if rows not in (None, batch_size) and not any(_is_in(path, allowed) for path in BATCH):
+            lines.append(f"config.data.batch_size: {rows} -> {batch_size} rows a batch")
         if not _is_in(SCHEDULE, allowed):
-            old = _values(
-                config_tree.resolve(self.config).optimizer.schedule, trunk_num_steps, self.step
-            )
-            new = _values(self._own.optimizer.schedule, num_steps, self.step)
+            trunk = config_tree.resolve(self.config).optimizer.schedule
+            old = fractions(trunk, trunk_num_steps, self.step)
+            new = fractions(self._own.optimizer.schedule, num_steps, self.step)
             if (old != new).any():
                 at = int(np.argmax(old != new))
                 lines.append(
@@ -112,10 +114,3 @@ class Branch:
 
 def _is_in(path: str, sections: Sequence[str]) -> bool:
     return any(path == s or path.startswith(s + ".") for s in sections)
-
-
-def _values(config: ScheduleConfig, num_steps: int, stop: int) -> np.ndarray:
-    """The fractions of the peak learning rate of all steps before `stop`, float32 [stop]."""
-    steps = jnp.arange(stop)
-    fractions = make_schedule(config, num_steps)(steps)
-    return np.broadcast_to(np.asarray(fractions, np.float32), steps.shape)

@@ -266,8 +266,11 @@ class Experiment:
         if not self.config.init.branch_from:
             return None
         branch = Branch(self.config_dict)
-        lengths = {f"train.{name}": branch.config.train[name] for name in LENGTHS}
-        branch.check(self.num_steps, self.variant(lengths).num_steps)
+        trunk = branch.manifest.resolved.get("num_steps")
+        if trunk is None:  # a checkpoint of older code
+            lengths = {f"train.{name}": branch.config.train[name] for name in LENGTHS}
+            trunk = self.variant(lengths).num_steps
+        branch.check(self.num_steps, trunk, self.batch_size)
         return branch
 
     def stored(self, state: TrainState) -> TrainState:
@@ -290,10 +293,15 @@ class Experiment:
         return dataclasses.replace(state, params=params), saved
 
     def evaluated(self, state: TrainState) -> Params:
-        """The parameters that evaluation uses: the averaged ones where training keeps them."""
+        """The parameters that evaluation uses, on the devices: the averaged ones where training
+        keeps them.
+        """
         averaged = optim.averaged_params(state.opt_state)
         if averaged is None:
             return state.params
+        if self.config.optimizer.memory != "device":
+            wanted = jax.tree.map(lambda s: s.sharding, self.start.trained(self.abstract_params))
+            averaged = jax.jit(sharding.on_device, out_shardings=wanted)(averaged)
         return parameters.join(averaged, parameters.split(state.params, self.start.frozen)[0])
 
     def restore_params(
@@ -343,7 +351,7 @@ class Experiment:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         if self.config.optimizer.memory != "device":
-            on_device = optim.on_device(state.opt_state)
+            on_device = sharding.on_device(state.opt_state)
             state = dataclasses.replace(state, opt_state=on_device)
         return step.train_step(
             state,
@@ -408,10 +416,11 @@ class Experiment:
         here.
         """
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        jitted = jax.jit(
-            functools.partial(manifest.replica_mismatches, shardings=shardings),
-            out_shardings=self.rules.sharding(),
-        )
+
+        def compare(state: TrainState) -> Any:
+            return manifest.replica_mismatches(sharding.on_device(state), shardings)
+
+        jitted = jax.jit(compare, out_shardings=self.rules.sharding())
         return jitted.lower(self.abstract_state).compile()
 
     def replica_mismatches(self, state: TrainState) -> list[str]:

@@ -226,6 +226,19 @@ def norm_state(opt_state: Any) -> NormState:
     return state
 
 
+def at_step(opt_state: Any, step: jax.Array) -> Any:
+    """An optimizer state whose learning rates are those of this step, int32 [], however many
+    updates were applied before it.
+    """
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: x._replace(count=step) if is_schedule(x) else x, opt_state, is_leaf=is_schedule
+    )
+
+
 def is_spike(opt_state: Any, norm: jax.Array, *, factor: float, warmup: int) -> jax.Array:
     """bool []: is the gradient's norm `factor` times its running mean, after `warmup` updates?"""
     state = norm_state(opt_state)
@@ -254,11 +267,6 @@ def shard_like_params(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
-
-
-def on_device(tree: Any) -> Any:
-    """The same arrays in the memory of their devices, wherever they lie; for use inside jit."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def _tails(path: Any) -> list[str]:

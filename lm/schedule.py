@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm.config import ScheduleConfig
@@ -60,3 +61,10 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
         return main
     ramp = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))
     return optax.join_schedules([ramp, main], [warmup])
+
+
+def fractions(config: ScheduleConfig, num_steps: int, stop: int) -> np.ndarray:
+    """The fractions of the peak learning rate of all steps before `stop`, float32 [stop]."""
+    steps = jnp.arange(stop)
+    found = make_schedule(config, num_steps)(steps)
+    return np.broadcast_to(np.asarray(found, np.float32), steps.shape)

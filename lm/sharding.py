@@ -203,6 +203,11 @@ def _without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in kept))
 
 
+def on_device(tree: Any) -> Any:
+    """The same arrays in the memory of their devices, wherever they lie; for use inside jit."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+
 def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
     """The default table with the rows of `config.mesh.rules` replaced, on a mesh of `devices`."""
     table = dict(DEFAULT_TABLE)

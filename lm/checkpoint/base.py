@@ -13,6 +13,7 @@ from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, stored
 from lm.checkpoint.manager import CorruptCheckpoint
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
+from lm.processes import distributed
 from lm.types import Params
 
 
@@ -28,10 +29,10 @@ class Base:
         """Raises FileNotFoundError where there is no such checkpoint."""
         self._key = key
         directory = epath.Path(workdir).resolve() / "checkpoints"
-        there = stored.steps(directory)
+        there: list[int] = distributed.from_lead("base", lambda: stored.steps(directory))
         if not there:
             raise FileNotFoundError(f"{key}: {workdir} has no checkpoint")
-        self.step = restore.from_lead(there[-1] if step is None else step)
+        self.step = there[-1] if step is None else step
         if self.step not in there:
             raise FileNotFoundError(
                 f"{key}: {workdir} has no checkpoint of step {step}; there are {there}"
@@ -41,7 +42,7 @@ class Base:
     @functools.cached_property
     def manifest(self) -> Manifest:
         try:
-            return stored.read_manifest(self._folder)
+            return restore.manifest_of(self._folder)
         except Damaged as error:
             raise CorruptCheckpoint(f"{self._key}: {self._folder} is bad: {error}") from None
 

@@ -29,6 +29,7 @@ from lm.checkpoint.literal_path import LiteralPath
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config import CheckpointConfig
 from lm.exits import Exit, RunError
+from lm.processes import distributed
 from lm.types import Params, TrainState
 
 # What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and
@@ -111,15 +112,16 @@ class Checkpoints:
             self._worker.shutdown(wait=False, cancel_futures=True)
 
     def steps(self) -> list[int]:
-        return stored.steps(self.directory)
+        """The steps of complete checkpoints, as the lead process sees them; for all together."""
+        return distributed.from_lead("steps", lambda: stored.steps(self.directory))
 
     # ---- saving ----
 
     def save(self, state: TrainState, *, manifest_extras: Mapping[str, Any] | None = None) -> bool:
         """Starts saving `state`, returns once it is copied; False if its step is saved already.
 
-        manifest_extras: `ledger` and `config` of the manifest, and `parent` in place of what the
-        run that was restored began from.
+        manifest_extras: `ledger`, `config` and `resolved` of the manifest, and `parent` in place of
+        what the run that was restored began from.
 
         Raises:
             SaveFailed: this save could not begin, or an earlier one failed.
@@ -128,7 +130,7 @@ class Checkpoints:
         self.poll()
         if self._saves:
             self._saves[-1].committed.wait()
-        if restore.from_lead(step in self.steps()):
+        if restore.from_lead(step in stored.steps(self.directory)):
             return False
         tree = {"params": state.params, "opt_state": state.opt_state}
         manifest = Manifest(
@@ -174,7 +176,7 @@ class Checkpoints:
             raise self._failed(save.step, error) from error
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
-        others = [s for s in self.steps() if s != step]
+        others = [s for s in stored.steps(self.directory) if s != step]
         failed = SaveFailed(
             f"the checkpoint of step {step} could not be saved in {self.directory}: "
             f"{stored.first_line(error)}; "
@@ -216,7 +218,7 @@ class Checkpoints:
 
     def _delete_old(self, newest: int) -> None:
         """Deletes what none of keep_last, keep_every and at wants, now that `newest` is good."""
-        old = [step for step in self.steps() if step < newest]
+        old = [step for step in stored.steps(self.directory) if step < newest]
         good = [
             step
             for step in old
@@ -287,9 +289,13 @@ class Checkpoints:
         return manifest.step, tree["params"]
 
     def holds(self, state: TrainState) -> bool:
-        """Whether the checkpoint of the state's step has the same bits."""
+        """Whether the checkpoint of the state's step has the same bits.
+
+        Raises:
+            Damaged: its manifest can't be read.
+        """
         tree = {"params": state.params, "opt_state": state.opt_state}
-        manifest = stored.read_manifest(self.directory / str(int(state.step)))
+        manifest = restore.manifest_of(self.directory / str(int(state.step)))
         return manifests.leaves(tree, restore.sums(tree)) == manifest.leaves
 
     def _restore(
@@ -312,7 +318,7 @@ class Checkpoints:
             bad.append(at)
             self._pass_over(at, fault)
         # Not from step 0 because all there was had to be set aside, not when asked again either.
-        if bad or restore.from_lead(self._bad.exists() and not self.steps()):
+        if bad or restore.from_lead(self._bad.exists() and not stored.steps(self.directory)):
             raise CorruptCheckpoint(
                 f"no checkpoint in {self.directory} is good; move one back from {self._bad}, or "
                 f"delete that folder to begin at step 0"
@@ -323,13 +329,12 @@ class Checkpoints:
         """The step to try next, the same in all processes."""
         there = self.steps()
         if step is not None:
-            if not restore.from_lead(step in there):
+            if step not in there:
                 raise FileNotFoundError(
                     f"no checkpoint of step {step} in {self.directory}; there are {there}"
                 )
             return step
-        newest = restore.from_lead(max((s for s in there if s not in bad), default=-1))
-        return None if newest < 0 else newest
+        return max((s for s in there if s not in bad), default=None)
 
     def _pass_over(self, step: int, fault: str) -> None:
         if not self._lead:

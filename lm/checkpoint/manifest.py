@@ -248,6 +248,7 @@ class Manifest:
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)  # totals of the data consumed
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: dict[str, Any] = dataclasses.field(default_factory=dict)  # see code_version
+    resolved: dict[str, int] = dataclasses.field(default_factory=dict)  # see training/resume.py
     parent: dict[str, Any] | None = None  # what this run began from, as `Base.describe` says
     time: float = 0.0  # seconds since 1970
     format: int = FORMAT

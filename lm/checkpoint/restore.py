@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lm import sharding
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import stored
 from lm.checkpoint.manifest import Damaged, Manifest
@@ -43,13 +44,11 @@ def restore(
         ValueError: the checkpoint has other leaves than `wanted`; the message lists them.
         Unreadable: its files cannot be opened.
     """
-    manifest, tree, fault = None, {}, ""
+    tree, fault = {}, ""
     try:
-        manifest = stored.read_manifest(folder)
-    except (Damaged, Unreadable) as error:
-        fault = _fault(error)
-    if (fault := _agree(fault, folder)) or manifest is None:
-        return fault, tree, manifest
+        manifest = manifest_of(folder)
+    except Damaged as error:
+        return str(error), tree, None
     if all(name.startswith("params.") for name in manifest.leaves):
         wanted = {"params": wanted["params"]}
     there = {
@@ -81,6 +80,22 @@ def restore(
     return _agree(fault, folder), tree, manifest
 
 
+def manifest_of(folder: epath.Path) -> Manifest:
+    """The manifest of a step's folder, which all processes read together.
+
+    Raises:
+        Unreadable, Damaged: in all of them, if any can't open or read it.
+    """
+    manifest, fault = None, ""
+    try:
+        manifest = stored.read_manifest(folder)
+    except (Damaged, Unreadable) as error:
+        fault = _fault(error)
+    if (fault := _agree(fault, folder)) or manifest is None:
+        raise Damaged(fault)
+    return manifest
+
+
 def _read(folder: epath.Path, manifest: Manifest, name: str, wanted: Any) -> jax.Array:
     """A leaf in the sharding of `wanted`; each process reads what its own devices hold.
 
@@ -94,9 +109,12 @@ def _read(folder: epath.Path, manifest: Manifest, name: str, wanted: Any) -> jax
     }
     # replicas share what is read once; all reads of the leaf are under way before the first result
     reading = {str(index): array[index].read() for index in indices.values()}
+    kind = wanted.sharding.memory_kind
     shards = [
         jax.device_put(
-            np.asarray(stored.result(reading[str(index)], name)), device, may_alias=False
+            np.asarray(stored.result(reading[str(index)], name)),
+            jax.sharding.SingleDeviceSharding(device, memory_kind=kind),
+            may_alias=False,
         )
         for device, index in indices.items()
     ]
@@ -108,7 +126,8 @@ def _make_sums(mesh: Any) -> Callable[[Any], jax.Array]:
     """Tree -> checksums of its leaves, uint32 [leaves, 2], on every device of `mesh`."""
 
     def stacked(tree: Any) -> jax.Array:
-        return jnp.stack(jax.tree.leaves(manifests.checksums(tree)))
+        on_device = sharding.on_device(tree)  # arrays in two memories are no operands of one stack
+        return jnp.stack(jax.tree.leaves(manifests.checksums(on_device)))
 
     if mesh is None:
         return jax.jit(stacked)
@@ -118,8 +137,8 @@ def _make_sums(mesh: Any) -> Callable[[Any], jax.Array]:
 
 def sums(tree: Any) -> np.ndarray:
     """The checksum of every leaf, in the tree's order: uint32 [leaves, 2]."""
-    sharding = jax.tree.leaves(tree)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    first = jax.tree.leaves(tree)[0].sharding
+    mesh = first.mesh if isinstance(first, jax.sharding.NamedSharding) else None
     return np.asarray(_make_sums(mesh)(tree).addressable_data(0))
 
 

@@ -11,6 +11,7 @@ the manifest, and single leaves. No devices are needed.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 ITEMS = ("params", "opt_state")
 MANIFEST = "manifest"
 MANIFEST_FILE = "manifest.json"
-DELETING = "deleting"  # a step with this file in it is no checkpoint any more
+DELETING = "deleting"  # older code's mark in a step's folder that is half deleted
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 _UNREADABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -52,19 +53,23 @@ def _complete(folder: epath.Path) -> bool:
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint in an order that never leaves half of one under a step's name."""
-    (folder / DELETING).touch()
-    for path in folder.iterdir():
-        if path.name != DELETING:
-            path.rmtree() if path.is_dir() else path.unlink()
+    """Deletes a checkpoint, of which no half is ever left under a step's name: first it loses its
+    name, or where folders can't be renamed the file without which it is none.
+    """
+    if str(folder).startswith("gs://"):
+        (folder / COMMITTED).unlink(missing_ok=True)
+    else:
+        folder = folder.rename(folder.parent / f"{folder.name}{TEMPORARY}-{time.time_ns()}")
     folder.rmtree()
 
 
 def delete_leftovers(directory: epath.Path) -> None:
     """Deletes what killed processes left: saves that never were complete, half deleted steps."""
     for path in directory.iterdir():
-        if TEMPORARY in path.name or (path.name.isdigit() and not _complete(path)):
+        if TEMPORARY in path.name:
             path.rmtree()
+        elif path.name.isdigit() and not _complete(path):
+            delete(path)
 
 
 def read_manifest(folder: epath.Path) -> Manifest:

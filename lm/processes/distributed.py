@@ -32,6 +32,7 @@ __all__ = [
     "define_flags",
     "detect",
     "differences",
+    "from_lead",
     "initialize",
     "leave",
     "peers",
@@ -215,18 +216,37 @@ def _wait_for(key: str, process: int, name: str) -> str:
     import jax
     from jax._src.distributed import global_state as state
 
-    assert _presence is not None and state.client is not None
+    assert state.client is not None
     deadline = time.monotonic() + _peer_timeout
     while True:
         try:
             return state.client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
-            if loss := _presence.loss():
+            if _presence is not None and (loss := _presence.loss()):
                 raise loss.error() from error
             if time.monotonic() > deadline:
                 raise PeerLost(
                     f"process {process} said nothing of its {name} in {_peer_timeout:g} s"
                 ) from error
+
+
+def from_lead(name: str, make: Callable[[], Any]) -> Any:
+    """The JSON value that `make` gives in process 0, in every process; all call it together.
+
+    For what each process would otherwise decide from its own view of a file system, before they
+    meet in a collective.
+
+    Raises:
+        PeerLost: process 0 went away; its `make` raised, say.
+    """
+    from jax._src.distributed import global_state as state
+
+    if state.client is None:  # one process
+        return json.loads(json.dumps(make()))
+    key = f"lm/{next(_count)}/{name}"
+    if state.process_id == 0:
+        state.client.key_value_set(key, json.dumps(make()))
+    return json.loads(_wait_for(key, 0, name))
 
 
 @contextlib.contextmanager
