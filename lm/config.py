@@ -312,9 +312,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = field(0, "Steps between checkpoints; 0: at the end only.", ge=0)
+    every: int = field(0, "Steps between checkpoints; 0: by time, and at the end.", ge=0)
     every_seconds: float = field(
-        0.0, "Also save when this many seconds have passed; 0: never.", ge=0
+        600.0, "Also save when this many seconds have passed; 0: never.", ge=0
     )
     keep_last: int = field(2, "Newest checkpoints to keep.", ge=1)
     keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.", ge=0)
@@ -330,7 +330,8 @@ class GuardConfig:
     policy: str = field(
         "stop",
         "At a loss or gradient that is not finite, or a spike: stop, skip the update, or rewind "
-        "to the last checkpoint, replay the step and say whose fault it was.",
+        "to the last checkpoint, replay the step and say whose fault it was (on GPUs for certain "
+        "only with XLA_FLAGS=--xla_gpu_deterministic_ops=true).",
         choices=("stop", "skip", "rewind"),
     )
     spike_factor: float = field(
@@ -340,7 +341,11 @@ class GuardConfig:
         also=(0,),
     )
     spike_warmup: int = field(100, "Steps that the running mean needs before it judges.", ge=0)
-    max_skips: int = field(10, "Bad steps in a row after which every policy stops.", ge=0)
+    max_skips: int = field(
+        10,
+        "Bad steps, or disagreements of replicas, in a row after which every policy stops.",
+        ge=0,
+    )
     agreement_every: int = field(
         100, "Steps between checks that replicas hold the same bits; 0: none.", ge=0
     )

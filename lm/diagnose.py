@@ -1,9 +1,10 @@
 """What was wrong with a bad step: a verdict, and the evidence in one file to read.
 
 A run is a function of (config, step): a step that is done again from a checkpoint gives the same
-bits. If it doesn't, it was the hardware (on GPUs, equal bits need --xla_gpu_deterministic_ops). If
-it does, but is a good step in float32, it was the numerics. Else it was the data, or a learning
-rate too high for them.
+bits. If it doesn't, it was the hardware. If it does, but is a good step in float32, it was the
+numerics. Else it was the data, or a learning rate too high for them. GPUs repeat bits only with
+--xla_gpu_deterministic_ops: without it the hardware is never blamed, and a step that isn't bad
+again stays unclear.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import time
 from typing import Any
@@ -34,7 +36,13 @@ REASONS = {
     "something wrong",
     "numerics": "it repeats, but not in float32: the compute dtype is too coarse for it",
     "data": "it repeats with the same batch: look at its worst rows, and at the learning rate",
+    "unclear": "done again it is not bad, but this GPU doesn't repeat bits: with XLA_FLAGS="
+    "--xla_gpu_deterministic_ops=true the verdict would be certain",
 }
+# after either flag XLA takes no kernel whose sums depend on the order of threads
+DETERMINISTIC = re.compile(
+    r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
+)
 
 Evidence = dict[str, Any]  # what JSON can hold
 
@@ -53,14 +61,22 @@ class Outcome:
         return [name for name in a if a[name].hex() != b[name].hex()]
 
 
-def verdict(first: Outcome, replay: Outcome, float32: Outcome | None) -> str:
-    """hardware, numerics or data: what made `first` bad.
+def repeats(experiment: Experiment) -> bool:
+    """Whether a step that is done again gives the same bits, unless the hardware errs."""
+    on_gpu = experiment.rules.platform == "gpu"
+    return not on_gpu or bool(DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")))
+
+
+def verdict(
+    first: Outcome, replay: Outcome, float32: Outcome | None, *, repeats: bool = True
+) -> str:
+    """hardware, numerics, data or unclear: what made `first` bad.
 
     replay: the same step, done again; float32: the same computed in float32, None where it was
-    float32 to begin with.
+    float32 to begin with; repeats: equal steps give equal bits, so that others convict hardware.
     """
-    if not replay.bad or first.changed(replay):
-        return "hardware"
+    if not replay.bad or (repeats and first.changed(replay)):
+        return "hardware" if repeats else "unclear"
     return "data" if float32 is None or float32.bad else "numerics"
 
 
@@ -88,7 +104,7 @@ def diagnose(
     in_float32 = None
     if again.bad and experiment.config.model.dtype != "float32":
         in_float32 = _in_float32(experiment, state, batch, step)
-    found = verdict(outcomes[0], outcomes[1], in_float32)
+    found = verdict(outcomes[0], outcomes[1], in_float32, repeats=repeats(experiment))
 
     look = jax.jit(_look, static_argnums=(0, 1), out_shardings=everywhere)
     looked = jax.device_get(look(experiment, step, state, batch))

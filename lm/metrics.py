@@ -238,12 +238,23 @@ class Writer:
         self._speed: _Speed | None = None  # of the last window that has one
         self._learning_rate: float | None = None
         self.progress = Progress()
+        self._workdir = workdir
         if active:
-            path = epath.Path(workdir) / METRICS_FILE
-            kept = [record for record in read(workdir) if record["step"] <= first_step]
-            self._file = lines.reopen(path, kept)
+            self._file = self._reopen(first_step)
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoard(directory) if tensorboard else None
+
+    def _reopen(self, step: int) -> Any:
+        """The file, without records of steps after `step`."""
+        kept = [record for record in read(self._workdir) if record["step"] <= step]
+        return lines.reopen(epath.Path(self._workdir) / METRICS_FILE, kept)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written and collected of steps after `step`: they will be done again."""
+        self._window = [finished for finished in self._window if finished.step < step]
+        if self._active:
+            self._file.close()
+            self._file = self._reopen(step)
 
     def is_due(self, done: int) -> bool:
         """Whether a record is written after `done` steps."""

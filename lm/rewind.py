@@ -46,32 +46,47 @@ def replay(run: Run, rewind: Rewind) -> TrainState:
     A run is a function of (config, step): what differs from the first time is the hardware's doing.
     It may have been so some steps ago, and be in the last checkpoint: where the step repeats from
     there, that checkpoint must be what the one before it leads to.
+
+    Where the hardware did it, evaluations and checkpoints since may hold its error: the state is
+    that of the last good checkpoint, and all that was due after it is due again. Else it is the
+    state after the bad step.
     """
     bad, checkpoints = rewind.bad, run.checkpoints
     run.late.drop()
     checkpoints.wait()
-    state, totals = first_state(run.experiment, checkpoints, run.phases)
-    run.ledger.rewind(totals)
+    state = _back(run)
     start = int(state.step)
     run.writer.note(f"{rewind}; back to step {start}")
     if bad is None:
+        run.restart(start)
         return state
     state, evidence = _redo(run, state, bad.step + 1, bad)
-    older = [step for step in checkpoints.steps() if step < start]
-    if older and evidence["verdict"] != "hardware":
+    older, repeats = [s for s in checkpoints.steps() if s < start], diagnose.repeats(run.experiment)
+    moved = False
+    if older and repeats and evidence["verdict"] != "hardware":
         run.writer.note(f"it repeats from step {start}; is that what step {older[-1]} leads to?")
-        state, totals = first_state(run.experiment, checkpoints, run.phases, older[-1])
-        run.ledger.rewind(totals)
-        state, _ = _redo(run, state, start)
-        if not checkpoints.holds(run.experiment.stored(state)):
+        del state  # before the next one is read
+        state, _ = _redo(run, _back(run, older[-1]), start)
+        if moved := not checkpoints.holds(run.experiment.stored(state)):
             place = checkpoints.set_aside(start)
             run.writer.note(f"no: a device had spoilt the checkpoint of step {start}, now {place}")
             state, evidence = _redo(run, state, bad.step + 1, bad)
         else:
             state, _ = _redo(run, state, bad.step + 1)
+    if moved or evidence["verdict"] == "hardware":
+        del state
+        state = _back(run)
+        run.restart(int(state.step))
     run.judged.add(bad.step)
     path = diagnose.write(run.workdir, evidence, active=run.lead)
     run.writer.note(f"{diagnose.summary(evidence)}\nevidence: {path}")
+    return state
+
+
+def _back(run: Run, step: int | None = None) -> TrainState:
+    """The state of the newest good checkpoint, or of that at `step`, with the ledger gone back."""
+    state, totals = first_state(run.experiment, run.checkpoints, run.phases, step)
+    run.ledger.rewind(totals)
     return state
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +23,9 @@ from lm.guard import StopSignals, Vote, Votes, Watchdog
 from lm.ledger import Ledger
 from lm.metrics import Finished, Late, Writer
 from lm.phases import Phases
+from lm.processes import distributed
 from lm.schedule import make_schedule
+from lm.training import resume
 from lm.types import TrainState
 
 
@@ -86,9 +90,12 @@ class Run:
         self._vote = Vote()
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved = time.monotonic()
-        self._bad_in_a_row = 0
-        self.judged = diagnose.judged_steps(workdir)
+        self._bad_in_a_row = self._disagreements = 0
+        judged = distributed.from_lead("judged", lambda: sorted(diagnose.judged_steps(workdir)))
+        self.judged: set[int] = set(judged)
+        self.not_finite: list[str] = []  # losses of the last evaluation, for a message
         first = ledger.totals()["steps"]
+        self.completed = first  # the step up to which all that was due is done
         self._goodput = Goodput(workdir, phases, first_step=first)
         self.writer = Writer(
             workdir,
@@ -133,7 +140,7 @@ class Run:
                 self._vote, slowest, lag = self._votes.result(finished.votes)
                 extra = {"slowest_process": slowest, "lag_seconds": lag}
             if self.lead and self.writer.is_due(finished.step + 1):
-                extra["learning_rate"] = self._learning_rate(int(finished.facts["updates"]))
+                extra["learning_rate"] = self._learning_rate(finished.step)
                 extra["tokens_seen"] = self.ledger.totals()["filled"]
                 if self.experiment.flops_per_token is not None:
                     extra["flops_seen"] = extra["tokens_seen"] * self.experiment.flops_per_token
@@ -157,22 +164,38 @@ class Run:
             raise Rewind(text, finished)
         self.writer.note(f"{text}; its update is skipped")
 
-    def _learning_rate(self, updates: int) -> float:
+    def _learning_rate(self, step: int) -> float:
         peak = self.experiment.config.optimizer.learning_rate
-        return peak * float(jnp.asarray(self._schedule(updates)))
+        return peak * float(jnp.asarray(self._schedule(step)))
 
     def flush(self) -> None:
         self.finish(self.late.flush())
 
+    def restart(self, step: int) -> None:
+        """All that was due after `step` is due again, and metrics of later steps are dropped."""
+        self.completed = min(self.completed, step)
+        self.writer.rewind(step)
+
     def check_replicas(self, state: TrainState) -> None:
-        """Raises unless all devices that should hold the same bits do."""
+        """Raises unless all devices that should hold the same bits do.
+
+        Raises:
+            Rewind: they don't, and the policy is to rewind: at most `guard.max_skips` times between
+                two checkpoints.
+            ReplicasDisagree: they don't.
+        """
         wrong = self.experiment.replica_mismatches(state)
         if not wrong:
             return
         text = f"step {int(state.step)}: replicas hold different bits of {', '.join(wrong[:5])}"
         text += f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        if self.experiment.config.guard.policy == "rewind":
+        guard = self.experiment.config.guard
+        self._disagreements += 1
+        if guard.policy == "rewind" and self._disagreements <= guard.max_skips:
             raise Rewind(f"{text}: hardware")
+        if guard.policy == "rewind":
+            text += f", {self._disagreements} times since the last checkpoint (config.guard."
+            text += f"max_skips={guard.max_skips})"
         raise ReplicasDisagree(
             f"{text}. A device has computed or kept something wrong; the checkpoints before it are "
             "good: run the same command, without that machine if it happens again"
@@ -180,9 +203,15 @@ class Run:
 
     def save(self, state: TrainState) -> None:
         self.check_replicas(state)  # what is saved is one replica's
-        extras = {"ledger": self.ledger.totals(), "config": self.experiment.config_dict.to_dict()}
+        extras = {
+            "ledger": self.ledger.totals(),
+            "config": self.experiment.config_dict.to_dict(),
+            "resolved": resume.resolved(self.experiment),
+        }
         self.checkpoints.save(self.experiment.stored(state), manifest_extras=extras)
-        self._saved = time.monotonic()
+        self._saved, self._disagreements = time.monotonic(), 0
+        # the votes of the last step were cast before this save: they must not ask for another one
+        self._vote = dataclasses.replace(self._vote, save=False)
 
     def evaluate(self, state: TrainState, done: int) -> None:
         c, experiment = self.experiment.config, self.experiment
@@ -194,7 +223,13 @@ class Run:
             if self.lead:
                 self.writer.progress.show(text)
 
-        self.writer.eval(done, evaluate(experiment, params, max_batches=limit, report=report))
+        results = evaluate(experiment, params, max_batches=limit, report=report)
+        self.writer.eval(done, results)
+        self.not_finite = [
+            f"{source}: loss {values['loss']:g}"
+            for source, values in results.items()
+            if not math.isfinite(values["loss"])
+        ]
 
     def close(self) -> None:
         self.flush()

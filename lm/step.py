@@ -107,9 +107,8 @@ def train_step(
     gradients: where that view is finer (ZeRO-1), devices reduce and update only their own part.
 
     Facts: grad_norm, before clipping; bad, bool; finite_params, bool, whether those that the update
-    gives are finite; updates, int32, applied before this one; and those
-    of `fingerprint`; with `measure_noise`, which needs several micro-batches, those of
-    `lm.noise_scale.estimate`.
+    gives are finite; and those of `fingerprint`; with `measure_noise`, which needs several
+    micro-batches, those of `lm.noise_scale.estimate`.
     """
     rng = jax.random.fold_in(rng, state.step)
     grads, sums = gradients(
@@ -121,7 +120,9 @@ def train_step(
         grads = jax.lax.with_sharding_constraint(grads, shardings)
     norm = optax.tree.norm(grads)
     rest, trained = parameters.split(state.params, frozen)
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    # the schedule is a function of the step: a skipped update must not put its end off
+    before = optim.at_step(state.opt_state, state.step)
+    updates, opt_state = tx.update(grads, before, trained)
     params = optax.apply_updates(trained, updates)
     # a finite gradient may still give an update that is not
     written = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
@@ -136,7 +137,6 @@ def train_step(
     )
     params = parameters.join(params, rest)
     facts = {"grad_norm": norm, "bad": bad, "finite_params": written, **fingerprint(batch)}
-    facts["updates"] = optim.norm_state(state.opt_state).steps
     if measure_noise:
         facts |= noise_scale.estimate(sums, norm)
         sums = {n: x for n, x in sums.items() if n not in noise_scale.NAMES}

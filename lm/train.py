@@ -4,8 +4,10 @@ checkpoint is.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,25 +15,22 @@ import ml_collections
 from etils import epath
 
 from lm import config as configs
-from lm import config_tree, metrics, selfcheck
+from lm import config_tree, diagnose, metrics, selfcheck
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
 from lm.data import loaders, run_tokenizer
 from lm.exits import Exit
-from lm.experiment import CONFIG_FILE, Experiment
+from lm.experiment import Experiment
 from lm.goodput import read as read_goodput
-from lm.guard import STOPS, StopSignals, Watchdog, alone
+from lm.guard import STOPS, StopSignals, Vote, Watchdog, alone
 from lm.ledger import Ledger
 from lm.phases import Phases
 from lm.processes import distributed
 from lm.rewind import first_state, replay
-from lm.run import Rewind, Run, writing
+from lm.run import Diverged, Rewind, Run, writing
+from lm.training import resume
 from lm.types import TrainState
-
-# A resumed run with other values here would be another run; everything else may change, and is
-# reported.
-FIXED = ("model", "objective", "data", "seed")
 
 
 def train(
@@ -53,7 +52,8 @@ def train(
     Raises:
         ValueError: the config is inconsistent, or differs from that of the run in `workdir`.
         InUse: another process trains in `workdir`.
-        RunError: the run can't go on; its `code` is for the process to exit with.
+        RunError: the run can't go on; its `code` is for the process to exit with. `Diverged`, too,
+            where all is done and saved but the last evaluation is not finite.
     """
     phases = Phases(began)
     experiment = Experiment(config, devices)
@@ -70,21 +70,21 @@ def train(
         writing(workdir),
         alone(workdir, active=lead),
     ):
-        same_data = _record_config(workdir, experiment, say, lead)
-        if lead:
-            replace = "data.tokenizer" in c.checkpoint.allow_changed
-            run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
+        saved = resume.read(workdir)
+        same_data = resume.check_config(saved, workdir, experiment, say)
+        if saved.step >= num_steps:
+            say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
+            _check_last(distributed.from_lead("end", lambda: _not_finite(workdir, num_steps)))
+            return Exit.SUCCESS
+        resume.check_resolved(saved, workdir, experiment, say)
         with Checkpoints(workdir, c.checkpoint) as checkpoints:
-            if max(checkpoints.steps(), default=-1) >= num_steps:
-                say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
-                return Exit.SUCCESS
-            if not checkpoints.steps() and experiment.start.base is not None:
-                _describe_base(experiment, experiment.start.base, say)
-            if not checkpoints.steps() and experiment.branch is not None:
-                say(f"goes on from {experiment.branch}")
-            if not checkpoints.steps() and experiment.start.word_vectors is not None:
-                say(experiment.start.word_vectors.describe())
-            _describe(experiment, say)
+            begins = not checkpoints.steps()
+            _open_sources(experiment, begins=begins)
+            if lead:  # where no run has begun yet, another tokenizer may take the kept one's place
+                allowed = "data.tokenizer" in c.checkpoint.allow_changed
+                replace = saved.config is None or allowed
+                run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
+            _describe(experiment, say, begins=begins)
             if c.guard.self_check:
                 say(selfcheck.check(c, experiment.rules))
             with phases("compile"), loaders.importing(c.loader):
@@ -92,6 +92,8 @@ def train(
                 if experiment.rules.mesh.size > 1:
                     _ = experiment.compare_replicas
             state, totals = first_state(experiment, checkpoints, phases)
+            if lead:  # no sooner: where a run failed to start, another config may
+                resume.write_config(experiment.config_dict, workdir)
             say(
                 f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "
                 f"to {num_steps}"
@@ -105,49 +107,109 @@ def train(
                 phases,
                 Ledger(workdir, totals, compare=same_data, active=lead),
             )
+            if saved.step and _owes_evaluation(experiment, workdir, int(state.step)):
+                run.completed -= 1  # the stop at this step was in a hurry
             while True:
                 try:
                     stopped = _steps(run, state)
                     break
-                except Rewind as rewind:
-                    with phases("investigate"):
-                        state = replay(run, rewind)
+                except Rewind as found:
+                    rewind = found.with_traceback(None)  # its frames hold the state
+                del state  # before another one is made
+                with phases("investigate"):
+                    state = replay(run, rewind)
             run.close()
     if (report := read_goodput(workdir)) is not None:
         say(report)
-    return Exit.SUCCESS if stopped is None else STOPS[stopped]
+    if stopped is not None:
+        return STOPS[stopped]
+    _check_last(run.not_finite)
+    return Exit.SUCCESS
+
+
+def _open_sources(experiment: Experiment, *, begins: bool) -> None:
+    """Opens all data and parameters that the run will read: what is missing ends it here."""
+    _ = experiment.train_data, experiment.validation
+    if begins:
+        _ = experiment.branch, experiment.start.base, experiment.start.word_vectors
+
+
+def _not_finite(workdir: str, step: int) -> list[str]:
+    """The losses of the evaluation after `step` that are not finite."""
+    return [
+        f"{r['source']}: loss {r['loss']:g}"
+        for r in metrics.read(workdir)
+        if r["kind"] == "eval" and r["step"] == step and not math.isfinite(r["loss"])
+    ]
+
+
+def _check_last(not_finite: Sequence[str]) -> None:
+    if not_finite:
+        raise Diverged(
+            f"the last evaluation is not finite: {'; '.join(not_finite)}. The last checkpoint has "
+            "such parameters; take an earlier one, or train again with a lower "
+            "config.optimizer.learning_rate"
+        )
+
+
+def _owes_evaluation(experiment: Experiment, workdir: str, step: int) -> bool:
+    """Whether an evaluation was due at the step of the checkpoint and was not made."""
+    every, names = experiment.config.train.eval_every, set(experiment.validation)
+    if not names or not _due(step, every, experiment.num_steps):
+        return False
+
+    def made() -> list[str]:
+        records = metrics.read(workdir)
+        return [r["source"] for r in records if r["kind"] == "eval" and r["step"] == step]
+
+    return not names <= set(distributed.from_lead("evaluated", made))
 
 
 def _steps(run: Run, state: TrainState) -> Any:
     """Trains from `state` to the end, or to a signal, which it returns."""
     c, experiment, phases = run.experiment.config, run.experiment, run.phases
     start, num_steps = int(state.step), experiment.num_steps
-    batches = _profiled(experiment.batches(start, num_steps), c.log, run.workdir)
-    began = time.monotonic()
-    for step, batch in _timed(batches, phases):
-        late_by = time.monotonic() - began
-        with phases("step"):
-            state, sums, facts = experiment.train_step(state, batch)
-            run.finish(run.late.push(step, sums, facts, run.cast(late_by)))
-            began = time.monotonic()
-            run.checkpoints.poll()
-            if _due(step + 1, c.guard.agreement_every, num_steps):
-                run.check_replicas(state)
-        done, vote = step + 1, run.agreed()
-        hurry = vote.signal and done < num_steps  # an evaluation may take longer than there is
-        if experiment.validation and not hurry and _due(done, c.train.eval_every, num_steps):
-            run.flush()
-            with phases("evaluate"):
-                run.evaluate(state, done)
-        save_due = done in c.checkpoint.at or _due(done, c.checkpoint.every, num_steps)
-        if vote.signal or vote.save or save_due:
-            run.flush()
-            with phases("save"):
-                run.save(state)
-        if vote.signal:
-            run.say(f"\n{vote.signal.name}: saved at step {done}; run the same command to go on")
-            return vote.signal
-        run.late.resume()
+    if start > run.completed and (stopped := _do_due(run, state, start, run.agreed())):
+        return stopped
+    with (
+        contextlib.closing(experiment.batches(start, num_steps)) as batches,
+        contextlib.closing(_profiled(batches, c.log, run.workdir)) as profiled,
+    ):
+        began = time.monotonic()
+        for step, batch in _timed(profiled, phases):
+            late_by = time.monotonic() - began
+            with phases("step"):
+                state, sums, facts = experiment.train_step(state, batch)
+                run.finish(run.late.push(step, sums, facts, run.cast(late_by)))
+                began = time.monotonic()
+                run.checkpoints.poll()
+                if _due(step + 1, c.guard.agreement_every, num_steps):
+                    run.check_replicas(state)
+            if stopped := _do_due(run, state, step + 1, run.agreed()):
+                return stopped
+    return None
+
+
+def _do_due(run: Run, state: TrainState, done: int, vote: Vote) -> Any:
+    """What is due after `done` steps, a function of their number and of what processes voted for:
+    evaluation and checkpoint. Returns the signal to end for, if there is one.
+    """
+    c, experiment, num_steps = run.experiment.config, run.experiment, run.experiment.num_steps
+    hurry = vote.signal and done < num_steps  # an evaluation may take longer than there is
+    if experiment.validation and not hurry and _due(done, c.train.eval_every, num_steps):
+        run.flush()
+        with run.phases("evaluate"):
+            run.evaluate(state, done)
+    save_due = done in c.checkpoint.at or _due(done, c.checkpoint.every, num_steps)
+    if vote.signal or vote.save or save_due:
+        run.flush()
+        with run.phases("save"):
+            run.save(state)
+    run.completed = done
+    if vote.signal:
+        run.say(f"\n{vote.signal.name}: saved at step {done}; run the same command to go on")
+        return vote.signal
+    run.late.resume()
     return None
 
 
@@ -165,45 +227,15 @@ def _timed(batches: Iterator[Any], phases: Phases) -> Iterator[Any]:
         yield item
 
 
-def _record_config(workdir: str, experiment: Experiment, say: Any, lead: bool) -> bool:
-    """Writes config.json, with every field of every component, or checks that a resumed run is the
-    same run; False if it reads other data than it did, as was allowed.
-
-    Raises:
-        ValueError: a fixed value differs and `checkpoint.allow_changed` doesn't name it.
-    """
-    path = epath.Path(workdir) / CONFIG_FILE
-    config, same_data = experiment.config_dict, True
-    if path.exists():
-        allowed = experiment.config.checkpoint.allow_changed
-        refused = []
-        for key, (old, new) in config_tree.changed(
-            config_tree.from_json(path.read_text()), config
-        ).items():
-            line = f"config.{key}: {old!r} -> {new!r}"
-            named = any(key == a or key.startswith(a + ".") for a in allowed)
-            if key.split(".")[0] in FIXED and not named:
-                refused.append(f"{line} (--config.checkpoint.allow_changed=\"('{key}',)\")")
-            else:
-                say(f"changed since this run began: {line}")
-                same_data &= key.split(".")[0] not in ("objective", "data", "seed")
-        if refused:
-            raise ValueError(
-                f"{workdir} holds a run with another config; use another --workdir, or allow:\n  "
-                + "\n  ".join(refused)
-            )
-    distributed.agree("resumed run", {"same_data": same_data})  # all have read the file by now
-    if lead:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = path.parent / (CONFIG_FILE + ".new")
-        written.write_text(config_tree.to_json(config))
-        written.replace(path)
-    return same_data
-
-
-def _describe(experiment: Experiment, say: Any) -> None:
-    """Prints what is about to run."""
+def _describe(experiment: Experiment, say: Any, *, begins: bool) -> None:
+    """Prints what is about to run, and where its parameters are from if it `begins`."""
     c, mesh = experiment.config, experiment.rules.mesh
+    if begins and experiment.start.base is not None:
+        _describe_base(experiment, experiment.start.base, say)
+    if begins and experiment.branch is not None:
+        say(f"goes on from {experiment.branch}")
+    if begins and experiment.start.word_vectors is not None:
+        say(experiment.start.word_vectors.describe())
     leaves = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
     count = sum(leaf.size for _, leaf in leaves)
     if c.log.parameter_table:
@@ -236,6 +268,17 @@ def _describe(experiment: Experiment, say: Any) -> None:
         f"{experiment.num_steps} steps of {metrics.quantity(per_step)} tokens "
         f"({metrics.quantity(experiment.num_steps * per_step)} in all)"
     )
+    early = [step for step in c.checkpoint.at if step < experiment.num_steps]
+    if not (c.checkpoint.every or c.checkpoint.every_seconds or early):
+        say(
+            "no checkpoint before the end (config.checkpoint.every=0, every_seconds=0): a run that "
+            "is killed begins again"
+        )
+    if c.guard.policy == "rewind" and not diagnose.repeats(experiment):
+        say(
+            "config.guard.policy=rewind: this GPU doesn't repeat bits, so no verdict will blame "
+            "the hardware; set XLA_FLAGS=--xla_gpu_deterministic_ops=true for that"
+        )
 
 
 def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
@@ -251,17 +294,23 @@ def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
             say(f"unlike there: config.{section}.{path}: {was!r} -> {now!r}")
 
 
-def _profiled(batches: Iterator[Any], config: configs.LogConfig, workdir: str) -> Iterator[Any]:
-    """`batches`, with the profiler on while the steps of the configured window run."""
+def _profiled(
+    batches: Iterator[Any], config: configs.LogConfig, workdir: str
+) -> Generator[Any, None, None]:
+    """`batches`, with the profiler on while the steps of the configured window run; closing it
+    writes the trace of a window that is open.
+    """
     first, last = config.profile_start, config.profile_start + config.profile_steps
     running = False
-    for step, batch in batches:
-        if running and step == last:
+    try:
+        for step, batch in batches:
+            if running and step == last:
+                jax.profiler.stop_trace()
+                running = False
+            if first <= step < last and not running:
+                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+                running = True
+            yield step, batch
+    finally:
+        if running:
             jax.profiler.stop_trace()
-            running = False
-        if first <= step < last and not running:
-            jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-            running = True
-        yield step, batch
-    if running:
-        jax.profiler.stop_trace()

@@ -304,3 +304,8 @@ def test_qwen_non_embedding_parameters_are_those_of_the_model_cards():
     for size, billions in (("0.6b", 0.44), ("1.7b", 1.4), ("4b", 3.6), ("8b", 6.95), ("14b", 13.2)):
         model = resolve(load("qwen3").get_config(size)).model
         assert flops.parameters(model).non_embedding / 1e9 == pytest.approx(billions, rel=0.012)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_a_kill_loses_ten_minutes_at_most(name):
+    assert 0 < load(name).get_config().checkpoint.every_seconds <= 600

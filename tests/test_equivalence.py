@@ -86,7 +86,7 @@ def assert_equivalent(one, other):
     for (sums, state, facts), (other_sums, other_state, other_facts) in zip(
         one, other, strict=True
     ):
-        for name in ("records", "content", "filled", "scored", "updates", "bad"):
+        for name in ("records", "content", "filled", "scored", "bad"):
             np.testing.assert_array_equal(facts[name], other_facts[name], err_msg=name)
         assert_same(sums, other_sums)
         assert_same(state.params, other_state.params)

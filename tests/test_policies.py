@@ -2,13 +2,15 @@
 
 import functools
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import ledger, metrics
+from lm import diagnose, ledger, metrics
 from lm import train as training
 from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit, RunError
@@ -76,11 +78,11 @@ def evidence(folder):
     return json.loads((folder / "evidence" / f"step-{BAD}.json").read_text())
 
 
-def spoil_row(value):
-    """One row of batch BAD gets a target weight that is no number of a real batch."""
+def spoil_row(value, at=BAD):
+    """One row of batch `at` gets a target weight that is no number of a real batch."""
 
     def spoil(step, batch):
-        if step != BAD:
+        if step != at:
             return batch
         return batch.replace(weights=batch.weights.at[3, 5].set(value))
 
@@ -130,6 +132,68 @@ def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_conf
     assert ends[0] == ends[1]
 
 
+VALIDATION = {"data.validation": ("synthetic:markov:16:7",), "train.eval_every": 4}
+
+
+@pytest.mark.parametrize("at", [BAD, pytest.param(STEPS - 1, id="the last step")])
+@pytest.mark.parametrize("due", ["every", pytest.param("at", marks=pytest.mark.slow)])
+def test_what_is_due_at_a_step_that_was_done_again_is_done(run, tmp_path, at, due):
+    changes = {"guard.policy": "rewind", "checkpoint.keep_last": 9, **VALIDATION}
+    if due == "at":
+        changes |= {"checkpoint.every": 0, "checkpoint.at": (8,)}
+    assert run(tmp_path, changes, spoil=spoil_row(np.nan, at)) == Exit.SUCCESS
+    steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    assert steps == ({4, 8, 12} if due == "every" else {8, 12})
+    evaluated = [r["step"] for r in metrics.read(str(tmp_path)) if r["kind"] == "eval"]
+    assert evaluated == [4, 8, 12]
+
+
+def test_after_a_fault_of_the_hardware_all_since_the_checkpoint_is_done_again(run, tmp_path):
+    """A bit flips at step 9, before the evaluation after step 10, and another one shows at once at
+    the last step.
+    """
+    flips = flip_once(9, "norm.scale", 1, mask=1 << 20), flip_once(STEPS - 1, "norm.scale", 0)
+    changes = {**VALIDATION, "guard.policy": "rewind", "train.eval_every": 2}
+    flip = run(tmp_path / "flip", changes, fault=lambda state: flips[1](flips[0](state)))
+    assert flip == run(tmp_path / "clean", changes) == Exit.SUCCESS
+    found = [
+        [(r["kind"], r["step"], r["loss"]) for r in metrics.read(str(tmp_path / name))]
+        for name in ("flip", "clean")
+    ]
+    assert found[0] == found[1]
+
+
+def test_no_old_state_is_in_memory_while_a_step_is_done_again(run, tmp_path, monkeypatch):
+    held = []
+
+    def restore(self, checkpoints, step=None):
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        restored = Experiment.restore(self, checkpoints, step)
+        if restored is not None:
+            held.append(sum(x.nbytes for x in jax.tree.leaves(restored[0])))
+        return restored
+
+    monkeypatch.setattr(Injector, "restore", restore)
+    before = sum(x.nbytes for x in jax.live_arrays())  # of other tests
+    assert run(tmp_path, {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == Exit.SUCCESS
+    start, first, size, *_ = held
+    assert start - before < 0.1 * size
+    assert first - before < 0.5 * size  # batches that are prepared ahead
+
+
+def test_where_bits_do_not_repeat_no_checkpoint_is_moved_and_no_hardware_blamed(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(diagnose, "repeats", lambda experiment: False)
+    flip = flip_once(9, "norm.scale", 0)
+    assert run(tmp_path / "flip", {"guard.policy": "rewind"}, fault=flip) == Exit.SUCCESS
+    [found] = (tmp_path / "flip" / "evidence").iterdir()
+    assert json.loads(found.read_text())["verdict"] == "unclear"
+    assert run(tmp_path / "data", {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == 0
+    assert evidence(tmp_path / "data")["verdict"] == "data"
+    assert not any((tmp_path / name / "bad_checkpoints").exists() for name in ("flip", "data"))
+
+
 def one_target_everywhere(step, batch):
     """A batch whose gradient is finite and many times as large as usual."""
     return batch.replace(targets=jnp.zeros_like(batch.targets)) if step == BAD else batch
@@ -151,9 +215,9 @@ def test_a_finite_spike_is_treated_like_a_gradient_that_is_not_finite(run, tmp_p
         assert found["first"]["grad_norm"] > 4 * found["usual_grad_norm"]
 
 
-def flip_once(at, path, index):
-    """The top bit of the exponent of a number of a parameter flips in memory, once, before step
-    `at`.
+def flip_once(at, path, index, mask=1 << 30):
+    """A bit of a number of a parameter flips in memory, once, before step `at`: the top one of its
+    exponent.
     """
     left = [1]
 
@@ -166,7 +230,7 @@ def flip_once(at, path, index):
             if jax.tree_util.keystr(where, simple=True, separator=".") != path:
                 return x
             bits = np.array(x).view(np.uint32)
-            bits.flat[index] ^= 1 << 30
+            bits.flat[index] ^= mask
             return jax.device_put(bits.view(np.float32), x.sharding)
 
         return state.replace(params=jax.tree_util.tree_map_with_path(flip, state.params))
@@ -265,6 +329,16 @@ def test_replicas_that_differ_in_one_bit_end_the_run_before_it_saves(run, tmp_pa
     assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 4
 
 
+def test_replicas_that_always_differ_end_the_run_at_last(run, tmp_path):
+    def fault(state):
+        return one_replica_differs([1])(state)
+
+    changes = {"guard.policy": "rewind", "guard.max_skips": 2}
+    with pytest.raises(ReplicasDisagree, match="3 times since the last checkpoint") as error:
+        run(tmp_path, changes, fault=fault, data=2)
+    assert error.value.code == Exit.CORRUPT and "max_skips=2" in str(error.value)
+
+
 @pytest.mark.slow
 def test_rewinding_mends_a_replica(run, tmp_path):
     changes = {"guard.policy": "rewind"}
@@ -284,6 +358,85 @@ def test_more_epochs_than_allowed_are_refused_before_anything_is_compiled(run, t
         run(tmp_path, changes)
     assert e.value.code == Exit.OUT_OF_DATA
     assert not tmp_path.joinpath("config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data.train": ("nowhere/tokens",)},
+        {"data.validation": ("nowhere/tokens",)},
+        {"init.from_": "nowhere"},
+        {"init.branch_from": "nowhere", "init.step": 4},
+        {"init.word_vectors": "nowhere.txt"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_path_that_is_not_there_does_not_lock_the_folder(run, tmp_path, wrong):
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        run(tmp_path, wrong)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("event", ["a signal", "a rewind"])
+def test_a_trace_survives_what_happens_in_its_window(run, tmp_path, event):
+    def spoil(step, batch):
+        if step == BAD and event == "a signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    if event == "a rewind":
+        spoil = spoil_row(np.nan)
+    changes = {"guard.policy": "rewind", "log.profile_start": 6, "log.profile_steps": 4}
+    code = run(tmp_path, changes, spoil=spoil)
+    assert code == (Exit.TERMINATED if event == "a signal" else Exit.SUCCESS)
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def strict(path):
+    """The objects of a file of lines, as a reader takes them that knows JSON alone."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_a_last_evaluation_that_is_not_finite_ends_with_its_code_and_all_is_saved(run, tmp_path):
+    changes = {
+        "train.num_steps": 1,
+        "optimizer.learning_rate": 2e18,
+        "optimizer.schedule.kind": "constant",
+        **VALIDATION,
+    }
+    for _ in range(2):  # the second time it is finished, and no better
+        with pytest.raises(Diverged, match=r"last evaluation.*synthetic.*: loss (nan|inf)") as e:
+            run(tmp_path, changes)
+        assert e.value.code == Exit.DIVERGED
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    last = strict(tmp_path / "metrics.jsonl")[-1]
+    assert last["kind"] == "eval" and last["loss"] in ("NaN", "Infinity")
+    assert not np.isfinite(metrics.read(str(tmp_path))[-1]["loss"])
+
+
+def test_an_evaluation_that_a_stop_had_no_time_for_is_made_by_the_next_process(run, tmp_path):
+    def spoil(step, batch):
+        if step == BAD and not (tmp_path / "checkpoints" / "8").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    assert run(tmp_path, VALIDATION, spoil=spoil) == Exit.TERMINATED
+    assert (tmp_path / "checkpoints" / "8").exists()
+    assert run(tmp_path, VALIDATION, spoil=spoil) == Exit.SUCCESS
+    evaluated = [r["step"] for r in metrics.read(str(tmp_path)) if r["kind"] == "eval"]
+    assert evaluated == [4, 8, 12]
+
+
+def test_a_run_without_checkpoints_says_so_at_its_start(run, tmp_path, capsys):
+    changes = {"train.num_steps": 1, "checkpoint.every": 0}
+    run(tmp_path / "by time", changes)
+    assert "no checkpoint before the end" not in capsys.readouterr().out
+    run(tmp_path / "none", {**changes, "checkpoint.every_seconds": 0.0})
+    assert "no checkpoint before the end" in capsys.readouterr().out
 
 
 def test_an_unknown_policy_is_refused(run, tmp_path):

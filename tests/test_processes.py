@@ -1,5 +1,6 @@
 """Two real processes of one run, and what the world does to one of them."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 import pytest
 from environment import fake_devices
 
-from lm import ledger
+from lm import ledger, metrics
 from lm.exits import Exit
 from tests import faults
 
@@ -154,6 +155,67 @@ def test_processes_with_different_configs_refuse_to_train_and_name_the_differenc
         expected = "config.optimizer.learning_rate: process 0 has 0.003, process 1 has 0.5"
         assert expected in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the runs of tests/two_process_runs.py, and the exit codes of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, str(ROOT / "scripts" / "launch" / "local.py"), "--processes=2"]
+    command += ["--devices-per-process=1", "--grace=15", "--"]
+    command += [str(ROOT / "tests" / "two_process_runs.py"), str(folder)]
+    done = subprocess.run(
+        command, env=fake_devices(1), capture_output=True, text=True, timeout=590, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    codes = {}
+    for line in (folder / "codes.jsonl").read_text().splitlines():
+        name, code = json.loads(line)
+        codes.setdefault(name, []).append(code)
+    return folder, codes
+
+
+def saved(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_two_processes_do_what_was_due_at_a_last_step_that_was_bad(runs):
+    folder, codes = runs
+    assert codes["rewind"] == [Exit.SUCCESS]
+    assert saved(folder / "rewind") == [4, 8]
+    evaluated = [r["step"] for r in metrics.read(str(folder / "rewind")) if r["kind"] == "eval"]
+    assert evaluated == [4, 8]
+    assert json.loads((folder / "rewind/evidence/step-7.json").read_text())["verdict"] == "data"
+
+
+def test_two_processes_with_their_state_in_host_memory_train_resume_and_save_the_same(runs):
+    folder, codes = runs
+    # the last one of host: finished, though a process sees an old listing of the folder
+    assert codes["device"] == [0, 0] and codes["host"] == [0, 0, 0]
+    for step in (4, 8):
+        leaves = [
+            json.loads((folder / n / f"checkpoints/{step}/manifest/manifest.json").read_text())
+            for n in ("device", "host")
+        ]
+        assert leaves[0]["leaves"] == leaves[1]["leaves"]
+
+
+def test_two_processes_end_with_the_code_of_a_last_evaluation_that_is_not_finite(runs):
+    folder, codes = runs
+    assert codes["diverges"] == [Exit.DIVERGED, Exit.DIVERGED]
+    assert saved(folder / "diverges") == [1]
+
+
+def test_two_processes_save_once_each_time_that_it_is_time(runs):
+    folder, codes = runs
+    assert codes["time"] == [Exit.TERMINATED]
+    *by_time, _ = saved(folder / "time")  # the last one is the signal's
+    times = [
+        json.loads((folder / f"time/checkpoints/{s}/manifest/manifest.json").read_text())["time"]
+        for s in by_time
+    ]
+    assert len(times) >= 4
+    assert min(b - a for a, b in itertools.pairwise(times)) > 1.4
 
 
 def test_processes_with_different_code_refuse_to_train_and_say_so(tmp_path):

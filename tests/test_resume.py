@@ -173,7 +173,7 @@ def test_a_changed_model_is_refused_unless_allowed_by_name(whole, tmp_path):
         1,
         "--config.train.num_steps=102",
         "--config.data.batch_size=4",
-        "--config.checkpoint.allow_changed=('data.batch_size',)",
+        "--config.checkpoint.allow_changed=('data.batch_size','optimizer.schedule')",
     )
     assert allowed.returncode == 0, allowed.stderr
     assert "config.data.batch_size: 8 -> 4" in allowed.stdout

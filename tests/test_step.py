@@ -71,12 +71,11 @@ def test_a_bad_step_moves_nothing_but_the_step(step, value, num_microbatches):
     """nan, inf, a norm that overflows, and a spike of 100 times; in one row of one micro-batch."""
     bad = [1.0, 1.1, value, 1.0]
     found = step([GOOD, GOOD, GOOD, bad, GOOD], num_microbatches)
-    (before, _), (after, facts), (later, later_facts) = found[2:]
+    (before, _), (after, facts), (later, _) = found[2:]
     assert facts["bad"] and not any(f["bad"] for _, f in [*found[:3], found[4]])
     assert bits((before.params, before.opt_state)) == bits((after.params, after.opt_state))
     assert (before.step, after.step, later.step) == (3, 4, 5)
     assert bits(later.params) != bits(after.params)
-    assert (facts["updates"], later_facts["updates"]) == (3, 3)
     clean = step([GOOD, GOOD, GOOD, GOOD], num_microbatches)[-1][0]
     assert bits(later.params) == bits(clean.params)  # as if it had never been
 
@@ -109,7 +108,7 @@ def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
     after, _, facts = step(state, batch)
     assert facts["bad"] and np.isfinite(facts["grad_norm"])
     assert bits((state.params, state.opt_state)) == bits((after.params, after.opt_state))
-    assert (int(after.step), int(facts["updates"])) == (1, 0)
+    assert (int(after.step), int(optim.norm_state(after.opt_state).steps)) == (1, 0)
 
 
 def test_spikes_are_judged_by_the_steps_that_were_applied(step):

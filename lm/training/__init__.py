@@ -1,0 +1,1 @@
+"""Training runs: what a resumed one must keep."""

@@ -1,0 +1,113 @@
+"""Runs of two processes, which scripts/launch/local.py starts, and what happens to them: argument 1
+is the folder.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from absl import app
+
+from lm.processes import distributed
+
+STEPS = 8
+BASE = {
+    "train.num_steps": STEPS,
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "checkpoint.every": 4,
+    "checkpoint.keep_last": 100,
+    "data.validation": ("synthetic:markov:16:7",),
+    "optimizer.ema_decay": 0.9,
+    "optimizer.schedule.kind": "constant",
+    "guard.self_check": False,
+    "guard.agreement_every": 2,
+    "guard.policy": "rewind",
+    "log.parameter_table": False,
+    "log.tensorboard": False,
+    "mesh.data": 2,
+    "mesh.fsdp": -1,
+}
+
+
+def main(argv):
+    os.environ.setdefault("NPROC", "64")
+    initialize()
+    import jax
+    import numpy as np
+    from etils import epath
+
+    from configs import smoke
+    from lm import train as training
+    from lm.checkpoint import stored
+    from lm.exits import RunError
+    from lm.experiment import Experiment
+
+    root = epath.Path(argv[1])
+    spoilt = {}
+
+    class Injector(Experiment):
+        """Batches of which one row is spoilt at some steps."""
+
+        def batches(self, start, stop):
+            for step, batch in super().batches(start, stop):
+                if step in spoilt:
+                    # without a program, whose collectives would meet those of a step
+                    old = batch.weights
+                    wrong = np.full(old.addressable_shards[0].data.shape, np.nan, old.dtype)
+                    shards = [jax.device_put(wrong, s.device) for s in old.addressable_shards]
+                    batch = batch.replace(
+                        weights=jax.make_array_from_single_device_arrays(
+                            old.shape, old.sharding, shards
+                        )
+                    )
+                yield step, batch
+
+    training.Experiment = Injector
+
+    def run(name, changes=None, bad=()):
+        config = smoke.get_config()
+        config.update_from_flattened_dict({**BASE, **(changes or {})})
+        spoilt.clear()
+        spoilt.update(dict.fromkeys(bad))
+        try:
+            code = training.train(config, str(root / name), jax.devices())
+        except RunError as error:
+            code = error.code
+        if jax.process_index() == 0:
+            with (root / "codes.jsonl").open("a") as file:
+                file.write(json.dumps([name, int(code)]) + "\n")
+
+    run("rewind", bad=[STEPS - 1])
+    for memory in ("device", "host"):
+        run(memory, {"optimizer.memory": memory, "train.num_steps": 4})
+        run(memory, {"optimizer.memory": memory})
+    run("diverges", {"optimizer.learning_rate": 2e18, "train.num_steps": 1})
+    run("diverges", {"optimizer.learning_rate": 2e18, "train.num_steps": 1})  # finished
+    seconds = {"checkpoint.every": 0, "checkpoint.every_seconds": 1.5, "train.num_steps": 100_000}
+
+    def batches(self, start, stop):
+        sent = jax.process_index() == 0  # the one that doesn't lead gets the signal
+        for step, batch in Experiment.batches(self, start, stop):
+            if not sent and len(stored.steps(root / "time" / "checkpoints")) >= 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+                sent = True
+            yield step, batch
+
+    Injector.batches = batches
+    run("time", seconds)
+    # one process sees an old listing of the folder: both do what the lead sees
+    if jax.process_index() == 1:
+        stored.steps = lambda directory: []
+    Injector.batches = Experiment.batches
+    run("host", {"optimizer.memory": "host"})
+    sys.exit(distributed.leave(0))
+
+
+if __name__ == "__main__":
+    initialize = distributed.define_flags()
+    app.run(main)
