@@ -49,7 +49,7 @@ def read(path: str, *, limit: int | None = None) -> list[Pair]:
     """
     pairs = []
     for name, text in _files(path):
-        for number, line in enumerate(text.splitlines()[:limit], 1):
+        for number, line in enumerate(text.rstrip("\n").split("\n")[:limit], 1):
             try:
                 x = json.loads(line)
                 pair = [x[n] for n in ("UID", "linguistics_term", "sentence_good", "sentence_bad")]
@@ -104,7 +104,7 @@ def _mean(values: Sequence[float]) -> float:
 def read_published(path: str) -> dict[str, dict[str, float]]:
     """{model: {phenomenon, or overall: accuracy}} of the authors' models_summary.jsonl."""
     found: dict[str, dict[str, float]] = {}
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"):
         row = json.loads(line)
         if row["UID"] == "overall":
             for name, value in row.items():

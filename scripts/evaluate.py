@@ -56,6 +56,11 @@ def main() -> int:
     if args.batch_size is not None:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
     experiment = load(args.workdir, jax.devices(), changes)
+    if not experiment.config.data.validation:
+        raise ValueError(
+            f"config.data.validation of {args.workdir} is empty: there is nothing to evaluate on; "
+            "name a token store with --data"
+        )
     if args.no_bos:
         if experiment.config_dict.objective.name != "causal":
             raise ValueError(

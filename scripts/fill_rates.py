@@ -132,7 +132,7 @@ def main() -> None:
     try:
         for case in cases(args):
             print(measure(case, args.packing), flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"fill_rates: {error}")
 
 

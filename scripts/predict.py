@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm import lines, runtime
 from lm.data import corpus as corpora
-from lm.data.sources import Document
+from lm.data.loss import Losses
+from lm.data.sources import Document, ListedSource
 
 
 def main() -> int:
@@ -120,18 +121,21 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
         raise ValueError(
             f"--field must say where these fields come from: {', '.join(sorted(missing))}"
         )
-    records, skipped = [], 0
+    records, losses = [], Losses()
     for documents in corpus.sources():
+        for item in documents.passed_over() if isinstance(documents, ListedSource) else ():
+            losses.add(item)
         for unit in documents.units():
             for item in documents.read(unit):
                 if isinstance(item, Document):
                     records.append(item)
                 else:
-                    skipped += 1
-    if skipped:
-        print(f"{', '.join(data)}: {skipped} lines are no records", file=sys.stderr)
+                    losses.add(item)
+    if losses.counts:
+        print(f"{', '.join(data)}: no records: {losses.describe()}", file=sys.stderr)
     if not records:
         raise ValueError(f"{', '.join(data)}: no records")
+    losses.check(len(records), 0, max_loss=corpus.max_loss)
     return records
 
 

@@ -35,13 +35,18 @@ def main() -> None:
     add("--out", required=True, help="folder of the two files")
     flags = parser.parse_args()
     try:
-        found = examples.read(corpus.from_source_flags(flags), flags.format, flags.key)
+        documents = corpus.from_source_flags(flags)
+        found = examples.read(documents, flags.format, flags.key)
         if flags.label:
             found = examples.keep_labels(found, "target", set(flags.label))
         counts = examples.write(
-            found, flags.out, test_fraction=flags.test_fraction, train_limit=flags.train_limit
+            found,
+            flags.out,
+            test_fraction=flags.test_fraction,
+            train_limit=flags.train_limit,
+            max_loss=documents.max_loss,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"split_records: {error}")
     for split, count in counts.items():
         skipped = ", ".join(f"{n:,} {reason}" for reason, n in count.items() if reason != "records")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import load
 from lm.evaluate import _add, evaluate
+from lm.exits import Exit
+from lm.experiment import CONFIG_FILE
 from lm.optim import averaged_params
 from scripts import evaluate as evaluate_script
 
@@ -147,3 +151,15 @@ def test_the_script_scores_without_bos(make_experiment, store, tmp_path, monkeyp
     assert bare["tokens"] == usual["tokens"] - begun and begun > 0
     assert "bits_per_byte" in usual and "bits_per_byte" not in bare
     assert bare["loss"] != usual["loss"]
+
+
+def test_a_run_without_validation_stores_is_an_error_of_the_script(make_config, tmp_path):
+    """Silence with code 0 read like success."""
+    (tmp_path / CONFIG_FILE).write_text(config_tree.to_json(make_config({"data.validation": ()})))
+    script = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+    result = subprocess.run(
+        [sys.executable, str(script), f"--workdir={tmp_path}"], capture_output=True, text=True
+    )
+    assert result.returncode == Exit.ERROR and not result.stdout
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: config.data.validation of ") and "--data" in line

@@ -99,6 +99,21 @@ def test_squad_is_read_by_paragraph_with_its_answers(tmp_path):
     ]
 
 
+def test_odd_questions_and_lost_records_are_counted(tmp_path):
+    good = {"id": "1", "question": "q", "answers": [{"text": "a"}]}
+    paragraphs = [{"context": "c", "qas": [good, {"id": "2", "question": "no answers"}]}]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}, {}]}))
+    found = list(examples.read(corpus(file, source="question", target="answer"), "squad"))
+    assert [getattr(e.document, "reason", "") for e in found] == ["", "missing_field"]
+    with pytest.raises(ValueError, match=r"1 of 2 .*50\.0%.*missing_field.*--max-loss=0\.5"):
+        examples.write(found, tmp_path / "out", test_fraction=0.5, train_limit=0, max_loss=0.05)
+    for content in ("{", "[]", '{"other": 1}'):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"squad\.json: no file of SQuAD's form"):
+            list(examples.read(corpus(file, source="question"), "squad"))
+
+
 def test_packages_are_snippets_of_files_below_folders(tmp_path):
     (tmp_path / "email" / "mime").mkdir(parents=True)
     (tmp_path / "top.py").write_text("x = 1\n" * 100)

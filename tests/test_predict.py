@@ -191,7 +191,7 @@ def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
         lines = [json.dumps({"text": t, "label": c}) for t, c in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "no json"]))
     arguments = f"""--workdir={tmp_path} --data={tmp_path}/test.jsonl --train={tmp_path}/train.jsonl
-        --field=source=text --field=target=label --metrics=classes"""
+        --field=source=text --field=target=label --metrics=classes --max-loss=0.3"""
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments.split()])
     monkeypatch.setattr(jax, "devices", lambda: devices[:1])
     assert script.main() == 0
@@ -207,11 +207,11 @@ def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
     assert run.split()[-3] == f"{100 * right / 3:.2f}"
     assert baselines[0].split() == ["majority", "66.67", "50.00", "40.00"]
     assert baselines[1].split() == ["nearest", "100.00", "100.00", "100.00"]
-    assert "1 lines are no records" in shown.err
+    assert "no records: 1 malformed_json (test.jsonl@" in shown.err
 
 
 def test_the_script_says_which_field_it_does_not_know(script, tmp_path):
     flags = script.argparse.Namespace(field=["source"], separator="", tfds_split="train")
-    flags.tfds_data_dir, flags.tfds_download = None, False
+    flags.tfds_data_dir, flags.tfds_download, flags.max_loss = None, False, 0.05
     with pytest.raises(ValueError, match="--field must say where these fields come from: target"):
         script.read(flags, [str(tmp_path / "x.jsonl")], ["source", "target"])

@@ -393,6 +393,27 @@ def test_documents_of_white_space_are_counted(tmp_path):
     assert manifest["skipped"] == {"empty": 1, "white_space": 1}
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("x.model/", "x.model is a folder, not a file"),
+        ("", "'' is no path"),
+        ("file/x.model", "file"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_written_is_said_before_training(tmp_path, out, message):
+    (tmp_path / "x.model").mkdir()
+    _write(tmp_path / "file", "")
+    _write(tmp_path / "a.txt", "text " * 1000)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), "--data=a.txt",
+         "--validation-fraction=0", "--vocab-size=300", f"--out={out}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and message in result.stderr
+
+
 def test_tail_split_keeps_the_last_characters_of_each_document(tmp_path):
     text = "".join(chr(0xE0 + i % 20) for i in range(1000))
     _write(tmp_path / "a.txt", text)

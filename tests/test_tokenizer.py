@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,29 @@ def test_wikitext2_has_its_published_numbers_of_words():
     assert len(tokenizer.encode(train)) == 2_088_628
 
 
+def test_dropout_of_merges_is_off(tmp_path):
+    spec = json.loads(_byte_level_json())
+    plain = from_bytes("tokenizer.json", json.dumps(spec).encode())
+    spec["model"]["dropout"] = 0.5
+    tokenizer = from_bytes("tokenizer.json", json.dumps(spec).encode())
+    text = "def encode(self, text: str) -> np.ndarray:\n" * 20
+    for encode in ("encode", "encode_special"):
+        expected = getattr(plain, encode)(text)
+        for _ in range(3):
+            np.testing.assert_array_equal(getattr(tokenizer, encode)(text), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.model", "a%20b.model", "[x]*.model", "a?b#c.model", "a\n.model"]
+)
+def test_a_tokenizer_of_any_name_is_read(tmp_path, monkeypatch, name):
+    for file in (name, os.fsdecode(b"\xff") + name):
+        (tmp_path / file).write_bytes(_tokenizer("bpe").model)
+        assert load(str(tmp_path / file)).vocab_size == _tokenizer("bpe").vocab_size
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(f"~/{name}").name == str(tmp_path / name)
+
+
 def test_fingerprint_follows_the_content_and_not_the_path(tmp_path):
     model = _tokenizer("bpe").model
     (tmp_path / "a.model").write_bytes(model)
@@ -273,6 +297,12 @@ def test_load_refuses_what_is_no_tokenizer(tmp_path, name, content, message):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load(name if name == "nonsense" else str(path))
+
+
+def test_a_folder_in_place_of_a_tokenizer_is_said_to_be_one(tmp_path):
+    (tmp_path / "x.model").mkdir()
+    with pytest.raises(ValueError, match=r"x\.model is a folder: name the file in it"):
+        load(str(tmp_path / "x.model"))
 
 
 def test_tokenizer_without_end_of_document_is_refused():

@@ -68,6 +68,18 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, words, text, message):
     assert f"config.init.word_vectors ({path})" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gone.txt", "no such file"), ("folder", "no such file"), ("cut.txt.gz", "damaged")],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, words, name, message):
+    (tmp_path / "folder").mkdir()
+    whole = gzip.compress(GLOVE.encode() * 100)
+    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=rf"config\.init\.word_vectors \(.*{name}\): {message}"):
+        word_vectors.load(str(tmp_path / name), words, 3)
+
+
 def test_rows_of_known_words_begin_with_their_vectors_and_others_at_random(
     tmp_path, make_experiment
 ):

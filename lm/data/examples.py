@@ -15,8 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from lm import storage
 from lm.data.corpus import Corpus, held_out
-from lm.data.sources import Document, Skipped
+from lm.data.loss import Losses
+from lm.data.sources import Document, ListedSource, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource
 
@@ -47,13 +49,15 @@ def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
         )
     if form == "squad":
         for path in corpus.data:
-            yield from _squad(Path(path), corpus.columns)
+            yield from _squad(Path(storage.expand(path, "--data")), corpus.columns)
         return
     if form == "packages":
         for spec in corpus.data:
             yield from _packages(spec, corpus.columns)
         return
     for source in corpus.sources():
+        for item in source.passed_over() if isinstance(source, ListedSource) else ():
+            yield Example(item.id, item)
         for unit in source.units():
             for item in source.read(unit):
                 if key and isinstance(item, Document):
@@ -68,18 +72,26 @@ def _squad(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
     The key is the place of the paragraph in the file, so that translations of a file, question by
     question, are split alike.
     """
-    for a, article in enumerate(json.loads(path.read_text())["data"]):
-        for p, paragraph in enumerate(article["paragraphs"]):
-            for question in paragraph["qas"]:
-                answers = dict.fromkeys(answer["text"] for answer in question["answers"])
-                record = {
-                    "question": question["question"],
-                    "context": paragraph["context"],
-                    "title": article.get("title", ""),
-                    "answer": next(iter(answers), ""),
-                    "answers": "\n".join(answers),
-                }
-                name = f"{path.name}@{question['id']}"
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no file of SQuAD's form ({error})") from None
+    for a, article in enumerate(articles):
+        for p, paragraph in enumerate(article.get("paragraphs", ())):
+            for q, question in enumerate(paragraph.get("qas", ())):
+                name = f"{path.name}@{question.get('id', f'{a}/{p}/{q}')}"
+                try:
+                    answers = dict.fromkeys(answer["text"] for answer in question["answers"])
+                    record = {
+                        "question": question["question"],
+                        "context": paragraph["context"],
+                        "title": article.get("title", ""),
+                        "answer": next(iter(answers), ""),
+                        "answers": "\n".join(answers),
+                    }
+                except KeyError:
+                    yield Example(f"{a}/{p}", Skipped(name, "missing_field", tuple(question)))
+                    continue
                 yield Example(f"{a}/{p}", from_record(name, record, columns))
 
 
@@ -112,14 +124,22 @@ def keep_labels(examples: Iterable[Example], field: str, labels: set[str]) -> It
 
 
 def write(
-    examples: Iterable[Example], out: str | os.PathLike, *, test_fraction: float, train_limit: int
+    examples: Iterable[Example],
+    out: str | os.PathLike,
+    *,
+    test_fraction: float,
+    train_limit: int,
+    max_loss: float = 1.0,
 ) -> dict[str, Counter]:
     """Writes OUT/train.jsonl and OUT/test.jsonl, and returns how many records each has, and why
     others were skipped.
 
     train_limit: most records of train, a sample that the hash of their ids draws; 0: all of them.
-    Raises ValueError where one of the two would be empty.
+    max_loss: share of the records that may be none. Raises ValueError where more are lost, or one
+    of the two would be empty.
     """
+    out = Path(storage.expand(os.fspath(out), "--out"))
+    losses = Losses()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}
     seen = set()
@@ -127,13 +147,15 @@ def write(
         split = "test" if held_out(key, test_fraction) else "train"
         if isinstance(item, Skipped):
             counts[split][item.reason] += 1
+            losses.add(item)
         elif (content := tuple(item.fields.items())) in seen:
             counts[split]["duplicate"] += 1
         else:
             seen.add(content)
             found[split].append(item)
+    losses.check(sum(map(len, found.values())), 0, max_loss=max_loss)
     if train_limit and len(found["train"]) > train_limit:
-        chosen = sorted(found["train"], key=lambda d: hashlib.sha256(d.id.encode()).digest())
+        chosen = sorted(found["train"], key=lambda d: _digest(d.id))
         ids = {document.id for document in chosen[:train_limit]}
         counts["train"]["over the limit"] = len(chosen) - len(ids)
         found["train"] = [document for document in found["train"] if document.id in ids]
@@ -144,8 +166,13 @@ def write(
                 f"fraction {test_fraction}"
             )
         counts[split]["records"] = len(documents)
-    Path(out).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for split, documents in found.items():
-        lines = [json.dumps({"id": d.id, **d.fields}, ensure_ascii=False) for d in documents]
-        (Path(out) / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        records = [{"id": storage.printable(d.id), **d.fields} for d in documents]
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return counts
+
+
+def _digest(document_id: str) -> bytes:
+    return hashlib.sha256(document_id.encode(errors="surrogateescape")).digest()

@@ -22,6 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lm import storage
 from lm.data import special_tokens
 from lm.data.special_tokens import NOTHING, Declared
 
@@ -76,7 +77,7 @@ class Tokenizer(Protocol):
 def load(name: str) -> Tokenizer:
     """Returns the tokenizer `name`: "bytes", or the path of a `.model` or `tokenizer.json` file.
 
-    Paths may be local or `gs://`. Raises ValueError for anything else.
+    Paths may be local (`~` is the home folder) or `gs://`. Raises ValueError for anything else.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -87,7 +88,10 @@ def load(name: str) -> Tokenizer:
         )
     from etils import epath  # costs 0.1 s: only where a file is read
 
+    name = storage.expand(name, "tokenizer")
     path = epath.Path(name)
+    if path.is_dir():
+        raise ValueError(f"tokenizer {name} is a folder: name the file in it")
     if not path.is_file():
         raise ValueError(f"tokenizer {name}: no such file; scripts/train_tokenizer.py makes one")
     return from_bytes(name, path.read_bytes(), special_tokens.read(path.parent))
@@ -246,7 +250,7 @@ class HuggingFaceTokenizer:
             b"huggingface:" + _RULES.encode() + b":" + model
         ).hexdigest()
         try:
-            spec = json.loads(model)
+            spec = self._spec = _without_dropout(json.loads(model))
             self._first = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"tokenizer {name}: not a tokenizer.json ({error})") from error
@@ -300,7 +304,7 @@ class HuggingFaceTokenizer:
     def _special_reader(self):
         import tokenizers
 
-        reader = tokenizers.Tokenizer.from_str(self.model.decode())
+        reader = tokenizers.Tokenizer.from_str(json.dumps(self._spec))
         reader.no_truncation()
         reader.no_padding()
         return reader
@@ -368,6 +372,12 @@ def _ends(
     start = usual if says is None else (tokenizer.bos_id,) if says else ()
     stop = (tokenizer.eos_id, *declared.ids("eos_token_id", tokenizer.vocab_size))
     return start, tuple(dict.fromkeys(stop))
+
+
+def _without_dropout(spec):
+    """Returns `spec` without BPE-dropout, with which a text has other ids each time."""
+    model = spec.get("model") if isinstance(spec, dict) else None
+    return {**spec, "model": {**model, "dropout": None}} if isinstance(model, dict) else spec
 
 
 def _without_prefix(spec):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lm import storage
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
@@ -206,13 +207,16 @@ def train_tokenizer(
 
     model_type: bpe or unigram (SentencePiece), or word, which has no pieces to choose.
     """
-    out = Path(out)
+    out = Path(storage.expand(os.fspath(out), "--out"))
     suffix = ".json" if model_type == "word" else ".model"
     if out.suffix != suffix:
         raise ValueError(
             f"--out={out} must end in {suffix}, by which a file of --model-type={model_type} is "
             "known"
         )
+    if out.is_dir():
+        raise ValueError(f"--out={out} is a folder, not a file")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     size = 0
 
     def counted() -> Iterator[str]:
@@ -232,7 +236,6 @@ def train_tokenizer(
             split_digits=split_digits,
             vocab_flag=vocab_flag,
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     temporary.write_bytes(model)
     temporary.replace(out)

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
 
+from lm import storage
 from lm.data.tokenizer import Tokenizer
 
 PATH = "config.init.word_vectors"
@@ -52,13 +54,19 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
             wanted.setdefault(word, []).append(i)
     found: dict[int, np.ndarray] = {}
     num_words = 0
-    with epath.Path(name).open("rb") as file:
-        stream: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-        for number, word, values in _lines(name, stream, embed_dim):
-            num_words += 1
-            ids = wanted.pop(word, None)
-            if ids is not None:
-                found |= dict.fromkeys(ids, _vector(name, number, values))
+    path = epath.Path(storage.expand(name, PATH))
+    if not path.is_file():
+        raise ValueError(f"{PATH} ({name}): no such file")
+    try:
+        with path.open("rb") as file:
+            stream: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+            for number, word, values in _lines(name, stream, embed_dim):
+                num_words += 1
+                ids = wanted.pop(word, None)
+                if ids is not None:
+                    found |= dict.fromkeys(ids, _vector(name, number, values))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{PATH} ({name}): damaged compressed file ({error})") from None
     if not found:
         raise ValueError(
             f"{PATH} ({name}): none of its {num_words:,} words is in the vocabulary of tokenizer "
