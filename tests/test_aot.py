@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import flops
+from lm import config_tree, flops
 from lm.aot import (
     buffers,
     cache,
@@ -617,6 +617,14 @@ def test_a_plan_needs_no_data_and_goes_to_json_and_back(small_plan):
     assert not found
     assert plan.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["derived"]["fits"] is True
+
+
+def test_a_plan_of_pairs_of_texts_needs_no_data_either(make_config):
+    config = make_config({"data.train": ("not/there",)})
+    config.objective.name = "seq2seq"
+    config = config_tree.from_json(config_tree.to_json(config))
+    experiment = Experiment(plan.without_data(config), jax.devices()[:1])
+    assert "dot_general" in experiment.lower_train_step().as_text()
 
 
 def test_a_plan_is_found_again_until_the_config_changes(small_plan):

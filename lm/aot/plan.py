@@ -150,14 +150,16 @@ def changed(
 
 def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
+    c = config_tree.resolve(config)
+    # objectives that read two texts of a record; of a text and its label no made-up kind has rows
+    of_pairs = hasattr(c.objective, "fields") and not hasattr(c.objective, "labels")
     changes: dict[str, Any] = {
         "data.tokenizer": "bytes",
-        "data.train": ("synthetic:random",),
+        "data.train": ("synthetic:reverse" if of_pairs else "synthetic:random",),
         "data.weights": (),
         "data.validation": (),
         "train.max_epochs": None,
     }
-    c = config_tree.resolve(config)
     if c.train.num_epochs is not None:  # data would have to say how many steps that is
         changes |= {"train.num_epochs": None, "train.num_steps": 1000}
     return changed(config, changes)
