@@ -91,7 +91,9 @@ def check_values(config: Any, path: str) -> None:
         with its path below `path`.
     """
     for f in dataclasses.fields(config):
-        _check_value(getattr(config, f.name), f.metadata, f"{path}.{f.name}")
+        value = getattr(config, f.name)
+        if value is not None and not isinstance(value, bool):
+            _check_value(value, f.metadata, f"{path}.{f.name}")
 
 
 def _check_value(value: Any, metadata: Mapping[str, Any], path: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import config_tree
+from lm import config_flag, config_tree
 from lm.checkpoint import stored
 from lm.checkpoint.manager import Checkpoints
 from lm.config import CheckpointConfig
@@ -195,6 +195,20 @@ def test_what_config_json_does_not_say_comes_from_the_config(plain, tmp_path, de
     assert (model.dtype, model.pipeline.num_repeats, model.qkv_bias) == ("bfloat16", 2, False)
     assert experiment.config.data.length == 64 == model.max_length
     assert "config.data.length: 64 and not 500" in said[0]
+
+
+def test_adapters_of_an_import_resume_where_flags_chose_the_objective(plain, tmp_path, devices):
+    settings = (
+        "objective.name=prefix", "model.lora.rank=2", f"init.from={tmp_path / 'run'}",
+        "train.num_steps=2", "optimizer.schedule.warmup_steps=0",
+    )  # fmt: skip
+
+    def command():
+        config = config_flag.read(f"configs/imported.py:{tmp_path / 'run'}", settings)
+        return train(config, str(tmp_path / "adapted"), devices[:1])
+
+    assert command() == 0
+    assert command() == 0  # was: another config
 
 
 def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path, devices):
