@@ -76,8 +76,9 @@ def field(
     """
     metadata = {"help": sentence, "choices": tuple(choices)}
     if (ge, gt, le, lt) != (None, None, None, None):
-        bounds = (None if b is None or math.isinf(b) else b for b in (ge, gt, le, lt))
-        metadata["range"] = Range(*bounds, also)
+        if gt == -math.inf:
+            gt = None
+        metadata["range"] = Range(ge, gt, le, lt, also)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -52,7 +52,7 @@ class Experiment:
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
-        if jax.config.jax_enable_x64:
+        if jax.config.jax_enable_x64:  # pyright: ignore
             raise ValueError(
                 "JAX_ENABLE_X64 is set, and training is in float32 and int32: unset it "
                 "(JAX_ENABLE_X64=0)"
