@@ -43,6 +43,7 @@ def main() -> int:
 
     import jax
 
+    from lm import config_tree
     from lm.checkpoint.manager import Checkpoints
     from lm.evaluate import evaluate
     from lm.experiment import load
@@ -62,11 +63,9 @@ def main() -> int:
             "name a token store with --data"
         )
     if args.no_bos:
-        if experiment.config_dict.objective.name != "causal":
-            raise ValueError(
-                "--no-bos is for config.objective.name=causal, this run's is "
-                f"{experiment.config_dict.objective.name}"
-            )
+        name = config_tree.names(experiment.config_dict)["objective"]
+        if name != "causal":
+            raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         step, params = experiment.restore_params(checkpoints, args.step)
