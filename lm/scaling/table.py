@@ -276,7 +276,7 @@ def _records(path: str, content: bytes) -> list[dict[str, Any]]:
         return parquet.read_table(io.BytesIO(content)).to_pylist()
     text = content.decode()
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     if suffix == ".csv":
         return list(csv.DictReader(text.splitlines()))
     raise ValueError(f"{path}: a table is a .csv, .jsonl or .parquet file, not {suffix or 'this'}")
