@@ -1,16 +1,18 @@
 """A run's folder: any legal name works or is refused in one line, and it may be moved."""
 
 import argparse
+import json
 import os
 
 import jax
 import pytest
 
-from lm import runtime
+from lm import config_tree, runtime
 from lm.data.tokenizer_training import train_words
 from lm.exits import Exit
 from lm.experiment import load
 from lm.train import train
+from lm.training import resume
 
 NAMES = ["my run", "100%d {x} %s", "a?b#c&d=e", "[x]*", 'it\'s "q"', "$HOME `x`", "运行", "-x"]
 
@@ -77,3 +79,16 @@ def test_a_run_that_was_moved_has_its_tokenizer(tmp_path, make_config, words):
     config.checkpoint.allow_changed = ("data.tokenizer",)
     assert train(config, str(tmp_path / "moved"), jax.devices()) == Exit.SUCCESS
     assert load(str(tmp_path / "moved"), jax.devices()).tokenizer.model == words.read_bytes()
+
+
+def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(make_config, make_experiment, tmp_path):
+    kept = tmp_path / "moved" / "tokenizer" / "tokenizer.json"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    changes = {"data.tokenizer": "/old/run/tokenizer/tokenizer.json", "mesh.data": 1}
+    old = make_config(changes)
+    saved, said = resume.Saved(json.loads(config_tree.to_json(old))), []
+    moved = make_experiment({"data.tokenizer": str(kept)})
+    assert resume.check_config(saved, str(tmp_path / "moved"), moved, said.append) and not said
+    with pytest.raises(ValueError, match=r"config\.data\.tokenizer: .*'bytes'"):
+        resume.check_config(saved, str(tmp_path / "moved"), make_experiment(), said.append)

@@ -19,6 +19,7 @@ from etils import epath
 from lm import config_tree
 from lm.checkpoint import stored
 from lm.checkpoint.manifest import Damaged
+from lm.data import run_tokenizer
 from lm.experiment import CONFIG_FILE, LENGTHS, Experiment
 from lm.processes import distributed
 from lm.schedule import fractions
@@ -76,6 +77,11 @@ def check_config(
     same_data, refused = True, []
     before = config_tree.from_json(json.dumps(saved.config))
     for key, (old, new) in config_tree.changed(before, experiment.config_dict).items():
+        if (
+            key == "data.tokenizer"
+            and len({run_tokenizer.find(workdir, n) for n in (old, new)}) == 1
+        ):
+            continue  # the run's own copy, whose content `run_tokenizer.keep` compares
         line = f"config.{key}: {old!r} -> {new!r}"
         by_value = key in BATCH and "batch_size" in saved.resolved  # see `check_resolved`
         if key.split(".")[0] in FIXED and not by_value and not _is_allowed(experiment, key):
