@@ -333,7 +333,8 @@ def _meant(key: str, known: set[str], path: str) -> str | None:
         if len(initials) > 1:
             everywhere.setdefault(initials, f"config.{leaf}")
     close = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.8)
-    return everywhere[close[0]] if close else None
+    meant = everywhere[close[0]] if close else None
+    return None if meant == f"{path}.{key}" else meant  # a key of another component
 
 
 def _from_dict(default: Any, tree: dict[str, Any], path: str) -> Any:

@@ -44,21 +44,21 @@ def test_a_schedule_longer_than_the_run_is_refused_before_anything_is_compiled(m
 
 def test_a_run_whose_objective_was_given_by_name_alone_goes_on(make_config, tmp_path, capsys):
     config = make_config({"train.num_steps": 2, "guard.self_check": False})
-    config.objective.name = "prefix"  # as --config.objective.name=prefix does: no field is set
+    config.objective = {"name": "prefix"}  # and no field of it
     for _ in range(2):
         assert train(config, str(tmp_path), jax.devices()[:1]) == 0
     assert "finished, all 2 steps are done" in capsys.readouterr().out
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["objective"] == {"name": "prefix", "bidirectional": True}
 
-    config.objective.name = "causal"
+    config.objective = {"name": "causal"}
     with pytest.raises(ValueError, match=r"config\.objective\.name: 'prefix' -> 'causal'"):
         train(config, str(tmp_path), jax.devices()[:1])
 
 
 def test_a_run_of_an_older_version_without_a_components_fields_goes_on(make_config, tmp_path):
     config = make_config({"train.num_steps": 2, "guard.self_check": False})
-    config.objective.name = "prefix"
+    config.objective = {"name": "prefix"}
     assert train(config, str(tmp_path), jax.devices()[:1]) == 0
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["objective"]["bidirectional"]
