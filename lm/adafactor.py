@@ -27,7 +27,7 @@ def each_layer(inner: optax.GradientTransformation, stacked: Any) -> optax.Gradi
     stacked: bool for each parameter, True where its first dimension counts layers.
     """
 
-    def apply(update: jax.Array, param: jax.Array) -> jax.Array:
+    def apply(update: jax.Array, param: jax.Array) -> Any:
         return inner.update(update, optax.EmptyState(), param)[0]
 
     def one(is_stacked: bool, update: Any, param: Any) -> Any:

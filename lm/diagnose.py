@@ -145,7 +145,7 @@ def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: i
 
     def run(state: TrainState, batch: Batch) -> Any:
         # the update is a part of it, too: what isn't returned is not kept
-        _, sums, facts = other._train_step(state.replace(step=jnp.int32(step)), batch)
+        _, sums, facts = other._train_step(dataclasses.replace(state, step=jnp.int32(step)), batch)
         return sums, facts["grad_norm"], facts["bad"]
 
     everywhere = experiment.rules.sharding()

@@ -44,7 +44,8 @@ class Embedding(nn.Module):
         flat = x.reshape(-1, x.shape[-1]) if self.rules.size("length") == 1 else x  # as `project`
         # not a product with the transpose, which XLA's CPU compiler writes out for a single row
         table = _collect(self.rules, self.axis, self.weight.astype(self.dtype))
-        return float32_product(1, flat, table).reshape(*x.shape[:-1], self.size)
+        y: Any = float32_product(1, flat, table)
+        return y.reshape(*x.shape[:-1], self.size)
 
 
 def _collect(rules: Rules, axis: str | None, table: Array) -> jax.Array:

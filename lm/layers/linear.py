@@ -74,7 +74,7 @@ def project(
     flat = weight.reshape(math.prod(inner), math.prod(outer))
     x = x.reshape(*lead, flat.shape[0])
     x = x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x
-    y = float32_product(0, x, flat) if unrounded else x @ flat
+    y: Any = float32_product(0, x, flat) if unrounded else x @ flat
     return y.reshape(*lead, *outer)
 
 
