@@ -84,7 +84,8 @@ def is_finished(workdir: str) -> bool:
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         return False
-    steps = config_tree.from_json((folder / "config.json").read_text()).train.num_steps
+    config = config_tree.resolve(config_tree.from_json((folder / "config.json").read_text()))
+    steps = config.train.num_steps
     evaluated = any(r["kind"] == "eval" and r["step"] == steps for r in metrics.read(workdir))
     return evaluated and (folder / "checkpoints" / str(steps)).exists()
 

@@ -77,8 +77,8 @@ def _outcome(code: int) -> Outcome | None:
     """How a run ended whose last process ended with `code`; None if it may go on."""
     if restarts(code) or code == Exit.INTERRUPTED:
         return None
-    statuses = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}
-    status = statuses.get(code, FAILED) if code in list(Exit) else FAILED
+    statuses: dict[int, str] = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}
+    status = statuses.get(code, FAILED)
     return Outcome(status, code, "" if status == FINISHED else f"exit code {code}, on a cluster")
 
 
