@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -141,7 +141,7 @@ class Experiment:
         """The rows of a global batch that this process reads."""
         return sharding.local_rows(self.rules, self.batch_size)
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    def batches(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch on the devices) of every step from `start`, prepared ahead."""
         local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
         with contextlib.closing(local):

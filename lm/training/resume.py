@@ -127,7 +127,8 @@ def _changed_rates(saved: Saved, experiment: Experiment) -> str:
     before = config_tree.from_json(json.dumps(saved.trained))
     length = saved.resolved.get("num_steps")
     if length is None:  # a checkpoint of older code
-        lengths = {f"train.{name}": before.train[name] for name in LENGTHS}
+        train = config_tree.resolve(before).train
+        lengths = {f"train.{name}": getattr(train, name) for name in LENGTHS}
         length = experiment.variant(lengths).num_steps
     then, now = config_tree.resolve(before).optimizer, experiment.config.optimizer
     done, num_steps = saved.step, experiment.num_steps
