@@ -92,10 +92,11 @@ def train_sentencepiece(
     Python's standard library, BPE of 4,096 pieces: 3.06 where newlines are cut off and pieces keep
     to one script (letters or punctuation), 3.19 with newlines, 3.67 "word", 4.35 "line".
 
-    Where 99.99% of the text needs characters for more than half of the vocabulary, as Chinese does,
-    the most frequent characters get that half and the others are written in bytes. Bytes per token
-    of the last 5% of a Chinese novel, 4,096 pieces: 4.07 with a quarter of them for characters,
-    4.37 with 40%, 4.40 with half, 4.22 with three quarters, 3.92 with nine tenths.
+    Where 99.99% of the text needs characters for more than half of the vocabulary, as Chinese does
+    (unigram: for more than all of it), the most frequent ones get that half and the others are
+    written in bytes. Bytes per token of the last 5% of a Chinese novel, 4,096 pieces: 4.07 with a
+    quarter of them for characters, 4.37 with 40%, 4.40 with half, 4.22 with three quarters, 3.92
+    with nine tenths.
 
     vocab_flag: the flag that a user sets `vocab_size` with, for the error.
 
@@ -104,7 +105,9 @@ def train_sentencepiece(
     import sentencepiece
 
     texts = list(texts)
-    rare = _rare_characters(texts, (vocab_size - NUM_BYTES - NUM_SPECIAL) // 2)
+    room = max(vocab_size - NUM_BYTES - NUM_SPECIAL, 0)
+    # unigram chooses among the pieces that it finds, which in little text are few beside characters
+    rare = _rare_characters(texts, room // 2 if model_type == "bpe" else room, room // 2)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -143,18 +146,17 @@ def train_sentencepiece(
     return model.getvalue()
 
 
-def _rare_characters(texts: Iterable[str], most: int) -> dict[int, str]:
+def _rare_characters(texts: Iterable[str], room: int, most: int) -> dict[int, str]:
     """A table for `str.translate` that makes "\\0" of all but the `most` most frequent characters;
-    empty where so many cover the texts.
+    empty where `room` of them cover the texts.
     """
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text)
     ordered = sorted(counts, key=lambda character: (-counts[character], character))
-    covered = sum(counts[character] for character in ordered[: max(most, 0)])
-    if covered >= COVERAGE * counts.total():
+    if sum(counts[character] for character in ordered[:room]) >= COVERAGE * counts.total():
         return {}
-    return dict.fromkeys(map(ord, ordered[max(most, 0) :]), "\0")
+    return dict.fromkeys(map(ord, ordered[most:]), "\0")
 
 
 def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> Iterator[str]:
