@@ -26,9 +26,43 @@ class ConfigTree(ml_collections.ConfigDict):
     """A section of a config, where a whole number may be written as a float: 1e9."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key in self and self.get_type(key) is int:
+        kind = self.get_type(key) if key in self else None
+        if kind is int:
             value = _whole(value)
+        is_section = isinstance(value, dict | ml_collections.ConfigDict)
+        if kind in _TREES.values() and is_section and not isinstance(value, ComponentTree):
+            value = kind(value)
         super().__setitem__(key, value)
+
+
+class ComponentTree(ConfigTree):
+    """The section of a component. Another `name` brings the fields of that component; those that
+    both have, and that differ from the defaults of the one before, keep their values.
+    """
+
+    key = ""  # of COMPONENTS
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key != "name" or "name" not in self or value in (self["name"], None):
+            return super().__setitem__(key, value)
+        new, was_locked = _section(self.key, value), self.is_locked
+        usual = dict(_leaves(_section(self.key, self["name"]).to_dict()))
+        for path, kept in _leaves(self.to_dict()):
+            node, last = _find(new, path)
+            changed_ = path not in usual or _tuples(usual[path]) != _tuples(kept)
+            if path != "name" and node is not None and changed_:
+                with node.ignore_type():
+                    node[last] = kept
+        self.unlock()
+        for field in list(self):
+            del self[field]
+        for field, kept in new.items(preserve_field_references=True):
+            super().__setitem__(field, kept)
+        if was_locked:
+            self.lock()
+
+
+_TREES = {name: type(f"{name.title()}Tree", (ComponentTree,), {"key": name}) for name in COMPONENTS}
 
 
 def default(
@@ -47,7 +81,8 @@ def default(
 
 def _section(key: str, name: str) -> ConfigTree:
     """The section `key` of a config for its component `name`, at the defaults of that."""
-    section = ConfigTree({"name": name})
+    section = _TREES[key]()
+    section["name"] = name
     for field, value in _to_tree(component(COMPONENTS[key], name).Config()).items(
         preserve_field_references=True
     ):
@@ -145,24 +180,6 @@ def is_name(path: str) -> bool:
     return path.removeprefix("config.") in {f"{key}.name" for key in COMPONENTS}
 
 
-def choose(config: ml_collections.ConfigDict, key: str, name: str) -> None:
-    """Makes `name` the component of `config[key]`, with all of its fields. Those that the one
-    before it has too, and that differ from its defaults, keep their values.
-
-    Raises:
-        ValueError: there is no such component.
-    """
-    old, new = config[key], _section(key, name)
-    usual = dict(_leaves(_section(key, old.name).to_dict()))
-    for path, value in _leaves(old.to_dict()):
-        node, last = _find(new, path)
-        changed_ = path not in usual or _tuples(usual[path]) != _tuples(value)
-        if path != "name" and node is not None and changed_:
-            with node.ignore_type():
-                node[last] = value
-    config[key] = new
-
-
 def _find(config: Any, path: str) -> tuple[Any, str]:
     """(the section of a config that holds the key of `path`, or None, and the key)."""
     *sections, last = path.split(".")
@@ -184,7 +201,8 @@ def assign(config: ml_collections.ConfigDict, setting: str) -> None:
         raise ValueError(f"{setting!r} is not KEY=VALUE")
     path = path.removeprefix("config.")
     if is_name(path):
-        return choose(config, path.removesuffix(".name"), text)
+        config[path.removesuffix(".name")].name = text
+        return
     *sections, last = path.split(".")
     node: Any = config
     for depth, key in enumerate([*sections, last]):

@@ -129,7 +129,7 @@ def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
         config.objective = config_tree.default(objective=objective).objective
-    config_tree.choose(config, "optimizer", "sgd")
+    config.optimizer.name = "sgd"
     config.update_from_flattened_dict(changes)
     return config
 

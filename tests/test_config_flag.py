@@ -214,3 +214,16 @@ def test_the_config_of_a_run_runs_it_again(tmp_path):
     assert a == b
     losses = [re.findall(r"loss [\d.]+", done.stderr + done.stdout) for done in (first, again)]
     assert losses[0] and losses[0] == losses[1]
+
+
+def test_another_name_brings_the_fields_of_that_component_in_a_config_too():
+    config = default()
+    config.model.vocab_size = 99
+    config.update_from_flattened_dict({"objective.name": "mlm", "objective.rate": 0.3})
+    config = config.copy_and_resolve_references()
+    config.lock()
+    config.model.name = "lstm"
+    config.model.hidden_dim = 5
+    resolved = resolve(config)
+    assert (resolved.objective.rate, resolved.model.hidden_dim) == (0.3, 5)
+    assert resolved.model.vocab_size == 99 and config.model.is_locked

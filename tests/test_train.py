@@ -51,7 +51,7 @@ def test_a_run_whose_objective_was_given_by_name_alone_goes_on(make_config, tmp_
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["objective"] == {"name": "prefix", "bidirectional": True}
 
-    config.objective = {"name": "causal"}
+    config.objective.name = "causal"
     with pytest.raises(ValueError, match=r"config\.objective\.name: 'prefix' -> 'causal'"):
         train(config, str(tmp_path), jax.devices()[:1])
 
