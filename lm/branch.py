@@ -13,12 +13,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from lm import config_tree
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
+from lm.config_tree import ConfigTree
 from lm.schedule import fractions
 from lm.types import TrainState
 
@@ -32,7 +32,7 @@ BATCH = ("data.batch_size", "data.batch_size_per_device")
 class Branch:
     """The checkpoint of another run that a run of this config goes on from."""
 
-    def __init__(self, config: ml_collections.ConfigDict) -> None:
+    def __init__(self, config: ConfigTree) -> None:
         """Raises FileNotFoundError where there is no such checkpoint, ValueError where the config
         doesn't say which one.
         """

@@ -14,7 +14,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -23,15 +23,22 @@ from lm.config import COMPONENTS, Config, OptimizerConfig, Range, Task, check_va
 
 
 class ConfigTree(ml_collections.ConfigDict):
-    """A section of a config, where a whole number may be written as a float: 1e9."""
+    """A config, or a section of one, where a whole number may be written as a float: 1e9."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, attribute: str) -> Any: ...
+        def __getitem__(self, key: str) -> Any: ...
+        def copy_and_resolve_references(self, visit_map: Any = None) -> ConfigTree: ...
 
     def __setitem__(self, key: Any, value: Any) -> None:
         kind = self.get_type(key) if key in self else None
         if kind is int:
             value = _whole(value)
+        tree = _TREES.get(key)
         is_section = isinstance(value, dict | ml_collections.ConfigDict)
-        if kind in _TREES.values() and is_section and not isinstance(value, ComponentTree):
-            value = kind(value)
+        if tree is not None and kind is tree and is_section and not isinstance(value, tree):
+            value = tree(value)
         super().__setitem__(key, value)
 
 
@@ -62,12 +69,14 @@ class ComponentTree(ConfigTree):
             self.lock()
 
 
-_TREES = {name: type(f"{name.title()}Tree", (ComponentTree,), {"key": name}) for name in COMPONENTS}
+_TREES: dict[str, Any] = {
+    name: type(f"{name.title()}Tree", (ComponentTree,), {"key": name}) for name in COMPONENTS
+}
 
 
 def default(
     model: str = "decoder", objective: str = "causal", optimizer: str = "adamw"
-) -> ml_collections.ConfigDict:
+) -> ConfigTree:
     """A ConfigDict with every field of every section at its default, for configs to change."""
     tree = ConfigTree()
     chosen = {"model": model, "objective": objective, "optimizer": optimizer}
@@ -139,17 +148,17 @@ def _name_in(tree: dict[str, Any], key: str) -> str:
     return name
 
 
-def names(config: ml_collections.ConfigDict) -> dict[str, str]:
+def names(config: ConfigTree) -> dict[str, str]:
     """The component names of a config: {"model": "decoder", "objective": "causal", …}."""
     return {key: config[key]["name"] for key in COMPONENTS}  # pyright: ignore
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
+def to_json(config: ConfigTree) -> str:
     """The config as JSON text; `from_json` reads it back to an equal one."""
     return json.dumps(config.to_dict(), indent=2)
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
+def from_json(text: str) -> ConfigTree:
     """The ConfigDict that `to_json` wrote; fields added since get their defaults."""
     tree = json.loads(text)
     _check_keys(tree, {f.name for f in dataclasses.fields(Config)}, "config")
@@ -168,7 +177,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return config
 
 
-def completed(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def completed(config: ConfigTree) -> ConfigTree:
     """A copy with every field of every section and component, those that `config` lacks at their
     defaults, as where an objective is chosen by its name alone.
     """
@@ -189,7 +198,7 @@ def _find(config: Any, path: str) -> tuple[Any, str]:
     return config if known else None, last
 
 
-def assign(config: ml_collections.ConfigDict, setting: str) -> None:
+def assign(config: Any, setting: str) -> None:
     """Sets a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… does;
     "objective.name=prefix" brings the fields of that component.
 
@@ -251,7 +260,7 @@ def changed(
     }
 
 
-def explain(config: ml_collections.ConfigDict) -> Iterator[tuple[str, Any, Any, str]]:
+def explain(config: ConfigTree) -> Iterator[tuple[str, Any, Any, str]]:
     """(path, value, default, sentence with the range of numbers) of every key."""
     base = default(**names(config))
     defaults = dict(_leaves(base.to_dict()))

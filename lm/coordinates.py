@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from lm import step
+from lm.config_tree import ConfigTree
 from lm.experiment import Experiment
 from lm.types import Array, Batch, Params, TrainState
 
@@ -30,7 +30,7 @@ GROWING = {
 }
 
 
-def resized(config: ml_collections.ConfigDict, along: str, size: int) -> dict[str, Any]:
+def resized(config: ConfigTree, along: str, size: int) -> dict[str, Any]:
     """{config path: value} of the model with `size` as its embed_dim (along width or head_dim) or
     num_layers (along depth), and all that grows with it; the config's own sizes are the base where
     it names none.
@@ -162,7 +162,7 @@ class Check:
 
 
 def check(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     devices: Sequence[Any],
     *,
     parametrization: str,

@@ -12,7 +12,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from etils import epath
@@ -34,6 +33,7 @@ from lm import (
 from lm.branch import Branch
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
+from lm.config_tree import ConfigTree
 from lm.data import pipeline, run_tokenizer
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
@@ -50,7 +50,7 @@ LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of
 class Experiment:
     """What a config means on some devices; parts are made when they are first asked for."""
 
-    def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[Any]) -> None:
+    def __init__(self, config: ConfigTree, devices: Sequence[Any]) -> None:
         """Raises ValueError, before anything is compiled, where values don't fit together."""
         if jax.config.jax_enable_x64:  # pyright: ignore
             raise ValueError(

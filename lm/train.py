@@ -19,6 +19,7 @@ from lm import config_tree, diagnose, metrics, selfcheck
 from lm.checkpoint import manifest
 from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
+from lm.config_tree import ConfigTree
 from lm.data import loaders, run_tokenizer
 from lm.exits import Exit
 from lm.experiment import Experiment
@@ -34,7 +35,7 @@ from lm.types import TrainState
 
 
 def train(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     workdir: str,
     devices: Sequence[Any],
     *,

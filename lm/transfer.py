@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 
 from lm import lines, step
+from lm.config_tree import ConfigTree
 from lm.coordinates import resized
 from lm.experiment import Experiment
 from lm.types import Array, Batch, TrainState
@@ -47,7 +47,7 @@ def read(path: Path) -> list[Run]:
 
 
 def sweep(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     devices: Sequence[Any],
     path: Path,
     *,
@@ -79,7 +79,7 @@ def sweep(
 
 
 def _runs(
-    config: ml_collections.ConfigDict, devices: Sequence[Any], keys: Iterable[tuple[Any, ...]]
+    config: ConfigTree, devices: Sequence[Any], keys: Iterable[tuple[Any, ...]]
 ) -> Iterator[Run]:
     """The runs of one parametrization and width."""
     advance: Any = None

@@ -21,11 +21,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lm import config_tree
+from lm.config_tree import ConfigTree
 from lm.experiment import Experiment
 from lm.sharding import AXES
 from lm.types import Batch, Tokens, TrainState
@@ -65,7 +65,7 @@ class Report:
         return all(d.ok for d in self.differences) and not self.layout
 
 
-def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def shrink(config: ConfigTree) -> ConfigTree:
     """The same structure in small: a few layers, narrow, short rows of synthetic data."""
     config = config.copy_and_resolve_references()
     model = config.model
@@ -96,7 +96,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def prepare(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def prepare(config: ConfigTree) -> ConfigTree:
     """The config as it is compared: float32, SGD, dropout, synthetic rows."""
     config = config.copy_and_resolve_references()
     length = min(config.model.get("max_length") or LENGTH, LENGTH)
@@ -146,7 +146,7 @@ class Step:
 
 
 def verify(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     mesh: Mapping[str, int],
     devices: Sequence[Any],
     *,
@@ -165,7 +165,7 @@ def verify(
 
 
 def on_mesh(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     mesh: Mapping[str, int],
     devices: Sequence[Any],
     *,
@@ -179,7 +179,7 @@ def on_mesh(
     return _experiment(prepare(config), changes, across_processes(mesh, devices))
 
 
-def on_one_device(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> tuple[Step, ...]:
+def on_one_device(config: ConfigTree, devices: Sequence[Any]) -> tuple[Step, ...]:
     """The steps of the first of `devices` that is of this process, with which meshes agree."""
     alone = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
     first = [d for d in devices if d.process_index == jax.process_index()][:1]
@@ -241,7 +241,7 @@ def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[An
 
 
 def _experiment(
-    config: ml_collections.ConfigDict, changes: Mapping[str, Any], devices: Sequence[Any]
+    config: ConfigTree, changes: Mapping[str, Any], devices: Sequence[Any]
 ) -> Experiment:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(changes))

@@ -10,16 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from lm import config_tree
 from lm.aot import chips, plausibility
 from lm.aot.plan import Decode, Plan, from_json, make, without_data
+from lm.config_tree import ConfigTree
 from lm.metrics import Progress
 
 
 def cached(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     name: str,
     *,
     config_name: str = "",
@@ -40,7 +39,7 @@ def cached(
     return plan, False
 
 
-def key(config: ml_collections.ConfigDict, name: str, decode: Decode | None = None) -> str:
+def key(config: ConfigTree, name: str, decode: Decode | None = None) -> str:
     """What a plan depends on, as a hash."""
     config_tree.resolve(config)  # a mistake in it is told before anything is looked up
     parts: dict[str, Any] = {

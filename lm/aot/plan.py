@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 
 from lm import config_tree, flops, layouts
 from lm.aot import (
@@ -36,6 +35,7 @@ from lm.aot.memory import Line, Memory
 from lm.aot.roofline import Times
 from lm.aot.topology import Topology
 from lm.aot.work import Work
+from lm.config_tree import ConfigTree
 from lm.experiment import Experiment
 from lm.generation.decode import lower_decode
 from lm.metrics import Progress
@@ -136,19 +136,17 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 # (config, topology, None for the train step) -> its plan, from a cache or not
-Make = Callable[[ml_collections.ConfigDict, str, Decode | None], Plan]
+Make = Callable[[ConfigTree, str, Decode | None], Plan]
 
 
-def changed(
-    config: ml_collections.ConfigDict, changes: dict[str, Any]
-) -> ml_collections.ConfigDict:
+def changed(config: ConfigTree, changes: dict[str, Any]) -> ConfigTree:
     """A copy of the config with changes by path."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
     return copy
 
 
-def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def without_data(config: ConfigTree) -> ConfigTree:
     """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
     c = config_tree.resolve(config)
     # objectives that read two texts of a record; of a text and its label no made-up kind has rows
@@ -166,7 +164,7 @@ def without_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
 
 
 def make(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     name: str,
     *,
     config_name: str = "",

@@ -11,14 +11,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
-
 from lm import config as configs
 from lm import config_tree, layouts, sharding
 from lm.aot import topology as topologies
 from lm.aot import wires
 from lm.aot.estimate import Estimate, estimate
 from lm.aot.plan import Make, Plan, changed
+from lm.config_tree import ConfigTree
 from lm.layers.stack import REMAT
 from lm.metrics import Progress
 
@@ -51,7 +50,7 @@ def seconds(plan: Plan) -> float:
     return (plan.times.least + plan.times.most) / 2
 
 
-def candidates(config: ml_collections.ConfigDict, num_devices: int) -> Iterator[dict[str, Any]]:
+def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, Any]]:
     """Every mesh, remat policy and number of micro-batches that divides the sizes of a config.
 
     Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
@@ -114,7 +113,7 @@ def _powers(limit: int) -> list[int]:
 
 
 def search(
-    config: ml_collections.ConfigDict,
+    config: ConfigTree,
     name: str,
     make: Make,
     *,

@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator
 
 import jax
-import ml_collections
 
 from lm import config_tree, sharding
 from lm.aot import topology as topologies
 from lm.aot.plan import Decode, Make, Plan, changed, without_data
+from lm.config_tree import ConfigTree
 from lm.experiment import Experiment
 
 # Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,
@@ -58,7 +58,7 @@ class Sizes:
 
 
 def largest_batch(
-    config: ml_collections.ConfigDict, name: str, make: Make, *, decode: Decode | None = None
+    config: ConfigTree, name: str, make: Make, *, decode: Decode | None = None
 ) -> Sizes:
     """The most rows in one micro-batch of a training step, or of a decode step, that fit: a power
     of two on each shard of the batch, a multiple of what a pipeline divides.
@@ -83,7 +83,7 @@ def largest_batch(
 
 
 def _with_rows(
-    config: ml_collections.ConfigDict, name: str, make: Make, rows: int, decode: Decode | None
+    config: ConfigTree, name: str, make: Make, rows: int, decode: Decode | None
 ) -> Trial:
     if decode is not None:
         plan = make(config, name, dataclasses.replace(decode, batch_size=rows))
@@ -106,7 +106,7 @@ def _reach(trials: dict[int, Trial]) -> int:
 
 
 def fewest_chips(
-    config: ml_collections.ConfigDict, name: str, make: Make, *, decode: Decode | None = None
+    config: ConfigTree, name: str, make: Make, *, decode: Decode | None = None
 ) -> Sizes:
     """The smallest slice of the kind of chip in `name` that the step fits on, as it is or with one
     row at a time on each shard of the batch.
@@ -128,9 +128,7 @@ def fewest_chips(
     return Sizes(f"the smallest slice of {kind.name}", None, tuple(trials))
 
 
-def _on(
-    config: ml_collections.ConfigDict, name: str, make: Make, decode: Decode | None
-) -> Iterator[Trial]:
+def _on(config: ConfigTree, name: str, make: Make, decode: Decode | None) -> Iterator[Trial]:
     flags = f"--topology={name}"
     target = topologies.parse(name)
     try:

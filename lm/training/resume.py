@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_collections
 from etils import epath
 
 from lm import config_tree
 from lm.checkpoint import stored
 from lm.checkpoint.manifest import Damaged
+from lm.config_tree import ConfigTree
 from lm.data import run_tokenizer
 from lm.experiment import CONFIG_FILE, LENGTHS, Experiment
 from lm.processes import distributed
@@ -161,7 +161,7 @@ def _refuse(lines: list[str], workdir: str) -> None:
         )
 
 
-def write_config(config: ml_collections.ConfigDict, workdir: str) -> None:
+def write_config(config: ConfigTree, workdir: str) -> None:
     """Writes config.json, whole or not at all."""
     path = epath.Path(workdir) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
