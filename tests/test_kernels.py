@@ -136,6 +136,15 @@ def test_ring_works_on_blocks(rules_on, monkeypatch):
     assert_is_the_equation(rules, packed(64), order=4, **how, **ALL)
 
 
+def test_a_ring_of_a_prime_length_has_few_blocks(rules_on, monkeypatch):
+    monkeypatch.setattr(ring, "BLOCK", 6)
+    assert [ring._block(np.zeros((1, 1, n, 1))) for n in (3, 16, 17, 22)] == [3, 4, 6, 6]
+    tokens = packed(88)
+    tokens = tokens.replace(bidirectional=tokens.positions < 5)
+    how = {"kernel": "xla", "sequence_parallel": "ring"}
+    assert_is_the_equation(rules_on(sequence=4), tokens, **how, **ALL)
+
+
 def test_where_attended_is_saved_the_ring_does_not_turn_again_for_it(rules_on):
     rules, tokens = rules_on(sequence=2), packed(32)
 

@@ -8,6 +8,7 @@ block whose keys are all hidden costs its mask and no more.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.layers.chunking import num_chunks
 from lm.layers.dot_product import NEGATIVE, Mask, capped_scores
 from lm.types import Array
 
@@ -38,7 +40,26 @@ def ring_attend(
     softmax [B, N, T]. All arguments are the pieces of this shard. A query that sees nothing gets 0.
     """
     options = (axes, shards, scale, window, softcap)
-    return _ring(options, q, k, v, mask)
+    length, missing, missing_keys = q.shape[2], -q.shape[2] % _block(q), -k.shape[2] % _block(k)
+    if missing or missing_keys:  # a prime length has no equal blocks: segment 0 fills the last one
+        q, k, v = (_fill(x, 2, n) for x, n in ((q, missing), (k, missing_keys), (v, missing_keys)))
+        mask = dataclasses.replace(
+            mask,
+            query_segments=_fill(mask.query_segments, 1, missing),
+            query_positions=_fill(mask.query_positions, 1, missing),
+            **{
+                name: _fill(getattr(mask, name), 1, missing_keys)
+                for name in ("key_segments", "key_positions", "key_bidirectional")
+            },
+        )
+    return _ring(options, q, k, v, mask)[:, :, :length]
+
+
+def _fill(x: Any, axis: int, count: int) -> Any:
+    """`x` with `count` zeros after it along an axis; None stays None."""
+    if x is None:
+        return None
+    return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -57,9 +78,9 @@ def _join(pieces: Array, axis: int) -> Array:
     return joined.reshape(*joined.shape[:axis], -1, *joined.shape[axis + 2 :])
 
 
-def _block(length: int) -> int:
-    """The largest divisor of a length up to `BLOCK`."""
-    return next(b for b in range(min(length, BLOCK), 0, -1) if length % b == 0)
+def _block(x: Array) -> int:
+    """Tokens of x [B, N, T, H] whose scores exist at once: at most `BLOCK`."""
+    return -(-x.shape[2] // num_chunks(BLOCK, 1, x.shape[2]))
 
 
 def _cut_keys(mask: Mask, size: int) -> Any:
@@ -90,7 +111,7 @@ def _forward(options: Any, q: Array, k: Array, v: Array, mask: Mask) -> tuple[Ar
     # the layers, and keeps the blocks of all steps: [T, S] numbers for every head.
     q, mask = jax.lax.optimization_barrier((q, mask))
     b, n, t, h = q.shape
-    rows, columns = _block(t), _block(k.shape[2])
+    rows, columns = _block(q), _block(k)
     queries = tuple(
         _pieces(x, axis, rows)
         for x, axis in ((q, 2), (mask.query_segments, 1), (mask.query_positions, 1))
@@ -145,7 +166,7 @@ def _backward(options: Any, residuals: Any, d_out: Array) -> Any:
     q, k, v, mask, out, log_sum = residuals
     d_out, mask = jax.lax.optimization_barrier((d_out, mask))
     b, n, t, h = q.shape
-    rows, columns = _block(t), _block(k.shape[2])
+    rows, columns = _block(q), _block(k)
     weight = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     queries = tuple(
         _pieces(x, axis, rows)
