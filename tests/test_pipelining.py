@@ -352,7 +352,7 @@ def test_a_stage_holds_its_layers_alone(make_experiment):
             r"layer_pattern \(2 layers\) must divide the layers that a stage has in each repeat "
             r"\(1\)",
         ),
-        ({"num_microbatches": 0}, {}, r"num_microbatches \(0\) and num_repeats \(1\) must be pos"),
+        ({"num_microbatches": 0}, {}, r"pipeline.num_microbatches \(0\) must be at least 1"),
     ],
 )
 def test_what_the_stages_do_not_divide_is_refused(make_experiment, changes, axes, message):
