@@ -203,7 +203,14 @@ def test_the_variants_take_every_value():
     assert {c.norm_placement for c in configs} == {"pre", "post", "both"}
     elsewhere = {"dropout", "attention_dropout", "dtype", "remat", "scan_unroll", "norm_eps"}
     elsewhere |= {"attention_kernel", "sequence_parallel", "sequence_balance", "pipeline", "moe"}
-    elsewhere |= {"lora", "parametrization", "base_embed_dim", "base_num_layers", "base_head_dim"}
+    elsewhere |= {
+        "has_head",
+        "lora",
+        "parametrization",
+        "base_embed_dim",
+        "base_num_layers",
+        "base_head_dim",
+    }
     for field in dataclasses.fields(Config):
         if field.name not in elsewhere | set(SIZES) | {"num_layers", "mlp_dim"}:
             assert len({repr(getattr(c, field.name)) for c in configs}) > 1, field.name

@@ -26,7 +26,7 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module", params=[{"data": 1}, {"data": 2}], ids=["1", "2"])
+@pytest.fixture(scope="module", params=[{"data": 1}, {"data": 2, "fsdp": 4}], ids=["1", "8"])
 def runs(request, make_config, devices, tmp_path_factory):
     """{memory: folder} of two runs of 7 and 10 steps, and the devices; on one, step 7 is bad."""
     axes, folders = request.param, {}

@@ -135,6 +135,20 @@ def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_conf
 VALIDATION = {"data.validation": ("synthetic:markov:16:7",), "train.eval_every": 4}
 
 
+@pytest.mark.slow
+def test_a_step_is_done_again_on_eight_devices(run, tmp_path):
+    def spoil(step, batch):
+        if step != BAD:
+            return batch
+        weights = np.array(jax.device_get(batch.weights))
+        weights[3, 5] = np.nan
+        return batch.replace(weights=jax.device_put(weights, batch.weights.sharding))
+
+    changes = {"guard.policy": "rewind"}
+    assert run(tmp_path, changes, spoil=spoil, data=2, fsdp=4) == Exit.SUCCESS
+    assert evidence(tmp_path)["verdict"] == "data"
+
+
 @pytest.mark.parametrize("at", [BAD, pytest.param(STEPS - 1, id="the last step")])
 @pytest.mark.parametrize("due", ["every", pytest.param("at", marks=pytest.mark.slow)])
 def test_what_is_due_at_a_step_that_was_done_again_is_done(run, tmp_path, at, due):
