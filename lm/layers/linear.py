@@ -40,24 +40,29 @@ def float32_product(dim: int, x: Array, weight: Array) -> jax.Array:
     return jax.lax.dot_general(x, weight, over, preferred_element_type=jnp.float32)
 
 
-def _product_forward(dim: int, x: Array, weight: Array) -> tuple[jax.Array, tuple[Array, Array]]:
-    return float32_product(dim, x, weight), (x, weight)
+def _product_forward(dim: int, x: Any, weight: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+    # what is frozen is spared the product that would be its gradient
+    kept = (x.value if weight.perturbed else None, weight.value if x.perturbed else None)
+    return float32_product(dim, x.value, weight.value), kept
 
 
-def _product_backward(
-    dim: int, residuals: tuple[Array, Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _product_backward(dim: int, residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
     x, weight = residuals
-    product = functools.partial(
-        jax.lax.dot_general, dimension_numbers=(((x.ndim - 1,), (dim,)), ((), ()))
-    )
-    dy = dy.astype(x.dtype)
-    [dx] = jax.linear_transpose(lambda x: product(x, weight), x)(dy)
-    [d_weight] = jax.linear_transpose(lambda w: product(x, w), weight)(dy)
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    dx = d_weight = None
+    if weight is not None:
+        dx = jax.lax.dot_general(
+            dy.astype(weight.dtype), weight, (((dy.ndim - 1,), (1 - dim,)), ((), ()))
+        )
+    if x is not None:
+        rows = tuple(range(dy.ndim - 1))
+        pair = (x, dy.astype(x.dtype)) if dim == 0 else (dy.astype(x.dtype), x)
+        d_weight = jax.lax.dot_general(*pair, ((rows, rows), ((), ())))
     return dx, d_weight
 
 
-float32_product.defvjp(_product_forward, _product_backward)
+float32_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def project(
