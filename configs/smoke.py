@@ -10,7 +10,8 @@ from lm.config_tree import default
 
 
 def get_config(arg: str | None = None):
-    del arg
+    if arg is not None:
+        raise ValueError(f"configs/smoke.py has one size, got {arg!r}")
     config = default()
     config.data.train = ("synthetic:markov:4096",)
     config.data.validation = ("synthetic:markov:40:7",)

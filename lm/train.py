@@ -22,7 +22,7 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config_tree import ConfigTree
 from lm.data import loaders, run_tokenizer
 from lm.exits import Exit
-from lm.experiment import Experiment
+from lm.experiment import LENGTHS, Experiment
 from lm.goodput import read as read_goodput
 from lm.guard import STOPS, StopSignals, Vote, Watchdog, alone
 from lm.ledger import Ledger
@@ -74,7 +74,12 @@ def train(
         saved = resume.read(workdir)
         same_data = resume.check_config(saved, workdir, experiment, say)
         if saved.step >= num_steps:
-            say(f"{workdir}: finished, all {num_steps} steps are done; raise config.train")
+            length = next(name for name in LENGTHS if getattr(c.train, name) is not None)
+            say(
+                f"{workdir}: finished, all {saved.step} steps are done. For a longer run raise "
+                f"config.train.{length}; where the schedule depends on the length, begin another "
+                "one with --config.init.from"
+            )
             _check_last(distributed.from_lead("end", lambda: _not_finite(workdir, num_steps)))
             return Exit.SUCCESS
         resume.check_resolved(saved, workdir, experiment, say)

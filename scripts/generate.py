@@ -59,6 +59,8 @@ def main() -> int:
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         step, params = experiment.restore_params(checkpoints, args.step)
     tokenizer = experiment.tokenizer
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(128, max(1, experiment.config.model.max_length // 2))
     request: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     ends = _ends(args, tokenizer)
     if args.chat or args.messages:
@@ -100,7 +102,12 @@ def parse_args() -> argparse.Namespace:
     add("--workdir", type=runtime.folder, required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--prompt", action="append", help="text to continue; repeatable (default: standard input)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="default: 128, half of the model's length where that is less",
+    )
     add("--greedy", action="store_true", help="take the most likely token: --temperature=0")
     add(
         "--temperature", type=float, default=1.0, metavar="T", help="divides the logits; default: 1"
@@ -220,7 +227,7 @@ def _without(ids: Any, start: tuple[int, ...]) -> Any:
 
 def _checked(args: argparse.Namespace) -> Any:
     """What `_sampling` makes of the flags; a ValueError names the flag that is out of its range."""
-    if args.max_new_tokens < 1:
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
     try:
         return _sampling(args)

@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     if not any(a.startswith("--data") for a in given):
         given = ["--data=stdlib", *given]
     arguments = _DATA.parse_args(given)
+    check_field(arguments.field)
     is_given, arguments.split = arguments.split is not None, arguments.split or "hash"
     corpus = corpora.from_flags(arguments)
     name = corpus_name(corpus)
@@ -81,7 +82,9 @@ def main(argv: Sequence[str]) -> int:
     summary_file = workdir / "summary.json"
     step(1, f"tokenizer and token store of {' '.join(corpus.data)} in {stores}")
     tokenizer = make_tokenizer(corpus, stores / "tokenizer.model", config.model.vocab_size)
-    prepared = prepare.prepare(corpus, tokenizer=tokenizer.name, out=str(stores))
+    prepared = prepare.prepare(
+        corpus, tokenizer=tokenizer.name, out=str(stores), out_flag="--stores"
+    )
     print(prepare.summary(prepared.manifests))
     if corpus.split == "tail" and not is_given:
         print(
@@ -107,13 +110,28 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def check_field(given: Sequence[str]) -> None:
+    """Raises ValueError where --field makes a store without the field `text`, which is read."""
+    fields = [field.partition("=")[::2] for field in given]
+    if fields and "text" not in [name for name, _ in fields]:
+        name, column = fields[0]
+        raise ValueError(
+            f"--field={given[0]} makes a store with the field {name}, and a text is read from the "
+            f"field text: say --field=text={column or name}"
+        )
+
+
 def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the stores, trained unless it is there.
+    """The tokenizer of the stores, trained unless it is there; again where the text has changed
+    since and no store is begun with it.
 
     Raises:
         ValueError: it is there, with another number of pieces than the model is to have.
     """
-    if not file.exists():
+    inputs, record = prepare.inputs_hash(corpus), file.with_suffix(".inputs")
+    is_begun = (file.parent / "plan.json").exists()  # which is then held against the text itself
+    is_stale = not is_begun and (not record.exists() or record.read_text() != inputs)
+    if not file.exists() or is_stale:
         file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_training.train_tokenizer(
             corpus,
@@ -125,6 +143,7 @@ def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Token
             sample_bytes=100_000_000,
             vocab_flag="--config.model.vocab_size",
         )
+        record.write_text(inputs)
     tokenizer = tokenizers.load(str(file))
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(

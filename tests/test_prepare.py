@@ -232,7 +232,7 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tokenizer=bytes"], "tokenizer (there"),
+        (["--tokenizer=bytes"], "other tokenizer"),
         (["--validation-fraction=0.2"], "validation_fraction (there 0.05, now 0.2)"),
         (["--data=stdlib"], "num_units (there"),
         (["--separator=x"], "separator"),

@@ -74,6 +74,29 @@ def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path):
     assert not (tmp_path / "runs/b").exists()
 
 
+def test_a_tokenizer_follows_the_text_until_a_store_is_begun(tmp_path):
+    text, file = tmp_path / "a.txt", tmp_path / "stores" / "tokenizer.model"
+    corpus = Corpus([str(text)], split="tail")
+    text.write_text("the cat sat on the mat\n" * 9)
+    first = script.make_tokenizer(corpus, file, 280).model
+    assert script.make_tokenizer(corpus, file, 280).model == first
+    text.write_text("ein Hund lief um das Haus\n" * 9)
+    second = script.make_tokenizer(corpus, file, 280).model
+    assert second != first
+    (tmp_path / "stores" / "plan.json").write_text("{}")  # whose own check is against the text
+    text.write_text("un chien court\n" * 30)
+    assert script.make_tokenizer(corpus, file, 280).model == second
+
+
+def test_a_store_without_the_field_that_is_read_is_refused():
+    script.check_field([])
+    script.check_field(["text=body"])
+    with pytest.raises(ValueError, match=r"field text: say --field=text=question$"):
+        script.check_field(["question"])
+    with pytest.raises(ValueError, match=r"field text: say --field=text=b$"):
+        script.check_field(["a=b"])
+
+
 def test_records_without_the_field_name_those_that_are_there(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"title": "a", "body": "b"}\n' * 3)
     message = r"3 missing_field. Records have the fields title, body and not text: say --field=text"

@@ -66,17 +66,20 @@ def prepare(
     out: str | os.PathLike,
     shard: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
+    out_flag: str = "--out",
 ) -> "Prepared":
     """Returns the stores in `out`, after making what is missing of them.
+
+    out_flag: the flag that a user sets `out` with, for errors.
 
     shard: (i, n) does every n-th part; whichever shard sees all parts done joins them.
     num_workers: processes; all cores if None. Raises ValueError for a missing or empty source, for
     a split without documents, where more of the data than `corpus.max_loss` is lost, and where
     `out` holds something else.
     """
-    out = Path(storage.expand(os.fspath(out), "--out"))
+    out = Path(storage.expand(os.fspath(out), out_flag))
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out={storage.printable(str(out))} is a file, not a folder")
+        raise ValueError(f"{out_flag}={storage.printable(str(out))} is a file, not a folder")
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
@@ -88,7 +91,7 @@ def prepare(
     was_complete = (out / "plan.json").is_file() and _is_complete(out, corpus)
     if not was_complete:
         _check_start(corpus, sources, parts)
-    plan = _claim(out, plan)
+    plan = _claim(out, plan, out_flag)
     if not was_complete:
         missing = [i for i in _missing(folder, parts) if i % count == index]
         folder.mkdir(exist_ok=True)
@@ -134,6 +137,13 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
     return plan
 
 
+def inputs_hash(corpus: Corpus) -> str:
+    """A hash of the documents of a corpus and of their split: files by their sizes and times."""
+    units = [(i, *unit) for part in plan_parts(corpus.sources()) for i, unit in part]
+    content = [dict(corpus.columns), corpus.separator, corpus.split, corpus.validation_fraction]
+    return hashlib.sha256(json.dumps([content, units]).encode()).hexdigest()
+
+
 def _parts_hash(plan: dict, corpus: Corpus) -> str:
     """Returns a hash of what the parts depend on: the split only where it cuts documents."""
     keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
@@ -156,20 +166,24 @@ def _check_start(corpus: Corpus, sources: Sequence[DocumentSource], parts: Seque
         raise ValueError(empty_split(empty, len(units), corpus, ""))
 
 
-def _claim(out: Path, plan: dict) -> dict:
+def _claim(out: Path, plan: dict, out_flag: str) -> dict:
     """Returns the plan of `out`, now `plan` if it had none. Raises ValueError if it differs."""
     file = out / "plan.json"
     if not file.is_file():
         taken = [split for split in ("train", "validation") if (out / split).exists()]
         if taken:
-            raise ValueError(f"{out / taken[0]} exists and was not made here; choose another --out")
+            raise ValueError(
+                f"{out / taken[0]} exists and was not made here; choose another {out_flag}"
+            )
         out.mkdir(parents=True, exist_ok=True)
         temporary = out / f"plan.json.{_unique()}.tmp"
         temporary.write_text(json.dumps(plan, indent=2) + "\n")
         temporary.replace(file)
     found = json.loads(file.read_text())
     different = [
-        f"{key} (there {found.get(key)}, now {plan[key]})"
+        f"other {key}"
+        if key in ("units", "tokenizer")  # a hash says nothing
+        else f"{key} (there {found.get(key)}, now {plan[key]})"
         for key in plan
         if key not in ("hash", "names") and found.get(key) != plan[key]
     ]
@@ -177,7 +191,7 @@ def _claim(out: Path, plan: dict) -> dict:
         raise ValueError(
             f"{out} holds a preparation of other inputs: {', '.join(different)}; it was made from "
             f"{', '.join(found['names']['data'])} with tokenizer {found['names']['tokenizer']}. "
-            "Choose another --out or remove it"
+            f"Choose another {out_flag}, or remove it if it is of no use any more"
         )
     return found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -74,7 +74,8 @@ def check_config(
     """
     if saved.config is None:
         return True
-    same_data, refused = True, []
+    same_data = True
+    refused: list[tuple[str, str]] = []
     before = config_tree.from_json(json.dumps(saved.config))
     for key, (old, new) in config_tree.changed(before, experiment.config_dict).items():
         if (
@@ -85,13 +86,13 @@ def check_config(
         line = f"config.{key}: {old!r} -> {new!r}"
         by_value = key in BATCH and "batch_size" in saved.resolved  # see `check_resolved`
         if key.split(".")[0] in FIXED and not by_value and not _is_allowed(experiment, key):
-            refused.append(f"{line} ({_allow(key)})")
+            refused.append((line, key))
         else:
             say(f"changed since this run began: {line}")
             same_data &= key.split(".")[0] not in ("objective", "data", "seed") or by_value
     if "batch_size" in saved.resolved:
         same_data &= saved.resolved["batch_size"] == experiment.batch_size
-    _refuse(refused, workdir)
+    _refuse(refused, workdir, experiment)
     return same_data
 
 
@@ -117,7 +118,8 @@ def check_resolved(
     for line, allowed, _ in lines:
         if allowed:
             say(f"changed since this run began: {line}")
-    _refuse([f"{line} ({_allow(key)})" for line, allowed, key in lines if not allowed], workdir)
+    refused = [(line, key) for line, allowed, key in lines if not allowed]
+    _refuse(refused, workdir, experiment)
 
 
 def _changed_rates(saved: Saved, experiment: Experiment) -> str:
@@ -149,15 +151,16 @@ def _is_allowed(experiment: Experiment, key: str) -> bool:
     return any(key == a or key.startswith(a + ".") for a in allowed)
 
 
-def _allow(key: str) -> str:
-    return f"--config.checkpoint.allow_changed=\"('{key}',)\""
-
-
-def _refuse(lines: list[str], workdir: str) -> None:
-    if lines:
+def _refuse(refused: Sequence[tuple[str, str]], workdir: str, experiment: Experiment) -> None:
+    """Raises ValueError with every (line, key), and the one flag that allows them all."""
+    if refused:
+        keys = dict.fromkeys(
+            [*experiment.config.checkpoint.allow_changed, *(key for _, key in refused)]
+        )
+        lines = "\n  ".join(line for line, _ in refused)
         raise ValueError(
-            f"{workdir} holds a run with another config; use another --workdir, or allow:\n  "
-            + "\n  ".join(lines)
+            f"{workdir} holds a run with another config; use another --workdir, or allow it with "
+            f'--config.checkpoint.allow_changed="{tuple(keys)}":\n  {lines}'
         )
 
 
