@@ -289,6 +289,11 @@ def make_optimizer(
     adam = stored(optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov))
     parts = Parts(boxed, kinds, stored, with_epsilons(adam, factors), finish)
     core = component(COMPONENTS["optimizer"], config.name).build(config, parts)
+    if not isinstance(core, list) or not all(hasattr(link, "update") for link in core):
+        raise ValueError(
+            f"config.optimizer.name={config.name}: its build must return a list of optax "
+            f"transformations, got {type(core).__name__}"
+        )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     links = [track_norms(), *clip, *core]

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging as stdlib_logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -128,6 +129,8 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> 
             config.load(settings)
     except (ValueError, flags.Error) as error:
         text = str(error).replace("\n", " ")
+        if found := re.search(r"Unknown command line flag '(\w+\.[\w.]+)'", text):
+            text = f"{text.split('. Did')[0]}; did you mean --config.{found[1]}?"
         print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
         sys.exit(2)
     if len(rest) > 1 and not allow_rest:

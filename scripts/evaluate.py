@@ -72,7 +72,7 @@ def main() -> int:
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()
-        print(lines.dumps({"step": step, "source": source, **values}))
+        print(lines.dumps({"step": step, "source": source, **values}, ensure_ascii=False))
     return 0
 
 

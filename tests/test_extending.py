@@ -129,6 +129,20 @@ def test_an_optimizer_that_is_no_optimizer_is_refused(tmp_path, monkeypatch, mak
         Experiment(config, devices[:1])
 
 
+def test_an_optimizer_whose_build_gives_no_list_is_refused(
+    tmp_path, monkeypatch, make_config, devices
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_single").mkdir()
+    text = skeletons()["mine/signum.py"].partition("def build(")[0]
+    text += "def build(config, parts):\n    return optax.identity()\n"
+    (tmp_path / "mine_single" / "single.py").write_text(text)
+    config = make_config()
+    config.optimizer = config_tree.default(optimizer="mine_single.single").optimizer
+    with pytest.raises(ValueError, match=r"its build must return a list of optax transformations"):
+        _ = Experiment(config, devices[:1]).tx
+
+
 def test_a_loss_without_its_sums_is_refused(make_experiment):
     experiment = make_experiment()
     own = lambda *args, **options: (0.0, {"tokens": 1.0})  # noqa: E731

@@ -71,6 +71,12 @@ def import_folder(
     config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / FOLDER))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
+    known, size = experiment.tokenizer.vocab_size, experiment.config.model.vocab_size
+    if known < size // 2:
+        say(
+            f"WARNING: the tokenizer has {known} tokens and the model {size}: most of what it says "
+            "has no text here; give its own with --tokenizer=FILE"
+        )
     read_into(
         workdir,
         reader,
