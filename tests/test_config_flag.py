@@ -181,7 +181,10 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
     ("flags", "expected"),
     [
         (["--config.modle.num_layers=2"], "--config.modle.num_layers=2 changes a config"),
-        (["--model.num_layers=2"], "did you mean --config.model.num_layers?"),
+        (
+            ["--model.num_layers=2"],
+            "Unknown command line flag 'model.num_layers'; did you mean --config.model.num_layers?",
+        ),
         (
             ["--config=configs/tiny.py", "--config.modle.num_layers=2"],
             "config.modle is not a config key; did you mean config.model?",

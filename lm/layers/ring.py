@@ -52,7 +52,8 @@ def ring_attend(
                 for name in ("key_segments", "key_positions", "key_bidirectional")
             },
         )
-    return _ring(options, q, k, v, mask)[:, :, :length]
+    attended: Any = _ring(options, q, k, v, mask)
+    return attended[:, :, :length] if missing else attended
 
 
 def _fill(x: Any, axis: int, count: int) -> Any:
