@@ -127,11 +127,15 @@ def _connect(found: Environment, timeout: float) -> Presence:
     state = distributed.global_state
     state.coordinator_address = found.coordinator
     state.process_id, state.num_processes = found.process_id, found.num_processes
+    seconds = max(1, round(timeout))
 
     def serve() -> None:
         port = found.coordinator.rpartition(":")[2]
         state.service = runtime.get_distributed_runtime_service(
-            f"[::]:{port}", found.num_processes, heartbeat_timeout=HEARTBEAT
+            f"[::]:{port}",
+            found.num_processes,
+            heartbeat_timeout=HEARTBEAT,
+            shutdown_timeout=seconds,
         )
 
     presence = meet(
@@ -140,7 +144,8 @@ def _connect(found: Environment, timeout: float) -> Presence:
     client = state.client = runtime.get_distributed_runtime_client(
         found.coordinator,
         found.process_id,
-        init_timeout=max(1, round(timeout)),
+        init_timeout=seconds,
+        shutdown_timeout=seconds,
         heartbeat_timeout=HEARTBEAT,
         missed_heartbeat_callback=lambda status: None,  # see _end_when_the_coordinator_fails
         shutdown_on_destruction=False,
