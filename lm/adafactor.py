@@ -17,7 +17,7 @@ from lm.types import Params
 
 
 def is_masked(x: Any) -> bool:
-    """Whether x stands for a parameter of another part of a partition."""
+    """True if x stands for a parameter of another part of a partition."""
     return isinstance(x, optax.MaskedNode)
 
 

@@ -185,7 +185,7 @@ def completed(config: ConfigTree) -> ConfigTree:
 
 
 def is_name(path: str) -> bool:
-    """Whether a config path, such as "objective.name", names a component."""
+    """True if a config path, such as "objective.name", names a component."""
     return path.removeprefix("config.") in {f"{key}.name" for key in COMPONENTS}
 
 

@@ -62,7 +62,7 @@ class Outcome:
 
 
 def repeats(experiment: Experiment) -> bool:
-    """Whether a step that is done again gives the same bits, unless the hardware errs."""
+    """True if a step that is done again gives the same bits, unless the hardware errs."""
     on_gpu = experiment.rules.platform == "gpu"
     return not on_gpu or bool(DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")))
 

@@ -63,7 +63,7 @@ KILLED = "a process crashed, or was killed"
 
 
 def restarts(code: int) -> bool:
-    """Whether a launcher starts the same command again after this code: it goes on from the last
+    """True if a launcher starts the same command again after this code: it goes on from the last
     checkpoint, and may do better.
     """
     return code in KILLS or (code in list(Exit) and Exit(code).again == RESTARTED)

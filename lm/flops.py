@@ -179,7 +179,7 @@ def _of_encoder(name: str) -> bool:
 
 
 def _uses(name: str, parts: Layout, length: int, encoder_length: int) -> float:
-    """How often a token is multiplied by a parameter, as the layout says of its group."""
+    """Times that a token is multiplied by a parameter, as the layout says of its group."""
     first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
     scale = encoder_length / length if _of_encoder(name) else 1.0
     if last in ("bias", "scale", "selection_bias") or "bias" in first:

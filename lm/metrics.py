@@ -106,7 +106,7 @@ class Progress:
 
     @property
     def live(self) -> bool:
-        """Whether lines are drawn over each other: the stream is a terminal."""
+        """True if lines are drawn over each other: the stream is a terminal."""
         return self._live
 
     def show(self, text: str, *, keep: bool = False, final: bool = False) -> None:

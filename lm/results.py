@@ -78,7 +78,7 @@ def read(workdir: str, name: str | None = None) -> Result | None:
 
 
 def is_finished(workdir: str) -> bool:
-    """Whether the run in a folder has evaluated and saved after its last step; False too where its
+    """True if the run in a folder has evaluated and saved after its last step; False too where its
     config gives its length in tokens or epochs.
     """
     folder = epath.Path(workdir)
@@ -119,8 +119,8 @@ def _tokens_seen(
 
 
 def _flops_per_token(config: Config, records: Sequence[Mapping[str, Any]]) -> float:
-    """What the run itself counted, which knows its frozen parameters and adapters; of a run made
-    before runs did, as if everything were trained.
+    """FLOPs per token as the run itself counted them, which knows its frozen parameters and
+    adapters; of a run made before runs did, as if everything were trained.
     """
     counted = [r for r in records if r.get("flops_seen") and r["tokens_seen"]]
     if counted:

@@ -13,7 +13,7 @@ _SCHEMES = (*_DRIVERS, "file", "http", "https", "memory")
 
 
 def is_url(path: str) -> bool:
-    """Whether `path` names a place by URL: a folder may have `://` in its path, too."""
+    """True if `path` names a place by URL: a folder may have `://` in its path, too."""
     return path.partition("://")[0] in _SCHEMES and "://" in path
 
 

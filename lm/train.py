@@ -159,7 +159,7 @@ def _check_last(not_finite: Sequence[str]) -> None:
 
 
 def _owes_evaluation(experiment: Experiment, workdir: str, step: int) -> bool:
-    """Whether an evaluation was due at the step of the checkpoint and was not made."""
+    """True if an evaluation was due at the step of the checkpoint and was not made."""
     every, names = experiment.config.train.eval_every, set(experiment.validation)
     if not names or not _due(step, every, experiment.num_steps):
         return False
@@ -197,8 +197,8 @@ def _steps(run: Run, state: TrainState) -> Any:
 
 
 def _do_due(run: Run, state: TrainState, done: int, vote: Vote) -> Any:
-    """What is due after `done` steps, a function of their number and of what processes voted for:
-    evaluation and checkpoint. Returns the signal to end for, if there is one.
+    """Do the work that is due after `done` steps, a function of their number and of what processes
+    voted for: evaluation and checkpoint. Returns the signal to end for, if there is one.
     """
     c, experiment, num_steps = run.experiment.config, run.experiment, run.experiment.num_steps
     hurry = vote.signal and done < num_steps  # an evaluation may take longer than there is

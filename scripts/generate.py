@@ -226,7 +226,7 @@ def _without(ids: Any, start: tuple[int, ...]) -> Any:
 
 
 def _checked(args: argparse.Namespace) -> Any:
-    """What `_sampling` makes of the flags; a ValueError names the flag that is out of its range."""
+    """The result of `_sampling`; a ValueError names the flag that is out of its range."""
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
     try:

@@ -47,7 +47,7 @@ class Chip:
         return flops.peak_flops(self.kind, dtype)
 
     def dtype_with_peak(self) -> str:
-        """What to say where there is no peak: the flag of a type that has one, if any."""
+        """Hint where there is no peak: the flag of a type that has one, if any."""
         return "" if self.peak_flops("bfloat16") is None else PEAK_FLAG
 
 

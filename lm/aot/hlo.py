@@ -291,7 +291,7 @@ def _elements(text: str) -> list[str]:
 
 
 def _part(name: str, tuples: dict[str, str]) -> Instruction:
-    """What an operand `%x#1` stands for. Compilers before wrote an instruction of its own for it,
+    """Meaning of an operand `%x#1`. Compilers before wrote an instruction of its own for it,
     which the rest of this package goes by.
     """
     source, _, index = name.partition("#")

@@ -56,7 +56,7 @@ def check(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) 
 
 
 def versions() -> Mapping[str, str]:
-    """Of the libraries that a plan depends on, those that are installed."""
+    """Versions of the installed libraries that a plan depends on."""
     found = {}
     for library in LIBRARIES:
         try:
@@ -109,7 +109,7 @@ def _memory(plan: Any, experiment: Experiment) -> Iterator[str]:
 
 
 def _gathers(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) -> Iterator[str]:
-    """Of a scanned stack: layers of which neither weights nor activations cross `fsdp`."""
+    """Layers of a scanned stack of which neither weights nor activations cross `fsdp`."""
     c, mesh = experiment.config, experiment.rules.mesh
     layers, n = getattr(c.model, "num_layers", 0), mesh.shape["fsdp"]
     if plan.step != "train" or n == 1 or mesh.shape["stage"] > 1:

@@ -131,7 +131,7 @@ def _memory(plan: Plan) -> str:
 
 
 def _share(plan: Plan) -> str:
-    """Of a GPU: what the capacity is a share of."""
+    """Memory of a GPU of which the capacity is a share."""
     chip = topology.parse(plan.topology).chip
     if chip.platform != "gpu":
         return ""

@@ -43,7 +43,7 @@ class Topology:
         return self.num_chips * self.chip.devices
 
     def closes(self, dimension: int) -> bool:
-        """Whether a dimension of a slice's torus is a ring. In three dimensions optical switches
+        """True if a dimension of a slice's torus is a ring. In three dimensions optical switches
         join whole cubes of 4 x 4 x 4 alone, and a slice smaller than one has no ring.
         """
         wraps = self.chip.wraps

@@ -119,7 +119,7 @@ def collectives(
 
 
 def _goes_on(visit: hlo.Visit) -> bool:
-    """Whether a collective of a chain has started in another fusion."""
+    """True if a collective of a chain has started in another fusion."""
     if not re.search(r"\bchain_id=", visit.instruction.attributes):
         return False
     targets = [i.target for i in visit.computation.instructions.values()]

@@ -289,7 +289,7 @@ class Checkpoints:
         return manifest.step, tree["params"]
 
     def holds(self, state: TrainState) -> bool:
-        """Whether the checkpoint of the state's step has the same bits.
+        """True if the checkpoint of the state's step has the same bits.
 
         Raises:
             Damaged: its manifest can't be read.

@@ -154,7 +154,7 @@ def _fault(error: Exception) -> str:
 
 
 def _agree(fault: str, folder: epath.Path) -> str:
-    """What any process found wrong, the same text in all of them; "" if none did.
+    """Faults that any process found, the same text in all of them; "" if none did.
 
     Raises:
         Unreadable: a process cannot open the files, in all of them.

@@ -115,7 +115,7 @@ class Corpus:
 
     @property
     def cuts_documents(self) -> bool:
-        """Whether the splits are parts of each document, in place of whole ones."""
+        """True if the splits are parts of each document, in place of whole ones."""
         return self.split == "tail" and self.validation_fraction > 0
 
     def split_of(self, document_id: str) -> str:

@@ -20,7 +20,7 @@ _NO_LOSS = {"duplicate", "empty", "white_space", "hidden", "folder_seen_before"}
 
 @dataclass
 class Losses:
-    """What was skipped of a part or of a corpus.
+    """Records of a part or of a corpus that were skipped.
 
     counts: by reason. examples: by reason, the first ids, with what helps to understand them.
     num_bytes: of source, of files that are lost as a whole.

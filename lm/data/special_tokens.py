@@ -91,7 +91,7 @@ class Declared:
 
     @property
     def begins_with_bos(self) -> bool | None:
-        """Whether a text begins with bos; None: the files don't say."""
+        """True if a text begins with bos; None: the files don't say."""
         if self.is_encoder_decoder:
             return True
         if (given := self.tokenizer.get("add_bos_token")) is not None:
@@ -103,7 +103,7 @@ NOTHING = Declared()
 
 
 def read(folder: Any) -> Declared:
-    """What the files in `folder` (an epath.Path) declare.
+    """Declarations of the files in `folder` (an epath.Path).
 
     Raises:
         ValueError: a file is no JSON object.
@@ -116,7 +116,7 @@ def read(folder: Any) -> Declared:
 
 
 def is_published(tree: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a published model, and not of a run."""
+    """True if a config.json is that of a published model, and not of a run."""
     return isinstance(tree.get("model_type"), str)
 
 

@@ -141,7 +141,7 @@ class Keys:
         return table[value]
 
     def has_head(self, *prefixes: str) -> bool:
-        """Whether the model has a projection to the vocabulary of its own: its class has one, or
+        """True if the model has a projection to the vocabulary of its own: its class has one, or
         a tensor has one of these beginnings. Without tensors to look at, it has.
         """
         there = any(name.startswith(prefixes) for name in self.tensors)

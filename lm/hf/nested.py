@@ -11,7 +11,7 @@ from lm.hf.keys import Keys
 
 
 class Nested(NamedTuple):
-    """Where the text model lies in a model of another `model_type`."""
+    """Place of the text model in a model of another `model_type`."""
 
     family: str  # of the text model
     section: str  # of config.json

@@ -27,7 +27,7 @@ ROLES = ("matrix", "embedding", "vector")  # and balance, which no optimizer tak
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What optimizers are put together from, for the parameters of a run.
+    """Building blocks of optimizers, for the parameters of a run.
 
     boxed: the abstract parameters with their logical axes. roles: of each, as `lm.optim.roles`.
     store: a transformation whose state is kept as `config.moment_dtype`. finish: the links that end

@@ -1,4 +1,4 @@
-"""How sure a fit is: a bootstrap, read by percentiles.
+"""Confidence of a fit: a bootstrap, read by percentiles.
 
 For the law it is a bootstrap of cases: runs are drawn with replacement, as many as there are, and
 fitted again. It takes the noise as it is. A bootstrap that draws Gaussian noise of one size around

@@ -57,7 +57,7 @@ class Outcome:
 
 
 def read_outcome(root: Path, name: str, runs: str = "") -> Outcome | None:
-    """How a run ended, None if it has not: as this machine or a cluster has recorded it (see
+    """Outcome of a run, None if it has not ended: as this machine or a cluster has recorded it (see
     cluster.py), or as its folder shows.
 
     runs: folder or URL of the runs' folders; `root` if empty.
@@ -74,7 +74,7 @@ def read_outcome(root: Path, name: str, runs: str = "") -> Outcome | None:
 
 
 def _outcome(code: int) -> Outcome | None:
-    """How a run ended whose last process ended with `code`; None if it may go on."""
+    """Outcome of a run whose last process ended with `code`; None if it may go on."""
     if restarts(code) or code == Exit.INTERRUPTED:
         return None
     statuses: dict[int, str] = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}
@@ -116,7 +116,7 @@ class _Active:
         return True
 
     def _is_free(self) -> bool:
-        """Whether nothing trains in the folder, started by hand say."""
+        """True if nothing trains in the folder, started by hand say."""
         with (self.folder / LOCK_FILE).open("a") as lock:
             return _try_lock(lock)
 

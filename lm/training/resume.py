@@ -33,7 +33,7 @@ SCHEDULE = "optimizer.schedule"
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the folder of a run says of it; all processes have what the lead process read."""
+    """The record of a run in its folder; all processes have what the lead process read."""
 
     config: dict[str, Any] | None  # the text of config.json, as a tree
     step: int = 0  # of the newest checkpoint with a readable manifest
@@ -42,12 +42,12 @@ class Saved:
 
 
 def resolved(experiment: Experiment) -> dict[str, int]:
-    """What a config came to on its devices and data, for the manifest of a checkpoint."""
+    """Values that a config resolves to on its devices and data, for a checkpoint's manifest."""
     return {"batch_size": experiment.batch_size, "num_steps": experiment.num_steps}
 
 
 def read(workdir: str) -> Saved:
-    """What the folder says; all processes call it together."""
+    """Read the record of a folder; all processes call it together."""
     return Saved(**distributed.from_lead("saved run", lambda: _read(epath.Path(workdir))))
 
 

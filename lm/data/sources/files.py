@@ -169,7 +169,7 @@ def _split_pattern(path: str) -> tuple[Path, list[str]]:
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a name are of a pattern, by the rules of `glob`."""
+    """True if the parts of a name are of a pattern, by the rules of `glob`."""
     if not pattern:
         return not parts
     if pattern[0] == "**" and _matches(parts, pattern[1:]):
