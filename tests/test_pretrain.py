@@ -116,7 +116,7 @@ def test_few_documents_are_held_out_in_part(tmp_path, count, expected):
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (["/home/user/texts/chinese-novels/hongloumeng.txt"], "hongloumeng"),
+        (["texts/chinese-novels/hongloumeng.txt"], "hongloumeng"),
         (["books/红楼梦.txt.gz"], "红楼梦"),
         (["books/**/*.txt"], "books"),
         (["a/web pages/"], "web-pages"),
