@@ -68,6 +68,8 @@ class Branch:
                 f"({num_steps}): there is nothing to do after it"
             )
         allowed = self._own.checkpoint.allow_changed
+        both = (self._own_dict, self.config)
+        config_tree.check_paths(allowed, both, "config.checkpoint.allow_changed")
         rows = self.manifest.resolved.get("batch_size")  # None in a checkpoint of older code
         resolved = BATCH if rows is not None else ()
         lines = [

@@ -83,6 +83,7 @@ def train(
             _check_last(distributed.from_lead("end", lambda: _not_finite(workdir, num_steps)))
             return Exit.SUCCESS
         resume.check_resolved(saved, workdir, experiment, say)
+        resume.check_leaves(saved, workdir, experiment)
         with Checkpoints(workdir, c.checkpoint) as checkpoints:
             begins = not checkpoints.steps()
             _open_sources(experiment, begins=begins)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import metrics
+from lm import config_tree, metrics
 from lm.checkpoint import stored
 from lm.checkpoint.manager import Checkpoints
 from lm.exits import Exit
@@ -89,6 +89,35 @@ def test_wsd_in_its_decay_is_not_made_longer_by_surprise(go):
     assert go(changes) == Exit.SUCCESS
     with pytest.raises(ValueError, match=r"wsd\): 6 -> 9 steps"):
         go({**changes, "train.num_steps": 9})
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("data.tran", "data.train"),
+        ("config.data.train", "data.train"),
+        ("learning_rate", "optimizer.learning_rate"),
+    ],
+)
+def test_what_may_change_is_named_by_paths_that_exist(go, path, meant):
+    with pytest.raises(ValueError, match=f"'{path}' is no path .* did you mean '{meant}'"):
+        go({"checkpoint.allow_changed": ("data.tokenizer", path)})
+
+
+def test_a_path_of_a_component_that_the_run_had_before_may_be_named(make_config):
+    config_tree.check_paths(("objective.mask_fraction", "model"), [make_config({})], "key")
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer.name": "adafactor"}, {"model.num_layers": 3}], ids=["optimizer", "model"]
+)
+def test_other_arrays_are_refused_with_the_change_whatever_is_allowed(go, change, monkeypatch):
+    assert go({"train.num_steps": 2, "optimizer.schedule.kind": "constant"}) == Exit.SUCCESS
+    longer = {"optimizer.schedule.kind": "constant", "checkpoint.allow_changed": ("model",)}
+    monkeypatch.setattr(Experiment, "lower_train_step", None)  # nothing is compiled
+    with pytest.raises(ValueError, match=r"--config\.init\.from=") as error:
+        go({**change, **longer})
+    assert f"  config.{next(iter(change))}: " in str(error.value)
 
 
 def test_rows_per_device_on_other_devices_are_another_batch(go, tmp_path, capsys):

@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from lm import config_tree
-from lm.checkpoint import stored
+from lm.checkpoint import manifest, stored
 from lm.checkpoint.manifest import Damaged
 from lm.config_tree import ConfigTree
 from lm.data import run_tokenizer
@@ -39,6 +39,7 @@ class Saved:
     step: int = 0  # of the newest checkpoint with a readable manifest
     trained: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that manifest's config
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # and what it came to
+    leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)  # its arrays' dtype, shape
 
 
 def resolved(experiment: Experiment) -> dict[str, int]:
@@ -56,10 +57,12 @@ def _read(workdir: epath.Path) -> dict[str, Any]:
     found: dict[str, Any] = {"config": json.loads(path.read_text()) if path.exists() else None}
     for step in reversed(stored.steps(checkpoints)):
         try:
-            manifest = stored.read_manifest(checkpoints / str(step))
+            there = stored.read_manifest(checkpoints / str(step))
         except Damaged:
             continue  # restoring passes over it, too, and says so
-        return found | {"step": step, "trained": manifest.config, "resolved": manifest.resolved}
+        leaves = {name: str(leaf) for name, leaf in there.leaves.items()}
+        trained = {"trained": there.config, "resolved": there.resolved, "leaves": leaves}
+        return found | {"step": step, **trained}
     return found
 
 
@@ -70,14 +73,18 @@ def check_config(
     allowed.
 
     Raises:
-        ValueError: a fixed value differs and `checkpoint.allow_changed` doesn't name it.
+        ValueError: a fixed value differs and `checkpoint.allow_changed` doesn't name it, or that
+        names a path that does not exist.
     """
+    now = experiment.config_dict
+    before = now if saved.config is None else config_tree.from_json(json.dumps(saved.config))
+    allowed = experiment.config.checkpoint.allow_changed
+    config_tree.check_paths(allowed, [now, before], "config.checkpoint.allow_changed")
     if saved.config is None:
         return True
     same_data = True
     refused: list[tuple[str, str]] = []
-    before = config_tree.from_json(json.dumps(saved.config))
-    for key, (old, new) in config_tree.changed(before, experiment.config_dict).items():
+    for key, (old, new) in config_tree.changed(before, now).items():
         if (
             key == "data.tokenizer"
             and len({run_tokenizer.find(workdir, n) for n in (old, new)}) == 1
@@ -120,6 +127,36 @@ def check_resolved(
             say(f"changed since this run began: {line}")
     refused = [(line, key) for line, allowed, key in lines if not allowed]
     _refuse(refused, workdir, experiment)
+
+
+def check_leaves(saved: Saved, workdir: str, experiment: Experiment) -> None:
+    """Checks that a resumed run has the arrays of its checkpoint, whatever is allowed to change.
+
+    Raises:
+        ValueError: a change of the model or the optimizer gives it others.
+    """
+    if not saved.leaves or not saved.trained:
+        return
+    state = experiment.stored(experiment.abstract_state)
+    tree = {"params": state.params, "opt_state": state.opt_state}
+    if all(name.startswith("params.") for name in saved.leaves):  # an import
+        del tree["opt_state"]
+    wanted = {name: str(leaf) for name, leaf in manifest.leaves(tree).items()}
+    differ = {name for name, _ in wanted.items() ^ saved.leaves.items()}
+    before = config_tree.from_json(json.dumps(saved.trained))
+    changes = config_tree.changed(before, experiment.config_dict).items()
+    lines = [
+        f"config.{key}: {old!r} -> {new!r}"
+        for key, (old, new) in changes
+        if key.split(".")[0] in ("init", "model", "objective", "optimizer")
+    ]
+    if differ and lines:
+        raise ValueError(
+            f"{workdir} can't go on with other arrays than its checkpoint has ({len(differ)} "
+            "differ), and config.checkpoint.allow_changed doesn't help; change the config back, or "
+            f"begin another run, in another --workdir, with --config.init.from={workdir}:\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def _changed_rates(saved: Saved, experiment: Experiment) -> str:
