@@ -10,10 +10,13 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
+import itertools
 import json
+import pkgutil
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
@@ -248,6 +251,38 @@ def _parse(text: str, kind: type) -> Any:
     return value
 
 
+def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> None:
+    """Checks the paths of keys and sections that the value of `key` lists.
+
+    Raises:
+        ValueError: neither the configs `trees` nor any component of lm have such a path.
+    """
+    known = {path for tree in trees for path in _prefixes(tree)}
+    if not known.issuperset(paths):  # of a component that the run had before, maybe
+        known.update(path for tree in _of_all_components() for path in _prefixes(tree))
+    for path in paths:
+        if path not in known:
+            last = path.rsplit(".")[-1]
+            close = difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.7)
+            close += sorted(k for k in known if k.rsplit(".")[-1] == last)
+            hint = f"; did you mean {close[0]!r}?" if close else " (--explain lists them)"
+            raise ValueError(f"{key}: {path!r} is no path of the config{hint}")
+
+
+def _prefixes(tree: ConfigTree) -> Iterator[str]:
+    """The paths of all keys and sections of a config."""
+    for leaf, _ in _leaves(tree.to_dict()):
+        parts = leaf.split(".")
+        yield from (".".join(parts[: n + 1]) for n in range(len(parts)))
+
+
+def _of_all_components() -> Iterator[ConfigTree]:
+    for key, package in COMPONENTS.items():
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            if hasattr(importlib.import_module(f"{package}.{module.name}"), "Config"):
+                yield default(**{key: module.name})
+
+
 def changed(
     old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
@@ -348,12 +383,24 @@ def _check_keys(tree: dict[str, Any], known: set[str], path: str) -> None:
             raise ValueError(f"{path}.{key} is not a config key; {hint}")
 
 
+_ALIASES = {"name": {"kind"}, "kind": {"name"}}  # components have names, other choices kinds
+
+
+def _shared(a: str, b: str) -> int:
+    """The number of sections that two paths begin with."""
+    pairs = zip(a.split("."), b.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _meant(key: str, known: set[str], path: str) -> str | None:
-    """The path of the config that is most likely meant by `key` in the section `path`."""
-    if close := difflib.get_close_matches(key, known, n=1):
-        return f"{path}.{close[0]}"
+    """The path of the config that is most likely meant by `key` in the section `path`: one of the
+    same section, else one of those that share most sections with it.
+    """
+    if close := difflib.get_close_matches(key, known, n=1) or known & _ALIASES.get(key, set()):
+        return f"{path}.{next(iter(close))}"
     everywhere: dict[str, str] = {}
-    for leaf, _ in _leaves(default().to_dict()):
+    leaves = [leaf for leaf, _ in _leaves(default().to_dict())]
+    for leaf in sorted(leaves, key=lambda leaf: -_shared(f"config.{leaf}", path)):
         last = leaf.rsplit(".", 1)[-1]
         initials = "".join(word[:1] for word in last.split("_"))
         everywhere.setdefault(last, f"config.{leaf}")

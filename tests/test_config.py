@@ -125,6 +125,8 @@ def test_fields_without_a_default_value_can_be_set_and_stay_typed():
         ),
         ("config.model.num_layer", 3, "did you mean config.model.num_layers?"),
         ("config.model.rotary.tehta", 3.0, "did you mean config.model.rotary.theta?"),
+        ("config.optimizer.schedule.name", "wsd", "did you mean config.optimizer.schedule.kind?"),
+        ("config.optimizer.kind", "adamw", "did you mean config.optimizer.name?"),
         ("config.optimizer.schedule.warm_up_steps", 3, "config.optimizer.schedule.warmup_steps?"),
         ("config.objective.mask_rate", 0.15, "config.objective.mask_rate is not a config key"),
     ],
