@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import exits, runtime
 
 if TYPE_CHECKING:
     from lm.generation.text import Piece
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -185,6 +185,7 @@ def parse_args() -> argparse.Namespace:
     add("--system", metavar="TEXT", help="--chat: a first message of the role system")
     add("--chat-template", metavar="FILE", help="Jinja2, or a tokenizer_config.json")
     args = parser.parse_args()
+    _check_unused(parser, args)
     for name, given in (
         ("--prompt", args.prompt),
         ("--num-beams", args.num_beams),
@@ -195,6 +196,35 @@ def parse_args() -> argparse.Namespace:
     if args.num_beams is not None and args.stop:
         parser.error("a beam search ends texts at their eos alone: it takes no --stop")
     return args
+
+
+def _check_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that others leave without effect, whatever their values."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # which keeps defaults away
+    given = {
+        name
+        for name, value in vars(parser.parse_args(namespace=unset)).items()
+        if value is not None
+    }
+    shape = {"temperature", "top_k", "top_p", "min_p"}
+    for flag, is_set, unused in (
+        ("--greedy", args.greedy, shape),
+        ("--num-beams", args.num_beams is not None, {"greedy", "seed", *shape}),
+        ("--messages", args.messages, {"prompt", "system", "special_tokens", "chat"}),
+    ):
+        if is_set and (found := sorted(given & unused)):
+            parser.error(f"{flag} takes no {_flags(found)}")
+    for flag, is_set, needing in (
+        ("--num-beams", args.num_beams is not None, {"length_penalty", "early_stopping"}),
+        ("--chat", args.chat, {"system"}),
+        ("--chat or --messages", args.chat or args.messages, {"chat_template"}),
+    ):
+        if not is_set and (found := sorted(given & needing)):
+            parser.error(f"{_flags(found)} is for {flag}")
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _ends(args: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[int, ...]]:

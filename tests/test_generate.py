@@ -478,6 +478,27 @@ def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):
     assert run.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--greedy", "--temperature=1.0", "--top-k=0"],
+            "--greedy takes no --temperature, --top-k",
+        ),
+        (["--num-beams=2", "--greedy"], "--num-beams takes no --greedy"),
+        (["--length-penalty=2"], "--length-penalty is for --num-beams"),
+        (["--messages=a.jsonl", "--prompt=a"], "--messages takes no --prompt"),
+        (["--system=Be brief."], "--system is for --chat"),
+    ],
+)
+def test_flags_without_effect_are_refused(monkeypatch, capsys, flags, message):
+    """Explicit ones at their defaults, too."""
+    monkeypatch.setattr("sys.argv", ["generate.py", "--workdir=runs/a", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        generate_script.parse_args()
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_dialogue_in_a_terminal_opens_with_the_model_and_how_to_leave(run_folder):
     folder, experiment = run_folder
