@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import exits, runtime
 
 
 def main() -> int:
@@ -60,6 +60,7 @@ def main() -> int:
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
     if args.runs and not (args.write or args.collect):
         raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
+    space.check_config(args.config, [*grid, *ranges], settings)
     _claim(root, args, settings)
 
     search: Search | None = None
@@ -104,7 +105,7 @@ def main() -> int:
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the sweep, flags --config.KEY=VALUE for all runs)."""
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

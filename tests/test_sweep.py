@@ -67,6 +67,18 @@ def test_random_points_differ_stay_within_and_begin_alike():
         space.random_points([space.parse("n=2..5")], 5, seed=0)
 
 
+def test_axes_are_held_against_the_config_before_any_run():
+    """All faults at once; a key that one of the models has is none."""
+    axes = [space.parse(t) for t in ("optimizer.learing_rate=1e-3,1e-2", "model.num_layers=2,x")]
+    config = str(ROOT / "configs" / "smoke.py")
+    with pytest.raises(ValueError, match=r"(?s)did you mean .*learning_rate\?.*must be int, got"):
+        space.check_config(config, axes, [])
+    models = [space.parse(t) for t in ("model.name=decoder,lstm", "model.num_kv_heads=1,2")]
+    space.check_config(config, models, ["--config.seed=1"])
+    with pytest.raises(ValueError, match=r"config\.sede is not a config key"):
+        space.check_config(config, models, ["--config.sede=1"])
+
+
 def test_names_are_short_and_tell_keys_apart():
     point = {"optimizer.learning_rate": 1e-3, "optimizer.name": "muon", "model.name": "decoder"}
     assert space.name(point) == "learning_rate=0.001,optimizer.name=muon,model.name=decoder"

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from lm import config_flag, config_tree
+
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
 CONFIG = "config"  # the axis that is no key of a config, but the config's file
 
@@ -118,6 +120,35 @@ def check_keys(axes: Sequence[Axis]) -> None:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"two axes are of the key {key}")
+
+
+def check_config(config: str, axes: Sequence[Axis], settings: Sequence[str]) -> None:
+    """Sets every value of every axis in the configs of the sweep, before any run starts.
+
+    A key may be one of a component that only some runs have: one config that has it is enough.
+
+    Raises:
+        ValueError: a config can't be read, or values can't be set, with all of them.
+    """
+    named = [a for a in axes if a.key == CONFIG or config_tree.is_name(a.key)]
+    others = [a for a in axes if a not in named]
+    faults: list[dict[str, str]] = []
+    for point in grid(named):
+        given = [s.removeprefix("--config.").replace("{fold}", "0") for s in settings]
+        given += [f"{key}={value}" for key, value in point.items() if key != CONFIG]
+        tree = config_flag.read(str(point.get(CONFIG, config)), given)
+        faults.append({})
+        for axis in others:
+            values = axis.values if isinstance(axis, Choice) else (axis.low, axis.high)
+            for value in values:
+                try:
+                    config_tree.assign(tree, f"{axis.key}={value}")
+                except ValueError as error:
+                    faults[-1].setdefault(f"{axis.key}={value}", str(error))
+    always = [fault for text, fault in faults[0].items() if all(text in found for found in faults)]
+    if always:
+        lines = list(dict.fromkeys(always))
+        raise ValueError("no run can have these values of axes:\n  " + "\n  ".join(lines))
 
 
 def grid(axes: Sequence[Axis]) -> list[Point]:
