@@ -567,6 +567,16 @@ def test_a_wrong_topology_is_refused_with_its_name(name):
         topology.parse(name)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+def test_a_slice_that_does_not_exist_is_refused_with_those_near_it():
+    with pytest.raises(ValueError) as error:
+        topology.devices(topology.parse("v5e:3x3"))
+    near = "v5e:2x2, v5e:2x4, v5e:4x4"
+    assert str(error.value) == f"--topology=v5e:3x3: no slice has this shape; nearby are {near}"
+
+
 @pytest.mark.parametrize("name, total", [("h100", 79.1), ("h200", 139.8), ("b200", 178.35)])
 def test_a_gpu_has_three_quarters_of_its_memory_unless_jax_is_told(monkeypatch, name, total):
     """Totals that CUDA reports, in GiB; jax's share as its own variables say."""

@@ -16,27 +16,6 @@ from lm.aot.plan import Decode, Make, Plan, changed, without_data
 from lm.config_tree import ConfigTree
 from lm.experiment import Experiment
 
-# Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,
-# ct5p-hightpu-1t, ct6e-standard-1t and tpu7x-standard-1t), and numbers of GPUs: powers of two.
-SLICES = {
-    3: (
-        *(
-            "1x1x1",
-            "2x2x1",
-            "2x2x2",
-            "2x2x4",
-            "2x4x4",
-            "4x4x4",
-            "4x4x8",
-            "4x8x8",
-            "8x8x8",
-            "8x8x16",
-        ),
-        *("8x16x16", "16x16x16", "16x16x24"),
-    ),
-    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    1: tuple(str(2**i) for i in range(13)),
-}
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
 GIB = 2**30
 
@@ -117,7 +96,7 @@ def fewest_chips(
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
     config_tree.resolve(config)  # a mistake in it is told before any slice is refused
     trials: list[Trial] = []
-    for shape in SLICES[kind.dims]:
+    for shape in topologies.SLICES[kind.dims]:
         at = f"{count}{kind.name}:{shape}"
         if topologies.parse(at).num_chips < target.slices * kind.smallest:
             continue

@@ -23,6 +23,27 @@ from lm.aot import chips, gpus
 from lm.aot.chips import Chip
 
 GPUS_PER_NODE = 8
+# Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,
+# ct5p-hightpu-1t, ct6e-standard-1t and tpu7x-standard-1t), and numbers of GPUs: powers of two.
+SLICES = {
+    3: (
+        *(
+            "1x1x1",
+            "2x2x1",
+            "2x2x2",
+            "2x2x4",
+            "2x4x4",
+            "4x4x4",
+            "4x4x8",
+            "4x8x8",
+            "8x8x8",
+            "8x8x16",
+        ),
+        *("8x16x16", "16x16x16", "16x16x24"),
+    ),
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    1: tuple(str(2**i) for i in range(13)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,5 +170,20 @@ def _tpus(topology: Topology) -> Sequence[Any]:
             **options,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={topology.name}: {error}") from None
+        if "x".join(map(str, topology.shape)) in SLICES[topology.chip.dims]:
+            raise ValueError(f"--topology={topology.name}: {error}") from None
+        nearby = ", ".join(_nearby(topology))
+        raise ValueError(
+            f"--topology={topology.name}: no slice has this shape; nearby are {nearby}"
+        ) from None
     return described.devices
+
+
+def _nearby(topology: Topology) -> list[str]:
+    """The three slices on offer that are closest in their number of chips, the smallest first."""
+    count, chip = math.prod(topology.shape), topology.chip
+    sizes = {s: math.prod(map(int, s.split("x"))) for s in SLICES[chip.dims]}
+    offered = [shape for shape, size in sizes.items() if size >= chip.smallest]
+    closest = sorted(offered, key=lambda s: abs(math.log(sizes[s] / count)))[:3]
+    prefix = f"{topology.slices}x" if topology.slices > 1 else ""
+    return [f"{prefix}{chip.name}:{s}" for s in sorted(closest, key=lambda s: sizes[s])]
