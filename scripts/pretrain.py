@@ -11,7 +11,6 @@ summary.json.
 
 from __future__ import annotations
 
-import argparse
 import glob
 import gzip
 import hashlib
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from lm import config_flag, lines, runtime
+from lm import config_flag, exits, lines, runtime
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
@@ -52,7 +51,7 @@ _STORES = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "Text that samples continue; repeatable; default: lines of the held-out text."
 )
-_DATA = argparse.ArgumentParser(add_help=False)
+_DATA = exits.ArgumentParser(add_help=False)
 corpora.add_flags(_DATA)
 _DATA.set_defaults(split=None)  # by the number of documents
 
@@ -313,7 +312,7 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
         _next("generate.py", run, f"--prompt={prompts[0]}", "--stream")
     _next("evaluate.py", run)
     layers = f"--config.model.num_layers={2 * config.model.num_layers}"
-    _next("pretrain.py", *_arguments(), f"{run}-deeper", layers)
+    _next("pretrain.py", *_last([*_arguments(), f"{run}-deeper", layers]))
     family, activation = export_family(config.model)
     if family and not activation:
         _next("hf_export.py", run, f"--out=exports/{family}")
@@ -340,6 +339,16 @@ def _arguments() -> list[str]:
         elif not argument.lstrip("-").startswith("workdir="):
             kept.append(argument)
     return [a for a in kept if a not in ("--data=stdlib", "--config=configs/tiny.py")]
+
+
+def _last(arguments: Sequence[str]) -> list[str]:
+    """Arguments without the --config.KEY=VALUE that a later one of the same key overrides."""
+    keys = [re.sub(r"^-+(?=config)", "--", a.partition("=")[0]) for a in arguments]
+    return [
+        a
+        for i, (a, key) in enumerate(zip(arguments, keys, strict=True))
+        if not (key.startswith("--config.") and "=" in a and key in keys[i + 1 :])
+    ]
 
 
 def export_family(model: Any) -> tuple[str, str]:

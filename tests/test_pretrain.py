@@ -145,3 +145,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_training():
     script.check_prompts(["a b c"], tokenizer, 8)
     with pytest.raises(ValueError, match=r"has 10 tokens .* config.model.max_length \(8\) must be"):
         script.check_prompts(["x" * 9], tokenizer, 8)
+
+
+def test_of_a_repeated_setting_the_next_command_keeps_the_last():
+    given = ["--config.a=1", "--data=x", "--data=y", "-config.a=2", "--config.b=1", "--config.a=3"]
+    assert script._last(given) == ["--data=x", "--data=y", "--config.b=1", "--config.a=3"]
