@@ -337,6 +337,18 @@ def test_lost_records_are_an_error_unless_allowed(tmp_path):
     assert manifest["num_documents"] == 9 and manifest["skipped"] == {"missing_field": 1}
 
 
+def test_all_that_is_wrong_with_a_corpus_is_said_at_once(tmp_path):
+    """Records, bytes and the empty split in one error; a text in Latin-1 names its remedy."""
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    _write(tmp_path / "a.jsonl", '{"text": "good"}\n{"body": "x"}')
+    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip" * 100)
+    corpus = Corpus(data=[str(tmp_path)], validation_fraction=1e-9)
+    with pytest.raises(ValueError) as error:
+        prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
+    for part in ("are no documents", "bytes are not read", "falls into validation", "iconv -f"):
+        assert part in str(error.value)
+
+
 def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     for i in range(30):
         _write(tmp_path / "texts" / f"{i}.md", f"text {i}")

@@ -111,17 +111,17 @@ def _check_end(
     """
     total = sum(counts.values())
     listed = losses.describe() or "none"
-    try:
-        if not total:
-            raise ValueError(f"no documents in {', '.join(corpus.data)}; skipped: {listed}")
-        losses.check(total, num_bytes, max_loss=corpus.max_loss)
+    if not total:
+        found = [f"no documents in {', '.join(corpus.data)}; skipped: {listed}{losses.advice()}"]
+    else:
+        found = [losses.fault(total, num_bytes, max_loss=corpus.max_loss)]
         if empty := [split for split in corpus.splits if not counts[split]]:
-            raise ValueError(empty_split(empty[0], total, corpus, f"; skipped: {listed}"))
-    except ValueError:
+            found.append(empty_split(empty[0], total, corpus, f"; skipped: {listed}"))
+    if any(found):
         (out / "plan.json").unlink()
         if not total:
             shutil.rmtree(folder)
-        raise
+        raise ValueError("; and ".join(filter(None, found)))
 
 
 def _first_occurrences(digests: Sequence[np.ndarray]) -> np.ndarray:

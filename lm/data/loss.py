@@ -67,26 +67,37 @@ class Losses:
             for reason in sorted(+self.counts, key=lambda r: (r in _NO_LOSS, r))
         )
 
+    def advice(self) -> str:
+        """ "; text is read as UTF-8: ..." where some was in another encoding, else ""."""
+        if not any(self.counts[reason] for reason in ("invalid_utf8", "utf_16")):
+            return ""
+        return "; text is read as UTF-8: convert it with iconv -f ENCODING -t UTF-8 IN > OUT"
+
     def check(self, num_documents: int, num_bytes: int, *, max_loss: float) -> None:
-        """Raises ValueError if more than `max_loss` of the records, or of the bytes, is lost.
+        """Raises ValueError where there is a `fault`."""
+        if fault := self.fault(num_documents, num_bytes, max_loss=max_loss):
+            raise ValueError(fault)
+
+    def fault(self, num_documents: int, num_bytes: int, *, max_loss: float) -> str:
+        """The error where more than `max_loss` of the records, or of the bytes, is lost, else "".
 
         num_documents: that are there. num_bytes: of source, of all units.
         """
         records = self.num_lost / max(self.num_lost + num_documents, 1)
         files = self.num_bytes / max(num_bytes, 1)
         if max(records, files) <= max_loss:
-            return
-        share = (
+            return ""
+        shares = {
             f"{self.num_lost:,} of {self.num_lost + num_documents:,} files and records "
-            f"({records:.1%}) are no documents"
-            if records >= files
-            else f"files with {files:.1%} of the bytes are not read"
-        )
+            f"({records:.1%}) are no documents": records,
+            f"files with {files:.1%} of the bytes are not read": files,
+        }
+        share = ", and ".join(text for text, lost in shares.items() if lost > max_loss)
         lost = Losses(Counter({r: n for r, n in self.counts.items() if r not in _NO_LOSS}))
         lost.examples = self.examples
-        raise ValueError(
-            f"{share}: {lost.describe()}; name other --data or --field, or allow it with "
-            f"--max-loss={_rounded_up(max(records, files))}"
+        return (
+            f"{share}: {lost.describe()}{lost.advice()}; name other --data or --field, "
+            f"or allow it with --max-loss={_rounded_up(max(records, files))}"
         )
 
 

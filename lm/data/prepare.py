@@ -161,9 +161,11 @@ def _check_start(corpus: Corpus, sources: Sequence[DocumentSource], parts: Seque
         if isinstance(source, ListedSource) and source.document_ids(unit) == []:
             losses.add(Skipped(unit.name, "other_file_type"), unit.size)
     total = sum(unit.size for _, unit in units)
-    losses.check(sys.maxsize, total, max_loss=corpus.max_loss)
+    found = [losses.fault(sys.maxsize, total, max_loss=corpus.max_loss)]
     if len(parts) > 1 and (empty := split_without_documents(corpus, sources, parts)):
-        raise ValueError(empty_split(empty, len(units), corpus, ""))
+        found.append(empty_split(empty, len(units), corpus, ""))
+    if any(found):
+        raise ValueError("; and ".join(filter(None, found)))
 
 
 def _claim(out: Path, plan: dict, out_flag: str) -> dict:

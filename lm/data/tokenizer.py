@@ -93,7 +93,10 @@ def load(name: str) -> Tokenizer:
     if path.is_dir():
         raise ValueError(f"tokenizer {name} is a folder: name the file in it")
     if not path.is_file():
-        raise ValueError(f"tokenizer {name}: no such file; scripts/train_tokenizer.py makes one")
+        raise ValueError(
+            f"tokenizer {name}: no such file; scripts/train_tokenizer.py makes one, and "
+            "`make pretrain` one with its token stores"
+        )
     return from_bytes(name, path.read_bytes(), special_tokens.read(path.parent))
 
 

@@ -172,7 +172,11 @@ class _Mapped:
         if self._path.is_symlink() and not self._path.exists():
             return f"a link to {os.readlink(self._path)}, which is not there"
         if not self._path.exists():
-            return "no such folder; make the store with scripts/prepare_data.py"
+            out = self._path.parent
+            return (
+                "no such folder; make the store with scripts/prepare_data.py --data=TEXT "
+                f"--tokenizer=FILE --out={out}, or with all that it needs by `make pretrain`"
+            )
         if not self._path.is_dir():
             return "a file, not the folder of a token store"
         inside = [path.parent.name for path in sorted(self._path.glob(f"*/{MANIFEST}"))]
