@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import logging as stdlib_logging
@@ -11,9 +12,11 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from absl import app
 
 from lm import config_flag
 from lm.config_flag import ConfigFlag
@@ -40,6 +43,8 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
             return main(*args), ""
     except RunError as error:
         return error.code, f"error: {error}"
+    except app.UsageError as error:
+        return Exit.USAGE, f"error: {error} (--help lists flags)"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
     except ModuleNotFoundError as error:
@@ -72,11 +77,26 @@ def run_with_config(
 
     `main` gets the arguments that are no flags; without `allow_rest` there may be none.
     """
-    from absl import app
-
     _use_huge_pages()
     parse = functools.partial(_parse, config=config, allow_rest=allow_rest)
     app.run(functools.partial(run, main), flags_parser=parse)
+
+
+@contextlib.contextmanager
+def named_by_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Errors name the flag that the user gave, in place of the config path that it sets.
+
+    flags: {"config.data.validation": "--data", ...}, those that were given.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for path, flag in flags.items():
+            text = re.sub(rf"(config\.)?\b{re.escape(path.removeprefix('config.'))}\b", flag, text)
+        if text == str(error):
+            raise
+        raise ValueError(text) from error
 
 
 def folder(path: str) -> str:

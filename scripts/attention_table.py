@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import exits, runtime
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/scale.md"
 HEADING = "## Splash against XLA's attention"
@@ -102,7 +102,7 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", default="v5e:4x4")

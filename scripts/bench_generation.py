@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from lm import runtime
+from lm import exits, runtime
 
 
 class Timing(NamedTuple):
@@ -134,7 +134,7 @@ def in_turns(calls: list[Callable[[], np.ndarray]], repeats: int) -> list[Timing
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import lines, runtime
+from lm import exits, lines, runtime
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=runtime.folder, required=True, help="folder of the run")
@@ -41,6 +43,23 @@ def main() -> int:
     )
     args = parser.parse_args()
 
+    changes, flags = {}, {}
+    if args.data:
+        changes["data.validation"] = tuple(args.data)
+        flags["config.data.validation"] = "--data"
+    if args.length is not None:
+        changes["data.length"] = args.length
+        flags["config.data.length"] = "--length"
+    if args.batch_size is not None:
+        changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
+        flags["config.data.batch_size"] = "--batch-size"
+    with runtime.named_by_flags(flags):
+        _evaluate(args, changes)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
+    """Prints the figures of every store, with the run's config changed so."""
     import jax
 
     from lm import config_tree
@@ -49,13 +68,6 @@ def main() -> int:
     from lm.experiment import load
     from lm.metrics import Progress
 
-    changes = {}
-    if args.data:
-        changes["data.validation"] = tuple(args.data)
-    if args.length is not None:
-        changes["data.length"] = args.length
-    if args.batch_size is not None:
-        changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
     experiment = load(args.workdir, jax.devices(), changes)
     if not experiment.config.data.validation:
         raise ValueError(
@@ -73,7 +85,6 @@ def main() -> int:
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()
         print(lines.dumps({"step": step, "source": source, **values}, ensure_ascii=False))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from lm import exits
 from lm.config import DataConfig, component
 from lm.data.pipeline import evaluation_batches, make_source
 from lm.data.sources.tokens import TokenStore
@@ -116,7 +117,7 @@ def measure(case: Case, packing: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import exits, runtime
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

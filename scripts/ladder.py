@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import config_flag, runtime
+from lm import config_flag, exits, runtime
 from lm.sweep.space import folder_name
 
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the ladder, flags --config.KEY=VALUE for all runs)."""
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

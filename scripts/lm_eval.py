@@ -19,7 +19,7 @@ from typing import Any
 sys.path.pop(0)  # this folder, where the package's name is that of this file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import lines, runtime
+from lm import exits, lines, runtime
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def parse_args() -> Any:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -22,13 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import runtime
+from lm import exits, runtime
 from lm.scaling.planner import MAX_EXTRAPOLATION, Machine
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import lines, runtime
+from lm import exits, lines, runtime
 from lm.data import corpus as corpora
 from lm.data.loss import Losses
 from lm.data.sources import Document, ListedSource
@@ -152,7 +152,7 @@ def table(measured: dict[str, dict[str, float]]) -> str:
 def parse_args() -> argparse.Namespace:
     from lm.task_metrics import METRICS
 
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -12,12 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lm import exits
 from lm.data import corpus
 from lm.data.tokenizer_training import train_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = exits.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     corpus.add_flags(parser)

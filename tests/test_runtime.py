@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import device_errors
+from lm import device_errors, runtime
 from lm.exits import Exit
 
 PROGRAM = """
@@ -79,6 +79,26 @@ def test_a_package_that_is_not_installed_is_one_line():
     )
     expected = "error: lm_eval is needed here and not installed: pip install lm_eval\n"
     assert (done.returncode, done.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize(
+    ("script", "missing"),
+    [("train.py", "--config"), ("evaluate.py", "--workdir"), ("prepare_data.py", "--tokenizer")],
+)
+def test_a_missing_flag_is_one_line_and_a_code_of_its_own(script, missing):
+    command = [sys.executable, f"scripts/{script}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and missing in line
+
+
+def test_errors_name_the_flag_in_place_of_the_path_that_it_sets():
+    with (
+        pytest.raises(ValueError, match=r"^--data: gone: no such folder; config\.data\.train$"),
+        runtime.named_by_flags({"config.data.validation": "--data"}),
+    ):
+        raise ValueError("config.data.validation: gone: no such folder; config.data.train")
 
 
 def test_a_config_that_is_not_there_is_one_line():
