@@ -35,7 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import config_flag, exits, runtime
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
     if args.runs and not (args.write or args.collect):
         raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
-    space.check_config(args.config, [*grid, *ranges], settings)
+    space.check_config(args.config, [*grid, *ranges], settings, read=config_flag.read)
     _claim(root, args, settings)
 
     search: Search | None = None

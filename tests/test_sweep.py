@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config_tree, guard, ledger, lines, metrics, results
+from lm import config_flag, config_tree, guard, ledger, lines, metrics, results
 from lm.sweep import cluster, pool, report, space
 from lm.sweep.adaptive import Search
 from lm.sweep.pool import Run
@@ -72,11 +72,11 @@ def test_axes_are_held_against_the_config_before_any_run():
     axes = [space.parse(t) for t in ("optimizer.learing_rate=1e-3,1e-2", "model.num_layers=2,x")]
     config = str(ROOT / "configs" / "smoke.py")
     with pytest.raises(ValueError, match=r"(?s)did you mean .*learning_rate\?.*must be int, got"):
-        space.check_config(config, axes, [])
+        space.check_config(config, axes, [], read=config_flag.read)
     models = [space.parse(t) for t in ("model.name=decoder,lstm", "model.num_kv_heads=1,2")]
-    space.check_config(config, models, ["--config.seed=1"])
+    space.check_config(config, models, ["--config.seed=1"], read=config_flag.read)
     with pytest.raises(ValueError, match=r"config\.sede is not a config key"):
-        space.check_config(config, models, ["--config.sede=1"])
+        space.check_config(config, models, ["--config.sede=1"], read=config_flag.read)
 
 
 def test_names_are_short_and_tell_keys_apart():

@@ -13,12 +13,12 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lm import config_flag, config_tree
+from lm import config_tree
 
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
 CONFIG = "config"  # the axis that is no key of a config, but the config's file
@@ -122,9 +122,16 @@ def check_keys(axes: Sequence[Axis]) -> None:
             raise ValueError(f"two axes are of the key {key}")
 
 
-def check_config(config: str, axes: Sequence[Axis], settings: Sequence[str]) -> None:
+def check_config(
+    config: str,
+    axes: Sequence[Axis],
+    settings: Sequence[str],
+    *,
+    read: Callable[[str, Sequence[str]], Any],
+) -> None:
     """Sets every value of every axis in the configs of the sweep, before any run starts.
 
+    read: (file, settings KEY=VALUE) -> its config: `lm.config_flag.read`.
     A key may be one of a component that only some runs have: one config that has it is enough.
 
     Raises:
@@ -136,7 +143,7 @@ def check_config(config: str, axes: Sequence[Axis], settings: Sequence[str]) -> 
     for point in grid(named):
         given = [s.removeprefix("--config.").replace("{fold}", "0") for s in settings]
         given += [f"{key}={value}" for key, value in point.items() if key != CONFIG]
-        tree = config_flag.read(str(point.get(CONFIG, config)), given)
+        tree = read(str(point.get(CONFIG, config)), given)
         faults.append({})
         for axis in others:
             values = axis.values if isinstance(axis, Choice) else (axis.low, axis.high)
