@@ -91,7 +91,7 @@ def measure(
     )
     arrays = (of(HEADS), of(KV_HEADS), of(KV_HEADS), Tokens(stream, stream, stream), of(HEADS))
     made = compiling.compile_step(jax.jit(both).lower(*arrays))
-    module = hlo.parse(made.program)
+    module = hlo.read(made.program.hlo_module)
     mesh = rules.mesh
     found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
     places = wires.places(target, mesh.devices.flatten().tolist())

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Iterable
 
-from lm.aot import buffers as xla_buffers
 from lm.aot import hlo
 from lm.aot.buffers import Allocation, Buffer
 
@@ -30,22 +29,20 @@ class Attribution:
     def __init__(
         self,
         module: hlo.Module,
-        live_ranges: str,
         parameters: Iterable[tuple[tuple[int, ...], tuple[int, ...]]],
     ) -> None:
         """parameters: (global shape, shape of a shard) of every parameter."""
         self.module = module
         self._loops = {
-            loop.called("body"): (loop, computation)
+            loop.called[0]: (loop, computation)
             for loop, computation in module.instructions.values()
             if loop.opcode == "while"
         }
         self._gradient_shapes = {s for p in parameters for s in _parts(*p)}
-        positions = xla_buffers.schedule(live_ranges)
         backward = [
-            positions[name]
-            for name, (instruction, _) in module.instructions.items()
-            if name in positions and self._is_backward(instruction)
+            position
+            for name, position in module.schedule.items()
+            if self._is_backward(module.instructions[name][0])
         ]
         self._first_backward = min(backward, default=math.inf)
         self._last_backward = max(backward, default=-math.inf)
@@ -113,7 +110,7 @@ class Attribution:
             return instruction
         made = self._maker(update.operands[1])
         if made.opcode == "parameter" and instruction.opcode == "fusion":
-            made = self._maker(instruction.operands[int(made.literal)])
+            made = self._maker(instruction.operands[made.proto.parameter_number])
         named = self._named(made)
         return named if named and "dynamic_update" not in named.op_name else instruction
 
@@ -128,7 +125,7 @@ class Attribution:
         """What a fusion does; of anything else itself."""
         if instruction.opcode != "fusion":
             return [instruction]
-        return list(self.module.computations[instruction.called("calls")].instructions.values())
+        return list(self.module.computations[instruction.called[0]].instructions.values())
 
     def _is_older(self, instruction: hlo.Instruction) -> bool:
         """Whether a value is a copy of the optimizer's state, or the forward pass made it, the
@@ -156,7 +153,7 @@ class Attribution:
             loop = computation.operand(instruction)
             if loop.opcode != "while":
                 return instruction
-            root = self.module.computations[loop.called("body")].root
+            root = self.module.computations[loop.called[0]].root
             source = root.operands[instruction.index] if root.opcode == "tuple" else ""
         elif instruction.opcode == "fusion" and not instruction.op_name:
             if not all(_only_moves(i) for i in self._inside(instruction)):
@@ -199,7 +196,7 @@ class Attribution:
         if instruction.opcode in _MOVES:
             return self._is_parameter(instruction.operands[0], depth + 1)
         if instruction.opcode == "fusion":
-            inner = self.module.computations[instruction.called("calls")]
+            inner = self.module.computations[instruction.called[0]]
             if not all(_only_moves(i) for i in inner.instructions.values()):
                 return False
             large = [o for o in instruction.operands if _elements(computation, o) > 1]

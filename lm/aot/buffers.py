@@ -1,4 +1,4 @@
-"""XLA's buffer assignment, read from its text: what lies where, and when.
+"""XLA's buffer assignment, read from its proto: what lies where, and when.
 
 An allocation holds values; the large one for temporaries is a heap in which values that do not
 live at the same time share bytes. Values that follow each other in one place with one shape are
@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import re
+from typing import Any
 
-from lm.aot import hlo
-
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+),(.*)")
-_VALUE = re.compile(
-    r" value: <\d+ ([\w.\-]+)(?:\{([\d, ]*)\})?(?: \(phi\))? @\d+> "
-    r"\(size=(\d+),offset=(\d+)\): (.*)"
-)
-_RANGE = re.compile(r"\s+([\w.\-]+)\{([\d, ]*)\}:(\d+)-(\d+)$")
+from lm.aot import hlo, protos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +19,6 @@ class Value:
     """A result, or a part of one, of an instruction."""
 
     name: str  # of the instruction
-    index: str  # of the part: "", "2", "1,0"
     size: int
     offset: int
     shape: hlo.Shape | None  # None: a table of pointers
@@ -67,65 +59,49 @@ class Peak:
     used: int
 
 
-def parse(assignment: str, live_ranges: str) -> list[Allocation]:
-    """All allocations of a program."""
-    ranges: dict[tuple[str, str], tuple[int, int]] = {}
-    for line in live_ranges.splitlines():
-        found = _RANGE.match(line)
-        if found:
-            ranges[found[1], _index(found[2])] = (int(found[3]), int(found[4]))
-    allocations: list[Allocation] = []
-    head: tuple[int, str] | None = None
-    values: list[Value] = []
-
-    def close() -> None:
-        if head is not None:
-            allocations.append(_allocation(*head, values))
-
-    for line in assignment.splitlines():
-        found = _ALLOCATION.match(line)
-        if found:
-            close()
-            head, values = (int(found[1]), found[2]), []
-            continue
-        found = _VALUE.match(line)
-        if found and head is not None:
-            index = _index(found[2] or "")
-            shape = None if found[5].startswith("(") else next(iter(hlo.shapes(found[5])), None)
-            live = ranges.get((found[1], index), (0, 0))
-            values.append(
-                Value(found[1], index, int(found[3]), int(found[4]), shape, live[0], live[1])
-            )
-        elif head is not None and line and not line.startswith(" "):
-            break  # a list of totals follows
-    close()
+def read(assignment: Any, module: hlo.Module) -> list[Allocation]:
+    """All allocations of a program, from the BufferAssignmentProto of its module."""
+    lives = _lives(assignment, module)
+    defined = {b.id: b.defined_at for b in assignment.logical_buffers}
+    allocations = []
+    for a in assignment.buffer_allocations:
+        values = []
+        for part in a.assigned:
+            at = defined[part.logical_buffer_id]
+            instruction = module.by_id[at.instruction_id]
+            shape = hlo.shape_at(instruction.proto.shape, at.shape_index)
+            array = None if shape.tuple_shapes else next(iter(hlo.shapes(shape)), None)
+            live = lives.get(part.logical_buffer_id, (0, 0))
+            values.append(Value(instruction.name, part.size, part.offset, array, *live))
+        parameter = a.parameter_number if a.is_entry_computation_parameter else None
+        allocations.append(Allocation(a.size, a.color, _kind(a), parameter, _buffers(values)))
     return allocations
 
 
-def _index(text: str) -> str:
-    return text.replace(" ", "")
+def _kind(allocation: Any) -> str:
+    if allocation.is_thread_local:
+        return "thread"
+    if allocation.is_constant:
+        return "constant"
+    if allocation.is_entry_computation_parameter:
+        return "parameter"
+    return "output" if allocation.maybe_live_out else "temporary"
 
 
-def _allocation(size: int, text: str, values: list[Value]) -> Allocation:
-    space = re.search(r"\bcolor (\d+)", text)
-    parameter = re.search(r"\bparameter (\d+)", text)
-    kind = "output"
-    for word, name in (
-        ("thread-local", "thread"),
-        ("constant", "constant"),
-        ("preallocated-temp", "temporary"),
-        ("parameter", "parameter"),
-    ):
-        if word in text:
-            kind = name
-            break
-    return Allocation(
-        size,
-        int(space[1]) if space else hlo.HBM,
-        kind,
-        int(parameter[1]) if parameter else None,
-        _buffers(values),
-    )
+def _lives(assignment: Any, module: hlo.Module) -> dict[int, tuple[int, int]]:
+    """Positions in the schedule from which and to which the values of heaps are kept, by number:
+    a value is let go after all those that start at its last position.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for trace in assignment.heap_simulator_traces:
+        now = 0
+        for event in trace.events:
+            if event.kind == protos.FREE:
+                found[event.buffer_id] = (found[event.buffer_id][0], now)
+            else:
+                now = module.schedule[event.instruction_name]
+                found[event.buffer_id] = (now, now)
+    return found
 
 
 def _buffers(values: list[Value]) -> tuple[Buffer, ...]:
@@ -203,9 +179,3 @@ def _union(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((low, high))
     return merged
-
-
-def schedule(live_ranges: str) -> dict[str, int]:
-    """Positions of the instructions in the order in which they run, bodies of loops in place."""
-    found = re.findall(r"^    (\d+):([\w.\-]+)$", live_ranges, re.M)
-    return {name: int(position) for position, name in found}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.aot import protos
 from lm.metrics import Progress
 
 FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
@@ -23,9 +24,7 @@ FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_
 class Compiled:
     """What is known of a program. One that does not fit has buffers, but no `sizes`."""
 
-    program: str  # optimized HLO
-    assignment: str  # XLA's buffer assignment
-    live_ranges: str
+    program: Any  # HloProto: the optimized module and the assignment of its buffers
     sizes: dict[str, int]  # bytes by field of memory_analysis()
     host_sizes: dict[str, int]  # the same for memory of the host
     peak: int | None  # bytes in use at once, by memory_analysis()
@@ -46,7 +45,7 @@ def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None)
 
     start, busy = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
         sizes, host, peak, refusal = {}, {}, None, ""
         cache = bool(jax.config.values["jax_enable_compilation_cache"])
         _use_cache(False)  # a program from the cache of compilations comes without its dump
@@ -63,16 +62,12 @@ def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None)
         finally:
             _use_cache(cache)
         seconds, cpu_seconds = time.monotonic() - start, time.process_time() - busy
-        program = _dumped(folder, "after_optimizations.txt")
-        assignment = _dumped(folder, "after_optimizations-buffer-assignment.txt")
-        live_ranges = _dumped(folder, "after_optimizations-live-range.txt")
+        program = protos.message("HloProto").FromString(_dumped(folder))
         written = messages()
-    if not program or not assignment:
+    if not program.buffer_assignment.buffer_allocations:
         raise ValueError(f"the compiler left no program to look at: {refusal or 'no dump'}")
     return Compiled(
         program,
-        assignment,
-        live_ranges,
         sizes,
         host,
         peak,
@@ -93,10 +88,10 @@ def _use_cache(wanted: bool) -> None:
     compilation_cache.reset_cache()
 
 
-def _dumped(folder: str, ending: str) -> str:
-    """The largest dump of this kind: the step, beside which small modules may be compiled."""
-    found = list(Path(folder).glob(f"*{ending}"))
-    return max((path.read_text() for path in found), key=len, default="")
+def _dumped(folder: str) -> bytes:
+    """The largest program: the step, beside which small ones may be compiled."""
+    found = Path(folder).glob("*after_optimizations.hlo.pb")
+    return max((path.read_bytes() for path in found), key=len, default=b"")
 
 
 def _available(refusal: str) -> int | None:

@@ -1,4 +1,5 @@
-"""A compiled program read from its text: instructions, source lines, and how often each one runs.
+"""A compiled program read from XLA's protos: instructions, source lines, and how often each one
+runs.
 
 XLA's cost analysis counts the body of a loop once; `walk` multiplies trip counts in, and goes
 through calls, branches and the computations inside of fusions.
@@ -8,23 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lm.aot import protos
 
 BITS = {
     **{"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16},
     **{"f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64},
     **{"c64": 64, "c128": 128, "token": 0, "opaque": 0, "f4e2m1fn": 4, "f8e8m0fnu": 8},
 }
-HBM, HOST = 0, 5  # memory spaces of a layout, S(n): everything else is on the chip
-
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_SPACE = re.compile(r"S\((\d+)\)")
-_NAME = re.compile(r"%([\w.\-]+(?:#\d+)?)")  # %x#1 is part 1 of a tuple, since libtpu 0.0.5x
-_HEAD = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
-_CLOSING = re.compile(r"\}(?:, execution_thread=.*)?\s*$")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+HBM, HOST = 0, 5  # memory spaces of a layout: everything else is on the chip
+_CALLS = ("call", "async-start", "fusion")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,56 +43,59 @@ class Shape:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    name: str
-    opcode: str
+    proto: Any  # its HloInstructionProto
     shapes: tuple[Shape, ...]  # a tuple's leaves
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses
-    attributes: str
-    root: bool
+    called: tuple[str, ...]  # computations: of a loop its body and condition, or the branches
+
+    @property
+    def name(self) -> str:
+        return self.proto.name
+
+    @functools.cached_property
+    def opcode(self) -> str:
+        return self.proto.opcode
 
     @functools.cached_property
     def op_name(self) -> str:
         """The path of JAX scopes and primitives that the instruction came from."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
+        return self.proto.metadata.op_name
 
-    @functools.cached_property
+    @property
     def frame(self) -> int:
-        found = re.search(r"stack_frame_id=(\d+)", self.attributes)
-        return int(found[1]) if found else 0
+        return self.proto.metadata.stack_frame_id
 
-    @functools.cached_property
+    @property
     def target(self) -> str:
         """What a custom call calls."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return self.proto.custom_call_target
 
     @property
     def index(self) -> int:
         """Of a get-tuple-element."""
-        found = re.search(r"\bindex=(\d+)", self.attributes)
-        return int(found[1]) if found else 0
+        return self.proto.tuple_index
 
-    def called(self, role: str) -> str:
-        found = re.search(rf"\b{role}=%([\w.\-]+)", self.attributes)
-        return found[1] if found else ""
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """What a compiler notes for its backend: XLA's own are JSON."""
+        text = self.proto.backend_config
+        return json.loads(text) if text.startswith(b"{") else {}
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, str]:
+        """What JAX and the compiler note of an instruction."""
+        return {entry.key: entry.value for entry in self.proto.frontend_attributes.map}
 
     @property
-    def branches(self) -> tuple[str, ...]:
-        """Of a conditional."""
-        listed = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
-        if listed:
-            return tuple(_NAME.findall(listed[1]))
-        pair = (self.called("true_computation"), self.called("false_computation"))
-        return pair if all(pair) else ()
-
-    def numbers(self, name: str) -> tuple[int, ...]:
-        """Of an attribute such as dimensions={0,2}."""
-        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
+    def value(self) -> int | None:
+        """Of a constant integer."""
+        literal = self.proto.literal
+        for held in (literal.s32s, literal.u32s, literal.s64s, literal.u64s):
+            if self.opcode == "constant" and len(held) == 1:
+                return held[0]
+        return None
 
     @property
     def bytes(self) -> int:
@@ -105,15 +106,12 @@ class Instruction:
 class Computation:
     name: str
     instructions: dict[str, Instruction]
-
-    @functools.cached_property
-    def root(self) -> Instruction:
-        return next(i for i in self.instructions.values() if i.root)
+    root: Instruction
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return {int(i.literal): i for i in found}
+        return {i.proto.parameter_number: i for i in found}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -148,19 +146,10 @@ class Visit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
-    file: str
-    line: int
-    function: str
-    parent: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Module:
-    name: str
+    proto: Any  # its HloModuleProto
     computations: dict[str, Computation]
     entry: Computation
-    frames: dict[int, Frame]
 
     @functools.cached_property
     def instructions(self) -> dict[str, tuple[Instruction, Computation]]:
@@ -171,16 +160,42 @@ class Module:
             for name, instruction in computation.instructions.items()
         }
 
+    @functools.cached_property
+    def by_id(self) -> dict[int, Instruction]:
+        return {i.proto.id: i for i, _ in self.instructions.values()}
+
     def source(self, frame: int, inside: str) -> str:
         """FILE:LINE of the innermost frame whose file has `inside` in its path; "" if none."""
-        seen: set[int] = set()
-        while frame in self.frames and frame not in seen:
-            seen.add(frame)
-            found = self.frames[frame]
-            if inside in found.file:
-                return f"{inside.lstrip('/')}{found.file.split(inside)[-1]}:{found.line}"
-            frame = found.parent
+        table = self.proto.stack_frame_index
+        while frame:  # numbers count from 1; the outermost frame has the parent 0
+            found = table.stack_frames[frame - 1]
+            location = table.file_locations[found.file_location_id - 1]
+            file = table.file_names[location.file_name_id - 1]
+            if inside in file:
+                return f"{inside.lstrip('/')}{file.split(inside)[-1]}:{location.line}"
+            frame = found.parent_frame_id
         return ""
+
+    @functools.cached_property
+    def schedule(self) -> dict[str, int]:
+        """Positions of the instructions in the order in which they run, a loop's condition and then
+        its body in front of the loop.
+        """
+        called = {c.id: c.name for c in self.proto.computations}
+        waiting = {called[s.key]: s.value.instruction_ids for s in self.proto.schedule.sequences}
+        found: dict[str, int] = {}
+
+        def lay(computation: str) -> None:
+            for number in waiting.pop(computation, ()):
+                instruction = self.by_id[number]
+                if instruction.opcode in ("while", "conditional", "call", "async-start"):
+                    loop = instruction.opcode == "while"
+                    for inner in instruction.called[:: -1 if loop else 1]:
+                        lay(inner)
+                found[instruction.name] = len(found)
+
+        lay(self.entry.name)
+        return found
 
     def walk(self) -> Iterator[Visit]:
         """Every instruction that a step runs. Branches count in equal parts: which one runs is
@@ -196,49 +211,44 @@ class Module:
             opcode = instruction.opcode
             if opcode == "while":
                 found = self.trip_count(instruction, computation)
-                trips = times * (1 if found is None else found)
-                for role in ("body", "condition"):
-                    yield from self._walk(self.computations[instruction.called(role)], trips, outer)
+                times_inside = times * (1 if found is None else found)
             elif opcode == "conditional":
-                branches = instruction.branches
-                for branch in branches:
-                    yield from self._walk(self.computations[branch], times / len(branches), outer)
-            elif opcode in ("call", "async-start", "fusion"):
-                inner = instruction.called("calls") or instruction.called("to_apply")
-                within = outer or (instruction if opcode == "fusion" else None)
-                yield from self._walk(self.computations[inner], times, within)
+                times_inside = times / len(instruction.called)
+            elif opcode in _CALLS:
+                times_inside = times
+            else:
+                continue
+            within = outer or (instruction if opcode == "fusion" else None)
+            for called in instruction.called:
+                yield from self._walk(self.computations[called], times_inside, within)
 
     def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
         """How often the body of a while loop runs: what the compiler noted, or the bound of its
         counter; None where neither is known (a loop that ends on data).
         """
-        noted = _TRIPS.search(loop.attributes)
-        if noted:
-            return int(noted[1])
-        condition = self.computations[loop.called("condition")]
-        body = self.computations[loop.called("body")]
+        if "known_trip_count" in loop.config:
+            return int(loop.config["known_trip_count"]["n"])
+        body, condition = (self.computations[name] for name in loop.called)
         test = self._resolve(condition.root, condition)
         if test.opcode == "fusion":
-            test = self.computations[test.called("calls")].root
-        direction = re.search(r"direction=(LT|LE|GT|GE)", test.attributes)
-        if test.opcode != "compare" or not direction or len(condition.root.operands) < 2:
+            test = self.computations[test.called[0]].root
+        direction = test.proto.comparison_direction
+        if test.opcode != "compare" or direction not in ("LT", "LE", "GT", "GE"):
+            return None
+        if len(condition.root.operands) < 2:
             return None
         sides = [self._resolve(condition.operand(condition.root, i), condition) for i in (0, 1)]
         counters = [s for s in sides if s.opcode == "get-tuple-element"]
-        bounds = [s for s in sides if s.opcode == "constant"]
+        bounds = [s.value for s in sides if s.value is not None]
         if len(counters) != 1 or len(bounds) != 1 or body.root.opcode != "tuple":
             return None
         step = self._resolve(body.operand(body.root, counters[0].index), body)
         start = self._start(loop, computation, counters[0].index)
-        change = [
-            int(o.literal)
-            for o in (self._resolve(body.instructions[n], body) for n in step.operands)
-            if o.opcode == "constant"
-        ]
+        values = [self._resolve(body.instructions[n], body).value for n in step.operands]
+        change = [v for v in values if v is not None]
         if step.opcode != "add" or start is None or len(change) != 1:
             return None
-        inclusive = direction[1] in ("LE", "GE")
-        span = abs(int(bounds[0].literal) - start) + inclusive
+        span = abs(bounds[0] - start) + (direction in ("LE", "GE"))
         return max(0, -(-span // abs(change[0])))
 
     def _start(self, loop: Instruction, computation: Computation, index: int) -> int | None:
@@ -246,8 +256,7 @@ class Module:
         initial = computation.operand(loop)
         if initial.opcode != "tuple":
             return None
-        value = self._resolve(computation.operand(initial, index), computation)
-        return int(value.literal) if value.opcode == "constant" else None
+        return self._resolve(computation.operand(initial, index), computation).value
 
     def _resolve(self, instruction: Instruction, computation: Computation) -> Instruction:
         """What copies and bitcasts of one value are copies of."""
@@ -256,147 +265,40 @@ class Module:
         return instruction
 
 
-def _closing(text: str, start: int) -> int:
-    """Index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        if text[i] == "(":
-            depth += 1
-        elif text[i] == ")":
-            depth -= 1
-            if not depth:
-                return i + 1
-    return len(text)
+def shape_at(proto: Any, index: Sequence[int] = ()) -> Any:
+    """The ShapeProto of a part of a tuple."""
+    for i in index:
+        proto = proto.tuple_shapes[i]
+    return proto
 
 
-def shapes(text: str) -> tuple[Shape, ...]:
-    """The arrays in the text of a shape or of a tuple of shapes."""
-    found = []
-    for dtype, dims, layout in _SHAPE.findall(text):
-        space = _SPACE.search(layout)
-        sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        found.append(Shape(dtype, sizes, int(space[1]) if space else HBM))
-    return tuple(found)
+def shapes(proto: Any) -> tuple[Shape, ...]:
+    """The arrays of a ShapeProto; of a tuple its leaves."""
+    if proto.tuple_shapes:
+        return tuple(shape for part in proto.tuple_shapes for shape in shapes(part))
+    dtype = protos.DTYPES[proto.element_type]
+    if dtype == "tuple":
+        return ()
+    return (Shape(dtype, tuple(proto.dimensions), proto.layout.memory_space),)
 
 
-def _elements(text: str) -> list[str]:
-    """The texts of a tuple's parts, of which each may be a tuple itself."""
-    found, depth, start = [], 0, 1
-    for i, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth == (letter == ","):  # a comma of the tuple itself, or its end
-            found.append(text[start:i])
-            start = i + 1
-    return found
-
-
-def _part(name: str, tuples: dict[str, str]) -> Instruction:
-    """Meaning of an operand `%x#1`. Compilers before wrote an instruction of its own for it,
-    which the rest of this package goes by.
-    """
-    source, _, index = name.partition("#")
-    shape = shapes(_elements(tuples[source])[int(index)])
-    attributes = f", index={index}"
-    return Instruction(
-        name, "get-tuple-element", shape, (source,), f"%{source}", attributes, root=False
-    )
-
-
-def _instruction(line: str) -> tuple[Instruction, str] | None:
-    """The instruction of a line, and the text of its shape."""
-    head = _HEAD.match(line)
-    if not head:
-        return None
-    start = head.end()
-    stop = _closing(line, start) if line[start] == "(" else line.index(" ", start)
-    opening = line.index("(", stop)
-    closing = _closing(line, opening)
-    inner = line[opening + 1 : closing - 1]
-    instruction = Instruction(
-        name=head[2],
-        opcode=line[stop:opening].strip(),
-        shapes=shapes(line[start:stop]),
-        operands=tuple(_NAME.findall(inner)),
-        literal=inner,
-        attributes=line[closing:],
-        root=bool(head[1]),
-    )
-    return instruction, line[start:stop].strip()
-
-
-def parse(text: str) -> Module:
-    """The module of an HLO text, as `compiled.as_text()` gives it."""
-    name = re.match(r"HloModule ([\w.\-]+)", text)
-    computations: dict[str, Computation] = {}
-    entry = ""
-    current: Computation | None = None
-    tuples: dict[str, str] = {}  # name -> text of its shape
-    for line in _logical_lines(text):
-        if current is not None and not _CLOSING.match(line):
-            found = _instruction(line)
-            if found:
-                instruction, shape = found
-                if shape.startswith("("):
-                    tuples[instruction.name] = shape
-                for operand in instruction.operands:
-                    if "#" in operand and operand not in current.instructions:
-                        current.instructions[operand] = _part(operand, tuples)
-                current.instructions[instruction.name] = instruction
-            continue
-        opened = re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
-        current = Computation(opened[2], {}) if opened else None
-        if opened and current is not None:
-            computations[opened[2]] = current
-            entry = opened[2] if opened[1] else entry
-    return Module(name[1] if name else "", computations, computations[entry], _frames(text))
-
-
-def _logical_lines(text: str) -> Iterator[str]:
-    """Lines of a module, where the attributes of an instruction may take several: those of a
-    kernel hold its own metadata as it was written.
-    """
-    kept: str | None = None
-    for line in text.splitlines():
-        if kept is not None and not (_HEAD.match(line) or _CLOSING.match(line)):
-            kept += line
-            continue
-        if kept is not None:
-            yield kept
-            kept = None
-        if _HEAD.match(line):
-            kept = line
-        else:
-            yield line
-    if kept is not None:
-        yield kept
-
-
-def _frames(text: str) -> dict[int, Frame]:
-    """The table of stack frames in front of the computations."""
-    head = text[: text.find("\n%")] if "\n%" in text else text
-
-    def rows(title: str) -> dict[int, str]:
-        found = re.search(rf"^{title}\n((?:\d+ .*\n)+)", head, re.M)
-        lines = found[1].splitlines() if found else []
-        return {int(row.split(" ", 1)[0]): row.split(" ", 1)[1] for row in lines}
-
-    def number(row: str, name: str) -> int:
-        found = re.search(rf"\b{name}=(\d+)", row)
-        return int(found[1]) if found else 0
-
-    files = {i: row.strip('"') for i, row in rows("FileNames").items()}
-    functions = {i: row.strip('"') for i, row in rows("FunctionNames").items()}
-    locations = rows("FileLocations")
-    frames = rows("StackFrames")
-    # the text gives a parent's number plus one: the first frame, which has none, names itself
-    shift = 1 if number(frames.get(1, ""), "parent_frame_id") == 1 else 0
-    result = {}
-    for i, row in frames.items():
-        location = locations.get(number(row, "file_location_id"), "")
-        result[i] = Frame(
-            files.get(number(location, "file_name_id"), ""),
-            number(location, "line"),
-            functions.get(number(location, "function_name_id"), ""),
-            number(row, "parent_frame_id") - shift,
-        )
-    return result
+def read(proto: Any) -> Module:
+    """The module of an HloModuleProto."""
+    called = {c.id: c.name for c in proto.computations}
+    scheduled = {s.key: s.value.instruction_ids for s in proto.schedule.sequences}
+    computations = {}
+    for c in proto.computations:
+        by_id = {i.id: i for i in c.instructions}
+        ordered = [by_id[i] for i in scheduled.get(c.id, by_id)]
+        instructions = {
+            i.name: Instruction(
+                i,
+                shapes(i.shape),
+                tuple(by_id[o].name for o in i.operand_ids),
+                tuple(called[o] for o in i.called_computation_ids),
+            )
+            for i in ordered
+        }
+        root = instructions[by_id[c.root_id].name]
+        computations[c.name] = Computation(c.name, instructions, root)
+    return Module(proto, computations, computations[proto.entry_computation_name])

@@ -58,8 +58,8 @@ def measure(
     platform: str,
 ) -> Memory:
     """The memory of a compiled step."""
-    allocations = xla_buffers.parse(compiled.assignment, compiled.live_ranges)
-    attribution = Attribution(module, compiled.live_ranges, parameters)
+    allocations = xla_buffers.read(compiled.program.buffer_assignment, module)
+    attribution = Attribution(module, parameters)
     groups = dict.fromkeys(GROUPS, 0)
     lines: list[Line] = []
     heap: list[Line] = []

@@ -207,7 +207,7 @@ def analyse(
         ImplausiblePlan: its figures cannot be right, so the compiler's output was not understood.
     """
     c, mesh = experiment.config, experiment.rules.mesh
-    module = hlo.parse(compiled.program)
+    module = hlo.read(compiled.program.hlo_module)
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
     used = memory.measure(compiled, module, shapes, platform=target.chip.platform)

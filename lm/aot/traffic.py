@@ -9,10 +9,9 @@ for no less, whatever algorithm moves them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ KINDS = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+_TRANSFER = "_xla_megascale_transfer_type"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,9 @@ def collectives(
     for visit in module.walk():
         instruction = visit.instruction
         kind = instruction.opcode.removesuffix("-start")
-        between = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-        if kind == "send" and between:
-            kind = between[1].lower().replace("_", "-")
-        else:
-            between = None
+        between = kind == "send" and _TRANSFER in instruction.attributes
+        if between:
+            kind = instruction.attributes[_TRANSFER].lower().replace("_", "-")
         if kind not in KINDS or not visit.times or _goes_on(visit):
             continue
         inputs = [
@@ -91,10 +89,11 @@ def collectives(
             group = tuple(range(0, math.prod(axis_sizes), math.prod(axis_sizes) // slices))
             payload = inputs[0] * (slices if kind == "all-gather" else 1)
         elif kind == "collective-permute":
-            group = _longest_cycle(_pairs(instruction.attributes))
+            pairs = instruction.proto.source_target_pairs
+            group = _longest_cycle({pair.source: pair.target for pair in pairs})
             payload = inputs[0]
         else:
-            group = _first_group(instruction.attributes, math.prod(axis_sizes))
+            group = _first_group(instruction.proto, math.prod(axis_sizes))
             payload = sum(inputs) * (len(group) if kind == "all-gather" else 1)
         if len(group) < 2:
             continue
@@ -120,7 +119,7 @@ def collectives(
 
 def _goes_on(visit: hlo.Visit) -> bool:
     """True if a collective of a chain has started in another fusion."""
-    if not re.search(r"\bchain_id=", visit.instruction.attributes):
+    if "chain_id" not in visit.instruction.attributes:
         return False
     targets = [i.target for i in visit.computation.instructions.values()]
     return visit.outer is not None and "AsyncCollectiveStart" not in targets
@@ -140,21 +139,14 @@ def _pads(visit: hlo.Visit, module: hlo.Module) -> bool:
         while operand is not None and operand.opcode in ("copy-done", "copy-start", "bitcast"):
             operand = visit.computation.operand(operand)
         if operand is not None and operand.opcode == "fusion":
-            operand = module.computations[operand.called("calls")].root
+            operand = module.computations[operand.called[0]].root
         if operand is None or operand.opcode != "dynamic-update-slice":
             return False
     return bool(visit.instruction.operands)
 
 
-def _pairs(attributes: str) -> list[tuple[int, int]]:
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
-    return [(int(a), int(b)) for a, b in pairs]
-
-
-def _longest_cycle(pairs: list[tuple[int, int]]) -> tuple[int, ...]:
+def _longest_cycle(following: dict[int, int]) -> tuple[int, ...]:
     """The devices that a permutation links to the source of its first pair."""
-    following = dict(pairs)
     at, seen = next(iter(following), None), []
     while at is not None and at not in seen:
         seen.append(at)
@@ -162,55 +154,47 @@ def _longest_cycle(pairs: list[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(sorted(seen))
 
 
-@functools.lru_cache(maxsize=4096)
-def _first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """Positions of the first of the replica groups, in any of the forms in which XLA writes them:
-
-    {{0,1},{2,3}}    [2,4]<=[8]    [4,2]<=[2,4]T(1,0)    mesh['a'=2,'b'=4] {'b'}
-    mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
+def _first_group(proto: Any, num_devices: int) -> tuple[int, ...]:
+    """Positions of the first of an instruction's replica groups, in any of the forms that they
+    have: lists, an iota that is reshaped and transposed, or axes of a mesh.
     """
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    if listed:
-        return tuple(int(n) for n in listed[1].split(","))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        shape, dims = _numbers(iota[1]), _numbers(iota[2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose(_numbers(iota[3]))
-        return tuple(int(i) for i in ids.reshape(shape)[0])
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?)\))? \{([^}]*)\}", attributes
-    )
-    if mesh:
-        return _mesh_group(mesh[1], mesh[2] or "", mesh[3])
+    listed = proto.collective_device_list.replica_groups or proto.replica_groups
+    if listed and listed[0].replica_ids:
+        return tuple(listed[0].replica_ids)
+    if proto.HasField("mesh_axes_replica_group_list"):
+        return _mesh_group(proto.mesh_axes_replica_group_list)
+    iota = proto.iota_collective_device_list
+    if not iota.iota_reshape_dims:  # where they were before
+        iota = proto.collective_device_list.iota_replica_group_list
+    if iota.iota_reshape_dims:
+        ids = _iota(iota.iota_reshape_dims, iota.iota_transpose_perm)
+        return tuple(ids[: iota.num_devices_per_group].tolist())
     return tuple(range(num_devices))
 
 
-def _mesh_group(sizes_text: str, order: str, axes_text: str) -> tuple[int, ...]:
-    sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", sizes_text)}
-    ids = np.arange(math.prod(sizes.values()))
-    listed = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
-    if listed and math.prod(_numbers(listed[1])) == len(ids):
-        ids = ids.reshape(_numbers(listed[1]))
-        ids = ids.transpose(_numbers(listed[2])) if listed[2] else ids
-    elif listed:
-        ids = np.array(_numbers(listed[1]))
-    grid = ids.reshape(tuple(sizes.values()))
+def _iota(dims: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    """All numbers, as an array of these dimensions has them when it is transposed."""
+    ids = np.arange(math.prod(dims)).reshape(tuple(dims))
+    return (ids.transpose(tuple(order)) if order else ids).reshape(-1)
+
+
+def _mesh_group(groups: Any) -> tuple[int, ...]:
+    sizes = [axis.size for axis in groups.mesh.axes]
+    order = groups.mesh.iota
+    if groups.mesh.device_ids:
+        ids = np.array(groups.mesh.device_ids)
+    else:
+        ids = _iota(order.reshape_dims or sizes, order.transpose_perm)
+    ids = ids.reshape(sizes)
     index: list[slice | int] = [0] * len(sizes)
-    names = list(sizes)
-    for name, before, part in re.findall(r"'?([\w.]+)'?(?::\((\d+)\)(\d+))?", axes_text):
-        axis = names.index(name)
-        if part:  # a part of an axis: of `size`, the digit of weight size / (before * part)
-            step = sizes[name] // (int(before) * int(part))
-            index[axis] = slice(0, step * int(part), step)
-        else:
-            index[axis] = slice(None)
-    return tuple(int(i) for i in np.asarray(grid[tuple(index)]).reshape(-1))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
+    for axis in groups.axes:
+        size = sizes[axis.mesh_axis_index]
+        step, count = 1, size
+        if axis.HasField("sub_axis_info"):  # the digit of weight size / (before * count)
+            count = axis.sub_axis_info.size
+            step = size // (axis.sub_axis_info.pre_size * count)
+        index[axis.mesh_axis_index] = slice(0, step * count, step)
+    return tuple(ids[tuple(index)].reshape(-1).tolist())
 
 
 def _axes(

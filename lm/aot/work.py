@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 
 from lm.aot import hlo
 from lm.aot.hlo import Computation, Instruction, Module
@@ -55,7 +54,7 @@ def flops(instruction: Instruction, computation: Computation) -> float | None:
     opcode = instruction.opcode
     if opcode == "dot":
         left = computation.operand(instruction).shapes[0]
-        inner = instruction.numbers("lhs_contracting_dims")
+        inner = instruction.proto.dot_dimension_numbers.lhs_contracting_dimensions
         return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[i] for i in inner)
     if opcode == "convolution":
         return _convolution(instruction, computation)
@@ -68,41 +67,24 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     """The TPU compiler writes products as convolutions, with batch dimensions as space in which
     most taps of the window meet padding: only those that meet an element count.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    assert labels, instruction.attributes
+    labels = instruction.proto.convolution_dimension_numbers
     left = computation.operand(instruction, 0).shapes[0].dims
     right = computation.operand(instruction, 1).shapes[0].dims
     out = instruction.shapes[0].dims
-    window = _window(instruction.attributes)
     valid = 1
-    for digit in sorted(c for c in labels[1] if c.isdigit()):
-        d = int(digit)
-        w = window.get(d, {})
+    for i, window in enumerate(instruction.proto.window.dimensions):
         valid *= _taps(
-            left[labels[1].index(digit)],
-            right[labels[2].index(digit)],
-            out[labels[3].index(digit)],
-            stride=w.get("stride", 1),
-            low=w.get("low", 0),
-            spread=w.get("lhs_dilate", 1),
-            dilate=w.get("rhs_dilate", 1),
+            left[labels.input_spatial_dimensions[i]],
+            right[labels.kernel_spatial_dimensions[i]],
+            out[labels.output_spatial_dimensions[i]],
+            stride=window.stride,
+            low=window.padding_low,
+            spread=window.base_dilation,
+            dilate=window.window_dilation,
         )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    batch = left[labels[1].index("b")] // (int(groups[1]) if groups else 1)
-    return 2.0 * valid * batch * right[labels[2].index("i")] * right[labels[2].index("o")]
-
-
-def _window(attributes: str) -> dict[int, dict[str, int]]:
-    """window={size=4x1 stride=3x1 pad=3_3x0_0 lhs_dilate=4x1} by dimension."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    result: dict[int, dict[str, int]] = {}
-    for name, text in re.findall(r"(\w+)=(\S+)", found[1] if found else ""):
-        for i, part in enumerate(text.split("x")):
-            if name == "pad":
-                result.setdefault(i, {})["low"] = int(part.split("_")[0])
-            elif part.lstrip("-").isdigit():
-                result.setdefault(i, {})[name] = int(part)
-    return result
+    batch = left[labels.input_batch_dimension] // max(1, instruction.proto.batch_group_count)
+    inner = right[labels.kernel_input_feature_dimension]
+    return 2.0 * valid * batch * inner * right[labels.kernel_output_feature_dimension]
 
 
 def _taps(
@@ -123,13 +105,13 @@ def _taps(
 def _custom_call(instruction: Instruction, computation: Computation) -> float | None:
     """Of a Pallas kernel what it declares; of cuBLAS and cuDNN what their shapes say."""
     target = instruction.target
-    declared = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-    if declared:
-        return float(declared[1])
+    declared = instruction.config.get("custom_call_config", {}).get("cost_estimate", {})
+    if "flops" in declared:
+        return float(declared["flops"])
     if target.startswith("__cublas"):
-        dims = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', instruction.attributes)
+        dims = instruction.config["gemm_backend_config"]["dot_dimension_numbers"]
         left = computation.operand(instruction).shapes[0].dims
-        inner = [int(i) for i in json.loads(dims[1])] if dims else []
+        inner = [int(i) for i in dims["lhs_contracting_dimensions"]]
         return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[i] for i in inner)
     if target.startswith("__cudnn$fmha"):
         # q and k: [B, T, N, H] in the layout of cuDNN; scores and values, each 2 B N T S H
@@ -158,10 +140,8 @@ def _splash(instruction: Instruction, computation: Computation) -> float | None:
     if len(kinds) != 1 or len(streams) < 2 or not tables:
         return None
     (products, suffix), (q, k) = kinds[0], streams[:2]
-    blocks = {
-        name: int(size)
-        for name, size in re.findall(r'(block_\w+)\\?": (\d+)', instruction.attributes)
-    }
+    noted = instruction.attributes.get("kernel_metadata", "{}")
+    blocks = json.loads(json.loads(noted).get("xprof_metadata", "{}"))
     block_q, block_kv = blocks.get(f"block_q{suffix}"), blocks.get(f"block_kv{suffix}")
     if not block_q or not block_kv:
         return None
@@ -195,7 +175,7 @@ def _moved(instruction: Instruction, computation: Computation, module: Module) -
         out = _hbm(instruction)
         # what starts a collective returns its input beside its result
         return float(out if opcode.endswith("-start") and out > read else read + out)
-    inner = module.computations[instruction.called("calls")]
+    inner = module.computations[instruction.called[0]]
     moved = 0.0
     for i, name in enumerate(instruction.operands):
         operand = computation.instructions[name]
@@ -219,7 +199,7 @@ def _read(parameter: Instruction, inner: Computation, module: Module) -> float:
         elif user.opcode == "bitcast":
             total += _read(user, inner, module)
         elif user.opcode == "fusion":
-            nested = module.computations[user.called("calls")]
+            nested = module.computations[user.called[0]]
             for i, name in enumerate(user.operands):
                 if name == parameter.name:
                     total += _read(nested.parameters[i], nested, module)
