@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from lm.aot import hlo
 
@@ -179,6 +180,7 @@ def _iota(dims: Sequence[int], order: Sequence[int]) -> np.ndarray:
 
 
 def _mesh_group(groups: Any) -> tuple[int, ...]:
+    assert not len(UnknownFieldSet(groups.mesh)), "a MeshProto with other fields than those read"
     sizes = [axis.size for axis in groups.mesh.axes]
     order = groups.mesh.iota
     if groups.mesh.device_ids:
