@@ -10,7 +10,7 @@ are those of the tokenizer `bytes`, below 259. There is nothing to learn.
     python scripts/bench.py --config=configs/bench.py:small8k
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # vocab_size, num_layers, embed_dim, num_heads, length, batch_size
 SIZES = {

@@ -20,7 +20,7 @@ With the `tokenizer.json` of Hugging Face's bert-base-uncased and a token store 
     python scripts/train.py --config=configs/bert.py:base --workdir=runs/bert-base
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads
 SIZES = {"base": (12, 768, 12), "large": (24, 1024, 16)}

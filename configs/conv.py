@@ -11,7 +11,7 @@ perplexities, by words of WikiText-103: 44.9 (GCNN-8) and 37.2 (GCNN-14). Not ru
     python scripts/train.py --config=configs/conv.py:gcnn8 --workdir=runs/gcnn8
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, kernel_size
 SIZES = {"gcnn8": (8, 896, 4), "gcnn14": (14, 848, 5)}

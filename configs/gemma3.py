@@ -22,7 +22,7 @@ With the release's `tokenizer.model` and a token store at the paths below:
     python scripts/train.py --config=configs/gemma3.py:1b --workdir=runs/gemma3-1b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim
 SHAPES = {

@@ -17,7 +17,7 @@ With the `tokenizer.json` of Hugging Face's gpt2 and a token store at the paths 
     python scripts/train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2-124m
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, learning_rate
 SIZES = {

@@ -20,7 +20,7 @@ With the `tokenizer.json` of Hugging Face's gpt2 and a token store at the paths 
     python scripts/train.py --config=configs/gpt3.py:125m --workdir=runs/gpt3-125m
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, rows of 2048 tokens in a batch, learning_rate
 SIZES = {

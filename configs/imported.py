@@ -14,7 +14,7 @@ longest where that is less. Other data than the store below is named at the impo
 
 from pathlib import Path
 
-from lm.config_tree import default, from_json
+from lm.config.conversion import default, from_json
 
 
 def get_config(arg=None):

@@ -14,7 +14,7 @@ All follows from the depth and the tokens:
 - rows of 64 bytes: in longer ones the largest models begin to copy names midway, which no law of
   the smaller ones foresees (docs/ladder.md);
 - a learning rate of 1e-2 and initial weights as at 2 layers of width 48, and at all other sizes
-  what the maximal-update parametrization makes of them (lm/parametrization.py);
+  what the maximal-update parametrization makes of them (lm/optim/parametrization.py);
 - warm-up, a stable learning rate, and a decay to nothing over the last fifth (arXiv:2404.06395). So
   runs of the same batch and different lengths share all steps before their decay, and
   `scripts/ladder.py` trains one long run and several cool-downs from its checkpoints.
@@ -29,8 +29,8 @@ is made.
 
 import math
 
-from lm import flops
-from lm.config_tree import default, resolve
+from lm.config.conversion import default, resolve
+from lm.models import flops
 
 WIDTH_PER_LAYER = 24
 TOKENS_PER_PARAMETER = 20.0

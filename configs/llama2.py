@@ -15,7 +15,7 @@ With the release's `tokenizer.model` and a token store at the paths below:
     python scripts/train.py --config=configs/llama2.py:7b --workdir=runs/llama2-7b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, num_kv_heads, mlp_dim, learning_rate
 SIZES = {

@@ -17,7 +17,7 @@ With the tokenizer of the release and a token store at the paths below:
     python scripts/train.py --config=configs/llama3.py:8b --workdir=runs/llama3-8b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, head_dim, mlp_dim, tie_embeddings
 SHAPES = {

@@ -23,7 +23,7 @@ every 35 words, and the rate falls along a cosine. Not run here.
     python scripts/evaluate.py --workdir=runs/lstm --data=data/wikitext2/test/train --length=1024
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # embed_dim, dropout, clip_norm
 SIZES = {

@@ -14,7 +14,7 @@ With the release's `tokenizer.model` and a token store at the paths below:
     python scripts/train.py --config=configs/mistral.py:7b --workdir=runs/mistral-7b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 SIZES = ("7b",)
 

@@ -15,7 +15,7 @@ With the release's `tokenizer.model` and a token store at the paths below:
     python scripts/train.py --config=configs/mixtral.py:8x7b --workdir=runs/mixtral-8x7b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, mlp_dim, max_length, balance_loss
 SIZES = {

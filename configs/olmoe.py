@@ -16,7 +16,7 @@ With the release's `tokenizer.json` and a token store at the paths below:
     python scripts/train.py --config=configs/olmoe.py:1b-7b --workdir=runs/olmoe-1b-7b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 SIZES = ("1b-7b",)
 

@@ -17,7 +17,7 @@ With the release's `tokenizer.json` and a token store at the paths below:
     python scripts/train.py --config=configs/qwen3.py:0.6b --workdir=runs/qwen3-0.6b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, mlp_dim, tie_embeddings, learning_rate
 SIZES = {

@@ -16,7 +16,7 @@ With the release's `tokenizer.json` and a token store at the paths below:
     python scripts/train.py --config=configs/qwen3_moe.py:30b-a3b --workdir=runs/qwen3-30b-a3b
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers, embed_dim, num_heads, mlp_dim of an expert, learning_rate
 SIZES = {

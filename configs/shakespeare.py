@@ -16,7 +16,7 @@ The first 90% of input.txt (1,003,854 bytes) are for training, the rest for vali
     python scripts/train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 
 def get_config(arg=None):

@@ -6,7 +6,7 @@
 loss falls from 5.6 to 2.3 nats per token; what is learnt is of no use.
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 
 def get_config(arg: str | None = None):

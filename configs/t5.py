@@ -23,7 +23,7 @@ paths below:
     python scripts/train.py --config=configs/t5.py:small --workdir=runs/t5-small
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # num_layers of both stacks, embed_dim, num_heads, head_dim, mlp_dim
 SIZES = {

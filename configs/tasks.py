@@ -43,7 +43,7 @@ masked pretrains an encoder on the source of the standard library; topics begins
 its stores are those of the tasks, made with one tokenizer, the task's name before each source.
 """
 
-from lm.config_tree import default, task
+from lm.config.conversion import default, task
 
 # model, objective, vocabulary, tokens of a row, of the encoder's, rows in a batch, steps
 TASKS = {

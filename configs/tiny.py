@@ -17,7 +17,7 @@ or by hand:
     python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny-stdlib
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 
 def get_config(arg=None):

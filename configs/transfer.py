@@ -11,7 +11,7 @@ came out, and how long it took; wider models are made of this one by scripts/lr_
     python scripts/lr_transfer.py --config=configs/transfer.py --widths=64,128,256,512
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 
 def get_config(arg=None):

@@ -19,7 +19,7 @@ at the paths below:
     python scripts/train.py --config=configs/transformer.py:base --workdir=runs/transformer-base
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 # embed_dim, num_heads, mlp_dim, dropout, num_steps
 SIZES = {

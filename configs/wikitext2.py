@@ -12,7 +12,7 @@ With the stores of configs/lstm.py:
     python scripts/evaluate.py --workdir=runs/wikitext2-lstm --data=data/wikitext2/test/train
 """
 
-from lm.config_tree import default
+from lm.config.conversion import default
 
 MODELS = ("lstm", "decoder", "conv")
 

@@ -18,28 +18,28 @@ from typing import Any
 
 from absl import app
 
-from lm import config_flag
-from lm.config_flag import ConfigFlag
-from lm.exits import Exit, RunError
-from lm.processes import distributed
+from lm.config import command_line
+from lm.config.command_line import ConfigFlag
+from lm.exit_codes import Exit, RunError
+from lm.parallel import process_group
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
 def run(main: Callable[..., int], *args: Any) -> None:
-    """Ends the process with the exit code of `main(*args)`, or of the error in it (lm/exits.py)."""
+    """End the process with the exit code of `main(*args)`, or of the error in it."""
     _use_huge_pages()
     _set_up()
     code, message = _outcome(main, *args)
     if message:
         print(message, file=sys.stderr)
-    sys.exit(distributed.leave(code, message))
+    sys.exit(process_group.leave(code, message))
 
 
 def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
     """(exit code, what to tell the user) of `main(*args)`; a mistake of the user is one line."""
     try:
-        with distributed.peers():
+        with process_group.peers():
             return main(*args), ""
     except RunError as error:
         return error.code, f"error: {error}"
@@ -53,7 +53,7 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
             raise
         return Exit.ERROR, f"error: {name} is needed here and not installed: pip install {name}"
     except (MemoryError, RuntimeError) as error:
-        from lm import device_errors  # which imports jax
+        from lm.parallel import device_errors  # which imports jax
 
         code = device_errors.exit_code(error)
         if code is None:
@@ -63,7 +63,7 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE, ""
-    except KeyboardInterrupt:  # training itself saves first: see lm/guard.py
+    except KeyboardInterrupt:  # training itself saves first: see lm/reliability/watchdog.py
         return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
 
 
@@ -143,7 +143,7 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> 
 
     try:
         argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
-        argv, settings = config_flag.split(argv) if config else (argv, [])
+        argv, settings = command_line.split(argv) if config else (argv, [])
         rest = flags.FLAGS(argv, known_only=allow_rest)
         if config is not None:
             config.load(settings)

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/scale.md"
 HEADING = "## Splash against XLA's attention"
@@ -55,12 +55,12 @@ def measure(
     import jax
     import jax.numpy as jnp
 
-    from lm.aot import compiling, hlo, roofline, traffic, wires, work
-    from lm.aot import topology as topologies
-    from lm.config import MeshConfig
-    from lm.layers import kernels
-    from lm.layers.dot_product import self_mask
-    from lm.sharding import make_rules
+    from lm.config.schema import MeshConfig
+    from lm.layers.attention import kernels
+    from lm.layers.attention.dot_product import self_mask
+    from lm.parallel.sharding import make_rules
+    from lm.planning import compiling, costs, hlo, interconnect, roofline, traffic
+    from lm.planning import topology as topologies
     from lm.types import Tokens
 
     target = topologies.parse(topology)
@@ -94,15 +94,15 @@ def measure(
     module = hlo.read(made.program.hlo_module)
     mesh = rules.mesh
     found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
-    places = wires.places(target, mesh.devices.flatten().tolist())
-    done = work.measure(module)
+    places = interconnect.places(target, mesh.devices.flatten().tolist())
+    done = costs.measure(module)
     times = roofline.times(target, done, found, places, "bfloat16")
     held = made.sizes.get("temp", 0)
     return Needs(held, not made.refusal, done.flops, times.least, times.most, times.binding)
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", default="v5e:4x4")
@@ -146,4 +146,4 @@ def _write(topology: str, names: list[str], rows: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

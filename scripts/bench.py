@@ -50,17 +50,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lm import config_flag, lines, loss, metrics, runtime
+from lm import cli
 from lm.checkpoint.manager import Checkpoints
-from lm.config import LossConfig
+from lm.config import command_line
+from lm.config.schema import LossConfig
 from lm.data.pipeline import Pipeline
 from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
-from lm.experiment import Experiment
 from lm.generation.generator import Generator
+from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
+from lm.telemetry import jsonl, metrics
+from lm.training.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache
@@ -81,7 +84,7 @@ UNITS = {  # endings of names: the unit to show, and its size
 }
 Figures = dict[str, Any]
 
-_CONFIG = config_flag.define()
+_CONFIG = command_line.define()
 _PARTS = flags.DEFINE_list("parts", None, "Parts to measure; default: all of them.")
 _BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: the config's.")
 _STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)
@@ -116,9 +119,9 @@ def main(argv: Sequence[str]) -> int:
     show("machine", results["machine"])
     results["config"] = config.to_dict()
     if _JSON.value is None:
-        print(lines.dumps(results))
+        print(jsonl.dumps(results))
     else:
-        Path(_JSON.value).write_text(lines.dumps(results, indent=2) + "\n")
+        Path(_JSON.value).write_text(jsonl.dumps(results, indent=2) + "\n")
     return 0
 
 
@@ -214,7 +217,9 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 
     def objective(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Any:
         weights, config = jnp.ones(targets.shape), LossConfig(chunk_size=chunk_size)
-        total: Any = loss.chunked_loss(_project, config, None, [table], hidden, targets, weights)
+        total: Any = cross_entropy.chunked_loss(
+            _project, config, None, [table], hidden, targets, weights
+        )
         return total[0]
 
     rng = np.random.default_rng(0)
@@ -238,7 +243,7 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 
 
 def train(config: Any) -> Figures:
-    """Speed of the training step: new data in each, sums read one step late, as by lm.train."""
+    """Speed of the training step: new data in each, sums read one step late, as in the loop."""
     experiment = experiment_on(config)
     c, mesh = experiment.config, experiment.rules.mesh
     device = mesh.devices.flat[0]
@@ -490,4 +495,4 @@ def _row(name: str, value: Any) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

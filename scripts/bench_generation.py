@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 
 class Timing(NamedTuple):
@@ -38,14 +38,14 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm import config_tree
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
+    from lm.config import conversion
     from lm.hf.importing import import_folder
+    from lm.training.experiment import load
 
     with tempfile.TemporaryDirectory() as folder:
         workdir = f"{folder}/run"
-        config: Any = config_tree.default()
+        config: Any = conversion.default()
         config.data.train, config.data.batch_size_per_device = ("synthetic:random",), 1
         import_folder(args.source, workdir, config, jax.devices(), tokenizer="bytes", say=silent)
         experiment = load(workdir, jax.devices())
@@ -134,7 +134,7 @@ def in_turns(calls: list[Callable[[], np.ndarray]], repeats: int) -> list[Timing
 
 
 def parse_args() -> argparse.Namespace:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -148,4 +148,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

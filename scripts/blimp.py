@@ -19,15 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, lines, runtime
+from lm import cli, exit_codes
+from lm.telemetry import jsonl
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--data", required=True, help="BLiMP.zip, or a folder with its .jsonl files")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--limit", type=int, help="pairs of each paradigm (default: all 1,000)")
@@ -37,11 +38,11 @@ def main() -> int:
 
     import jax
 
-    from lm import blimp
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
+    from lm.evaluation import blimp
     from lm.generation.score import Scorer
-    from lm.metrics import Progress
+    from lm.telemetry.metrics import Progress
+    from lm.training.experiment import load
 
     pairs = blimp.read(args.data, limit=args.limit)
     published = blimp.read_published(args.published) if args.published else {}
@@ -58,10 +59,10 @@ def main() -> int:
     print(f"step {step}: {accuracy.pairs} pairs in {seconds:.0f} s", file=sys.stderr)
     print(blimp.table(accuracy, published))
     if args.json:
-        text = lines.dumps({"step": step, **dataclasses.asdict(accuracy)}, indent=2)
+        text = jsonl.dumps({"step": step, **dataclasses.asdict(accuracy)}, indent=2)
         Path(args.json).write_text(text + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -23,18 +23,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="one line for each checkpoint")
-    ls.add_argument("workdir", type=runtime.folder, help="folder of the run")
+    ls.add_argument("workdir", type=cli.folder, help="folder of the run")
     verify = commands.add_parser("verify", help="read all files back and compare checksums")
-    verify.add_argument("workdir", type=runtime.folder, help="folder of the run")
+    verify.add_argument("workdir", type=cli.folder, help="folder of the run")
     verify.add_argument("--step", type=int, help="this one alone (default: all)")
     diff = commands.add_parser("diff", help="compare two checkpoints, leaf by leaf")
     diff.add_argument("a", metavar="A[@STEP]")
@@ -59,10 +59,10 @@ def _folders(workdir: str, step: int | None = None) -> list[Any]:
     """
     from etils import epath
 
-    from lm.checkpoint import stored
+    from lm.checkpoint import step_files
 
     directory = epath.Path(workdir).resolve() / "checkpoints"
-    steps = stored.steps(directory)
+    steps = step_files.steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; train first")
     if step is not None and step not in steps:
@@ -79,25 +79,25 @@ def _find(text: str) -> Any:
 
 
 def _ls(workdir: str) -> int:
-    from lm import metrics
-    from lm.checkpoint import stored
+    from lm.checkpoint import step_files
     from lm.checkpoint.manifest import Damaged
+    from lm.telemetry import metrics
 
     folders = _folders(workdir)
     rows = [("step", "saved", "size", "verified", "tokens", "parent")]
     for folder in folders:
-        verified = "yes" if stored.is_verified(folder) else "no"
+        verified = "yes" if step_files.is_verified(folder) else "no"
         try:
-            manifest = stored.read_manifest(folder)
+            manifest = step_files.read_manifest(folder)
         except Damaged as error:
-            rows.append((folder.name, "?", _size(stored.size(folder)), "BAD", "?", str(error)))
+            rows.append((folder.name, "?", _size(step_files.size(folder)), "BAD", "?", str(error)))
             continue
         tokens, parent = manifest.ledger.get("filled"), manifest.parent
         rows.append(
             (
                 folder.name,
                 _time(manifest.time),
-                _size(stored.size(folder)),
+                _size(step_files.size(folder)),
                 verified,
                 "-" if tokens is None else metrics.quantity(tokens),
                 "-" if parent is None else f"{parent['workdir']}@{parent['step']}",
@@ -112,16 +112,16 @@ def _ls(workdir: str) -> int:
 
 
 def _verify(workdir: str, step: int | None) -> int:
-    from lm.checkpoint import stored
+    from lm.checkpoint import step_files
     from lm.checkpoint.manifest import Damaged
-    from lm.exits import Exit
+    from lm.exit_codes import Exit
 
     code = 0
     for folder in _folders(workdir, step):
         start, leaves = time.monotonic(), 0
         try:
-            manifest = stored.read_manifest(folder)
-            leaves, fault = len(manifest.leaves), stored.find_fault(folder, manifest)
+            manifest = step_files.read_manifest(folder)
+            leaves, fault = len(manifest.leaves), step_files.find_fault(folder, manifest)
         except Damaged as error:
             fault = str(error)
         seconds = time.monotonic() - start
@@ -129,16 +129,16 @@ def _verify(workdir: str, step: int | None) -> int:
             code = int(Exit.CORRUPT)
             print(f"step {folder.name}: BAD: {fault}")
         else:
-            size = _size(stored.size(folder))
+            size = _size(step_files.size(folder))
             print(f"step {folder.name}: good; {leaves} leaves, {size} read in {seconds:.1f} s")
     return code
 
 
 def _diff(a: str, b: str) -> int:
-    from lm.checkpoint import stored
+    from lm.checkpoint import step_files
 
     folders = [_find(a), _find(b)]
-    left, right = (stored.read_manifest(folder).leaves for folder in folders)
+    left, right = (step_files.read_manifest(folder).leaves for folder in folders)
     rows, equal = [("leaf", "bits", "largest", "relative")], 0
     for name in [*left, *(n for n in right if n not in left)]:
         if name not in left or name not in right:
@@ -149,7 +149,7 @@ def _diff(a: str, b: str) -> int:
             equal += 1
             rows.append((name, "equal", "", ""))
         else:
-            values = (stored.read_leaf(f, name, left[name]) for f in folders)
+            values = (step_files.read_leaf(f, name, left[name]) for f in folders)
             rows.append((name, "differ", *_distance(*values)))
     _print_table(rows)
     others = len(rows) - 1 - equal
@@ -171,17 +171,17 @@ def _distance(a: Any, b: Any) -> tuple[str, str]:
 def _show(checkpoint: str) -> int:
     import numpy as np
 
-    from lm import metrics
-    from lm.checkpoint import stored
+    from lm.checkpoint import step_files
+    from lm.telemetry import metrics
 
     folder = _find(checkpoint)
-    manifest = stored.read_manifest(folder)
+    manifest = step_files.read_manifest(folder)
     rows = [
         ("folder", str(folder)),
         ("step", str(manifest.step)),
         ("saved", _time(manifest.time)),
-        ("size", _size(stored.size(folder))),
-        ("verified", "yes" if stored.is_verified(folder) else "no"),
+        ("size", _size(step_files.size(folder))),
+        ("verified", "yes" if step_files.is_verified(folder) else "no"),
     ]
     for section in ("ledger", "code", "parent", "config"):
         rows += _flat(section, getattr(manifest, section))
@@ -190,7 +190,7 @@ def _show(checkpoint: str) -> int:
     table, count = [("parameter", "shape", "dtype", "norm")], 0
     for name, leaf in manifest.leaves.items():
         if name.startswith("params."):
-            values = stored.read_leaf(folder, name, leaf).astype(np.float64)
+            values = step_files.read_leaf(folder, name, leaf).astype(np.float64)
             norm = np.linalg.norm(values.ravel())
             shape = str(list(leaf.shape))
             table.append((name.removeprefix("params."), shape, leaf.dtype, f"{norm:.6g}"))
@@ -226,4 +226,4 @@ def _size(count: int) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, lines, runtime
+from lm import cli
+from lm.config import command_line
+from lm.telemetry import jsonl
 
-_CONFIG = config_flag.define()
+_CONFIG = command_line.define()
 _WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
 _HEAD_DIMS = flags.DEFINE_list("head_dims", [], "Instead: values of embed_dim, with wider heads.")
 _DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")
@@ -36,11 +38,11 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError("--config and one of --widths, --head_dims and --depths are needed")
     import jax
 
-    from lm import coordinates
+    from lm.scaling import coord_check
 
     sizes = [int(size) for size in given[along[0]]]
     checks = [
-        coordinates.check(
+        coord_check.check(
             _CONFIG.value,
             jax.devices(),
             parametrization=name,
@@ -50,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
         )
         for name in _PARAMETRIZATIONS.value
     ]
-    print(coordinates.table(checks))
+    print(coord_check.table(checks))
     out = Path(_OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(lines.dumps([found.to_json() for found in checks], indent=1))
-    coordinates.draw(checks, f"{out}.png")
+    Path(f"{out}.json").write_text(jsonl.dumps([found.to_json() for found in checks], indent=1))
+    coord_check.draw(checks, f"{out}.png")
     print(f"{out}.png, {out}.json")
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

@@ -17,14 +17,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, lines, runtime
+from lm import cli, exit_codes
+from lm.telemetry import jsonl
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=cli.folder, required=True, help="folder of the run")
     parser.add_argument(
         "--data", action="append", help="token store to use instead of the run's; repeatable"
     )
@@ -53,7 +54,7 @@ def main() -> int:
     if args.batch_size is not None:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
         flags["config.data.batch_size"] = "--batch-size"
-    with runtime.named_by_flags(flags):
+    with cli.named_by_flags(flags):
         _evaluate(args, changes)
     return 0
 
@@ -62,11 +63,11 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     """Prints the figures of every store, with the run's config changed so."""
     import jax
 
-    from lm import config_tree
     from lm.checkpoint.manager import Checkpoints
-    from lm.evaluate import evaluate
-    from lm.experiment import load
-    from lm.metrics import Progress
+    from lm.config import conversion
+    from lm.telemetry.metrics import Progress
+    from lm.training.evaluation import evaluate
+    from lm.training.experiment import load
 
     experiment = load(args.workdir, jax.devices(), changes)
     if not experiment.config.data.validation:
@@ -75,7 +76,7 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
             "name a token store with --data"
         )
     if args.no_bos:
-        name = config_tree.names(experiment.config_dict)["objective"]
+        name = conversion.names(experiment.config_dict)["objective"]
         if name != "causal":
             raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
@@ -84,8 +85,8 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()
-        print(lines.dumps({"step": step, "source": source, **values}, ensure_ascii=False))
+        print(jsonl.dumps({"step": step, "source": source, **values}, ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

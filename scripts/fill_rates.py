@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from lm import exits
-from lm.config import DataConfig, component
+from lm import exit_codes
+from lm.config.schema import DataConfig, component
 from lm.data.pipeline import evaluation_batches, make_source
 from lm.data.sources.tokens import TokenStore
 from lm.objectives import Form
@@ -117,7 +117,7 @@ def measure(case: Case, packing: str) -> str:
 
 
 def main() -> None:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

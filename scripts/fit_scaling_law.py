@@ -21,11 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -105,4 +105,4 @@ def _columns(text: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

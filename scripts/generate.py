@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 if TYPE_CHECKING:
     from lm.generation.text import Piece
@@ -49,10 +49,10 @@ def main() -> int:
     import jax
 
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.text import Piece
+    from lm.training.experiment import load
 
     sampling = _checked(args)
     experiment = load(args.workdir, jax.devices())
@@ -95,11 +95,11 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--prompt", action="append", help="text to continue; repeatable (default: standard input)")
     add(
@@ -340,7 +340,7 @@ def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str
     """The lines that open a dialogue: the model, its context, and how to leave."""
     from jax import tree
 
-    from lm.metrics import quantity
+    from lm.telemetry.metrics import quantity
 
     count = sum(leaf.size for leaf in tree.leaves(experiment.abstract_params))
     return (
@@ -443,4 +443,4 @@ class Printer:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

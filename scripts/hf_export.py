@@ -20,16 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
-    add("--out", type=runtime.folder, required=True, help="folder to write; must be new or empty")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run")
+    add("--out", type=cli.folder, required=True, help="folder to write; must be new or empty")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--family", help="a model_type: llama, say (default: the first that can hold the model)")
     add(
@@ -43,8 +43,8 @@ def main() -> int:
     import jax
 
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
     from lm.hf.exporting import export_folder
+    from lm.training.experiment import load
 
     experiment = load(args.workdir, jax.devices()[:1])
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
@@ -54,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -30,14 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
+from lm import cli
+from lm.config import command_line
 
-_CONFIG = config_flag.define(
+_CONFIG = command_line.define(
     "What config.json doesn't say, as FILE or FILE:ARG.",
     str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
 )
 _SOURCE = flags.DEFINE_string("source", None, "Folder with config.json, tensors and tokenizer.")
-_WORKDIR = runtime.define_workdir("Folder of the run to make.")
+_WORKDIR = cli.define_workdir("Folder of the run to make.")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A tokenizer in place of that of the source: a file, or bytes."
 )
@@ -74,4 +75,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

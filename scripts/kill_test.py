@@ -39,8 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from etils import epath
 
-from lm import exits, goodput, ledger, runtime
-from lm.checkpoint import manifest, stored
+from lm import cli, exit_codes
+from lm.checkpoint import manifest, step_files
+from lm.reliability import data_ledger
+from lm.telemetry import goodput
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("whole", "killed")
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
@@ -158,7 +160,7 @@ class KillTest:
 
     def last_step(self) -> int:
         """The number of the last step in the ledger of the killed run, -1 before the first."""
-        path = self.workdir / ledger.LEDGER_FILE
+        path = self.workdir / data_ledger.LEDGER_FILE
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 600))
             lines = file.read().split(b"\n")[:-1]
@@ -222,18 +224,18 @@ class KillTest:
 
     def _saved(self) -> int:
         folder = self.workdir / "checkpoints"
-        return max(stored.steps(epath.Path(folder)), default=0) if folder.exists() else 0
+        return max(step_files.steps(epath.Path(folder)), default=0) if folder.exists() else 0
 
     def _saving(self) -> list[Path]:
         folder = self.workdir / "checkpoints"
-        return list(folder.glob(f"*{stored.TEMPORARY}*")) if folder.exists() else []
+        return list(folder.glob(f"*{step_files.TEMPORARY}*")) if folder.exists() else []
 
     def compare(self, killed: list[dict[str, Any]], wanted: int, *, same_mesh: bool) -> int:
         """Prints what differs; 0 if nothing does that must not."""
         whole, other = (self._last_manifest(name) for name in RUNS)
         differ = [p for p in whole.leaves if whole.leaves[p] != other.leaves.get(p)]
         chains = whole.ledger == other.ledger
-        lines = ledger.read(str(self.folder / "whole")) == ledger.read(str(self.workdir))
+        lines = data_ledger.read(str(self.folder / "whole")) == data_ledger.read(str(self.workdir))
         bad = self.workdir / "bad_checkpoints"
         counts = collections.Counter(kill["intent"] for kill in killed)
         result = {
@@ -258,7 +260,7 @@ class KillTest:
 
     def _last_manifest(self, name: str) -> manifest.Manifest:
         folder = epath.Path(self.folder / name / "checkpoints")
-        return stored.read_manifest(folder / str(stored.steps(folder)[-1]))
+        return step_files.read_manifest(folder / str(step_files.steps(folder)[-1]))
 
     def _goodput(self) -> Any:
         return goodput.read(str(self.workdir))
@@ -267,11 +269,11 @@ class KillTest:
         """The largest difference of two parameters, in parts of the largest of their array."""
         largest = 0.0
         folders = [epath.Path(self.folder / n / "checkpoints") / str(step) for n in RUNS]
-        manifests = [stored.read_manifest(folder) for folder in folders]
+        manifests = [step_files.read_manifest(folder) for folder in folders]
         for name, leaf in manifests[0].leaves.items():
             if name.startswith("params."):
                 a, b = (
-                    np.asarray(stored.open_leaf(folder, name, leaf).read().result())
+                    np.asarray(step_files.open_leaf(folder, name, leaf).read().result())
                     for folder in folders
                 )
                 largest = max(largest, float(np.abs(a - b).max() / np.abs(a).max()))
@@ -317,4 +319,4 @@ class Job:
 
 
 if __name__ == "__main__":
-    runtime.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -5,8 +5,8 @@
 
 Sizes are arguments of --config. A run of each fraction of the long run's steps shares all steps
 with it up to its own decay, so only the decay is trained, and the result is bit for bit that of a
-run of its own (lm/branch.py): with a decay of a fifth, fractions of a quarter, 0.4 and 0.63 cost
-0.26 of a long run and not 1.28. The schedule must be wsd.
+run of its own (lm/training/fork.py): with a decay of a fifth, fractions of a quarter, 0.4 and 0.63
+cost 0.26 of a long run and not 1.28. The schedule must be wsd.
 
 Flags --config.KEY=VALUE go to all runs. The same command, run again, goes on where it was; sizes
 may be trained by different machines. --out gets a row for each finished run below --workdir;
@@ -23,23 +23,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import config_flag, exits, runtime
-from lm.sweep.space import folder_name
+from lm import cli, exit_codes
+from lm.config import command_line
+from lm.scaling.sweep.space import folder_name
 
 
 def main() -> int:
     import jax
 
-    from lm import config_tree, results
-    from lm.train import train
+    from lm.config import conversion
+    from lm.scaling import run_table
+    from lm.training.loop import train
 
     args, settings = _flags()
     root = Path(args.workdir)
     runs = []
     for size in args.sizes.split(","):
-        config: Any = config_flag.load(f"{args.config}:{size}")
+        config: Any = command_line.load(f"{args.config}:{size}")
         for setting in settings:
-            config_tree.assign(config, setting.removeprefix("--"))
+            conversion.assign(config, setting.removeprefix("--"))
         runs += plan(config, size, args.fractions, root)
     for name, config in runs:
         folder = root / name
@@ -49,23 +51,23 @@ def main() -> int:
         if code := train(config, str(folder), jax.devices()):
             return code
     folders = sorted(path.parent for path in root.glob("*/config.json"))
-    table = [results.read(str(path)) for path in folders if is_finished(path, _length(path))]
+    table = [run_table.read(str(path)) for path in folders if is_finished(path, _length(path))]
     out = args.out or root / "ladder.csv"
-    results.write(out, results.rows([result for result in table if result is not None]))
+    run_table.write(out, run_table.rows([result for result in table if result is not None]))
     print(f"\n{len(table)} runs in {out}")
     return 0
 
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the ladder, flags --config.KEY=VALUE for all runs)."""
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--config", default="configs/ladder.py", help="a file with get_config(size)")
     add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")
     add("--fractions", type=_fractions, default=(0.25, 0.5), help="lengths of the other runs")
-    add("--workdir", type=runtime.folder, required=True, help="folder of the runs' folders")
+    add("--workdir", type=cli.folder, required=True, help="folder of the runs' folders")
     add("--out", help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)")
     args, rest = parser.parse_known_args()
     for flag in rest:
@@ -109,20 +111,20 @@ def plan(config: Any, size: str, fractions: Sequence[float], root: Path) -> list
 
 def is_finished(folder: Path, num_steps: int | None) -> bool:
     """Whether the folder has the final evaluation of a run of so many steps."""
-    from lm import results
+    from lm.scaling import run_table
 
     if not (folder / "config.json").exists():
         return False
-    result = results.read(str(folder))
+    result = run_table.read(str(folder))
     return result is not None and result.step == num_steps
 
 
 def _length(folder: Path) -> int | None:
-    from lm import config_tree
+    from lm.config import conversion
 
-    config = config_tree.resolve(config_tree.from_json((folder / "config.json").read_text()))
+    config = conversion.resolve(conversion.from_json((folder / "config.json").read_text()))
     return config.train.num_steps
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

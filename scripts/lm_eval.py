@@ -19,7 +19,8 @@ from typing import Any
 sys.path.pop(0)  # this folder, where the package's name is that of this file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, lines, runtime
+from lm import cli, exit_codes
+from lm.telemetry import jsonl
 
 
 def main() -> int:
@@ -27,12 +28,12 @@ def main() -> int:
     import jax
     import lm_eval  # noqa: F401 (before the run is read: it may not be installed)
 
-    from lm import harness
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
+    from lm.evaluation import lm_eval_adapter
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.score import Scorer
+    from lm.training.experiment import load
 
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
@@ -45,30 +46,30 @@ def main() -> int:
         chat = Chat(tokenizer, read(args.chat_template or str(beside)) or DEFAULT)
     parts = (experiment.model, params, tokenizer)
     ends = tokenizer.stop_ids if chat is None else (chat.end_id, *tokenizer.stop_ids)
-    model = harness.make_model(
+    model = lm_eval_adapter.make_model(
         Scorer(*parts, start=start),
         Generator(*parts, start=start, stop_ids=ends),
         chat=chat,
         batch_size=args.batch_size,
     )
-    results = harness.evaluate(
+    results = lm_eval_adapter.evaluate(
         model, args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit
     )
-    print(harness.table(results))
+    print(lm_eval_adapter.table(results))
     if args.json:
         kept = {"step": step, "results": results["results"], "n-samples": results["n-samples"]}
         if args.samples:
             kept["samples"] = results["samples"]
-        Path(args.json).write_text(lines.dumps(kept, indent=2, default=str) + "\n")
+        Path(args.json).write_text(jsonl.dumps(kept, indent=2, default=str) + "\n")
     return 0
 
 
 def parse_args() -> Any:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--tasks", required=True, help="names or YAML files, with commas between them")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--limit", type=int, help="documents of each task (default: all)")
@@ -88,4 +89,4 @@ def parse_args() -> Any:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
+from lm import cli
+from lm.config import command_line
 
-_CONFIG = config_flag.define()
-_WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
+_CONFIG = command_line.define()
+_WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
 _LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")
 _MOST = flags.DEFINE_float("most", 1.0, "Learning rate of the last step.")
@@ -35,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError(f"--least={_LEAST.value} must be between 0 and --most={_MOST.value}")
     import jax
 
-    from lm import plot
-    from lm.run import Diverged
-    from lm.train import train
+    from lm.telemetry import loss_curve
+    from lm.training.loop import train
+    from lm.training.session import Diverged
 
     config = _CONFIG.value
     old = config.optimizer
@@ -58,10 +59,10 @@ def main(argv: Sequence[str]) -> int:
         train(config, _WORKDIR.value, jax.devices())
     except Diverged as error:
         print(f"ended early: {error}")
-    path, rate = plot.range_curve(_WORKDIR.value)
+    path, rate = loss_curve.range_curve(_WORKDIR.value)
     print(f"the loss is lowest at a learning rate of {rate:.3g}: {path}")
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

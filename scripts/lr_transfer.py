@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
+from lm import cli
+from lm.config import command_line
 
-_CONFIG = config_flag.define()
+_CONFIG = command_line.define()
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512"], "Values of embed_dim.")
 _RATES = flags.DEFINE_list(
     "rates", ["-9", "-8", "-7", "-6", "-5"], "Learning rates, as powers of two."
@@ -35,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError("--config=configs/NAME.py is needed")
     import jax
 
-    from lm import transfer
+    from lm.scaling import lr_transfer
 
-    runs = transfer.sweep(
+    runs = lr_transfer.sweep(
         _CONFIG.value,
         jax.devices(),
         Path(f"{_OUT.value}.jsonl"),
@@ -46,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
         rates=[2.0 ** float(rate) for rate in _RATES.value],
         seeds=[int(seed) for seed in _SEEDS.value],
     )
-    print(transfer.table(transfer.best(runs)))
-    transfer.draw(runs, f"{_OUT.value}.png")
+    print(lr_transfer.table(lr_transfer.best(runs)))
+    lr_transfer.draw(runs, f"{_OUT.value}.png")
     print(f"{_OUT.value}.png, {_OUT.value}.jsonl")
     return 0
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

@@ -16,30 +16,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run with adapters")
-    add("--out", type=runtime.folder, required=True, help="folder of the run to make")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run with adapters")
+    add("--out", type=cli.folder, required=True, help="folder of the run to make")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     args = parser.parse_args()
 
     import jax
     from etils import epath
 
-    from lm.checkpoint import stored
-    from lm.merging import merge_run
+    from lm.checkpoint import step_files
+    from lm.training.merge_lora import merge_run
 
     merge_run(args.workdir, args.out, jax.devices()[:1], step=args.step)
     sizes = []
     for folder in (args.workdir, args.out):
         directory = epath.Path(folder) / "checkpoints"
-        sizes.append(stored.size(directory / str(stored.steps(directory)[-1])) / 2**20)
+        sizes.append(step_files.size(directory / str(step_files.steps(directory)[-1])) / 2**20)
     print(
         f"{args.out}: checkpoint of {sizes[1]:.2f} MiB; that of the adapters, with the optimizer's "
         f"state, has {sizes[0]:.2f} MiB"
@@ -48,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

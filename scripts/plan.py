@@ -7,7 +7,7 @@
 Compiles the actual train step (with --decode the decode step) from shapes alone, so neither data
 nor chips are needed, and reports memory by what it is for, collectives by mesh axis, the least time
 by what binds it, warnings, and what to try next. TPU topologies need libtpu, GPU topologies
-jax[cuda13]; see lm/aot/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
+jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
 
 --search looks for the fastest mesh, remat policy and number of micro-batches, --largest_batch for
 the most rows that fit, --fewest_chips for the smallest slice of this kind of chip, whatever shape
@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
+from lm import cli
+from lm.config import command_line
 
-_CONFIG = config_flag.define()
+_CONFIG = command_line.define()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
 )
@@ -51,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
-    from lm import metrics
-    from lm.aot import cache, report
-    from lm.aot import plan as plans
+    from lm.planning import cache, report
+    from lm.planning import plan as plans
+    from lm.telemetry import metrics
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
     name = _CONFIG.name
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if _JSON.value:
         Path(_JSON.value).write_text(plan.to_json())
     if _PICTURE.value:
-        from lm.aot import picture
+        from lm.planning import picture
 
         picture.draw(plan, _PICTURE.value)
         print(f"\npicture: {_PICTURE.value}")
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _find(make: Any, decode: Any, show: Any) -> Any:
     """The plan that was asked for, by search or by its config; None where nothing fits."""
-    from lm.aot import report, search, sizing
+    from lm.planning import report, search, sizing
 
     config, topology = _CONFIG.value, str(_TOPOLOGY.value)
     if sum((_SEARCH.value, _LARGEST.value, _FEWEST.value)) > 1:
@@ -115,4 +116,4 @@ def _number(text: str) -> float:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

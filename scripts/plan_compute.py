@@ -22,13 +22,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, runtime
+from lm import cli, exit_codes
 from lm.scaling.planner import MAX_EXTRAPOLATION, Machine
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -87,7 +87,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
         raise ValueError(f"--mfu={args.mfu:g}: model FLOPs as a part of the peak, between 0 and 1")
     if args.plan is not None and args.topology is not None:
         raise ValueError("--plan names its topology: give --plan or --topology, not both")
-    from lm.aot import topology
+    from lm.planning import topology
 
     if args.plan is not None:
         tree = json.loads(Path(args.plan).read_text())
@@ -113,4 +113,4 @@ def _machine(args: argparse.Namespace) -> Machine | None:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

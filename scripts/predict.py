@@ -29,22 +29,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, lines, runtime
+from lm import cli, exit_codes
 from lm.data import corpus as corpora
 from lm.data.loss import Losses
 from lm.data.sources import Document, ListedSource
+from lm.telemetry import jsonl
 
 
 def main() -> int:
     args = parse_args()
     import jax
 
-    from lm import task_baselines, task_metrics
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
+    from lm.evaluation import task_baselines, task_metrics
+    from lm.evaluation.predict import GREEDY, Predictor
     from lm.generation.beam import BeamSearch
-    from lm.metrics import Progress
-    from lm.predict import GREEDY, Predictor
+    from lm.telemetry.metrics import Progress
+    from lm.training.experiment import load
 
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
@@ -87,7 +88,7 @@ def main() -> int:
             line: dict[str, Any] = {"id": record.id, **record.fields, "prediction": prediction.text}
             if prediction.probability is not None:
                 line["probability"] = prediction.probability
-            file.write(lines.dumps(line, ensure_ascii=False) + "\n")
+            file.write(jsonl.dumps(line, ensure_ascii=False) + "\n")
     rows = {f"{args.workdir} @ {step}": [prediction.text for prediction in found]}
     pairs = [(d.fields[source], d.fields[target]) for d in train]
     wanted = {name: 0 for metric in args.metrics for name in task_baselines.OF_METRIC[metric]}
@@ -150,13 +151,13 @@ def table(measured: dict[str, dict[str, float]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    from lm.task_metrics import METRICS
+    from lm.evaluation.task_metrics import METRICS
 
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=runtime.folder, required=True, help="folder of the run")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run")
     corpora.add_source_flags(parser)
     add("--train", action="append", help="records that baselines may know; repeatable")
     add(
@@ -179,4 +180,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

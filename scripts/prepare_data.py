@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits, storage
+from lm import exit_codes, storage
 from lm.data import corpus, prepare
 
 
@@ -29,7 +29,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     corpus.add_flags(parser)

@@ -29,29 +29,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import flags
 
-from lm import config_flag, exits, lines, runtime
+from lm import cli, exit_codes
+from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import Tokenizer
+from lm.telemetry import jsonl
 
 if TYPE_CHECKING:
-    from lm.experiment import Experiment
+    from lm.training.experiment import Experiment
     from lm.types import Params
 
-_CONFIG = config_flag.define(
+_CONFIG = command_line.define(
     "The config to train; its data section is filled in here.",
     str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
 )
-_WORKDIR = runtime.define_workdir("Folder of the run; default: runs/CONFIG-CORPUS.")
+_WORKDIR = cli.define_workdir("Folder of the run; default: runs/CONFIG-CORPUS.")
 _STORES = flags.DEFINE_string(
     "stores", None, "Folder of tokenizer and stores; default: data/CORPUS."
 )
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "Text that samples continue; repeatable; default: lines of the held-out text."
 )
-_DATA = exits.ArgumentParser(add_help=False)
+_DATA = exit_codes.ArgumentParser(add_help=False)
 corpora.add_flags(_DATA)
 _DATA.set_defaults(split=None)  # by the number of documents
 
@@ -61,8 +63,8 @@ MAX_NEW_TOKENS = 120  # of a sample
 def main(argv: Sequence[str]) -> int:
     import jax
 
-    from lm import metrics
-    from lm.train import train
+    from lm.telemetry import metrics
+    from lm.training.loop import train
 
     given = [*argv[1:]]
     if not any(a.startswith("--data") for a in given):
@@ -216,9 +218,9 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
     """
     import jax
 
-    from lm import metrics, plot
     from lm.checkpoint.manager import Checkpoints
-    from lm.experiment import load
+    from lm.telemetry import loss_curve, metrics
+    from lm.training.experiment import load
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
@@ -233,7 +235,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
             "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
         }
-    plot.loss_curve(str(workdir), references)
+    loss_curve.loss_curve(str(workdir), references)
     summary = {
         "loss": evals[-1]["loss"] if evals else None,
         "bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
@@ -246,7 +248,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
         "held_out_bytes": len(text),
     }
     new = workdir / "summary.json.new"
-    new.write_text(lines.dumps(summary, indent=2) + "\n")
+    new.write_text(jsonl.dumps(summary, indent=2) + "\n")
     new.replace(workdir / "summary.json")
 
 
@@ -284,7 +286,7 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
 
 def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     """Prints samples, figures and the commands that a user may want next."""
-    from lm.metrics import seconds
+    from lm.telemetry.metrics import seconds
 
     summary = json.loads((workdir / "summary.json").read_text())
     speed = summary["tokens_per_second"]
@@ -379,4 +381,4 @@ def held_out_text(store: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG, allow_rest=True)
+    cli.run_with_config(main, _CONFIG, allow_rest=True)

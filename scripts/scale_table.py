@@ -18,7 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import config_flag, exits, runtime
+from lm import cli, exit_codes
+from lm.config import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,10 +106,10 @@ def line(row: Row, plan: Any) -> str:
 
 
 def _make(row: Row) -> Any:
-    from lm.aot import cache
+    from lm.planning import cache
 
     file, *arg = row.config.split(":")
-    config: Any = config_flag.load(":".join([str(ROOT / "configs" / f"{file}.py"), *arg]))
+    config: Any = command_line.load(":".join([str(ROOT / "configs" / f"{file}.py"), *arg]))
     config.update_from_flattened_dict(dict(row.changes))
     return cache.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
 
@@ -132,7 +133,7 @@ def _write(path: Path, head: str, made: list[str]) -> None:
 
 
 def main() -> int:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="rows whose config or topology contains this")
@@ -160,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

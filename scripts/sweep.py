@@ -35,14 +35,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import config_flag, exits, runtime
+from lm import cli, exit_codes
+from lm.config import command_line
 
 
 def main() -> int:
-    from lm.guard import STOPS
-    from lm.sweep import cluster, pool, space
-    from lm.sweep.adaptive import Search
-    from lm.sweep.pool import Outcome, Run
+    from lm.reliability.watchdog import STOPS
+    from lm.scaling.sweep import cluster, pool, space
+    from lm.scaling.sweep.adaptive import Search
+    from lm.scaling.sweep.pool import Outcome, Run
 
     args, settings = _flags()
     root, home = Path(args.workdir), args.runs or args.workdir
@@ -60,7 +61,7 @@ def main() -> int:
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
     if args.runs and not (args.write or args.collect):
         raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
-    space.check_config(args.config, [*grid, *ranges], settings, read=config_flag.read)
+    space.check_config(args.config, [*grid, *ranges], settings, read=command_line.read)
     _claim(root, args, settings)
 
     search: Search | None = None
@@ -105,14 +106,14 @@ def main() -> int:
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the sweep, flags --config.KEY=VALUE for all runs)."""
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--config", required=True, help="a file with get_config(arg), as FILE or FILE:ARG")
     add(
         "--workdir",
-        type=runtime.folder,
+        type=cli.folder,
         required=True,
         help="folder of the sweep; one folder below it for each run",
     )
@@ -134,7 +135,7 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
     add("--collect", action="store_true", help="make the table of what a cluster has done")
     add(
         "--runs",
-        type=runtime.folder,
+        type=cli.folder,
         metavar="URL",
         help="folder of a cluster's runs (default: WORKDIR)",
     )
@@ -176,14 +177,14 @@ def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> Non
 
 def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
     """Writes the tables and the picture, and prints the ranking; whether runs failed."""
-    from lm import results
-    from lm.sweep import pool, report
+    from lm.scaling import run_table
+    from lm.scaling.sweep import pool, report
 
     if not runs:
         return False
     table = report.collect(root, runs, home)
     for name in ("sweep.csv", "sweep.jsonl"):
-        results.write(root / name, table)
+        run_table.write(root / name, table)
     ranks = report.rank(runs, table)
     print("\n" + report.ranking(ranks) + "\n\n" + report.summary(table))
     files = "sweep.csv, sweep.jsonl"
@@ -195,4 +196,4 @@ def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli.run(main)

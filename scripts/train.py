@@ -22,15 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
-from lm.processes import distributed
+from lm import cli
+from lm.config import command_line
+from lm.parallel import process_group
 
-_CONFIG = config_flag.define()
-_WORKDIR = runtime.define_workdir("Folder of the run; made if it doesn't exist.")
+_CONFIG = command_line.define()
+_WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every config key with its value, default and meaning, and exit."
 )
-_INITIALIZE = distributed.define_flags()
+_INITIALIZE = process_group.define_flags()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if _CONFIG.value is None:
         raise app.UsageError("--config=configs/NAME.py is needed")
     if _EXPLAIN.value:
-        from lm.config_tree import explain
+        from lm.config.conversion import explain
 
         for path, value, default, sentence in explain(_CONFIG.value):
             note = "" if value == default else f"  (default {default!r})"
@@ -50,11 +51,11 @@ def main(argv: Sequence[str]) -> int:
     _INITIALIZE()
     import jax
 
-    from lm.goodput import process_start
-    from lm.train import train
+    from lm.telemetry.goodput import process_start
+    from lm.training.loop import train
 
     return train(_CONFIG.value, _WORKDIR.value, jax.devices(), began=process_start())
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm import exits
+from lm import exit_codes
 from lm.data import corpus
 from lm.data.tokenizer_training import train_tokenizer
 
 
 def main() -> None:
-    parser = exits.ArgumentParser(
+    parser = exit_codes.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     corpus.add_flags(parser)

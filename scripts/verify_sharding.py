@@ -25,17 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
-from lm import config_flag, runtime
-from lm.processes import distributed
+from lm import cli
+from lm.config import command_line
+from lm.parallel import process_group
 
-_CONFIG = config_flag.define()
+_CONFIG = command_line.define()
 _MESH = flags.DEFINE_list(
     "mesh", ["data=2", "fsdp=2", "tensor=2"], "Sizes of mesh axes, and of slices: data=2,fsdp=4."
 )
 _SHRINK = flags.DEFINE_bool("shrink", True, "Make the model small, keeping its structure.")
 _MICROBATCHES = flags.DEFINE_integer("num_microbatches", 1, "Micro-batches on the mesh.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes to start, which share the devices.")
-_INITIALIZE = distributed.define_flags()
+_INITIALIZE = process_group.define_flags()
 
 # Without LLVM's optimisations compiling takes half the time, and running small programs no more;
 # XLA's own passes, partitioning among them, stay as they are.
@@ -91,18 +92,22 @@ def main(argv: Sequence[str]) -> int:
         _INITIALIZE()
     import jax
 
-    from lm import verify
+    from lm.planning import mesh_equivalence
 
     jax.config.update("jax_platforms", "cpu")
-    config = verify.shrink(_CONFIG.value) if _SHRINK.value else _CONFIG.value
+    config = mesh_equivalence.shrink(_CONFIG.value) if _SHRINK.value else _CONFIG.value
     lead = jax.process_index() == 0
     if lead and _SHRINK.value:
         print(f"model resized, its structure kept (--noshrink: as it is): {_shrunk(config)}")
     if lead:
-        print(f"{_MESH.value} against one device, float32, {verify.STEPS} steps", flush=True)
-    report = verify.verify(config, sizes, jax.devices(), num_microbatches=_MICROBATCHES.value)
+        print(
+            f"{_MESH.value} against one device, float32, {mesh_equivalence.STEPS} steps", flush=True
+        )
+    report = mesh_equivalence.verify(
+        config, sizes, jax.devices(), num_microbatches=_MICROBATCHES.value
+    )
     if lead:
-        print(verify.describe(report))
+        print(mesh_equivalence.describe(report))
     if lead and report.ok:
         worst = max(d.value for d in report.differences)
         print(f"the same: nothing differs by more than {worst:.1e} of an array's largest entry")
@@ -110,4 +115,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    runtime.run_with_config(main, _CONFIG)
+    cli.run_with_config(main, _CONFIG)

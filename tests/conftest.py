@@ -36,11 +36,11 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config as configs
-from lm import config_tree
-from lm.experiment import Experiment
+from lm.config import conversion
+from lm.config import schema as configs
 from lm.models import decoder
-from lm.sharding import make_rules
+from lm.parallel.sharding import make_rules
+from lm.training.experiment import Experiment
 from lm.types import Batch, Tokens
 
 TINY = {
@@ -143,7 +143,7 @@ def make_config():
     """(changes by dotted path) -> the ConfigDict of a tiny run on synthetic data."""
 
     def make(changes=None):
-        config = config_tree.default()
+        config = conversion.default()
         config.model.update(TINY)
         values = {
             "data.train": ("synthetic:markov",),

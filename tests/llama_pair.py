@@ -5,9 +5,9 @@ import numpy as np
 import torch
 import transformers
 
-from lm.config import MeshConfig
+from lm.config.schema import MeshConfig
 from lm.models import decoder
-from lm.sharding import make_rules
+from lm.parallel.sharding import make_rules
 
 SIZES = {"vocab_size": 24, "max_length": 64, "num_layers": 2, "embed_dim": 16, "mlp_dim": 24}
 

@@ -19,14 +19,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib import _hlo  # XLA's parser of HLO texts
 
-from lm import config_tree, flops
-from lm.aot import (
+from lm.config import conversion
+from lm.models import flops
+from lm.planning import (
     buffers,
     cache,
     chips,
     compiling,
+    costs,
     gpus,
     hlo,
+    interconnect,
     memory,
     plan,
     plausibility,
@@ -35,11 +38,9 @@ from lm.aot import (
     roofline,
     topology,
     traffic,
-    wires,
-    work,
 )
-from lm.aot.roofline import Times
-from lm.experiment import Experiment
+from lm.planning.roofline import Times
+from lm.training.experiment import Experiment
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -268,7 +269,7 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
 
 def test_a_loops_length_is_found_from_its_counter():
     module = module_of(LOOP)
-    assert work.measure(module).flops == 6 * 2 * 4**3
+    assert costs.measure(module).flops == 6 * 2 * 4**3
     [gather] = traffic.collectives(module, ("fsdp",), (2,))
     assert (gather.times, gather.bytes) == (6, 6 * 4 * 8 * 4 / 2)
     assert module.entry.operand(module.entry.root).shapes[0].dims == (4, 4)
@@ -279,7 +280,7 @@ def test_a_loop_that_ends_on_data_is_named_and_counts_once():
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: jnp.tanh(x @ w), x)
 
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
-    found = work.measure(module)
+    found = costs.measure(module)
     assert found.flops == 2 * B * D * D and len(found.loops) == 1 and "while" in found.loops[0]
     times = roofline.times(topology.parse("v5e:2x2"), found, [], [], "bfloat16")
     assert f"length of 1 loops, which count once: {found.loops[0]}" in times.unknown
@@ -352,7 +353,7 @@ def test_products_in_a_loop_count_as_often_as_it_runs(trips):
         return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ w), x)
 
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
-    assert work.measure(module).flops == trips * 2 * B * D * D
+    assert costs.measure(module).flops == trips * 2 * B * D * D
 
 
 @pytest.mark.parametrize("tie, heads", [(True, 4), (False, 2)])
@@ -364,22 +365,22 @@ def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, hea
     c = experiment.config
     formula = flops.flops_per_token(c.model, c.data.length, full_square=True)
     formula *= experiment.batch_size * c.data.length
-    assert work.measure(module).flops == pytest.approx(formula, rel=0.02)
+    assert costs.measure(module).flops == pytest.approx(formula, rel=0.02)
 
 
 def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
     def count(unroll):
         experiment = make_experiment({"model.scan_unroll": unroll, "model.num_layers": 3})
-        return work.measure(module_of_step(experiment)).flops
+        return costs.measure(module_of_step(experiment)).flops
 
     assert count(1) == count(-1)
 
 
 def test_a_window_that_meets_padding_counts_its_hits_alone():
     """How TPUs write a batched product: size n over n dilated elements, one hit each."""
-    assert work._taps(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
-    assert work._taps(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
-    assert work._taps(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10  # same padding
+    assert costs._taps(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
+    assert costs._taps(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
+    assert costs._taps(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10  # same padding
 
 
 @pytest.mark.parametrize("batch", ["", "2,"])
@@ -399,7 +400,7 @@ ENTRY %main (t: s8[1,2,2], q: bf16[{batch}16,1024,128]) -> bf16[{batch}16,1024,1
 custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={noted}}}
 }}
 """
-    found = work.measure(module_of(text))
+    found = costs.measure(module_of(text))
     rows = 2 if batch else 1
     assert found.flops == 3 * 2 * rows * 16 * 128 * 3 * 512**2 and not found.unknown
 
@@ -498,7 +499,7 @@ def test_a_heaps_peak_counts_shared_bytes_once():
 def torus(name):
     target = topology.parse(name)
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in target.shape), indexing="ij"), -1)
-    return target, [wires.Place(0, tuple(c), 0) for c in grid.reshape(-1, len(target.shape))]
+    return target, [interconnect.Place(0, tuple(c), 0) for c in grid.reshape(-1, len(target.shape))]
 
 
 @pytest.mark.parametrize(
@@ -517,7 +518,7 @@ def torus(name):
 )
 def test_a_group_has_the_links_that_its_shape_gives(name, members, links):
     target, places = torus(name)
-    found = wires.path(target, [places[i] for i in members])
+    found = interconnect.path(target, [places[i] for i in members])
     assert found.bandwidth == links * target.chip.link
 
 
@@ -566,20 +567,24 @@ def test_an_exchange_takes_as_long_as_its_fullest_link(name, members):
         "all-to-all", ("expert",), True, tuple(members), int(sent * n), 1, "", "", ""
     )
     expected = fullest_link(target, group) * sent / target.chip.link
-    assert wires.seconds(exchange, wires.path(target, group)) == pytest.approx(expected)
+    assert interconnect.seconds(exchange, interconnect.path(target, group)) == pytest.approx(
+        expected
+    )
 
 
 def test_cores_of_a_chip_share_its_links_in_an_exchange():
     """Both send different bytes, which gather and sum do not."""
     target, places = torus("tpu7x:4x4x4")
     both = [dataclasses.replace(p, core=core) for p in places for core in (0, 1)]
-    one, two = wires.path(target, places), wires.path(target, both)
+    one, two = interconnect.path(target, places), interconnect.path(target, both)
     assert two.bandwidth == 2 * one.bandwidth and two.exchange == pytest.approx(one.exchange)
 
 
 def test_groups_of_two_slices_use_the_network():
     target = topology.parse("2xv5e:16x16")
-    path = wires.path(target, [wires.Place(0, (0, 0), 0), wires.Place(1, (0, 0), 0)])
+    path = interconnect.path(
+        target, [interconnect.Place(0, (0, 0), 0), interconnect.Place(1, (0, 0), 0)]
+    )
     assert path.network and path.bandwidth == target.chip.network
 
 
@@ -672,7 +677,7 @@ def test_a_plan_needs_no_data_and_goes_to_json_and_back(small_plan):
 
 def test_a_plan_of_pairs_of_texts_needs_no_data_either(make_config):
     config = make_config({"data.train": ("not/there",)})
-    config.objective = config_tree.default(objective="seq2seq").objective
+    config.objective = conversion.default(objective="seq2seq").objective
     experiment = Experiment(plan.without_data(config), jax.devices()[:1])
     assert "dot_general" in experiment.lower_train_step().as_text()
 

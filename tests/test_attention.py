@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.attention import Attention, Context
-from lm.layers.dot_product import self_mask
+from lm.layers.attention.attention import Attention, Context
+from lm.layers.attention.dot_product import self_mask
 from lm.types import Tokens
 
 SEGMENTS = np.asarray([[1, 1, 1, 1, 2, 2, 2]], np.int32)

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from parameters import random_params
 
-from lm.config import LossConfig
-from lm.layers.dispatch import dropless, with_capacity
+from lm.config.schema import LossConfig
+from lm.layers.cross_entropy import lm_loss
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
 from lm.layers.lora import LoraConfig
-from lm.layers.moe import MoeConfig
-from lm.loss import lm_loss
+from lm.layers.moe.dispatch import dropless, with_capacity
+from lm.layers.moe.moe import MoeConfig
 from lm.models import conv, decoder, encoder, encoder_decoder, lstm
 from lm.types import Batch, Tokens
 

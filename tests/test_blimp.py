@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lm import blimp
-from lm.blimp import Pair
+from lm.evaluation import blimp
+from lm.evaluation.blimp import Pair
 from lm.generation.score import Score
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "text" / "blimp"

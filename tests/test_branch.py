@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from lm import ledger, metrics
 from lm.checkpoint.manager import Checkpoints
-from lm.experiment import Experiment
-from lm.goodput import GOODPUT_FILE
-from lm.train import train
+from lm.reliability import data_ledger
+from lm.telemetry import metrics
+from lm.telemetry.goodput import GOODPUT_FILE
+from lm.training.experiment import Experiment
+from lm.training.loop import train
 
 SCHEDULE = {
     "train.num_steps": 10,
@@ -75,7 +76,9 @@ def test_a_cool_down_is_bit_for_bit_the_run_of_its_length(
     assert mine[-1]["kind"] == "eval" and mine[-1] == others[-1]
     assert [r["step"] for r in mine if r["kind"] == "train"] == [5, 6, 7]
     # it consumed what the other one did, and its chain is that of all seven steps
-    assert ledger.read(str(tmp_path / "branch")) == ledger.read(str(tmp_path / "whole"))[4:]
+    assert (
+        data_ledger.read(str(tmp_path / "branch")) == data_ledger.read(str(tmp_path / "whole"))[4:]
+    )
     # and the cool-down is none: without it the parameters are others
     longer = final_state(make_config(SCHEDULE), trunk, devices, 8)
     assert not np.array_equal(jax.tree.leaves(a.params)[0], jax.tree.leaves(longer.params)[0])

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree, verify
 from lm.checkpoint.manager import Checkpoints
+from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
-from lm.experiment import Experiment
+from lm.planning import mesh_equivalence
+from lm.training.experiment import Experiment
 from tests.test_encoders_training import make_config as encoder_config
 
 PAIRS = ("seq2seq", "classification")
@@ -47,7 +48,7 @@ def cell(make_config, pairs):
         changes = {"model.vocab_size": 320, "objective.name": objective}
         if model == "decoder":
             config = make_config({"model.dropout": 0.1})
-            config.objective = config_tree.default(objective=objective).objective
+            config.objective = conversion.default(objective=objective).objective
             config.model.vocab_size = 320
         else:
             fits = model == "encoder_decoder" and objective != "span_corruption"
@@ -113,7 +114,7 @@ def test_a_restart_changes_no_bit(model, objective, cell, steps, devices, tmp_pa
 
 
 def test_a_decoder_with_prefixes_trains_on_a_mesh_as_on_one_device(cell, devices):
-    report = verify.verify(
+    report = mesh_equivalence.verify(
         cell("decoder", "span_corruption"), {"fsdp": 2, "tensor": 2}, devices[:4]
     )
-    assert report.ok, verify.describe(report)
+    assert report.ok, mesh_equivalence.describe(report)

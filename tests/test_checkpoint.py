@@ -21,12 +21,12 @@ import pytest
 from environment import fake_devices
 from etils import epath
 
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manager import Checkpoints, CorruptCheckpoint, SaveFailed
-from lm.config import CheckpointConfig
-from lm.exits import Exit
-from lm.experiment import Experiment
-from lm.train import train
+from lm.config.schema import CheckpointConfig
+from lm.exit_codes import Exit
+from lm.training.experiment import Experiment
+from lm.training.loop import train
 from lm.types import TrainState
 
 CHANGES = {"optimizer.name": "adamw", "optimizer.ema_decay": 0.9}
@@ -168,7 +168,7 @@ def test_reading_writes_nothing_and_passes_over_what_is_bad(tmp_path, capsys):
         for step in (1, 2, 3):
             checkpoints.save(small(step))
     (tmp_path / "checkpoints" / "3" / "manifest" / "manifest.json").unlink()
-    (tmp_path / "checkpoints" / ("4" + stored.TEMPORARY)).mkdir()  # of a save under way
+    (tmp_path / "checkpoints" / ("4" + step_files.TEMPORARY)).mkdir()  # of a save under way
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with Checkpoints(str(tmp_path), CheckpointConfig(keep_last=1), read_only=True) as checkpoints:
         assert checkpoints.restore(abstract(small(0)))[1].step == 2
@@ -271,9 +271,9 @@ def test_a_folder_of_any_name_holds_its_checkpoints(name, tmp_path, capsys):
         assert_bitwise(checkpoints.restore(abstract(small(0)))[0], small(2))
     assert capsys.readouterr().out == ""  # nothing was passed over
     folder = epath.Path(workdir) / "checkpoints" / "2"
-    manifest = stored.read_manifest(folder)
-    assert stored.find_fault(folder, manifest) == ""
-    w = stored.read_leaf(folder, "params.w", manifest.leaves["params.w"])
+    manifest = step_files.read_manifest(folder)
+    assert step_files.find_fault(folder, manifest) == ""
+    w = step_files.read_leaf(folder, "params.w", manifest.leaves["params.w"])
     np.testing.assert_array_equal(w, small(2).params["w"])
 
 
@@ -378,8 +378,8 @@ def test_nothing_is_deleted_before_its_successor_reads_back(tmp_path):
 
 
 def test_leftovers_of_killed_processes_are_deleted_at_the_start(three):
-    (step_folder(three, 4).with_name("4" + stored.TEMPORARY) / "params").mkdir(parents=True)
-    (step_folder(three, 1) / stored.DELETING).touch()
+    (step_folder(three, 4).with_name("4" + step_files.TEMPORARY) / "params").mkdir(parents=True)
+    (step_folder(three, 1) / step_files.DELETING).touch()
     with Checkpoints(str(three), CheckpointConfig()) as checkpoints:
         assert checkpoints.steps() == [2, 3]
     assert sorted(path.name for path in (three / "checkpoints").iterdir()) == ["2", "3"]
@@ -390,7 +390,7 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(three, monkey
     """Whatever number of files and folders is gone by then."""
     directory = epath.Path(three / "checkpoints")
     if half:
-        (directory / "1" / stored.DELETING).touch()
+        (directory / "1" / step_files.DELETING).touch()
         shutil.rmtree(directory / "1" / "opt_state")
     shutil.copytree(directory / "1", three / "copy")
     allowed, done = 0, False
@@ -410,15 +410,17 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(three, monkey
             for name in ("unlink", "remove", "rmdir"):
                 patch.setattr(os, name, kill_later(getattr(os, name)))
             try:
-                stored.delete_leftovers(directory) if half else stored.delete(directory / "1")
+                step_files.delete_leftovers(directory) if half else step_files.delete(
+                    directory / "1"
+                )
                 done = True
             except KeyboardInterrupt:
                 allowed += 1
-        for step in stored.steps(directory):
+        for step in step_files.steps(directory):
             folder = directory / str(step)
-            assert not stored.find_fault(folder, stored.read_manifest(folder))
-        stored.delete_leftovers(directory)
-        assert set(stored.steps(directory)) >= {2, 3}
+            assert not step_files.find_fault(folder, step_files.read_manifest(folder))
+        step_files.delete_leftovers(directory)
+        assert set(step_files.steps(directory)) >= {2, 3}
         shutil.rmtree(directory / "1", ignore_errors=True)
         shutil.copytree(three / "copy", directory / "1")
     assert allowed > 10
@@ -428,10 +430,10 @@ def test_a_restored_checkpoint_counts_as_verified(three):
     """That of a process killed between its save and the verification."""
     mark = step_folder(three, 3) / "verified-0-of-1"
     mark.unlink()
-    assert not stored.is_verified(epath.Path(mark.parent))
+    assert not step_files.is_verified(epath.Path(mark.parent))
     with Checkpoints(str(three), CheckpointConfig()) as checkpoints:
         checkpoints.restore(abstract(large(0)))
-    assert stored.is_verified(epath.Path(mark.parent))
+    assert step_files.is_verified(epath.Path(mark.parent))
 
 
 def test_polling_costs_microseconds(tmp_path):
@@ -582,7 +584,7 @@ port, index, workdir = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 from lm.checkpoint.manager import Checkpoints, SaveFailed
-from lm.config import CheckpointConfig
+from lm.config.schema import CheckpointConfig
 from lm.types import TrainState
 from jax.experimental import multihost_utils
 
@@ -658,8 +660,8 @@ with Checkpoints(workdir + "/slow", CheckpointConfig(keep_last=1)) as checkpoint
         found.append(checkpoints.steps())
 
 # a listing that a network file system has kept: the lead's counts in both
-from lm.checkpoint import stored
-from lm.checkpoint.base import Base
+from lm.checkpoint import step_files
+from lm.checkpoint.parent import Base
 if index == 1:
     stored.steps = lambda directory: []
 with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:

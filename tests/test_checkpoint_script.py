@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lm.checkpoint.manager import Checkpoints
-from lm.config import CheckpointConfig
+from lm.config.schema import CheckpointConfig
 from lm.types import TrainState
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "scripts" / "checkpoint.py"

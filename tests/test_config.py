@@ -8,11 +8,11 @@ import typing
 import ml_collections
 import pytest
 
-from lm import config as configs
-from lm import config_tree
-from lm.config import ScheduleConfig, component, field
-from lm.config_tree import assign as set_from_text
-from lm.config_tree import changed, default, explain, from_json, resolve, task, to_json
+from lm.config import conversion
+from lm.config import schema as configs
+from lm.config.conversion import assign as set_from_text
+from lm.config.conversion import changed, default, explain, from_json, resolve, task, to_json
+from lm.config.schema import ScheduleConfig, component, field
 
 
 def leaves(tree, prefix="config"):
@@ -36,7 +36,7 @@ def component_outside(tmp_path, monkeypatch):
     (tmp_path / "their_models").mkdir()
     (tmp_path / "their_models" / "bigram.py").write_text(
         "import dataclasses\n"
-        "from lm.config import field\n"
+        "from lm.config.schema import field\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Config:\n"
         "    vocab_size: int = field(64, 'Rows of the table.')\n"
@@ -319,9 +319,9 @@ def test_a_section_that_is_a_default_keeps_its_values():
         schedule: ScheduleConfig = field(ScheduleConfig(kind="wsd", warmup_steps=7), "A schedule.")
 
     assert Outer().schedule == ScheduleConfig(kind="wsd", warmup_steps=7)
-    tree = config_tree._to_tree(Outer())
+    tree = conversion._to_tree(Outer())
     assert (tree.schedule.kind, tree.schedule.warmup_steps) == ("wsd", 7)
-    partly = config_tree._from_dict(Outer(), {"schedule": {"warmup_steps": 9}}, "config.outer")
+    partly = conversion._from_dict(Outer(), {"schedule": {"warmup_steps": 9}}, "config.outer")
     assert partly.schedule == ScheduleConfig(kind="wsd", warmup_steps=9)
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lm import config_flag, config_tree
-from lm.config_tree import default, resolve, to_json
+from lm.config import command_line, conversion
+from lm.config.conversion import default, resolve, to_json
 
 
 def script(*flags, **environment):
@@ -24,7 +24,7 @@ def script(*flags, **environment):
 def set_all(*settings, config=None):
     config = config or default()
     for setting in settings:
-        config_tree.assign(config, setting)
+        conversion.assign(config, setting)
     return config
 
 
@@ -38,7 +38,7 @@ def test_settings_are_told_from_other_flags():
         "--explain",
     ]
     argv += ["--config.model.qk_norm", "--noconfig.data.shuffle", "--", "--config.seed=4"]
-    rest, settings = config_flag.split(argv)
+    rest, settings = command_line.split(argv)
     assert rest == ["train.py", "--config=a.py", "--explain", "--", "--config.seed=4"]
     assert settings == ["seed=3", "data.length=64", "model.qk_norm=True", "data.shuffle=False"]
     resolved = resolve(set_all(*settings))
@@ -110,9 +110,11 @@ def test_a_model_named_by_a_flag_keeps_what_was_set_and_takes_its_own_defaults()
 
 def test_names_of_components_count_before_their_fields(tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text("from lm.config_tree import default\ndef get_config():\n    return default()\n")
+    path.write_text(
+        "from lm.config.conversion import default\ndef get_config():\n    return default()\n"
+    )
     settings = ["objective.bidirectional=False", "objective.name=prefix", "seed=1", "seed=2"]
-    config = config_flag.read(str(path), settings)
+    config = command_line.read(str(path), settings)
     assert config.objective.to_dict() == {"name": "prefix", "bidirectional": False}
     assert config.seed == 2 and config.is_locked
 
@@ -124,12 +126,12 @@ FILES = {
         r"raises\.py, line 2: no size 3",
     ),
     "key.py": (
-        "from lm.config_tree import default\n\ndef get_config():\n    c = default()\n"
+        "from lm.config.conversion import default\n\ndef get_config():\n    c = default()\n"
         "    c.model.num_layer += 1\n    return c\n",
         r"key\.py, line 5: AttributeError: .*num_layer",
     ),
     "type.py": (
-        "from lm.config_tree import default\n\ndef get_config():\n    c = default()\n"
+        "from lm.config.conversion import default\n\ndef get_config():\n    c = default()\n"
         "    c.train.num_steps = 'many'\n    return c\n",
         r"type\.py, line 5: TypeError: .*num_steps",
     ),
@@ -156,7 +158,7 @@ def test_a_mistake_in_a_config_file_is_one_line_with_file_and_line(name, tmp_pat
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=expected) as error:
-        config_flag.load(str(tmp_path / name))
+        command_line.load(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
@@ -164,17 +166,17 @@ def test_a_size_that_a_config_does_not_have_is_one_line():
     with pytest.raises(
         ValueError, match=r"gpt2\.py, line \d+: .*999m is not a size; there are: 124m"
     ):
-        config_flag.load("configs/gpt2.py:999m")
+        command_line.load("configs/gpt2.py:999m")
 
 
 def test_the_config_of_a_run_is_a_config_file(tmp_path):
     config = default(objective="prefix")
     config.optimizer.learning_rate = 0.5
     (tmp_path / "config.json").write_text(to_json(config))
-    again = config_flag.load(str(tmp_path / "config.json"))
+    again = command_line.load(str(tmp_path / "config.json"))
     assert resolve(again) == resolve(config)
     with pytest.raises(ValueError, match=r"is a folder; did you mean --config=.*/config\.json\?"):
-        config_flag.load(str(tmp_path))
+        command_line.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(

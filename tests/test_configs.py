@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import flops, optim, parameters
-from lm.config import MeshConfig, component
-from lm.config_tree import resolve
-from lm.sharding import make_rules
+from lm.config.conversion import resolve
+from lm.config.schema import MeshConfig, component
+from lm.models import flops
+from lm.optim import chain, param_tree
+from lm.parallel.sharding import make_rules
 from lm.types import Tokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -146,7 +147,7 @@ def forward(model, inputs, encoder=None):
 @functools.cache
 def sizes_of(model_config):
     """Elements of every parameter, by name."""
-    params = parameters.flatten(abstract_params(build(model_config)))
+    params = param_tree.flatten(abstract_params(build(model_config)))
     return {name: leaf.size for name, leaf in params.items()}
 
 
@@ -158,7 +159,7 @@ def num_parameters(model_config):
 def test_every_config_resolves_and_its_sizes_fit_together(name, size):
     config = resolve(load(name).get_config(size))
     config.model.check(config.data.length)
-    optim.check(config.optimizer)
+    chain.check(config.optimizer)
     lengths = (config.train.num_steps, config.train.num_tokens, config.train.num_epochs)
     assert sum(x is not None for x in lengths) == 1
     batches = (config.data.batch_size, config.data.batch_size_per_device)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import flops, verify
 from lm.data.tokenizer import ByteTokenizer
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.layers.convolution import window
-from lm.models import conv
+from lm.models import conv, flops
+from lm.planning import mesh_equivalence
 from lm.types import Tokens
 from tests.test_flops import forward, product_flops
 from tests.test_lstm import alone
@@ -173,8 +173,8 @@ def test_formula_counts_parameters_and_products(tiny, pack, changes):
 def test_eight_devices_train_as_one(make_config, devices):
     config = make_config()
     config.model = type(config)({"name": "conv", **dataclasses.asdict(conv.Config(**TINY))})
-    report = verify.verify(config, {"fsdp": 2, "sequence": 2, "tensor": 2}, devices)
-    assert report.ok, verify.describe(report)
+    report = mesh_equivalence.verify(config, {"fsdp": 2, "sequence": 2, "tensor": 2}, devices)
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 def test_pipeline_stages_are_refused(rules_on):

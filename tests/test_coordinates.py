@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lm import coordinates
+from lm.scaling import coord_check
 
 WIDTHS = (32, 128)
 
@@ -38,7 +38,7 @@ def checks(base, devices):
 
     def check(name, sizes):
         options = {"sizes": sizes, "num_steps": 3, "say": lambda _: None}
-        return coordinates.check(base, devices[:1], parametrization=name, **options)
+        return coord_check.check(base, devices[:1], parametrization=name, **options)
 
     mup, wide = check("mup", WIDTHS), check("standard", WIDTHS[1:])
     values = {
@@ -63,24 +63,24 @@ def test_a_check_is_written_and_drawn(checks, tmp_path):
     found = json.loads(json.dumps(checks["mup"].to_json()))
     assert found["sizes"] == list(WIDTHS) and len(found["slopes"]["change"]) == 3
     assert found["slopes"]["change"][-1] == checks["mup"].slopes("change")
-    coordinates.draw(list(checks.values()), str(tmp_path / "check.png"))
+    coord_check.draw(list(checks.values()), str(tmp_path / "check.png"))
     assert (tmp_path / "check.png").stat().st_size > 10_000
-    assert "mup, change" in coordinates.table(list(checks.values()))
+    assert "mup, change" in coord_check.table(list(checks.values()))
 
 
 def test_slopes_are_exponents():
-    assert coordinates.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
-    assert coordinates.slope([32, 64, 128], [5, 5, 5]) == pytest.approx(0)
-    assert math.isnan(coordinates.slope([1, 2], [0, 1]))
+    assert coord_check.slope([1, 2, 4], [3, 6, 12]) == pytest.approx(1)
+    assert coord_check.slope([32, 64, 128], [5, 5, 5]) == pytest.approx(0)
+    assert math.isnan(coord_check.slope([1, 2], [0, 1]))
 
 
 def test_sizes_grow_in_proportion(base):
-    found = coordinates.resized(base, "width", 96)
+    found = coord_check.resized(base, "width", 96)
     wanted = {"embed_dim": 96, "mlp_dim": 192, "num_heads": 6, "num_kv_heads": 6, "head_dim": 16}
     wanted |= {"base_embed_dim": 32, "base_num_layers": 2, "base_head_dim": 16}
     assert wanted.items() <= {k.removeprefix("model."): v for k, v in found.items()}.items()
-    found = coordinates.resized(base, "head_dim", 64)
+    found = coord_check.resized(base, "head_dim", 64)
     assert found["model.head_dim"] == 32 and "model.num_heads" not in found
-    assert coordinates.resized(base, "depth", 6)["model.num_layers"] == 6
+    assert coord_check.resized(base, "depth", 6)["model.num_layers"] == 6
     with pytest.raises(ValueError, match=r"config\.model\.num_heads \(2\) times 40 / 32"):
-        coordinates.resized(base, "width", 40)
+        coord_check.resized(base, "width", 40)

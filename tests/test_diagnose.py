@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import diagnose as d
-from lm.diagnose import Outcome, verdict
 from lm.layers.mlp import ACTIVATIONS
-from lm.metrics import Finished, Late
-from lm.optim import NormState
+from lm.optim.chain import NormState
+from lm.telemetry.metrics import Finished, Late
+from lm.training import bad_step_report as d
+from lm.training.bad_step_report import Outcome, verdict
 
 NAN = float("nan")
 

@@ -14,10 +14,10 @@ import time
 import pytest
 from environment import fake_devices
 
-from lm.exits import Exit
-from lm.processes.distributed import differences
-from lm.processes.environment import Environment, detect
-from lm.processes.presence import Mismatch, PeerLost, Presence, meet
+from lm.exit_codes import Exit
+from lm.parallel.cluster_env import Environment, detect
+from lm.parallel.process_group import differences
+from lm.parallel.rendezvous import Mismatch, PeerLost, Presence, meet
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,9 +26,9 @@ SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, ROOT)
 from absl import flags
-from lm import runtime
-from lm.processes import distributed
-from lm.exits import Exit, RunError
+from lm import cli as runtime
+from lm.parallel import process_group
+from lm.exit_codes import Exit, RunError
 
 what = flags.DEFINE_string("what", "", "What the last process does at step 5.")
 initialize = distributed.define_flags()
@@ -215,7 +215,7 @@ def test_gpus_that_do_not_divide_among_the_tasks_of_a_node_are_refused():
 SHARES = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from lm.processes import distributed
+from lm.parallel import process_group
 found = distributed.initialize(peer_timeout=60)
 import jax
 print(found.process_id, jax.config._read("jax_cuda_visible_devices"))

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
-from lm import flops, selfcheck
-from lm.layers import attention
-from lm.models import encoder
+from lm.layers.attention import attention
+from lm.models import encoder, flops
 from lm.models.encoder import Config
+from lm.reliability import kernel_check
 from lm.types import Tokens
 
 LENGTH, VOCAB = 12, 32
@@ -243,12 +243,12 @@ def test_it_lists_what_its_layers_call_attention_with(subject, rows, monkeypatch
 
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
         options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(selfcheck.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
+        called.append(kernel_check.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
         return q
 
     monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(lambda p: s.model.apply({"params": p}, rows([12], [12], [12])), s.params)
-    assert set(called) == {selfcheck.Heads(**kind) for kind in s.config.attention_kinds}
+    assert set(called) == {kernel_check.Heads(**kind) for kind in s.config.attention_kinds}
 
 
 def test_what_an_encoder_cannot_do_is_refused(subject, rows, rules_on):

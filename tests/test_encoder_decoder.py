@@ -16,10 +16,10 @@ import pytest
 from environment import some
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
-from lm import flops, selfcheck
-from lm.layers import attention
-from lm.models import encoder_decoder
+from lm.layers.attention import attention
+from lm.models import encoder_decoder, flops
 from lm.models.encoder_decoder import Config
+from lm.reliability import kernel_check
 from lm.types import Tokens
 
 LENGTH, SOURCE, VOCAB = 10, 12, 32
@@ -410,13 +410,13 @@ def test_it_lists_what_its_layers_call_attention_with(subject, streams, monkeypa
 
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
         options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(selfcheck.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
+        called.append(kernel_check.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
         return q
 
     monkeypatch.setattr(attention, "attend", attend)
     inputs, encoder = streams([[10], [10]], [[12], [12]])
     jax.eval_shape(lambda p: s.model.apply({"params": p}, inputs, encoder=encoder), s.params)
-    assert set(called) == {selfcheck.Heads(**kind) for kind in s.config.attention_kinds}
+    assert set(called) == {kernel_check.Heads(**kind) for kind in s.config.attention_kinds}
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from configs import t5
-from lm import config_tree, verify
 from lm.checkpoint.manager import Checkpoints
-from lm.evaluate import evaluate
-from lm.experiment import Experiment
+from lm.config import conversion
+from lm.planning import mesh_equivalence
+from lm.training.evaluation import evaluate
+from lm.training.experiment import Experiment
 
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 KINDS = {
@@ -55,7 +56,7 @@ TINY = {
 def make_config(kind, **changes):
     values = {**TINY, **KINDS[kind], **changes}
     names = {part: values.pop(f"{part}.name") for part in ("model", "objective")}
-    config = config_tree.default(**names)
+    config = conversion.default(**names)
     config.update_from_flattened_dict(values)
     return config
 
@@ -67,20 +68,22 @@ def compared(devices):
     @functools.cache
     def make(kind):
         config = make_config(kind)
-        return verify.on_mesh(config, MIXED, devices), verify.on_one_device(config, devices)
+        return mesh_equivalence.on_mesh(config, MIXED, devices), mesh_equivalence.on_one_device(
+            config, devices
+        )
 
     return make
 
 
 @pytest.mark.parametrize("kind", ["t5", pytest.param("bert", marks=pytest.mark.slow)])
 def test_training_on_a_mesh_is_training_on_one_device(kind, compared):
-    report = verify.compare(*compared(kind))
-    assert report.ok, verify.describe(report)
+    report = mesh_equivalence.compare(*compared(kind))
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monkeypatch):
     """Each device gets those of the first rows."""
-    put = verify.Experiment.put
+    put = mesh_equivalence.Experiment.put
 
     def unsharded(self, batch):
         share = self.rules.size("batch")
@@ -88,18 +91,18 @@ def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monke
         return put(self, batch.replace(encoder=batch.encoder.replace(segments=segments)))
 
     many, steps = compared("t5")
-    monkeypatch.setattr(verify.Experiment, "put", unsharded)
-    report = verify.compare(many, steps)
+    monkeypatch.setattr(mesh_equivalence.Experiment, "put", unsharded)
+    report = mesh_equivalence.compare(many, steps)
     assert "gradients" in {d.what for d in report.differences if not d.ok}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "v1.1-small"])
 def test_t5_on_a_sharded_length_is_t5_on_one_device(name, devices):
-    config = verify.shrink(t5.get_config(name))
-    report = verify.verify(config, {"data": 2, "sequence": 2, "tensor": 2}, devices)
-    print(verify.describe(report))
-    assert report.ok, verify.describe(report)
+    config = mesh_equivalence.shrink(t5.get_config(name))
+    report = mesh_equivalence.verify(config, {"data": 2, "sequence": 2, "tensor": 2}, devices)
+    print(mesh_equivalence.describe(report))
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 @pytest.mark.slow  # tests/test_cells.py resumes every objective

@@ -10,15 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
+from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import load
-from lm.evaluate import _add, evaluate
-from lm.exits import Exit
-from lm.experiment import CONFIG_FILE
-from lm.optim import averaged_params
+from lm.exit_codes import Exit
+from lm.optim.chain import averaged_params
+from lm.training.evaluation import _add, evaluate
+from lm.training.experiment import CONFIG_FILE
 from scripts import evaluate as evaluate_script
 
 ROWS = 21  # the last batch is not full for any batch size below but 1
@@ -135,7 +135,7 @@ def test_the_script_scores_without_bos(make_experiment, store, tmp_path, monkeyp
     """First tokens of documents are then inputs alone: fewer are scored, by other numbers."""
     path, _ = store
     experiment = make_experiment({"data.validation": (path,), "data.batch_size": 4})
-    (tmp_path / "config.json").write_text(config_tree.to_json(experiment.config_dict))
+    (tmp_path / "config.json").write_text(conversion.to_json(experiment.config_dict))
     with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
         checkpoints.save(experiment.init_state())
 
@@ -155,7 +155,7 @@ def test_the_script_scores_without_bos(make_experiment, store, tmp_path, monkeyp
 
 def test_a_run_without_validation_stores_is_an_error_of_the_script(make_config, tmp_path):
     """Silence with code 0 read like success."""
-    (tmp_path / CONFIG_FILE).write_text(config_tree.to_json(make_config({"data.validation": ()})))
+    (tmp_path / CONFIG_FILE).write_text(conversion.to_json(make_config({"data.validation": ()})))
     script = Path(__file__).parents[1] / "scripts" / "evaluate.py"
     result = subprocess.run(
         [sys.executable, str(script), f"--workdir={tmp_path}"], capture_output=True, text=True

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lm import config_tree
-from lm.experiment import Experiment
+from lm.config import conversion
+from lm.training.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
 STANZA = "{} is the colour of the sea,\nand {} of the trees beside it.\n"
@@ -92,7 +92,7 @@ def with_model(tmp_path, monkeypatch, devices, make_config):
         (tmp_path / f"{name}_package").mkdir()
         (tmp_path / f"{name}_package" / "model.py").write_text(text)
         config = make_config()
-        config.model = config_tree.default(model=f"{name}_package.model").model
+        config.model = conversion.default(model=f"{name}_package.model").model
         return Experiment(config, devices[:1])
 
     return make
@@ -118,13 +118,13 @@ def test_an_optimizer_that_is_no_optimizer_is_refused(tmp_path, monkeypatch, mak
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "no_steps.py").write_text(re.sub(r"STEPS = .*", "", text))
     with pytest.raises(ValueError, match=r"is no component: theirs\.no_steps has no `STEPS`"):
-        config_tree.default(optimizer="theirs.no_steps")
+        conversion.default(optimizer="theirs.no_steps")
     bare = text.replace("Config(OptimizerConfig)", "Config")
     (tmp_path / "theirs" / "bare.py").write_text(
         bare.replace("    momentum", '    name: str = field("", "Its name.")\n    momentum')
     )
     config = make_config()
-    config.optimizer = config_tree.default(optimizer="theirs.bare").optimizer
+    config.optimizer = conversion.default(optimizer="theirs.bare").optimizer
     with pytest.raises(ValueError, match=r"its Config is no lm\.config\.OptimizerConfig"):
         Experiment(config, devices[:1])
 
@@ -138,7 +138,7 @@ def test_an_optimizer_whose_build_gives_no_list_is_refused(
     text += "def build(config, parts):\n    return optax.identity()\n"
     (tmp_path / "mine_single" / "single.py").write_text(text)
     config = make_config()
-    config.optimizer = config_tree.default(optimizer="mine_single.single").optimizer
+    config.optimizer = conversion.default(optimizer="mine_single.single").optimizer
     with pytest.raises(ValueError, match=r"its build must return a list of optax transformations"):
         _ = Experiment(config, devices[:1]).tx
 

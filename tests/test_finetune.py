@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import flops, metrics, parameters, results
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manager import Checkpoints
-from lm.config import CheckpointConfig
-from lm.evaluate import evaluate
-from lm.experiment import load
+from lm.config.schema import CheckpointConfig
 from lm.hf.exporting import export_folder
 from lm.layers import lora
-from lm.merging import merge_run
-from lm.train import train
+from lm.models import flops
+from lm.optim import param_tree
+from lm.scaling import run_table
+from lm.telemetry import metrics
+from lm.training.evaluation import evaluate
+from lm.training.experiment import load
+from lm.training.loop import train
+from lm.training.merge_lora import merge_run
 
 LORA = {
     "model.lora.rank": 2,
@@ -28,11 +31,11 @@ LORA = {
 
 
 def names(tree):
-    return set(parameters.flatten(tree))
+    return set(param_tree.flatten(tree))
 
 
 def bits(tree):
-    return {name: np.asarray(x).tobytes() for name, x in parameters.flatten(tree).items()}
+    return {name: np.asarray(x).tobytes() for name, x in param_tree.flatten(tree).items()}
 
 
 def run(config, workdir, devices):
@@ -76,7 +79,7 @@ def tuned_config(make_config, base):
 @pytest.fixture
 def tuned(tuned_config, devices):
     """(changes by dotted path, **mesh axes) -> the Experiment of `tuned_config`."""
-    from lm.experiment import Experiment
+    from lm.training.experiment import Experiment
 
     def make(changes=None, **axes):
         config = tuned_config(changes)
@@ -141,11 +144,11 @@ def test_lists_that_are_not_exact_are_refused_with_both_sides(tuned, changes, li
 def test_the_base_is_not_read_again_when_the_run_goes_on(tuned_config, base, devices, tmp_path):
     config = tuned_config({"optimizer.schedule.kind": "constant"})  # which may be made longer
     _, folder, _ = run(config, tmp_path / "run", devices[:1])
-    parent = stored.read_manifest(folder).parent
+    parent = step_files.read_manifest(folder).parent
     assert (parent["workdir"], parent["step"]) == (str(base[0]), 3)
     config.init.from_, config.train.num_steps = "nowhere", 3
     _, folder, _ = run(config, tmp_path / "run", devices[:1])
-    assert stored.read_manifest(folder).parent == parent
+    assert step_files.read_manifest(folder).parent == parent
 
 
 def test_the_flag_is_spelled_init_from(tmp_path):
@@ -246,7 +249,7 @@ def test_only_adapters_are_trained_and_saved(adapted, base):
     assert all(after[name] == before[name] for name in before)
     assert lora.adapters(after) == after.keys() - before.keys()
     assert all(np.any(params["layers"]["mlp"]["down"][name]) for name in lora.NAMES)
-    stored_names = stored.read_manifest(folder).leaves
+    stored_names = step_files.read_manifest(folder).leaves
     kept = {n.removeprefix("params.") for n in stored_names if n.startswith("params.")}
     assert kept == lora.adapters(after)
     assert not any("weight" in name for name in stored_names)
@@ -259,8 +262,8 @@ def test_frozen_weights_are_spared_a_third_of_their_flops_in_what_a_run_reports(
     whole = flops.flops_per_token(c.model, c.data.length)
     assert 0.65 < experiment.flops_per_token / whole < 0.8
     assert record["flops_seen"] == record["tokens_seen"] * experiment.flops_per_token
-    assert results._flops_per_token(c, [record]) == experiment.flops_per_token
-    assert results._flops_per_token(c, [{"tokens_seen": 5}]) == whole  # of a run made before
+    assert run_table._flops_per_token(c, [record]) == experiment.flops_per_token
+    assert run_table._flops_per_token(c, [{"tokens_seen": 5}]) == whole  # of a run made before
 
 
 def test_merged_adapters_compute_what_they_did_beside_the_weights(
@@ -274,7 +277,7 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(
     expected = hidden(experiment, params, tokens)
     found = hidden(plain, merged, tokens)
     assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()
-    untouched = hidden(plain, parameters.split(params, lora.adapters(names(params)))[1], tokens)
+    untouched = hidden(plain, param_tree.split(params, lora.adapters(names(params)))[1], tokens)
     assert np.abs(untouched - expected).max() > 1e-2 * np.abs(expected).max()
 
 
@@ -302,7 +305,7 @@ def test_a_merged_run_evaluates_as_the_adapted_one_without_its_base(
     }
     assert losses["merged"] == pytest.approx(losses["adapted"], rel=1e-5)
     assert abs(losses["base"] - losses["adapted"]) > 1e-2
-    assert stored.read_manifest(tmp_path / "merged" / "checkpoints" / "0").parent == {
+    assert step_files.read_manifest(tmp_path / "merged" / "checkpoints" / "0").parent == {
         "workdir": str(folder.parents[1]), "step": 4,
     }  # fmt: skip
 
@@ -329,11 +332,11 @@ def test_adapters_save_bytes_of_checkpoints_and_of_the_optimizer(adapted, base, 
     (whole,) = (base[0] / "checkpoints").iterdir()
 
     def stored_bytes(path):
-        leaves = stored.read_manifest(path).leaves.values()
+        leaves = step_files.read_manifest(path).leaves.values()
         return sum(4 * np.prod(leaf.shape, dtype=int) for leaf in leaves)
 
     num_adapters = sum(
-        x.size for n, x in parameters.flatten(params).items() if n in lora.adapters(names(params))
+        x.size for n, x in param_tree.flatten(params).items() if n in lora.adapters(names(params))
     )
     assert stored_bytes(folder) <= 3 * 4 * num_adapters + 64  # parameters and two moments
     assert stored_bytes(folder) < stored_bytes(whole) / 4
@@ -347,7 +350,7 @@ def test_adapters_save_bytes_of_checkpoints_and_of_the_optimizer(adapted, base, 
 def test_a_run_of_adapters_goes_on_bitwise_and_only_with_its_own_base(
     tuned_config, base, devices, tmp_path, adapted
 ):
-    from lm.experiment import Experiment
+    from lm.training.experiment import Experiment
 
     config = tuned_config({**LORA, "optimizer.schedule.kind": "constant"})
     run(config, tmp_path / "run", devices[:1])

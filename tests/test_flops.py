@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm import flops, layouts, optim, parameters
-from lm.config import MeshConfig, OptimizerConfig
+from lm.config.schema import MeshConfig, OptimizerConfig
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
-from lm.layers.moe import MoeConfig
-from lm.models import decoder
-from lm.sharding import make_rules
+from lm.layers.moe.moe import MoeConfig
+from lm.models import decoder, flops, layouts
+from lm.optim import chain, param_tree
+from lm.parallel.sharding import make_rules
 from lm.types import Tokens
 
 BASE = decoder.Config(
@@ -183,13 +183,13 @@ def test_frozen_parameters_are_spared_the_products_of_their_gradients(name):
     config, (rows, length) = dataclasses.replace(BASE, **changes), (2, 16)
     model, inputs = build(config), tokens(2, 16)
     params = nn.meta.unbox(boxed_params(model))
-    sizes = {n: math.prod(leaf.shape) for n, leaf in parameters.flatten(params).items()}
+    sizes = {n: math.prod(leaf.shape) for n, leaf in param_tree.flatten(params).items()}
     frozen = frozenset(n for n in sizes if is_frozen(n))
     assert bool(frozen) == (name != "everything")
-    rest, trained = parameters.split(params, frozen)
+    rest, trained = param_tree.split(params, frozen)
 
     def loss(trained, rest):
-        out = forward(model, inputs, parameters.join(trained, rest))
+        out = forward(model, inputs, param_tree.join(trained, rest))
         return jax.numpy.sum(jax.nn.logsumexp(out, axis=-1))
 
     traced = jax.make_jaxpr(jax.grad(loss))(trained, rest)
@@ -296,7 +296,7 @@ def test_optimizer_bytes_are_those_of_its_state(kind, moment_dtype, name, ema_de
     config = variant(kind)
     optimizer = OptimizerConfig(name=name, ema_decay=ema_decay, moment_dtype=moment_dtype, b2=0.95)
     boxed = boxed_params(build(config))
-    tx = optim.make_optimizer(optimizer, boxed, 10)
+    tx = chain.make_optimizer(optimizer, boxed, 10)
     state = jax.eval_shape(tx.init, nn.meta.unbox(boxed))
     size = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.size > 3

@@ -16,17 +16,17 @@ import pytest
 import scipy.stats
 from environment import some
 
-from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
-from lm.config import MeshConfig
+from lm.config import conversion
+from lm.config.schema import MeshConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.generation.beam import BeamSearch
 from lm.generation.decode import CHUNK
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling, choose
-from lm.metrics import quantity
 from lm.models import decoder
-from lm.sharding import make_rules
+from lm.parallel.sharding import make_rules
+from lm.telemetry.metrics import quantity
 from lm.types import Tokens
 from scripts import generate as generate_script
 
@@ -426,7 +426,7 @@ def run_folder(make_experiment, tmp_path_factory):
     """A run with one checkpoint, of parameters never trained."""
     folder = tmp_path_factory.mktemp("run")
     experiment = make_experiment({"model.max_length": 64})
-    (folder / "config.json").write_text(config_tree.to_json(experiment.config_dict))
+    (folder / "config.json").write_text(conversion.to_json(experiment.config_dict))
     with Checkpoints(str(folder), experiment.config.checkpoint) as checkpoints:
         checkpoints.save(experiment.init_state())
     return folder, experiment

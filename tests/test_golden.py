@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from lm import config_tree, metrics
 from lm.checkpoint.manager import Checkpoints
+from lm.config import conversion
 from lm.data.sources.tokens import TokenStore
-from lm.evaluate import evaluate
-from lm.exits import Exit
-from lm.experiment import load
-from lm.train import train
+from lm.exit_codes import Exit
+from lm.telemetry import metrics
+from lm.training.evaluation import evaluate
+from lm.training.experiment import load
+from lm.training.loop import train
 
 ARCHIVE = Path(__file__).parent / "golden" / "run.tar.gz"
 SOURCE = "store/validation"
@@ -60,7 +61,7 @@ def test_an_old_run_goes_on_with_the_same_data_to_the_same_loss(workdir):
     before = last_loss(workdir)
     consumed = (workdir / "ledger.jsonl").read_text().splitlines()
     shutil.rmtree(workdir / "checkpoints" / "6")
-    config = config_tree.from_json((workdir / "config.json").read_text())
+    config = conversion.from_json((workdir / "config.json").read_text())
     assert train(config, str(workdir), jax.devices()[:1]) == Exit.SUCCESS
     assert last_loss(workdir) == pytest.approx(before, rel=1e-6)
     again = (workdir / "ledger.jsonl").read_text().splitlines()

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lm.goodput import Goodput, process_start, read, report
-from lm.phases import Phases
+from lm.telemetry.goodput import Goodput, process_start, read, report
+from lm.telemetry.phase_timer import Phases
 
 
 def test_phases_share_all_of_the_time_and_nest():
@@ -52,7 +52,7 @@ def test_what_was_before_the_run_counts_but_was_not_watched():
 
 def test_imports_count_as_start():
     code = (
-        "import time; time.sleep(0.5); from lm.goodput import process_start;"
+        "import time; time.sleep(0.5); from lm.telemetry.goodput import process_start;"
         "print(time.monotonic() - process_start())"
     )
     took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

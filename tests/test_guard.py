@@ -9,18 +9,18 @@ import time
 
 import pytest
 
-from lm.config import GuardConfig
-from lm.exits import Exit
-from lm.guard import InUse, Vote, Votes, Watchdog, alone
-from lm.phases import Phases
+from lm.config.schema import GuardConfig
+from lm.exit_codes import Exit
+from lm.reliability.watchdog import InUse, Vote, Votes, Watchdog, alone
+from lm.telemetry.phase_timer import Phases
 
 
 def start(body, *arguments):
     code = """
         import signal, sys, time
-        from lm.config import GuardConfig
-        from lm.guard import StopSignals, Watchdog, alone
-        from lm.phases import Phases
+        from lm.config.schema import GuardConfig
+        from lm.reliability.watchdog import StopSignals, Watchdog, alone
+        from lm.telemetry.phase_timer import Phases
     """
     program = textwrap.dedent(code) + textwrap.dedent(body)
     return subprocess.Popen(

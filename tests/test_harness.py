@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm import harness
 from lm.data.tokenizer import HuggingFaceTokenizer
+from lm.evaluation import lm_eval_adapter
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
@@ -43,7 +43,7 @@ def sides(tokenizer_json):  # noqa: F811
     own = HFLM(pretrained=theirs, tokenizer=fast, batch_size=4, max_length=48, device="cpu")
     theirs.generation_config.eos_token_id = mine.eos_id
     parts = (model, params, mine)
-    return own, harness.make_model(Scorer(*parts, start=()), Generator(*parts, start=()))
+    return own, lm_eval_adapter.make_model(Scorer(*parts, start=()), Generator(*parts, start=()))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def run(model, tasks):
 
 def test_documents_and_figures_are_those_of_the_harness(sides, tasks):
     theirs = run(sides[0], tasks)
-    ours = harness.evaluate(sides[1], tasks)
+    ours = lm_eval_adapter.evaluate(sides[1], tasks)
     names = ["choice_of_tests", "rolling_of_tests", "free_of_tests"]
     for name in names:
         a, b = (r["samples"][name] for r in (theirs, ours))
@@ -128,7 +128,7 @@ def test_documents_and_figures_are_those_of_the_harness(sides, tasks):
     ]
     assert figures[0] == figures[1] and 0 < figures[0]["acc,none"] < 1
     assert len({str(s["filtered_resps"]) for s in ours["samples"]["free_of_tests"]}) > 6
-    assert harness.table(ours).startswith("choice_of_tests  acc  ")
+    assert lm_eval_adapter.table(ours).startswith("choice_of_tests  acc  ")
 
 
 def test_requests_without_a_context_or_with_one_too_long_are_scored_alike(sides):
@@ -158,15 +158,15 @@ def test_requests_without_a_context_or_with_one_too_long_are_scored_alike(sides)
     ],
 )
 def test_generation_arguments_of_tasks(arguments, expected):
-    assert harness.continue_by(arguments) == expected
+    assert lm_eval_adapter.continue_by(arguments) == expected
 
 
 @pytest.mark.parametrize("wrong", [{"top_q": 1}, {"num_beams": 2, "do_sample": True}])
 def test_unknown_generation_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match="generation_kwargs"):
-        harness.continue_by(wrong)
+        lm_eval_adapter.continue_by(wrong)
 
 
 def test_a_task_that_is_not_there_is_refused(sides):
     with pytest.raises(ValueError, match=r"nowhere.yaml: no such file"):
-        harness.evaluate(sides[1], ["nowhere.yaml"])
+        lm_eval_adapter.evaluate(sides[1], ["nowhere.yaml"])

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config_tree, metrics
 from lm.checkpoint.manager import Checkpoints
-from lm.experiment import load
+from lm.config import conversion
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf import structure
 from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
+from lm.telemetry import metrics
+from lm.training.experiment import load
 from lm.types import Tokens
 from tests import hf_models
 
@@ -29,7 +30,7 @@ BFLOAT16 = {"model.dtype": "bfloat16", "data.train": ("synthetic:markov",)}
 
 
 def small_config(**changes):
-    config = config_tree.default()
+    config = conversion.default()
     config.update_from_flattened_dict(
         {"data.length": 24, "data.batch_size": 4, "train.num_steps": 20, **changes}
     )

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm import config_flag, config_tree
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manager import Checkpoints
-from lm.config import CheckpointConfig
-from lm.experiment import load
+from lm.config import command_line, conversion
+from lm.config.schema import CheckpointConfig
 from lm.hf.exporting import export_folder
 from lm.hf.files import Reader, Writer
 from lm.hf.importing import import_folder
-from lm.train import train
+from lm.training.experiment import load
+from lm.training.loop import train
 from tests import hf_models
 
 torch = pytest.importorskip("torch", reason="the folders are made with PyTorch")
@@ -28,7 +28,7 @@ def quiet(line):
 
 
 def small_config(**changes):
-    config = config_tree.default()
+    config = conversion.default()
     values = {"data.length": 24, "data.batch_size": 4, "train.num_steps": 3}
     values |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
     values |= {"log.tensorboard": False, "log.parameter_table": False, "guard.self_check": False}
@@ -51,8 +51,8 @@ def bring(tmp_path, devices):
         options = {"tokenizer": "bytes", "say": quiet, **options}
         import_folder(str(folder), str(workdir), small_config(), devices[:1], **options)
         place = workdir / "checkpoints" / "0"
-        leaves = stored.read_manifest(place).leaves
-        return {name: stored.read_leaf(place, name, leaf) for name, leaf in leaves.items()}
+        leaves = step_files.read_manifest(place).leaves
+        return {name: step_files.read_leaf(place, name, leaf) for name, leaf in leaves.items()}
 
     return make
 
@@ -204,7 +204,7 @@ def test_adapters_of_an_import_resume_where_flags_chose_the_objective(plain, tmp
     )  # fmt: skip
 
     def command():
-        config = config_flag.read(f"configs/imported.py:{tmp_path / 'run'}", settings)
+        config = command_line.read(f"configs/imported.py:{tmp_path / 'run'}", settings)
         return train(config, str(tmp_path / "adapted"), devices[:1])
 
     assert command() == 0
@@ -219,7 +219,7 @@ def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path,
         workdir = str(tmp_path / name)
         config = small_config(**{"checkpoint.every": 2, "checkpoint.keep_last": 9})
         import_folder(str(folder), workdir, config, devices[:1], tokenizer="bytes", say=quiet)
-        config = config_tree.from_json((tmp_path / name / "config.json").read_text())
+        config = conversion.from_json((tmp_path / name / "config.json").read_text())
         config.optimizer.schedule.kind = "constant"  # others depend on the number of steps
         if name == "halves":
             config.train.num_steps = 2
@@ -227,8 +227,8 @@ def test_training_goes_on_from_an_import_and_resumes_bit_by_bit(plain, tmp_path,
             config.train.num_steps = 3
         assert train(config, workdir, devices[:1]) == 0
         place = tmp_path / name / "checkpoints" / "3"
-        runs[name] = stored.read_manifest(place).leaves
-    begun = stored.read_manifest(tmp_path / "whole" / "checkpoints" / "0").leaves
+        runs[name] = step_files.read_manifest(place).leaves
+    begun = step_files.read_manifest(tmp_path / "whole" / "checkpoints" / "0").leaves
     assert runs["whole"] == runs["halves"]
     assert any(name.startswith("opt_state.") for name in runs["whole"])
     assert all(begun[name].checksum != runs["whole"][name].checksum for name in begun)
@@ -278,7 +278,7 @@ def test_weights_that_are_no_numbers_are_named_and_not_imported_unasked(plain, t
     assert "model.norm.weight (1 of 16 entries)" in str(error.value)
     assert "model.layers.1.mlp.up_proj.weight (4 of 384 entries)" in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
-    assert not stored.steps(epath.Path(tmp_path / "run" / "checkpoints"))
+    assert not step_files.steps(epath.Path(tmp_path / "run" / "checkpoints"))
     said = []
     found = bring(folder, allow_nonfinite=True, say=said.append)
     assert np.isnan(found["params.norm.scale"]).sum() == 1

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
+from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
-from lm.experiment import load
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
-from lm.train import train
+from lm.training.experiment import load
+from lm.training.loop import train
 from lm.types import Tokens
 
 FOLDER = Path(__file__).parents[1] / "../shared/data/weights/stories260K"
@@ -61,7 +61,7 @@ def workdir(tmp_path_factory, expected, devices):
             piece = piece.encode("latin-1").decode()
         model.pieces.add(piece=piece, score=score, type=kind)
     (home / "source/tokenizer.model").write_bytes(model.SerializeToString())
-    config = config_tree.default()
+    config = conversion.default()
     changes = {"data.length": 64, "data.batch_size": 8, "train.num_steps": 4}
     changes |= {"optimizer.learning_rate": 3e-4, "log.tensorboard": False}
     changes |= {"loader.kind": "thread", "guard.self_check": False}

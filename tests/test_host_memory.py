@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from test_policies import Injector, spoil_row
 
-from lm import metrics
-from lm import train as training
 from lm.checkpoint.manager import Checkpoints
-from lm.evaluate import evaluate
-from lm.exits import Exit
-from lm.experiment import load
+from lm.exit_codes import Exit
 from lm.generation.generator import Generator
+from lm.telemetry import metrics
+from lm.training import loop as training
+from lm.training.evaluation import evaluate
+from lm.training.experiment import load
 
 CHANGES = {
     "data.validation": ("synthetic:markov:16:7",),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import inside
+from lm.interpret import logit_lens
 from lm.types import Tokens
 
 LENGTH = 12
@@ -33,7 +33,7 @@ def params(model, tokens):
 
 def test_the_lens_after_the_last_layer_is_the_models_answer(model, params, tokens):
     targets = np.roll(tokens.ids, -1, axis=1)
-    lens = inside.logit_lens(model, params, tokens, targets)
+    lens = logit_lens.logit_lens(model, params, tokens, targets)
     hidden = model.apply({"params": params}, tokens).hidden
     log_p = jax.nn.log_softmax(model.apply({"params": params}, hidden, method="logits"))
     assert lens.guesses.shape == (3, 2, LENGTH)
@@ -44,8 +44,8 @@ def test_the_lens_after_the_last_layer_is_the_models_answer(model, params, token
 
 
 def test_updates_are_what_layers_add(model, params, tokens):
-    hidden = np.asarray(inside.residual_streams(model, params, tokens))
-    norms = inside.residual_norms(model, params, tokens)
+    hidden = np.asarray(logit_lens.residual_streams(model, params, tokens))
+    norms = logit_lens.residual_norms(model, params, tokens)
     added = np.sqrt(np.mean((hidden[2] - hidden[1]) ** 2, axis=-1))
     np.testing.assert_allclose(norms.update[2], added, rtol=1e-5)
     np.testing.assert_allclose(norms.stream[0], np.sqrt(np.mean(hidden[0] ** 2, -1)), rtol=1e-5)
@@ -60,7 +60,7 @@ def test_attributions_sum_to_what_the_exchange_of_tokens_gains(model, params, to
         logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
         return jax.nn.log_softmax(logits)[np.arange(2), target]
 
-    found = inside.attributions(model, params, tokens, target, baseline, num_steps=256)
+    found = logit_lens.attributions(model, params, tokens, target, baseline, num_steps=256)
     gained = log_p(tokens.ids) - log_p(baseline)
     np.testing.assert_allclose(found.sum(axis=1), gained, rtol=0.01, atol=0.01)
     assert not np.any(found[:, :2]) and np.all(found[:, 2:])

@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm import inspect
 from lm.data.tokenizer import ByteTokenizer
-from lm.evaluate import evaluate
+from lm.interpret import attention_maps
+from lm.training.evaluation import evaluate
 from lm.types import Tokens
 
 VARIANTS = {
@@ -48,7 +48,7 @@ def init(model, tokens):
 def test_weights_times_values_are_what_the_layer_computes(name, tiny_decoder, tokens):
     model = tiny_decoder(**VARIANTS[name])
     params = init(model, tokens)
-    maps = inspect.attention_maps(model, params, tokens)
+    maps = attention_maps.attention_maps(model, params, tokens)
 
     def of_interest(module, _):
         return module.name in ("value", "out")
@@ -70,7 +70,7 @@ def test_weights_times_values_are_what_the_layer_computes(name, tiny_decoder, to
 @pytest.mark.parametrize("name", VARIANTS)
 def test_weights_sum_to_one_over_the_past_of_the_document(name, tiny_decoder, tokens):
     model = tiny_decoder(**VARIANTS[name])
-    maps = np.asarray(inspect.attention_maps(model, init(model, tokens), tokens))
+    maps = np.asarray(attention_maps.attention_maps(model, init(model, tokens), tokens))
     c = model.config
     assert maps.shape == (c.num_layers, 2, c.num_heads, 20, 20) and maps.dtype == np.float32
     segments = tokens.segments
@@ -89,7 +89,7 @@ def test_token_losses_add_up_to_the_evaluation(make_experiment, num_devices):
     changes = {"data.validation": ("synthetic:markov:21:7",)}  # the last batch has empty rows
     experiment = make_experiment(changes, data=num_devices)
     params = experiment.init_state().params
-    batch, losses = inspect.held_out(experiment, params, num_batches=100)
+    batch, losses = attention_maps.held_out(experiment, params, num_batches=100)
     assert batch.targets.shape == losses.nats.shape == (32, 32)
     [expected] = evaluate(experiment, params).values()
     tokens = batch.weights.sum()
@@ -103,26 +103,28 @@ def test_confidence_is_the_probability_of_the_guess(make_experiment):
     experiment = make_experiment()
     params = experiment.init_state().params
     batch = experiment.train_data.batch_at(3)
-    first = inspect.token_losses(experiment.model, params, batch)
-    second = inspect.token_losses(experiment.model, params, batch.replace(targets=first.guesses))
+    first = attention_maps.token_losses(experiment.model, params, batch)
+    second = attention_maps.token_losses(
+        experiment.model, params, batch.replace(targets=first.guesses)
+    )
     np.testing.assert_allclose(np.exp(-second.nats), first.confidence, rtol=1e-5)
     assert (first.nats >= second.nats).all()
 
 
 def test_held_out_needs_a_validation_source(make_experiment):
     with pytest.raises(ValueError, match=r"config\.data\.validation is empty"):
-        inspect.held_out(make_experiment(), {})
+        attention_maps.held_out(make_experiment(), {})
 
 
 def test_cut_is_the_beginning_of_a_row(tokens):
-    short = inspect.cut(tokens, row=1, length=7)
+    short = attention_maps.cut(tokens, row=1, length=7)
     assert isinstance(short, Tokens) and short.ids.tolist() == [tokens.ids[1, :7].tolist()]
     assert short.segments.shape == short.positions.shape == (1, 7)
 
 
 def test_most_packed_finds_the_row_with_the_most_documents(make_experiment):
     data = make_experiment().train_data
-    step, row = inspect.most_packed(data, num_steps=20)
+    step, row = attention_maps.most_packed(data, num_steps=20)
     counts = [[len(r.documents) for r in data.explain_batch(s, ByteTokenizer())] for s in range(20)]
     assert counts[step][row] == np.max(counts) > 1
 
@@ -133,16 +135,16 @@ def test_heads_are_ordered_by_how_far_they_look():
     for distance, weights in enumerate(back):
         weights[: (0, 1, 4)[distance], 0] = 1  # those with nothing that far back look at the first
     maps = np.array([[back[2], back[0]], [back[1], back[1]]])  # [L, N, T, S]
-    distances = inspect.mean_distances(maps)
+    distances = attention_maps.mean_distances(maps)
     np.testing.assert_allclose(distances, [[(0 + 1 + 2 + 3 + 4 + 4) / 6, 0], [5 / 6, 5 / 6]])
-    order = inspect.nearest_to_farthest(maps)
+    order = attention_maps.nearest_to_farthest(maps)
     assert order[0] == (0, 1) and order[-1] == (0, 0) and len(set(order)) == 4
-    assert inspect.nearest_to_farthest(maps, 2) == [(0, 1), (0, 0)]
+    assert attention_maps.nearest_to_farthest(maps, 2) == [(0, 1), (0, 0)]
 
 
 def test_token_texts_join_to_the_text_with_special_tokens_named():
     tokenizer = ByteTokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode("aé↵"), tokenizer.eos_id]
-    texts = inspect.token_texts(tokenizer, np.array(ids))
+    texts = attention_maps.token_texts(tokenizer, np.array(ids))
     assert texts == ["⟨bos⟩", "a", "", "é", "", "", "↵", "⟨eos⟩"]
-    assert inspect.token_text(tokenizer, ids[2]) == "\N{REPLACEMENT CHARACTER}"
+    assert attention_maps.token_text(tokenizer, ids[2]) == "\N{REPLACEMENT CHARACTER}"

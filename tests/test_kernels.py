@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers import dot_product, kernels, ring, zigzag
-from lm.layers.dot_product import Mask, self_mask
+from lm.layers.attention import dot_product, kernels, ring
+from lm.layers.attention.dot_product import Mask, self_mask
 from lm.models import decoder
+from lm.parallel import zigzag
 from lm.types import Tokens
 
 TOLERANCE = 5e-6

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lm import flops, ledger, metrics, results
-from lm.config_tree import resolve
-from lm.train import train
+from lm.config.conversion import resolve
+from lm.models import flops
+from lm.reliability import data_ledger
+from lm.scaling import run_table
+from lm.telemetry import metrics
+from lm.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +97,8 @@ def test_a_run_killed_after_an_evaluation_between_log_lines_is_unfinished(
         at = max(i for i, text in enumerate(whole) if f'"step": {step}, "kind": "eval"' in text)
         path.write_text("".join(whole[: at + 1]))
         assert script.is_finished(tmp_path, 8) == (step == 8)
-        result = results.read(str(tmp_path))
+        result = run_table.read(str(tmp_path))
         seen[step] = result.tokens
         assert result.step == step
-    entries = ledger.read(str(tmp_path))
+    entries = data_ledger.read(str(tmp_path))
     assert seen == {step: sum(e["filled"] for e in entries[:step]) for step in (3, 6, 8)}

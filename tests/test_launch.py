@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from lm import metrics
-from lm.exits import Exit, restarts
+from lm.exit_codes import Exit, restarts
+from lm.telemetry import metrics
 from scripts.launch.local import decisive
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -201,7 +201,7 @@ def train(workdir: pathlib.Path, processes: int, devices: int, *launcher: str):
 
 FAILING = """
 import importlib.util, pathlib
-from lm import config_tree
+from lm.config import conversion as config_tree
 spec = importlib.util.spec_from_file_location("smoke", pathlib.Path({root!r}, "configs/smoke.py"))
 smoke = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(smoke)

@@ -22,8 +22,8 @@ import jsonschema
 import pytest
 import yaml
 
-from lm.exits import KILLS, Exit, restarts
-from lm.processes.environment import detect
+from lm.exit_codes import KILLS, Exit, restarts
+from lm.parallel.cluster_env import detect
 from scripts.launch import exit_codes
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lm.ledger import LEDGER_FILE, Ledger, LedgerMismatch, read, start_totals
+from lm.reliability.data_ledger import LEDGER_FILE, Ledger, LedgerMismatch, read, start_totals
 
 
 def facts(step, *, content=0):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.config import LossConfig
+from lm.config.schema import LossConfig
 from lm.layers.chunking import num_chunks
+from lm.layers.cross_entropy import lm_loss
 from lm.layers.embedding import Embedding
-from lm.loss import lm_loss
 from lm.types import Batch, Output, Tokens
 
 BATCH, LENGTH, VOCAB = 2, 12, 40

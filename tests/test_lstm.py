@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import flops, verify
 from lm.data.tokenizer import ByteTokenizer
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.layers import recurrent
 from lm.layers.recurrent import Marks, State
-from lm.models import lstm
+from lm.models import flops, lstm
+from lm.planning import mesh_equivalence
 from lm.types import Tokens
 from tests.test_flops import forward, product_flops
 
@@ -274,8 +274,8 @@ def test_formula_counts_parameters_and_products(tiny, pack, variant):
 def test_eight_devices_train_as_one(make_config, devices):
     config = make_config()
     config.model = type(config)({"name": "lstm", **dataclasses.asdict(lstm.Config(**TINY))})
-    report = verify.verify(config, {"data": 2, "fsdp": 2, "tensor": 2}, devices)
-    assert report.ok, verify.describe(report)
+    report = mesh_equivalence.verify(config, {"data": 2, "fsdp": 2, "tensor": 2}, devices)
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 @pytest.mark.parametrize(

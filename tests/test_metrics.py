@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from lm.metrics import (
+from lm.telemetry.metrics import (
     Finished,
     Late,
     Progress,

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from environment import some
 
-from lm import flops
-from lm.layers.dispatch import ROOM
-from lm.layers.grouped import collect, grouped_matmul, sort_by_group, spread
-from lm.layers.moe import BIAS_GRADIENT, Moe, MoeConfig, route
-from lm.models import decoder
+from lm.layers.moe.dispatch import ROOM
+from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
+from lm.layers.moe.moe import BIAS_GRADIENT, Moe, MoeConfig, route
+from lm.models import decoder, flops
 
 B, T, D, F, E, K = 8, 16, 16, 24, 8, 3
 BASE = MoeConfig(num_experts=E, num_experts_per_token=K, balance_loss=0.1, z_loss=0.01)

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree, metrics
-from lm.config import LossConfig
-from lm.config_tree import task
+from lm.config import conversion
+from lm.config.conversion import task
+from lm.config.schema import LossConfig
 from lm.data.tokenizer import ByteTokenizer
-from lm.loss import lm_loss
+from lm.layers.cross_entropy import lm_loss
 from lm.objectives import Form, multitask
+from lm.telemetry import metrics
 
 SOURCES = ("synthetic:markov:64", "synthetic:random:64:2", "synthetic:copy:64:1")  # by task
 TASKS = {
@@ -30,7 +31,7 @@ def make(make_experiment):
     """(changes) -> an experiment of three tasks."""
 
     def make(changes=None, **axes):
-        base = config_tree.default(objective="multitask").objective
+        base = conversion.default(objective="multitask").objective
         base.tasks = TASKS
         return make_experiment({**CHANGES, "objective": base, **(changes or {})}, **axes)
 
@@ -110,17 +111,17 @@ def test_a_task_without_tokens_has_no_mean():
 
 
 def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
-    config = make_config({"objective": config_tree.default(objective="multitask").objective})
+    config = make_config({"objective": conversion.default(objective="multitask").objective})
     config.objective.tasks = TASKS
-    again = config_tree.from_json(config_tree.to_json(config))
-    assert config_tree.resolve(again) == config_tree.resolve(config) and not config_tree.changed(
+    again = conversion.from_json(conversion.to_json(config))
+    assert conversion.resolve(again) == conversion.resolve(config) and not conversion.changed(
         config, again
     )
     again.update_from_flattened_dict({"objective.tasks.spans.mean_span": 2.0})
-    assert config_tree.resolve(again).objective.tasks["spans"].config.mean_span == 2.0
+    assert conversion.resolve(again).objective.tasks["spans"].config.mean_span == 2.0
     again.objective.tasks.spans.mean_spam = 2.0
     with pytest.raises(ValueError, match=r"config\.objective\.tasks\.spans\.mean_spam.*mean_span"):
-        config_tree.resolve(again)
+        conversion.resolve(again)
     with pytest.raises(ValueError, match=r"task causal\.rate"):
         task("causal", ("a",), rate=1)
 
@@ -137,7 +138,7 @@ def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
     ],
 )
 def test_tasks_that_cannot_work_are_refused(tasks, message):
-    resolved = config_tree._from_dict(multitask.Config(), {"tasks": tasks}, "config.objective")
+    resolved = conversion._from_dict(multitask.Config(), {"tasks": tasks}, "config.objective")
     with pytest.raises(ValueError, match=message):
         multitask.build(resolved, ByteTokenizer(), Form(16))
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import metrics, noise_scale, step
-from lm.metrics import Finished
+from lm.telemetry import metrics
+from lm.telemetry.metrics import Finished
+from lm.training import gradient_noise_scale, train_step
 from lm.types import Batch, Tokens
 
 SIZE, PARTS, ROWS = 6, 4, 16
@@ -29,11 +30,11 @@ def estimates(draws, counts):
 
     def one(weights):
         batch = Batch(tokens, counts, weights)
-        grads, sums = step.gradients(
+        grads, sums = train_step.gradients(
             loss_fn, {"w": jnp.zeros(SIZE)}, batch, jax.random.key(0), PARTS, (), True
         )
         norm = jnp.linalg.norm(grads["w"] / sums["tokens"])
-        return noise_scale.estimate(sums, norm)
+        return gradient_noise_scale.estimate(sums, norm)
 
     found = jax.jit(jax.vmap(one))(draws)
     return np.asarray(found["noise"]), np.asarray(found["signal"])
@@ -89,4 +90,4 @@ def test_a_run_without_micro_batches_is_refused(make_experiment):
     _, sums, facts = jax.eval_shape(
         experiment._train_step, experiment.abstract_state, experiment.abstract_batch
     )
-    assert {"noise", "signal"} <= facts.keys() and not set(noise_scale.NAMES) & sums.keys()
+    assert {"noise", "signal"} <= facts.keys() and not set(gradient_noise_scale.NAMES) & sums.keys()

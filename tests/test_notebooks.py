@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 from lm.data import prepare, tokenizer_training
 from lm.data.corpus import Corpus
-from lm.train import train
+from lm.training.loop import train
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SCALING = Path(__file__).parents[1] / "notebooks" / "04_scaling.ipynb"  # needs no run

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lm.config import component
+from lm.config.schema import component
 from lm.data.pairs import Pairs
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.sources import Document, Rows
@@ -13,7 +13,7 @@ from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
-from lm.layers.dot_product import self_mask
+from lm.layers.attention.dot_product import self_mask
 from lm.objectives import Form
 
 TOKENIZER = ByteTokenizer()

@@ -11,18 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from lm import muon, optimizers
-from lm.config import OptimizerConfig, ScheduleConfig
+from lm.config.schema import OptimizerConfig, ScheduleConfig
 from lm.layers.lora import LoraConfig
-from lm.layers.moe import MoeConfig
+from lm.layers.moe.moe import MoeConfig
 from lm.models import conv, decoder, encoder, encoder_decoder, lstm
-from lm.optim import (
-    averaged_params,
-    check,
-    make_optimizer,
-    roles,
-)
-from lm.schedule import make_schedule
+from lm.optim import muon, optimizers
+from lm.optim.chain import averaged_params, check, make_optimizer, roles
+from lm.optim.schedules import make_schedule
 from lm.types import Tokens
 
 OPTIMIZERS = sorted(m.name for m in pkgutil.iter_modules(optimizers.__path__))

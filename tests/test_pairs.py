@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.config import DataConfig
+from lm.config.schema import DataConfig
 from lm.data import pairs, pipeline
 from lm.data.sources import Document, Layout
 from lm.data.sources.token_writer import write_store

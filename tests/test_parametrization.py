@@ -10,13 +10,13 @@ import optax
 import pytest
 from environment import some
 
-from lm import optim, parameters
-from lm.config import OptimizerConfig, ScheduleConfig
+from lm.config.schema import OptimizerConfig, ScheduleConfig
 from lm.hf import folding
 from lm.layers.lora import LoraConfig
-from lm.layers.moe import MoeConfig
+from lm.layers.moe.moe import MoeConfig
 from lm.models import decoder, encoder, encoder_decoder
-from lm.parametrization import TABLES, Scaling
+from lm.optim import chain, param_tree
+from lm.optim.parametrization import TABLES, Scaling
 from tests.conftest import TINY
 from tests.parameters import random_params
 
@@ -110,7 +110,7 @@ def test_factors_follow_the_published_tables(rules_on):
     every = ("matrix", "embedding", "vector")
     for name, rates in (("adamw", {}), ("lion", {}), ("muon", MUON)):
         optimizer = OptimizerConfig(name=name, decay_roles=every)
-        factors = parameters.flatten(optim.make_factors(optimizer, params, config.scaling))
+        factors = param_tree.flatten(chain.make_factors(optimizer, params, config.scaling))
         for path, (_, rate, decay, epsilon) in EXPECTED.items():
             found = factors[path]
             wanted = (rates.get(path, rate) if name == "muon" else rate, decay, epsilon)
@@ -131,7 +131,7 @@ def test_initial_weights_follow_the_table(init_std, rules_on):
     tokens = decoder.Tokens(*[jnp.zeros((1, 4), jnp.int32)] * 3)
     init = lambda m, x: m.logits(m(x).hidden)  # noqa: E731
     params = nn.meta.unbox(model.init(jax.random.key(0), tokens, method=init)["params"])
-    found = parameters.flatten(params)
+    found = param_tree.flatten(params)
     std = 0.02 if init_std is None else init_std
     of_base = {  # deviations at the base
         "embedding.weight": (std, 1),
@@ -162,7 +162,7 @@ def test_steps_and_decay_have_their_factors():
     )
 
     def update(scaling, **changes):
-        tx = optim.make_optimizer(dataclasses.replace(every, **changes), tree, 10, scaling)
+        tx = chain.make_optimizer(dataclasses.replace(every, **changes), tree, 10, scaling)
         return tx.update(grads, tx.init(params), params)[0]
 
     at = Scaling("mup", width=4.0, depth=3.0)
@@ -181,7 +181,7 @@ def test_epsilon_shrinks_as_gradients_do():
     config = OptimizerConfig(eps=0.1, schedule=ScheduleConfig(kind="constant"), clip_norm=0.0)
 
     def update(scaling, gradient):
-        tx = optim.make_optimizer(config, tree, 10, scaling)
+        tx = chain.make_optimizer(config, tree, 10, scaling)
         grads = {"up": np.full((4, 4), gradient, np.float32)}
         return tx.update(grads, tx.init(params), params)[0]["up"][0, 0].item()
 
@@ -231,10 +231,10 @@ def test_folded_weights_compute_the_same(case, rules_on, pack):
         def __setattr__(self, name, value):
             self[name] = value
 
-    section, leaves = folding.fold(Section(fields), config, parameters.flatten(params))
+    section, leaves = folding.fold(Section(fields), config, param_tree.flatten(params))
     assert section["parametrization"] == "standard"
     plain = module.build(module.Config(**section), rules_on())
-    folded = parameters.unflatten(leaves)
+    folded = param_tree.unflatten(leaves)
     wanted = model.apply({"params": params}, tokens, method=logits)
     found = plain.apply({"params": folded}, tokens, method=logits)
     other = plain.apply({"params": params}, tokens, method=logits)
@@ -283,15 +283,15 @@ def test_an_encoder_of_its_own_depth_is_refused():
 @pytest.mark.parametrize("name", ["adafactor", "sgd"])
 def test_steps_without_a_row_are_refused(name):
     with pytest.raises(ValueError, match=rf"config\.optimizer\.name \({name}\).*\(mup\)"):
-        optim.check(OptimizerConfig(name=name), Scaling("mup"))
+        chain.check(OptimizerConfig(name=name), Scaling("mup"))
     assert isinstance(
-        optim.make_optimizer(OptimizerConfig(name=name), {}, 10), optax.GradientTransformation
+        chain.make_optimizer(OptimizerConfig(name=name), {}, 10), optax.GradientTransformation
     )
 
 
 def test_recurrent_models_have_no_such_key(make_config):
-    from lm import config_tree
+    from lm.config import conversion
 
-    config = config_tree.default(model="lstm")
+    config = conversion.default(model="lstm")
     with pytest.raises(ValueError, match=r"config\.model\.parametrization is not a config key"):
-        config_tree.resolve({**config.to_dict(), "model": {**config.model.to_dict(), **MUP}})
+        conversion.resolve({**config.to_dict(), "model": {**config.model.to_dict(), **MUP}})

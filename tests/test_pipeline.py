@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.config import DataConfig, LoaderConfig
+from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import packing, pipeline
 from lm.data.pipeline import OutOfData, Pipeline, make_source
 from lm.data.sources import Document, Layout
@@ -263,7 +263,7 @@ def test_without_tensorflow_its_loader_says_what_to_do(mixed, monkeypatch):
 def test_batches_and_the_thread_loader_need_no_tensorflow(stores):
     program = (
         "import sys; sys.modules['tensorflow'] = None\n"
-        "from lm.config import DataConfig, LoaderConfig\n"
+        "from lm.config.schema import DataConfig, LoaderConfig\n"
         "from lm.data.pipeline import make_pipeline\n"
         "from lm.data.tokenizer import load\n"
         "from lm.objectives import Form, causal\n"
@@ -465,7 +465,7 @@ def test_a_missing_store_is_named_with_its_key(stores, tmp_path):
 def test_tensorflow_is_imported_where_it_is_asked_for_beside_other_work():
     code = (
         "import sys\n"
-        "from lm.config import LoaderConfig\n"
+        "from lm.config.schema import LoaderConfig\n"
         "from lm.data import loaders\n"
         "for kind in ('thread', 'tf.data'):\n"
         "    with loaders.importing(LoaderConfig(kind=kind)):\n"

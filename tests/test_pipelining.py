@@ -14,9 +14,9 @@ from test_checkpoint import noise as make_noise
 from test_equivalence import CHANGES, STEPS, assert_equivalent
 
 from lm.checkpoint.manager import Checkpoints
-from lm.config import CheckpointConfig
-from lm.layers import pipelining
-from lm.layers.pipelining import PipelineConfig, make_schedule
+from lm.config.schema import CheckpointConfig
+from lm.parallel import pipeline_stages
+from lm.parallel.pipeline_stages import PipelineConfig, make_schedule
 
 AXES = {"weight": ("embed", "mlp"), "bias": (None,)}
 
@@ -30,7 +30,7 @@ def toy(rules, schedule, params, x, rows, rng):
         x = rules.constrain(x, "batch", "length", "act_embed")
         return x, {"noise": noise, "sum": jnp.sum(x)}
 
-    return pipelining.pipeline(
+    return pipeline_stages.pipeline(
         layer,
         lambda rows, _: jnp.cos(rows),
         params,
@@ -179,7 +179,7 @@ def test_only_activations_go_from_stage_to_stage(circular):
 
 @pytest.mark.parametrize(("s", "r"), [(2, 2), (2, 3), (4, 2), (4, 3), (4, 6), (6, 4), (8, 8)])
 def test_an_exchange_gives_every_group_to_its_stage_once(s, r):
-    rounds = pipelining._rounds(s, r)
+    rounds = pipeline_stages._rounds(s, r)
     assert len(rounds) == r
     for moves in rounds:
         assert sorted(m[0] for m in moves) == sorted(m[2] for m in moves) == list(range(s))
@@ -363,7 +363,7 @@ def test_what_the_stages_do_not_divide_is_refused(make_experiment, changes, axes
 def test_a_forward_pass_of_rows_that_make_no_micro_batches_is_refused(rules_on):
     rows = np.zeros((6, 2))
     with pytest.raises(ValueError, match=r"of 6 rows must be divisible by mesh .*\(2\) \* .*\(2\)"):
-        pipelining.split(rules_on(fsdp=2), 2, rows)
+        pipeline_stages.split(rules_on(fsdp=2), 2, rows)
 
 
 def test_generation_on_several_stages_is_refused(make_experiment, pack):
@@ -383,8 +383,8 @@ def test_micro_batches_are_the_same_rows_on_any_mesh(rules_on):
     rows = jnp.arange(24)
     for axes in ({}, {"data": 2}, {"fsdp": 4, "stage": 2}):
         rules = rules_on(**axes)
-        parts = pipelining.split(rules, 3, pipelining.interleave(rules, 3, rows))
+        parts = pipeline_stages.split(rules, 3, pipeline_stages.interleave(rules, 3, rows))
         np.testing.assert_array_equal(parts, np.arange(24).reshape(8, 3).T)
         np.testing.assert_array_equal(
-            pipelining.merge(rules, pipelining.split(rules, 3, rows)), rows
+            pipeline_stages.merge(rules, pipeline_stages.split(rules, 3, rows)), rows
         )

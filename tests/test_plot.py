@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lm import figures, metrics, plot, show
-from lm.sweep import report
-from lm.telemetry import fonts
+from lm.interpret import lens_plots, run_report
+from lm.scaling.sweep import report
+from lm.telemetry import fonts, loss_curve, metrics
 from scripts import pretrain
 
 
@@ -24,9 +24,9 @@ def write(workdir, losses):
 
 def test_the_range_curve_finds_the_lowest_loss(tmp_path):
     write(tmp_path, [5.0, 4.5, 4.0, 3.0, 2.0, 6.0, 9.0])
-    path, rate = plot.range_curve(str(tmp_path), smoothing=0.2)
+    path, rate = loss_curve.range_curve(str(tmp_path), smoothing=0.2)
     assert rate == 1e-5 and path.endswith("lr_range.png")
-    _, smoothed = plot.range_curve(str(tmp_path), smoothing=0.9)  # remembers the first ones
+    _, smoothed = loss_curve.range_curve(str(tmp_path), smoothing=0.9)  # remembers the first ones
     assert smoothed == 1e-5
 
 
@@ -43,26 +43,26 @@ def test_the_loss_curve_has_a_gap_where_every_update_was_skipped(tmp_path):
     records.append({"step": 4, "kind": "eval", "source": "/c", "tokens": 9.0, "loss": math.nan})
     text = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / metrics.METRICS_FILE).write_text(text)
-    figure = plot.loss_figure(str(tmp_path), {"gzip": 2.1})
+    figure = loss_curve.loss_figure(str(tmp_path), {"gzip": 2.1})
     training, *stores = figure.axes[0].lines
     np.testing.assert_array_equal(training.get_xdata(), [1, 1, 2, 3])  # millions of tokens
     np.testing.assert_array_equal(training.get_ydata(), [5, np.nan, 3, 2])
     assert [line.get_label() for line in stores] == ["a/validation", "b/validation", "c"]
     assert all(np.isfinite(axis.get_ylim()).all() for axis in figure.axes)
-    assert plot.loss_curve(str(tmp_path)).endswith("loss.png")
+    assert loss_curve.loss_curve(str(tmp_path)).endswith("loss.png")
 
 
 def test_a_run_of_skipped_updates_alone_has_nothing_to_draw(tmp_path):
     record = {"step": 2, "kind": "train", "skipped": 2, "seconds": 1.0}
     (tmp_path / metrics.METRICS_FILE).write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="no loss"):
-        plot.loss_curve(str(tmp_path))
+        loss_curve.loss_curve(str(tmp_path))
 
 
 def test_a_run_without_records_is_refused(tmp_path):
     write(tmp_path, [5.0])
     with pytest.raises(ValueError, match="1 records of training"):
-        plot.range_curve(str(tmp_path))
+        loss_curve.range_curve(str(tmp_path))
 
 
 def test_totals_count_windows_of_skipped_updates_and_runs_without_a_timed_step():
@@ -134,10 +134,10 @@ def test_a_run_with_chinese_names_is_drawn_without_boxes(tmp_path, han_font, rec
     with (folder / metrics.METRICS_FILE).open("a") as file:
         record = {"step": 2, "kind": "eval", "source": "/数据/红梦", "tokens": 9.0, "loss": 2.0}
         file.write(json.dumps(record) + "\n")
-    plot.loss_curve(str(folder))
-    plot.range_curve(str(folder))
+    loss_curve.loss_curve(str(folder))
+    loss_curve.range_curve(str(folder))
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
-    [legend] = plot.loss_figure(str(folder)).legends
+    [legend] = loss_curve.loss_figure(str(folder)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["training", r"红\u68a6"]
 
 
@@ -145,9 +145,9 @@ def test_tokens_of_other_scripts_are_drawn_without_boxes(matplotlib_fonts, han_f
     lens = types.SimpleNamespace(confidence=np.full((1, 1, 2), 0.5))
     pairs = [("红", "梦"), ("$x$", "b")]
     for figure in (
-        figures.lens_figure(lens, ["红", "$x$"], [["楼", "梦"]]),
-        figures.pairs_figure(pairs, np.ones((2, 2))),
-        show.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
+        lens_plots.lens_figure(lens, ["红", "$x$"], [["楼", "梦"]]),
+        lens_plots.pairs_figure(pairs, np.ones((2, 2))),
+        run_report.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
     ):
         FigureCanvasAgg(figure).draw()
     assert not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import diagnose, ledger, metrics
-from lm import train as training
 from lm.checkpoint.manager import Checkpoints
-from lm.exits import Exit, RunError
-from lm.experiment import Experiment
+from lm.exit_codes import Exit, RunError
 from lm.models import decoder
-from lm.run import Diverged, ReplicasDisagree
+from lm.reliability import data_ledger
+from lm.telemetry import metrics
+from lm.training import bad_step_report
+from lm.training import loop as training
+from lm.training.experiment import Experiment
+from lm.training.session import Diverged, ReplicasDisagree
 
 STEPS = 12
 BAD = 7  # between the checkpoints at 4 and 8
@@ -106,7 +108,7 @@ def test_policy_skip_goes_on_without_the_step(run, tmp_path, microbatches):
     records = {r["step"]: r for r in metrics.read(str(tmp_path)) if r["kind"] == "train"}
     assert records[BAD + 1]["skipped"] == 1 and "skipped" not in records[BAD + 2]
     assert all(np.isfinite(r["loss"]) for step, r in records.items() if step != BAD + 1)
-    assert len(ledger.read(str(tmp_path))) == STEPS  # what it consumed, it consumed
+    assert len(data_ledger.read(str(tmp_path))) == STEPS  # what it consumed, it consumed
 
 
 def test_policy_skip_stops_after_too_many_in_a_row(run, tmp_path):
@@ -122,7 +124,7 @@ def test_a_bad_batch_is_found_to_be_the_data_and_named(run, tmp_path):
     assert run(tmp_path, {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == Exit.SUCCESS
     found = evidence(tmp_path)
     assert found["verdict"] == "data" and found["changed_bits"] == []
-    assert len(ledger.read(str(tmp_path))) == STEPS
+    assert len(data_ledger.read(str(tmp_path))) == STEPS
 
 
 def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_config, devices):
@@ -198,7 +200,7 @@ def test_no_old_state_is_in_memory_while_a_step_is_done_again(run, tmp_path, mon
 def test_where_bits_do_not_repeat_no_checkpoint_is_moved_and_no_hardware_blamed(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(diagnose, "repeats", lambda experiment: False)
+    monkeypatch.setattr(bad_step_report, "repeats", lambda experiment: False)
     flip = flip_once(9, "norm.scale", 0)
     assert run(tmp_path / "flip", {"guard.policy": "rewind"}, fault=flip) == Exit.SUCCESS
     [found] = (tmp_path / "flip" / "evidence").iterdir()
@@ -289,7 +291,7 @@ def assert_no_trace(run, tmp_path, make_config, devices, changes=None):
         final_bits(tmp_path / name, make_config, devices, changes) for name in ("flip", "clean")
     ]
     assert ends[0] == ends[1]
-    assert ledger.read(str(tmp_path / "flip")) == ledger.read(str(tmp_path / "clean"))
+    assert data_ledger.read(str(tmp_path / "flip")) == data_ledger.read(str(tmp_path / "clean"))
 
 
 @pytest.mark.slow

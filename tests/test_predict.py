@@ -9,19 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree
 from lm.checkpoint.manager import Checkpoints
-from lm.config import LossConfig
-from lm.config_tree import task
+from lm.config import conversion
+from lm.config.conversion import task
+from lm.config.schema import LossConfig
 from lm.data.pairs import Pairs
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.experiment import CONFIG_FILE, Experiment
+from lm.evaluation.predict import GREEDY, Predictor
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
-from lm.loss import lm_loss
-from lm.predict import GREEDY, Predictor
+from lm.layers.cross_entropy import lm_loss
+from lm.training.experiment import CONFIG_FILE, Experiment
 
 SOURCES = ["abc", "a longer text", "b"]
 LABELS = {"objective.labels": ("good", "bad", "so-so"), "objective.verbalizers": ("G", "B", "S")}
@@ -44,7 +44,7 @@ ENCODER = {"data.encoder_length": 48, "data.length": 24}
 
 
 def experiment_of(model, objective, devices, **changes):
-    config = config_tree.default(model=model, objective=objective)
+    config = conversion.default(model=model, objective=objective)
     values = TINY | (ENCODER if model == "encoder_decoder" else {}) | changes
     config.update_from_flattened_dict(values)
     return Experiment(config, devices[:1])
@@ -139,7 +139,7 @@ def test_probabilities_of_labels_are_those_that_the_loss_has(model, devices, tmp
 
 def test_a_task_of_several_is_named(devices):
     stores = ("synthetic:reverse", "synthetic:markov:64")
-    config = config_tree.default(objective="multitask")
+    config = conversion.default(objective="multitask")
     config.update_from_flattened_dict(TINY | {"data.train": stores})
     config.objective.tasks = {
         "back": task("seq2seq", stores[:1]),
@@ -183,7 +183,7 @@ def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
 ):
     experiment = experiment_of("encoder", "classification", devices, **LABELS)
     state = experiment.init_state()
-    (tmp_path / CONFIG_FILE).write_text(config_tree.to_json(experiment.config_dict))
+    (tmp_path / CONFIG_FILE).write_text(conversion.to_json(experiment.config_dict))
     with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
         checkpoints.save(state)
     texts = [("abc", "good"), ("abd", "bad"), ("x", "bad")]

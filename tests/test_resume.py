@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config_tree, metrics
 from lm.checkpoint.manager import Checkpoints
-from lm.exits import Exit
-from lm.experiment import Experiment, load
-from lm.guard import alone
+from lm.config import conversion
+from lm.exit_codes import Exit
+from lm.reliability.watchdog import alone
+from lm.telemetry import metrics
+from lm.training.experiment import Experiment, load
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -121,7 +122,7 @@ def test_recurrent_and_convolutional_models_go_on_with_the_same_bytes(
     tmp_path, make_config, devices, name
 ):
     config = make_config({"mesh.data": 1})
-    config.model = config_tree.default(model=name).model
+    config.model = conversion.default(model=name).model
     config.model.update({"vocab_size": 264, "embed_dim": 16, "num_layers": 2, "dropout": 0.3})
 
     def go(experiment, state, start, stop):
@@ -199,7 +200,7 @@ def test_a_changed_model_is_refused_unless_allowed_by_name(whole, tmp_path):
                 ),
                 (
                     "--config.optimizer.name=adam",
-                    "config.optimizer.name ('adam') is not in lm.optimizers",
+                    "config.optimizer.name ('adam') is not in lm.optim.optimizers",
                 ),
             )
         ),

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from lm import config_tree, metrics
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manager import Checkpoints
-from lm.exits import Exit
-from lm.experiment import Experiment
-from lm.run import Run
-from lm.train import train
+from lm.config import conversion
+from lm.exit_codes import Exit
+from lm.telemetry import metrics
+from lm.training.experiment import Experiment
+from lm.training.loop import train
+from lm.training.session import Run
 
 CHANGES = {
     "train.num_steps": 6,
@@ -81,7 +82,7 @@ def test_a_run_whose_done_steps_stay_as_they_were_can_be_made_longer(
         assert go(changes) == Exit.SUCCESS
     longer = {**changes, "train.num_steps": 8, "train.num_tokens": None}
     assert go(longer) == Exit.SUCCESS
-    assert max(stored.steps(tmp_path / "checkpoints")) == 8
+    assert max(step_files.steps(tmp_path / "checkpoints")) == 8
 
 
 def test_wsd_in_its_decay_is_not_made_longer_by_surprise(go):
@@ -105,7 +106,7 @@ def test_what_may_change_is_named_by_paths_that_exist(go, path, meant):
 
 
 def test_a_path_of_a_component_that_the_run_had_before_may_be_named(make_config):
-    config_tree.check_paths(("objective.mask_fraction", "model"), [make_config({})], "key")
+    conversion.check_paths(("objective.mask_fraction", "model"), [make_config({})], "key")
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import device_errors, runtime
-from lm.exits import Exit
+from lm import cli
+from lm.exit_codes import Exit
+from lm.parallel import device_errors
 
 PROGRAM = """
-from lm import runtime
+from lm import cli as runtime
 
 def main():
     import jax
@@ -96,7 +97,7 @@ def test_a_missing_flag_is_one_line_and_a_code_of_its_own(script, missing):
 def test_errors_name_the_flag_in_place_of_the_path_that_it_sets():
     with (
         pytest.raises(ValueError, match=r"^--data: gone: no such folder; config\.data\.train$"),
-        runtime.named_by_flags({"config.data.validation": "--data"}),
+        cli.named_by_flags({"config.data.validation": "--data"}),
     ):
         raise ValueError("config.data.validation: gone: no such folder; config.data.train")
 

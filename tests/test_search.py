@@ -5,13 +5,13 @@ import math
 
 import pytest
 
-from lm import config_tree
-from lm.aot import chips, plan, plausibility, report, search, sizing, topology, wires
-from lm.aot import estimate as estimating
-from lm.aot.memory import Memory
-from lm.aot.roofline import Times
-from lm.aot.work import Work
-from lm.sharding import AXES
+from lm.config import conversion
+from lm.parallel.sharding import AXES
+from lm.planning import chips, interconnect, plan, plausibility, report, search, sizing, topology
+from lm.planning import estimate as estimating
+from lm.planning.costs import Work
+from lm.planning.memory import Memory
+from lm.planning.roofline import Times
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -40,9 +40,9 @@ def test_every_candidate_divides_the_sizes_of_the_config(make_config):
         shards = c["mesh.data"] * c["mesh.fsdp"]
         assert shards * c["mesh.tensor"] * c.get("mesh.stage", 1) == 8
         assert 16 % (shards * c["train.num_microbatches"]) == 0
-    asked = config_tree.resolve(config)
+    asked = conversion.resolve(config)
     for c in found[:: len(found) // 5]:
-        assert search._replaced(asked, c) == config_tree.resolve(plan.changed(config, c))
+        assert search._replaced(asked, c) == conversion.resolve(plan.changed(config, c))
 
 
 def test_an_axis_counts_where_the_model_has_use_for_it(make_config):
@@ -69,7 +69,7 @@ def test_an_estimate_knows_bubbles_and_gathers_that_became_reductions(make_exper
     def of(name, changes=None, **axes):
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
         target = topology.parse(name)
-        grid = [wires.Place(0, (i // 4, i % 4, 0), 0) for i in range(8)]
+        grid = [interconnect.Place(0, (i // 4, i % 4, 0), 0) for i in range(8)]
         return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid).parts
 
     staged = {"model.num_layers": 2, "model.pipeline.num_microbatches": 4}
@@ -87,7 +87,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
 
     def of(changes=None, **axes):
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
-        grid = [wires.Place(0, (i // 4, i % 4), 0) for i in range(8)]
+        grid = [interconnect.Place(0, (i // 4, i % 4), 0) for i in range(8)]
         return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
 
     saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
@@ -99,7 +99,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
 
 
 def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
-    config = config_tree.default(model="lstm")
+    config = conversion.default(model="lstm")
     with pytest.raises(
         ValueError, match=r"transformers alone; config\.model is .*lm\.models\.lstm"
     ):

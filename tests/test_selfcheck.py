@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import loss, reference, selfcheck
-from lm.config import LossConfig
-from lm.config_tree import resolve
-from lm.exits import Exit
-from lm.layers import attention
-from lm.layers.dot_product import Mask
-from lm.selfcheck import SelfCheckFailed, check
+from lm.config.conversion import resolve
+from lm.config.schema import LossConfig
+from lm.exit_codes import Exit
+from lm.layers import cross_entropy
+from lm.layers.attention import attention
+from lm.layers.attention.dot_product import Mask
+from lm.reliability import kernel_check, reference
+from lm.reliability.kernel_check import SelfCheckFailed, check
 
 ROOT = Path(__file__).parents[1]
 SOFT = {"model.attention_softcap": 50.0, "model.logit_softcap": 30.0}
@@ -134,7 +135,7 @@ def test_a_leak_of_the_gradient_alone_is_refused(run, monkeypatch):
     def attend(q, k, v, mask, **options):
         return leak(attention.attend(q, k, v, mask, **options), v)
 
-    monkeypatch.setattr(selfcheck, "attend", attend)
+    monkeypatch.setattr(kernel_check, "attend", attend)
     with pytest.raises(
         SelfCheckFailed, match=r"change 0 of .* gradients that must be zero are not"
     ):
@@ -156,7 +157,7 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
         q, k, v, options = WRONG[name](q, k, v, options)
         return attention.attend(q, k, v, mask, **options)
 
-    monkeypatch.setattr(selfcheck, "attend", attend)
+    monkeypatch.setattr(kernel_check, "attend", attend)
     with pytest.raises(SelfCheckFailed, match=r"of attention .* differs from the reference by"):
         run({**SOFT, "model.positions": "alibi", "model.num_kv_heads": 2, "model.dtype": dtype})
 
@@ -164,22 +165,22 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
 # ---- loss ----
 
 
-def last_chunk_dropped(chunk, num_chunks, xs, over=loss._over_chunks):
+def last_chunk_dropped(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
     hidden, targets, weights, tasks = xs
     last = weights.shape[1] - weights.shape[1] // num_chunks
     return over(chunk, num_chunks, (hidden, targets, weights.at[:, last:].set(0), tasks))
 
 
-def chunks_shifted(chunk, num_chunks, xs, over=loss._over_chunks):
+def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
     carry, out = over(chunk, num_chunks, xs)
     return carry, None if out is None else jnp.roll(out, out.shape[1] // num_chunks, axis=1)
 
 
-def all_weights_one(logits, targets, weights, tasks, config, statistics=loss._statistics):
+def all_weights_one(logits, targets, weights, tasks, config, statistics=cross_entropy._statistics):
     return statistics(logits, targets, jnp.ones_like(weights), tasks, config)
 
 
-def without_z_loss(logits, targets, weights, log_z, config, gradient=loss._logit_gradient):
+def without_z_loss(logits, targets, weights, log_z, config, gradient=cross_entropy._logit_gradient):
     return gradient(logits, targets, weights, log_z, dataclasses.replace(config, z_loss=0.0))
 
 
@@ -194,7 +195,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_wrong_loss_is_refused(run, monkeypatch, name):
     attribute, broken, message = LOSSES[name]
-    monkeypatch.setattr(loss, attribute, broken)
+    monkeypatch.setattr(cross_entropy, attribute, broken)
     with pytest.raises(SelfCheckFailed, match=message):
         run({"loss.z_loss": 0.1, "loss.chunk_size": 64})
 
@@ -226,11 +227,19 @@ def test_a_change_of_what_is_checked_is_checked(run, changes):
     assert not run(changes).cached and run(changes).cached
 
 
-@pytest.mark.parametrize("name", ["layers/attention.py", "loss.py", "selfcheck.py", "reference.py"])
+FILES_OF_KERNELS = [
+    "layers/attention/attention.py",
+    "layers/cross_entropy.py",
+    "reliability/kernel_check.py",
+    "reliability/reference.py",
+]
+
+
+@pytest.mark.parametrize("name", FILES_OF_KERNELS)
 def test_a_change_of_the_code_is_checked(run, monkeypatch, tmp_path, name):
     copy = tmp_path / "lm"
     shutil.copytree(ROOT / "lm", copy, ignore=shutil.ignore_patterns("__pycache__", "data"))
-    monkeypatch.setattr(selfcheck, "__file__", str(copy / "selfcheck.py"))
+    monkeypatch.setattr(kernel_check, "__file__", str(copy / "reliability" / "kernel_check.py"))
     run()
     assert run().cached
     with (copy / name).open("a") as file:
@@ -266,14 +275,14 @@ def test_decoder_lists_what_its_layers_call_attention_with(
         heads, size = q.shape[1], q.shape[3]
         assert q.dtype == k.dtype == jnp.dtype(model.config.dtype)
         options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(selfcheck.Heads(heads, k.shape[1], size, **options))
+        called.append(kernel_check.Heads(heads, k.shape[1], size, **options))
         return q
 
     inputs = packed_batch(2, 32, 264).inputs
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
     monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(lambda variables: model.apply(variables, inputs), variables)
-    listed = {selfcheck.Heads(**kind) for kind in model.config.attention_kinds}
+    listed = {kernel_check.Heads(**kind) for kind in model.config.attention_kinds}
     assert set(called) == listed and len(listed) == len(model.config.kinds)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm.config import MeshConfig
-from lm.sharding import local_rows, make_mesh, make_rules, put
+from lm.config.schema import MeshConfig
+from lm.parallel.sharding import local_rows, make_mesh, make_rules, put
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from lm import metrics
-from lm.sweep import cluster, report, space
-from lm.sweep.pool import Run
+from lm.scaling.sweep import cluster, report, space
+from lm.scaling.sweep.pool import Run
+from lm.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 120

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.config import MeshConfig
-from lm.layers import kernels, splash, zigzag
-from lm.layers.dot_product import self_mask
-from lm.sharding import make_rules
+from lm.config.schema import MeshConfig
+from lm.layers.attention import kernels, splash
+from lm.layers.attention.dot_product import self_mask
+from lm.parallel import zigzag
+from lm.parallel.sharding import make_rules
 from lm.types import Tokens
 
 

@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm import config_flag, config_tree, guard, ledger, lines, metrics, results
-from lm.sweep import cluster, pool, report, space
-from lm.sweep.adaptive import Search
-from lm.sweep.pool import Run
+from lm.config import command_line, conversion
+from lm.reliability import data_ledger, watchdog
+from lm.scaling import run_table
+from lm.scaling.sweep import cluster, pool, report, space
+from lm.scaling.sweep.adaptive import Search
+from lm.scaling.sweep.pool import Run
+from lm.telemetry import jsonl, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RATE = "optimizer.learning_rate"
@@ -72,11 +75,11 @@ def test_axes_are_held_against_the_config_before_any_run():
     axes = [space.parse(t) for t in ("optimizer.learing_rate=1e-3,1e-2", "model.num_layers=2,x")]
     config = str(ROOT / "configs" / "smoke.py")
     with pytest.raises(ValueError, match=r"(?s)did you mean .*learning_rate\?.*must be int, got"):
-        space.check_config(config, axes, [], read=config_flag.read)
+        space.check_config(config, axes, [], read=command_line.read)
     models = [space.parse(t) for t in ("model.name=decoder,lstm", "model.num_kv_heads=1,2")]
-    space.check_config(config, models, ["--config.seed=1"], read=config_flag.read)
+    space.check_config(config, models, ["--config.seed=1"], read=command_line.read)
     with pytest.raises(ValueError, match=r"config\.sede is not a config key"):
-        space.check_config(config, models, ["--config.sede=1"], read=config_flag.read)
+        space.check_config(config, models, ["--config.sede=1"], read=command_line.read)
 
 
 def test_names_are_short_and_tell_keys_apart():
@@ -105,7 +108,7 @@ def test_every_point_has_a_folder_of_its_own_that_file_systems_take(tmp_path):
 def fake(tmp_path, make_config):
     """The command of a training script that takes no time."""
     template = tmp_path / "template.json"
-    template.write_text(config_tree.to_json(make_config()))
+    template.write_text(conversion.to_json(make_config()))
     return [sys.executable, str(ROOT / "tests" / "fake_train.py"), str(template)]
 
 
@@ -163,7 +166,7 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
 def test_a_run_that_was_started_by_hand_is_waited_for(tmp_path, fake):
     [run] = make_runs([0.1])
     hand, said = contextlib.ExitStack(), []
-    hand.enter_context(guard.alone(str(tmp_path / run.name)))
+    hand.enter_context(watchdog.alone(str(tmp_path / run.name)))
     threading.Timer(0.8, hand.close).start()
     pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
     assert len(said) == 1 and "waiting for it" in said[0]
@@ -244,13 +247,13 @@ def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
 def test_pruning_and_ranking_read_the_same_mean_over_stores(tmp_path, make_config):
     folder = tmp_path / "000-x"
     folder.mkdir()
-    (folder / "config.json").write_text(config_tree.to_json(make_config()))
+    (folder / "config.json").write_text(conversion.to_json(make_config()))
     (folder / "ledger.jsonl").write_text(
-        "".join(lines.line({"step": i, "filled": 500, "padding": 12}) for i in range(6))
+        "".join(jsonl.line({"step": i, "filled": 500, "padding": 12}) for i in range(6))
     )
     (folder / "metrics.jsonl").write_text(
         "".join(
-            lines.line({"step": 6, "kind": "eval", "source": name, "tokens": n, "loss": loss})
+            jsonl.line({"step": 6, "kind": "eval", "source": name, "tokens": n, "loss": loss})
             for name, n, loss in (("a", 900, 2.0), ("b", 100, 4.0))
         )
     )
@@ -260,7 +263,7 @@ def test_pruning_and_ranking_read_the_same_mean_over_stores(tmp_path, make_confi
     search.is_hopeless(run)
     reported = search._study.trials[0].intermediate_values
     assert reported == {6: pytest.approx(2.2)}  # not 3, the plain mean
-    assert results.read(str(folder)).loss == reported[6]
+    assert run_table.read(str(folder)).loss == reported[6]
 
 
 # ---- the report ----
@@ -380,9 +383,9 @@ def test_a_run_that_is_finished_is_not_started(tmp_path, fake, make_config):
     [run] = make_runs([0.1])
     folder = tmp_path / run.name
     (folder / "checkpoints" / "10").mkdir(parents=True)
-    (folder / "config.json").write_text(config_tree.to_json(make_config()))
+    (folder / "config.json").write_text(conversion.to_json(make_config()))
     (folder / "metrics.jsonl").write_text(
-        lines.line({"step": 10, "kind": "eval", "source": "a", "tokens": 9, "loss": 2.0})
+        jsonl.line({"step": 10, "kind": "eval", "source": "a", "tokens": 9, "loss": 2.0})
     )
     ended = []
     pool.run_all(tmp_path, iter([run]), slots=1, command=fake, ended=lambda r, o: ended.append(o))
@@ -451,7 +454,7 @@ def test_a_sweep_that_is_killed_and_started_again_does_every_run_once(tmp_path):
             ("learning_rate=0.001", "learning_rate=0.003", "learning_rate=1e+30")]  # fmt: skip
     assert [log.count("from step 0 ") for log in logs] == [1, 1, 1]
     assert [log.count("ready in") for log in logs] == [1, 2, 1]  # the second went on
-    assert [e["step"] for e in ledger.read(str(second_run))] == list(range(600))
+    assert [e["step"] for e in data_ledger.read(str(second_run))] == list(range(600))
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["finished", "finished", "diverged"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lm.task_baselines import BASELINES, NEED_TRAIN, OF_METRIC, sentences
-from lm.task_metrics import METRICS
+from lm.evaluation.task_baselines import BASELINES, NEED_TRAIN, OF_METRIC, sentences
+from lm.evaluation.task_metrics import METRICS
 
 PAIRS = [
     ("Good morning.", "早上好。"),

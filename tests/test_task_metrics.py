@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from lm import task_metrics
-from lm.task_metrics import METRICS, answers, bleu, classes, normalize, rouge, words
+from lm.evaluation import task_metrics
+from lm.evaluation.task_metrics import METRICS, answers, bleu, classes, normalize, rouge, words
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import json
 import jax
 import pytest
 
-from lm.config import LogConfig
-from lm.train import _profiled, train
+from lm.config.schema import LogConfig
+from lm.training.loop import _profiled, train
 
 
 def names_in_trace(folder):

@@ -15,9 +15,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm import config as configs
-from lm import loss, sharding, verify
-from lm.config_tree import resolve
+from lm.config import schema as configs
+from lm.config.conversion import resolve
+from lm.layers import cross_entropy
+from lm.parallel import sharding
+from lm.planning import mesh_equivalence
 
 ROOT = Path(__file__).parents[1]
 FSDP = {"data": 2, "fsdp": 4}
@@ -40,7 +42,7 @@ def config(make_config):
 @pytest.fixture(scope="module")
 def one_device(config, devices):
     """The steps of one device, right in every test: what is seeded is seeded into the mesh."""
-    return verify.on_one_device(config(), devices)
+    return mesh_equivalence.on_one_device(config(), devices)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,9 @@ def check(config, devices, one_device):
     """(mesh, changes of what one device doesn't see) -> the report."""
 
     def run(mesh, changes=None):
-        return verify.compare(verify.on_mesh(config(changes), mesh, devices), one_device)
+        return mesh_equivalence.compare(
+            mesh_equivalence.on_mesh(config(changes), mesh, devices), one_device
+        )
 
     return run
 
@@ -66,7 +70,7 @@ def wrong(report):
 )
 def test_a_mesh_that_is_right_passes(check, mesh, changes):
     report = check(mesh, changes)
-    assert report.ok, verify.describe(report)
+    assert report.ok, mesh_equivalence.describe(report)
     assert {d.step for d in report.differences} == {0, 1, 2}
     assert all(d.value > 0 for d in report.differences if d.what == "parameters")
 
@@ -78,21 +82,21 @@ def test_experts_in_a_pipeline_are_right(config, devices):
         "model.moe.num_experts": 4,
         "model.moe.num_experts_per_token": 2,
     }
-    report = verify.verify(config(changes), {"stage": 2, "expert": 2, "fsdp": 2}, devices)
-    assert report.ok, verify.describe(report)
+    report = mesh_equivalence.verify(config(changes), {"stage": 2, "expert": 2, "fsdp": 2}, devices)
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 def test_a_missing_psum_is_found(check, monkeypatch):
-    monkeypatch.setattr(loss.jax.lax, "psum", lambda x, axes: x)
+    monkeypatch.setattr(cross_entropy.jax.lax, "psum", lambda x, axes: x)
     assert wrong(check(MIXED)) == {"objective", "gradient norm", "gradients", "parameters"}
 
 
 def test_a_mean_of_means_is_found(check, monkeypatch):
     """Every device divides the sums of its rows by its own tokens, and their means are averaged."""
-    real = loss._on_each_device
+    real = cross_entropy._on_each_device
 
     def mean_of_means(rules, local, parameters, xs, trained=None):
-        axes = loss._axes(rules.spec("act_batch", "length"))
+        axes = cross_entropy._axes(rules.spec("act_batch", "length"))
 
         def averaged(parameters, xs):
             tokens = xs[2].sum()
@@ -102,7 +106,7 @@ def test_a_mean_of_means_is_found(check, monkeypatch):
 
         return real(rules, averaged, parameters, xs, trained)
 
-    monkeypatch.setattr(loss, "_on_each_device", mean_of_means)
+    monkeypatch.setattr(cross_entropy, "_on_each_device", mean_of_means)
     assert wrong(check(MIXED)) >= {"objective", "gradient norm", "gradients", "parameters"}
 
 
@@ -145,7 +149,7 @@ def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
     """The squares of every device's shards are added up, also where shards are the same."""
     seen = []
 
-    class Observed(verify.Experiment):
+    class Observed(mesh_equivalence.Experiment):
         def lower_train_step(self):
             seen.append(
                 (self.rules.mesh, self.start.trained(self.rules.shardings(self.boxed_params)))
@@ -164,14 +168,14 @@ def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
 
         return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, grads, shardings))))
 
-    monkeypatch.setattr(verify, "Experiment", Observed)
+    monkeypatch.setattr(mesh_equivalence, "Experiment", Observed)
     monkeypatch.setattr(optax.tree, "norm", norm)
     assert wrong(check(FSDP)) >= {"gradients", "parameters"}
 
 
 def test_what_is_replicated_by_accident_is_named(check):
     report = check(FSDP, {"mesh.rules": (("embed", None), ("batch", "data"))})
-    text = verify.describe(report)
+    text = mesh_equivalence.describe(report)
     assert re.search(r"parameter embedding.weight \(264, \d+\) .* are on every device", text)
     assert not report.ok and not wrong(report)
 
@@ -192,12 +196,12 @@ def test_shrinking_keeps_the_structure():
     from configs import llama3
 
     config = llama3.get_config("70b")
-    small = verify.shrink(config)
+    small = mesh_equivalence.shrink(config)
     assert small.model.num_heads / small.model.num_kv_heads == 8
     assert small.model.activation == config.model.activation
     resolved = resolve(small).model
     assert resolved.kv_heads == 2
-    resolved.check(verify.LENGTH)
+    resolved.check(mesh_equivalence.LENGTH)
 
 
 @pytest.mark.slow
@@ -209,7 +213,10 @@ def test_the_script_says_what_was_compared_on_two_processes():
     assert "layout: as the config says" in done.stdout and "the same" in done.stdout
     [sizes] = [line for line in done.stdout.splitlines() if line.startswith("model resized")]
     assert "(--noshrink: as it is)" in sizes and "embed_dim 32 -> 64, " in sizes
-    assert "2 processes" in done.stdout and done.stdout.count("gradient norm") == verify.STEPS
+    assert (
+        "2 processes" in done.stdout
+        and done.stdout.count("gradient norm") == mesh_equivalence.STEPS
+    )
 
 
 @pytest.mark.slow
@@ -236,7 +243,7 @@ def test_every_parallelism_is_right_on_two_processes():
 
 def test_an_unknown_axis_is_named(config, devices):
     with pytest.raises(ValueError, match=r"no axis .*'fdsp'"):
-        verify.on_mesh(config(), {"fdsp": 2}, devices)
+        mesh_equivalence.on_mesh(config(), {"fdsp": 2}, devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +260,7 @@ def test_neighbours_on_every_axis_are_in_different_processes(sizes, processes):
     axes = dict(zip(("stage", "fsdp", "tensor"), sizes, strict=False))
     each = int(np.prod(sizes)) // processes
     devices = [Place(p, i) for p in range(processes) for i in range(each)]
-    placed = verify.across_processes(axes, devices)
+    placed = mesh_equivalence.across_processes(axes, devices)
     assert sorted(placed, key=devices.index) == devices
     grid = np.array([d.process_index for d in placed])
     grid = grid.reshape([axes[axis] for axis in sharding.AXES if axis in axes])
@@ -263,9 +270,13 @@ def test_neighbours_on_every_axis_are_in_different_processes(sizes, processes):
 
 def test_a_slice_is_a_run_of_processes_and_what_cannot_cross_is_refused():
     devices = [Place(p, i) for p in range(2) for i in range(4)]
-    assert verify.across_processes({"data": 4, "fsdp": 2, "slices": 2}, devices) == devices
+    assert (
+        mesh_equivalence.across_processes({"data": 4, "fsdp": 2, "slices": 2}, devices) == devices
+    )
     with pytest.raises(ValueError, match=r"divisible by the number of processes \(2\)"):
-        verify.across_processes({"data": 3}, [Place(p, i) for p in range(2) for i in range(3)])
+        mesh_equivalence.across_processes(
+            {"data": 3}, [Place(p, i) for p in range(2) for i in range(3)]
+        )
 
 
 def test_a_replica_that_alone_is_wrong_is_found(devices):
@@ -275,6 +286,6 @@ def test_a_replica_that_alone_is_wrong_is_found(devices):
     halves = whole.reshape(2, 4)
     parts = [jax.device_put(halves[i // 2], devices[i]) for i in range(4)]
     make = functools.partial(jax.make_array_from_single_device_arrays, (8,), place)
-    assert verify.relative({"x": whole}, {"x": make(parts)}) == [0]
+    assert mesh_equivalence.relative({"x": whole}, {"x": make(parts)}) == [0]
     parts[3] = parts[3].at[0].add(4.0)
-    assert verify.relative({"x": whole}, {"x": make(parts)}) == [0.5]
+    assert mesh_equivalence.relative({"x": whole}, {"x": make(parts)}) == [0.5]

@@ -7,12 +7,13 @@ import os
 import jax
 import pytest
 
-from lm import config_tree, runtime
+from lm import cli
+from lm.config import conversion
 from lm.data.tokenizer_training import train_words
-from lm.exits import Exit
-from lm.experiment import load
-from lm.train import train
+from lm.exit_codes import Exit
 from lm.training import resume
+from lm.training.experiment import load
+from lm.training.loop import train
 
 NAMES = ["my run", "100%d {x} %s", "a?b#c&d=e", "[x]*", 'it\'s "q"', "$HOME `x`", "运行", "-x"]
 
@@ -20,15 +21,15 @@ NAMES = ["my run", "100%d {x} %s", "a?b#c&d=e", "[x]*", 'it\'s "q"', "$HOME `x`"
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_a_folder_stays_as_it_is(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    assert runtime.folder(name) == name
+    assert cli.folder(name) == name
     os.mkdir(name)
-    assert runtime.folder(name) == name
-    assert runtime.folder(f"{name}/new/deeper") == f"{name}/new/deeper"
+    assert cli.folder(name) == name
+    assert cli.folder(f"{name}/new/deeper") == f"{name}/new/deeper"
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runtime.folder("~/runs/a") == str(tmp_path / "runs" / "a")
+    assert cli.folder("~/runs/a") == str(tmp_path / "runs" / "a")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_what_can_be_no_folder_is_refused_with_its_name(tmp_path, monkeypatch, n
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("gone")
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        runtime.folder(name)
+        cli.folder(name)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(make_config, make_ex
     kept.touch()
     changes = {"data.tokenizer": "/old/run/tokenizer/tokenizer.json", "mesh.data": 1}
     old = make_config(changes)
-    saved, said = resume.Saved(json.loads(config_tree.to_json(old))), []
+    saved, said = resume.Saved(json.loads(conversion.to_json(old))), []
     moved = make_experiment({"data.tokenizer": str(kept)})
     assert resume.check_config(saved, str(tmp_path / "moved"), moved, said.append) and not said
     with pytest.raises(ValueError, match=r"config\.data\.tokenizer: .*'bytes'"):

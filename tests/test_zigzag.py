@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.layers import zigzag
+from lm.parallel import zigzag
 
 
 def test_shards_hold_one_early_and_one_late_chunk():

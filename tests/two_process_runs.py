@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app
 
-from lm.processes import distributed
+from lm.parallel import process_group
 
 STEPS = 8
 BASE = {
@@ -42,10 +42,10 @@ def main(argv):
     from etils import epath
 
     from configs import smoke
-    from lm import train as training
-    from lm.checkpoint import stored
-    from lm.exits import RunError
-    from lm.experiment import Experiment
+    from lm.checkpoint import step_files
+    from lm.exit_codes import RunError
+    from lm.training import loop as training
+    from lm.training.experiment import Experiment
 
     root = epath.Path(argv[1])
     spoilt = {}
@@ -93,7 +93,7 @@ def main(argv):
     def batches(self, start, stop):
         sent = jax.process_index() == 0  # the one that doesn't lead gets the signal
         for step, batch in Experiment.batches(self, start, stop):
-            if not sent and len(stored.steps(root / "time" / "checkpoints")) >= 4:
+            if not sent and len(step_files.steps(root / "time" / "checkpoints")) >= 4:
                 os.kill(os.getpid(), signal.SIGTERM)
                 sent = True
             yield step, batch
@@ -102,15 +102,15 @@ def main(argv):
     run("time", seconds)
     # one process sees an old listing of the folder: both do what the lead sees
     if jax.process_index() == 1:
-        stored.steps = lambda directory: []
+        step_files.steps = lambda directory: []
     Injector.batches = Experiment.batches
     run("host", {"optimizer.memory": "host"})
-    distributed.agree("end", {})  # nobody waits for a process that has ended
-    code = distributed.leave(0)
+    process_group.agree("end", {})  # nobody waits for a process that has ended
+    code = process_group.leave(0)
     sys.stdout.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    initialize = distributed.define_flags()
+    initialize = process_group.define_flags()
     app.run(main)

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app
 
-from lm.processes import distributed
+from lm.parallel import process_group
 
 PIPELINE = "model.pipeline.num_microbatches"
 SEQUENCE = "model.sequence_parallel"
@@ -33,10 +33,10 @@ def main(argv):
     import jax
 
     from configs import llama3, mixtral
-    from lm import verify
+    from lm.planning import mesh_equivalence
 
     given = {"llama3": llama3.get_config("8b"), "mixtral": mixtral.get_config()}
-    small = {name: verify.shrink(config) for name, config in given.items()}
+    small = {name: mesh_equivalence.shrink(config) for name, config in given.items()}
     alone = {}  # by what dropout and the order of rows depend on
     wrong = 0
     for name, mesh, changes in COMBINATIONS:
@@ -44,16 +44,18 @@ def main(argv):
         config.update_from_flattened_dict(changes)
         key = (name, changes.get(PIPELINE))
         if key not in alone:
-            alone[key] = verify.on_one_device(config, jax.devices())
-        report = verify.compare(verify.on_mesh(config, mesh, jax.devices()), alone[key])
+            alone[key] = mesh_equivalence.on_one_device(config, jax.devices())
+        report = mesh_equivalence.compare(
+            mesh_equivalence.on_mesh(config, mesh, jax.devices()), alone[key]
+        )
         wrong += not report.ok
         if jax.process_index() == 0:
             worst = max(report.differences, key=lambda d: d.value)
             print(name, mesh, f"{worst.value:.1e} {worst.what} {worst.worst}", flush=True)
-            print("" if report.ok else verify.describe(report), flush=True)
-    sys.exit(distributed.leave(min(wrong, 1)))
+            print("" if report.ok else mesh_equivalence.describe(report), flush=True)
+    sys.exit(process_group.leave(min(wrong, 1)))
 
 
 if __name__ == "__main__":
-    initialize = distributed.define_flags()
+    initialize = process_group.define_flags()
     app.run(main)

@@ -22,14 +22,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import device_errors
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import restore, stored
+from lm.checkpoint import restore, step_files
 from lm.checkpoint.literal_path import LiteralPath
 from lm.checkpoint.manifest import Damaged, Manifest
-from lm.config import CheckpointConfig
-from lm.exits import Exit, RunError
-from lm.processes import distributed
+from lm.config.schema import CheckpointConfig
+from lm.exit_codes import Exit, RunError
+from lm.parallel import device_errors, process_group
 from lm.types import Params, TrainState
 
 # What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and
@@ -79,11 +78,11 @@ class Checkpoints:
             return
         if self._lead:
             self.directory.mkdir(parents=True, exist_ok=True)
-            stored.delete_leftovers(self.directory)
+            step_files.delete_leftovers(self.directory)
         handler = ocp.CompositeCheckpointHandler(
             params=ocp.StandardCheckpointHandler(),
             opt_state=ocp.StandardCheckpointHandler(),
-            manifest=ocp.JsonCheckpointHandler(filename=stored.MANIFEST_FILE),
+            manifest=ocp.JsonCheckpointHandler(filename=step_files.MANIFEST_FILE),
         )
         # Made in the background, a folder that can't be made leaves threads that wait five minutes
         # for it, and keep the process from ending.
@@ -113,7 +112,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, as the lead process sees them; for all together."""
-        return distributed.from_lead("steps", lambda: stored.steps(self.directory))
+        return process_group.from_lead("steps", lambda: step_files.steps(self.directory))
 
     # ---- saving ----
 
@@ -130,7 +129,7 @@ class Checkpoints:
         self.poll()
         if self._saves:
             self._saves[-1].committed.wait()
-        if restore.from_lead(step in stored.steps(self.directory)):
+        if restore.from_lead(step in step_files.steps(self.directory)):
             return False
         tree = {"params": state.params, "opt_state": state.opt_state}
         manifest = Manifest(
@@ -176,10 +175,10 @@ class Checkpoints:
             raise self._failed(save.step, error) from error
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
-        others = [s for s in stored.steps(self.directory) if s != step]
+        others = [s for s in step_files.steps(self.directory) if s != step]
         failed = SaveFailed(
             f"the checkpoint of step {step} could not be saved in {self.directory}: "
-            f"{stored.first_line(error)}; "
+            f"{step_files.first_line(error)}; "
             + (f"the last one is of step {others[-1]}" if others else "there is no other one")
         )
         failed.code = device_errors.exit_code(error) or failed.code
@@ -195,7 +194,7 @@ class Checkpoints:
         part, parts = jax.process_index(), jax.process_count()
         if self._config.verify:
             try:
-                fault = stored.find_fault(folder, stored.read_manifest(folder), part, parts)
+                fault = step_files.find_fault(folder, step_files.read_manifest(folder), part, parts)
             except Damaged as error:
                 fault = str(error)
             if fault:
@@ -204,8 +203,8 @@ class Checkpoints:
                     f"the checkpoint of step {step} doesn't read back: {fault}; "
                     f"it was moved to {self._bad}"
                 )
-            stored.mark_verified(folder, part, parts)
-            while self._lead and not stored.is_verified(folder):
+            step_files.mark_verified(folder, part, parts)
+            while self._lead and not step_files.is_verified(folder):
                 if self._closing.wait(0.05):
                     return
                 if not folder.exists():
@@ -218,11 +217,11 @@ class Checkpoints:
 
     def _delete_old(self, newest: int) -> None:
         """Deletes what none of keep_last, keep_every and at wants, now that `newest` is good."""
-        old = [step for step in stored.steps(self.directory) if step < newest]
+        old = [step for step in step_files.steps(self.directory) if step < newest]
         good = [
             step
             for step in old
-            if not self._config.verify or stored.is_verified(self.directory / str(step))
+            if not self._config.verify or step_files.is_verified(self.directory / str(step))
         ]
         keep = set(good[max(0, len(good) - self._config.keep_last + 1) :])
         if every := self._config.keep_every:
@@ -230,7 +229,7 @@ class Checkpoints:
         keep |= set(self._config.at)
         for step in old:
             if step not in keep:
-                stored.delete(self.directory / str(step))
+                step_files.delete(self.directory / str(step))
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a checkpoint to WORKDIR/bad_checkpoints, and returns its new place there."""
@@ -309,16 +308,21 @@ class Checkpoints:
             fault, tree, manifest = restore.restore(folder, wanted, verify=verify)
             if not fault and manifest is not None:
                 self.parent = manifest.parent
-                whole = verify and set(wanted) == set(stored.ITEMS)
-                if whole and not self._read_only and self._lead and not stored.is_verified(folder):
-                    stored.mark_verified(folder, 0, 1)
+                whole = verify and set(wanted) == set(step_files.ITEMS)
+                if (
+                    whole
+                    and not self._read_only
+                    and self._lead
+                    and not step_files.is_verified(folder)
+                ):
+                    step_files.mark_verified(folder, 0, 1)
                 return tree, manifest
             if step is not None:
                 raise CorruptCheckpoint(f"the checkpoint of step {step} is bad: {fault}")
             bad.append(at)
             self._pass_over(at, fault)
         # Not from step 0 because all there was had to be set aside, not when asked again either.
-        if bad or restore.from_lead(self._bad.exists() and not stored.steps(self.directory)):
+        if bad or restore.from_lead(self._bad.exists() and not step_files.steps(self.directory)):
             raise CorruptCheckpoint(
                 f"no checkpoint in {self.directory} is good; move one back from {self._bad}, or "
                 f"delete that folder to begin at step 0"

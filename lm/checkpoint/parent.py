@@ -8,12 +8,12 @@ from typing import Any
 
 from etils import epath
 
-from lm import parameters
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import restore, stored
+from lm.checkpoint import restore, step_files
 from lm.checkpoint.manager import CorruptCheckpoint
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
-from lm.processes import distributed
+from lm.optim import param_tree
+from lm.parallel import process_group
 from lm.types import Params
 
 
@@ -29,7 +29,7 @@ class Base:
         """Raises FileNotFoundError where there is no such checkpoint."""
         self._key = key
         directory = epath.Path(workdir).resolve() / "checkpoints"
-        there: list[int] = distributed.from_lead("base", lambda: stored.steps(directory))
+        there: list[int] = process_group.from_lead("base", lambda: step_files.steps(directory))
         if not there:
             raise FileNotFoundError(f"{key}: {workdir} has no checkpoint")
         self.step = there[-1] if step is None else step
@@ -75,7 +75,7 @@ class Base:
             )
 
     def _skipped(self, skip: Sequence[str]) -> frozenset[str]:
-        return parameters.matching("config.init.skip", skip, self._leaves)
+        return param_tree.matching("config.init.skip", skip, self._leaves)
 
     def read(self, wanted: Params, skip: Sequence[str] = ()) -> Params:
         """The values of the abstract tree `wanted`, in its shardings, every bit checked; raises as
@@ -90,7 +90,7 @@ class Base:
         Raises:
             CorruptCheckpoint: the bits are not those that were saved.
         """
-        names = {f"params.{name}" for name in parameters.flatten(wanted)}
+        names = {f"params.{name}" for name in param_tree.flatten(wanted)}
         others = [name for name in self.manifest.leaves if name not in names]
         tree = {"params": wanted}
         fault, found, _ = restore.restore(self._folder, tree, verify=True, leave_out=others)

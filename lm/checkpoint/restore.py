@@ -17,11 +17,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lm import sharding
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manifest import Damaged, Manifest
-from lm.checkpoint.stored import Unreadable
+from lm.checkpoint.step_files import Unreadable
+from lm.parallel import sharding
 
 _CANNOT = "cannot be opened"  # how the fault of an Unreadable begins
 NUM_READERS = 8  # leaves that are read at the same time
@@ -88,7 +88,7 @@ def manifest_of(folder: epath.Path) -> Manifest:
     """
     manifest, fault = None, ""
     try:
-        manifest = stored.read_manifest(folder)
+        manifest = step_files.read_manifest(folder)
     except (Damaged, Unreadable) as error:
         fault = _fault(error)
     if (fault := _agree(fault, folder)) or manifest is None:
@@ -102,7 +102,7 @@ def _read(folder: epath.Path, manifest: Manifest, name: str, wanted: Any) -> jax
     Not through Orbax, which has barriers, and which reads files beside the arrays that no checksum
     covers.
     """
-    array = stored.open_leaf(folder, name, manifest.leaves[name])
+    array = step_files.open_leaf(folder, name, manifest.leaves[name])
     indices = {
         device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, wanted.shape, strict=True))
         for device, index in wanted.sharding.addressable_devices_indices_map(wanted.shape).items()
@@ -112,7 +112,7 @@ def _read(folder: epath.Path, manifest: Manifest, name: str, wanted: Any) -> jax
     kind = wanted.sharding.memory_kind
     shards = [
         jax.device_put(
-            np.asarray(stored.result(reading[str(index)], name)),
+            np.asarray(step_files.result(reading[str(index)], name)),
             jax.sharding.SingleDeviceSharding(device, memory_kind=kind),
             may_alias=False,
         )

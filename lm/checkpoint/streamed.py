@@ -17,7 +17,7 @@ from etils import epath
 
 from lm import storage
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import stored
+from lm.checkpoint import step_files
 from lm.checkpoint.manager import SaveFailed
 from lm.checkpoint.manifest import Leaf, Manifest
 
@@ -30,14 +30,14 @@ class ParamsWriter:
     def __init__(self, workdir: str, step: int) -> None:
         """Raises ValueError where there are checkpoints: a run isn't overwritten."""
         directory = epath.Path(workdir).resolve() / "checkpoints"
-        if there := stored.steps(directory):
+        if there := step_files.steps(directory):
             raise ValueError(f"{workdir} has checkpoints already, of steps {there}")
         directory.mkdir(parents=True, exist_ok=True)
-        stored.delete_leftovers(directory)
+        step_files.delete_leftovers(directory)
         self._step = step
         self._folder = directory / str(step)
         renamed = not str(directory).startswith("gs://")  # else a step needs its commit file
-        self._writing = directory / f"{step}{stored.TEMPORARY}" if renamed else self._folder
+        self._writing = directory / f"{step}{step_files.TEMPORARY}" if renamed else self._folder
         self._writing.mkdir()
         self._arrays: dict[str, Any] = {}
         self._sums: dict[str, np.ndarray] = {}
@@ -62,7 +62,7 @@ class ParamsWriter:
             },
         }
         leaf = f"params.{name}"
-        self._arrays[leaf] = stored.result(ts.open(spec, create=True), leaf)
+        self._arrays[leaf] = step_files.result(ts.open(spec, create=True), leaf)
         self._sums[leaf], self._shapes[leaf] = np.zeros(2, np.uint32), shape
 
     def write(self, name: str, index: Shape, block: np.ndarray) -> None:
@@ -78,7 +78,7 @@ class ParamsWriter:
     def _wait(self) -> None:
         if self._pending is not None:
             leaf, future = self._pending
-            stored.result(future, leaf)
+            step_files.result(future, leaf)
             self._pending = None
 
     def commit(self, extras: Mapping[str, Any]) -> None:
@@ -101,13 +101,13 @@ class ParamsWriter:
             time=time.time(),
             **extras,
         )
-        folder = self._writing / stored.MANIFEST
+        folder = self._writing / step_files.MANIFEST
         folder.mkdir()
-        (folder / stored.MANIFEST_FILE).write_text(json.dumps(manifest.to_dict()))
-        if fault := stored.find_fault(self._writing, manifest):
+        (folder / step_files.MANIFEST_FILE).write_text(json.dumps(manifest.to_dict()))
+        if fault := step_files.find_fault(self._writing, manifest):
             raise SaveFailed(f"what was written to {self._writing} doesn't read back: {fault}")
         if self._writing == self._folder:
-            (self._folder / stored.COMMITTED).touch()
+            (self._folder / step_files.COMMITTED).touch()
         else:
             self._writing.rename(self._folder)
-        stored.mark_verified(self._folder, 0, 1)
+        step_files.mark_verified(self._folder, 0, 1)

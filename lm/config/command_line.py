@@ -15,7 +15,8 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from lm import config_tree, storage
+from lm import storage
+from lm.config import conversion
 
 # what Python raises where a config file is wrong; other errors are not of its writer
 MISTAKES = (
@@ -95,8 +96,8 @@ def read(name: str, settings: Sequence[str]) -> ml_collections.ConfigDict:
     """
     config = load(name)
     # components first: their names decide which fields there are
-    for setting in sorted(settings, key=lambda s: not config_tree.is_name(s.partition("=")[0])):
-        config_tree.assign(config, setting)
+    for setting in sorted(settings, key=lambda s: not conversion.is_name(s.partition("=")[0])):
+        conversion.assign(config, setting)
     return config.lock()
 
 
@@ -130,7 +131,7 @@ def load(name: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(
             f"--config={path}: get_config returns {type(config).__name__}, and must return the "
-            "config that lm.config_tree.default made"
+            "config that lm.config.conversion.default made"
         )
     return config
 
@@ -140,7 +141,7 @@ def _from_json_file(name: str) -> ml_collections.ConfigDict:
     if not path.exists():
         raise ValueError(f"--config={name}: no such file")
     try:
-        return config_tree.from_json(path.read_text())
+        return conversion.from_json(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"--config={name}, line {error.lineno}: no JSON: {error.msg}") from None
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Conversion of configs: ConfigDict, frozen dataclasses, JSON text, and settings from flags.
 
 `configs/*.py` and the command line work on a `ml_collections.ConfigDict`; `resolve` turns it into
-the frozen `lm.config.Config` that the code reads.
+the frozen `lm.config.schema.Config` that the code reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 from ml_collections import config_dict
 
-from lm.config import COMPONENTS, Config, OptimizerConfig, Range, Task, check_values, component
+from lm.config.schema import (
+    COMPONENTS,
+    Config,
+    OptimizerConfig,
+    Range,
+    Task,
+    check_values,
+    component,
+)
 
 
 class ConfigTree(ml_collections.ConfigDict):

@@ -2,7 +2,7 @@
 
 Model, objective and optimizer are components: modules with a `Config` dataclass and a `build`
 function, found by the name in `config.model.name` and so on (a name with a dot is imported as it
-is, so that a component may live outside of this project). `lm.config_tree` converts between a
+is, so that a component may live outside of this project). `lm.config.conversion` converts between a
 `Config` and the `ml_collections.ConfigDict` that configs and the command line work on.
 """
 
@@ -226,7 +226,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = field("adamw", "A module of lm.optimizers, or a full module name.")
+    name: str = field("adamw", "A module of lm.optim.optimizers, or a full module name.")
     learning_rate: float = field(3e-4, "Peak learning rate.", ge=0)
     schedule: ScheduleConfig = field(
         ScheduleConfig(), "How the learning rate changes over the run."
@@ -402,7 +402,11 @@ class Config:
     log: LogConfig = field(LogConfig(), "What is written and printed.")
 
 
-COMPONENTS = {"model": "lm.models", "objective": "lm.objectives", "optimizer": "lm.optimizers"}
+COMPONENTS = {
+    "model": "lm.models",
+    "objective": "lm.objectives",
+    "optimizer": "lm.optim.optimizers",
+}
 _KEYS = {package: key for key, package in COMPONENTS.items()}
 
 
@@ -424,7 +428,9 @@ def component(package: str, name: str) -> types.ModuleType:
         exist.
     """
     asked = f"config.{_KEYS[package]}.name ({name!r})"
-    needed = ("Config", "build", "STEPS") if package == "lm.optimizers" else ("Config", "build")
+    needed = (
+        ("Config", "build", "STEPS") if package == "lm.optim.optimizers" else ("Config", "build")
+    )
     if "." in name:
         return imported(name, asked, needed=needed)
     if not name.isidentifier() or importlib.util.find_spec(f"{package}.{name}") is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lm.config import imported
+from lm.config.schema import imported
 from lm.data.sources import Document, DocumentSource, ListedSource, Skipped, Unit
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import LoaderConfig
+from lm.config.schema import LoaderConfig
 from lm.types import Batch
 
 Make = Callable[[int], Batch]

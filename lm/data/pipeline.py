@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lm import storage
-from lm.config import DataConfig, LoaderConfig
+from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import loaders, packing
 from lm.data.packing import Span
 from lm.data.pairs import Pairs
@@ -25,7 +25,7 @@ from lm.data.sources import Layout, Rows, Source, synthetic
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
-from lm.exits import Exit, RunError
+from lm.exit_codes import Exit, RunError
 from lm.types import Batch
 
 Transform = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data.sources import Layout, Rows
-from lm.experiment import Experiment
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.rows import power_of_two
 from lm.generation.sampling import Sampling
 from lm.objectives import classification, seq2seq
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Model, Params
 
 Report = Callable[[int, int], Any]  # called with the records done, and their count

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lm.task_metrics import CJK, words
+from lm.evaluation.task_metrics import CJK, words
 
 Pairs = Sequence[tuple[str, str]]
 

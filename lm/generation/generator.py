@@ -27,7 +27,7 @@ from lm.generation.decode import CHUNK, decode, prefill, without_length
 from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
 from lm.generation.text import Generation, Piece, Row
-from lm.parameters import apart
+from lm.optim.param_tree import apart
 from lm.types import Model, Params, Tokens, check_head
 
 DEFAULT = Sampling()

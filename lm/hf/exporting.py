@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import parameters
-from lm.experiment import Experiment
 from lm.hf import folding, structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, Writer
 from lm.layers import lora
+from lm.optim import param_tree
+from lm.training.experiment import Experiment
 from lm.types import Params
 
 
@@ -46,7 +46,7 @@ def export_folder(
         raise ValueError(f"{out} is not empty; export into a new folder")
     model = experiment.config.model
     section: Any
-    section, leaves = folding.fold(experiment.config_dict.model, model, parameters.flatten(params))
+    section, leaves = folding.fold(experiment.config_dict.model, model, param_tree.flatten(params))
     name = family or structure.find_family(section)
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)

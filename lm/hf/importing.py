@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm import config_tree, parameters
 from lm.checkpoint.streamed import ParamsWriter
+from lm.config import conversion
 from lm.data.run_tokenizer import FOLDER
-from lm.experiment import CONFIG_FILE, Experiment
 from lm.hf import structure, table, vocabulary
 from lm.hf.files import Reader, read_json
 from lm.hf.keys import Say
 from lm.hf.nested import text_names
-from lm.ledger import start_totals
+from lm.optim import param_tree
+from lm.reliability.data_ledger import start_totals
+from lm.training.experiment import CONFIG_FILE, Experiment
 
 # of a model that the config is not for: what it was pretrained with
 OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
@@ -87,7 +88,7 @@ def import_folder(
         allow_nonfinite=allow_nonfinite,
         say=say,
     )
-    (out / CONFIG_FILE).write_text(config_tree.to_json(config))
+    (out / CONFIG_FILE).write_text(conversion.to_json(config))
     return experiment
 
 
@@ -101,7 +102,7 @@ def with_model(config: Any, section: Any, say: Say) -> Any:
             if configured := _find(config.model, path):
                 section.update_from_flattened_dict({path: configured[0]})
     else:
-        config.objective = config_tree.default(objective=OBJECTIVES[section.name]).objective
+        config.objective = conversion.default(objective=OBJECTIVES[section.name]).objective
         config.data.encoder_length = None
     config.model = section
     longest = section.max_length
@@ -138,7 +139,7 @@ def read_into(
     {that of the model: that in the files}.
     """
     model = experiment.config.model
-    abstract = parameters.flatten(experiment.abstract_params)
+    abstract = param_tree.flatten(experiment.abstract_params)
     leaves = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     where = table.places(family.rows(model), leaves)
     held = table.tensors(where)

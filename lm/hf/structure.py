@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import lm.hf
-from lm import config_tree
+from lm.config import conversion
 from lm.hf.keys import Keys, Say, quiet, without
 from lm.hf.nested import NESTED, text_config
 from lm.hf.table import Row
@@ -111,7 +111,7 @@ def model_section(
     keys = Keys(text_config(without(tree, ignored, say)), tensors, say=say)
     fields = kind.ours(keys)
     keys.finish()
-    section: Any = config_tree.default(model=kind.MODEL).model
+    section: Any = conversion.default(model=kind.MODEL).model
     section.update_from_flattened_dict(fields)
     return section
 
@@ -160,9 +160,9 @@ def find_family(section: Any) -> str:
 
 def resolve(section: Any) -> Any:
     """The frozen config of a section `config.model`."""
-    config = config_tree.default(model=section.name)
+    config = conversion.default(model=section.name)
     config.model = section
-    return config_tree.resolve(config).model
+    return conversion.resolve(config).model
 
 
 def rename(names_there: list[str], kind: Family) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A run from the inside: attention weights and losses, token by token, as arrays.
 
-`lm.show` makes pictures of them.
+`lm.interpret.run_report` makes pictures of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import Experiment
-from lm.layers.attention import Attention, Context
-from lm.layers.dot_product import attention_scores
+from lm.layers.attention.attention import Attention, Context
+from lm.layers.attention.dot_product import attention_scores
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Model, Params, Tokens
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lm.inside import Lens, Norms
-from lm.show import visible
+from lm.interpret.logit_lens import Lens, Norms
+from lm.interpret.run_report import visible
 from lm.telemetry import fonts
 from lm.types import Array
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lm.data.tokenizer import Tokenizer
-from lm.inspect import token_texts
-from lm.layers.dot_product import Mask, self_mask
+from lm.interpret.attention_maps import token_texts
+from lm.interpret.run_report import COLORS, visible
+from lm.layers.attention.dot_product import Mask, self_mask
 from lm.objectives import Form
-from lm.show import COLORS, visible
 from lm.types import Array, Batch, Tokens
 
 

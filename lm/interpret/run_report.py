@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import config_tree, metrics
+from lm.config import conversion
 from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
-from lm.experiment import Experiment
-from lm.inspect import TokenLosses, cut, mean_distances, token_text, token_texts
-from lm.layers.dot_product import self_mask
-from lm.telemetry import fonts
+from lm.interpret.attention_maps import TokenLosses, cut, mean_distances, token_text, token_texts
+from lm.layers.attention.dot_product import self_mask
+from lm.telemetry import fonts, metrics
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Tokens
 
 # One colour after the other for the segments of a row, light enough for text on top.
@@ -50,7 +50,7 @@ def overview(experiment: Experiment, step: int) -> str:
     ]
     values = [
         (path, repr(value), repr(default), sentence)
-        for path, value, default, sentence in config_tree.explain(experiment.config_dict)
+        for path, value, default, sentence in conversion.explain(experiment.config_dict)
         if value != default
     ]
     return _table((), facts) + _table(("config", "this run", "default", ""), values)

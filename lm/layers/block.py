@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.config import check_values, field
-from lm.layers import kernels
+from lm.config.schema import check_values, field
 from lm.layers import positions as pe
-from lm.layers.attention import Attention, Context, CrossAttention
+from lm.layers.attention import kernels
+from lm.layers.attention.attention import Attention, Context, CrossAttention
 from lm.layers.linear import times
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
-from lm.layers.moe import Moe, MoeConfig, Report
+from lm.layers.moe.moe import Moe, MoeConfig, Report
 from lm.layers.norm import KINDS as NORMS
 from lm.layers.norm import Norm
 from lm.layers.stack import REMAT
-from lm.parametrization import STANDARD, TABLES, Scaling
-from lm.sharding import Rules
+from lm.optim.parametrization import STANDARD, TABLES, Scaling
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 
@@ -80,7 +80,7 @@ class BlockConfig:
     parametrization: str = field(
         "standard",
         f"How weights and steps change with the size, one of {', '.join(TABLES)}; "
-        "lm/parametrization.py has the tables.",
+        "lm/optim/parametrization.py has the tables.",
     )
     base_embed_dim: int | None = field(
         None, "mup: embed_dim that hyper-parameters are meant for.", ge=1
@@ -151,7 +151,7 @@ class BlockConfig:
 
     @property
     def attention_kinds(self) -> tuple[dict[str, Any], ...]:
-        """What attention is called with in each of `kinds`: fields of `lm.selfcheck.Heads`."""
+        """Arguments of attention in each of `kinds`: the fields of `kernel_check.Heads`."""
         shared = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.kv_heads,

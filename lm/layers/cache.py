@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Tokens
 
 

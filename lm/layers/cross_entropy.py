@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.config import LossConfig
+from lm.config.schema import LossConfig
 from lm.layers.chunking import join, num_chunks, split
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 
 

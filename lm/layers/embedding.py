@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.layers.linear import float32_product, initializer, parameter
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.layers.lora import LoraConfig
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lm import parameters
-from lm.config import field
+from lm.config.schema import field
+from lm.optim import param_tree
 from lm.types import Params
 
 NAMES = ("lora_a", "lora_b")  # parameters beside the `weight` of a linear map
@@ -64,7 +64,7 @@ def merge(config: LoraConfig, params: Params) -> Params:
 
     Leaves are [*stack, *in, rank], [*stack, rank, *out] and [*stack, *in, *out].
     """
-    leaves = parameters.flatten(params)
+    leaves = param_tree.flatten(params)
     merged = {name: leaf for name, leaf in leaves.items() if name not in adapters(leaves)}
     for name in adapters(leaves):
         if not name.endswith(NAMES[0]):
@@ -79,4 +79,4 @@ def merge(config: LoraConfig, params: Params) -> Params:
             precision="highest",
         )
         merged[f"{owner}weight"] = weight + config.scale * product.reshape(weight.shape)
-    return parameters.unflatten(dict(sorted(merged.items())))
+    return param_tree.unflatten(dict(sorted(merged.items())))

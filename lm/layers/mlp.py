@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.layers.linear import Linear
 from lm.layers.lora import LoraConfig
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Tokens
 
 FORGET = 1  # of the gates input, forget, candidate, output

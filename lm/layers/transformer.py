@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from lm.layers import cache as kv_cache
-from lm.layers import kernels, zigzag
 from lm.layers import positions as pe
-from lm.layers.attention import Context, Memory
+from lm.layers.attention import kernels
+from lm.layers.attention.attention import Context, Memory
+from lm.layers.attention.dot_product import Mask, self_mask
 from lm.layers.block import Block, BlockConfig
-from lm.layers.dot_product import Mask, self_mask
 from lm.layers.norm import Norm
 from lm.layers.stack import run, stack
-from lm.sharding import Rules
+from lm.parallel import zigzag
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
 

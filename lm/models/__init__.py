@@ -15,14 +15,14 @@ config path, and properties or fields `vocab_size`, `max_length`, `dtype` (of th
 for marked prefixes) and `takes_encoder` (`encoder` must be given; with a cache, in the first call
 alone, which keeps what later ones need). Every parameter is a box that names its logical axes, as
 `lm.layers.linear.parameter` and flax's `nn.with_partitioning` make them. It may offer
-`attention_kinds` (dicts of the fields of `lm.selfcheck.Heads`) and `logit_softcap`, which the
-start-up check then covers.
+`attention_kinds` (dicts of the fields of `lm.reliability.kernel_check.Heads`) and `logit_softcap`,
+which the start-up check then covers.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
 beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
 no trace. Parameters of a stack of layers, [L, ...], lie under `layers`, which `lm.layers.stack.run`
-also runs where generation has taken them apart (`lm.parameters.apart`). Everything else (loss,
-optimizer, generation, export) knows models through this alone.
+also runs where generation has taken them apart (`lm.optim.param_tree.apart`). Everything else
+(loss, optimizer, generation, export) knows models through this alone.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.config import check_values, field
+from lm.config.schema import check_values, field
 from lm.layers.convolution import GatedConvolution
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear
 from lm.layers.norm import Norm
 from lm.layers.stack import run, stack
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
 REMAT = ("none", "dots", "full")

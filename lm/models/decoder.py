@@ -11,16 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
-from lm.layers import pipelining, zigzag
+from lm.config.schema import field
 from lm.layers import positions as pe
-from lm.layers.attention import Context
+from lm.layers.attention.attention import Context
 from lm.layers.block import Block, BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
 from lm.layers.stack import REMAT
 from lm.layers.transformer import Transformer, check_kernels, make_output
-from lm.sharding import Rules
+from lm.parallel import pipeline_stages, zigzag
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
 
 
@@ -33,8 +33,8 @@ class Config(BlockConfig):
     sequence_balance: bool = field(
         True, "mesh.sequence > 1: give every shard the same share of a causal mask."
     )
-    pipeline: pipelining.PipelineConfig = field(
-        pipelining.PipelineConfig(), "How micro-batches pass the stages of the mesh."
+    pipeline: pipeline_stages.PipelineConfig = field(
+        pipeline_stages.PipelineConfig(), "How micro-batches pass the stages of the mesh."
     )
 
 
@@ -141,8 +141,8 @@ class Decoder(Transformer):
         micro-batches of the layers' outputs, [L, ...]).
         """
         c, rules, m = self.config, self.rules, self.num_microbatches
-        schedule = pipelining.make_schedule(c.pipeline, c.num_layers, rules)
-        x, rows = jax.tree.map(lambda a: pipelining.split(rules, m, a), (x, inputs))
+        schedule = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
+        x, rows = jax.tree.map(lambda a: pipeline_stages.split(rules, m, a), (x, inputs))
         x = self.dropout(x, deterministic=not train)
         first = jax.tree.map(lambda a: a[0], rows)
         biases = tuple(self._bias(mask) for mask in self._masks(first, order))
@@ -162,7 +162,7 @@ class Decoder(Transformer):
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)
         draws = train and max(c.dropout, c.attention_dropout, c.lora.dropout) > 0
-        x, outputs = pipelining.pipeline(
+        x, outputs = pipeline_stages.pipeline(
             layer,
             prepare,
             self.layers.variables["params"],
@@ -176,7 +176,7 @@ class Decoder(Transformer):
             unroll=c.num_layers if c.scan_unroll == -1 else c.scan_unroll,
         )
         outputs = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs)
-        return pipelining.merge(rules, x), outputs
+        return pipeline_stages.merge(rules, x), outputs
 
     def _balances(self, inputs: Tokens, cache: Cache | None, train: bool) -> bool:
         """Whether the length stands in zig-zag order inside of the model.
@@ -192,7 +192,7 @@ class Decoder(Transformer):
 
 def build(config: Config, rules: Rules) -> Decoder:
     """Raises ValueError where the mesh can't do what the config says."""
-    schedule = pipelining.make_schedule(config.pipeline, config.num_layers, rules)
+    schedule = pipeline_stages.make_schedule(config.pipeline, config.num_layers, rules)
     period = len(config.layer_pattern) if len(config.kinds) > 1 else 1
     if schedule.num_stages > 1 and schedule.group_size % period:
         raise ValueError(

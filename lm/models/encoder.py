@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
+from lm.config.schema import field
 from lm.layers import positions as pe
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
@@ -18,7 +18,7 @@ from lm.layers.linear import Linear, parameter, times
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
 
 

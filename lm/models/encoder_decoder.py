@@ -11,14 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
+from lm.config.schema import field
 from lm.layers import positions as pe
-from lm.layers.attention import Memory
+from lm.layers.attention.attention import Memory
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
 

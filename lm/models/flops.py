@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lm.config import OptimizerConfig
-from lm.layouts import Layout, Scores, layout
+from lm.config.schema import OptimizerConfig
+from lm.models.layouts import Layout, Scores, layout
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
 FLOAT32_BYTES = 4

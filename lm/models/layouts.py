@@ -197,7 +197,7 @@ def layout(config: Any) -> Layout:
     model = type(config).__module__
     if not is_known(config):
         raise ValueError(
-            f"lm/layouts.py has no formula for {model}: add a function from its Config to a Layout "
-            f"to LAYOUTS; there are: {', '.join(LAYOUTS)}"
+            f"lm/models/layouts.py has no formula for {model}: add a function from its Config to "
+            f"a Layout to LAYOUTS; there are: {', '.join(LAYOUTS)}"
         )
     return LAYOUTS[model](config)

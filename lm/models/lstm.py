@@ -16,13 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import check_values, field
+from lm.config.schema import check_values, field
 from lm.layers import recurrent
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter
 from lm.layers.recurrent import Lstm, Marks, State
 from lm.layers.stack import run, stack
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
 

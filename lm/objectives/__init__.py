@@ -93,7 +93,7 @@ class Objective:
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
     so that its loss is that of the text. tasks: names of the tasks that `Batch.tasks` tells apart.
     by_source: where rows of different sources have different objectives, these. loss: in place of
-    the token cross-entropy of `lm.loss.lm_loss`, a function of the same contract.
+    the token cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract.
     """
 
     make: Callable[[Rows, RowGenerator], Batch]

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.config import field
+from lm.config.schema import field
 from lm.data.sources import Layout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import Form, Objective, RowGenerator

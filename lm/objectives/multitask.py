@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.config import Task, component, field
+from lm.config.schema import Task, component, field
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import Form, Objective, RowGenerator
@@ -23,7 +23,7 @@ class Config:
 def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     """Returns the objective that makes of each source's rows what its task says.
 
-    In a config, `lm.config_tree.task` writes a section, and data.weights mixes the sources:
+    In a config, `lm.config.conversion.task` writes a section, and data.weights mixes the sources:
 
         config.objective.tasks = {
             "translate": task("seq2seq", ("data/pairs/train", "data/pairs/validation")),
@@ -36,8 +36,8 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     """
     if not config.tasks:
         raise ValueError(
-            "config.objective.tasks is empty: name at least one task (lm.config_tree.task writes "
-            "one)"
+            "config.objective.tasks is empty: name at least one task (lm.config.conversion.task "
+            "writes one)"
         )
     tasks = dict(sorted(config.tasks.items()))
     inner = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lm.config import field
+from lm.config.schema import field
 from lm.data import streams
 from lm.data.sources import Layout, Rows
 from lm.data.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.config import field
+from lm.config.schema import field
 from lm.data import streams
 from lm.data.sources import Layout, Rows
 from lm.data.streams import Stream, changes

@@ -1,4 +1,4 @@
-"""Roles of parameters, and what all optimizers (lm/optimizers) share, through optax."""
+"""Roles of parameters, and what all optimizers (lm/optim/optimizers) share, through optax."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import parametrization
-from lm.adafactor import is_masked
-from lm.config import COMPONENTS, OptimizerConfig, check_values, component
-from lm.optimizers import Parts
-from lm.parametrization import STANDARD, Scaling
-from lm.schedule import make_schedule
+from lm.config.schema import COMPONENTS, OptimizerConfig, check_values, component
+from lm.optim import parametrization
+from lm.optim.adafactor import is_masked
+from lm.optim.optimizers import Parts
+from lm.optim.parametrization import STANDARD, Scaling
+from lm.optim.schedules import make_schedule
 from lm.types import Params
 
 # An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
@@ -30,8 +30,8 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
     optimizer = component(COMPONENTS["optimizer"], config.name)
     if not isinstance(config, OptimizerConfig):
         raise ValueError(
-            f"config.optimizer.name ({config.name}): its Config is no lm.config.OptimizerConfig, "
-            "whose fields every optimizer has"
+            f"config.optimizer.name ({config.name}): its Config must be a subclass of "
+            "lm.config.schema.OptimizerConfig, whose fields every optimizer has"
         )
     check_values(config, "config.optimizer")
     if not scaling.has(rule := optimizer.STEPS["matrix"]):

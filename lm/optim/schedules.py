@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.config import ScheduleConfig
+from lm.config.schema import ScheduleConfig
 
 
 def decay_steps(config: ScheduleConfig, num_steps: int) -> int:

@@ -1,3 +1,1 @@
-"""The processes of one run: `environment` says which launcher started them, `presence` which are
-there, `distributed` starts and ends them together.
-"""
+"""Devices and processes: meshes, sharding rules, pipelines, and the processes of one run."""

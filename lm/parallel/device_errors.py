@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from lm.exits import Exit
+from lm.exit_codes import Exit
 
 # The program is wrong on every device: a restart changes nothing, and the traceback says where.
 PROGRAM_ERRORS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")

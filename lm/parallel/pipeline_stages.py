@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.config import field
-from lm.sharding import Rules
+from lm.config.schema import field
+from lm.parallel.sharding import Rules
 from lm.types import Array, Params
 
 STREAM = ("layers", None, "batch", "act_length", "act_embed")  # of [S, M / S, B / M, T, D]

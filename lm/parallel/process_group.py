@@ -20,9 +20,9 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lm.exits import Exit, RunError
-from lm.processes.environment import Environment, detect, gce_metadata
-from lm.processes.presence import Mismatch, PeerLost, Presence, meet
+from lm.exit_codes import Exit, RunError
+from lm.parallel.cluster_env import Environment, detect, gce_metadata
+from lm.parallel.rendezvous import Mismatch, PeerLost, Presence, meet
 
 __all__ = [
     "Environment",
@@ -121,7 +121,7 @@ def _connect(found: Environment, timeout: float) -> Presence:
     from jax._src import distributed
     from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
 
-    # its handler of SIGTERM would take the place of ours: see lm/guard.py
+    # its handler of SIGTERM would take the place of ours: see lm/reliability/watchdog.py
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     state = distributed.global_state

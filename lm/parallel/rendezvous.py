@@ -2,8 +2,8 @@
 
 The kernel closes the connections of a process that dies, however it dies: within a moment the
 others know that it is gone, and which one it is. A process that is only stopped stays present (the
-watchdog's business, lm/guard.py), and a machine that vanishes is found by TCP keepalive in about a
-minute. Messages are lines of JSON.
+watchdog, lm/reliability/watchdog.py, is for that), and a machine that vanishes is found by TCP
+keepalive in about a minute. Messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from lm.exits import Exit, RunError
+from lm.exit_codes import Exit, RunError
 
 
 class PeerLost(RunError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 
 
 def shard_map(f: Callable[..., Any], rules: Rules, *, in_specs: Any, out_specs: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.config import Config, MeshConfig
+from lm.config.schema import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.manual import shard_map
-from lm.sharding import Rules
+from lm.parallel.shard_map import shard_map
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 

@@ -1,3 +1,1 @@
-"""A step compiled for devices that are not here, and what the compiler says about it: memory,
-traffic, work, time.
-"""
+"""Ahead-of-time compilation for absent chips: memory, traffic, FLOPs, step time, and searches."""

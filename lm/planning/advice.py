@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from lm.aot import topology
-from lm.experiment import Experiment
+from lm.planning import topology
+from lm.training.experiment import Experiment
 
 GIB = 2**30
 # Of a GPU's memory: what NVIDIA's libraries and NCCL's buffers leave (jax took 90% until 2023).

@@ -13,8 +13,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from lm.aot import hlo
-from lm.aot.buffers import Allocation, Buffer
+from lm.planning import hlo
+from lm.planning.buffers import Allocation, Buffer
 
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
 _MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")

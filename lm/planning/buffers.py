@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 from typing import Any
 
-from lm.aot import hlo, protos
+from lm.planning import hlo, protos
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lm import config_tree
-from lm.aot import chips, plausibility
-from lm.aot.plan import Decode, Plan, from_json, make, without_data
-from lm.config_tree import ConfigTree
-from lm.metrics import Progress
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
+from lm.planning import chips, plausibility
+from lm.planning.plan import Decode, Plan, from_json, make, without_data
+from lm.telemetry.metrics import Progress
 
 
 def cached(
@@ -41,9 +41,9 @@ def cached(
 
 def key(config: ConfigTree, name: str, decode: Decode | None = None) -> str:
     """What a plan depends on, as a hash."""
-    config_tree.resolve(config)  # a mistake in it is told before anything is looked up
+    conversion.resolve(config)  # a mistake in it is told before anything is looked up
     parts: dict[str, Any] = {
-        "config": json.loads(config_tree.to_json(without_data(config))),
+        "config": json.loads(conversion.to_json(without_data(config))),
         "topology": name,
         "decode": None if decode is None else dataclasses.asdict(decode),
         "code": _code(),

@@ -1,4 +1,4 @@
-"""What the makers publish about chips: memory, bandwidth, links. FLOP/s are in lm/flops.py.
+"""What the makers publish about chips: memory, bandwidth, links. FLOP/s are in lm/models/flops.py.
 
 All figures are peaks, per jax device unless the name says otherwise; what a program reaches is
 less.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from lm import flops
+from lm.models import flops
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.aot import protos
-from lm.metrics import Progress
+from lm.planning import protos
+from lm.telemetry.metrics import Progress
 
 FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
 

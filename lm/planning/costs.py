@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 
-from lm.aot import hlo
-from lm.aot.hlo import Computation, Instruction, Module
+from lm.planning import hlo
+from lm.planning.hlo import Computation, Instruction, Module
 
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),

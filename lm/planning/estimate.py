@@ -13,11 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lm import flops, layouts, sharding
-from lm.aot import wires
-from lm.aot.topology import Topology
-from lm.config import Config
-from lm.layers import pipelining
+from lm.config.schema import Config
+from lm.models import flops, layouts
+from lm.parallel import pipeline_stages, sharding
+from lm.planning import interconnect
+from lm.planning.topology import Topology
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Chips of a 3D torus among which libtpu 0.0.42 gathers; among more it adds up zeros, in twice the
@@ -59,7 +59,7 @@ def estimate(
     topology: Topology,
     rules: sharding.Rules,
     *,
-    places: Sequence[wires.Place],
+    places: Sequence[interconnect.Place],
 ) -> Estimate:
     """Of the train step of a config on the mesh of `rules`, with its devices at `places`."""
     mesh, c = rules.mesh.shape, config.model
@@ -93,7 +93,7 @@ def estimate(
         )
     one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
     done = one * batch_size * config.data.length
-    pipeline = pipelining.make_schedule(c.pipeline, c.num_layers, rules)
+    pipeline = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
     parts = {"compute": compute / (1 - pipeline.bubble)}
     turns = pipeline.num_iterations if stage > 1 else 1
@@ -115,7 +115,7 @@ def estimate(
         sent["fsdp"] *= 2
     for axis, size in sent.items():
         if mesh[axis] > 1:
-            path = wires.path(topology, [places[i] for i in group(rules, axis)])
+            path = interconnect.path(topology, [places[i] for i in group(rules, axis)])
             moved = size * (1 if axis == "stage" else (mesh[axis] - 1) / mesh[axis])
             rate = path.exchange if axis == "expert" else path.bandwidth
             parts[axis] = moved / rate if rate else math.inf

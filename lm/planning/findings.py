@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from lm.aot.topology import Topology
-from lm.aot.traffic import Collective
-from lm.experiment import Experiment
+from lm.planning.topology import Topology
+from lm.planning.traffic import Collective
+from lm.training.experiment import Experiment
 
 MIB, GIB = 2**20, 2**30
 LARGE = 0.01  # of HBM: a tensor worth a warning
@@ -130,7 +130,7 @@ def _in_loss(experiment: Experiment, collectives: Sequence[Collective]) -> list[
     inside = [
         c
         for c in collectives
-        if c.source.startswith("lm/loss.py") and c.times > steps and c.bytes > MIB
+        if c.source.startswith("lm/layers/cross_entropy.py") and c.times > steps and c.bytes > MIB
     ]
     if not inside:
         return []

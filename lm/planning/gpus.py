@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lm.aot import chips
+from lm.planning import chips
 
 # From NVIDIA's data sheets and the tables of the CUDA programming guide (compute capability 9.0
 # and 10.0): multiprocessors, boost clock in GHz, L2 cache.

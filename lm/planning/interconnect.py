@@ -16,8 +16,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from lm.aot.topology import Topology
-from lm.aot.traffic import Collective
+from lm.planning.topology import Topology
+from lm.planning.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True)

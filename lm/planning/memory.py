@@ -1,15 +1,15 @@
-"""HBM of a program by what it is for (lm/aot/attribution.py), at the moment when most is in use."""
+"""HBM of a program by purpose (lm/planning/attribution.py), at the moment of peak use."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from lm.aot import buffers as xla_buffers
-from lm.aot import hlo
-from lm.aot.attribution import Attribution
-from lm.aot.buffers import Allocation
-from lm.aot.compiling import Compiled
+from lm.planning import buffers as xla_buffers
+from lm.planning import hlo
+from lm.planning.attribution import Attribution
+from lm.planning.buffers import Allocation
+from lm.planning.compiling import Compiled
 
 # Every group, in the order of tables and pictures, and what is in it.
 GROUPS = {

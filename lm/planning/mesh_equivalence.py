@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import config_tree
-from lm.config_tree import ConfigTree
-from lm.experiment import Experiment
-from lm.sharding import AXES
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
+from lm.parallel.sharding import AXES
+from lm.training.experiment import Experiment
 from lm.types import Batch, Tokens, TrainState
 
 STEPS = 3
@@ -128,7 +128,7 @@ def prepare(config: ConfigTree) -> ConfigTree:
         changes |= {"data.encoder_length": length, "data.length": length // 4}
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
-        config.objective = config_tree.default(objective=objective).objective
+        config.objective = conversion.default(objective=objective).objective
     config.optimizer.name = "sgd"
     config.update_from_flattened_dict(changes)
     return config

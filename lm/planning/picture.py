@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.aot import report
-from lm.aot.memory import GROUPS
-from lm.aot.plan import Plan
+from lm.planning import report
+from lm.planning.memory import GROUPS
+from lm.planning.plan import Plan
 
 GIB = 2**30
 # One hue for what stays between steps, one for what a step makes, greys for what is overhead.

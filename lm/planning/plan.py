@@ -2,8 +2,8 @@
 
     plan = make(config, "v5p:4x4x4")
 
-A Plan holds numbers and names only, and goes to JSON and back: `lm.aot.report` makes a page of it,
-`lm.aot.picture` a picture, `lm.aot.search` compares many.
+A Plan holds numbers and names only, and goes to JSON and back: `lm.planning.report` makes a page of
+it, `lm.planning.picture` a picture, `lm.planning.search` compares many.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from typing import Any
 
 import jax
 
-from lm import config_tree, flops, layouts
-from lm.aot import (
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
+from lm.generation.decode import lower_decode
+from lm.models import flops, layouts
+from lm.planning import (
     advice,
     compiling,
+    costs,
     findings,
     hlo,
+    interconnect,
     memory,
     plausibility,
     roofline,
     topology,
     traffic,
-    wires,
-    work,
 )
-from lm.aot.advice import Advice
-from lm.aot.memory import Line, Memory
-from lm.aot.roofline import Times
-from lm.aot.topology import Topology
-from lm.aot.work import Work
-from lm.config_tree import ConfigTree
-from lm.experiment import Experiment
-from lm.generation.decode import lower_decode
-from lm.metrics import Progress
+from lm.planning.advice import Advice
+from lm.planning.costs import Work
+from lm.planning.memory import Line, Memory
+from lm.planning.roofline import Times
+from lm.planning.topology import Topology
+from lm.telemetry.metrics import Progress
+from lm.training.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def changed(config: ConfigTree, changes: dict[str, Any]) -> ConfigTree:
 
 def without_data(config: ConfigTree) -> ConfigTree:
     """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
-    c = config_tree.resolve(config)
+    c = conversion.resolve(config)
     # objectives that read two texts of a record; of a text and its label no made-up kind has rows
     of_pairs = hasattr(c.objective, "fields") and not hasattr(c.objective, "labels")
     changes: dict[str, Any] = {
@@ -213,8 +214,8 @@ def analyse(
     used = memory.measure(compiled, module, shapes, platform=target.chip.platform)
     sizes = tuple(mesh.shape.values())
     found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
-    places = wires.places(target, mesh.devices.flatten().tolist())
-    done = work.measure(module)
+    places = interconnect.places(target, mesh.devices.flatten().tolist())
+    done = costs.measure(module)
     needed = roofline.times(target, done, found, places, c.model.dtype)
     rows = experiment.batch_size if decode is None else decode.batch_size
     length = c.data.length if decode is None else decode.length
@@ -265,13 +266,13 @@ def _model_flops(
 
 
 def _transfers(
-    found: Sequence[traffic.Collective], target: Topology, places: Sequence[wires.Place]
+    found: Sequence[traffic.Collective], target: Topology, places: Sequence[interconnect.Place]
 ) -> tuple[Transfer, ...]:
     groups: dict[tuple[str, str, bool], list[tuple[traffic.Collective, float | None]]] = {}
     for collective in found:
-        path = wires.path(target, [places[i] for i in collective.group])
+        path = interconnect.path(target, [places[i] for i in collective.group])
         key = (collective.kind, collective.axis, path.network)
-        groups.setdefault(key, []).append((collective, wires.seconds(collective, path)))
+        groups.setdefault(key, []).append((collective, interconnect.seconds(collective, path)))
     transfers = []
     for (kind, axis, network), members in groups.items():
         seconds = [t for _, t in members]

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import parameters
-from lm.aot.traffic import Collective
-from lm.exits import Exit, RunError
-from lm.experiment import Experiment
+from lm.exit_codes import Exit, RunError
+from lm.optim import param_tree
+from lm.planning.traffic import Collective
+from lm.training.experiment import Experiment
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 COMPILERS = LIBRARIES[:4]
@@ -116,7 +116,7 @@ def _gathers(plan: Any, experiment: Experiment, collectives: Sequence[Collective
         return
     itemsize = jnp.dtype(c.model.dtype).itemsize
     needed = 0.0  # bytes that a device takes in for one forward pass
-    for name, leaf in parameters.flatten(experiment.abstract_params).items():
+    for name, leaf in param_tree.flatten(experiment.abstract_params).items():
         axes = [a for e in leaf.sharding.spec if e for a in ((e,) if isinstance(e, str) else e)]
         if "fsdp" in axes and "layers" in name.split("."):
             shard = math.prod(leaf.sharding.shard_shape(leaf.shape))

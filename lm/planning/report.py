@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 
-from lm.aot import topology
-from lm.aot.memory import GROUPS, Line
-from lm.aot.plan import Plan
-from lm.aot.search import Found
-from lm.aot.sizing import Sizes
+from lm.planning import topology
+from lm.planning.memory import GROUPS, Line
+from lm.planning.plan import Plan
+from lm.planning.search import Found
+from lm.planning.sizing import Sizes
 
 WIDTH = 100
 BAR = 24

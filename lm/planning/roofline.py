@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lm.aot import wires
-from lm.aot.topology import Topology
-from lm.aot.traffic import Collective
-from lm.aot.wires import Place
-from lm.aot.work import Work
+from lm.planning import interconnect
+from lm.planning.costs import Work
+from lm.planning.interconnect import Place
+from lm.planning.topology import Topology
+from lm.planning.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def times(
     links: dict[str, float] = {}
     network = 0.0
     for collective in collectives:
-        path = wires.path(topology, [places[i] for i in collective.group])
-        t = wires.seconds(collective, path)
+        path = interconnect.path(topology, [places[i] for i in collective.group])
+        t = interconnect.seconds(collective, path)
         if t is None:
             missing = f"bandwidth of {chip.name}'s {'network' if path.network else 'links'}"
             unknown += [missing] if missing not in unknown else []

@@ -1,7 +1,7 @@
 """Many plans compared: the fastest mesh, remat policy and micro-batch of a config on a topology.
 
-Formulas (lm/aot/estimate.py) leave out what cannot fit or is far slower; the best few are compiled,
-and the compiler's plans decide.
+Formulas (lm/planning/estimate.py) leave out what cannot fit or is far slower; the best few are
+compiled, and the compiler's plans decide.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from lm import config as configs
-from lm import config_tree, layouts, sharding
-from lm.aot import topology as topologies
-from lm.aot import wires
-from lm.aot.estimate import Estimate, estimate
-from lm.aot.plan import Make, Plan, changed
-from lm.config_tree import ConfigTree
+from lm.config import conversion
+from lm.config import schema as configs
+from lm.config.conversion import ConfigTree
 from lm.layers.stack import REMAT
-from lm.metrics import Progress
+from lm.models import layouts
+from lm.parallel import sharding
+from lm.planning import interconnect
+from lm.planning import topology as topologies
+from lm.planning.estimate import Estimate, estimate
+from lm.planning.plan import Make, Plan, changed
+from lm.telemetry.metrics import Progress
 
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 
@@ -56,7 +58,7 @@ def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, Any]]
     Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
     which a shard keeps `SHORTEST` tokens, `stage` with a pipeline of 2 or 4 micro-batches a stage.
     """
-    c = config_tree.resolve(config)
+    c = conversion.resolve(config)
     batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
     # host offload and the like are asked for, not found
     policies = [name for name in REMAT if "offload" not in name and "host" not in name]
@@ -127,10 +129,12 @@ def search(
     """
     target = topologies.parse(name)
     devices = topologies.devices(target)
-    asked = config_tree.resolve(config)
+    asked = conversion.resolve(config)
     model = asked.model
     if not layouts.is_known(model):
-        raise ValueError("--search needs a formula for the model: see LAYOUTS in lm/layouts.py")
+        raise ValueError(
+            "--search needs a formula for the model: see LAYOUTS in lm/models/layouts.py"
+        )
     if not layouts.layout(model).scores:
         raise ValueError(
             f"--search knows the arithmetic of transformers alone; config.model is one of "
@@ -138,12 +142,12 @@ def search(
         )
     pruned: dict[str, int] = {}
     ranked: list[Candidate] = []
-    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[wires.Place]]] = {}
+    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[interconnect.Place]]] = {}
     for changes in candidates(config, len(devices)):
         c = _replaced(asked, changes)
         if c.mesh not in rules_of:
             rules = sharding.make_rules(c.mesh, devices)
-            places = wires.places(target, rules.mesh.devices.flatten().tolist())
+            places = interconnect.places(target, rules.mesh.devices.flatten().tolist())
             rules_of[c.mesh] = (rules, places)
         batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * len(devices)
         rules, places = rules_of[c.mesh]

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import jax
 
-from lm import config_tree, sharding
-from lm.aot import topology as topologies
-from lm.aot.plan import Decode, Make, Plan, changed, without_data
-from lm.config_tree import ConfigTree
-from lm.experiment import Experiment
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
+from lm.parallel import sharding
+from lm.planning import topology as topologies
+from lm.planning.plan import Decode, Make, Plan, changed, without_data
+from lm.training.experiment import Experiment
 
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
 GIB = 2**30
@@ -44,7 +45,7 @@ def largest_batch(
 
     Memory is a line in the number of rows, or nearly, so that few plans are compiled.
     """
-    c, target = config_tree.resolve(config), topologies.parse(name)
+    c, target = conversion.resolve(config), topologies.parse(name)
     if not target.chip.hbm:
         raise ValueError(f"--largest_batch: {target.chip.name} has no memory of its own to fill")
     rules = sharding.make_rules(c.mesh, topologies.devices(target))
@@ -94,7 +95,7 @@ def fewest_chips(
     """
     target = topologies.parse(name)
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
-    config_tree.resolve(config)  # a mistake in it is told before any slice is refused
+    conversion.resolve(config)  # a mistake in it is told before any slice is refused
     trials: list[Trial] = []
     for shape in topologies.SLICES[kind.dims]:
         at = f"{count}{kind.name}:{shape}"

@@ -19,8 +19,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lm.aot import chips, gpus
-from lm.aot.chips import Chip
+from lm.planning import chips, gpus
+from lm.planning.chips import Chip
 
 GPUS_PER_NODE = 8
 # Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from lm.aot import hlo
+from lm.planning import hlo
 
 KINDS = (
     *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),

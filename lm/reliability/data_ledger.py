@@ -4,9 +4,9 @@
      "scored": 4000, "chain": "5c..."}
 
 `step` is the step's number, from 0: the one that `batch_at` gets. `records` is a hash of the ids of
-its records and `content` one of every bit of the batch (see `lm.step.fingerprint`), so two runs
-with the same `chain`, which hashes all lines up to its own, saw the same data in the same order. A
-step that is done again must consume what it consumed before.
+its records and `content` one of every bit of the batch (`lm.training.train_step.fingerprint`), so
+two runs with the same `chain`, which hashes all lines up to its own, saw the same data in the same
+order. A step that is done again must consume what it consumed before.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lm import lines
-from lm.exits import Exit, RunError
+from lm.exit_codes import Exit, RunError
+from lm.telemetry import jsonl
 
 LEDGER_FILE = "ledger.jsonl"
 COUNTS = ("filled", "padding", "scored")
@@ -35,7 +35,7 @@ class LedgerMismatch(RunError):
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The lines of a run's ledger; a last one that a kill has cut is left out."""
-    return lines.read(epath.Path(workdir) / LEDGER_FILE)
+    return jsonl.read(epath.Path(workdir) / LEDGER_FILE)
 
 
 def start_totals() -> dict[str, Any]:
@@ -71,10 +71,12 @@ class Ledger:
         self._file = None
         if active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = lines.reopen(self._path, kept)
+            self._file = jsonl.reopen(self._path, kept)
 
     def record(self, step: int, facts: Mapping[str, Any], size: int) -> None:
-        """Adds step number `step`; facts: those of `lm.step` on the host; size: tokens of a batch.
+        """Add step number `step`.
+
+        facts: those of `lm.training.train_step`, on the host. size: tokens of a batch.
 
         Raises:
             LedgerMismatch: the step was done before and consumed something else.
@@ -105,7 +107,7 @@ class Ledger:
             self._totals[name] += entry[name]
         self._recent.append(entry)
         if step > self._written and self._file is not None:
-            self._file.write(lines.line(entry))
+            self._file.write(jsonl.line(entry))
             self._file.flush()
             self._written = step
 

@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import loss, reference, sharding
-from lm.config import Config, LossConfig, MeshConfig
-from lm.exits import Exit, RunError
-from lm.layers.dot_product import self_mask
-from lm.layers.kernels import attend
+from lm.config.schema import Config, LossConfig, MeshConfig
+from lm.exit_codes import Exit, RunError
+from lm.layers import cross_entropy
+from lm.layers.attention.dot_product import self_mask
+from lm.layers.attention.kernels import attend
 from lm.layers.linear import float32_product
-from lm.sharding import Rules
+from lm.parallel import sharding
+from lm.parallel.sharding import Rules
+from lm.reliability import reference
 from lm.types import Array, Batch, Output, Tokens
 
 VOCAB, WIDTH = 97, 32  # of the loss that is checked: its chunks are pieces of the length alone
@@ -129,8 +131,8 @@ def _default_cache_dir() -> str:
 def _key(relevant: list[Any], device: Any) -> str:
     """A hash of all that a report depends on: values of the config, code, compiler and device."""
     here = Path(__file__).parent
-    own = (Path(__file__).name, "reference.py", "loss.py")
-    files = [*(here / name for name in own), *sorted(here.glob("layers/*.py"))]
+    own = [here / Path(__file__).name, here / "reference.py"]
+    files = [*own, *sorted(here.parent.glob("layers/**/*.py"))]
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     compiler = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
     where = [device.platform, device.device_kind, _precision()]
@@ -350,7 +352,7 @@ def check_loss(config: LossConfig, softcap: float | None, dtype: Any, rules: Rul
     def run(params: Any, batch: Batch) -> dict[str, Any]:
         def of(params: Any) -> Any:
             rng = jax.random.key(0)  # unused
-            return loss.lm_loss(model, params, batch, rng, train=False, config=config)
+            return cross_entropy.lm_loss(model, params, batch, rng, train=False, config=config)
 
         (objective, sums), gradients = jax.value_and_grad(of, has_aux=True)(params)
         named = {f"gradient of {name}": gradients[name] for name in gradients}

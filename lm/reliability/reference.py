@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import LossConfig
+from lm.config.schema import LossConfig
 from lm.types import Batch, Tokens
 
 

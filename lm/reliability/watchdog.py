@@ -26,11 +26,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm.config import GuardConfig
-from lm.exits import Exit, RunError
-from lm.phases import Phases
-from lm.processes import distributed
-from lm.sharding import Rules
+from lm.config.schema import GuardConfig
+from lm.exit_codes import Exit, RunError
+from lm.parallel import process_group
+from lm.parallel.sharding import Rules
+from lm.telemetry.phase_timer import Phases
 
 STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 LOCK_FILE = "lock"
@@ -109,7 +109,7 @@ class StopSignals:
             if self.received is not None:
                 text = "second signal: ended without saving"
                 print(f"\n{text}", file=sys.stderr, flush=True)
-                os._exit(distributed.leave(STOPS[signal.Signals(data[0])], text))
+                os._exit(process_group.leave(STOPS[signal.Signals(data[0])], text))
             self.received = signal.Signals(data[0])
 
 
@@ -222,4 +222,4 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         finally:
-            os._exit(distributed.leave(Exit.HUNG, text))
+            os._exit(process_group.leave(Exit.HUNG, text))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import step
-from lm.config_tree import ConfigTree
-from lm.experiment import Experiment
+from lm.config.conversion import ConfigTree
+from lm.training import train_step
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, TrainState
 
 # What is meant by a size, and the fields of `config.model` that grow in proportion to it.
@@ -104,7 +104,7 @@ def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[
         """(state after `batch`, sizes before it, what was measured)."""
         now = activations(experiment, state.params, batch)
         sizes = {n: {"size": _rms(x), "change": _rms(x - first[n])} for n, x in now.items()}
-        state, _, _ = step.train_step(
+        state, _, _ = train_step.train_step(
             state, batch, loss_fn=experiment.loss_fn, tx=experiment.tx, rng=jax.random.key(0)
         )
         return state, sizes, now

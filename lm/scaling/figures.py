@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lm.metrics import quantity
 from lm.scaling import frontier, intervals
 from lm.scaling.artefact import FrontierEstimate, LawEstimate, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.powers import parabola
 from lm.scaling.table import Table, means
+from lm.telemetry.metrics import quantity
 
 FIGURES = ("loss", "isoflop", "law", "optimum", "held_out", "settings")
 BEYOND = 100.0  # factor of FLOPs beyond the table that lines are drawn to

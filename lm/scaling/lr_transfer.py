@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import lines, step
-from lm.config_tree import ConfigTree
-from lm.coordinates import resized
-from lm.experiment import Experiment
+from lm.config.conversion import ConfigTree
+from lm.scaling.coord_check import resized
+from lm.telemetry import jsonl
+from lm.training import train_step
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, TrainState
 
 
@@ -43,7 +44,7 @@ class Run:
 
 def read(path: Path) -> list[Run]:
     """The runs of a file, in which a last line that a kill has cut is left out."""
-    return [Run(**record) for record in lines.read(path)]
+    return [Run(**record) for record in jsonl.read(path)]
 
 
 def sweep(
@@ -61,13 +62,13 @@ def sweep(
     found = read(path)
     done = {run.key for run in found}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lines.reopen(path, map(dataclasses.asdict, found)) as file:
+    with jsonl.reopen(path, map(dataclasses.asdict, found)) as file:
         for name in parametrizations:
             for width in widths:
                 keys = [(name, width, r, seed) for seed in seeds for r in rates]
                 wanted = [key for key in keys if key not in done]
                 for run in _runs(config, devices, wanted):
-                    file.write(lines.line(dataclasses.asdict(run)))
+                    file.write(jsonl.line(dataclasses.asdict(run)))
                     file.flush()
                     found.append(run)
                     loss = "diverged" if run.loss is None else f"{run.loss:.4f}"
@@ -120,7 +121,7 @@ def _make_step(experiment: Experiment, like: TrainState) -> Any:
             updates, state = tx.update(updates, state, params)
             return jax.tree.map(lambda u: rate * u, updates), state
 
-        state, sums, facts = step.train_step(
+        state, sums, facts = train_step.train_step(
             state,
             batch,
             loss_fn=experiment.loss_fn,

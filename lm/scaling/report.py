@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.metrics import quantity
 from lm.scaling.artefact import BOOTSTRAPS, HeldOut, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.planner import Machine, RunPlan
+from lm.telemetry.metrics import quantity
 
 WIDTH = 100
 _FRONTIERS = {"envelope": "1 envelope", "isoflop": "2 isoflop", "law": "3 law"}

@@ -1,8 +1,8 @@
 """What the folder of a run says about it, as a row of a table; and tables of such rows.
 
-The columns are those that lm/scaling fits: parameters with and without embeddings (lm/flops.py
-counts them), tokens trained on, FLOPs of training, and the final loss on the validation stores in
-nats per token.
+The columns are those that lm/scaling fits: parameters with and without embeddings (counted by
+lm/models/flops.py), tokens trained on, FLOPs of training, and the final loss on the validation
+stores in nats per token.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 
 from etils import epath
 
-from lm import config_tree, flops, ledger, lines, metrics
-from lm.config import Config
+from lm.config import conversion
+from lm.config.schema import Config
+from lm.models import flops
+from lm.reliability import data_ledger
+from lm.telemetry import jsonl, metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,13 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no config.json in it")
-    config = config_tree.resolve(config_tree.from_json(path.read_text()))
+    config = conversion.resolve(conversion.from_json(path.read_text()))
     records = metrics.read(workdir)
     evals = [r for r in records if r["kind"] == "eval"]
     if not evals:
         return None
     step, loss = evals[-1]["step"], mean_losses(evals)[evals[-1]["step"]]
-    entries = ledger.read(workdir)
+    entries = data_ledger.read(workdir)
     tokens = _tokens_seen(records, entries, step)
     if tokens is None:
         return None
@@ -84,7 +87,7 @@ def is_finished(workdir: str) -> bool:
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         return False
-    config = config_tree.resolve(config_tree.from_json((folder / "config.json").read_text()))
+    config = conversion.resolve(conversion.from_json((folder / "config.json").read_text()))
     steps = config.train.num_steps
     evaluated = any(r["kind"] == "eval" and r["step"] == steps for r in metrics.read(workdir))
     return evaluated and (folder / "checkpoints" / str(steps)).exists()
@@ -139,7 +142,7 @@ def write(path: str | Path, table: Sequence[Mapping[str, Any]]) -> None:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        text = "".join(lines.line(row) for row in table)
+        text = "".join(jsonl.line(row) for row in table)
     else:
         text_file = io.StringIO()
         writer = csv.DictWriter(text_file, table[0].keys(), lineterminator="\n")

@@ -1,1 +1,1 @@
-"""Records of a run and their pictures."""
+"""Records of a run: metrics, progress, time by phase, and the loss curve."""

@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from lm import lines
-from lm.phases import PHASES, Phases
+from lm.telemetry import jsonl
+from lm.telemetry.phase_timer import PHASES, Phases
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -39,7 +39,7 @@ class Goodput:
 
     def __init__(self, workdir: str, phases: Phases, *, first_step: int) -> None:
         self._path = epath.Path(workdir) / GOODPUT_FILE
-        self._before = lines.read(self._path)
+        self._before = jsonl.read(self._path)
         self._file = None
         self._phases, self._first_step = phases, first_step
         self._began = time.time() - (time.monotonic() - phases.began)
@@ -57,8 +57,8 @@ class Goodput:
             "seconds": {k: round(v, 3) for k, v in self._phases.seconds().items() if v},
         }
         if self._file is None:
-            self._file = lines.reopen(self._path, self._before)
-        self._file.write(lines.line(record))
+            self._file = jsonl.reopen(self._path, self._before)
+        self._file.write(jsonl.line(record))
         self._file.flush()
         return report(_last([*self._before, record])).goodput
 
@@ -91,7 +91,7 @@ class Report:
 
 def read(workdir: str) -> Report | None:
     """The report of a run's folder; None where nothing was written yet."""
-    records = lines.read(epath.Path(workdir) / GOODPUT_FILE)
+    records = jsonl.read(epath.Path(workdir) / GOODPUT_FILE)
     return report(_last(records)) if records else None
 
 

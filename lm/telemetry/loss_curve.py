@@ -8,8 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from lm import metrics
-from lm.telemetry import fonts
+from lm.telemetry import fonts, metrics
 
 
 def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> str:

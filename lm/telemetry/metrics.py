@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-from lm import lines
+from lm.telemetry import jsonl
 from lm.types import Facts, Sums
 
 METRICS_FILE = "metrics.jsonl"
@@ -200,8 +200,9 @@ class Late:
 
 
 def _noise(steps: Sequence[Finished]) -> dict[str, float]:
-    """The means of what `lm.noise_scale` estimates of each step, where it does, and their ratio, in
-    tokens. For more steps, divide the mean `noise` of several records by their mean `signal`.
+    """Mean noise and signal of the steps, as `lm.training.gradient_noise_scale` estimates them, and
+    their ratio, in tokens. For more steps, divide the mean `noise` of several records by their mean
+    `signal`.
     """
     if "noise" not in steps[-1].facts:
         return {}
@@ -247,7 +248,7 @@ class Writer:
     def _reopen(self, step: int) -> Any:
         """The file, without records of steps after `step`."""
         kept = [record for record in read(self._workdir) if record["step"] <= step]
-        return lines.reopen(epath.Path(self._workdir) / METRICS_FILE, kept)
+        return jsonl.reopen(epath.Path(self._workdir) / METRICS_FILE, kept)
 
     def rewind(self, step: int) -> None:
         """Drops what was written and collected of steps after `step`: they will be done again."""
@@ -336,7 +337,7 @@ class Writer:
         """Writes a record; its numbers are called `tag`/NAME in TensorBoard."""
         if not self._active:
             return
-        self._file.write(lines.line(record))
+        self._file.write(jsonl.line(record))
         self._file.flush()
         if self._tensorboard is not None:
             values = {f"{tag}/{k}": v for k, v in record.items() if isinstance(v, float)}
@@ -360,4 +361,4 @@ def _speed(window: Sequence[Finished]) -> _Speed | None:
 
 def read(workdir: str) -> list[dict[str, Any]]:
     """The records of a run's metrics; a last line that a kill has cut is left out."""
-    return lines.read(epath.Path(workdir) / METRICS_FILE)
+    return jsonl.read(epath.Path(workdir) / METRICS_FILE)

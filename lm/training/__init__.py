@@ -1,1 +1,1 @@
-"""Training runs: what a resumed one must keep."""
+"""Training: from a config to a run that resumes."""

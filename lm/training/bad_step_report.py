@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import optim
-from lm.experiment import Experiment
 from lm.layers import chunking
-from lm.metrics import Finished
+from lm.optim import chain
+from lm.telemetry.metrics import Finished
+from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, TrainState
 
 FOLDER = "evidence"
@@ -122,7 +122,7 @@ def diagnose(
         "again": _describe_outcome(outcomes[1]),
         "changed_bits": outcomes[0].changed(outcomes[1]),
         "float32": None if in_float32 is None else _describe_outcome(in_float32),
-        "usual_grad_norm": math.exp(float(optim.norm_state(state.opt_state).log_mean)),
+        "usual_grad_norm": math.exp(float(chain.norm_state(state.opt_state).log_mean)),
         "not_finite": {
             "gradients": _not_finite(gradients),
             "parameters": _not_finite(parameters),

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from lm import metrics
 from lm.data.pipeline import evaluation_batches
-from lm.experiment import Experiment
+from lm.telemetry import metrics
+from lm.training.experiment import Experiment
 from lm.types import Params, Sums
 
 

@@ -16,31 +16,24 @@ import numpy as np
 import optax
 from etils import epath
 
-from lm import config as configs
-from lm import (
-    config_tree,
-    flops,
-    layouts,
-    loss,
-    models,
-    optim,
-    parameters,
-    parametrization,
-    schedule,
-    sharding,
-    step,
-)
-from lm.branch import Branch
+from lm import models
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
-from lm.config_tree import ConfigTree
+from lm.config import conversion
+from lm.config import schema as configs
+from lm.config.conversion import ConfigTree
 from lm.data import pipeline, run_tokenizer
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
-from lm.layers import pipelining
+from lm.layers import cross_entropy
+from lm.models import flops, layouts
 from lm.objectives import Form, Objective
-from lm.start import Start
+from lm.optim import chain, param_tree, parametrization, schedules
+from lm.parallel import pipeline_stages, sharding
+from lm.training import train_step
+from lm.training.fork import Branch
+from lm.training.initialization import Start
 from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState, check_head
 
 CONFIG_FILE = "config.json"
@@ -57,14 +50,14 @@ class Experiment:
                 "JAX_ENABLE_X64 is set, and training is in float32 and int32: unset it "
                 "(JAX_ENABLE_X64=0)"
             )
-        self.config = config_tree.resolve(config)
-        self.config_dict = config_tree.completed(config)
+        self.config = conversion.resolve(config)
+        self.config_dict = conversion.completed(config)
         c = self.config
         models.check_config(c.model, self.config_dict.model.name)
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         c.model.check(c.data.length)
-        optim.check(c.optimizer, self._scaling)
+        chain.check(c.optimizer, self._scaling)
         if c.model.takes_encoder != (c.data.encoder_length is not None):
             raise ValueError(
                 f"config.data.encoder_length ({c.data.encoder_length}) must be "
@@ -185,7 +178,7 @@ class Experiment:
                 f"{self.batch_size} rows; config.train.max_epochs ({t.max_epochs}) of the data "
                 f"are {self.train_data.num_batches(t.max_epochs)}"
             )
-        schedule.check(self.config.optimizer.schedule, steps)
+        schedules.check(self.config.optimizer.schedule, steps)
         return steps
 
     # ---- state ----
@@ -227,7 +220,7 @@ class Experiment:
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         boxed = self.start.trained(self.boxed_params)
-        return optim.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
+        return chain.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -235,7 +228,7 @@ class Experiment:
         params, trained = self.abstract_params, self.start.trained(self.abstract_params)
         owners = self.start.trained(self.rules.shardings(self.boxed_params))
         owners = jax.tree.map(_with_sharding, trained, owners)
-        opt_state = optim.shard_like_params(
+        opt_state = chain.shard_like_params(
             jax.eval_shape(self.tx.init, trained),
             owners,
             self.rules.sharding(),
@@ -296,13 +289,13 @@ class Experiment:
         """The parameters that evaluation uses, on the devices: the averaged ones where training
         keeps them.
         """
-        averaged = optim.averaged_params(state.opt_state)
+        averaged = chain.averaged_params(state.opt_state)
         if averaged is None:
             return state.params
         if self.config.optimizer.memory != "device":
             wanted = jax.tree.map(lambda s: s.sharding, self.start.trained(self.abstract_params))
             averaged = jax.jit(sharding.on_device, out_shardings=wanted)(averaged)
-        return parameters.join(averaged, parameters.split(state.params, self.start.frozen)[0])
+        return param_tree.join(averaged, param_tree.split(state.params, self.start.frozen)[0])
 
     def restore_params(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -332,14 +325,16 @@ class Experiment:
 
     def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         """The loss of training: a SUM to differentiate, and additive sums."""
-        batch = pipelining.interleave(self.rules, self.model.num_microbatches, batch)
+        batch = pipeline_stages.interleave(self.rules, self.model.num_microbatches, batch)
         return self._loss(params, batch, rng, train=True, config=self.config.loss)
 
     def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
         if self.objective.loss is not None:
-            return loss.of_objective(self.objective.loss, self.model, params, batch, rng, **options)
+            return cross_entropy.of_objective(
+                self.objective.loss, self.model, params, batch, rng, **options
+            )
         tasks = self.objective.tasks if batch.tasks is not None else ()
-        return loss.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
+        return cross_entropy.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
 
     def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
         """(gradients of the SUM of the loss by the trained parameters, its sums) of step number
@@ -347,13 +342,13 @@ class Experiment:
         """
         rng = jax.random.fold_in(self._key("train"), at)
         parts = self.config.train.num_microbatches
-        return step.gradients(self.loss_fn, params, batch, rng, parts, self.start.frozen)
+        return train_step.gradients(self.loss_fn, params, batch, rng, parts, self.start.frozen)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
         if self.config.optimizer.memory != "device":
             on_device = sharding.on_device(state.opt_state)
             state = dataclasses.replace(state, opt_state=on_device)
-        return step.train_step(
+        return train_step.train_step(
             state,
             batch,
             loss_fn=self.loss_fn,
@@ -439,7 +434,7 @@ class Experiment:
         """
         if not layouts.is_known(self.config.model):
             return None
-        data, leaves = self.config.data, parameters.flatten(self.abstract_params)
+        data, leaves = self.config.data, param_tree.flatten(self.abstract_params)
         return flops.training_flops_per_token(
             self.config.model,
             {name: math.prod(leaf.shape) for name, leaf in leaves.items()},
@@ -474,9 +469,9 @@ def load(
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
-    config = config_tree.from_json(path.read_text())
+    config = conversion.from_json(path.read_text())
     config.data.tokenizer = run_tokenizer.find(workdir, config.data.tokenizer)
-    usual = config_tree.default(**config_tree.names(config))
+    usual = conversion.default(**conversion.names(config))
     config.mesh, config.train.num_microbatches = usual.mesh, 1
     if "pipeline" in usual.model:
         config.model.pipeline = usual.model.pipeline

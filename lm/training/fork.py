@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from lm import config_tree
-from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.config_tree import ConfigTree
-from lm.schedule import fractions
+from lm.checkpoint.parent import Base
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
+from lm.optim.schedules import fractions
 from lm.types import TrainState
 
 KEY = "config.init.branch_from"
@@ -36,7 +36,7 @@ class Branch:
         """Raises FileNotFoundError where there is no such checkpoint, ValueError where the config
         doesn't say which one.
         """
-        c = config_tree.resolve(config)
+        c = conversion.resolve(config)
         if c.init.from_ or c.init.word_vectors:
             raise ValueError(
                 f"{KEY} ({c.init.branch_from}) gives the whole state: leave out config.init.from "
@@ -48,7 +48,7 @@ class Branch:
         self._own, self._own_dict = c, config
         self._base = Base(self.workdir, self.step, key=KEY)
         self.manifest = self._base.manifest
-        self.config = config_tree.from_json(json.dumps(self.manifest.config))
+        self.config = conversion.from_json(json.dumps(self.manifest.config))
 
     def __str__(self) -> str:
         return f"{self.workdir} at step {self.step}"
@@ -69,18 +69,18 @@ class Branch:
             )
         allowed = self._own.checkpoint.allow_changed
         both = (self._own_dict, self.config)
-        config_tree.check_paths(allowed, both, "config.checkpoint.allow_changed")
+        conversion.check_paths(allowed, both, "config.checkpoint.allow_changed")
         rows = self.manifest.resolved.get("batch_size")  # None in a checkpoint of older code
         resolved = BATCH if rows is not None else ()
         lines = [
             f"config.{path}: {old!r} -> {new!r}"
-            for path, (old, new) in config_tree.changed(self.config, self._own_dict).items()
+            for path, (old, new) in conversion.changed(self.config, self._own_dict).items()
             if _is_in(path, SAME) and not _is_in(path, (SCHEDULE, *allowed, *resolved))
         ]
         if rows not in (None, batch_size) and not any(_is_in(path, allowed) for path in BATCH):
             lines.append(f"config.data.batch_size: {rows} -> {batch_size} rows a batch")
         if not _is_in(SCHEDULE, allowed):
-            trunk = config_tree.resolve(self.config).optimizer.schedule
+            trunk = conversion.resolve(self.config).optimizer.schedule
             old = fractions(trunk, trunk_num_steps, self.step)
             new = fractions(self._own.optimizer.schedule, num_steps, self.step)
             if (old != new).any():

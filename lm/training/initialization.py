@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import parameters
-from lm.checkpoint.base import Base
-from lm.config import Config
+from lm.checkpoint.parent import Base
+from lm.config.schema import Config
 from lm.data import word_vectors
 from lm.data.tokenizer import Tokenizer
 from lm.data.word_vectors import WordVectors
 from lm.layers import lora
+from lm.optim import param_tree
 from lm.types import Array, Params
 
 TABLE = "embedding.weight"  # what models call the parameter with a row for each token
@@ -32,7 +32,7 @@ class Start:
         self, config: Config, abstract_params: Params, tokenizer: Callable[[], Tokenizer]
     ) -> None:
         self._config, self._abstract, self._tokenizer = config, abstract_params, tokenizer
-        self._names = parameters.flatten(abstract_params)
+        self._names = param_tree.flatten(abstract_params)
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
@@ -40,7 +40,7 @@ class Start:
         and with adapters all others that don't begin at random.
         """
         named = self._config.optimizer.frozen
-        frozen = parameters.matching("config.optimizer.frozen", named, self._names)
+        frozen = param_tree.matching("config.optimizer.frozen", named, self._names)
         if self._lora.rank:
             lora.check_targets(self._lora, self._names)
             frozen |= frozenset(self._names) - lora.adapters(self._names) - self.new
@@ -63,7 +63,7 @@ class Start:
                 f"config.init.new ({init.new}) and skip ({init.skip}) are exceptions from "
                 "config.init.from, which is not given"
             )
-        new = parameters.matching("config.init.new", init.new, self._names)
+        new = param_tree.matching("config.init.new", init.new, self._names)
         return new | lora.adapters(self._names) if init.from_ else new
 
     @property
@@ -79,7 +79,7 @@ class Start:
         if not init.from_:
             return None
         base = Base(init.from_, init.step)
-        wanted = parameters.split(self._abstract, self.new)[1]
+        wanted = param_tree.split(self._abstract, self.new)[1]
         base.check(wanted, init.skip)
         return base
 
@@ -107,10 +107,10 @@ class Start:
         lives, and those of the base where there is one.
         """
         based = frozenset(self._names) - self.new if self.base is not None else frozenset()
-        wanted, new = parameters.split(self._abstract, based)
+        wanted, new = param_tree.split(self._abstract, based)
 
         def init(rng: Array) -> Params:  # what isn't returned is not computed
-            return parameters.split(random(rng), based)[1]
+            return param_tree.split(random(rng), based)[1]
 
         shardings = jax.tree.map(lambda s: s.sharding, new)
         params = jax.jit(init, out_shardings=shardings)(rng)
@@ -118,15 +118,15 @@ class Start:
             params = _with_rows(params, self.word_vectors)
         if self.base is None:
             return params
-        return parameters.join(params, self.base.read(wanted, self._config.init.skip))
+        return param_tree.join(params, self.base.read(wanted, self._config.init.skip))
 
     def trained(self, tree: Any) -> Any:
         """The part of a tree of parameters that training changes."""
-        return parameters.split(tree, self.frozen)[1]
+        return param_tree.split(tree, self.frozen)[1]
 
     def stored(self, params: Params) -> Params:
         """The part of them that this run's checkpoints hold."""
-        return parameters.split(params, self.borrowed)[1]
+        return param_tree.split(params, self.borrowed)[1]
 
     def with_borrowed(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
         """All parameters, of those that a checkpoint holds and what it says of its parent.
@@ -139,19 +139,19 @@ class Start:
         parent = parent or {}
         base = Base(self._config.init.from_, parent.get("step"))
         base.check_same(parent)
-        wanted, _ = parameters.split(self._abstract, self.borrowed)
-        return parameters.join(params, base.read_part(wanted))
+        wanted, _ = param_tree.split(self._abstract, self.borrowed)
+        return param_tree.join(params, base.read_part(wanted))
 
 
 def _with_rows(params: Params, found: WordVectors) -> Params:
     """The parameters with the rows of the embedding that have a vector; every device gets its part
     of them.
     """
-    leaves = parameters.flatten(params)
+    leaves = param_tree.flatten(params)
     table = leaves[TABLE]
     has = np.zeros((table.shape[0], 1), bool)
     vectors = np.zeros(table.shape, np.float32)
     has[found.ids], vectors[found.ids] = True, found.vectors
     rows = jax.make_array_from_callback(table.shape, table.sharding, lambda at: vectors[at])
     mix = jax.jit(jnp.where, out_shardings=table.sharding)
-    return parameters.unflatten({**leaves, TABLE: mix(has, rows, table)})
+    return param_tree.unflatten({**leaves, TABLE: mix(has, rows, table)})

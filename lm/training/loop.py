@@ -14,23 +14,25 @@ import jax
 import ml_collections
 from etils import epath
 
-from lm import config as configs
-from lm import config_tree, diagnose, metrics, selfcheck
 from lm.checkpoint import manifest
-from lm.checkpoint.base import Base
 from lm.checkpoint.manager import Checkpoints
-from lm.config_tree import ConfigTree
+from lm.checkpoint.parent import Base
+from lm.config import conversion
+from lm.config import schema as configs
+from lm.config.conversion import ConfigTree
 from lm.data import loaders, run_tokenizer
-from lm.exits import Exit
-from lm.experiment import LENGTHS, Experiment
-from lm.goodput import read as read_goodput
-from lm.guard import STOPS, StopSignals, Vote, Watchdog, alone
-from lm.ledger import Ledger
-from lm.phases import Phases
-from lm.processes import distributed
-from lm.rewind import first_state, replay
-from lm.run import Diverged, Rewind, Run, writing
-from lm.training import resume
+from lm.exit_codes import Exit
+from lm.parallel import process_group
+from lm.reliability import kernel_check
+from lm.reliability.data_ledger import Ledger
+from lm.reliability.watchdog import STOPS, StopSignals, Vote, Watchdog, alone
+from lm.telemetry import metrics
+from lm.telemetry.goodput import read as read_goodput
+from lm.telemetry.phase_timer import Phases
+from lm.training import bad_step_report, resume
+from lm.training.experiment import LENGTHS, Experiment
+from lm.training.rollback import first_state, replay
+from lm.training.session import Diverged, Rewind, Run, writing
 from lm.types import TrainState
 
 
@@ -61,13 +63,13 @@ def train(
     c = experiment.config
     lead = jax.process_index() == 0
     say = print if lead else lambda *_: None
-    distributed.agree("config", config.to_dict())
-    distributed.agree("code", manifest.code_version())
+    process_group.agree("config", config.to_dict())
+    process_group.agree("code", manifest.code_version())
     num_steps = experiment.num_steps
     with (
         Watchdog(c.guard, phases, workdir) as watchdog,
         StopSignals() as signals,
-        distributed.peers(),
+        process_group.peers(),
         writing(workdir),
         alone(workdir, active=lead),
     ):
@@ -80,7 +82,7 @@ def train(
                 f"config.train.{length}; where the schedule depends on the length, begin another "
                 "one with --config.init.from"
             )
-            _check_last(distributed.from_lead("end", lambda: _not_finite(workdir, num_steps)))
+            _check_last(process_group.from_lead("end", lambda: _not_finite(workdir, num_steps)))
             return Exit.SUCCESS
         resume.check_resolved(saved, workdir, experiment, say)
         resume.check_leaves(saved, workdir, experiment)
@@ -93,7 +95,7 @@ def train(
                 run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
             _describe(experiment, say, begins=begins)
             if c.guard.self_check:
-                say(selfcheck.check(c, experiment.rules))
+                say(kernel_check.check(c, experiment.rules))
             with phases("compile"), loaders.importing(c.loader):
                 _ = experiment.train_step
                 if experiment.rules.mesh.size > 1:
@@ -169,7 +171,7 @@ def _owes_evaluation(experiment: Experiment, workdir: str, step: int) -> bool:
         records = metrics.read(workdir)
         return [r["source"] for r in records if r["kind"] == "eval" and r["step"] == step]
 
-    return not names <= set(distributed.from_lead("evaluated", made))
+    return not names <= set(process_group.from_lead("evaluated", made))
 
 
 def _steps(run: Run, state: TrainState) -> Any:
@@ -281,7 +283,7 @@ def _describe(experiment: Experiment, say: Any, *, begins: bool) -> None:
             "no checkpoint before the end (config.checkpoint.every=0, every_seconds=0): a run that "
             "is killed begins again"
         )
-    if c.guard.policy == "rewind" and not diagnose.repeats(experiment):
+    if c.guard.policy == "rewind" and not bad_step_report.repeats(experiment):
         say(
             "config.guard.policy=rewind: this GPU doesn't repeat bits, so no verdict will blame "
             "the hardware; set XLA_FLAGS=--xla_gpu_deterministic_ops=true for that"
@@ -295,9 +297,7 @@ def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
     for section in ("model", "data"):
         kept = ("tokenizer",) if section == "data" else tuple(new[section])
         a, b = ({k: tree.get(section, {}).get(k) for k in kept} for tree in (old, new))
-        for path, (was, now) in config_tree.changed(
-            *map(ml_collections.ConfigDict, (a, b))
-        ).items():
+        for path, (was, now) in conversion.changed(*map(ml_collections.ConfigDict, (a, b))).items():
             say(f"unlike there: config.{section}.{path}: {was!r} -> {now!r}")
 
 

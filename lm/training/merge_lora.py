@@ -13,13 +13,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import config_tree, parameters
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.streamed import ParamsWriter
+from lm.config import conversion
 from lm.data import run_tokenizer
-from lm.experiment import CONFIG_FILE, Experiment, load
 from lm.layers import lora
-from lm.ledger import start_totals
+from lm.optim import param_tree
+from lm.reliability.data_ledger import start_totals
+from lm.training.experiment import CONFIG_FILE, Experiment, load
 
 
 def merge_run(
@@ -42,11 +43,11 @@ def merge_run(
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         at, params = experiment.restore_params(checkpoints, step)
     config: Any = experiment.config_dict.copy_and_resolve_references()
-    usual: Any = config_tree.default(**config_tree.names(config))
+    usual: Any = conversion.default(**conversion.names(config))
     config.model.lora, config.init = usual.model.lora, usual.init
     plain = Experiment(config, devices)
-    merged = parameters.flatten(lora.merge(section, params))
-    wanted = parameters.flatten(plain.abstract_params)
+    merged = param_tree.flatten(lora.merge(section, params))
+    wanted = param_tree.flatten(plain.abstract_params)
     assert merged.keys() == wanted.keys(), "merging leaves what a model without adapters has"
     folder.mkdir(parents=True, exist_ok=True)
     writer = ParamsWriter(out, step=0)
@@ -62,5 +63,5 @@ def merge_run(
     )
     run_tokenizer.keep(plain.tokenizer, out)
     config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
-    (folder / CONFIG_FILE).write_text(config_tree.to_json(config))
+    (folder / CONFIG_FILE).write_text(conversion.to_json(config))
     return plain

@@ -15,14 +15,14 @@ from typing import Any
 
 from etils import epath
 
-from lm import config_tree
-from lm.checkpoint import manifest, stored
+from lm.checkpoint import manifest, step_files
 from lm.checkpoint.manifest import Damaged
-from lm.config_tree import ConfigTree
+from lm.config import conversion
+from lm.config.conversion import ConfigTree
 from lm.data import run_tokenizer
-from lm.experiment import CONFIG_FILE, LENGTHS, Experiment
-from lm.processes import distributed
-from lm.schedule import fractions
+from lm.optim.schedules import fractions
+from lm.parallel import process_group
+from lm.training.experiment import CONFIG_FILE, LENGTHS, Experiment
 
 # A resumed run with other values here would be another run; everything else may change, and is
 # reported.
@@ -49,15 +49,15 @@ def resolved(experiment: Experiment) -> dict[str, int]:
 
 def read(workdir: str) -> Saved:
     """Read the record of a folder; all processes call it together."""
-    return Saved(**distributed.from_lead("saved run", lambda: _read(epath.Path(workdir))))
+    return Saved(**process_group.from_lead("saved run", lambda: _read(epath.Path(workdir))))
 
 
 def _read(workdir: epath.Path) -> dict[str, Any]:
     path, checkpoints = workdir / CONFIG_FILE, workdir.resolve() / "checkpoints"
     found: dict[str, Any] = {"config": json.loads(path.read_text()) if path.exists() else None}
-    for step in reversed(stored.steps(checkpoints)):
+    for step in reversed(step_files.steps(checkpoints)):
         try:
-            there = stored.read_manifest(checkpoints / str(step))
+            there = step_files.read_manifest(checkpoints / str(step))
         except Damaged:
             continue  # restoring passes over it, too, and says so
         leaves = {name: str(leaf) for name, leaf in there.leaves.items()}
@@ -77,14 +77,14 @@ def check_config(
         names a path that does not exist.
     """
     now = experiment.config_dict
-    before = now if saved.config is None else config_tree.from_json(json.dumps(saved.config))
+    before = now if saved.config is None else conversion.from_json(json.dumps(saved.config))
     allowed = experiment.config.checkpoint.allow_changed
-    config_tree.check_paths(allowed, [now, before], "config.checkpoint.allow_changed")
+    conversion.check_paths(allowed, [now, before], "config.checkpoint.allow_changed")
     if saved.config is None:
         return True
     same_data = True
     refused: list[tuple[str, str]] = []
-    for key, (old, new) in config_tree.changed(before, now).items():
+    for key, (old, new) in conversion.changed(before, now).items():
         if (
             key == "data.tokenizer"
             and len({run_tokenizer.find(workdir, n) for n in (old, new)}) == 1
@@ -143,8 +143,8 @@ def check_leaves(saved: Saved, workdir: str, experiment: Experiment) -> None:
         del tree["opt_state"]
     wanted = {name: str(leaf) for name, leaf in manifest.leaves(tree).items()}
     differ = {name for name, _ in wanted.items() ^ saved.leaves.items()}
-    before = config_tree.from_json(json.dumps(saved.trained))
-    changes = config_tree.changed(before, experiment.config_dict).items()
+    before = conversion.from_json(json.dumps(saved.trained))
+    changes = conversion.changed(before, experiment.config_dict).items()
     lines = [
         f"config.{key}: {old!r} -> {new!r}"
         for key, (old, new) in changes
@@ -163,13 +163,13 @@ def _changed_rates(saved: Saved, experiment: Experiment) -> str:
     """The surprise that a resumed run's learning rate would have, or "" where the steps done so far
     had the rates that the new config gives them.
     """
-    before = config_tree.from_json(json.dumps(saved.trained))
+    before = conversion.from_json(json.dumps(saved.trained))
     length = saved.resolved.get("num_steps")
     if length is None:  # a checkpoint of older code
-        train = config_tree.resolve(before).train
+        train = conversion.resolve(before).train
         lengths = {f"train.{name}": getattr(train, name) for name in LENGTHS}
         length = experiment.variant(lengths).num_steps
-    then, now = config_tree.resolve(before).optimizer, experiment.config.optimizer
+    then, now = conversion.resolve(before).optimizer, experiment.config.optimizer
     done, num_steps = saved.step, experiment.num_steps
     old = fractions(then.schedule, length, done)
     new = fractions(now.schedule, num_steps, done + 1)
@@ -206,5 +206,5 @@ def write_config(config: ConfigTree, workdir: str) -> None:
     path = epath.Path(workdir) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.parent / (CONFIG_FILE + ".new")
-    written.write_text(config_tree.to_json(config))
+    written.write_text(conversion.to_json(config))
     written.replace(path)

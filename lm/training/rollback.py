@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 
-from lm import diagnose
 from lm.checkpoint.manager import Checkpoints
-from lm.experiment import Experiment
-from lm.ledger import start_totals
-from lm.metrics import Finished, Late
-from lm.phases import Phases
-from lm.run import Rewind, Run
+from lm.reliability.data_ledger import start_totals
+from lm.telemetry.metrics import Finished, Late
+from lm.telemetry.phase_timer import Phases
+from lm.training import bad_step_report
+from lm.training.experiment import Experiment
+from lm.training.session import Rewind, Run
 from lm.types import TrainState
 
 
@@ -61,7 +61,10 @@ def replay(run: Run, rewind: Rewind) -> TrainState:
         run.restart(start)
         return state
     state, evidence = _redo(run, state, bad.step + 1, bad)
-    older, repeats = [s for s in checkpoints.steps() if s < start], diagnose.repeats(run.experiment)
+    older, repeats = (
+        [s for s in checkpoints.steps() if s < start],
+        bad_step_report.repeats(run.experiment),
+    )
     moved = False
     if older and repeats and evidence["verdict"] != "hardware":
         run.writer.note(f"it repeats from step {start}; is that what step {older[-1]} leads to?")
@@ -78,8 +81,8 @@ def replay(run: Run, rewind: Rewind) -> TrainState:
         state = _back(run)
         run.restart(int(state.step))
     run.judged.add(bad.step)
-    path = diagnose.write(run.workdir, evidence, active=run.lead)
-    run.writer.note(f"{diagnose.summary(evidence)}\nevidence: {path}")
+    path = bad_step_report.write(run.workdir, evidence, active=run.lead)
+    run.writer.note(f"{bad_step_report.summary(evidence)}\nevidence: {path}")
     return state
 
 
@@ -103,5 +106,5 @@ def _redo(
         [again] = late.flush()
         run.ledger.record(step, again.facts, experiment.batch_size * experiment.config.data.length)
         if bad is not None and step == bad.step:  # not applied: the state is that from before it
-            evidence = diagnose.diagnose(experiment, state, batch, bad, again)
+            evidence = bad_step_report.diagnose(experiment, state, batch, bad, again)
     return state, evidence

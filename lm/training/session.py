@@ -13,19 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import diagnose
 from lm.checkpoint.manager import Checkpoints
-from lm.evaluate import evaluate
-from lm.exits import Exit, RunError
-from lm.experiment import Experiment
-from lm.goodput import Goodput
-from lm.guard import StopSignals, Vote, Votes, Watchdog
-from lm.ledger import Ledger
-from lm.metrics import Finished, Late, Writer
-from lm.phases import Phases
-from lm.processes import distributed
-from lm.schedule import make_schedule
-from lm.training import resume
+from lm.exit_codes import Exit, RunError
+from lm.optim.schedules import make_schedule
+from lm.parallel import process_group
+from lm.reliability.data_ledger import Ledger
+from lm.reliability.watchdog import StopSignals, Vote, Votes, Watchdog
+from lm.telemetry.goodput import Goodput
+from lm.telemetry.metrics import Finished, Late, Writer
+from lm.telemetry.phase_timer import Phases
+from lm.training import bad_step_report, resume
+from lm.training.evaluation import evaluate
+from lm.training.experiment import Experiment
 from lm.types import TrainState
 
 
@@ -91,7 +90,9 @@ class Run:
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved = time.monotonic()
         self._bad_in_a_row = self._disagreements = 0
-        judged = distributed.from_lead("judged", lambda: sorted(diagnose.judged_steps(workdir)))
+        judged = process_group.from_lead(
+            "judged", lambda: sorted(bad_step_report.judged_steps(workdir))
+        )
         self.judged: set[int] = set(judged)
         self.not_finite: list[str] = []  # losses of the last evaluation, for a message
         first = ledger.totals()["steps"]
@@ -152,7 +153,7 @@ class Run:
 
     def _judge(self, finished: Finished) -> None:
         guard = self.experiment.config.guard
-        text = diagnose.describe(finished)
+        text = bad_step_report.describe(finished)
         if guard.policy == "stop" or self._bad_in_a_row > guard.max_skips:
             raise Diverged(
                 f"{text}\nIts update was not applied. Lower config.optimizer.learning_rate or warm "

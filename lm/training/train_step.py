@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import noise_scale, optim, parameters
 from lm.checkpoint.manifest import checksums
+from lm.optim import chain, param_tree
+from lm.training import gradient_noise_scale
 from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
 
 
@@ -26,12 +27,12 @@ def gradients(
 ) -> tuple[Any, Sums]:
     """Gradients of the SUM of the loss, and additive sums, over all micro-batches; none is computed
     of parameters whose names are in `frozen`, and the tree leaves them out. `measure_noise` adds
-    those of `lm.noise_scale` to the sums.
+    those of `lm.training.gradient_noise_scale` to the sums.
     """
-    rest, params = parameters.split(params, frozen)
+    rest, params = param_tree.split(params, frozen)
 
     def loss_of_trained(params: Any, batch: Batch, rng: Array) -> tuple[Array, Sums]:
-        return loss_fn(parameters.join(params, rest), batch, rng)
+        return loss_fn(param_tree.join(params, rest), batch, rng)
 
     grad_fn = jax.grad(loss_of_trained, has_aux=True)
     if num_microbatches == 1:
@@ -44,7 +45,7 @@ def gradients(
 
     def of_part(params: Any, microbatch: Batch, i: Array) -> tuple[Any, Sums]:
         grads, sums = grad_fn(params, microbatch, jax.random.fold_in(rng, i))
-        noise = noise_scale.of_part(grads, sums["tokens"]) if measure_noise else {}
+        noise = gradient_noise_scale.of_part(grads, sums["tokens"]) if measure_noise else {}
         return grads, {**sums, **noise}
 
     def add(carry: Any, i: Array) -> tuple[Any, None]:
@@ -108,7 +109,7 @@ def train_step(
 
     Facts: grad_norm, before clipping; bad, bool; finite_params, bool, whether those that the update
     gives are finite; and those of `fingerprint`; with `measure_noise`, which needs several
-    micro-batches, those of `lm.noise_scale.estimate`.
+    micro-batches, those of `lm.training.gradient_noise_scale.estimate`.
     """
     rng = jax.random.fold_in(rng, state.step)
     grads, sums = gradients(
@@ -119,25 +120,25 @@ def train_step(
     if shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, shardings)
     norm = optax.tree.norm(grads)
-    rest, trained = parameters.split(state.params, frozen)
+    rest, trained = param_tree.split(state.params, frozen)
     # the schedule is a function of the step: a skipped update must not put its end off
-    before = optim.at_step(state.opt_state, state.step)
+    before = chain.at_step(state.opt_state, state.step)
     updates, opt_state = tx.update(grads, before, trained)
     params = optax.apply_updates(trained, updates)
     # a finite gradient may still give an update that is not
     written = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
     bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["objective"]) & written)
     if spike_factor:
-        bad |= optim.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
+        bad |= chain.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(bad, old, new),
         (trained, state.opt_state),
         (params, opt_state),
     )
-    params = parameters.join(params, rest)
+    params = param_tree.join(params, rest)
     facts = {"grad_norm": norm, "bad": bad, "finite_params": written, **fingerprint(batch)}
     if measure_noise:
-        facts |= noise_scale.estimate(sums, norm)
-        sums = {n: x for n, x in sums.items() if n not in noise_scale.NAMES}
+        facts |= gradient_noise_scale.estimate(sums, norm)
+        sums = {n: x for n, x in sums.items() if n not in gradient_noise_scale.NAMES}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, facts

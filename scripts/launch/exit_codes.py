@@ -1,4 +1,4 @@
-"""Write what the launchers in bash and the README say of exit codes, from the table in lm/exits.py.
+"""Write the exit codes of the launchers in bash and of the README, from lm/exit_codes.py.
 
 python scripts/launch/exit_codes.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lm.exits import KILLED, KILLS, RESTARTED, Exit, restarts
+from lm.exit_codes import KILLED, KILLS, RESTARTED, Exit, restarts
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- scripts/launch/exit_codes.py writes this table -->\n"
@@ -28,8 +28,8 @@ def shell() -> str:
     codes = sorted(code for code in [*Exit, *KILLS] if restarts(code))
     return (
         "# shellcheck shell=bash\n"
-        "# Written by scripts/launch/exit_codes.py from the table in lm/exits.py: the codes after\n"
-        "# which a launcher starts the run again.\n"
+        "# Written by scripts/launch/exit_codes.py from lm/exit_codes.py: the codes after which a\n"
+        "# launcher starts the run again.\n"
         f"RESTART_CODES=({' '.join(str(int(code)) for code in codes)})\n"
         '\nrestarts() { [[ " ${RESTART_CODES[*]} " == *" $1 "* ]]; }\n'
     )

@@ -6,7 +6,7 @@
 Each process gets --coordinator, --num_processes and --process_id. Ctrl-C and SIGTERM go to all of
 them; a second one kills them. When one fails, the others get --grace seconds to end by themselves.
 The exit code is that of the first that failed, before those that only lost it. After some of them
-(lm/exits.py has the table) the job starts again, --max-restarts times.
+(lm/exit_codes.py has the table) the job starts again, --max-restarts times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lm.exits import Exit, restarts
+from lm.exit_codes import Exit, restarts
 
 # The processes end so together, when each is ready: none of them keeps the others waiting for long.
 TOGETHER = (Exit.SUCCESS, Exit.INTERRUPTED, Exit.TERMINATED)

@@ -10,7 +10,7 @@
 #     create        ask for the slices, as a queued resource, and wait until they are there
 #     install       copy the last commit of this repository to all hosts and make its environment
 #     run FLAGS     start scripts/train.py FLAGS on all hosts, and follow
-#     logs          follow the log of host 0; the exit code is that of the run (lm/exits.py)
+#     logs          follow the log of host 0; the exit code is that of the run (lm/exit_codes.py)
 #     stop          all hosts save and end; `train` then ends, too
 #     status        the state of the queued resource
 #     delete        give the slices back; `train` does it after code 0

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.layers import cache as kv_cache
-from lm.layers.dot_product import Mask, cross_mask
-from lm.layers.kernels import attend
+from lm.layers.attention.dot_product import Mask, cross_mask
+from lm.layers.attention.kernels import attend
 from lm.layers.linear import Linear
 from lm.layers.lora import LoraConfig
 from lm.layers.norm import Norm
 from lm.layers.positions import rotate
-from lm.sharding import Rules
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 
@@ -54,7 +54,7 @@ class MultiHead(nn.Module):
     """What self- and cross-attention share. Parameters: `query` `key` `value` `out`, and
     `query_norm` `key_norm` [H] with `qk_norm`.
 
-    `kernel` and `sequence_parallel` are those of `lm.layers.kernels`. The scores are multiplied by
+    `kernel` and `sequence_parallel`: see `lm.layers.attention.kernels`. Scores are multiplied by
     `scale` (None: head_dim ** -0.5) and by `score_factor`, which initial weights don't make up for.
     """
 

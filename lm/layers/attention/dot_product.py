@@ -20,7 +20,7 @@ class Mask:
     one is given.
 
     order: queries and keys are the tokens of one stream, whose length stands in the zig-zag order
-    of so many shards (`lm.layers.zigzag`; 1: as it came). None: they are not (a cache), so that
+    of so many shards (`lm.parallel.zigzag`; 1: as it came). None: they are not (a cache), so that
     nothing is known from their places.
     """
 

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lm.layers import cudnn, dot_product, splash, zigzag
-from lm.layers.dot_product import Mask
-from lm.layers.manual import shard_map
-from lm.layers.ring import ring_attend
-from lm.sharding import Rules
+from lm.layers.attention import cudnn, dot_product, splash
+from lm.layers.attention.dot_product import Mask
+from lm.layers.attention.ring import ring_attend
+from lm.parallel import zigzag
+from lm.parallel.shard_map import shard_map
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
@@ -129,7 +130,7 @@ def attend(
     dropout: float = 0.0,
     dropout_rng: Array | None = None,
 ) -> jax.Array:
-    """`lm.layers.dot_product.attend` by the chosen kernel: [B, N, T, H] of q: [B, N, T, H], k and
+    """`dot_product.attend` by the chosen kernel: [B, N, T, H] of q: [B, N, T, H], k and
     v: [B, K, S, H].
 
     What the backward pass needs of it is named "attended", for `jax.checkpoint`'s policies.

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from lm.layers.grouped import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.linear import broadcast_as
-from lm.sharding import Rules
+from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 Experts = dict[str, jax.Array]  # up and, if gated, gate: [E, D, F], down: [E, F, D]

@@ -25,12 +25,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.config import field
-from lm.layers.dispatch import AXES, dropless, with_capacity
+from lm.config.schema import field
 from lm.layers.linear import initializer, parameter
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
-from lm.sharding import Rules
+from lm.layers.moe.dispatch import AXES, dropless, with_capacity
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid")

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import optax
 
-from lm.adafactor import each_layer, factored_rms
-from lm.config import OptimizerConfig
-from lm.optimizers import ROLES, Parts
+from lm.config.schema import OptimizerConfig
+from lm.optim.adafactor import each_layer, factored_rms
+from lm.optim.optimizers import ROLES, Parts
 
 Config = OptimizerConfig
 STEPS = dict.fromkeys(ROLES, "adafactor")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import optax
 
-from lm.config import OptimizerConfig
-from lm.optimizers import ROLES, Parts
+from lm.config.schema import OptimizerConfig
+from lm.optim.optimizers import ROLES, Parts
 
 Config = OptimizerConfig
 STEPS = dict.fromkeys(ROLES, "lion")

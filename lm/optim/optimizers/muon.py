@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import optax
 
-from lm import muon
-from lm.config import OptimizerConfig
-from lm.optimizers import Parts
+from lm.config.schema import OptimizerConfig
+from lm.optim import muon
+from lm.optim.optimizers import Parts
 
 Config = OptimizerConfig
 STEPS = {"matrix": "muon", "embedding": "adam", "vector": "adam"}

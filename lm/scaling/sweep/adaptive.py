@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import metrics, results
-from lm.sweep import pool, space
-from lm.sweep.pool import Outcome, Run
-from lm.sweep.space import Axis, Choice
+from lm.scaling import run_table
+from lm.scaling.sweep import pool, space
+from lm.scaling.sweep.pool import Outcome, Run
+from lm.scaling.sweep.space import Axis, Choice
+from lm.telemetry import metrics
 
 STARTUP = 4  # runs at random points, and without pruning, before there is something to learn from
 NUMBER = "number"
@@ -97,7 +98,7 @@ class Search:
         number = _number(run)
         known, trial = self._study.trials[number].intermediate_values, self._trial(number)
         records = metrics.read(str(self._root / run.name))
-        losses = results.mean_losses([r for r in records if r["kind"] == "eval"])
+        losses = run_table.mean_losses([r for r in records if r["kind"] == "eval"])
         for step, loss in losses.items():
             if step not in known:
                 trial.report(loss, step)
@@ -107,7 +108,7 @@ class Search:
         """Tells the study what came of a run."""
         loss = math.nan
         if outcome.status == pool.FINISHED:
-            result = results.read(str(self._root / run.name))
+            result = run_table.read(str(self._root / run.name))
             if result is None:
                 raise ValueError(
                     f"{run.name} has no evaluation to compare: set config.data.validation"

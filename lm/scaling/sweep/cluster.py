@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.sweep.pool import CODES, Run
+from lm.scaling.sweep.pool import CODES, Run
 
 SLURM = "scripts/launch/slurm.sbatch"
 TPU_VM = "scripts/launch/tpu_vm.sh"

@@ -7,8 +7,8 @@
 
 A killed sweep leaves its runs alive. The next one waits for them at their locks, so that no run is
 ever done by two processes; and since a run goes on where its last checkpoint is, none is lost. The
-lock is not that of scripts/train.py (lm/guard.py), which the process takes by itself once it has
-started: until then this one keeps others away.
+lock is not that of scripts/train.py (lm/reliability/watchdog.py), which the process takes by itself
+once it has started: until then this one keeps others away.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lm import results
-from lm.exits import Exit, restarts
-from lm.guard import LOCK_FILE, StopSignals
+from lm.exit_codes import Exit, restarts
+from lm.reliability.watchdog import LOCK_FILE, StopSignals
+from lm.scaling import run_table
 
 CODES = "codes"  # folder of exit codes, a file for each run, that a cluster's commands write
 OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
@@ -67,7 +67,7 @@ def read_outcome(root: Path, name: str, runs: str = "") -> Outcome | None:
         found.append(Outcome(**json.loads(path.read_text())))
     if (path := root / CODES / name).exists() and (text := path.read_text().strip()):
         found.append(_outcome(int(text)))
-    if not found and results.is_finished(os.path.join(runs or root, name)):
+    if not found and run_table.is_finished(os.path.join(runs or root, name)):
         found.append(Outcome(FINISHED, Exit.SUCCESS))
     known = [outcome for outcome in found if outcome is not None]
     return next((o for o in known if o.status == FINISHED), next(iter(known), None))

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm import results
-from lm.sweep import pool, space
-from lm.sweep.pool import Run
+from lm.scaling import run_table
+from lm.scaling.sweep import pool, space
+from lm.scaling.sweep.pool import Run
 from lm.telemetry import fonts
 
 REPEATS = ("seed", "fold")  # keys that tell runs of the same point apart
@@ -31,8 +31,8 @@ def collect(root: Path, runs: Sequence[Run], home: str = "") -> list[dict[str, A
         outcome = pool.read_outcome(root, run.name, home)
         status = outcome.status if outcome is not None else UNFINISHED
         folder = os.path.join(home or root, run.name)
-        result = results.read(folder) if status == pool.FINISHED else None
-        values = {name: getattr(result, name, None) for name in results.COLUMNS if name != "run"}
+        result = run_table.read(folder) if status == pool.FINISHED else None
+        values = {name: getattr(result, name, None) for name in run_table.COLUMNS if name != "run"}
         row: dict[str, Any] = {"run": run.name, "status": status}
         row |= {key: run.point.get(key) for key in keys}
         row |= {name: value for name, value in values.items() if name not in row}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lm import config_tree
+from lm.config import conversion
 
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
 CONFIG = "config"  # the axis that is no key of a config, but the config's file
@@ -131,13 +131,13 @@ def check_config(
 ) -> None:
     """Sets every value of every axis in the configs of the sweep, before any run starts.
 
-    read: (file, settings KEY=VALUE) -> its config: `lm.config_flag.read`.
+    read: (file, settings KEY=VALUE) -> its config: `lm.config.command_line.read`.
     A key may be one of a component that only some runs have: one config that has it is enough.
 
     Raises:
         ValueError: a config can't be read, or values can't be set, with all of them.
     """
-    named = [a for a in axes if a.key == CONFIG or config_tree.is_name(a.key)]
+    named = [a for a in axes if a.key == CONFIG or conversion.is_name(a.key)]
     others = [a for a in axes if a not in named]
     faults: list[dict[str, str]] = []
     for point in grid(named):
@@ -149,7 +149,7 @@ def check_config(
             values = axis.values if isinstance(axis, Choice) else (axis.low, axis.high)
             for value in values:
                 try:
-                    config_tree.assign(tree, f"{axis.key}={value}")
+                    conversion.assign(tree, f"{axis.key}={value}")
                 except ValueError as error:
                     faults[-1].setdefault(f"{axis.key}={value}", str(error))
     always = [fault for text, fault in faults[0].items() if all(text in found for found in faults)]

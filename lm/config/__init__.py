@@ -1,0 +1,1 @@
+"""Configs of runs: schema, conversion, and the command line."""

@@ -1,0 +1,1 @@
+"""Evaluation beyond the loss: predictions and metrics of tasks, lm-eval, BLiMP."""

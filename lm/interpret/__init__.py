@@ -1,0 +1,1 @@
+"""Views inside a model and a run, and their plots."""

@@ -1,0 +1,1 @@
+"""Attention: the linen modules, and their back ends."""

@@ -1,0 +1,1 @@
+"""Safeguards of a run: folder lock, signals, watchdog, data ledger, start-up check of kernels."""
