@@ -20,7 +20,7 @@ Params: TypeAlias = Any  # nested dict of arrays
 Cache: TypeAlias = Any  # opaque pytree, owned by the model that made it
 # additive scalars: sums over tokens and the counts to divide them by
 Sums: TypeAlias = dict[str, Any]
-Facts: TypeAlias = dict[str, Any]  # of one step, not additive: see lm/training/train_step.py
+StepInfo: TypeAlias = dict[str, Any]  # of one step, not additive: see lm/training/train_step.py
 
 
 @flax.struct.dataclass

@@ -34,18 +34,19 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Of one device. least and most: seconds with all overlapped, and nothing."""
+    """One device; bounds in seconds: everything overlapped, and nothing."""
 
     temporaries: int
     fits: bool
     flops: float
-    least: float
-    most: float
-    binding: str
+    lower_bound_s: float
+    upper_bound_s: float
+    bottleneck: str
 
     def cell(self) -> str:
         held = f"{self.temporaries / 2**30:.3f} GiB" if self.fits else "does not fit"
-        return f"{held}; {self.least * 1e3:.2f} to {self.most * 1e3:.2f} ms, {self.binding}"
+        span = f"{self.lower_bound_s * 1e3:.2f} to {self.upper_bound_s * 1e3:.2f}"
+        return f"{held}; {span} ms, {self.bottleneck}"
 
 
 def measure(
@@ -95,10 +96,17 @@ def measure(
     mesh = rules.mesh
     found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
     places = interconnect.places(target, mesh.devices.flatten().tolist())
-    done = costs.measure(module)
+    done = costs.count_flops_and_hbm_bytes(module)
     times = roofline.times(target, done, found, places, "bfloat16")
     held = made.sizes.get("temp", 0)
-    return Needs(held, not made.refusal, done.flops, times.least, times.most, times.binding)
+    return Needs(
+        held,
+        not made.refusal,
+        done.flops,
+        times.lower_bound_s,
+        times.upper_bound_s,
+        times.bottleneck,
+    )
 
 
 def main() -> int:

@@ -254,7 +254,9 @@ def train(config: Any) -> Figures:
     rows = Synthetic("random", vocab_size=vocab, length=length, document_length=2**31)
     source = Pipeline({"random": rows}, experiment.objective, batch_size=batch_size, seed=c.seed)
     count = 1 + _WARMUP.value + _STEPS.value
-    batches = [experiment.put(source.batch_at(i, experiment.rows)) for i in range(count)]
+    batches = [
+        experiment.make_global_batch(source.batch_at(i, experiment.rows)) for i in range(count)
+    ]
 
     gemms = _gemms(experiment)
     (state, sums, _), first = timed(lambda: step(state, batches[0]))

@@ -99,7 +99,7 @@ def _ls(workdir: str) -> int:
                 _time(manifest.time),
                 _size(step_files.size(folder)),
                 verified,
-                "-" if tokens is None else metrics.quantity(tokens),
+                "-" if tokens is None else metrics.format_quantity(tokens),
                 "-" if parent is None else f"{parent['workdir']}@{parent['step']}",
             )
         )
@@ -197,7 +197,7 @@ def _show(checkpoint: str) -> int:
             count += values.size
     _print_table(table)
     others = len(manifest.leaves) - len(table) + 1
-    print(f"{metrics.quantity(count)} parameters; {others} leaves of the optimizer's state")
+    print(f"{metrics.format_quantity(count)} parameters; {others} leaves of the optimizer's state")
     return 0
 
 

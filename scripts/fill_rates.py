@@ -29,7 +29,7 @@ from lm import exit_codes
 from lm.config.schema import DataConfig, component
 from lm.data.pipeline import evaluation_batches, make_source
 from lm.data.sources.tokens import TokenStore
-from lm.objectives import Form
+from lm.objectives import ModelInterface
 
 FIELDS = ("source", "target")
 SPARE_IDS = 2048  # for sentinels and masks, beyond those of the tokenizer
@@ -95,7 +95,9 @@ def measure(case: Case, packing: str) -> str:
     """The line of a case."""
     fields = FIELDS if case.name in ("seq2seq", "classification") else ("text",)
     tokenizer = TokenStore.open(case.store, field=fields[0]).tokenizer()
-    form = Form(case.length, case.encoder_length, case.is_causal, tokenizer.vocab_size + SPARE_IDS)
+    form = ModelInterface(
+        case.length, case.encoder_length, case.is_causal, tokenizer.vocab_size + SPARE_IDS
+    )
     module = component("lm.objectives", case.name)
     config = classes(case.store) if case.name == "classification" else {}
     objective = module.build(module.Config(**config), tokenizer, form)

@@ -340,11 +340,11 @@ def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str
     """The lines that open a dialogue: the model, its context, and how to leave."""
     from jax import tree
 
-    from lm.telemetry.metrics import quantity
+    from lm.telemetry.metrics import format_quantity
 
     count = sum(leaf.size for leaf in tree.leaves(experiment.abstract_params))
     return (
-        f"{workdir}, step {step}: {quantity(count)} parameters, a context of "
+        f"{workdir}, step {step}: {format_quantity(count)} parameters, a context of "
         f"{experiment.config.model.max_length:,} tokens, replies of at most {max_new_tokens:,}; "
         "what no longer fits is forgotten, the oldest first.\n"
         "Type a message and Enter; Ctrl-D on an empty line leaves."

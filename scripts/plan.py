@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     if _PICTURE.value:
         from lm.planning import picture
 
-        picture.draw(plan, _PICTURE.value)
+        picture.save_picture(plan, _PICTURE.value)
         print(f"\npicture: {_PICTURE.value}")
     return 0 if plan.fits else 1
 

@@ -286,7 +286,7 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
 
 def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     """Prints samples, figures and the commands that a user may want next."""
-    from lm.telemetry.metrics import seconds
+    from lm.telemetry.metrics import format_duration
 
     summary = json.loads((workdir / "summary.json").read_text())
     speed = summary["tokens_per_second"]
@@ -301,7 +301,7 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     elif summary["loss"] is not None:
         print(f"held-out loss            {summary['loss']:.3f} nats per scored token")
     print(
-        f"training                 {seconds(summary['train_seconds'])}, "
+        f"training                 {format_duration(summary['train_seconds'])}, "
         f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
         f"{summary['parameters'] / 1e6:.2f}M parameters\n"
         f"run                      {workdir}   "

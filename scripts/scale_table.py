@@ -88,7 +88,7 @@ def line(row: Row, plan: Any) -> str:
     gib = 2**30
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     capacity = f"{plan.capacity / gib:.0f} GiB" if plan.capacity else "?"
-    most, least = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+    most, least = plan.mfu(plan.times.upper_bound_s), plan.mfu(plan.times.lower_bound_s)
     mfu = "" if most is None or least is None else f"{most:.0%} to {least:.0%}"
     verdict = f"{plan.memory.total / gib:.1f}, {capacity}" + ("" if plan.fits else " **too much**")
     cells = (
@@ -97,9 +97,9 @@ def line(row: Row, plan: Any) -> str:
         mesh,
         f"{plan.rows} × {plan.length}",
         verdict,
-        f"{plan.times.least:.2f} to {plan.times.most:.2f} s" if plan.fits else "",
+        f"{plan.times.lower_bound_s:.2f} to {plan.times.upper_bound_s:.2f} s" if plan.fits else "",
         mfu if plan.fits else "",
-        plan.times.binding if plan.fits else "",
+        plan.times.bottleneck if plan.fits else "",
         f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} CPU)",
     )
     return "| " + " | ".join(cells) + " |"

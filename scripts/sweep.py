@@ -43,7 +43,7 @@ def main() -> int:
     from lm.reliability.watchdog import STOPS
     from lm.scaling.sweep import cluster, pool, space
     from lm.scaling.sweep.adaptive import Search
-    from lm.scaling.sweep.pool import Outcome, Run
+    from lm.scaling.sweep.pool import Outcome, Trial
 
     args, settings = _flags()
     root, home = Path(args.workdir), args.runs or args.workdir
@@ -74,8 +74,8 @@ def main() -> int:
         if args.random:
             found = space.random_points(ranges, args.random, args.search_seed)
             points = [point | more for point in points for more in found]
-        points = list(space.product(points, args.seeds, args.folds))
-        runs = [Run(space.name(p), p, space.arguments(args.config, p, settings)) for p in points]
+        points = list(space.with_seeds_and_folds(points, args.seeds, args.folds))
+        runs = [Trial(space.name(p), p, space.arguments(args.config, p, settings)) for p in points]
         source = iter(runs)
     if args.write:
         write = {"slurm": cluster.write_slurm, "tpu_vm": cluster.write_tpu_vm}[args.write]
@@ -84,17 +84,17 @@ def main() -> int:
     if args.collect:
         return 1 if _finish(root, runs, home) else 0
 
-    done: list[Run] = []
+    done: list[Trial] = []
 
-    def ended(run: Run, outcome: Outcome) -> None:
+    def ended(run: Trial, outcome: Outcome) -> None:
         done.append(run)
         if search is not None:
             search.ended(run, outcome)
         total = len(runs) or args.adaptive
         print(f"[{len(done)}/{total}] {run.name}: {outcome.status} {outcome.message}", flush=True)
 
-    def is_hopeless(run: Run) -> bool:
-        return search is not None and search.is_hopeless(run)
+    def is_hopeless(run: Trial) -> bool:
+        return search is not None and search.should_prune(run)
 
     stopped = pool.run_all(root, source, slots=args.slots, ended=ended, is_hopeless=is_hopeless)
     failed = _finish(root, sorted(done, key=lambda run: run.name) if search else runs, home)

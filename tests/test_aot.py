@@ -39,7 +39,7 @@ from lm.planning import (
     topology,
     traffic,
 )
-from lm.planning.roofline import Times
+from lm.planning.roofline import StepTimeBounds
 from lm.training.experiment import Experiment
 
 needs_tpu = pytest.mark.skipif(
@@ -269,7 +269,7 @@ ENTRY %main (x: f32[4,4]) -> f32[4,4] {
 
 def test_a_loops_length_is_found_from_its_counter():
     module = module_of(LOOP)
-    assert costs.measure(module).flops == 6 * 2 * 4**3
+    assert costs.count_flops_and_hbm_bytes(module).flops == 6 * 2 * 4**3
     [gather] = traffic.collectives(module, ("fsdp",), (2,))
     assert (gather.times, gather.bytes) == (6, 6 * 4 * 8 * 4 / 2)
     assert module.entry.operand(module.entry.root).shapes[0].dims == (4, 4)
@@ -280,7 +280,7 @@ def test_a_loop_that_ends_on_data_is_named_and_counts_once():
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: jnp.tanh(x @ w), x)
 
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
-    found = costs.measure(module)
+    found = costs.count_flops_and_hbm_bytes(module)
     assert found.flops == 2 * B * D * D and len(found.loops) == 1 and "while" in found.loops[0]
     times = roofline.times(topology.parse("v5e:2x2"), found, [], [], "bfloat16")
     assert f"length of 1 loops, which count once: {found.loops[0]}" in times.unknown
@@ -353,7 +353,7 @@ def test_products_in_a_loop_count_as_often_as_it_runs(trips):
         return jax.lax.fori_loop(0, trips, lambda _, x: jnp.tanh(x @ w), x)
 
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
-    assert costs.measure(module).flops == trips * 2 * B * D * D
+    assert costs.count_flops_and_hbm_bytes(module).flops == trips * 2 * B * D * D
 
 
 @pytest.mark.parametrize("tie, heads", [(True, 4), (False, 2)])
@@ -365,22 +365,24 @@ def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, hea
     c = experiment.config
     formula = flops.flops_per_token(c.model, c.data.length, full_square=True)
     formula *= experiment.batch_size * c.data.length
-    assert costs.measure(module).flops == pytest.approx(formula, rel=0.02)
+    assert costs.count_flops_and_hbm_bytes(module).flops == pytest.approx(formula, rel=0.02)
 
 
 def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
     def count(unroll):
         experiment = make_experiment({"model.scan_unroll": unroll, "model.num_layers": 3})
-        return costs.measure(module_of_step(experiment)).flops
+        return costs.count_flops_and_hbm_bytes(module_of_step(experiment)).flops
 
     assert count(1) == count(-1)
 
 
 def test_a_window_that_meets_padding_counts_its_hits_alone():
     """How TPUs write a batched product: size n over n dilated elements, one hit each."""
-    assert costs._taps(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
-    assert costs._taps(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
-    assert costs._taps(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10  # same padding
+    assert costs._valid_window_positions(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
+    assert costs._valid_window_positions(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
+    assert (
+        costs._valid_window_positions(4, 3, 4, stride=1, low=1, spread=1, dilate=1) == 10
+    )  # same padding
 
 
 @pytest.mark.parametrize("batch", ["", "2,"])
@@ -400,7 +402,7 @@ ENTRY %main (t: s8[1,2,2], q: bf16[{batch}16,1024,128]) -> bf16[{batch}16,1024,1
 custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={noted}}}
 }}
 """
-    found = costs.measure(module_of(text))
+    found = costs.count_flops_and_hbm_bytes(module_of(text))
     rows = 2 if batch else 1
     assert found.flops == 3 * 2 * rows * 16 * 128 * 3 * 512**2 and not found.unknown
 
@@ -499,7 +501,9 @@ def test_a_heaps_peak_counts_shared_bytes_once():
 def torus(name):
     target = topology.parse(name)
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in target.shape), indexing="ij"), -1)
-    return target, [interconnect.Place(0, tuple(c), 0) for c in grid.reshape(-1, len(target.shape))]
+    return target, [
+        interconnect.ChipCoord(0, tuple(c), 0) for c in grid.reshape(-1, len(target.shape))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -567,9 +571,9 @@ def test_an_exchange_takes_as_long_as_its_fullest_link(name, members):
         "all-to-all", ("expert",), True, tuple(members), int(sent * n), 1, "", "", ""
     )
     expected = fullest_link(target, group) * sent / target.chip.link
-    assert interconnect.seconds(exchange, interconnect.path(target, group)) == pytest.approx(
-        expected
-    )
+    assert interconnect.transfer_seconds(
+        exchange, interconnect.path(target, group)
+    ) == pytest.approx(expected)
 
 
 def test_cores_of_a_chip_share_its_links_in_an_exchange():
@@ -583,7 +587,7 @@ def test_cores_of_a_chip_share_its_links_in_an_exchange():
 def test_groups_of_two_slices_use_the_network():
     target = topology.parse("2xv5e:16x16")
     path = interconnect.path(
-        target, [interconnect.Place(0, (0, 0), 0), interconnect.Place(1, (0, 0), 0)]
+        target, [interconnect.ChipCoord(0, (0, 0), 0), interconnect.ChipCoord(1, (0, 0), 0)]
     )
     assert path.network and path.bandwidth == target.chip.network
 
@@ -758,7 +762,7 @@ def test_a_program_whose_loops_are_not_found_is_no_plan(make_experiment):
             "parameters take 0 bytes, their shards",
         ),
         (
-            lambda p: {"peak_flops": 1.0, "times": Times(0.0, 1e-3, {}, None, ())},
+            lambda p: {"peak_flops": 1.0, "times": StepTimeBounds(0.0, 1e-3, {}, None, ())},
             "MFU would be up to ",
         ),
         (
@@ -797,7 +801,7 @@ def test_a_tpu_step_is_planned_with_its_groups_and_times(make_config):
     assert sum(made.memory.groups.values()) == made.memory.total
     assert made.memory.total == pytest.approx(made.memory.stated, rel=0.02)
     assert made.memory.groups["parameters"] * 2 <= made.memory.groups["optimizer"]
-    assert 0 < made.times.least < made.times.most
+    assert 0 < made.times.lower_bound_s < made.times.upper_bound_s
     axes = {t.axis for t in made.transfers}
     assert axes == {"fsdp"}
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.attention.attention import Attention, Context
+from lm.layers.attention.attention import Attention, LayerInputs
 from lm.layers.attention.dot_product import self_mask
 from lm.types import Tokens
 
@@ -16,7 +16,7 @@ MASKED = Tokens(SEGMENTS, SEGMENTS, np.asarray([[0, 1, 2, 3, 0, 1, 2]], np.int32
 def test_qk_norm_makes_scores_independent_of_the_size_of_queries_and_keys(rules_on):
     module = Attention(16, 4, 2, 4, rules_on(), qk_norm=True, init_std=0.5)
     x = np.random.default_rng(0).normal(size=(1, 7, 16)).astype(np.float32)
-    context = Context((self_mask(MASKED),), (None,), None, None, None)
+    context = LayerInputs((self_mask(MASKED),), (None,), None, None, None)
 
     def run(variables):
         return module.apply(variables, x, context, kind=None, layer=jnp.int32(0))[0]

@@ -18,8 +18,8 @@ def test_attention_is_measured_by_its_products_and_times():
     found = script.measure("v5e:2x2", length, "xla", "gather", 1)
     products = 6 * 2 * script.HEADS * length**2 * script.SIZE
     assert found.fits and found.flops == products
-    assert 0 < found.least < found.most
-    assert found.least >= products / 197e12  # the peak of a v5e
+    assert 0 < found.lower_bound_s < found.upper_bound_s
+    assert found.lower_bound_s >= products / 197e12  # the peak of a v5e
 
 
 def test_the_table_takes_the_place_of_the_one_before(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_a_cool_down_is_bit_for_bit_the_run_of_its_length(
 def test_a_branch_that_would_be_another_run_is_refused(branch_config, devices, changes, message):
     experiment = Experiment(branch_config(changes), devices[:1])
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        _ = experiment.branch
+        _ = experiment.fork
     assert message in str(error.value)
     assert "branch_from" in str(error.value) or "config.init.step" in str(error.value)
 
@@ -118,4 +118,4 @@ def test_what_is_named_may_differ(branch_config, devices):
         "optimizer.schedule.decay_steps": 5,
         "checkpoint.allow_changed": ("data.batch_size", "optimizer.schedule"),
     }
-    assert Experiment(branch_config(changes), devices[:1]).branch is not None
+    assert Experiment(branch_config(changes), devices[:1]).fork is not None

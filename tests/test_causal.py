@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, causal
+from lm.objectives import ModelInterface, causal
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -18,7 +18,9 @@ def no_randomness(i):
 
 
 def causal_batch(rows):
-    return causal.build(causal.Config(), TOKENIZER, Form(rows.ids.shape[1]))(rows, no_randomness)
+    return causal.build(causal.Config(), TOKENIZER, ModelInterface(rows.ids.shape[1]))(
+        rows, no_randomness
+    )
 
 
 def make_rows(ids, segments, previous):
@@ -62,7 +64,7 @@ def test_without_bos_a_document_begins_with_its_first_token_at_position_0():
         segments=[[1, 1, 1, 2, 2], [1, 1, 2, 2, 0], [1, 2, 0, 0, 0]],
         previous=[-1, 14, 9],
     )
-    objective = causal.build(causal.Config(begins_with_bos=False), TOKENIZER, Form(5))
+    objective = causal.build(causal.Config(begins_with_bos=False), TOKENIZER, ModelInterface(5))
     batch = objective(rows, no_randomness)
     inputs, weights = batch.inputs, batch.weights
     assert inputs.ids.tolist() == [[0, 11, 12, 0, 13], [14, 15, 0, 16, 0], [9, 0, 0, 0, 0]]

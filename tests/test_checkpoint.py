@@ -189,7 +189,7 @@ def test_the_checkpoint_at_step_n_is_the_state_before_batch_n(make_config, devic
         wanted = jax.device_get(wanted)
         assert int(state.step) == start
         for step in (start, start + 1):
-            batch = experiment.put(experiment.train_data.batch_at(step))
+            batch = experiment.make_global_batch(experiment.train_data.batch_at(step))
             state = experiment.train_step(state, batch)[0]  # takes the memory of the old state
         assert_bitwise(state, wanted)
 

@@ -8,7 +8,7 @@ from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, classification
+from lm.objectives import ModelInterface, classification
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -33,7 +33,7 @@ def batch_of(tmp_path_factory):
 
 
 def test_a_decoder_predicts_the_label_after_the_text(batch_of):
-    batch = batch_of(Form(15))
+    batch = batch_of(ModelInterface(15))
     np.testing.assert_array_equal(batch.inputs.ids, [[BOS, a, b, EOS, BOS, c, EOS] + [0] * 8])
     np.testing.assert_array_equal(batch.targets, [[a, b, EOS, G, c, EOS, B] + [0] * 8])
     np.testing.assert_array_equal(batch.weights, [[0, 0, 0, 1, 0, 0, 1] + [0] * 8])
@@ -41,7 +41,7 @@ def test_a_decoder_predicts_the_label_after_the_text(batch_of):
 
 
 def test_a_decoder_with_an_encoder_predicts_it_first(batch_of):
-    batch = batch_of(Form(9, encoder_length=6))
+    batch = batch_of(ModelInterface(9, encoder_length=6))
     np.testing.assert_array_equal(batch.encoder.ids, [[a, b, EOS, c, EOS, 0]])
     np.testing.assert_array_equal(batch.inputs.ids, [[BOS, BOS] + [0] * 7])
     np.testing.assert_array_equal(batch.inputs.segments, [[1, 2] + [0] * 7])
@@ -50,7 +50,7 @@ def test_a_decoder_with_an_encoder_predicts_it_first(batch_of):
 
 
 def test_an_encoder_predicts_it_at_a_mask_after_bos(batch_of):
-    batch = batch_of(Form(15, is_causal=False, vocab_size=260))
+    batch = batch_of(ModelInterface(15, is_causal=False, vocab_size=260))
     ids = [BOS, MASK, a, b, EOS, BOS, MASK, c, EOS]
     np.testing.assert_array_equal(batch.inputs.ids, [ids + [0] * 6])
     np.testing.assert_array_equal(batch.inputs.segments, [[1] * 5 + [2] * 4 + [0] * 6])
@@ -62,7 +62,7 @@ def test_an_encoder_predicts_it_at_a_mask_after_bos(batch_of):
 def test_a_label_that_the_config_does_not_name_is_an_error(batch_of):
     config = classification.Config(labels=("good", "goo"), verbalizers=("G", "B"))
     with pytest.raises(ValueError, match=r"label 'bad', which is not in .*labels: good, goo"):
-        batch_of(Form(15), config)
+        batch_of(ModelInterface(15), config)
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_a_label_that_the_config_does_not_name_is_an_error(batch_of):
 )
 def test_labels_are_checked_when_the_objective_is_built(config, message):
     with pytest.raises(ValueError, match=message):
-        classification.build(classification.Config(**config), TOKENIZER, Form(8))
+        classification.build(classification.Config(**config), TOKENIZER, ModelInterface(8))

@@ -5,7 +5,7 @@ import pytest
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, denoising
+from lm.objectives import ModelInterface, denoising
 
 TOKENIZER = ByteTokenizer()
 EOS, MASK = TOKENIZER.eos_id, 259
@@ -31,7 +31,7 @@ def rows_of(texts, length):
 
 def noisy(texts, length, **config):
     """The batch, and the encoder's tokens by (row, segment)."""
-    form = Form(length, encoder_length=length, vocab_size=264)
+    form = ModelInterface(length, encoder_length=length, vocab_size=264)
     objective = denoising.build(denoising.Config(**config), TOKENIZER, form)
     batch = objective(rows_of(texts, length), generator)
     found = {
@@ -115,10 +115,10 @@ def test_rates_and_lengths_are_those_of_the_config():
 @pytest.mark.parametrize(
     ("form", "config", "message"),
     [
-        (Form(16, is_causal=False), {}, "needs a decoder"),
-        (Form(16, 8), {}, r"encoder_length \(8\) must be at least data\.length \(16\)"),
-        (Form(16, vocab_size=264), {"noises": ("blur",)}, "blur.*mask, delete, infill"),
-        (Form(16, vocab_size=264), {"rate": 1.0}, r"rate \(1.0\)"),
+        (ModelInterface(16, is_causal=False), {}, "needs a decoder"),
+        (ModelInterface(16, 8), {}, r"encoder_length \(8\) must be at least data\.length \(16\)"),
+        (ModelInterface(16, vocab_size=264), {"noises": ("blur",)}, "blur.*mask, delete, infill"),
+        (ModelInterface(16, vocab_size=264), {"rate": 1.0}, r"rate \(1.0\)"),
     ],
 )
 def test_what_cannot_work_is_refused(form, config, message):

@@ -9,7 +9,7 @@ import pytest
 
 from lm.layers.mlp import ACTIVATIONS
 from lm.optim.chain import NormState
-from lm.telemetry.metrics import Finished, Late
+from lm.telemetry.metrics import DeferredMetrics, StepResult
 from lm.training import bad_step_report as d
 from lm.training.bad_step_report import Outcome, verdict
 
@@ -44,7 +44,7 @@ def take(experiment, batch, step, state=None):
     state = experiment.init_state() if state is None else state
     state = state.replace(step=jnp.full_like(state.step, step))
     state, sums, facts = experiment.train_step(state, batch)
-    late = Late()
+    late = DeferredMetrics()
     late.push(step, sums, facts)
     [finished] = late.flush()
     return state, finished
@@ -66,7 +66,7 @@ def with_bad_row(experiment, row, step=3):
     batch = local_batch(experiment, step)
     weights = batch.weights.copy()
     weights[row, 7] = np.inf
-    return experiment.put(batch.replace(weights=weights))
+    return experiment.make_global_batch(batch.replace(weights=weights))
 
 
 def test_a_bad_record_is_named(make_experiment):
@@ -102,20 +102,20 @@ def test_what_is_gone_in_float32_is_numerics(make_experiment, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "relu2", (fragile, False))
     changes = {"model.activation": "relu2", "model.dtype": "bfloat16"}
     experiment = make_experiment(changes, data=2)
-    found = judge(experiment, experiment.put(local_batch(experiment)))
+    found = judge(experiment, experiment.make_global_batch(local_batch(experiment)))
     assert found["verdict"] == "numerics" and not found["float32"]["bad"]
     assert np.isnan(found["first"]["loss"]) and np.isfinite(found["float32"]["loss"])
     float32 = make_experiment(changes | {"model.dtype": "float32"}, data=2)
-    _, good = take(float32, float32.put(local_batch(float32)), 3)
+    _, good = take(float32, float32.make_global_batch(local_batch(float32)), 3)
     np.testing.assert_allclose(found["float32"]["sums"]["loss"], good.sums["loss"], rtol=1e-5)
 
 
 def test_what_does_not_repeat_is_hardware(make_experiment):
     experiment = make_experiment({"model.dtype": "bfloat16"})
-    batch = experiment.put(local_batch(experiment))
+    batch = experiment.make_global_batch(local_batch(experiment))
     state, again = take(experiment, batch, 3)
     assert not again.bad
-    first = Finished(3, {**again.sums, "loss": NAN}, {**again.facts, "bad": True}, None, None)
+    first = StepResult(3, {**again.sums, "loss": NAN}, {**again.facts, "bad": True}, None, None)
     found = d.diagnose(experiment, state, batch, first, again)
     assert found["verdict"] == "hardware" and found["changed_bits"] == ["loss"]
     assert found["float32"] is None
@@ -132,7 +132,7 @@ def test_a_spike_is_one_by_the_running_mean_in_float32_too(make_experiment):
         state.opt_state,
         is_leaf=lambda x: isinstance(x, NormState),
     )
-    batch = experiment.put(local_batch(experiment))
+    batch = experiment.make_global_batch(local_batch(experiment))
     found = judge(experiment, batch, state=state.replace(opt_state=opt_state))
     assert found["verdict"] == "data" and found["float32"]["bad"]
     assert found["usual_grad_norm"] == pytest.approx(1e-4)
@@ -152,7 +152,7 @@ def test_damaged_parameters_and_optimizer_state_are_named(make_experiment):
     opt_state = jax.tree_util.tree_map_with_path(
         lambda p, x: x.at[0].set(jnp.inf) if p == name else x, state.opt_state
     )
-    batch = experiment.put(local_batch(experiment))
+    batch = experiment.make_global_batch(local_batch(experiment))
     found = judge(experiment, batch, state=state.replace(opt_state=opt_state))
     assert found["not_finite"]["parameters"] == {"layers.mlp.up.weight": 1}
     assert found["not_finite"]["optimizer"] == {hit: 1}
@@ -168,7 +168,7 @@ def test_damaged_parameters_and_optimizer_state_are_named(make_experiment):
 )
 def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatches, axes):
     experiment = make_experiment({"train.num_microbatches": microbatches}, **axes)
-    batch = experiment.put(local_batch(experiment))
+    batch = experiment.make_global_batch(local_batch(experiment))
     state, good = take(experiment, batch, 3)
     params = experiment.init_state().params
     found = d.diagnose(experiment, state.replace(params=params), batch, good, good)
@@ -214,13 +214,13 @@ def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
 def test_a_bad_step_is_described_in_a_line(make_experiment):
     sums = {"loss": 6.0, "objective": 6.0, "tokens": 2.0}
     facts = {"grad_norm": np.float32(123.4), "bad": True, "finite_params": True}
-    spike = Finished(7, sums, facts, None, None)
+    spike = StepResult(7, sums, facts, None, None)
     assert d.describe(spike) == "step 7: its gradient is a spike: loss 3, gradient norm 123.4"
-    overflow = Finished(7, sums, {**facts, "finite_params": False}, None, None)
+    overflow = StepResult(7, sums, {**facts, "finite_params": False}, None, None)
     assert d.describe(overflow) == (
         "step 7: its update is not finite (see config.optimizer): loss 3, gradient norm 123.4"
     )
     sums = {**sums, "loss": NAN, "objective": NAN}
     facts = {"grad_norm": np.float32(NAN), "bad": True, "finite_params": False}
-    broken = Finished(7, sums, facts, None, None)
+    broken = StepResult(7, sums, facts, None, None)
     assert d.describe(broken) == "step 7: not finite: loss nan, gradient norm nan"

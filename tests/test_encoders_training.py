@@ -83,7 +83,7 @@ def test_training_on_a_mesh_is_training_on_one_device(kind, compared):
 
 def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monkeypatch):
     """Each device gets those of the first rows."""
-    put = mesh_equivalence.Experiment.put
+    put = mesh_equivalence.Experiment.make_global_batch
 
     def unsharded(self, batch):
         share = self.rules.size("batch")

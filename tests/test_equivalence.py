@@ -65,7 +65,7 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(STEPS):
             batch = packed_batch(16, length, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.put(batch))
+            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
             found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
@@ -192,7 +192,9 @@ def test_a_batch_without_scored_tokens_changes_nothing_but_the_step(make_experim
     batch = packed_batch(16, 32, 264)
     empty = batch.replace(weights=np.zeros_like(batch.weights))
     before = jax.device_get(experiment.init_state())
-    after, sums, facts = experiment.train_step(experiment.init_state(), experiment.put(empty))
+    after, sums, facts = experiment.train_step(
+        experiment.init_state(), experiment.make_global_batch(empty)
+    )
     assert float(sums["tokens"]) == 0 and float(facts["grad_norm"]) == 0
     assert int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)

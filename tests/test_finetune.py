@@ -136,7 +136,7 @@ def test_new_parameters_are_those_of_a_run_without_a_base(tuned, make_experiment
 def test_lists_that_are_not_exact_are_refused_with_both_sides(tuned, changes, lines):
     experiment = tuned(changes)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        _ = experiment.start.frozen, experiment.start.new, experiment.start.base
+        _ = experiment.initializer.frozen, experiment.initializer.new, experiment.initializer.base
     for line in lines:
         assert line in str(caught.value)
 
@@ -170,7 +170,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_optimizer_state(tuned, bas
     changes = {"optimizer.ema_decay": 0.5, "optimizer.weight_decay": 1.0}
     experiment = tuned({**changes, "optimizer.frozen": frozen})
     state = experiment.init_state()
-    held = names(state.params) - names(experiment.start.trained(state.params))
+    held = names(state.params) - names(experiment.initializer.trained(state.params))
     assert held == {
         n for n in names(state.params) if n.startswith(("embedding.", "layers.attention."))
     }
@@ -190,10 +190,10 @@ def test_frozen_parameters_keep_every_bit_and_have_no_optimizer_state(tuned, bas
 def test_what_is_trained_gets_the_gradient_that_it_gets_beside_the_rest(tuned):
     whole, part = tuned(), tuned({"optimizer.frozen": ("head.*", "embedding.*")})
     params = whole.init_state().params
-    batch = whole.put(whole.train_data.batch_at(0))
+    batch = whole.make_global_batch(whole.train_data.batch_at(0))
     (all_of_them, _), (some, _) = (jax.jit(e.gradients)(params, batch, 0) for e in (whole, part))
     assert names(all_of_them) - names(some) == {"head.weight", "embedding.weight"}
-    expected = part.start.trained(all_of_them)
+    expected = part.initializer.trained(all_of_them)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
         some,

@@ -270,7 +270,7 @@ def test_experts_that_a_token_does_not_meet_cost_parameters_but_no_flops(monkeyp
         pass
 
     def mixture(config):
-        return layouts.Layout((layouts.Weight("experts", 800, uses=2 / 8),), ())
+        return layouts.ModelLayout((layouts.Weight("experts", 800, uses=2 / 8),), ())
 
     monkeypatch.setitem(layouts.LAYOUTS, MixtureConfig.__module__, mixture)
     assert flops.parameters(MixtureConfig()).total == 800

@@ -26,7 +26,7 @@ from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling, choose
 from lm.models import decoder
 from lm.parallel.sharding import make_rules
-from lm.telemetry.metrics import quantity
+from lm.telemetry.metrics import format_quantity
 from lm.types import Tokens
 from scripts import generate as generate_script
 
@@ -513,7 +513,9 @@ def test_a_dialogue_in_a_terminal_opens_with_the_model_and_how_to_leave(run_fold
     os.close(other)
     count = sum(x.size for x in jax.tree.leaves(experiment.abstract_params))
     first, second, *_ = run.stderr.decode().splitlines()
-    assert first.startswith(f"{folder}, step 0: {quantity(count)} parameters, a context of 64 tok")
+    assert first.startswith(
+        f"{folder}, step 0: {format_quantity(count)} parameters, a context of 64 tok"
+    )
     assert "Ctrl-D" in second
 
 

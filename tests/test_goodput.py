@@ -7,11 +7,11 @@ import time
 import pytest
 
 from lm.telemetry.goodput import Goodput, process_start, read, report
-from lm.telemetry.phase_timer import Phases
+from lm.telemetry.phase_timer import PhaseTimer
 
 
 def test_phases_share_all_of_the_time_and_nest():
-    phases = Phases()
+    phases = PhaseTimer()
     time.sleep(0.05)
     with phases("evaluate"):
         time.sleep(0.05)
@@ -30,22 +30,22 @@ def test_phases_share_all_of_the_time_and_nest():
 
 
 def test_an_error_ends_its_phase():
-    phases = Phases()
+    phases = PhaseTimer()
     with pytest.raises(ValueError, match="x"), phases("save"):
         raise ValueError("x")
     assert phases.moment.phase == "start"
 
 
 def test_a_beat_starts_the_budget_again():
-    phases = Phases()
+    phases = PhaseTimer()
     before = phases.moment
     time.sleep(0.02)
-    phases.beat()
+    phases.heartbeat()
     assert phases.moment.phase == before.phase and phases.moment.since >= before.since + 0.02
 
 
 def test_what_was_before_the_run_counts_but_was_not_watched():
-    phases = Phases(time.monotonic() - 3600.0)
+    phases = PhaseTimer(time.monotonic() - 3600.0)
     assert phases.seconds()["start"] >= 3600
     assert time.monotonic() - phases.moment.since < 1800
 
@@ -93,7 +93,7 @@ def test_steps_after_the_checkpoint_that_the_next_process_starts_from_are_lost()
 
 def test_the_last_line_of_every_process_counts(tmp_path):
     assert read(str(tmp_path)) is None
-    phases = Phases(time.monotonic() - 5.0)
+    phases = PhaseTimer(time.monotonic() - 5.0)
     goodput = Goodput(str(tmp_path), phases, first_step=0)
     goodput.write(1)
     with phases("step"):
@@ -107,5 +107,7 @@ def test_the_last_line_of_every_process_counts(tmp_path):
     assert result.productive == pytest.approx(0.1, abs=0.05)
     assert result.losses["start"] == pytest.approx(5.0, abs=0.05)
 
-    Goodput(str(tmp_path), Phases(time.monotonic()), first_step=2).write(3)  # not onto the cut line
+    Goodput(str(tmp_path), PhaseTimer(time.monotonic()), first_step=2).write(
+        3
+    )  # not onto the cut line
     assert read(str(tmp_path)).processes == 2

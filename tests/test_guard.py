@@ -11,8 +11,8 @@ import pytest
 
 from lm.config.schema import GuardConfig
 from lm.exit_codes import Exit
-from lm.reliability.watchdog import InUse, Vote, Votes, Watchdog, alone
-from lm.telemetry.phase_timer import Phases
+from lm.reliability.watchdog import Consensus, Vote, Watchdog, WorkdirLocked, lock_workdir
+from lm.telemetry.phase_timer import PhaseTimer
 
 
 def start(body, *arguments):
@@ -20,7 +20,7 @@ def start(body, *arguments):
         import signal, sys, time
         from lm.config.schema import GuardConfig
         from lm.reliability.watchdog import StopSignals, Watchdog, alone
-        from lm.telemetry.phase_timer import Phases
+        from lm.telemetry.phase_timer import PhaseTimer
     """
     program = textwrap.dedent(code) + textwrap.dedent(body)
     return subprocess.Popen(
@@ -74,7 +74,7 @@ STUCK = """
         start_seconds=1, compile_seconds=1, step_seconds=1, data_seconds=1, save_seconds=1,
         evaluate_seconds=1, step_factor=2,
     )
-    phases = Phases()
+    phases = PhaseTimer()
     def forever():
         with phases(sys.argv[2]):
             print("stuck", flush=True)
@@ -95,17 +95,17 @@ def test_a_folder_is_for_one_process_until_that_is_gone(tmp_path):
     try:
         assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(InUse, match=f"process {other.pid} on .* trains there"),
-            alone(str(folder)),
+            pytest.raises(WorkdirLocked, match=f"process {other.pid} on .* trains there"),
+            lock_workdir(str(folder)),
         ):
             pass
-        with alone(str(folder), active=False):  # another process of the same run
+        with lock_workdir(str(folder), active=False):  # another process of the same run
             pass
     finally:
         other.kill()
         other.communicate()
     for _ in range(2):
-        with alone(str(folder)):
+        with lock_workdir(str(folder)):
             assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -125,7 +125,7 @@ def test_beats_and_ends_of_phases_keep_the_watchdog_quiet(tmp_path):
     process = start(
         """
         config = GuardConfig(evaluate_seconds=0.5, data_seconds=0.5)
-        phases = Phases()
+        phases = PhaseTimer()
         with Watchdog(config, phases, sys.argv[1]):
             for _ in range(20):
                 with phases("data"):
@@ -133,7 +133,7 @@ def test_beats_and_ends_of_phases_keep_the_watchdog_quiet(tmp_path):
             with phases("evaluate"):
                 for _ in range(20):
                     time.sleep(0.1)
-                    phases.beat()
+                    phases.heartbeat()
         time.sleep(1)
         """,
         tmp_path,
@@ -155,7 +155,7 @@ def test_a_stopped_process_writes_its_stacks_when_it_is_woken(tmp_path):
 
 def test_the_budget_of_a_step_follows_the_running_median(tmp_path):
     config = GuardConfig(step_seconds=5.0, step_factor=10.0, compile_seconds=1000.0)
-    watchdog = Watchdog(config, Phases(), str(tmp_path))
+    watchdog = Watchdog(config, PhaseTimer(), str(tmp_path))
     assert watchdog.budget("step") == 1000.0  # the first ones may still compile
     for seconds in (0.1, 0.1, 0.1):
         watchdog.stepped(seconds)
@@ -166,6 +166,6 @@ def test_the_budget_of_a_step_follows_the_running_median(tmp_path):
 
 
 def test_one_process_needs_no_vote(rules_on):
-    votes = Votes(rules_on(data=4))
+    votes = Consensus(rules_on(data=4))
     for vote in (Vote(), Vote(signal.SIGTERM), Vote(None, save=True)):
-        assert votes.result(votes.cast(vote, 1.5)) == (vote, 0, 0.0)
+        assert votes.collect(votes.start(vote, 1.5)) == (vote, 0, 0.0)

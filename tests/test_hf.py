@@ -284,7 +284,7 @@ def test_twenty_adamw_steps_have_the_losses_of_pytorch(name, imported, packed_ba
         inputs = Tokens(row[:, :-1], np.ones((4, 24), np.int32), positions)
         weights = np.ones((4, 24), np.float32)
         batch = batch.replace(inputs=inputs, targets=row[:, 1:], weights=weights)
-        state, sums, _ = experiment.train_step(state, experiment.put(batch))
+        state, sums, _ = experiment.train_step(state, experiment.make_global_batch(batch))
         ours = metrics.means(jax.device_get(sums))["loss"]
         assert abs(ours - torch_step(row)) < LOSSES
 

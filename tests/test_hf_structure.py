@@ -3,8 +3,8 @@
 import pytest
 
 from lm.hf import structure, table
-from lm.hf.keys import Keys
-from lm.hf.table import LINEAR, Row
+from lm.hf.keys import StrictConfigReader
+from lm.hf.table import LINEAR, WeightMapping
 from tests.test_configs import abstract_params, build, load
 
 LLAMA = {
@@ -134,7 +134,7 @@ def test_a_model_of_no_family_is_refused_with_a_reason_of_each():
 
 
 def test_rows_and_parameters_must_be_one_to_one():
-    rows = [Row("a", "theirs.a", LINEAR), Row("b", "theirs.b", LINEAR)]
+    rows = [WeightMapping("a", "theirs.a", LINEAR), WeightMapping("b", "theirs.b", LINEAR)]
     with pytest.raises(ValueError) as error:
         table.places(rows, {"b": (2, 3), "c": (4,)})
     assert "parameters without a row: c\n" in str(error.value)
@@ -142,7 +142,7 @@ def test_rows_and_parameters_must_be_one_to_one():
 
 
 def test_a_key_of_config_json_that_nobody_reads_is_named():
-    keys = Keys({"size": 3, "use_cache": True, "bend": 1.5, "curl": 2, "unset": None})
+    keys = StrictConfigReader({"size": 3, "use_cache": True, "bend": 1.5, "curl": 2, "unset": None})
     assert keys.take("size") == 3
     with pytest.raises(ValueError, match=r"here: bend = 1\.5, curl = 2 \("):
         keys.finish()

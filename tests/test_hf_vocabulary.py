@@ -36,7 +36,9 @@ def gpt2_folder(tmp_path_factory):
 
 @needs_data
 def test_gpt2_gives_the_published_ids_of_all_awkward_strings(gpt2_folder, tmp_path):
-    tokenizer = tokenizers.load(str(vocabulary.bring(gpt2_folder, epath.Path(tmp_path / "run"))))
+    tokenizer = tokenizers.load(
+        str(vocabulary.copy_tokenizer(gpt2_folder, epath.Path(tmp_path / "run")))
+    )
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id) == (50257, 50256, 50256)
     pairs = awkward("gpt-2")
     assert len(pairs) >= 46
@@ -119,7 +121,7 @@ def test_files_beside_a_tokenizer_are_handed_on(gpt2_folder, tmp_path):
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "README.md").write_text("not this")
-    brought = vocabulary.bring(source, epath.Path(tmp_path / "run"))
+    brought = vocabulary.copy_tokenizer(source, epath.Path(tmp_path / "run"))
     assert brought.name == "tokenizer.json"
     found = {path.name for path in (tmp_path / "run").iterdir()}
     assert found == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -132,7 +134,9 @@ def test_files_beside_a_tokenizer_are_handed_on(gpt2_folder, tmp_path):
 def test_a_vocabulary_of_words_becomes_word_pieces(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "##es", "run", ","]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = tokenizers.load(str(vocabulary.bring(tmp_path, epath.Path(tmp_path / "run"))))
+    tokenizer = tokenizers.load(
+        str(vocabulary.copy_tokenizer(tmp_path, epath.Path(tmp_path / "run")))
+    )
     assert tokenizer.encode("The foxes, RUN").tolist() == [5, 6, 7, 9, 8]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 3, 0)
     assert np.all(tokenizer.encode("[MASK]") != 4)  # in a text it is text

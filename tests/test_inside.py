@@ -39,8 +39,8 @@ def test_the_lens_after_the_last_layer_is_the_models_answer(model, params, token
     assert lens.guesses.shape == (3, 2, LENGTH)
     np.testing.assert_array_equal(lens.guesses[-1], jnp.argmax(log_p, axis=-1))
     expected = -np.take_along_axis(np.asarray(log_p), targets[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(lens.nats[-1], expected, rtol=1e-5, atol=1e-5)
-    assert not np.array_equal(lens.nats[0], lens.nats[-1])
+    np.testing.assert_allclose(lens.nll[-1], expected, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(lens.nll[0], lens.nll[-1])
 
 
 def test_updates_are_what_layers_add(model, params, tokens):

@@ -90,11 +90,11 @@ def test_token_losses_add_up_to_the_evaluation(make_experiment, num_devices):
     experiment = make_experiment(changes, data=num_devices)
     params = experiment.init_state().params
     batch, losses = attention_maps.held_out(experiment, params, num_batches=100)
-    assert batch.targets.shape == losses.nats.shape == (32, 32)
+    assert batch.targets.shape == losses.nll.shape == (32, 32)
     [expected] = evaluate(experiment, params).values()
     tokens = batch.weights.sum()
     assert tokens == expected["tokens"] == 21 * 32
-    assert (losses.nats * batch.weights).sum() / tokens == pytest.approx(expected["loss"], rel=1e-5)
+    assert (losses.nll * batch.weights).sum() / tokens == pytest.approx(expected["loss"], rel=1e-5)
     hits = ((losses.guesses == batch.targets) * batch.weights).sum() / tokens
     assert hits == pytest.approx(expected["accuracy"], rel=1e-6)
 
@@ -107,8 +107,8 @@ def test_confidence_is_the_probability_of_the_guess(make_experiment):
     second = attention_maps.token_losses(
         experiment.model, params, batch.replace(targets=first.guesses)
     )
-    np.testing.assert_allclose(np.exp(-second.nats), first.confidence, rtol=1e-5)
-    assert (first.nats >= second.nats).all()
+    np.testing.assert_allclose(np.exp(-second.nll), first.confidence, rtol=1e-5)
+    assert (first.nll >= second.nll).all()
 
 
 def test_held_out_needs_a_validation_source(make_experiment):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from lm.telemetry.metrics import (
-    Finished,
-    Late,
+    DeferredMetrics,
     Progress,
+    StepResult,
     Writer,
+    format_duration,
+    format_quantity,
     means,
-    quantity,
     read,
-    seconds,
     short_names,
 )
 
@@ -39,7 +39,7 @@ def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, secon
     """
     sums = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": float(tokens)}
     facts = {"grad_norm": grad_norm, "bad": bad, "filled": tokens if filled is None else filled}
-    return Finished(done - 1, sums, facts, None, seconds)
+    return StepResult(done - 1, sums, facts, None, format_duration)
 
 
 class Unready:
@@ -59,7 +59,7 @@ def test_means_divide_by_tokens_once():
 
 
 def test_values_of_a_step_are_read_when_the_next_one_is_under_way():
-    late = Late()
+    late = DeferredMetrics()
     assert late.push(0, {"loss": np.float32(2)}, {"bad": np.bool_(False)}) == []
     [first] = late.push(1, {"loss": Unready()}, {})
     assert (first.step, first.sums, first.bad) == (0, {"loss": 2.0}, False)
@@ -68,7 +68,7 @@ def test_values_of_a_step_are_read_when_the_next_one_is_under_way():
 
 
 def test_the_first_step_and_those_after_a_pause_have_no_time():
-    late, found = Late(), []
+    late, found = DeferredMetrics(), []
     for step in range(6):
         found += late.push(step, {}, {"bad": False})
         time.sleep(0.05)
@@ -311,8 +311,8 @@ def test_records_are_json_lines(tmp_path):
 
 
 def test_figures_are_short():
-    assert [quantity(v) for v in (999.9, 999_999, -999_999_999)] == ["1k", "1M", "-1G"]
-    assert [quantity(v) for v in (0.5, 999, 1234, 1.234567e6, 5e9, 2e13)] == [
+    assert [format_quantity(v) for v in (999.9, 999_999, -999_999_999)] == ["1k", "1M", "-1G"]
+    assert [format_quantity(v) for v in (0.5, 999, 1234, 1.234567e6, 5e9, 2e13)] == [
         "0.5",
         "999",
         "1.23k",
@@ -320,4 +320,4 @@ def test_figures_are_short():
         "5G",
         "20T",
     ]
-    assert [seconds(v) for v in (12.2, 200, 3725)] == ["12s", "3m20s", "1h02m"]
+    assert [format_duration(v) for v in (12.2, 200, 3725)] == ["12s", "3m20s", "1h02m"]

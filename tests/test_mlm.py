@@ -7,11 +7,11 @@ import pytest
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer, from_bytes
-from lm.objectives import Form, mlm
+from lm.objectives import ModelInterface, mlm
 
 TOKENIZER = ByteTokenizer()
 EOS, MASK = TOKENIZER.eos_id, 259
-FORM = Form(100, is_causal=False, vocab_size=264)
+FORM = ModelInterface(100, is_causal=False, vocab_size=264)
 
 
 def generator(i):
@@ -130,7 +130,7 @@ def test_whole_words_are_predicted_or_not():
     positions = np.tile(np.arange(len(text), dtype=np.int32), (300, 1))
     rows = Rows(ids, ones, positions, np.full_like(ids, -1))
     config = mlm.Config(whole_word=True)
-    form = Form(len(text), is_causal=False, vocab_size=260)
+    form = ModelInterface(len(text), is_causal=False, vocab_size=260)
     weights = mlm.build(config, TOKENIZER, form)(rows, generator).weights
     goes_on = mlm.Words(TOKENIZER)(ids)
     assert (weights[:, 1:] == weights[:, :-1])[goes_on[:, 1:]].all()
@@ -140,10 +140,14 @@ def test_whole_words_are_predicted_or_not():
 @pytest.mark.parametrize(
     ("form", "config", "message"),
     [
-        (Form(8), {}, "config.model.name=encoder"),
-        (Form(8, encoder_length=8), {}, "config.model.name=encoder"),
-        (Form(8, is_causal=False, vocab_size=259), {}, r"at least 260"),
-        (Form(8, is_causal=False, vocab_size=264), {"mask_id": 264}, r"\(264\).*below 264"),
+        (ModelInterface(8), {}, "config.model.name=encoder"),
+        (ModelInterface(8, encoder_length=8), {}, "config.model.name=encoder"),
+        (ModelInterface(8, is_causal=False, vocab_size=259), {}, r"at least 260"),
+        (
+            ModelInterface(8, is_causal=False, vocab_size=264),
+            {"mask_id": 264},
+            r"\(264\).*below 264",
+        ),
         (FORM, {"rate": 0.0}, r"rate \(0.0\)"),
         (FORM, {"random_fraction": 0.3}, r"\(0.8\) \+ random_fraction \(0.3\)"),
     ],

@@ -362,7 +362,7 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(3):
             batch = packed_batch(16, 32, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.put(batch))
+            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
             found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
@@ -401,7 +401,7 @@ def test_biases_do_not_show_in_the_norm_of_the_gradient(trained, make_experiment
     del params["layers"]["moe"]["selection_bias"]
     experiment = make_experiment(MODEL | {"model.moe.selection_bias": False})
     state = experiment.init_state().replace(params=params)
-    batch = experiment.put(packed_batch(16, 32, 264, seed=0))
+    batch = experiment.make_global_batch(packed_batch(16, 32, 264, seed=0))
     _, sums, facts = experiment.train_step(state, batch)
     other, _, biased = trained()[0]
     assert float(facts["grad_norm"]) == pytest.approx(float(biased["grad_norm"]), rel=1e-6)
@@ -489,7 +489,7 @@ def test_muon_takes_each_expert_as_a_matrix_of_its_own(make_experiment, packed_b
     experiment = make_experiment(MODEL | changes | {"optimizer.learning_rate": 1.0})
     state = experiment.init_state()
     before = jax.device_get(state.params["layers"]["moe"])
-    batch = experiment.put(packed_batch(16, 32, 264))
+    batch = experiment.make_global_batch(packed_batch(16, 32, 264))
     after = jax.device_get(experiment.train_step(state, batch)[0].params["layers"]["moe"])
     scale = 0.2 * 32**0.5
     for name in ("up", "down"):  # [L, E, 16, 32] and [L, E, 32, 16]

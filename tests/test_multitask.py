@@ -9,7 +9,7 @@ from lm.config.conversion import task
 from lm.config.schema import LossConfig
 from lm.data.tokenizer import ByteTokenizer
 from lm.layers.cross_entropy import lm_loss
-from lm.objectives import Form, multitask
+from lm.objectives import ModelInterface, multitask
 from lm.telemetry import metrics
 
 SOURCES = ("synthetic:markov:64", "synthetic:random:64:2", "synthetic:copy:64:1")  # by task
@@ -91,7 +91,9 @@ def test_losses_of_tasks_are_those_of_their_rows_and_add_up(experiment, chunk_si
 def test_losses_of_tasks_do_not_change_the_gradient_or_the_mesh(experiment, make):
     batch = experiment.train_data.batch_at(0)
     state = experiment.init_state()
-    wanted, sums = jax.jit(experiment.gradients)(state.params, experiment.put(batch), 0)
+    wanted, sums = jax.jit(experiment.gradients)(
+        state.params, experiment.make_global_batch(batch), 0
+    )
     plain = jax.grad(
         lambda p: lm_loss(
             experiment.model, p, batch, jax.random.key(0), train=False, config=LossConfig()
@@ -100,7 +102,9 @@ def test_losses_of_tasks_do_not_change_the_gradient_or_the_mesh(experiment, make
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     sharded = make({"train.num_microbatches": 2}, data=2, sequence=2)
-    _, others = jax.jit(sharded.gradients)(sharded.init_state().params, sharded.put(batch), 0)
+    _, others = jax.jit(sharded.gradients)(
+        sharded.init_state().params, sharded.make_global_batch(batch), 0
+    )
     for name in sums:
         np.testing.assert_allclose(others[name], sums[name], rtol=2e-5, err_msg=name)
 
@@ -140,7 +144,7 @@ def test_a_config_of_tasks_is_checked_saved_and_overridden(make_config):
 def test_tasks_that_cannot_work_are_refused(tasks, message):
     resolved = conversion._from_dict(multitask.Config(), {"tasks": tasks}, "config.objective")
     with pytest.raises(ValueError, match=message):
-        multitask.build(resolved, ByteTokenizer(), Form(16))
+        multitask.build(resolved, ByteTokenizer(), ModelInterface(16))
 
 
 def test_a_source_of_no_task_is_refused(experiment):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.telemetry import metrics
-from lm.telemetry.metrics import Finished
+from lm.telemetry.metrics import StepResult
 from lm.training import gradient_noise_scale, train_step
 from lm.types import Batch, Tokens
 
@@ -75,12 +75,12 @@ def test_parts_without_tokens_count_for_nothing():
 def test_records_divide_means_over_steps():
     def finished(noise, signal):
         facts = {"noise": np.float32(noise), "signal": np.float32(signal), "bad": False}
-        return Finished(0, {}, facts, None, None)
+        return StepResult(0, {}, facts, None, None)
 
     found = metrics._noise([finished(8.0, 1.0), finished(4.0, 2.0)])
     assert found == {"noise": 6.0, "signal": 1.5, "noise_scale": 4.0}
     assert metrics._noise([finished(8.0, -1.0)]) == {"noise": 8.0, "signal": -1.0}
-    assert metrics._noise([Finished(0, {}, {"bad": False}, None, None)]) == {}
+    assert metrics._noise([StepResult(0, {}, {"bad": False}, None, None)]) == {}
 
 
 def test_a_run_without_micro_batches_is_refused(make_experiment):

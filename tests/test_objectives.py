@@ -14,14 +14,14 @@ from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
 from lm.layers.attention.dot_product import self_mask
-from lm.objectives import Form
+from lm.objectives import ModelInterface
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 VOCAB = 360
-DECODER = Form(128, vocab_size=VOCAB)
-ENCODER = Form(128, is_causal=False, vocab_size=VOCAB)
-BOTH = Form(40, encoder_length=128, vocab_size=VOCAB)
+DECODER = ModelInterface(128, vocab_size=VOCAB)
+ENCODER = ModelInterface(128, is_causal=False, vocab_size=VOCAB)
+BOTH = ModelInterface(40, encoder_length=128, vocab_size=VOCAB)
 LABELS = {"labels": ("a", "b", "c")}
 # name, form, config, least fraction of the places that hold a token: [decoder, encoder]
 CASES = {

@@ -15,7 +15,7 @@ from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, causal
+from lm.objectives import ModelInterface, causal
 
 EOS = ByteTokenizer().eos_id
 PACKINGS = [packing.split, packing.best_fit]
@@ -77,7 +77,7 @@ def test_every_rest_of_a_cut_document_in_a_row_continues_it(tmp_path):
     before = [rows.ids[r, 3] for r in range(3) if r != shared]  # the ends of the whole pieces
     np.testing.assert_array_equal(rows.segments[shared], [1, 1, 2, 2])
     np.testing.assert_array_equal(rows.previous[shared], [before[0], -1, before[1], -1])
-    form = Form(length=4, is_causal=True, encoder_length=None, vocab_size=259)
+    form = ModelInterface(length=4, is_causal=True, encoder_length=None, vocab_size=259)
     batch = causal.build(causal.Config(), ByteTokenizer(), form)(rows, np.random.default_rng)
     inputs, bos = batch.inputs.ids[shared], ByteTokenizer().bos_id
     np.testing.assert_array_equal(inputs[[0, 2]], before)

@@ -14,16 +14,16 @@ import pytest
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import packing, pipeline
 from lm.data.pipeline import OutOfData, Pipeline, make_source
-from lm.data.sources import Document, Layout
+from lm.data.sources import Document, RowLayout
 from lm.data.sources.synthetic import KINDS, Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, causal
+from lm.objectives import ModelInterface, causal
 from lm.types import Batch, Tokens
 
 TOKENIZER = ByteTokenizer()
-CAUSAL = causal.build(causal.Config(), TOKENIZER, Form(24))
+CAUSAL = causal.build(causal.Config(), TOKENIZER, ModelInterface(24))
 LOADERS = [LoaderConfig(kind="tf.data"), LoaderConfig(kind="thread")]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs", "run", "over", "hills"]
 
@@ -266,10 +266,10 @@ def test_batches_and_the_thread_loader_need_no_tensorflow(stores):
         "from lm.config.schema import DataConfig, LoaderConfig\n"
         "from lm.data.pipeline import make_pipeline\n"
         "from lm.data.tokenizer import load\n"
-        "from lm.objectives import Form, causal\n"
+        "from lm.objectives import ModelInterface, causal\n"
         "tokenizer = load('bytes')\n"
         "config = DataConfig(train=(sys.argv[1],), length=16)\n"
-        "objective = causal.build(causal.Config(), tokenizer, Form(16))\n"
+        "objective = causal.build(causal.Config(), tokenizer, ModelInterface(16))\n"
         "data = make_pipeline(config, objective, tokenizer, batch_size=4, seed=0)\n"
         "steps = data.iterate(0, 3, loader=LoaderConfig(kind='thread'))\n"
         "print([batch.targets.shape for _, batch in steps])\n"
@@ -333,13 +333,13 @@ def test_without_shuffle_batches_follow_the_store(stores):
 
 def test_the_plan_of_a_store_lies_in_the_store_unless_told_otherwise(tmp_path):
     path = write_documents(tmp_path / "store")
-    pipeline.make_source(path, DataConfig(packing="best_fit"), Layout((24,)), TOKENIZER)
+    pipeline.make_source(path, DataConfig(packing="best_fit"), RowLayout((24,)), TOKENIZER)
     assert list((tmp_path / "store" / "packing").iterdir())
     TokenStore.open(path).verify()
 
 
 def test_synthetic_sources_are_named_in_the_config():
-    config, layout = DataConfig(), Layout((8,))
+    config, layout = DataConfig(), RowLayout((8,))
     source = pipeline.make_source("synthetic:markov:40:7", config, layout, TOKENIZER)
     same = Synthetic("markov", vocab_size=TOKENIZER.vocab_size, length=8, num_rows=40, seed=7)
     rows = np.arange(40)
@@ -370,7 +370,7 @@ def test_a_store_of_another_tokenizer_is_refused(stores):
 )
 def test_a_config_that_cannot_work_is_refused(stores, options, message):
     config = DataConfig(**({"train": (stores[0],)} | options))
-    objective = causal.build(causal.Config(), TOKENIZER, Form(config.length))
+    objective = causal.build(causal.Config(), TOKENIZER, ModelInterface(config.length))
     with pytest.raises(ValueError, match=message):
         pipeline.make_pipeline(config, objective, TOKENIZER, batch_size=4, seed=0)
 
@@ -404,7 +404,7 @@ def test_markov_tokens_have_two_successors_and_copies_repeat():
 
 
 def test_synthetic_pairs_are_sources_and_their_reverse():
-    layout = Layout((64, 64), ("source", "target"))
+    layout = RowLayout((64, 64), ("source", "target"))
     source = pipeline.make_source("synthetic:reverse:500:3", DataConfig(), layout, TOKENIZER)
     rows = source.read(np.arange(len(source)))
     seen = 0
@@ -419,7 +419,7 @@ def test_synthetic_pairs_are_sources_and_their_reverse():
     with pytest.raises(ValueError, match="only reverse has two fields"):
         pipeline.make_source("synthetic:markov", DataConfig(), layout, TOKENIZER)
     with pytest.raises(ValueError, match="'reverse' does not exist"):
-        pipeline.make_source("synthetic:reverse", DataConfig(), Layout((64,)), TOKENIZER)
+        pipeline.make_source("synthetic:reverse", DataConfig(), RowLayout((64,)), TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_store_made_before_gives_the_same_batches(packing, expected, tmp_path)
     """
     store = str(Path(__file__).parent / "golden" / "store")
     tokenizer = ByteTokenizer()
-    objective = causal.build(causal.Config(), tokenizer, Form(length=14))
+    objective = causal.build(causal.Config(), tokenizer, ModelInterface(length=14))
     source = make_source(
         store, DataConfig(packing=packing), objective.layout, tokenizer, cache_dir=str(tmp_path)
     )

@@ -240,7 +240,7 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(STEPS):
             batch = packed_batch(16, 32, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.put(batch))
+            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
             found.append(jax.device_get((sums, state, facts)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return cache.setdefault(key, found)
@@ -275,7 +275,7 @@ def test_every_kind_of_layer_passes_the_stages(make_experiment, packed_batch, na
     batch, found = packed_batch(16, 32, 264), []
     for axes in ({}, {"stage": 2, "fsdp": 2}):
         experiment = make_experiment(changes, **axes)
-        params, global_batch = experiment.init_state().params, experiment.put(batch)
+        params, global_batch = experiment.init_state().params, experiment.make_global_batch(batch)
         step = jax.jit(functools.partial(experiment.gradients, at=0))
         found.append(
             jax.device_get((step(params, global_batch), experiment.eval_step(params, global_batch)))

@@ -5,7 +5,7 @@ import pytest
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, prefix
+from lm.objectives import ModelInterface, prefix
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.bos_id
@@ -22,7 +22,7 @@ def segments_of(lengths, count):
 
 
 def build(length, **config):
-    return prefix.build(prefix.Config(**config), TOKENIZER, Form(length))
+    return prefix.build(prefix.Config(**config), TOKENIZER, ModelInterface(length))
 
 
 class Fixed:
@@ -60,4 +60,4 @@ def test_every_split_is_as_likely_as_any_other():
 
 def test_an_encoder_is_refused():
     with pytest.raises(ValueError, match="without an encoder"):
-        prefix.build(prefix.Config(), TOKENIZER, Form(8, encoder_length=8))
+        prefix.build(prefix.Config(), TOKENIZER, ModelInterface(8, encoder_length=8))

@@ -22,7 +22,7 @@ from environment import fake_devices
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.exit_codes import Exit
-from lm.reliability.watchdog import alone
+from lm.reliability.watchdog import lock_workdir
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment, load
 
@@ -215,7 +215,7 @@ def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override
 
 
 def test_a_second_process_in_the_folder_of_a_run_ends_before_it_touches_anything(tmp_path):
-    with alone(str(tmp_path / "run")):
+    with lock_workdir(str(tmp_path / "run")):
         second = run(tmp_path / "run", 1)
     assert second.returncode == Exit.ERROR
     assert f"process {os.getpid()} on " in second.stderr and "--workdir" in second.stderr

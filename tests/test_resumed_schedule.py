@@ -11,7 +11,7 @@ from lm.exit_codes import Exit
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
 from lm.training.loop import train
-from lm.training.session import Run
+from lm.training.session import TrainingSession
 
 CHANGES = {
     "train.num_steps": 6,
@@ -67,7 +67,7 @@ def test_a_run_whose_done_steps_stay_as_they_were_can_be_made_longer(
 ):
     """wsd from before its decay; the length in tokens is the same when given in steps."""
     if changes["optimizer.schedule.kind"] == "wsd":
-        save = Run.save
+        save = TrainingSession.save
 
         def stop_at_four(self, state):
             save(self, state)
@@ -75,7 +75,7 @@ def test_a_run_whose_done_steps_stay_as_they_were_can_be_made_longer(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "save", stop_at_four)
+            patch.setattr(TrainingSession, "save", stop_at_four)
             with pytest.raises(KeyboardInterrupt):
                 go({**changes, "checkpoint.every": 4})
     else:

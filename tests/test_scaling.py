@@ -253,13 +253,13 @@ def test_budgets_whose_best_size_is_the_smallest_or_largest_do_not_count():
 
 def test_the_lowest_point_of_a_parabola_is_found_and_only_inside():
     x = np.geomspace(1, 100, 7)
-    near, height = powers.lowest(x[::-1], 3 + np.log(x / 7)[::-1] ** 2)
+    near, height = powers.parabola_minimum(x[::-1], 3 + np.log(x / 7)[::-1] ** 2)
     assert near == pytest.approx(7) and height == pytest.approx(3)
-    assert math.isnan(powers.lowest(x, np.log(x / 1000) ** 2)[0])
-    assert math.isnan(powers.lowest(x, -(np.log(x / 7) ** 2))[0])
+    assert math.isnan(powers.parabola_minimum(x, np.log(x / 1000) ** 2)[0])
+    assert math.isnan(powers.parabola_minimum(x, -(np.log(x / 7) ** 2))[0])
     # a parabola that opens downwards; one that is lowest inside, but no point is
-    assert math.isnan(powers.lowest(x[:5], np.array([1.0, 3.0, 0.9, 3.0, 1.0]))[0])
-    assert math.isnan(powers.lowest(x[:3], np.array([1.0, 1.01, 1.5]))[0])
+    assert math.isnan(powers.parabola_minimum(x[:5], np.array([1.0, 3.0, 0.9, 3.0, 1.0]))[0])
+    assert math.isnan(powers.parabola_minimum(x[:3], np.array([1.0, 1.01, 1.5]))[0])
 
 
 # ---- learning rate and batch ----

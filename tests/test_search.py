@@ -11,7 +11,7 @@ from lm.planning import chips, interconnect, plan, plausibility, report, search,
 from lm.planning import estimate as estimating
 from lm.planning.costs import Work
 from lm.planning.memory import Memory
-from lm.planning.roofline import Times
+from lm.planning.roofline import StepTimeBounds
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -27,7 +27,7 @@ def made(total=0, *, rows=8, capacity=16 * GIB, refusal="", times=(1.0, 0.5), na
         **{"parameters": 1000, "capacity": capacity, "refusal": refusal},
         **{"memory": Memory({"temporaries": total}, total, None, 0, (), ()), "transfers": ()},
         **{"work": Work(1e12, (), 1e9), "model_flops": 1e12, "peak_flops": 2e12},
-        **{"times": Times(*times, {}, None, ()), "warnings": (), "advice": ()},
+        **{"times": StepTimeBounds(*times, {}, None, ()), "warnings": (), "advice": ()},
         **{"compile_seconds": 1.0, "compile_cpu_seconds": 1.0},
     )
 
@@ -42,7 +42,7 @@ def test_every_candidate_divides_the_sizes_of_the_config(make_config):
         assert 16 % (shards * c["train.num_microbatches"]) == 0
     asked = conversion.resolve(config)
     for c in found[:: len(found) // 5]:
-        assert search._replaced(asked, c) == conversion.resolve(plan.changed(config, c))
+        assert search._replaced(asked, c) == conversion.resolve(plan.with_changes(config, c))
 
 
 def test_an_axis_counts_where_the_model_has_use_for_it(make_config):
@@ -69,7 +69,7 @@ def test_an_estimate_knows_bubbles_and_gathers_that_became_reductions(make_exper
     def of(name, changes=None, **axes):
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
         target = topology.parse(name)
-        grid = [interconnect.Place(0, (i // 4, i % 4, 0), 0) for i in range(8)]
+        grid = [interconnect.ChipCoord(0, (i // 4, i % 4, 0), 0) for i in range(8)]
         return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid).parts
 
     staged = {"model.num_layers": 2, "model.pipeline.num_microbatches": 4}
@@ -87,7 +87,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
 
     def of(changes=None, **axes):
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
-        grid = [interconnect.Place(0, (i // 4, i % 4), 0) for i in range(8)]
+        grid = [interconnect.ChipCoord(0, (i // 4, i % 4), 0) for i in range(8)]
         return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
 
     saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
@@ -133,7 +133,7 @@ def test_the_search_names_a_winner_and_why_the_others_lost(make_config):
                 {"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2},
                 {"mesh.data": 4, "mesh.fsdp": 1, "mesh.tensor": 1},
             )
-            for changed in [plan.changed(config, c)]
+            for changed in [plan.with_changes(config, c)]
         ],
         {},
     )

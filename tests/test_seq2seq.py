@@ -5,7 +5,7 @@ import pytest
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, seq2seq
+from lm.objectives import ModelInterface, seq2seq
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -30,7 +30,7 @@ def batch_of(rows, form, **config):
 
 
 def test_a_decoder_by_hand():
-    batch = batch_of(TOGETHER, Form(12), bidirectional=True)
+    batch = batch_of(TOGETHER, ModelInterface(12), bidirectional=True)
     inputs = [BOS, 1, 2, EOS, 7, BOS, 3, EOS, 8, 9, 0, 0]
     np.testing.assert_array_equal(batch.inputs.ids, [inputs, [0] * 12])
     np.testing.assert_array_equal(batch.inputs.segments, TOGETHER.segments)
@@ -41,11 +41,11 @@ def test_a_decoder_by_hand():
     prefix = [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0]
     np.testing.assert_array_equal(batch.inputs.bidirectional, [prefix, [0] * 12])
     assert batch.encoder is None
-    assert batch_of(TOGETHER, Form(12)).inputs.bidirectional is None
+    assert batch_of(TOGETHER, ModelInterface(12)).inputs.bidirectional is None
 
 
 def test_an_encoder_and_a_decoder_by_hand():
-    batch = batch_of(APART, Form(6, encoder_length=6))
+    batch = batch_of(APART, ModelInterface(6, encoder_length=6))
     np.testing.assert_array_equal(batch.encoder.ids, [[1, 2, EOS, 3, EOS, 0]])
     np.testing.assert_array_equal(batch.encoder.segments, [[1, 1, 1, 2, 2, 0]])
     np.testing.assert_array_equal(batch.encoder.positions, [[0, 1, 2, 0, 1, 0]])
@@ -60,16 +60,16 @@ def test_an_encoder_and_a_decoder_by_hand():
 def test_the_layout_is_one_part_for_a_decoder_and_two_for_an_encoder_with_one():
     fields = ("question", "answer")
     config = seq2seq.Config(fields=fields)
-    assert seq2seq.build(config, TOKENIZER, Form(12)).layout.lengths == (12,)
-    objective = seq2seq.build(config, TOKENIZER, Form(6, encoder_length=9))
+    assert seq2seq.build(config, TOKENIZER, ModelInterface(12)).layout.lengths == (12,)
+    objective = seq2seq.build(config, TOKENIZER, ModelInterface(6, encoder_length=9))
     assert (objective.layout.lengths, objective.layout.fields) == ((9, 6), fields)
 
 
 @pytest.mark.parametrize(
     ("form", "config", "message"),
     [
-        (Form(8, is_causal=False), {}, "needs a decoder"),
-        (Form(8, encoder_length=8), {"bidirectional": True}, "objective.bidirectional"),
+        (ModelInterface(8, is_causal=False), {}, "needs a decoder"),
+        (ModelInterface(8, encoder_length=8), {"bidirectional": True}, "objective.bidirectional"),
     ],
 )
 def test_a_model_that_cannot_do_it_is_refused(form, config, message):

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from lm.scaling.sweep import cluster, report, space
-from lm.scaling.sweep.pool import Run
+from lm.scaling.sweep.pool import Trial
 from lm.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -153,7 +153,7 @@ def test_a_sweep_in_a_folder_of_any_name_is_an_array(tmp_path):
     root = tmp_path / 'a b\'s "c" %j 100% {} [*]? # & ; $HOME `x` é'
     flags = ["--config.train.num_steps=4", "--config.guard.self_check=False"]
     points = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)]
-    runs = [Run(space.name(p), p, space.arguments("configs/smoke.py", p, flags)) for p in points]
+    runs = [Trial(space.name(p), p, space.arguments("configs/smoke.py", p, flags)) for p in points]
     path = cluster.write_slurm(root, runs, 2, str(root))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
     done = subprocess.run(

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, span_corruption
+from lm.objectives import ModelInterface, span_corruption
 from lm.objectives.span_corruption import Noise, Text, random_spans
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 VOCAB = 400
-T5 = Form(114, encoder_length=512, vocab_size=VOCAB)
+T5 = ModelInterface(114, encoder_length=512, vocab_size=VOCAB)
 
 
 def generator(i):
@@ -82,7 +82,7 @@ def parts(batch, row):
 def test_lengths_are_those_of_the_paper():
     assert Noise(0.15, 3).lengths(568) == (512, 114)
     assert build().layout.lengths == (568,)
-    assert build(Form(626, vocab_size=VOCAB)).layout.lengths == (568,)
+    assert build(ModelInterface(626, vocab_size=VOCAB)).layout.lengths == (568,)
     assert Noise(0.15, 3).counts(568) == (85, 28)
     assert Noise(0.5, 3).lengths(512) == (512 - 256 + 85 + 1, 256 + 85 + 1)
 
@@ -97,7 +97,7 @@ def test_by_hand():
 
 
 def test_a_row_by_hand():
-    objective = build(Form(8, encoder_length=30, vocab_size=VOCAB))
+    objective = build(ModelInterface(8, encoder_length=30, vocab_size=VOCAB))
     assert objective.layout.lengths == (32,)
     rows = make_rows([[32]], 32)
     batch = objective(rows, generator)
@@ -110,7 +110,9 @@ def test_a_row_by_hand():
     assert batch.inputs.bidirectional is None
 
 
-@pytest.mark.parametrize("form", [T5, Form(626, vocab_size=VOCAB)], ids=["encoder", "decoder"])
+@pytest.mark.parametrize(
+    "form", [T5, ModelInterface(626, vocab_size=VOCAB)], ids=["encoder", "decoder"]
+)
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_inputs_and_targets_give_the_text_back(form, data):
@@ -127,7 +129,7 @@ def test_inputs_and_targets_give_the_text_back(form, data):
         assert got == text + ([] if text[-1] == EOS else [EOS])
 
 
-@pytest.mark.parametrize("form", [T5, Form(16, encoder_length=64, vocab_size=VOCAB)])
+@pytest.mark.parametrize("form", [T5, ModelInterface(16, encoder_length=64, vocab_size=VOCAB)])
 @pytest.mark.parametrize("mean", [400, 60, 25, 4])
 def test_rows_of_pieces_that_were_cut_out_of_documents_fit(form, mean):
     """Without an eos that the corrupted text could have in place of the piece's own."""
@@ -195,7 +197,9 @@ MORE = [pytest.param(*x, marks=pytest.mark.slow) for x in ((100, 0.998), (4, 0.9
 
 
 @pytest.mark.parametrize(("mean", "least"), [(400, 0.998), (20, 0.997), *MORE])
-@pytest.mark.parametrize("form", [T5, Form(626, vocab_size=VOCAB)], ids=["encoder", "decoder"])
+@pytest.mark.parametrize(
+    "form", [T5, ModelInterface(626, vocab_size=VOCAB)], ids=["encoder", "decoder"]
+)
 def test_rows_of_several_documents_are_as_full_and_keep_them_apart(form, mean, least):
     rng = np.random.default_rng(0)
     lengths = [rng.geometric(1 / mean, 568).tolist() for _ in range(200)]
@@ -227,30 +231,34 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_the_prefix_of_a_decoder_is_what_is_not_predicted():
-    batch = build(Form(626, vocab_size=VOCAB))(make_rows([[300, 400]], 568), generator)
+    batch = build(ModelInterface(626, vocab_size=VOCAB))(make_rows([[300, 400]], 568), generator)
     prefix, scored = batch.inputs.bidirectional, batch.weights > 0
     first = batch.inputs.positions == 0
     expected = (~scored[:, :-1] | first[:, 1:]) & (batch.inputs.segments[:, 1:] > 0)
     np.testing.assert_array_equal(prefix[:, 1:], expected)
-    plain = build(Form(626, vocab_size=VOCAB), bidirectional=False)
+    plain = build(ModelInterface(626, vocab_size=VOCAB), bidirectional=False)
     assert plain(make_rows([[300, 400]], 568), generator).inputs.bidirectional is None
 
 
 @pytest.mark.parametrize(
     ("form", "config", "message"),
     [
-        (Form(128, is_causal=False), {}, "needs a decoder"),
+        (ModelInterface(128, is_causal=False), {}, "needs a decoder"),
         (
-            Form(100, 512, vocab_size=VOCAB),
+            ModelInterface(100, 512, vocab_size=VOCAB),
             {},
             r"512.*568 tokens.*114.*data\.length \(100\) to 114",
         ),
-        (Form(130, 512, vocab_size=VOCAB), {}, r"data\.length \(130\) to 114.*at most 129"),
-        (Form(114, 512, vocab_size=280), {}, r"28 sentinels from id 279.*at least 288"),
+        (
+            ModelInterface(130, 512, vocab_size=VOCAB),
+            {},
+            r"data\.length \(130\) to 114.*at most 129",
+        ),
+        (ModelInterface(114, 512, vocab_size=280), {}, r"28 sentinels from id 279.*at least 288"),
         (T5, {"noise_density": 0.9}, r"noise_density \(0.9\)"),
         (T5, {"mean_span": 0.5}, r"mean_span \(0.5\)"),
         (T5, {"first_sentinel": 270}, "28 sentinels from id 270"),
-        (Form(4, vocab_size=VOCAB), {}, r"data\.length \(4\) is too short"),
+        (ModelInterface(4, vocab_size=VOCAB), {}, r"data\.length \(4\) is too short"),
     ],
 )
 def test_what_cannot_work_is_refused(form, config, message):

@@ -23,7 +23,7 @@ from lm.reliability import data_ledger, watchdog
 from lm.scaling import run_table
 from lm.scaling.sweep import cluster, pool, report, space
 from lm.scaling.sweep.adaptive import Search
-from lm.scaling.sweep.pool import Run
+from lm.scaling.sweep.pool import Trial
 from lm.telemetry import jsonl, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_what_is_no_axis_is_refused(text):
 def test_a_grid_has_every_combination_with_every_seed_and_fold():
     points = space.grid([space.parse("a=1,2"), space.parse("b=x,y,z")])
     assert [(p["a"], p["b"]) for p in points] == list(itertools.product((1, 2), "xyz"))
-    full = list(space.product(points, 2, 3))
+    full = list(space.with_seeds_and_folds(points, 2, 3))
     assert len(full) == len({space.name(p) for p in full}) == 36
     assert {(p["seed"], p["fold"]) for p in full} == set(itertools.product(range(2), range(3)))
 
@@ -113,8 +113,8 @@ def fake(tmp_path, make_config):
 
 
 def make_runs(rates, *settings, seeds=1):
-    points = space.product(space.grid([space.Choice(RATE, tuple(rates))]), seeds, 1)
-    return [Run(space.name(p), p, space.arguments("x.py", p, settings)) for p in points]
+    points = space.with_seeds_and_folds(space.grid([space.Choice(RATE, tuple(rates))]), seeds, 1)
+    return [Trial(space.name(p), p, space.arguments("x.py", p, settings)) for p in points]
 
 
 def starts(root, run):
@@ -166,7 +166,7 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
 def test_a_run_that_was_started_by_hand_is_waited_for(tmp_path, fake):
     [run] = make_runs([0.1])
     hand, said = contextlib.ExitStack(), []
-    hand.enter_context(watchdog.alone(str(tmp_path / run.name)))
+    hand.enter_context(watchdog.lock_workdir(str(tmp_path / run.name)))
     threading.Timer(0.8, hand.close).start()
     pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
     assert len(said) == 1 and "waiting for it" in said[0]
@@ -238,8 +238,8 @@ def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
     more = Search(tmp_path, AXES, 6, 0, "x.py", ("--config.pause=30",))
     name = [run.name for run in more.runs()][5]
     point = {RATE: 1e-6}
-    worst = Run(name, point, space.arguments("x.py", point, ["--config.pause=30"]))
-    go = {"is_hopeless": more.is_hopeless, "ended": more.ended}
+    worst = Trial(name, point, space.arguments("x.py", point, ["--config.pause=30"]))
+    go = {"is_hopeless": more.should_prune, "ended": more.ended}
     pool.run_all(tmp_path, iter([worst]), slots=1, command=fake, **go)
     assert pool.read_outcome(tmp_path, name).status == "pruned"
 
@@ -260,7 +260,7 @@ def test_pruning_and_ranking_read_the_same_mean_over_stores(tmp_path, make_confi
     search = Search(tmp_path, AXES, 1, 0, "x.py", ())
     [run] = search.runs()
     (tmp_path / run.name).symlink_to(folder)
-    search.is_hopeless(run)
+    search.should_prune(run)
     reported = search._study.trials[0].intermediate_values
     assert reported == {6: pytest.approx(2.2)}  # not 3, the plain mean
     assert run_table.read(str(folder)).loss == reported[6]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.scaling import lr_transfer
-from lm.scaling.lr_transfer import Run
+from lm.scaling.lr_transfer import TrainedPoint
 
 RATES = [2.0**-9, 2.0**-6]
 
@@ -44,7 +44,7 @@ def test_a_rate_that_is_an_argument_is_the_rate_of_a_run(
 def curve(name, width, center, seeds=(0, 1)):
     """Runs whose losses are a parabola in log2(rate), lowest at 2 ** center."""
     return [
-        Run(name, width, 2.0**x, seed, 2 + 0.1 * (x - center) ** 2 + 0.01 * seed, 1.0)
+        TrainedPoint(name, width, 2.0**x, seed, 2 + 0.1 * (x - center) ** 2 + 0.01 * seed, 1.0)
         for seed in seeds
         for x in range(-10, -4)
     ]
@@ -65,7 +65,7 @@ def test_a_best_rate_at_the_edge_or_beside_a_diverged_run_has_no_parabola():
     assert edge.rate == 2.0**-10 and not edge.is_inside
     assert "| outside | ? |" in lr_transfer.table([edge])
     runs = curve("standard", 64, -7, seeds=(0,))
-    runs = [r if r.learning_rate < 2.0**-6 else Run(*r.key, None, 1.0) for r in runs]
+    runs = [r if r.learning_rate < 2.0**-6 else TrainedPoint(*r.key, None, 1.0) for r in runs]
     [beside] = lr_transfer.best(runs)
     assert beside.rate == 2.0**-7 and not beside.is_inside
 
@@ -74,4 +74,4 @@ def test_curves_are_drawn(tmp_path):
     runs = curve("mup", 64, -7) + curve("standard", 64, -7) + curve("standard", 128, -8)
     lr_transfer.draw(runs, str(tmp_path / "transfer.png"))
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
-    assert np.isinf(lr_transfer.mean_losses([Run("mup", 64, 0.5, 0, None, 1.0)])[0.5])
+    assert np.isinf(lr_transfer.mean_losses([TrainedPoint("mup", 64, 0.5, 0, None, 1.0)])[0.5])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from lm.data.tokenizer import ByteTokenizer
-from lm.objectives import Form, ul2
+from lm.objectives import ModelInterface, ul2
 from tests.test_span_corruption import make_rows, parts, pieces, rebuilt
 
 TOKENIZER = ByteTokenizer()
 EOS = TOKENIZER.eos_id
 R, S, X = 260, 261, 262
-FORM = Form(256, vocab_size=400)
+FORM = ModelInterface(256, vocab_size=400)
 
 
 def generator(i):
@@ -116,4 +116,4 @@ def test_what_cannot_work_is_refused(config, message):
 
 def test_an_encoder_alone_is_refused():
     with pytest.raises(ValueError, match="needs a decoder"):
-        build(Form(64, is_causal=False, vocab_size=400))
+        build(ModelInterface(64, is_causal=False, vocab_size=400))

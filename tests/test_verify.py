@@ -152,7 +152,7 @@ def test_a_clip_norm_that_counts_replicas_twice_is_found(check, monkeypatch):
     class Observed(mesh_equivalence.Experiment):
         def lower_train_step(self):
             seen.append(
-                (self.rules.mesh, self.start.trained(self.rules.shardings(self.boxed_params)))
+                (self.rules.mesh, self.initializer.trained(self.rules.shardings(self.boxed_params)))
             )
             return super().lower_train_step()
 

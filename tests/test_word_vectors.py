@@ -100,4 +100,4 @@ def test_a_base_and_word_vectors_for_the_same_table_are_refused(tmp_path, make_e
     path = write(tmp_path / "glove.txt", "a 1\n")
     experiment = make_experiment({"init.word_vectors": path, "init.from_": str(tmp_path)})
     with pytest.raises(ValueError, match=r"both say what embedding\.weight begins with"):
-        _ = experiment.start.word_vectors
+        _ = experiment.initializer.word_vectors

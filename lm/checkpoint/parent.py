@@ -17,7 +17,7 @@ from lm.parallel import process_group
 from lm.types import Params
 
 
-class Base:
+class ParentCheckpoint:
     """The parameters of a checkpoint of the run in `workdir`, at `step` (None: its newest).
 
     All processes make one and read it together. key: the config path that names the run.

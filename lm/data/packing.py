@@ -49,7 +49,7 @@ class Span(NamedTuple):
 class Packed:
     """The rows of a packed token store; a Source that also knows its documents."""
 
-    left_out = ""  # nothing is
+    truncation_summary = ""  # nothing is
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from lm.data.packing import Span, assign_bins, cached_plan, ranges
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 
 TOO_LONG = ("error", "cut", "drop")
 
@@ -44,7 +44,7 @@ class Pairs:
     def __init__(
         self,
         stores: Sequence[Field],
-        layout: Layout,
+        layout: RowLayout,
         *,
         too_long: str = "error",
         cache: str | os.PathLike | None = None,
@@ -86,7 +86,7 @@ class Pairs:
         return len(self._row_offsets) - 1
 
     @property
-    def left_out(self) -> str:
+    def truncation_summary(self) -> str:
         """What the rows don't have of the store, in a sentence; "" where they have all of it."""
         if not self.num_cut and not self.num_dropped:
             return ""
@@ -104,10 +104,10 @@ class Pairs:
         """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, documents = self._documents_of(rows)
         lengths = self._lengths[documents]  # [P, fields]
-        width, lanes = self.layout.length, self.layout.lengths
+        width, capacities = self.layout.length, self.layout.lengths
         row = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
-        if len(lanes) == 1:  # the fields of a document follow each other
+        if len(capacities) == 1:  # the fields of a document follow each other
             offsets = np.cumsum(lengths, 1) - lengths  # of a field in its document
             total = lengths.sum(1)
             begins = np.cumsum(total) - total
@@ -115,7 +115,7 @@ class Pairs:
         else:
             offsets = np.zeros_like(lengths)
             begins = np.cumsum(lengths, 0) - lengths
-            begins = begins - begins[first][row] + (np.cumsum(lanes) - lanes)
+            begins = begins - begins[first][row] + (np.cumsum(capacities) - capacities)
         begins = begins + width * row[:, None]
         shape = (len(counts), width)
         ids, segments, positions, fields = (np.zeros(shape, np.int32) for _ in range(4))
@@ -151,13 +151,13 @@ class Pairs:
         return counts, self._documents[ranges(self._row_offsets[rows], counts)]
 
 
-def _fits(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+def _fits(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
     if len(layout.lengths) == 1:
         return (lengths[:, 0] >= 1) & (lengths.sum(1) <= layout.length)
     return (lengths[:, 0] >= 1) & (lengths <= np.array(layout.lengths)).all(1)
 
 
-def _shorten(lengths: np.ndarray, layout: Layout) -> np.ndarray:
+def _shorten(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
     """Returns the lengths with the first field cut to its room; 0 where there is none."""
     room = np.full(len(lengths), layout.lengths[0])
     if len(layout.lengths) == 1:
@@ -169,7 +169,7 @@ def _shorten(lengths: np.ndarray, layout: Layout) -> np.ndarray:
     return result
 
 
-def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: Layout) -> str:
+def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: RowLayout) -> str:
     longest = ", ".join(
         f"{name} {size}" for name, size in zip(layout.fields, lengths.max(0).tolist(), strict=True)
     )
@@ -185,32 +185,32 @@ def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: Layout) 
 
 
 def plan(
-    documents: np.ndarray, lengths: np.ndarray, lanes: Sequence[int]
+    documents: np.ndarray, lengths: np.ndarray, capacities: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns row_offsets [R + 1] and the documents of all rows, row after row, int64.
 
     documents: int64 [P]; lengths: [P, fields]; rows are in the order of their first document.
     """
-    if len(lanes) == 1:
-        bins = assign_bins(lengths.sum(1), lanes[0])
+    if len(capacities) == 1:
+        bins = assign_bins(lengths.sum(1), capacities[0])
     else:
-        bins = assign_bins_of_lanes(lengths, lanes)
+        bins = assign_bins_with_capacities(lengths, capacities)
     _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
     bins = np.argsort(np.argsort(first))[bins]
     order = np.argsort(bins, kind="stable")
     return np.concatenate([[0], np.cumsum(np.bincount(bins))]), documents[order]
 
 
-def assign_bins_of_lanes(lengths: np.ndarray, lanes: Sequence[int]) -> np.ndarray:
-    """Returns int64 [P]: the bin of every item of `lengths` [P, lanes], which fits in all its
-    lanes.
+def assign_bins_with_capacities(lengths: np.ndarray, capacities: Sequence[int]) -> np.ndarray:
+    """Returns int64 [P]: the bin of every item of `lengths` [P, capacities], which fits in all its
+    capacities.
 
-    Best-fit decreasing with several capacities: items in the order of the shares of lanes that
+    Best-fit decreasing with several capacities: items in the order of the shares of capacities that
     they take, added up; each into the bin whose free shares, added up, are the smallest of those
     where it fits. Items of equal lengths are placed together, in each bin as many as it holds.
     Other orders and other measures of the best fit gain or lose 0.2% on sentence pairs.
     """
-    capacity = np.asarray(lanes, np.int64)
+    capacity = np.asarray(capacities, np.int64)
     shapes, kind, counts = np.unique(lengths, axis=0, return_inverse=True, return_counts=True)
     members = np.split(np.argsort(kind, kind="stable"), np.cumsum(counts)[:-1])
     shares = shapes / capacity
@@ -218,7 +218,7 @@ def assign_bins_of_lanes(lengths: np.ndarray, lanes: Sequence[int]) -> np.ndarra
     # the smallest item still to come: a bin with less room than that is full
     smallest = np.minimum.accumulate(shapes[order][::-1], axis=0)[::-1]
     result = np.empty(len(lengths), np.int64)
-    open_bins, rooms, num_bins = np.empty(0, np.int64), np.empty((0, len(lanes)), np.int64), 0
+    open_bins, rooms, num_bins = np.empty(0, np.int64), np.empty((0, len(capacities)), np.int64), 0
     for shape, least, items in zip(
         shapes[order], smallest, (members[k] for k in order), strict=True
     ):

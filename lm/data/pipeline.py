@@ -21,7 +21,7 @@ from lm.data import loaders, packing
 from lm.data.packing import Span
 from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
-from lm.data.sources import Layout, Rows, Source, synthetic
+from lm.data.sources import RowLayout, Rows, Source, synthetic
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class RowSource(Source, Protocol):
     def bytes_per_token(self) -> float | None: ...
 
     @property
-    def left_out(self) -> str: ...
+    def truncation_summary(self) -> str: ...
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
 
@@ -60,7 +60,7 @@ class Objective(Protocol):
     """The contract of `lm.objectives`, as far as data goes."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> RowLayout: ...
 
     def __call__(self, rows: Rows, rng: Callable[[int], np.random.Generator], /) -> Batch: ...
 
@@ -251,7 +251,7 @@ def _with_empty_rows(rows: Rows, count: int) -> Rows:
 
 
 def make_source(
-    path: str, config: DataConfig, layout: Layout, tokenizer: Tokenizer, *, cache_dir: str = ""
+    path: str, config: DataConfig, layout: RowLayout, tokenizer: Tokenizer, *, cache_dir: str = ""
 ) -> RowSource:
     """Returns the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
 
@@ -335,7 +335,7 @@ def make_pipeline(
     )
 
 
-def _make_synthetic(path: str, layout: Layout, tokenizer: Tokenizer) -> RowSource:
+def _make_synthetic(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
     _, kind, *numbers = path.split(":")
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(

@@ -24,9 +24,9 @@ class Stream(NamedTuple):
         """Returns the tokens where the bool mask [n] is true."""
         return Stream(self.ids[mask], self.rows[mask], self.segments[mask])
 
-    def firsts(self) -> np.ndarray:
+    def is_segment_start(self) -> np.ndarray:
         """Returns bool [n]: whether a token is the first of its segment."""
-        return changes(self.rows) | changes(self.segments)
+        return boundaries(self.rows) | boundaries(self.segments)
 
 
 def flatten(rows: Rows, field: int | None = None) -> Stream:
@@ -38,26 +38,28 @@ def flatten(rows: Rows, field: int | None = None) -> Stream:
     return Stream(rows.ids[held], np.nonzero(held)[0], rows.segments[held])
 
 
-def changes(values: np.ndarray) -> np.ndarray:
+def boundaries(values: np.ndarray) -> np.ndarray:
     """Returns bool [n]: whether a value differs from the one before it; the first one does."""
     return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
-def counted(begins: np.ndarray) -> np.ndarray:
+def positions_since(begins: np.ndarray) -> np.ndarray:
     """Returns int [n]: how many places ago, or 0, the last true of the bool mask [n] was."""
     places = np.arange(len(begins))
     return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
-def place(stream: Stream, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scatter_to_rows(
+    stream: Stream, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns ids, segments and positions, int32 of `shape`, each row's tokens from its left."""
-    columns = counted(changes(stream.rows))
+    columns = positions_since(boundaries(stream.rows))
     assert not len(columns) or columns.max() < shape[1], (
         f"a row of {columns.max() + 1} tokens for {shape[1]} places: the layout was too long"
     )
     at = stream.rows * shape[1] + columns
     arrays = []
-    for values in (stream.ids, stream.segments, counted(stream.firsts())):
+    for values in (stream.ids, stream.segments, positions_since(stream.is_segment_start())):
         array = np.zeros(shape, np.int32)
         array.flat[at] = values
         arrays.append(array)
@@ -105,17 +107,17 @@ def conditional(
         weights   0 0 0 1 1 0 0 1 1 1
     """
     if encoder_length is not None:
-        ids, segments, positions = place(target, (batch_size, length))
+        ids, segments, positions = scatter_to_rows(target, (batch_size, length))
         inputs = shift_right(ids, segments, positions, bos)
         return Batch(
             inputs=Tokens(inputs, segments, positions),
             targets=ids,
             weights=(segments != 0).astype(np.float32),
-            encoder=Tokens(*place(source, (batch_size, encoder_length))),
+            encoder=Tokens(*scatter_to_rows(source, (batch_size, encoder_length))),
         )
     stream, is_target = join(source, target)
-    ids, segments, positions = place(stream, (batch_size, length))
-    scored, _, _ = place(stream._replace(ids=is_target), (batch_size, length))
+    ids, segments, positions = scatter_to_rows(stream, (batch_size, length))
+    scored, _, _ = scatter_to_rows(stream._replace(ids=is_target), (batch_size, length))
     inputs = shift_right(ids, segments, positions, bos)
     prefix = None
     if bidirectional:  # the input at a place is the token before it

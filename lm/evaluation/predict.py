@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.rows import power_of_two
@@ -141,7 +141,7 @@ class Predictor:
             rows = _rows([(texts[i], label) for i in members], objective.layout)
             batch = objective(_padded(rows, experiment.batch_size), np.random.default_rng)
             probabilities = _label_probabilities(
-                experiment.model, self._params, experiment.put(batch), verbalizers
+                experiment.model, self._params, experiment.make_global_batch(batch), verbalizers
             )
             for i, row in zip(members, np.asarray(probabilities), strict=False):
                 best = int(row.argmax())
@@ -182,7 +182,7 @@ def _by_length(texts: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
-def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout) -> Rows:
+def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> Rows:
     """One document of two fields in each row, as a store of pairs would have it."""
     shape = (len(pairs), layout.length)
     ids, segments, positions, fields = (np.zeros(shape, np.int32) for _ in range(4))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.generation.decode import fill, is_any, known, mark_seen, next_logits
+from lm.generation.decode import is_any, mark_seen, next_logits, prefill_cache, valid_token_mask
 from lm.generation.sampling import penalize
 from lm.types import Array, Cache, Model, Params, Tokens
 
@@ -119,7 +119,7 @@ def beam_search(
     batch_size, width = prompts.ids.shape
 
     def start(prompts: Tokens, encoder: Tokens | None) -> Cache:
-        return fill(model, params, prompts, encoder, length=width - 1 + bucket)
+        return prefill_cache(model, params, prompts, encoder, length=width - 1 + bucket)
 
     axes = row_axes(start, prompts, encoder)
 
@@ -129,7 +129,7 @@ def beam_search(
         cache, logits = next_logits(model, params, state.cache, flat, position)
         own = jax.nn.log_softmax(logits).reshape(batch_size, k, -1)  # [B, K, V]
         scores = own if state.seen is None else penalize(own, state.seen, penalty)
-        scores = jnp.where(known(vocab_size, logits), scores, -jnp.inf)
+        scores = jnp.where(valid_token_mask(vocab_size, logits), scores, -jnp.inf)
         total = (state.running.scores[:, :, None] + scores).reshape(batch_size, -1)
         best, place = jax.lax.top_k(total, 2 * k)  # [B, 2 K]
         beam, token = place // own.shape[2], (place % own.shape[2]).astype(jnp.int32)

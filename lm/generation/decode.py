@@ -17,7 +17,7 @@ from lm.types import Array, Cache, Model, Params, Tokens
 CHUNK = 8  # tokens between two looks of the host: a stream's latency, a stop string's overshoot
 
 
-def fill(
+def prefill_cache(
     model: Model, params: Params, prompts: Tokens, encoder: Tokens | None, *, length: int
 ) -> Cache:
     """A cache of `length` slots that holds all but the last of prompts: [B, P + 1], and what
@@ -48,7 +48,7 @@ def next_logits(
     return output.cache, model.apply(variables, output.hidden, method="logits")[:, 0]
 
 
-def known(vocab_size: int, logits: Array) -> jax.Array:
+def valid_token_mask(vocab_size: int, logits: Array) -> jax.Array:
     """bool [V]: the model may have more rows than the tokenizer has ids."""
     return jnp.arange(logits.shape[-1]) < vocab_size
 
@@ -97,7 +97,7 @@ def prefill(
     """
     key = jax.random.key(seed)
     return State(
-        cache=fill(model, params, prompts, encoder, length=length),
+        cache=prefill_cache(model, params, prompts, encoder, length=length),
         token=jnp.asarray(prompts.ids[:, -1]),
         position=jnp.asarray(prompts.positions[:, -1]),
         count=jnp.zeros((), jnp.int32),
@@ -141,7 +141,7 @@ def decode(
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.count)
         seen = state.seen
         allowed = logits if seen is None else penalize(logits, seen, penalty)
-        allowed = jnp.where(known(vocab_size, logits), allowed, -jnp.inf)
+        allowed = jnp.where(valid_token_mask(vocab_size, logits), allowed, -jnp.inf)
         token = choose(allowed, keys, values, top_k=top_k, nucleus=nucleus)
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
         logprob = chosen - jax.nn.logsumexp(logits, axis=1)

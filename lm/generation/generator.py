@@ -26,8 +26,8 @@ from lm.generation.beam import BeamSearch, beam_search
 from lm.generation.decode import CHUNK, decode, prefill, without_length
 from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
-from lm.generation.text import Generation, Piece, Row
-from lm.optim.param_tree import apart
+from lm.generation.text import Generation, Piece, TextStream
+from lm.optim.param_tree import unstack_layers
 from lm.types import Model, Params, Tokens, check_head
 
 DEFAULT = Sampling()
@@ -65,7 +65,7 @@ class Generator:
         self.params, self.tokenizer = params, tokenizer
         rules = model.rules
         is_alone = rules.platform == "cpu" and rules.mesh.size == 1
-        self._params = apart(params) if is_alone else params
+        self._params = unstack_layers(params) if is_alone else params
         self.takes_encoder = model.config.takes_encoder
         self._start = np.array(tokenizer.start_ids if start is None else start, np.int32)
         self._stop_ids = tuple(tokenizer.stop_ids if stop_ids is None else stop_ids)
@@ -193,7 +193,7 @@ class Generator:
         made = []
         for i in range(len(inputs)):
             for j in range(search.num_samples):
-                row = Row(i, j, limit, (), self.tokenizer, self._stop_ids)
+                row = TextStream(i, j, limit, (), self.tokenizer, self._stop_ids)
                 row.add(ids[i, j, :limit], logprobs[i, j, :limit])
                 made.append(row.generation(float(scores[i, j])))
         return made
@@ -209,7 +209,7 @@ class Generator:
             return
         model, tokenizer = self.model, self.tokenizer
         rows = [
-            Row(i, j, limit, sampling.stop, tokenizer, self._stop_ids)
+            TextStream(i, j, limit, sampling.stop, tokenizer, self._stop_ids)
             for i in range(len(inputs))
             for j in range(sampling.num_samples)
         ]
@@ -252,7 +252,7 @@ class Generator:
                     continue
                 row.add(ids[i], logprobs[i])
                 done[i] = bool(row.finished)
-                data = row.release()
+                data = row.flush_safe_bytes()
                 if data or row.finished:
                     whole = row.generation() if row.finished else None
                     yield Piece(row.prompt, row.sample, data, whole)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.generation.decode import known, without_length
+from lm.generation.decode import valid_token_mask, without_length
 from lm.generation.generator import Prompt
 from lm.generation.rows import batch_size, bucket, pad, power_of_two
 from lm.layers import chunking
@@ -260,7 +260,7 @@ def _score(
         hidden, ids = part
         logits = model.apply(variables, hidden, method="logits")  # [B, W / count, V]
         chosen = jnp.take_along_axis(logits, ids[:, :, None], axis=2)[:, :, 0]
-        best = jnp.argmax(jnp.where(known(vocab_size, logits), logits, -jnp.inf), axis=2)
+        best = jnp.argmax(jnp.where(valid_token_mask(vocab_size, logits), logits, -jnp.inf), axis=2)
         return chosen - jax.nn.logsumexp(logits, axis=2), best == ids
 
     parts = jax.lax.map(chunk, chunking.split((hidden, jnp.asarray(targets.ids)), count))

@@ -41,7 +41,7 @@ class Piece:
     generation: Generation | None = None
 
 
-class Row:
+class TextStream:
     """The host's side of one continuation: what came, where it ends, which bytes may be shown."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Row:
                 found.append((start + len(stop), start))
         return min(found)[1] if found else None
 
-    def release(self) -> bytes:
+    def flush_safe_bytes(self) -> bytes:
         """The bytes not shown yet, without half a character or what may begin a stop string."""
         fresh = bytes(self._data[self._released :])
         if not self.finished:

@@ -6,9 +6,9 @@ A family of models is a module with the name of its `model_type` in config.json:
     ARCHITECTURE    the class that `transformers` loads, for config.json
     BARE            its class without the projection to the vocabulary
     PREFIX          of the names of its tensors, which a checkpoint of the bare model lacks
-    ours(keys)      the fields of `config.model` {path: value} of a config.json (lm/hf/keys.py)
-    theirs(model)   the config.json, a dict, of a resolved `config.model`
-    rows(model)     its parameters beside the names of their tensors (lm/hf/table.py)
+    from_hf(keys)   the fields of `config.model` {path: value} of a config.json (lm/hf/keys.py)
+    to_hf(model)    the config.json, a dict, of a resolved `config.model`
+    weight_map(model)  its parameters beside the names of their tensors (lm/hf/table.py)
     aliases(model)  {name: name} of tensors that only repeat another one
     BUFFERS         a pattern of names of tensors that hold no parameters
     RENAMED         (pattern, replacement) of names that older checkpoints use

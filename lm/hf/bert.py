@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import ACTIVATIONS, Keys
-from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
+from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, WeightMapping
 
 MODEL = "encoder"
 ARCHITECTURE, BARE = "BertForMaskedLM", "BertModel"
@@ -17,7 +17,7 @@ RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "La
 POOLER = "pooler.dense.weight"
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     keys.expect("position_embedding_type", "absolute")
     keys.expect("is_decoder", False)
     keys.expect("add_cross_attention", False)
@@ -51,7 +51,7 @@ def ours(keys: Keys) -> dict[str, Any]:
 _POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     names = {value: key for key, value in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "bert",
@@ -69,11 +69,11 @@ def theirs(model: Any) -> dict[str, Any]:
     }
 
 
-def rows(model: Any) -> list[Row]:
+def weight_map(model: Any) -> list[WeightMapping]:
     layer = "bert.encoder.layer.{layer}"
     found = [
-        Row("embedding.weight", "bert.embeddings.word_embeddings.weight", TABLE),
-        Row("position.weight", "bert.embeddings.position_embeddings.weight", TABLE),
+        WeightMapping("embedding.weight", "bert.embeddings.word_embeddings.weight", TABLE),
+        WeightMapping("position.weight", "bert.embeddings.position_embeddings.weight", TABLE),
         *_norm("embedding_norm", "bert.embeddings.LayerNorm"),
         *_norm("layers.attention_norm", f"{layer}.attention.output.LayerNorm"),
         *_norm("layers.mlp_norm", f"{layer}.output.LayerNorm"),
@@ -84,27 +84,29 @@ def rows(model: Any) -> list[Row]:
     if model.has_head:
         found += _linear("transform", "cls.predictions.transform.dense")
         found += _norm("transform_norm", "cls.predictions.transform.LayerNorm")
-        found.append(Row("logit_bias", "cls.predictions.bias", VECTOR))
+        found.append(WeightMapping("logit_bias", "cls.predictions.bias", VECTOR))
     for name in ("query", "key", "value"):
         found += _linear(f"layers.attention.{name}", f"{layer}.attention.self.{name}")
     if model.num_types:
-        found.append(Row("type.weight", "bert.embeddings.token_type_embeddings.weight", TABLE))
+        found.append(
+            WeightMapping("type.weight", "bert.embeddings.token_type_embeddings.weight", TABLE)
+        )
     if model.pooler_dim:
         found += _linear("pooler", f"bert.{POOLER.removesuffix('.weight')}")
     return found
 
 
-def _linear(ours_name: str, their_name: str, layout: Any = LINEAR) -> list[Row]:
+def _linear(name: str, hf_name: str, layout: Any = LINEAR) -> list[WeightMapping]:
     return [
-        Row(f"{ours_name}.weight", f"{their_name}.weight", layout),
-        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+        WeightMapping(f"{name}.weight", f"{hf_name}.weight", layout),
+        WeightMapping(f"{name}.bias", f"{hf_name}.bias", VECTOR),
     ]
 
 
-def _norm(ours_name: str, their_name: str) -> list[Row]:
+def _norm(name: str, hf_name: str) -> list[WeightMapping]:
     return [
-        Row(f"{ours_name}.scale", f"{their_name}.weight", VECTOR),
-        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+        WeightMapping(f"{name}.scale", f"{hf_name}.weight", VECTOR),
+        WeightMapping(f"{name}.bias", f"{hf_name}.bias", VECTOR),
     ]
 
 

@@ -51,7 +51,9 @@ def export_folder(
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
     ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=model.takes_encoder)
-    where = table.places(kind.rows(model), {name: leaf.shape for name, leaf in leaves.items()})
+    where = table.places(
+        kind.weight_map(model), {name: leaf.shape for name, leaf in leaves.items()}
+    )
     held = table.tensors(where)
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
@@ -60,7 +62,7 @@ def export_folder(
     shapes = {name: table.tensor_shape(parts) for name, parts in held.items()}
     writer = Writer(folder, shapes, dtype, shard_bytes=shard_bytes)
     for tensor, parts in held.items():
-        pieces = [_piece(leaves[place.row.ours], place) for place in parts]
+        pieces = [_piece(leaves[place.row.parameter], place) for place in parts]
         whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
         writer.write(tensor, _cast(whole, dtype, tensor))
     text = json.dumps(tree | ids | {"dtype": dtype, "torch_dtype": dtype}, indent=2)
@@ -72,7 +74,7 @@ def export_folder(
 
 
 def _piece(leaf: jax.Array, place: table.Place) -> np.ndarray:
-    return place.row.layout.to_theirs(np.asarray(leaf[place.index]))
+    return place.row.layout.to_tensor(np.asarray(leaf[place.index]))
 
 
 def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import llama, rotary, windows
-from lm.hf.keys import Keys
+from lm.hf.keys import StrictConfigReader
 from lm.hf.llama import BUFFERS, LAYER, MODEL, PREFIX, RENAMED, aliases
-from lm.hf.table import VECTOR, Row
+from lm.hf.table import VECTOR, WeightMapping
 
 __all__ = [
     "ARCHITECTURE",
@@ -19,9 +19,9 @@ __all__ = [
     "PREFIX",
     "RENAMED",
     "aliases",
-    "ours",
-    "rows",
-    "theirs",
+    "from_hf",
+    "to_hf",
+    "weight_map",
 ]
 ARCHITECTURE, BARE = "Gemma3ForCausalLM", "Gemma3TextModel"
 # of Gemma3TextConfig: what the published text_config of a larger model leaves out
@@ -38,12 +38,12 @@ DEFAULTS = {
 }
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     keys.fill(DEFAULTS)
     bias = keys.take("attention_bias", False)
     keys.expect("use_bidirectional_attention", False)
     keys.expect("attn_logit_softcapping", None)  # transformers reads it and does nothing with it
-    fields = llama.shared_ours(keys, activation="hidden_activation", tie=True)
+    fields = llama.shared_from_hf(keys, activation="hidden_activation", tie=True)
     num_layers = fields["num_layers"]
     every = keys.take("sliding_window_pattern", None)
     every = keys.take("_sliding_window_pattern", 6) if every is None else every
@@ -54,7 +54,7 @@ def ours(keys: Keys) -> dict[str, Any]:
     return {
         **fields,
         **rotary.both(keys),
-        **windows.ours(kinds, keys.take_or_none("sliding_window", 4096), num_layers),
+        **windows.from_hf(kinds, keys.take_or_none("sliding_window", 4096), num_layers),
         "norm": "rms_plus_one",
         "norm_placement": "both",
         "qk_norm": True,
@@ -66,13 +66,13 @@ def ours(keys: Keys) -> dict[str, Any]:
     }
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     scale = model.head_size**-0.5 if model.query_scale is None else model.query_scale
     local = model.rotary.local_theta
     return {
         "model_type": "gemma3_text",
-        **llama.shared_theirs(model, activation="hidden_activation"),
-        **rotary.theirs(model),
+        **llama.shared_to_hf(model, activation="hidden_activation"),
+        **rotary.to_hf(model),
         "rope_local_base_freq": model.rotary.theta if local is None else local,
         "sliding_window": model.window,
         "layer_types": windows.kinds(model),
@@ -87,13 +87,13 @@ def _whole(x: float) -> float | int:
     return round(x) if abs(x - round(x)) < 1e-9 * x else x
 
 
-def rows(model: Any) -> list[Row]:
+def weight_map(model: Any) -> list[WeightMapping]:
     after = {"attention_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"}
     return [
-        *llama.shared_rows(model),
-        *llama.mlp_rows(model, norm="pre_feedforward_layernorm"),
+        *llama.shared_weight_map(model),
+        *llama.mlp_weight_map(model, norm="pre_feedforward_layernorm"),
         *(
-            Row(f"layers.{name}.scale", f"{LAYER}.{theirs_name}_layernorm.weight", VECTOR)
-            for name, theirs_name in after.items()
+            WeightMapping(f"layers.{name}.scale", f"{LAYER}.{hf_name}_layernorm.weight", VECTOR)
+            for name, hf_name in after.items()
         ),
     ]

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import ACTIVATIONS, Keys
-from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, Row
+from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, WeightMapping
 
 MODEL = "decoder"
 ARCHITECTURE, BARE = "GPT2LMHeadModel", "GPT2Model"
@@ -16,7 +16,7 @@ BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks
 RENAMED = ()
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     embed_dim = keys.take("n_embd")
     dropout, of_embedding = keys.take("resid_pdrop", 0.1), keys.take("embd_pdrop", 0.1)
     if dropout != of_embedding:
@@ -62,7 +62,7 @@ def ours(keys: Keys) -> dict[str, Any]:
 _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     names = {value: key for key, value in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "gpt2",
@@ -81,35 +81,35 @@ def theirs(model: Any) -> dict[str, Any]:
     }
 
 
-def rows(model: Any) -> list[Row]:
+def weight_map(model: Any) -> list[WeightMapping]:
     layer = "transformer.h.{layer}"
     found = [
-        Row("embedding.weight", "transformer.wte.weight", TABLE),
-        Row("position.weight", "transformer.wpe.weight", TABLE),
+        WeightMapping("embedding.weight", "transformer.wte.weight", TABLE),
+        WeightMapping("position.weight", "transformer.wpe.weight", TABLE),
     ]
-    for ours_name, their_name in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        found += _norm(f"layers.{ours_name}", f"{layer}.{their_name}")
+    for name, hf_name in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
+        found += _norm(f"layers.{name}", f"{layer}.{hf_name}")
     for part, name in enumerate(("query", "key", "value")):
         for kind, layout in (("weight", TABLE), ("bias", VECTOR)):
             path = f"layers.attention.{name}.{kind}"
-            found.append(Row(path, f"{layer}.attn.c_attn.{kind}", layout, part, 3))
+            found.append(WeightMapping(path, f"{layer}.attn.c_attn.{kind}", layout, part, 3))
     for path, name, layout in (
         ("attention.out", "attn.c_proj", TABLE_OUT),
         ("mlp.up", "mlp.c_fc", TABLE),
         ("mlp.down", "mlp.c_proj", TABLE),
     ):
-        found.append(Row(f"layers.{path}.weight", f"{layer}.{name}.weight", layout))
-        found.append(Row(f"layers.{path}.bias", f"{layer}.{name}.bias", VECTOR))
+        found.append(WeightMapping(f"layers.{path}.weight", f"{layer}.{name}.weight", layout))
+        found.append(WeightMapping(f"layers.{path}.bias", f"{layer}.{name}.bias", VECTOR))
     found += _norm("norm", "transformer.ln_f")
     if model.has_head and not model.tie_embeddings:
-        found.append(Row("head.weight", "lm_head.weight", LINEAR))
+        found.append(WeightMapping("head.weight", "lm_head.weight", LINEAR))
     return found
 
 
-def _norm(ours_name: str, their_name: str) -> list[Row]:
+def _norm(name: str, hf_name: str) -> list[WeightMapping]:
     return [
-        Row(f"{ours_name}.scale", f"{their_name}.weight", VECTOR),
-        Row(f"{ours_name}.bias", f"{their_name}.bias", VECTOR),
+        WeightMapping(f"{name}.scale", f"{hf_name}.weight", VECTOR),
+        WeightMapping(f"{name}.bias", f"{hf_name}.bias", VECTOR),
     ]
 
 

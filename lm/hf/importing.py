@@ -69,7 +69,7 @@ def import_folder(
         say(f"left out: {left} tensors beside those of the text model, for other kinds of input")
     section = structure.model_section(tree, names, ignored=ignored, say=say)
     config = with_model(config, section, say)
-    config.data.tokenizer = tokenizer or str(vocabulary.bring(folder, out / FOLDER))
+    config.data.tokenizer = tokenizer or str(vocabulary.copy_tokenizer(folder, out / FOLDER))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
     known, size = experiment.tokenizer.vocab_size, experiment.config.model.vocab_size
@@ -141,7 +141,7 @@ def read_into(
     model = experiment.config.model
     abstract = param_tree.flatten(experiment.abstract_params)
     leaves = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    where = table.places(family.rows(model), leaves)
+    where = table.places(family.weight_map(model), leaves)
     held = table.tensors(where)
     names = {name: there[old] for name, old in structure.rename(list(there), family).items()}
     wanted = {name: table.tensor_shape(parts) for name, parts in held.items()}
@@ -161,11 +161,13 @@ def read_into(
     nonfinite: dict[str, str] = {}
     for place in where:
         if not any(place.index):
-            writer.add(place.row.ours, leaves[place.row.ours], len(place.index))
+            writer.add(place.row.parameter, leaves[place.row.parameter], len(place.index))
         tensor = reader.read(names[place.name])
         if bad := tensor.size - int(np.isfinite(tensor).sum()):
             nonfinite[place.name] = f"{place.name} ({bad} of {tensor.size:,} entries)"
-        writer.write(place.row.ours, place.index, np.asarray(place.read(tensor), np.float32, "C"))
+        writer.write(
+            place.row.parameter, place.index, np.asarray(place.read(tensor), np.float32, "C")
+        )
     if nonfinite:
         listed = f"NaN or infinite: {table.some([*nonfinite.values()])}"
         if not allow_nonfinite:

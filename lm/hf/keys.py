@@ -74,7 +74,7 @@ def quiet(line: str) -> None:
     """Says nothing."""
 
 
-class Keys:
+class StrictConfigReader:
     """The content of a config.json: `take` and `expect` read a key, `finish` finds what is left.
 
     A key that is null is unset: it means what a missing key does. All errors are ValueErrors that

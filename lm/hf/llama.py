@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import rotary
-from lm.hf.keys import ACTIVATIONS, Keys
-from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
+from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, WeightMapping
 
 MODEL = "decoder"
 ARCHITECTURE, BARE = "LlamaForCausalLM", "LlamaModel"
@@ -17,38 +17,38 @@ BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 RENAMED = ()
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     bias = keys.take("attention_bias", False)
     keys.expect("rope_interleaved", False)
     return {
-        **shared_ours(keys),
-        **rotary.ours(keys),
+        **shared_from_hf(keys),
+        **rotary.from_hf(keys),
         "qkv_bias": bias,
         "out_bias": bias,
         "mlp_bias": keys.take("mlp_bias", False),
     }
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     return {
         "model_type": "llama",
-        **shared_theirs(model),
-        **rotary.theirs(model),
+        **shared_to_hf(model),
+        **rotary.to_hf(model),
         "attention_bias": model.qkv_bias,
         "mlp_bias": model.mlp_bias,
     }
 
 
-def rows(model: Any) -> list[Row]:
-    return shared_rows(model) + mlp_rows(model)
+def weight_map(model: Any) -> list[WeightMapping]:
+    return shared_weight_map(model) + mlp_weight_map(model)
 
 
 def aliases(model: Any) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_embeddings else {}
 
 
-def shared_ours(
-    keys: Keys,
+def shared_from_hf(
+    keys: StrictConfigReader,
     *,
     activation: str = "hidden_act",
     tie: bool = False,
@@ -80,8 +80,8 @@ def shared_ours(
     }
 
 
-def shared_theirs(model: Any, *, activation: str = "hidden_act") -> dict[str, Any]:
-    """The keys that `shared_ours` reads."""
+def shared_to_hf(model: Any, *, activation: str = "hidden_act") -> dict[str, Any]:
+    """The keys that `shared_from_hf` reads."""
     names = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "reglu": "relu"}
     return {
         "vocab_size": model.vocab_size,
@@ -101,32 +101,34 @@ def shared_theirs(model: Any, *, activation: str = "hidden_act") -> dict[str, An
 LAYER = "model.layers.{layer}"
 
 
-def shared_rows(model: Any) -> list[Row]:
+def shared_weight_map(model: Any) -> list[WeightMapping]:
     """Embedding, attention, final norm and head."""
-    found = [Row("embedding.weight", "model.embed_tokens.weight", TABLE)]
-    found.append(Row("layers.attention_norm.scale", f"{LAYER}.input_layernorm.weight", VECTOR))
+    found = [WeightMapping("embedding.weight", "model.embed_tokens.weight", TABLE)]
+    found.append(
+        WeightMapping("layers.attention_norm.scale", f"{LAYER}.input_layernorm.weight", VECTOR)
+    )
     for name, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
         layout = LINEAR_OUT if name == "out" else LINEAR
-        path, theirs_path = f"layers.attention.{name}", f"{LAYER}.self_attn.{letter}_proj"
-        found.append(Row(f"{path}.weight", f"{theirs_path}.weight", layout))
+        path, hf_path = f"layers.attention.{name}", f"{LAYER}.self_attn.{letter}_proj"
+        found.append(WeightMapping(f"{path}.weight", f"{hf_path}.weight", layout))
         if model.out_bias if name == "out" else model.qkv_bias:
-            found.append(Row(f"{path}.bias", f"{theirs_path}.bias", VECTOR))
+            found.append(WeightMapping(f"{path}.bias", f"{hf_path}.bias", VECTOR))
     if model.qk_norm:
         for name, letter in (("query", "q"), ("key", "k")):
             path = f"layers.attention.{name}_norm.scale"
-            found.append(Row(path, f"{LAYER}.self_attn.{letter}_norm.weight", VECTOR))
-    found.append(Row("norm.scale", "model.norm.weight", VECTOR))
+            found.append(WeightMapping(path, f"{LAYER}.self_attn.{letter}_norm.weight", VECTOR))
+    found.append(WeightMapping("norm.scale", "model.norm.weight", VECTOR))
     if model.has_head and not model.tie_embeddings:
-        found.append(Row("head.weight", "lm_head.weight", LINEAR))
+        found.append(WeightMapping("head.weight", "lm_head.weight", LINEAR))
     return found
 
 
-def mlp_rows(model: Any, *, norm: str = "post_attention_layernorm") -> list[Row]:
+def mlp_weight_map(model: Any, *, norm: str = "post_attention_layernorm") -> list[WeightMapping]:
     """A gated MLP and the norm before it."""
-    found = [Row("layers.mlp_norm.scale", f"{LAYER}.{norm}.weight", VECTOR)]
+    found = [WeightMapping("layers.mlp_norm.scale", f"{LAYER}.{norm}.weight", VECTOR)]
     for name in ("gate", "up", "down"):
-        path, theirs_path = f"layers.mlp.{name}", f"{LAYER}.mlp.{name}_proj"
-        found.append(Row(f"{path}.weight", f"{theirs_path}.weight", LINEAR))
+        path, hf_path = f"layers.mlp.{name}", f"{LAYER}.mlp.{name}_proj"
+        found.append(WeightMapping(f"{path}.weight", f"{hf_path}.weight", LINEAR))
         if model.mlp_bias:
-            found.append(Row(f"{path}.bias", f"{theirs_path}.bias", VECTOR))
+            found.append(WeightMapping(f"{path}.bias", f"{hf_path}.bias", VECTOR))
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import llama, rotary, windows
-from lm.hf.keys import Keys
-from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, rows
+from lm.hf.keys import StrictConfigReader
+from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, weight_map
 
 __all__ = [
     "ARCHITECTURE",
@@ -16,24 +16,24 @@ __all__ = [
     "PREFIX",
     "RENAMED",
     "aliases",
-    "ours",
-    "rows",
-    "theirs",
+    "from_hf",
+    "to_hf",
+    "weight_map",
 ]
 ARCHITECTURE, BARE = "MistralForCausalLM", "MistralModel"
 
 
-def ours(keys: Keys) -> dict[str, Any]:
-    fields = {**llama.shared_ours(keys), **rotary.ours(keys)}
-    return fields | windows.ours(
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
+    fields = {**llama.shared_from_hf(keys), **rotary.from_hf(keys)}
+    return fields | windows.from_hf(
         None, keys.take_or_none("sliding_window", 4096), fields["num_layers"]
     )
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     return {
         "model_type": "mistral",
-        **llama.shared_theirs(model),
-        **rotary.theirs(model),
+        **llama.shared_to_hf(model),
+        **rotary.to_hf(model),
         "sliding_window": model.window,
     }

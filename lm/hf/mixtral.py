@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import llama, rotary, windows
-from lm.hf.keys import Keys
+from lm.hf.keys import StrictConfigReader
 from lm.hf.llama import BUFFERS, LAYER, MODEL, PREFIX, RENAMED, aliases
-from lm.hf.table import LINEAR, VECTOR, Row
+from lm.hf.table import LINEAR, VECTOR, WeightMapping
 
 __all__ = [
     "ARCHITECTURE",
@@ -17,21 +17,21 @@ __all__ = [
     "PREFIX",
     "RENAMED",
     "aliases",
-    "ours",
-    "rows",
-    "theirs",
+    "from_hf",
+    "to_hf",
+    "weight_map",
 ]
 ARCHITECTURE, BARE = "MixtralForCausalLM", "MixtralModel"
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     keys.expect("router_jitter_noise", 0.0)
     keys.ignore("output_router_logits")
-    fields = {**llama.shared_ours(keys, eps=1e-5), **rotary.ours(keys, theta=1_000_000.0)}
+    fields = {**llama.shared_from_hf(keys, eps=1e-5), **rotary.from_hf(keys, theta=1_000_000.0)}
     chosen = keys.take("num_experts_per_tok", 2)
     return {
         **fields,
-        **windows.ours(None, keys.take("sliding_window", None), fields["num_layers"]),
+        **windows.from_hf(None, keys.take("sliding_window", None), fields["num_layers"]),
         "moe.num_experts": keys.take("num_local_experts", 8),
         "moe.num_experts_per_token": chosen,
         "moe.mlp_dim": fields["mlp_dim"],
@@ -41,12 +41,12 @@ def ours(keys: Keys) -> dict[str, Any]:
     }
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     moe = model.moe
     return {
         "model_type": "mixtral",
-        **llama.shared_theirs(model),
-        **rotary.theirs(model),
+        **llama.shared_to_hf(model),
+        **rotary.to_hf(model),
         "intermediate_size": model.expert_size,
         "sliding_window": model.window,
         "num_local_experts": moe.num_experts,
@@ -55,15 +55,17 @@ def theirs(model: Any) -> dict[str, Any]:
     }
 
 
-def rows(model: Any) -> list[Row]:
+def weight_map(model: Any) -> list[WeightMapping]:
     block = f"{LAYER}.block_sparse_moe"
     experts = {"gate": "w1", "down": "w2", "up": "w3"}
     return [
-        *llama.shared_rows(model),
-        Row("layers.mlp_norm.scale", f"{LAYER}.post_attention_layernorm.weight", VECTOR),
-        Row("layers.moe.router", f"{block}.gate.weight", LINEAR),
+        *llama.shared_weight_map(model),
+        WeightMapping("layers.mlp_norm.scale", f"{LAYER}.post_attention_layernorm.weight", VECTOR),
+        WeightMapping("layers.moe.router", f"{block}.gate.weight", LINEAR),
         *(
-            Row(f"layers.moe.{name}", f"{block}.experts.{{expert}}.{theirs_name}.weight", LINEAR)
-            for name, theirs_name in experts.items()
+            WeightMapping(
+                f"layers.moe.{name}", f"{block}.experts.{{expert}}.{hf_name}.weight", LINEAR
+            )
+            for name, hf_name in experts.items()
         ),
     ]

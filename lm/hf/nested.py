@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from lm.hf.keys import Keys
+from lm.hf.keys import StrictConfigReader
 
 
 class Nested(NamedTuple):
@@ -48,7 +48,7 @@ def text_config(tree: dict[str, Any]) -> dict[str, Any]:
     nested = NESTED.get(tree.get("model_type", ""))
     if nested is None:
         return tree
-    keys = Keys(tree)
+    keys = StrictConfigReader(tree)
     text = keys.take(nested.section)
     keys.ignore(*nested.ignored)
     tie = keys.take("tie_word_embeddings", None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf import llama, rotary, windows
-from lm.hf.keys import Keys
-from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, rows
+from lm.hf.keys import StrictConfigReader
+from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, weight_map
 
 __all__ = [
     "ARCHITECTURE",
@@ -16,24 +16,24 @@ __all__ = [
     "PREFIX",
     "RENAMED",
     "aliases",
-    "ours",
-    "rows",
-    "theirs",
+    "from_hf",
+    "to_hf",
+    "weight_map",
 ]
 ARCHITECTURE, BARE = "Qwen2ForCausalLM", "Qwen2Model"
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     keys.expect("use_mrope", False)
-    fields = {**llama.shared_ours(keys), **rotary.ours(keys), "qkv_bias": True}
+    fields = {**llama.shared_from_hf(keys), **rotary.from_hf(keys), "qkv_bias": True}
     return fields | windows.optional(keys, fields["num_layers"])
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     return {
         "model_type": "qwen2",
-        **llama.shared_theirs(model),
-        **rotary.theirs(model),
+        **llama.shared_to_hf(model),
+        **rotary.to_hf(model),
         "use_sliding_window": model.window is not None,
         "sliding_window": model.window,
         "layer_types": windows.kinds(model),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import Keys
+from lm.hf.keys import StrictConfigReader
 
 # our field: their key
 _LENGTH = {"original_length": "original_max_position_embeddings"}
@@ -23,7 +23,7 @@ _NAMES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "ya
 _DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def ours(keys: Keys, *, theta: float = 10_000.0) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader, *, theta: float = 10_000.0) -> dict[str, Any]:
     """The fields of `config.model.rotary`; `theta` where config.json has none."""
     length = keys.take("max_position_embeddings")
     new = keys.take("rope_parameters", None)
@@ -34,7 +34,7 @@ def ours(keys: Keys, *, theta: float = 10_000.0) -> dict[str, Any]:
 
 
 def _fields(tree: dict[str, Any], length: int) -> dict[str, Any]:
-    parts = Keys(tree, part="rope_parameters")
+    parts = StrictConfigReader(tree, part="rope_parameters")
     old_name = parts.take("type", "default")
     scaling = parts.translate("rope_type", _NAMES, old_name)
     fields = {"rotary.theta": float(parts.take("rope_theta")), "rotary.scaling": scaling}
@@ -52,8 +52,8 @@ def _fields(tree: dict[str, Any], length: int) -> dict[str, Any]:
     return fields
 
 
-def theirs(model: Any) -> dict[str, Any]:
-    """The keys of a resolved `config.model` that `ours` reads, as transformers 4 and 5 know
+def to_hf(model: Any) -> dict[str, Any]:
+    """The keys of a resolved `config.model` that `from_hf` reads, as transformers 4 and 5 know
     them.
     """
     rotary = model.rotary
@@ -68,8 +68,8 @@ def theirs(model: Any) -> dict[str, Any]:
     return tree
 
 
-def both(keys: Keys) -> dict[str, Any]:
-    """As `ours`, for models whose local layers have a base of their own (Gemma 3)."""
+def both(keys: StrictConfigReader) -> dict[str, Any]:
+    """As `from_hf`, for models whose local layers have a base of their own (Gemma 3)."""
     length = keys.take("max_position_embeddings")
     new = keys.take("rope_parameters", None) or {}
     whole = {"rope_theta": keys.take("rope_theta", 1_000_000.0)} | (new.get("full_attention") or {})
@@ -78,7 +78,7 @@ def both(keys: Keys) -> dict[str, Any]:
     local |= new.get("sliding_attention") or {}
     if unknown := set(new) - {"full_attention", "sliding_attention"}:
         raise ValueError(f"config.json has rope_parameters of {', '.join(sorted(unknown))}")
-    own = Keys(local, part="rope_parameters")
+    own = StrictConfigReader(local, part="rope_parameters")
     own.expect("rope_type", "default")
     theta = float(own.take("rope_theta"))
     own.finish()

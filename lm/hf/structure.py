@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import lm.hf
 from lm.config import conversion
-from lm.hf.keys import Keys, Say, quiet, without
+from lm.hf.keys import Say, StrictConfigReader, quiet, without
 from lm.hf.nested import NESTED, text_config
-from lm.hf.table import Row
+from lm.hf.table import WeightMapping
 
 TRAINING = (
     *("dropout", "attention_dropout", "init_std", "embed_init_std"),
@@ -62,11 +62,11 @@ class Family(Protocol):
     RENAMED: tuple[tuple[str, str], ...]
 
     @staticmethod
-    def ours(keys: Keys) -> dict[str, Any]: ...
+    def from_hf(keys: StrictConfigReader) -> dict[str, Any]: ...
     @staticmethod
-    def theirs(model: Any) -> dict[str, Any]: ...
+    def to_hf(model: Any) -> dict[str, Any]: ...
     @staticmethod
-    def rows(model: Any) -> list[Row]: ...
+    def weight_map(model: Any) -> list[WeightMapping]: ...
     @staticmethod
     def aliases(model: Any) -> dict[str, str]: ...
 
@@ -74,7 +74,9 @@ class Family(Protocol):
 def names() -> list[str]:
     """The families: their modules here have what `Family` lists."""
     found = [module.name for module in pkgutil.iter_modules(lm.hf.__path__)]
-    return [name for name in found if hasattr(importlib.import_module(f"lm.hf.{name}"), "rows")]
+    return [
+        name for name in found if hasattr(importlib.import_module(f"lm.hf.{name}"), "weight_map")
+    ]
 
 
 def family(model_type: str) -> Family:
@@ -108,8 +110,8 @@ def model_section(
         ValueError: an unknown family, or keys and values that can't be represented.
     """
     kind = family(tree.get("model_type", "none"))
-    keys = Keys(text_config(without(tree, ignored, say)), tensors, say=say)
-    fields = kind.ours(keys)
+    keys = StrictConfigReader(text_config(without(tree, ignored, say)), tensors, say=say)
+    fields = kind.from_hf(keys)
     keys.finish()
     section: Any = conversion.default(model=kind.MODEL).model
     section.update_from_flattened_dict(fields)
@@ -125,10 +127,12 @@ def hf_config(kind: Family, section: Any) -> dict[str, Any]:
     model = resolve(section)
     if section.name != kind.MODEL:
         raise ValueError(f"config.model.name is {section.name!r}, this family is {kind.MODEL!r}")
-    tree = kind.theirs(model)
+    tree = kind.to_hf(model)
     here = _structure(model)
     try:
-        back = _structure(resolve(model_section(tree, {row.theirs for row in kind.rows(model)})))
+        back = _structure(
+            resolve(model_section(tree, {row.tensor for row in kind.weight_map(model)}))
+        )
     except ValueError as error:
         raise ValueError(f"no {kind.ARCHITECTURE} is like this model: {error}") from None
     wrong = [

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from lm.hf.keys import ACTIVATIONS as UNGATED
-from lm.hf.keys import Keys
-from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, Row
+from lm.hf.keys import StrictConfigReader
+from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, VECTOR, WeightMapping
 
 MODEL = "encoder_decoder"
 ARCHITECTURE, BARE = "T5ForConditionalGeneration", ""
@@ -25,7 +25,7 @@ ACTIVATIONS = {
 HEAD = "lm_head.weight"
 
 
-def ours(keys: Keys) -> dict[str, Any]:
+def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
     keys.expect("is_encoder_decoder", True)
     keys.expect("is_decoder", False)
     keys.ignore("dense_act_fn", "is_gated_act")  # follow from feed_forward_proj
@@ -58,7 +58,7 @@ def ours(keys: Keys) -> dict[str, Any]:
     }
 
 
-def theirs(model: Any) -> dict[str, Any]:
+def to_hf(model: Any) -> dict[str, Any]:
     names = {value: key for key, value in reversed(ACTIVATIONS.items())}
     return {
         "model_type": "t5",
@@ -81,11 +81,11 @@ def theirs(model: Any) -> dict[str, Any]:
     }
 
 
-def rows(model: Any) -> list[Row]:
-    found = [Row("embedding.weight", "shared.weight", TABLE)]
+def weight_map(model: Any) -> list[WeightMapping]:
+    found = [WeightMapping("embedding.weight", "shared.weight", TABLE)]
     gated = any(a == model.activation for key, a in ACTIVATIONS.items() if "gated" in key)
     if not model.tie_embeddings:
-        found.append(Row("head.weight", HEAD, LINEAR))
+        found.append(WeightMapping("head.weight", HEAD, LINEAR))
     for stack in ("encoder", "decoder"):
         block = f"{stack}.block.{{layer}}.layer"
         last = 2 if stack == "decoder" else 1
@@ -94,25 +94,27 @@ def rows(model: Any) -> list[Row]:
             found += _attention(f"{stack}.layers.cross_attention", f"{block}.1", "EncDecAttention")
         found.append(_norm(f"{stack}.layers.mlp_norm", f"{block}.{last}.layer_norm"))
         names = {"gate": "wi_0", "up": "wi_1"} if gated else {"up": "wi"}
-        for name, their_name in {**names, "down": "wo"}.items():
-            path = f"{block}.{last}.DenseReluDense.{their_name}.weight"
-            found.append(Row(f"{stack}.layers.mlp.{name}.weight", path, LINEAR))
+        for name, hf_name in {**names, "down": "wo"}.items():
+            path = f"{block}.{last}.DenseReluDense.{hf_name}.weight"
+            found.append(WeightMapping(f"{stack}.layers.mlp.{name}.weight", path, LINEAR))
         table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        found.append(Row(f"{stack}.relative.weight", table, TABLE))
+        found.append(WeightMapping(f"{stack}.relative.weight", table, TABLE))
         found.append(_norm(f"{stack}.norm", f"{stack}.final_layer_norm"))
     return found
 
 
-def _attention(ours_name: str, layer: str, kind: str) -> list[Row]:
-    found = [_norm(f"{ours_name}_norm", f"{layer}.layer_norm")]
+def _attention(name: str, layer: str, kind: str) -> list[WeightMapping]:
+    found = [_norm(f"{name}_norm", f"{layer}.layer_norm")]
     for name, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
         layout = LINEAR_OUT if name == "out" else LINEAR
-        found.append(Row(f"{ours_name}.{name}.weight", f"{layer}.{kind}.{letter}.weight", layout))
+        found.append(
+            WeightMapping(f"{name}.{name}.weight", f"{layer}.{kind}.{letter}.weight", layout)
+        )
     return found
 
 
-def _norm(ours_name: str, their_name: str) -> Row:
-    return Row(f"{ours_name}.scale", f"{their_name}.weight", VECTOR)
+def _norm(name: str, hf_name: str) -> WeightMapping:
+    return WeightMapping(f"{name}.scale", f"{hf_name}.weight", VECTOR)
 
 
 def aliases(model: Any) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """How one layer's array of ours is written as theirs: its first `inputs` dimensions make up one
     dimension, the others another, and `transposed` puts the latter first. 0 inputs: a vector.
     """
@@ -29,70 +29,70 @@ class Layout(NamedTuple):
         sides = math.prod(ours[: self.inputs]), math.prod(ours[self.inputs :])
         return sides[::-1] if self.transposed else sides
 
-    def to_theirs(self, x: np.ndarray) -> np.ndarray:
+    def to_tensor(self, x: np.ndarray) -> np.ndarray:
         if not self.inputs:
             return x.reshape(-1)
         x = x.reshape(math.prod(x.shape[: self.inputs]), -1)
         return x.T if self.transposed else x
 
-    def to_ours(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+    def to_parameter(self, x: np.ndarray, shape: Shape) -> np.ndarray:
         return (x.T if self.transposed else x).reshape(shape)
 
 
-VECTOR = Layout(0)  # norms; biases, also those of heads [N, H]
-TABLE = Layout(1)  # embeddings [V, D]; GPT-2's weights [in, out]
-TABLE_OUT = Layout(2)  # GPT-2's weight of the output, ours [N, H, D]
-LINEAR = Layout(1, True)  # torch.nn.Linear [out, in]
-LINEAR_OUT = Layout(2, True)  # the same of ours [N, H, D]
+VECTOR = TensorLayout(0)  # norms; biases, also those of heads [N, H]
+TABLE = TensorLayout(1)  # embeddings [V, D]; GPT-2's weights [in, out]
+TABLE_OUT = TensorLayout(2)  # GPT-2's weight of the output, ours [N, H, D]
+LINEAR = TensorLayout(1, True)  # torch.nn.Linear [out, in]
+LINEAR_OUT = TensorLayout(2, True)  # the same of ours [N, H, D]
 
 
-class Row(NamedTuple):
+class WeightMapping(NamedTuple):
     """A parameter of ours, `layers.mlp.up.weight` say, and the tensors of theirs that hold it.
 
-    `{layer}` and `{expert}` in `theirs` are the leading dimensions of ours. Several rows may share
+    `{layer}` and `{expert}` in `tensor` are the leading dimensions of ours. Several rows may share
     a tensor: each is the `part`-th of `parts` equal pieces of its last dimension.
     """
 
-    ours: str
-    theirs: str
-    layout: Layout
+    parameter: str
+    tensor: str
+    layout: TensorLayout
     part: int = 0
     parts: int = 1
 
     @property
     def num_stacked(self) -> int:
-        return ("{layer}" in self.theirs) + ("{expert}" in self.theirs)
+        return ("{layer}" in self.tensor) + ("{expert}" in self.tensor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """One layer's (and expert's) array of ours, in a tensor of theirs."""
 
-    row: Row
+    row: WeightMapping
     index: Shape  # in the leading dimensions of ours
     shape: Shape  # of ours, without them
 
     @property
     def name(self) -> str:
         layer, expert = self.index[:1], self.index[1:]
-        if "{layer}" not in self.row.theirs:
+        if "{layer}" not in self.row.tensor:
             layer, expert = (), self.index
-        return self.row.theirs.format(layer=(*layer, 0)[0], expert=(*expert, 0)[0])
+        return self.row.tensor.format(layer=(*layer, 0)[0], expert=(*expert, 0)[0])
 
     def read(self, tensor: np.ndarray) -> np.ndarray:
         """Ours, out of the whole tensor."""
         width = tensor.shape[-1] // self.row.parts
         own = tensor[..., self.row.part * width : (self.row.part + 1) * width]
-        return self.row.layout.to_ours(own, self.shape)
+        return self.row.layout.to_parameter(own, self.shape)
 
 
-def places(rows: Sequence[Row], leaves: Mapping[str, Shape]) -> list[Place]:
+def places(rows: Sequence[WeightMapping], leaves: Mapping[str, Shape]) -> list[Place]:
     """Where all parameters lie, {name: shape} of ours, leaf by leaf.
 
     Raises:
         ValueError: rows and leaves don't match, one to one; the message lists both sides.
     """
-    named = [row.ours for row in rows]
+    named = [row.parameter for row in rows]
     extra, missing = sorted(set(named) - set(leaves)), sorted(set(leaves) - set(named))
     if extra or missing or len(set(named)) < len(named):
         raise ValueError(
@@ -102,7 +102,10 @@ def places(rows: Sequence[Row], leaves: Mapping[str, Shape]) -> list[Place]:
         )
     found = []
     for row in rows:
-        stacked, own = leaves[row.ours][: row.num_stacked], leaves[row.ours][row.num_stacked :]
+        stacked, own = (
+            leaves[row.parameter][: row.num_stacked],
+            leaves[row.parameter][row.num_stacked :],
+        )
         for index in itertools.product(*(range(n) for n in stacked)):
             found.append(Place(row, index, own))
     return found

@@ -50,7 +50,7 @@ PROBES = (
 )
 
 
-def bring(folder: Path, to: epath.Path) -> epath.Path:
+def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
     """The tokenizer's file in `to`, copied there from `folder`, or made of the files there.
 
     Raises:

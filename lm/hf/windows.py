@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.keys import Keys
+from lm.hf.keys import StrictConfigReader
 
 _KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
-def ours(kinds: list[str] | None, window: int | None, num_layers: int) -> dict[str, Any]:
+def from_hf(kinds: list[str] | None, window: int | None, num_layers: int) -> dict[str, Any]:
     """`layer_pattern` and `window` of layers of these `kinds`, in their words; None: all local
     where there is a window.
     """
@@ -36,7 +36,7 @@ def period(kinds: tuple[str, ...]) -> tuple[str, ...]:
     return kinds[: next(repeats)]
 
 
-def optional(keys: Keys, num_layers: int) -> dict[str, Any]:
+def optional(keys: StrictConfigReader, num_layers: int) -> dict[str, Any]:
     """Of Qwen 2 and 3: a window only with `use_sliding_window`, in layers from
     `max_window_layers` on where no `layer_types` say otherwise.
     """
@@ -46,7 +46,7 @@ def optional(keys: Keys, num_layers: int) -> dict[str, Any]:
         kinds, window = ["full_attention"] * num_layers if kinds is None else kinds, None
     if kinds is None:
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    return ours(kinds, window, num_layers)
+    return from_hf(kinds, window, num_layers)
 
 
 def kinds(model: Any) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.tokenizer import Tokenizer
-from lm.layers.attention.attention import Attention, Context
+from lm.layers.attention.attention import Attention, LayerInputs
 from lm.layers.attention.dot_product import attention_scores
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Model, Params, Tokens
@@ -25,7 +25,7 @@ from lm.types import Array, Batch, Model, Params, Tokens
 class TokenLosses(NamedTuple):
     """What a model says about every target of a batch."""
 
-    nats: np.ndarray  # float32 [B, T]: -log p(target)
+    nll: np.ndarray  # float32 [B, T]: -log p(target)
     guesses: np.ndarray  # int32 [B, T]: the most likely id
     confidence: np.ndarray  # float32 [B, T]: the probability of the guess
 
@@ -48,7 +48,7 @@ def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
     return weights
 
 
-def _weights(layer: Attention, context: Context, kind: Array | None) -> jax.Array:
+def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.Array:
     """[B, N, T, S] of an attention layer that has just sown its queries and keys."""
     q, k = (layer.get_variable("intermediates", name)[-1] for name in ("queries", "keys"))
 
@@ -109,7 +109,7 @@ def held_out(
         strict=False,
     ):
         batches.append(batch)
-        losses.append(token_losses(experiment.model, params, experiment.put(batch)))
+        losses.append(token_losses(experiment.model, params, experiment.make_global_batch(batch)))
     join = functools.partial(jax.tree.map, lambda *x: np.concatenate(x))
     return join(*batches), join(*losses)
 

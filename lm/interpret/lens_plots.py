@@ -56,12 +56,12 @@ def lens_loss_figure(lens: Lens, weights: Array) -> Any:
     from matplotlib.figure import Figure
 
     scored = np.asarray(weights) > 0
-    nats = np.asarray(lens.nats)[:, scored].mean(axis=1)
+    nll = np.asarray(lens.nll)[:, scored].mean(axis=1)
     figure = Figure(figsize=(6.5, 3.4), layout="constrained")
     axis = figure.subplots()
-    layers = np.arange(len(nats))
-    axis.plot(layers, nats, marker="o")
-    for layer, loss in zip(layers, nats, strict=True):
+    layers = np.arange(len(nll))
+    axis.plot(layers, nll, marker="o")
+    for layer, loss in zip(layers, nll, strict=True):
         axis.annotate(f"{loss:.2f}", (layer, loss), (0, 7), textcoords="offset points", ha="center")
     axis.set(xlabel="after layer", ylabel="loss (nats per token)", xticks=layers)
     axis.margins(y=0.15)

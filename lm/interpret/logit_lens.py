@@ -20,7 +20,7 @@ class Lens(NamedTuple):
 
     guesses: jax.Array  # int32 [L, B, T]: the most likely id
     confidence: jax.Array  # float32 [L, B, T]: its probability
-    nats: jax.Array  # float32 [L, B, T]: -log p(target)
+    nll: jax.Array  # float32 [L, B, T]: -log p(target)
 
 
 class Norms(NamedTuple):

@@ -11,7 +11,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.interpret.attention_maps import token_texts
 from lm.interpret.run_report import COLORS, visible
 from lm.layers.attention.dot_product import Mask, self_mask
-from lm.objectives import Form
+from lm.objectives import ModelInterface
 from lm.types import Array, Batch, Tokens
 
 
@@ -46,7 +46,7 @@ def objective_html(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
     return f'<table style="{table}">{"".join(cells)}</table>'
 
 
-def objective_figure(form: Form, batch: Batch, row: int) -> Any:
+def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Any:
     """Who sees whom in a row, a colour for each document: the stream of the inputs, and with an
     encoder its own stream and what the decoder sees of it. Marks at the left: scored places.
     """

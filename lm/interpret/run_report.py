@@ -40,7 +40,7 @@ def references(workdir: str) -> dict[str, float]:
 
 def overview(experiment: Experiment, step: int) -> str:
     """HTML tables: the size of the run, and every config value that is not the default."""
-    c, count = experiment.config, metrics.quantity
+    c, count = experiment.config, metrics.format_quantity
     seen = step * experiment.batch_size * c.data.length
     facts = [
         ("checkpoint", f"step {step:,} of {experiment.num_steps:,}"),
@@ -99,7 +99,7 @@ def hardest_html(
     tokenizer: Tokenizer, batch: Batch, losses: TokenLosses, *, count: int = 12, context: int = 12
 ) -> str:
     """HTML table of the `count` tokens of highest loss, after the `context` tokens before them."""
-    weighted = losses.nats * (batch.weights > 0)
+    weighted = losses.nll * (batch.weights > 0)
     rows = []
     for place in np.argsort(-weighted, axis=None)[:count]:
         i, t = np.unravel_index(place, weighted.shape)
@@ -108,7 +108,7 @@ def hardest_html(
         target, guess = (
             visible(token_text(tokenizer, int(x[i, t]))) for x in (batch.targets, losses.guesses)
         )
-        nats, confidence = losses.nats[i, t], losses.confidence[i, t]
+        nats, confidence = losses.nll[i, t], losses.confidence[i, t]
         rows.append((f"{nats:.1f}", before, target, f"{guess}  ({confidence:.0%})"))
     return _table(("nats", "after", "comes", "the model's guess"), rows, right=(0, 1))
 

@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.config.schema import check_values, field
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
-from lm.layers.attention.attention import Attention, Context, CrossAttention
+from lm.layers.attention.attention import Attention, CrossAttention, LayerInputs
 from lm.layers.linear import times
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
-from lm.layers.moe.moe import Moe, MoeConfig, Report
+from lm.layers.moe.moe import Moe, MoeConfig, RouterReport
 from lm.layers.norm import KINDS as NORMS
 from lm.layers.norm import Norm
 from lm.layers.stack import REMAT
@@ -281,8 +281,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: Any, per_layer: Any, context: Context
-    ) -> tuple[Any, tuple[Report | None, Any]]:
+        self, carry: Any, per_layer: Any, context: LayerInputs
+    ) -> tuple[Any, tuple[RouterReport | None, Any]]:
         """((x: [B, T, D], cache), what is of this layer alone, what layers share) -> ((x, cache),
         (report of its experts, the keys and values of cross-attention that a cache needs)).
         """
@@ -350,7 +350,7 @@ class Block(nn.Module):
         def branch(y: jax.Array) -> jax.Array:
             return times(dropout(y), scaling.branch)
 
-        def feed_forward(x: Array) -> tuple[jax.Array, Report | None]:
+        def feed_forward(x: Array) -> tuple[jax.Array, RouterReport | None]:
             y, report = mlp(x, filled) if isinstance(mlp, Moe) else (mlp(gather(x)), None)
             return scatter(y), report
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm.layers import cache as kv_cache
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
-from lm.layers.attention.attention import Context, Memory
+from lm.layers.attention.attention import EncoderStates, LayerInputs
 from lm.layers.attention.dot_product import Mask, self_mask
 from lm.layers.block import Block, BlockConfig
 from lm.layers.norm import Norm
@@ -48,7 +48,7 @@ class Transformer(nn.Module):
         x: Array,
         inputs: Tokens,
         *,
-        memory: Memory | None = None,
+        memory: EncoderStates | None = None,
         cache: Cache | None = None,
         order: int = 1,
         train: bool = False,
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
             context = context.replace(index=cache["index"])  # pyright: ignore
         per_layer = self._per_layer()
         if memory is not None:
-            context = context.replace(memory=Memory(memory.segments, memory.hidden))  # pyright: ignore
+            context = context.replace(memory=EncoderStates(memory.segments, memory.hidden))  # pyright: ignore
             if memory.hidden is None:
                 per_layer["kept"] = {"key": memory.key, "value": memory.value}
         layer_cache = None if cache is None else cache["layers"]
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
             if memory is not None:
-                cache["memory"] = Memory(memory.segments, **kept)
+                cache["memory"] = EncoderStates(memory.segments, **kept)
         return self.finish(x), cache, reports
 
     def finish(self, x: Array) -> jax.Array:
@@ -121,9 +121,9 @@ class Transformer(nn.Module):
             "layer": jnp.asarray(places, jnp.int32),
         }
 
-    def _context(self, tokens: Tokens, masks: Any, biases: Any, train: bool) -> Context:
+    def _context(self, tokens: Tokens, masks: Any, biases: Any, train: bool) -> LayerInputs:
         """What the layers share on tokens that continue nothing."""
-        return Context(masks, biases, **self._rotary(tokens.positions), index=None, train=train)
+        return LayerInputs(masks, biases, **self._rotary(tokens.positions), index=None, train=train)
 
     def _rotary(self, where: Array) -> dict[str, Array | None]:
         c = self.config

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.config.schema import field
 from lm.layers import positions as pe
-from lm.layers.attention.attention import Context
+from lm.layers.attention.attention import LayerInputs
 from lm.layers.block import Block, BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
@@ -150,10 +150,10 @@ class Decoder(Transformer):
         # groups have the same kinds in the same places, and nothing else tells layers apart
         per_layer = jax.tree.map(lambda a: a[: schedule.group_size], self._per_layer())
 
-        def prepare(tokens: Tokens, biases: Any) -> Context:
+        def prepare(tokens: Tokens, biases: Any) -> LayerInputs:
             return self._context(tokens, self._masks(tokens, order), biases, train)
 
-        def layer(params: Any, own: Any, x: Array, shared: Context, rng: Any) -> Any:
+        def layer(params: Any, own: Any, x: Array, shared: LayerInputs, rng: Any) -> Any:
             rngs = {} if rng is None else {"dropout": rng}
             found: Any = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
             (x, _), (report, _) = found

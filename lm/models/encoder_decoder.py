@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.config.schema import field
 from lm.layers import positions as pe
-from lm.layers.attention.attention import Memory
+from lm.layers.attention.attention import EncoderStates
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
@@ -139,7 +139,7 @@ class EncoderDecoder(nn.Module):
             table = self.encoder_position if c.positions == "learned" else None
             x = self._embed(encoder, table, "act_length", train)
             x, _, report = self.encoder.run(x, encoder, train=train)
-            memory, reports = Memory(encoder.segments, x), [report]
+            memory, reports = EncoderStates(encoder.segments, x), [report]
         table = self.decoder_position if c.positions == "learned" else None
         x = self._embed(inputs, table, "act_length" if cache is None else "length", train)
         x, cache, report = self.decoder.run(x, inputs, memory=memory, cache=cache, train=train)

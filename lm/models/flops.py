@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lm.config.schema import OptimizerConfig
-from lm.models.layouts import Layout, Scores, layout
+from lm.models.layouts import ModelLayout, Scores, layout
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
 FLOAT32_BYTES = 4
@@ -178,7 +178,7 @@ def _of_encoder(name: str) -> bool:
     return cross or name.startswith("encoder.")
 
 
-def _uses(name: str, parts: Layout, length: int, encoder_length: int) -> float:
+def _uses(name: str, parts: ModelLayout, length: int, encoder_length: int) -> float:
     """Times that a token is multiplied by a parameter, as the layout says of its group."""
     first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
     scale = encoder_length / length if _of_encoder(name) else 1.0

@@ -45,18 +45,18 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ModelLayout:
     weights: tuple[Weight, ...]
     scores: tuple[Scores, ...]
 
 
-def decoder(config: Any) -> Layout:
+def decoder(config: Any) -> ModelLayout:
     """The Layout of a `lm.models.decoder.Config`."""
     c = config
-    return Layout((*_tables(c), *_stack(c), *_head(c)), _scores(c))
+    return ModelLayout((*_tables(c), *_stack(c), *_head(c)), _scores(c))
 
 
-def encoder(config: Any) -> Layout:
+def encoder(config: Any) -> ModelLayout:
     """The Layout of a `lm.models.encoder.Config`: the transform of its masked-LM head and the
     pooler count as head; the pooler meets one token of a segment, so it has no uses.
     """
@@ -72,10 +72,10 @@ def encoder(config: Any) -> Layout:
         Weight("head", c.has_head * (c.mlp_bias * embed + vocab)),
         Weight("head", (embed + c.mlp_bias) * c.pooler_dim),
     )
-    return Layout(weights, _scores(c, causal=False))
+    return ModelLayout(weights, _scores(c, causal=False))
 
 
-def encoder_decoder(config: Any) -> Layout:
+def encoder_decoder(config: Any) -> ModelLayout:
     """The Layout of a `lm.models.encoder_decoder.Config`."""
     c = config
     heads, kv_heads, head, layers = c.num_heads, c.kv_heads, c.head_size, c.num_layers
@@ -96,7 +96,7 @@ def encoder_decoder(config: Any) -> Layout:
         *_scores(c),
         Scores(*shape, causal=False, keys="encoder"),
     )
-    return Layout(weights, scores)
+    return ModelLayout(weights, scores)
 
 
 def _tables(c: Any) -> tuple[Weight, ...]:
@@ -142,7 +142,7 @@ def _scores(c: Any, **of: Any) -> tuple[Scores, ...]:
     )
 
 
-def lstm(config: Any) -> Layout:
+def lstm(config: Any) -> ModelLayout:
     """The Layout of a `lm.models.lstm.Config`."""
     c = config
     table, size = c.vocab_size * c.embed_dim, c.hidden_size
@@ -155,10 +155,10 @@ def lstm(config: Any) -> Layout:
         Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
         Weight("head", c.head_bias * c.vocab_size),
     )
-    return Layout(weights, scores=())
+    return ModelLayout(weights, scores=())
 
 
-def conv(config: Any) -> Layout:
+def conv(config: Any) -> ModelLayout:
     """The Layout of a `lm.models.conv.Config`."""
     c = config
     layers, embed = c.num_layers, c.embed_dim
@@ -170,11 +170,11 @@ def conv(config: Any) -> Layout:
         Weight("norm", (layers + 1) * embed),
         Weight("head", 0 if c.tie_embeddings else table, uses=1.0),
     )
-    return Layout(weights, scores=())
+    return ModelLayout(weights, scores=())
 
 
 # The module of a model's Config: its Layout.
-LAYOUTS: dict[str, Callable[[Any], Layout]] = {
+LAYOUTS: dict[str, Callable[[Any], ModelLayout]] = {
     "lm.models.decoder": decoder,
     "lm.models.encoder": encoder,
     "lm.models.encoder_decoder": encoder_decoder,
@@ -188,7 +188,7 @@ def is_known(config: Any) -> bool:
     return type(config).__module__ in LAYOUTS
 
 
-def layout(config: Any) -> Layout:
+def layout(config: Any) -> ModelLayout:
     """The Layout of a model Config.
 
     Raises:

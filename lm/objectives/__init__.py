@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.types import Batch
 
@@ -43,7 +43,7 @@ Loss = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ModelInterface:
     """What the model takes, and so what an objective must make.
 
     length: T of the inputs and targets. encoder_length: of the encoder's stream, None without one.
@@ -65,7 +65,7 @@ class Form:
         return range(tokenizer.vocab_size, self.num_rows(tokenizer))
 
 
-def mask_id(given: int | None, tokenizer: Tokenizer, form: Form) -> int:
+def mask_id(given: int | None, tokenizer: Tokenizer, form: ModelInterface) -> int:
     """Returns the id that stands for a hidden token.
 
     It is `given`, else the tokenizer's `<mask>` or `[MASK]`, else the first id of the model that
@@ -97,7 +97,7 @@ class Objective:
     """
 
     make: Callable[[Rows, RowGenerator], Batch]
-    layout: Layout
+    layout: RowLayout
     scores_every_token: bool = False
     tasks: tuple[str, ...] = ()
     by_source: Mapping[str, Objective] | None = None

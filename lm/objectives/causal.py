@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from lm.config.schema import field
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.types import Batch, Tokens
 
 
@@ -22,7 +22,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the causal objective: targets are the tokens, inputs are the tokens before them.
 
     The input of a document's first token is bos; where a segment is the rest of a document that was
@@ -62,4 +62,4 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             weights=scored.astype(np.float32),
         )
 
-    return Objective(causal, Layout((form.length,)), scores_every_token=config.begins_with_bos)
+    return Objective(causal, RowLayout((form.length,)), scores_every_token=config.begins_with_bos)

@@ -11,7 +11,7 @@ from lm.data import streams
 from lm.data.sources import Rows
 from lm.data.streams import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator, mask_id
+from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
 from lm.objectives.seq2seq import pair_layout
 from lm.types import Batch, Tokens
 
@@ -32,7 +32,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the objective that predicts one token for every text; nothing else is scored.
 
     `L` is the label, `.` eos, `^` bos and `?` the mask token:
@@ -51,7 +51,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
         del rng  # nothing is random
         source = streams.flatten(rows, 0)
         names_read = streams.flatten(rows, 1)
-        label = names_read.keep(names_read.firsts())
+        label = names_read.keep(names_read.is_segment_start())
         label = label._replace(ids=verbalizers[_classes(names_read, names, config, tokenizer)])
         if mask is not None:
             return _at_mask(source, label, rows.ids.shape, bos, mask)
@@ -107,7 +107,7 @@ def _padded(tokens: list[np.ndarray], eos: int) -> np.ndarray:
 
 def _classes(read: Stream, names: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
     """Returns int64 [segments]: which of the rows of `names` stands in each segment."""
-    firsts = np.flatnonzero(read.firsts())
+    firsts = np.flatnonzero(read.is_segment_start())
     lengths = np.diff(np.append(firsts, len(read.ids)))
     columns = np.arange(names.shape[1])
     places = np.minimum(firsts[:, None] + columns, max(len(read.ids) - 1, 0))
@@ -130,9 +130,9 @@ def _at_mask(source: Stream, label: Stream, shape: tuple[int, int], bos: int, ma
     inputs, _ = streams.join(head._replace(ids=np.where(is_label, mask, bos)), source)
     targets, _ = streams.join(head._replace(ids=np.where(is_label, head.ids, bos)), source)
     scored, _ = streams.join(head._replace(ids=is_label), source._replace(ids=0 * source.ids))
-    ids, segments, positions = streams.place(inputs, shape)
+    ids, segments, positions = streams.scatter_to_rows(inputs, shape)
     return Batch(
         inputs=Tokens(ids, segments, positions),
-        targets=streams.place(targets, shape)[0],
-        weights=streams.place(scored, shape)[0].astype(np.float32),
+        targets=streams.scatter_to_rows(targets, shape)[0],
+        weights=streams.scatter_to_rows(scored, shape)[0].astype(np.float32),
     )

@@ -8,10 +8,10 @@ import numpy as np
 
 from lm.config.schema import field
 from lm.data import streams
-from lm.data.sources import Layout, Rows
-from lm.data.streams import Stream, changes
+from lm.data.sources import RowLayout, Rows
+from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator, mask_id
+from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
 from lm.types import Batch
 
 NOISES = ("mask", "delete", "infill", "shuffle", "rotate")
@@ -39,7 +39,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the denoising objective: the noisy text is given, every token of the text scored.
 
     `?` is the mask token; the eos of a document stays at its end and is never hidden:
@@ -84,7 +84,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             bidirectional=config.bidirectional and form.encoder_length is None,
         )
 
-    return Objective(denoising, Layout((raw,)))
+    return Objective(denoising, RowLayout((raw,)))
 
 
 def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
@@ -107,7 +107,7 @@ class _Noise:
         for kind in self._kinds:
             draws = np.stack([rng.random(raw) for rng in rngs])
             spans = np.stack([rng.poisson(self._mean_span, raw) for rng in rngs])
-            columns = streams.counted(changes(text.rows))
+            columns = streams.positions_since(boundaries(text.rows))
             text = kind(text, draws[text.rows, columns], spans[text.rows, columns])
         return text
 
@@ -122,7 +122,7 @@ class _Noise:
 
     def infill(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         is_end, places = text.ids == self._eos, np.arange(len(text.ids))
-        first = text.firsts()
+        first = text.is_segment_start()
         after = np.append(np.flatnonzero(first)[1:], len(first))[np.cumsum(first) - 1]
         # the chance to begin a span with which spans, which may overlap, cover `rate` of the text
         begins = (draws < -np.log(1 - self._rate) / max(self._mean_span, 1e-9)) & ~is_end
@@ -133,13 +133,13 @@ class _Noise:
         room = np.bincount(text.rows, hidden.astype(int) - (begins & hidden))
         begins &= ~empty | (_count_in_rows(empty, text.rows) <= room[text.rows])
         twice = np.repeat(places, ~hidden + begins.astype(int))  # the mask, then what stays
-        is_mask = changes(twice) & begins[twice]
+        is_mask = boundaries(twice) & begins[twice]
         ids = np.where(is_mask, np.int32(self._mask), text.ids[twice])
         return Stream(ids, text.rows[twice], text.segments[twice])
 
     def shuffle(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
-        first = text.firsts()
+        first = text.is_segment_start()
         first[1:] |= self._is_sentence_end(text)[:-1]
         places = np.arange(len(first))
         keys = draws[np.maximum.accumulate(np.where(first, places, 0))]
@@ -147,7 +147,7 @@ class _Noise:
 
     def rotate(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
-        first, places = text.firsts(), streams.counted(text.firsts())
+        first, places = text.is_segment_start(), streams.positions_since(text.is_segment_start())
         segment = np.cumsum(first) - 1
         sizes = np.bincount(segment, text.ids != self._eos).astype(int)
         offset = (draws[first] * sizes).astype(int)
@@ -166,5 +166,5 @@ class _Noise:
 def _count_in_rows(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Returns int [n]: how many are true up to each place of its row."""
     total = np.cumsum(mask)
-    first = np.maximum.accumulate(np.where(changes(rows), np.arange(len(rows)), 0))
+    first = np.maximum.accumulate(np.where(boundaries(rows), np.arange(len(rows)), 0))
     return total - (total - mask)[first]

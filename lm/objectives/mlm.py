@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from lm.config.schema import field
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator, mask_id
+from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
 from lm.types import Batch, Tokens
 
 _INSIDE = bytes(range(0x80, 0xC0))  # go on a UTF-8 character
@@ -35,7 +35,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the masked-LM objective, for encoders.
 
     Rows are those of the data, without a token added; targets are the tokens themselves, weights 1
@@ -79,7 +79,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             weights=chosen.astype(np.float32),
         )
 
-    return Objective(mlm, Layout((form.length,)))
+    return Objective(mlm, RowLayout((form.length,)))
 
 
 def _of_first(values: np.ndarray, continues: np.ndarray) -> np.ndarray:

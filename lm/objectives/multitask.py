@@ -9,7 +9,7 @@ import numpy as np
 from lm.config.schema import Task, component, field
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.types import Batch
 
 
@@ -20,7 +20,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the objective that makes of each source's rows what its task says.
 
     In a config, `lm.config.conversion.task` writes a section, and data.weights mixes the sources:

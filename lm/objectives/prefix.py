@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from lm.config.schema import field
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator, causal
+from lm.objectives import ModelInterface, Objective, RowGenerator, causal
 from lm.types import Batch
 
 
@@ -18,7 +18,7 @@ class Config:
     bidirectional: bool = field(True, "The prefix sees the whole of itself, not only backwards.")
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the prefix objective, for a decoder: the rows of `causal`, with a prefix in each.
 
     Every segment is split at a random place, each as likely as any other: of its `n` tokens, the
@@ -51,4 +51,4 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             batch = dataclasses.replace(batch, inputs=inputs)
         return dataclasses.replace(batch, weights=scored.astype(np.float32))
 
-    return Objective(prefix, Layout((form.length,)))
+    return Objective(prefix, RowLayout((form.length,)))

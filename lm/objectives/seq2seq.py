@@ -6,9 +6,9 @@ import dataclasses
 
 from lm.config.schema import field
 from lm.data import streams
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.types import Batch
 
 
@@ -23,7 +23,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the objective that scores every token of the target, its eos included, and no other.
 
     With an encoder its input is the source, and the decoder's the target; in a decoder the target
@@ -54,8 +54,8 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
     return Objective(seq2seq, pair_layout(config.fields, form))
 
 
-def pair_layout(fields: tuple[str, str], form: Form) -> Layout:
+def pair_layout(fields: tuple[str, str], form: ModelInterface) -> RowLayout:
     """Returns the rows of two fields: apart for an encoder and a decoder, else in one stream."""
     if form.encoder_length is None:
-        return Layout((form.length,), fields)
-    return Layout((form.encoder_length, form.length), fields)
+        return RowLayout((form.length,), fields)
+    return RowLayout((form.encoder_length, form.length), fields)

@@ -9,10 +9,10 @@ import numpy as np
 
 from lm.config.schema import field
 from lm.data import streams
-from lm.data.sources import Layout, Rows
-from lm.data.streams import Stream, changes
+from lm.data.sources import RowLayout, Rows
+from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.types import Batch
 
 
@@ -70,7 +70,7 @@ class Room(NamedTuple):
         return -(-self.raw // max(spare // (4 + self.prompt), 1))
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns T5's span corruption.
 
     In a row of one document the number of hidden tokens and of spans, and the lengths of the
@@ -111,7 +111,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             bidirectional=config.bidirectional and form.encoder_length is None,
         )
 
-    return Objective(span_corruption, Layout((room.raw,)))
+    return Objective(span_corruption, RowLayout((room.raw,)))
 
 
 def checked(density: float, mean_span: float) -> Noise:
@@ -125,7 +125,7 @@ def checked(density: float, mean_span: float) -> Noise:
     return Noise(density, mean_span)
 
 
-def find_room(noise: Noise, form: Form) -> Room:
+def find_room(noise: Noise, form: ModelInterface) -> Room:
     """Returns the longest text that fits when it is corrupted, and the lengths that it then has.
 
     Raises ValueError where the lengths of encoder and decoder don't fit together.
@@ -154,7 +154,9 @@ def _longest(length_of, limit: int, name: str) -> int:
     return found[-1]
 
 
-def first_sentinel(given: int | None, spans: int, tokenizer: Tokenizer, form: Form) -> int:
+def first_sentinel(
+    given: int | None, spans: int, tokenizer: Tokenizer, form: ModelInterface
+) -> int:
     """Returns the id of the first of `spans` descending sentinels.
 
     Raises ValueError where one of them would be a token of the text.
@@ -188,7 +190,7 @@ class Text(NamedTuple):
     def of(cls, rows: Rows, eos: int, shortest: int) -> Text:
         """Returns the text of `rows`; documents below `shortest` share a group with the next."""
         stream = streams.flatten(rows)
-        firsts = np.flatnonzero(stream.firsts())
+        firsts = np.flatnonzero(stream.is_segment_start())
         column = np.nonzero(rows.segments)[1]
         bucket = stream.rows[firsts] * (rows.ids.shape[1] + 1) + column[firsts] // shortest
         begins = firsts[np.append(True, bucket[1:] != bucket[:-1])[: len(firsts)]]
@@ -209,14 +211,14 @@ def corrupt(
     """
     sizes = np.bincount(text.groups, minlength=len(text.rows))
     hidden, spans = _share_out(sizes, text.rows, noise, room, draws[:, -2:])
-    keys = draws[text.stream.rows, streams.counted(changes(text.stream.rows))]
+    keys = draws[text.stream.rows, streams.positions_since(boundaries(text.stream.rows))]
     mask = random_spans(hidden, spans, text.groups, keys)
     begins = mask & ~np.append(False, mask[:-1])  # a group begins with text: spans never touch
     number = np.cumsum(begins) - 1 - (np.cumsum(spans) - spans)[text.groups]
     ids, sentinels = text.stream.ids, (sentinel - number).astype(np.int32)
     kept = ~mask | begins
     twice = np.repeat(np.arange(len(ids)), mask + begins.astype(int))  # sentinel and first token
-    values = np.where(changes(twice) & begins[twice], sentinels[twice], ids[twice])
+    values = np.where(boundaries(twice) & begins[twice], sentinels[twice], ids[twice])
     shown = np.where(begins, sentinels, ids)[kept]
     return (
         _with_ends(text.groups[kept], shown, np.arange(len(sizes)), text, eos),
@@ -235,7 +237,7 @@ def random_spans(
     """
     able = spans[groups] > 0
     groups, keys = groups[able], keys[able]
-    is_hidden = streams.counted(changes(groups)) < hidden[groups]
+    is_hidden = streams.positions_since(boundaries(groups)) < hidden[groups]
     parts = [_random_parts(groups[of], keys[of], spans) for of in (~is_hidden, is_hidden)]
     result = np.zeros(len(able), bool)
     result[able] = np.repeat(np.arange(2 * len(parts[0])) % 2 == 1, np.stack(parts, 1).ravel())
@@ -244,10 +246,10 @@ def random_spans(
 
 def _random_parts(groups: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns the lengths of `counts[g]` parts into which the items of each group g are cut."""
-    firsts = changes(groups)
+    firsts = boundaries(groups)
     order = np.lexsort((np.where(firsts, -1.0, keys), groups))  # the first item begins a part
     begins = np.empty(len(groups), bool)
-    begins[order] = streams.counted(firsts) < counts[groups]
+    begins[order] = streams.positions_since(firsts) < counts[groups]
     return np.diff(np.append(np.flatnonzero(begins), len(groups)))
 
 
@@ -290,7 +292,7 @@ def _apportion(
     offset = (draws * sums).astype(int)
     upto = np.cumsum(weights)
     before = upto - weights
-    row_begin = before[np.maximum.accumulate(np.where(changes(rows), np.arange(len(rows)), 0))]
+    row_begin = before[np.maximum.accumulate(np.where(boundaries(rows), np.arange(len(rows)), 0))]
     at = [(total[rows] * (x - row_begin) + offset[rows]) // sums[rows] for x in (before, upto)]
     return at[1] - at[0]
 

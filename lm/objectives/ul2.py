@@ -8,10 +8,10 @@ import numpy as np
 
 from lm.config.schema import field
 from lm.data import streams
-from lm.data.sources import Layout, Rows
-from lm.data.streams import Stream, changes
+from lm.data.sources import RowLayout, Rows
+from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import Form, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.objectives.span_corruption import Noise, Room, Text, checked, corrupt, first_sentinel
 from lm.types import Batch
 
@@ -48,7 +48,7 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
+def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
     """Returns the mixture: every row is corrupted by one denoiser, chosen at random.
 
     What a denoiser makes of a row is what `span_corruption` does with its density and mean span; S
@@ -98,7 +98,7 @@ def build(config: Config, tokenizer: Tokenizer, form: Form) -> Objective:
             bidirectional=config.bidirectional and form.encoder_length is None,
         )
 
-    return Objective(ul2, Layout((raw,)))
+    return Objective(ul2, RowLayout((raw,)))
 
 
 def _denoisers(config: Config) -> tuple[list[Noise], np.ndarray]:
@@ -124,7 +124,7 @@ def _denoisers(config: Config) -> tuple[list[Noise], np.ndarray]:
     return noises, rates / rates.sum()
 
 
-def _find_room(noise: Noise, prompt: int, form: Form) -> Room:
+def _find_room(noise: Noise, prompt: int, form: ModelInterface) -> Room:
     """Returns the longest text that fits when it is corrupted, and the lengths that it then has."""
     encoder, decoder = form.encoder_length, form.length
 
@@ -167,9 +167,9 @@ def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> R
 
 def _prepend(stream: Stream, token: int) -> Stream:
     """Returns the stream with `token` before each of its segments."""
-    firsts = stream.firsts()
+    firsts = stream.is_segment_start()
     twice = np.repeat(np.arange(len(firsts)), 1 + firsts)
-    is_new = changes(twice) & firsts[twice]
+    is_new = boundaries(twice) & firsts[twice]
     ids = np.where(is_new, np.int32(token), stream.ids[twice])
     return Stream(ids, stream.rows[twice], stream.segments[twice])
 

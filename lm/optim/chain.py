@@ -144,7 +144,7 @@ def with_epsilons(
     return optax.GradientTransformation(inner.init, update)
 
 
-def steer(
+def sign_update_router_bias(
     inner: optax.GradientTransformation, rate: float, kinds: Any
 ) -> optax.GradientTransformation:
     """`inner`, but parameters of the role `balance` move by `rate` against their gradient's sign.
@@ -298,5 +298,5 @@ def make_optimizer(
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     links = [track_norms(), *clip, *core]
     if "balance" in jax.tree.leaves(kinds):
-        links = [steer(optax.chain(*links), config.bias_rate, kinds)]
+        links = [sign_update_router_bias(optax.chain(*links), config.bias_rate, kinds)]
     return optax.chain(*links, *average)

@@ -33,7 +33,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with every stack of layers as its layers: `layers.up` [L, ...] as `layers.0.up`, ...
 
     A loop over layers reads its weights out of their stack. XLA's CPU compiler copies them for
@@ -49,7 +49,7 @@ def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             return value
         if key != "layers":
-            return apart(value)
+            return unstack_layers(value)
         leaves = flatten(value)
         [count] = {x.shape[0] for x in leaves.values()}
         return {

@@ -41,7 +41,7 @@ ONE = Power()
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RoleScaling:
     """What a role's parameters have at other sizes than the base."""
 
     init: Power | None  # deviation at the start; None: what the config says, at the size itself
@@ -53,7 +53,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    rows: Mapping[str, Row]
+    rows: Mapping[str, RoleScaling]
     branch: Power = ONE  # factor on what a sublayer adds to the residual stream
     score: float = 0.0  # exponent of `head`, on the usual factor head_dim ** -0.5 of the scores
 
@@ -67,19 +67,21 @@ _KEPT = {"adam": ONE, "lion": ONE}
 TABLES = {
     "standard": Table(
         {
-            role: Row(init=None, rate=dict.fromkeys(RULES, ONE))
+            role: RoleScaling(init=None, rate=dict.fromkeys(RULES, ONE))
             for role in ("embedding", "hidden", "router", "head", "vector")
         }
     ),
     "mup": Table(
         {
-            "embedding": Row(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
-            "hidden": Row(
+            "embedding": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
+            "hidden": RoleScaling(
                 Power(-0.5), {**_LIKE_A_SIGN, "muon": Power(-0.5)}, epsilon=_AS_GRADIENTS
             ),
-            "router": Row(Power(-1), {**_LIKE_A_SIGN, "muon": Power(-1)}, epsilon=_AS_GRADIENTS),
-            "head": Row(Power(0), _KEPT, epsilon=_AS_GRADIENTS, output=Power(-1)),
-            "vector": Row(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
+            "router": RoleScaling(
+                Power(-1), {**_LIKE_A_SIGN, "muon": Power(-1)}, epsilon=_AS_GRADIENTS
+            ),
+            "head": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS, output=Power(-1)),
+            "vector": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
         },
         branch=Power(depth=-1),
         score=-0.5,

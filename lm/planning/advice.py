@@ -89,7 +89,7 @@ def _to_fit(plan: Any, experiment: Experiment) -> list[Advice]:
 def _to_gain(plan: Any, experiment: Experiment) -> list[Advice]:
     c = experiment.config
     found = []
-    binding, room = plan.times.binding, plan.headroom or 0
+    binding, room = plan.times.bottleneck, plan.headroom or 0
     remat = getattr(c.model, "remat", "full")
     again = plan.work.flops / plan.model_flops - 1 if plan.model_flops else 0.0
     k = c.train.num_microbatches
@@ -159,7 +159,7 @@ def _products_of_attention(plan: Any, experiment: Experiment) -> list[Advice]:
     c = experiment.config.model
     kernel = getattr(c, "attention_kernel", "xla")
     scores = any("attend" in line.op for line in plan.memory.largest_temporary)
-    if plan.times.binding != "HBM" or experiment.rules.platform != "tpu" or not scores:
+    if plan.times.bottleneck != "HBM" or experiment.rules.platform != "tpu" or not scores:
         return []
     if kernel == "xla":
         return [Advice("keep scores out of HBM", _flag("model.attention_kernel", "auto"))]

@@ -26,7 +26,7 @@ class Work:
     loops: tuple[str, ...] = ()  # that end on data, as far as the program tells: counted once
 
 
-def measure(module: Module) -> Work:
+def count_flops_and_hbm_bytes(module: Module) -> Work:
     """The work of one device in a step, trip counts multiplied in."""
     total, moved = 0.0, 0.0
     unknown: dict[str, None] = {}
@@ -43,7 +43,7 @@ def measure(module: Module) -> Work:
         else:
             total += visit.times * count
         if visit.outer is None:
-            moved += visit.times * _moved(instruction, computation, module)
+            moved += visit.times * _hbm_traffic(instruction, computation, module)
     return Work(total, tuple(unknown), moved, tuple(loops))
 
 
@@ -73,7 +73,7 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     out = instruction.shapes[0].dims
     valid = 1
     for i, window in enumerate(instruction.proto.window.dimensions):
-        valid *= _taps(
+        valid *= _valid_window_positions(
             left[labels.input_spatial_dimensions[i]],
             right[labels.kernel_spatial_dimensions[i]],
             out[labels.output_spatial_dimensions[i]],
@@ -87,7 +87,7 @@ def _convolution(instruction: Instruction, computation: Computation) -> float:
     return 2.0 * valid * batch * inner * right[labels.kernel_output_feature_dimension]
 
 
-def _taps(
+def _valid_window_positions(
     size: int, kernel: int, out: int, *, stride: int, low: int, spread: int, dilate: int
 ) -> int:
     """Pairs of an output and a tap of the window that meet an element of the input."""
@@ -153,7 +153,7 @@ def _splash(instruction: Instruction, computation: Computation) -> float | None:
     return 2.0 * products * math.prod(heads) * size * seen * block_q * block_kv
 
 
-def _moved(instruction: Instruction, computation: Computation, module: Module) -> float:
+def _hbm_traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
     """Bytes that one run reads from and writes to HBM; of what it takes or changes a slice of, the
     slice.
     """

@@ -59,7 +59,7 @@ def estimate(
     topology: Topology,
     rules: sharding.Rules,
     *,
-    places: Sequence[interconnect.Place],
+    places: Sequence[interconnect.ChipCoord],
 ) -> Estimate:
     """Of the train step of a config on the mesh of `rules`, with its devices at `places`."""
     mesh, c = rules.mesh.shape, config.model

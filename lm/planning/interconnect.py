@@ -21,7 +21,7 @@ from lm.planning.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ChipCoord:
     """Where a device is: its slice or node, its chip in that, its number on the chip."""
 
     island: int
@@ -38,23 +38,23 @@ class Path:
     exchange: float | None  # of an all-to-all
 
 
-def places(topology: Topology, devices: Sequence[Any]) -> list[Place]:
+def places(topology: Topology, devices: Sequence[Any]) -> list[ChipCoord]:
     """Of the devices in the order of a mesh."""
     found = []
     for i, device in enumerate(devices):
         if topology.chip.platform == "tpu":
             island = int(getattr(device, "slice_index", None) or 0)
-            found.append(Place(island, tuple(device.coords), int(device.core_on_chip)))
+            found.append(ChipCoord(island, tuple(device.coords), int(device.core_on_chip)))
         elif topology.chip.platform == "gpu":
             number = int(getattr(device, "id", i))
             per_node = topology.shape[1]
-            found.append(Place(number // per_node, (number % per_node,), 0))
+            found.append(ChipCoord(number // per_node, (number % per_node,), 0))
         else:
-            found.append(Place(0, (i,), 0))
+            found.append(ChipCoord(0, (i,), 0))
     return found
 
 
-def path(topology: Topology, members: Sequence[Place]) -> Path:
+def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
     """The wires that connect the members of one group."""
     chip = topology.chip
     islands = {m.island for m in members}
@@ -93,7 +93,7 @@ def path(topology: Topology, members: Sequence[Place]) -> Path:
     return Path(False, chip.link * links / shared, chip.link / slowest / chip.devices)
 
 
-def seconds(collective: Collective, path: Path) -> float | None:
+def transfer_seconds(collective: Collective, path: Path) -> float | None:
     """The least time of a collective over a whole step; None where bandwidth is not published."""
     rate = path.exchange if collective.kind.endswith("all-to-all") else path.bandwidth
     return None if rate is None else collective.bytes / rate

@@ -23,7 +23,7 @@ GROUPS = {
     "parameter copies": "parameters gathered from other devices, or cast to the compute type",
     "kernels": "results and scratch of custom kernels",
     "temporaries": "everything else that is live at the peak",
-    "idle": "gaps of the heap at the peak",
+    "fragmentation": "gaps of the heap at the peak",
     "code": "instructions",
 }
 
@@ -71,7 +71,7 @@ def measure(
             heap += found
             for line in found:
                 groups[line.group] += line.bytes
-            groups["idle"] += allocation.size - sum(line.bytes for line in found)
+            groups["fragmentation"] += allocation.size - sum(line.bytes for line in found)
             continue
         group, op = "temporaries", "constant"
         if allocation.kind == "parameter":
@@ -91,7 +91,7 @@ def measure(
             # libtpu's temporaries are no heap that it assigned: up to half as much again. Its peak
             # is, without gaps and code, but with what is in the chip's own memory at that moment.
             assert compiled.peak is not None
-            stated = compiled.peak + groups["idle"] + groups["code"]
+            stated = compiled.peak + groups["fragmentation"] + groups["code"]
     h = compiled.host_sizes
     host = h["argument"] + h["output"] - h["alias"] + h["temp"] if h else 0
     return Memory(

@@ -56,7 +56,7 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class EquivalenceReport:
     differences: tuple[Difference, ...]
     layout: tuple[str, ...]  # what lies where it shouldn't
 
@@ -151,7 +151,7 @@ def verify(
     devices: Sequence[Any],
     *,
     num_microbatches: int = 1,
-) -> Report:
+) -> EquivalenceReport:
     """Compares `mesh`, {axis: size} of `config.mesh`, over all `devices` with the first of them.
 
     They may be those of several processes: each then compares the shards that it holds with its own
@@ -194,14 +194,14 @@ def on_one_device(config: ConfigTree, devices: Sequence[Any]) -> tuple[Step, ...
     return tuple(steps)
 
 
-def compare(many: Experiment, steps: Sequence[Step]) -> Report:
+def compare(many: Experiment, steps: Sequence[Step]) -> EquivalenceReport:
     """The same steps on a mesh, and the layout."""
     differences: list[Difference] = []
     for number, step in enumerate(steps):
         # made there, or moved there
         state = many.init_state() if number == 0 else _place(step.before, many.abstract_state)
         differences += _compare(number, step, *many.train_step(state, _put(many, step.batch)))
-    return Report(tuple(differences), tuple(_layout(many)))
+    return EquivalenceReport(tuple(differences), tuple(_layout(many)))
 
 
 def _on_host(tree: Any) -> Any:
@@ -249,7 +249,7 @@ def _experiment(
 
 
 def _put(experiment: Experiment, batch: Batch) -> Batch:
-    return experiment.put(jax.tree.map(lambda x: x[experiment.rows], batch))
+    return experiment.make_global_batch(jax.tree.map(lambda x: x[experiment.rows], batch))
 
 
 def _uneven(batch: Batch, seed: int) -> Batch:
@@ -375,7 +375,7 @@ def _whole_activations(experiment: Experiment, program: str) -> list[str]:
     return [f"[{shape}] holds the tokens of all devices ({op})" for shape, op in seen.items()]
 
 
-def describe(report: Report) -> str:
+def describe(report: EquivalenceReport) -> str:
     """The report as a table."""
     lines = [f"{'step':>4}  {'compared':14} {'difference':>10}  {'of':40}"]
     for d in report.differences:

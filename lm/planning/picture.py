@@ -14,7 +14,7 @@ COLORS = {
     **{"parameters": "#1f4e79", "optimizer": "#2e75b6", "cache": "#5b9bd5", "batch": "#9dc3e6"},
     **{"outputs": "#bdd7ee", "gradients": "#c55a11", "saved activations": "#ed7d31"},
     **{"parameter copies": "#f4b183", "kernels": "#ffd966", "temporaries": "#ffe699"},
-    **{"idle": "#d9d9d9", "code": "#a6a6a6"},
+    **{"fragmentation": "#d9d9d9", "code": "#a6a6a6"},
 }
 KINDS = {
     **{"all-gather": "#2e75b6", "reduce-scatter": "#70ad47", "all-reduce": "#c55a11"},
@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-def draw(plan: Plan, path: str) -> None:
+def save_picture(plan: Plan, path: str) -> None:
     """Writes the picture of a plan to a PNG file."""
     import matplotlib
 
@@ -92,24 +92,25 @@ def _times(axis: Any, plan: Plan) -> None:
         axis.set_axis_off()
         axis.set_title(f"time: no published peaks for {plan.topology}", loc="left", fontsize=10)
         return
-    parts = {n: t for n, t in parts.items() if t > plan.times.least / 200}
-    unit, scale = ("s", 1.0) if plan.times.most >= 1 else ("ms", 1e3)
+    parts = {n: t for n, t in parts.items() if t > plan.times.lower_bound_s / 200}
+    unit, scale = ("s", 1.0) if plan.times.upper_bound_s >= 1 else ("ms", 1e3)
     names, values = list(parts), [t * scale for t in parts.values()]
     places = range(1, len(names) + 1)
-    binds = plan.times.binding
+    binds = plan.times.bottleneck
     axis.barh(places, values, 0.6, color=["#c55a11" if n == binds else "#9dc3e6" for n in names])
-    low, high = plan.times.least * scale, plan.times.most * scale
+    low, high = plan.times.lower_bound_s * scale, plan.times.upper_bound_s * scale
     axis.barh(0, high - low, 0.35, left=low, color="#404040")
     for place, value in zip(places, values, strict=True):
-        axis.text(value, place, f" {report.seconds(value / scale)}", va="center", fontsize=9)
+        axis.text(value, place, f" {report.duration(value / scale)}", va="center", fontsize=9)
     axis.text(high, 0, " nothing overlaps", va="center", fontsize=9)
     axis.text(low, 0, "all overlaps ", va="center", ha="right", fontsize=9)
     axis.set_yticks(range(len(names) + 1), ["step", *names])
     axis.invert_yaxis()
     axis.set_xlim(0, high * 1.3)
     axis.set_xlabel(f"{unit} of a step, at published peaks")
-    words = f"step {report.seconds(plan.times.least)} to {report.seconds(plan.times.most)}"
-    mfu = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+    bounds = plan.times.lower_bound_s, plan.times.upper_bound_s
+    words = f"step {report.duration(bounds[0])} to {report.duration(bounds[1])}"
+    mfu = plan.mfu(bounds[1]), plan.mfu(bounds[0])
     if mfu[0] is not None and mfu[1] is not None:
         words += f", MFU {mfu[0]:.0%} to {mfu[1]:.0%}"
     _bare(axis, f"time: {words}; {binds} binds")

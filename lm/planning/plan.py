@@ -36,7 +36,7 @@ from lm.planning import (
 from lm.planning.advice import Advice
 from lm.planning.costs import Work
 from lm.planning.memory import Line, Memory
-from lm.planning.roofline import Times
+from lm.planning.roofline import StepTimeBounds
 from lm.planning.topology import Topology
 from lm.telemetry.metrics import Progress
 from lm.training.experiment import Experiment
@@ -83,7 +83,7 @@ class Plan:
     work: Work
     model_flops: float | None  # of a step, for each device
     peak_flops: float | None  # of a device
-    times: Times
+    times: StepTimeBounds
     warnings: tuple[str, ...]
     advice: tuple[Advice, ...]
     compile_seconds: float
@@ -110,9 +110,9 @@ class Plan:
         derived = {
             "fits": self.fits,
             "headroom": self.headroom,
-            "step_seconds": [self.times.least, self.times.most],
-            "mfu": [self.mfu(self.times.most), self.mfu(self.times.least)],
-            "binding": self.times.binding,
+            "step_seconds": [self.times.lower_bound_s, self.times.upper_bound_s],
+            "mfu": [self.mfu(self.times.upper_bound_s), self.mfu(self.times.lower_bound_s)],
+            "binding": self.times.bottleneck,
         }
         return json.dumps({**tree, "derived": derived}, indent=2)
 
@@ -127,7 +127,7 @@ def from_json(text: str) -> Plan:
     tree["memory"] = Memory(**m)
     tree["transfers"] = tuple(Transfer(**t) for t in tree["transfers"])
     tree["work"] = Work(**_tuples(tree["work"]))
-    tree["times"] = Times(**_tuples(tree["times"]))
+    tree["times"] = StepTimeBounds(**_tuples(tree["times"]))
     tree["advice"] = tuple(Advice(**a) for a in tree["advice"])
     return Plan(**_tuples(tree))
 
@@ -140,7 +140,7 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
 Make = Callable[[ConfigTree, str, Decode | None], Plan]
 
 
-def changed(config: ConfigTree, changes: dict[str, Any]) -> ConfigTree:
+def with_changes(config: ConfigTree, changes: dict[str, Any]) -> ConfigTree:
     """A copy of the config with changes by path."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
@@ -161,7 +161,7 @@ def without_data(config: ConfigTree) -> ConfigTree:
     }
     if c.train.num_epochs is not None:  # data would have to say how many steps that is
         changes |= {"train.num_epochs": None, "train.num_steps": 1000}
-    return changed(config, changes)
+    return with_changes(config, changes)
 
 
 def make(
@@ -215,7 +215,7 @@ def analyse(
     sizes = tuple(mesh.shape.values())
     found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
     places = interconnect.places(target, mesh.devices.flatten().tolist())
-    done = costs.measure(module)
+    done = costs.count_flops_and_hbm_bytes(module)
     needed = roofline.times(target, done, found, places, c.model.dtype)
     rows = experiment.batch_size if decode is None else decode.batch_size
     length = c.data.length if decode is None else decode.length
@@ -266,13 +266,15 @@ def _model_flops(
 
 
 def _transfers(
-    found: Sequence[traffic.Collective], target: Topology, places: Sequence[interconnect.Place]
+    found: Sequence[traffic.Collective], target: Topology, places: Sequence[interconnect.ChipCoord]
 ) -> tuple[Transfer, ...]:
     groups: dict[tuple[str, str, bool], list[tuple[traffic.Collective, float | None]]] = {}
     for collective in found:
         path = interconnect.path(target, [places[i] for i in collective.group])
         key = (collective.kind, collective.axis, path.network)
-        groups.setdefault(key, []).append((collective, interconnect.seconds(collective, path)))
+        groups.setdefault(key, []).append(
+            (collective, interconnect.transfer_seconds(collective, path))
+        )
     transfers = []
     for (kind, axis, network), members in groups.items():
         seconds = [t for _, t in members]

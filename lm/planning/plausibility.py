@@ -76,7 +76,7 @@ def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
             f"its products are {plan.work.flops:.3g} FLOP a device, {share:.1%} of the model's "
             f"{plan.model_flops:.3g}"
         )
-    mfu = plan.mfu(plan.times.least)
+    mfu = plan.mfu(plan.times.lower_bound_s)
     if mfu is not None and mfu > 1:
         kernels = f" ({len(plan.work.unknown)} kernels declare no FLOPs)"
         yield f"MFU would be up to {mfu:.1%}{kernels if plan.work.unknown else ''}"

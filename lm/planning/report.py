@@ -44,10 +44,13 @@ def verdict(plan: Plan) -> str:
 
 def days(plan: Plan, tokens: float) -> str:
     """How long a run of so many tokens takes."""
-    if not plan.times.least or plan.step != "train":
+    if not plan.times.lower_bound_s or plan.step != "train":
         return f"no published peaks for {plan.topology}: no rate"
-    fast, slow = (tokens / plan.tokens * t / 86400 for t in (plan.times.least, plan.times.most))
-    rate = (plan.tokens / t * 86400 for t in (plan.times.most, plan.times.least))
+    fast, slow = (
+        tokens / plan.tokens * t / 86400
+        for t in (plan.times.lower_bound_s, plan.times.upper_bound_s)
+    )
+    rate = (plan.tokens / t * 86400 for t in (plan.times.upper_bound_s, plan.times.lower_bound_s))
     daily = " to ".join(_count(r) for r in rate)
     return f"{daily} tokens a day: {_count(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
 
@@ -59,13 +62,13 @@ def search_page(found: Found) -> str:
         plan, guess = candidate.plan, candidate.estimate
         mark = "* " if candidate is found.winner else "  "
         rows.append(f"{mark}{candidate.flags}")
-        formula = f"by formula {_bytes(guess.memory)}, {seconds(guess.seconds)}"
+        formula = f"by formula {_bytes(guess.memory)}, {duration(guess.seconds)}"
         if plan is not None and plan.fits:
-            low, high = plan.mfu(plan.times.most), plan.mfu(plan.times.least)
+            low, high = plan.mfu(plan.times.upper_bound_s), plan.mfu(plan.times.lower_bound_s)
             mfu = "" if low is None or high is None else f", MFU {low:.1%} to {high:.1%}"
             rows.append(
-                f"      {_bytes(plan.memory.total)}, step {seconds(plan.times.least)} to "
-                f"{seconds(plan.times.most)}{mfu} ({formula})"
+                f"      {_bytes(plan.memory.total)}, step {duration(plan.times.lower_bound_s)} to "
+                f"{duration(plan.times.upper_bound_s)}{mfu} ({formula})"
             )
         if candidate.lost:
             rows.append(f"      {candidate.lost}" + ("" if plan and plan.fits else f" ({formula})"))
@@ -84,7 +87,7 @@ def sizes_page(found: Sizes) -> str:
             rows.append(f"      {trial.refused}")
             continue
         rows.append(f"      {verdict(trial.plan)}")
-        if trial.plan.fits and trial.plan.times.least:
+        if trial.plan.fits and trial.plan.times.lower_bound_s:
             rows.append(f"      {_rate(trial.plan)}")
     nothing = [] if found.winner else ["nothing that was tried fits"]
     return "\n".join([f"{found.wanted} (*)", *rows, *nothing, ""])
@@ -163,7 +166,7 @@ def _traffic(plan: Plan) -> str:
     for t in plan.transfers:
         if t.bytes < scale / 1000:
             continue
-        least = "?" if t.seconds is None else seconds(t.seconds)
+        least = "?" if t.seconds is None else duration(t.seconds)
         where = "network" if t.network else "links"
         rows.append(
             f"  {t.kind:20} {t.axis:14} {_bytes(t.bytes):>10}  {_bar(t.bytes / scale)} "
@@ -183,8 +186,8 @@ def _time(plan: Plan) -> str:
         return f"time: no published peaks for {plan.topology}\n  {flops}"
     longest = max(parts.values())
     rows = [
-        f"  {name:22} {seconds(t):>10}  {_bar(t / longest)}"
-        f"{'  binds' if name == plan.times.binding else ''}"
+        f"  {name:22} {duration(t):>10}  {_bar(t / longest)}"
+        f"{'  binds' if name == plan.times.bottleneck else ''}"
         for name, t in parts.items()
     ]
     lines = [f"  {_rate(plan)}", f"  {flops}"]
@@ -193,12 +196,12 @@ def _time(plan: Plan) -> str:
 
 def _rate(plan: Plan) -> str:
     """Step time, tokens a second and MFU, each from all overlapped to nothing overlapped."""
-    least, most = plan.times.least, plan.times.most
+    least, most = plan.times.lower_bound_s, plan.times.upper_bound_s
     low, high = plan.mfu(most), plan.mfu(least)
     known = low is not None and high is not None and high >= 5e-4
     mfu = f", MFU {low:.1%} to {high:.1%}" if known else ""
     return (
-        f"step {seconds(least)} (all overlaps) to {seconds(most)} (nothing does): "
+        f"step {duration(least)} (all overlaps) to {duration(most)} (nothing does): "
         f"{_count(plan.tokens / most)} to {_count(plan.tokens / least)} tokens/s{mfu}"
     )
 
@@ -250,7 +253,7 @@ def _bytes(n: float) -> str:
     return f"{n:.0f} B"
 
 
-def seconds(t: float) -> str:
+def duration(t: float) -> str:
     if t >= 1:
         return f"{t:.2f} s"
     return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"

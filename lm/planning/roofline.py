@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from lm.planning import interconnect
 from lm.planning.costs import Work
-from lm.planning.interconnect import Place
+from lm.planning.interconnect import ChipCoord
 from lm.planning.topology import Topology
 from lm.planning.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True)
-class Times:
+class StepTimeBounds:
     """Seconds of a step. None: a peak that isn't published."""
 
     compute: float | None
@@ -35,17 +35,17 @@ class Times:
         return {name: t for name, t in named.items() if t}
 
     @property
-    def least(self) -> float:
+    def lower_bound_s(self) -> float:
         """All overlapped."""
         return max(self.parts().values(), default=0.0)
 
     @property
-    def most(self) -> float:
+    def upper_bound_s(self) -> float:
         """None overlapped."""
         return sum(self.parts().values())
 
     @property
-    def binding(self) -> str:
+    def bottleneck(self) -> str:
         """The name of the longest."""
         parts = self.parts()
         return max(parts, key=lambda name: parts[name]) if parts else ""
@@ -55,9 +55,9 @@ def times(
     topology: Topology,
     work: Work,
     collectives: Sequence[Collective],
-    places: Sequence[Place],
+    places: Sequence[ChipCoord],
     dtype: str,
-) -> Times:
+) -> StepTimeBounds:
     """places: of the devices in the order of the mesh."""
     chip = topology.chip
     peak = chip.peak_flops(dtype)
@@ -72,7 +72,7 @@ def times(
     network = 0.0
     for collective in collectives:
         path = interconnect.path(topology, [places[i] for i in collective.group])
-        t = interconnect.seconds(collective, path)
+        t = interconnect.transfer_seconds(collective, path)
         if t is None:
             missing = f"bandwidth of {chip.name}'s {'network' if path.network else 'links'}"
             unknown += [missing] if missing not in unknown else []
@@ -80,7 +80,7 @@ def times(
             network += t
         else:
             links[collective.axis] = links.get(collective.axis, 0.0) + t
-    return Times(
+    return StepTimeBounds(
         compute=work.flops / peak if peak else None,
         hbm=work.hbm_bytes / chip.hbm_bandwidth if chip.hbm_bandwidth else None,
         links=links,

@@ -20,7 +20,7 @@ from lm.parallel import sharding
 from lm.planning import interconnect
 from lm.planning import topology as topologies
 from lm.planning.estimate import Estimate, estimate
-from lm.planning.plan import Make, Plan, changed
+from lm.planning.plan import Make, Plan, with_changes
 from lm.telemetry.metrics import Progress
 
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
@@ -47,9 +47,9 @@ class Found:
     pruned: dict[str, int]  # how many were left out, by reason
 
 
-def seconds(plan: Plan) -> float:
+def estimated_step_seconds(plan: Plan) -> float:
     """What plans are compared by: the middle between all overlapped and nothing overlapped."""
-    return (plan.times.least + plan.times.most) / 2
+    return (plan.times.lower_bound_s + plan.times.upper_bound_s) / 2
 
 
 def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, Any]]:
@@ -142,7 +142,7 @@ def search(
         )
     pruned: dict[str, int] = {}
     ranked: list[Candidate] = []
-    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[interconnect.Place]]] = {}
+    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[interconnect.ChipCoord]]] = {}
     for changes in candidates(config, len(devices)):
         c = _replaced(asked, changes)
         if c.mesh not in rules_of:
@@ -165,7 +165,7 @@ def search(
         if show is not None:
             show.note(f"{len(tried) + 1}: {candidate.flags}")
         try:
-            made = make(changed(config, candidate.changes), name, None)
+            made = make(with_changes(config, candidate.changes), name, None)
         except ValueError as error:
             tried.append(dataclasses.replace(candidate, lost=f"refused: {error}"))
             continue
@@ -214,9 +214,11 @@ def judge(tried: list[Candidate], pruned: dict[str, int]) -> Found:
     fitting = [t for t in tried if t.plan is not None and t.plan.fits]
     if not fitting:
         return Found(None, tuple(_with_reason(t, None) for t in tried), pruned)
-    winner = min(fitting, key=lambda t: seconds(t.plan))  # pyright: ignore
+    winner = min(fitting, key=lambda t: estimated_step_seconds(t.plan))  # pyright: ignore
     others = [_with_reason(t, winner.plan) for t in tried if t is not winner]
-    others.sort(key=lambda t: seconds(t.plan) if t.plan and t.plan.fits else float("inf"))
+    others.sort(
+        key=lambda t: estimated_step_seconds(t.plan) if t.plan and t.plan.fits else float("inf")
+    )
     return Found(winner, (winner, *others), pruned)
 
 
@@ -232,8 +234,9 @@ def _with_reason(candidate: Candidate, best: Plan | None) -> Candidate:
         mine, its = plan.times.parts(), best.times.parts()
         extra = {n: t - its.get(n, 0.0) for n, t in mine.items()}
         worst = max(extra, key=lambda n: extra[n])
+        slower = estimated_step_seconds(plan) / estimated_step_seconds(best) - 1
         lost = (
-            f"{seconds(plan) / seconds(best) - 1:+.0%} time: {worst} takes {mine[worst]:.3f} s, "
-            f"not {its.get(worst, 0.0):.3f} s"
+            f"{slower:+.0%} time: {worst} takes {mine[worst]:.3f} s, not "
+            f"{its.get(worst, 0.0):.3f} s"
         )
     return dataclasses.replace(candidate, lost=lost)

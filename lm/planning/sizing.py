@@ -14,7 +14,7 @@ from lm.config import conversion
 from lm.config.conversion import ConfigTree
 from lm.parallel import sharding
 from lm.planning import topology as topologies
-from lm.planning.plan import Decode, Make, Plan, changed, without_data
+from lm.planning.plan import Decode, Make, Plan, with_changes, without_data
 from lm.training.experiment import Experiment
 
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class SizeAttempt:
     """What was tried, as flags; its plan, or why there is none."""
 
     flags: str
@@ -33,8 +33,8 @@ class Trial:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     wanted: str
-    winner: Trial | None
-    trials: tuple[Trial, ...]
+    winner: SizeAttempt | None
+    trials: tuple[SizeAttempt, ...]
 
 
 def largest_batch(
@@ -52,7 +52,7 @@ def largest_batch(
     unit = rules.size("batch")
     if decode is None and rules.size("layers") > 1:
         unit *= c.model.pipeline.num_microbatches
-    trials: dict[int, Trial] = {}
+    trials: dict[int, SizeAttempt] = {}
     best, worst, rows = 0, 2 * MOST_ROWS, 1
     while rows > best:
         trials[rows] = _with_rows(config, name, make, rows * unit, decode)
@@ -64,16 +64,16 @@ def largest_batch(
 
 def _with_rows(
     config: ConfigTree, name: str, make: Make, rows: int, decode: Decode | None
-) -> Trial:
+) -> SizeAttempt:
     if decode is not None:
         plan = make(config, name, dataclasses.replace(decode, batch_size=rows))
-        return Trial(f"--decode_batch={rows}", plan)
+        return SizeAttempt(f"--decode_batch={rows}", plan)
     changes = {"data.batch_size": rows, "data.batch_size_per_device": None}
-    plan = make(changed(config, {**changes, "train.num_microbatches": 1}), name, None)
-    return Trial(f"--config.data.batch_size={rows}", plan)
+    plan = make(with_changes(config, {**changes, "train.num_microbatches": 1}), name, None)
+    return SizeAttempt(f"--config.data.batch_size={rows}", plan)
 
 
-def _reach(trials: dict[int, Trial]) -> int:
+def _reach(trials: dict[int, SizeAttempt]) -> int:
     """The power of two at or below what the line through the two largest plans that fit allows; 0
     with fewer.
     """
@@ -96,7 +96,7 @@ def fewest_chips(
     target = topologies.parse(name)
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
     conversion.resolve(config)  # a mistake in it is told before any slice is refused
-    trials: list[Trial] = []
+    trials: list[SizeAttempt] = []
     for shape in topologies.SLICES[kind.dims]:
         at = f"{count}{kind.name}:{shape}"
         if topologies.parse(at).num_chips < target.slices * kind.smallest:
@@ -108,7 +108,7 @@ def fewest_chips(
     return Sizes(f"the smallest slice of {kind.name}", None, tuple(trials))
 
 
-def _on(config: ConfigTree, name: str, make: Make, decode: Decode | None) -> Iterator[Trial]:
+def _on(config: ConfigTree, name: str, make: Make, decode: Decode | None) -> Iterator[SizeAttempt]:
     flags = f"--topology={name}"
     target = topologies.parse(name)
     try:
@@ -117,17 +117,17 @@ def _on(config: ConfigTree, name: str, make: Make, decode: Decode | None) -> Ite
         if target.chip.hbm and held > target.chip.hbm:
             what = "parameters and optimizer state" if decode is None else "parameters"
             reason = f"{what} alone take {held / GIB:.1f} of {target.chip.hbm / GIB:.1f} GiB"
-            yield Trial(flags, None, reason)
+            yield SizeAttempt(flags, None, reason)
             return
         plan = make(config, name, decode)
     except ValueError as error:  # its sizes don't divide, or there is no such slice
-        yield Trial(flags, None, str(error))
+        yield SizeAttempt(flags, None, str(error))
         return
-    yield Trial(flags, plan)
+    yield SizeAttempt(flags, plan)
     parts = plan.rows // experiment.rules.size("batch")
     if decode is None and not plan.fits and parts > experiment.config.train.num_microbatches:
-        less = make(changed(config, {"train.num_microbatches": parts}), name, None)
-        yield Trial(f"{flags} --config.train.num_microbatches={parts}", less)
+        less = make(with_changes(config, {"train.num_microbatches": parts}), name, None)
+        yield SizeAttempt(f"{flags} --config.train.num_microbatches={parts}", less)
 
 
 def _held(experiment: Experiment, decode: Decode | None) -> int:
@@ -141,5 +141,5 @@ def _held(experiment: Experiment, decode: Decode | None) -> int:
     )
 
 
-def _fits(trial: Trial) -> bool:
+def _fits(trial: SizeAttempt) -> bool:
     return trial.plan is not None and trial.plan.fits

@@ -74,7 +74,7 @@ class Heads:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class KernelReport:
     """A check that passed."""
 
     checked: tuple[str, ...]
@@ -87,7 +87,7 @@ class Report:
         return f"self-check passed {when}: {'; '.join(self.checked)}"
 
 
-def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Report:
+def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> KernelReport:
     """The report of a check on one device of the mesh, or that of an earlier one of the same.
 
     cache_dir: where reports are kept; None: ~/.cache/lm/selfcheck.
@@ -107,14 +107,14 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Repo
     kept = Path(cache_dir or _default_cache_dir()) / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: check again
         found = json.loads(kept.read_text())
-        return Report(tuple(found["checked"]), found["worst"], found["seconds"], cached=True)
+        return KernelReport(tuple(found["checked"]), found["worst"], found["seconds"], cached=True)
 
     with jax.default_device(device):
         worst = check_attention(kinds, dtype, one) if kinds else 0.0
         worst = max(worst, check_loss(config.loss, softcap, dtype, one))
     checked = [f"attention in {dtype.name}, {heads}" for heads in kinds]
     checked.append(f"loss in {dtype.name}, chunks of {config.loss.chunk_size} tokens")
-    report = Report(tuple(checked), worst, time.monotonic() - began)
+    report = KernelReport(tuple(checked), worst, time.monotonic() - began)
     with contextlib.suppress(OSError):  # nowhere to keep it costs a second at the next start
         kept.parent.mkdir(parents=True, exist_ok=True)
         new = kept.with_suffix(f".{os.getpid()}")

@@ -30,19 +30,19 @@ from lm.config.schema import GuardConfig
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
 from lm.parallel.sharding import Rules
-from lm.telemetry.phase_timer import Phases
+from lm.telemetry.phase_timer import PhaseTimer
 
 STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 LOCK_FILE = "lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems without them say
 
 
-class InUse(RunError):
+class WorkdirLocked(RunError):
     """Another process trains in the run's folder."""
 
 
 @contextlib.contextmanager
-def alone(workdir: str, *, active: bool = True) -> Iterator[None]:
+def lock_workdir(workdir: str, *, active: bool = True) -> Iterator[None]:
     """Keeps the run's folder for this process: two that train there at once would cut each other's
     metrics and checkpoints.
 
@@ -50,7 +50,7 @@ def alone(workdir: str, *, active: bool = True) -> Iterator[None]:
     some network file systems have none.
 
     Raises:
-        InUse: another process has it.
+        WorkdirLocked: another process has it.
     """
     if not active or "://" in workdir:
         yield
@@ -62,7 +62,7 @@ def alone(workdir: str, *, active: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InUse(
+            raise WorkdirLocked(
                 f"{workdir}: {file.read() or 'another process'} trains there; wait until it ends, "
                 "or give another --workdir"
             ) from None
@@ -125,7 +125,7 @@ class Vote:
     save: bool = False
 
 
-class Votes:
+class Consensus:
     """One small all-gather a step, by which every process learns the same about all of them.
 
     Each puts in its vote and the seconds in which it, not its devices, held up the step. With one
@@ -138,7 +138,7 @@ class Votes:
         self._gather = jax.jit(lambda x: x, out_shardings=rules.sharding())
         self._owners = [device.process_index for device in mesh.devices.flat]
 
-    def cast(self, vote: Vote, seconds: float) -> Any:
+    def start(self, vote: Vote, seconds: float) -> Any:
         """Starts the vote; what it returns is for `result`."""
         mine = np.array([[float(vote.signal or 0), float(vote.save), seconds]], np.float32)
         if jax.process_count() == 1:
@@ -146,7 +146,7 @@ class Votes:
         shape = (len(self._owners), mine.shape[1])
         return self._gather(jax.make_array_from_callback(shape, self._by_device, lambda _: mine))
 
-    def result(self, votes: Any) -> tuple[Vote, int, float]:
+    def collect(self, votes: Any) -> tuple[Vote, int, float]:
         """(what anybody wants, the slowest process, how much later it was than the fastest)."""
         number, save, seconds = np.asarray(votes).T
         vote = Vote(signal.Signals(int(number.max())) if number.any() else None, bool(save.any()))
@@ -162,7 +162,7 @@ class Watchdog:
     and theirs run out too.
     """
 
-    def __init__(self, config: GuardConfig, phases: Phases, workdir: str) -> None:
+    def __init__(self, config: GuardConfig, phases: PhaseTimer, workdir: str) -> None:
         self._config, self._phases = config, phases
         self._folder = epath.Path(workdir) / "stacks"
         self._steps: collections.deque[float] = collections.deque(maxlen=101)

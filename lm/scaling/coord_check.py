@@ -109,7 +109,7 @@ def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[
         )
         return state, sizes, now
 
-    batch = experiment.put(experiment.train_data.batch_at(0, experiment.rows))
+    batch = experiment.make_global_batch(experiment.train_data.batch_at(0, experiment.rows))
     state, rows = experiment.init_state(), []
     everywhere = experiment.rules.sharding()
     outputs = (jax.tree.map(lambda x: x.sharding, state), everywhere, everywhere)

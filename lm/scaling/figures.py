@@ -16,7 +16,7 @@ from lm.scaling.artefact import FrontierEstimate, LawEstimate, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.powers import parabola
 from lm.scaling.table import Table, means
-from lm.telemetry.metrics import quantity
+from lm.telemetry.metrics import format_quantity
 
 FIGURES = ("loss", "isoflop", "law", "optimum", "held_out", "settings")
 BEYOND = 100.0  # factor of FLOPs beyond the table that lines are drawn to
@@ -71,7 +71,7 @@ def loss_figure(table: Table, result: Result) -> Any:
     axis.yaxis.set_major_locator(MaxNLocator(8))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
-    _color_keys(axis, [quantity(c.parameters) for c in curves], "parameters")
+    _color_keys(axis, [format_quantity(c.parameters) for c in curves], "parameters")
     _quiet(axis)
     return figure
 
@@ -125,7 +125,7 @@ def law_figure(table: Table, result: Result) -> Any:
         result.law.loss(table.parameters, table.tokens, table.unique_tokens)
     )
     numbers = table.sizes()
-    names = [quantity(size) for size in means(table.parameters, numbers)]
+    names = [format_quantity(size) for size in means(table.parameters, numbers)]
     for number, color in enumerate(_spread(len(names))):
         mine = numbers == number
         right.plot(table.tokens[mine], 100 * over[mine], "o", color=color, markersize=4)
@@ -185,8 +185,8 @@ def held_out_figure(result: Result) -> Any:
     axis.axhline(0, color="C1", label="measured")
     axis.set(xscale="log", xlabel="tokens", ylabel="predicted above measured (%)")
     axis.set_title(
-        f"{quantity(held.parameters)} parameters, {held.flops_distance:.1f} times the FLOPs of "
-        "what was fitted",
+        f"{format_quantity(held.parameters)} parameters, {held.flops_distance:.1f} times the FLOPs "
+        "of what was fitted",
         fontsize=10,
     )
     axis.legend(**_BELOW)

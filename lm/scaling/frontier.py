@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from lm.scaling.parametric import Law
-from lm.scaling.powers import Power, fit_power, lowest
+from lm.scaling.powers import Power, fit_power, parabola_minimum
 from lm.scaling.table import Table, groups, means
 
 # What counts as an IsoFLOP set: (most by which its FLOPs differ, fewest sizes). Sets that were
@@ -173,7 +173,7 @@ def isoflop(table: Table, loss: np.ndarray | None = None, law: Law | None = None
     """
     points = []
     for cut in slices(table, loss, law):
-        size, at_best = lowest(cut.parameters, cut.loss)
+        size, at_best = parabola_minimum(cut.parameters, cut.loss)
         if np.isnan(size):
             continue
         # within a budget, tokens are a power of parameters: near -1

@@ -25,7 +25,7 @@ from lm.types import Array, Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainedPoint:
     """One run's result; `loss` is the mean over the last quarter of its steps, each on a batch that
     it had not seen, and None where an update was not finite.
     """
@@ -42,9 +42,9 @@ class Run:
         return self.parametrization, self.width, self.learning_rate, self.seed
 
 
-def read(path: Path) -> list[Run]:
+def read(path: Path) -> list[TrainedPoint]:
     """The runs of a file, in which a last line that a kill has cut is left out."""
-    return [Run(**record) for record in jsonl.read(path)]
+    return [TrainedPoint(**record) for record in jsonl.read(path)]
 
 
 def sweep(
@@ -57,7 +57,7 @@ def sweep(
     rates: Sequence[float],
     seeds: Sequence[int],
     say: Callable[[str], Any] = print,
-) -> list[Run]:
+) -> list[TrainedPoint]:
     """Does all runs that the file has not, and appends each when it is done."""
     found = read(path)
     done = {run.key for run in found}
@@ -81,7 +81,7 @@ def sweep(
 
 def _runs(
     config: ConfigTree, devices: Sequence[Any], keys: Iterable[tuple[Any, ...]]
-) -> Iterator[Run]:
+) -> Iterator[TrainedPoint]:
     """The runs of one parametrization and width."""
     advance: Any = None
     states: dict[int, tuple[Experiment, TrainState]] = {}
@@ -99,13 +99,15 @@ def _runs(
         began, losses = time.monotonic(), []
         state, bad = jax.tree.map(jnp.copy, first), []
         for at in range(experiment.num_steps):
-            batch = experiment.put(experiment.train_data.batch_at(at, experiment.rows))
+            batch = experiment.make_global_batch(
+                experiment.train_data.batch_at(at, experiment.rows)
+            )
             state, loss, was_bad = advance(state, batch, jnp.float32(rate))
             losses.append(loss)
             bad.append(was_bad)
         last = np.asarray(losses[-max(1, len(losses) // 4) :])
         loss = None if np.any(bad) else float(np.mean(last))
-        yield Run(name, width, rate, seed, loss, time.monotonic() - began)
+        yield TrainedPoint(name, width, rate, seed, loss, time.monotonic() - began)
 
 
 def _make_step(experiment: Experiment, like: TrainState) -> Any:
@@ -152,7 +154,7 @@ class Best:
         return not math.isnan(self.fitted)
 
 
-def best(runs: Sequence[Run]) -> list[Best]:
+def best(runs: Sequence[TrainedPoint]) -> list[Best]:
     """Of every parametrization and width, in the order of the runs."""
     found = []
     for name, width in dict.fromkeys((r.parametrization, r.width) for r in runs):
@@ -174,11 +176,11 @@ def best(runs: Sequence[Run]) -> list[Best]:
     return found
 
 
-def _loss(run: Run) -> float:
+def _loss(run: TrainedPoint) -> float:
     return math.inf if run.loss is None else run.loss
 
 
-def mean_losses(runs: Sequence[Run]) -> dict[float, float]:
+def mean_losses(runs: Sequence[TrainedPoint]) -> dict[float, float]:
     """{learning rate: mean over seeds}, infinite where one diverged."""
     rates = sorted({r.learning_rate for r in runs})
     return {
@@ -206,7 +208,7 @@ def table(found: Sequence[Best]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Run], path: str) -> None:
+def draw(runs: Sequence[TrainedPoint], path: str) -> None:
     """Writes a picture: loss against learning rate, a panel for each parametrization and a line for
     each width, its lowest point marked and its seeds as dots.
     """

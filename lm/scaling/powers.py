@@ -71,7 +71,7 @@ def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
     return Parabola(square, slope, height, middle, float(x[near][0]), float(x[near][-1]))
 
 
-def lowest(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+def parabola_minimum(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """(x, y) of the lowest point of `parabola`; NaN where there is none inside."""
     found = parabola(x, y)
     if found is None:

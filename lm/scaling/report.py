@@ -10,7 +10,7 @@ import numpy as np
 from lm.scaling.artefact import BOOTSTRAPS, HeldOut, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.planner import Machine, RunPlan
-from lm.telemetry.metrics import quantity
+from lm.telemetry.metrics import format_quantity
 
 WIDTH = 100
 _FRONTIERS = {"envelope": "1 envelope", "isoflop": "2 isoflop", "law": "3 law"}
@@ -138,8 +138,8 @@ def _held_out(held: HeldOut | None, level: float) -> str:
     if held is None:
         return "nothing held out: without the largest size too few runs are left"
     return (
-        f"held out: {quantity(held.parameters)} parameters, {held.flops_distance:.2g} times the "
-        f"FLOPs of the rest; predicted {held.mean_error:+.2%} off in the mean, "
+        f"held out: {format_quantity(held.parameters)} parameters, {held.flops_distance:.2g} times "
+        f"the FLOPs of the rest; predicted {held.mean_error:+.2%} off in the mean, "
         f"{held.largest_error:+.2%} at most, {held.num_inside} of {len(held.measured)} inside "
         f"their {level:.0%} intervals"
     )
@@ -163,11 +163,11 @@ def _numbers(e: Estimate, form: str) -> str:
 
 
 def _quantities(e: Estimate) -> str:
-    return f"{quantity(e.value)} [{quantity(e.low)}, {quantity(e.high)}]"
+    return f"{format_quantity(e.value)} [{format_quantity(e.low)}, {format_quantity(e.high)}]"
 
 
 def _ends(values: Sequence[float]) -> str:
-    return f"{quantity(values[0])} to {quantity(values[-1])}"
+    return f"{format_quantity(values[0])} to {format_quantity(values[-1])}"
 
 
 def _range(low: float, high: float, form: str = ".3g") -> str:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.scaling.powers import Power, fit_power, lowest
+from lm.scaling.powers import Power, fit_power, parabola_minimum
 from lm.scaling.table import Table
 
 VARIABLES = ("parameters", "tokens", "flops")
@@ -53,7 +53,7 @@ def optima(table: Table, name: str, variable: str, loss: np.ndarray | None = Non
         if len(values) < 3:
             continue
         num_swept += 1
-        lowest_at, _ = lowest(values, losses)
+        lowest_at, _ = parabola_minimum(values, losses)
         if np.isnan(lowest_at):
             at_edge += 1
             continue

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from lm.telemetry import jsonl
-from lm.telemetry.phase_timer import PHASES, Phases
+from lm.telemetry.phase_timer import PHASES, PhaseTimer
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -37,7 +37,7 @@ def process_start() -> float:
 class Goodput:
     """Writes where the time of this process goes."""
 
-    def __init__(self, workdir: str, phases: Phases, *, first_step: int) -> None:
+    def __init__(self, workdir: str, phases: PhaseTimer, *, first_step: int) -> None:
         self._path = epath.Path(workdir) / GOODPUT_FILE
         self._before = jsonl.read(self._path)
         self._file = None
@@ -68,7 +68,7 @@ class Goodput:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class GoodputReport:
     """Seconds since the run first began: productive ones, and the others by name."""
 
     wall: float
@@ -89,7 +89,7 @@ class Report:
         )
 
 
-def read(workdir: str) -> Report | None:
+def read(workdir: str) -> GoodputReport | None:
     """The report of a run's folder; None where nothing was written yet."""
     records = jsonl.read(epath.Path(workdir) / GOODPUT_FILE)
     return report(_last(records)) if records else None
@@ -100,7 +100,7 @@ def _last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({record["began"]: record for record in records}.values())
 
 
-def report(records: list[dict[str, Any]]) -> Report:
+def report(records: list[dict[str, Any]]) -> GoodputReport:
     """The report of the last records of all processes, in order; at least one.
 
     A step counts as done again when a later process started at or before it; its time is the mean
@@ -121,4 +121,4 @@ def report(records: list[dict[str, Any]]) -> Report:
         if i:
             losses["down"] += max(0.0, record["began"] - records[i - 1]["wrote"])
     wall = records[-1]["wrote"] - records[0]["began"]
-    return Report(wall, productive, losses, len(records))
+    return GoodputReport(wall, productive, losses, len(records))

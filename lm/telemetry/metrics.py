@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from lm.telemetry import jsonl
-from lm.types import Facts, Sums
+from lm.types import StepInfo, Sums
 
 METRICS_FILE = "metrics.jsonl"
 SEPARATOR = " · "  # between the parts of a line of progress
@@ -60,7 +60,7 @@ class TensorBoard:
         self._records.flush()
 
 
-def seconds(count: float) -> str:
+def format_duration(count: float) -> str:
     """1h02m, 3m20s or 12s; ? for nan."""
     if math.isnan(count):
         return "?"
@@ -71,7 +71,7 @@ def seconds(count: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def quantity(value: float) -> str:
+def format_quantity(value: float) -> str:
     """1234567 -> 1.23M."""
     value = float(f"{value:.3g}")  # 999,999 is 1M
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -144,7 +144,7 @@ def _fit(text: str, width: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finished:
+class StepResult:
     """A step whose values have reached the host."""
 
     step: int  # its number, from 0
@@ -158,21 +158,21 @@ class Finished:
         return bool(self.facts["bad"])
 
 
-class Late:
+class DeferredMetrics:
     """Reads the values of a step when the next one is on its way, so devices never wait."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Sums, Facts, Any] | None = None
+        self._pending: tuple[int, Sums, StepInfo, Any] | None = None
         self._clock: float | None = None
         self._paused = False
 
-    def push(self, step: int, sums: Sums, facts: Facts, votes: Any = None) -> list[Finished]:
+    def push(self, step: int, sums: Sums, facts: StepInfo, votes: Any = None) -> list[StepResult]:
         """Takes what step number `step` returned; gives the step before it, if there is one."""
         finished = self._read()
         self._pending = (step, sums, facts, votes)
         return finished
 
-    def flush(self) -> list[Finished]:
+    def flush(self) -> list[StepResult]:
         """Waits for the last step, and gives it; what follows is no part of a step's time."""
         finished = self._read()
         self._clock, self._paused = None, True
@@ -187,7 +187,7 @@ class Late:
         """Forgets what is pending."""
         self._pending = self._clock = None
 
-    def _read(self) -> list[Finished]:
+    def _read(self) -> list[StepResult]:
         if self._pending is None:
             return []
         (step, *values), self._pending = self._pending, None
@@ -196,10 +196,10 @@ class Late:
         seconds = None if self._clock is None else now - self._clock
         self._clock = now
         host = {name: float(value) for name, value in sums.items()}
-        return [Finished(step, host, facts, votes, seconds)]
+        return [StepResult(step, host, facts, votes, seconds)]
 
 
-def _noise(steps: Sequence[Finished]) -> dict[str, float]:
+def _noise(steps: Sequence[StepResult]) -> dict[str, float]:
     """Mean noise and signal of the steps, as `lm.training.gradient_noise_scale` estimates them, and
     their ratio, in tokens. For more steps, divide the mean `noise` of several records by their mean
     `signal`.
@@ -235,7 +235,7 @@ class Writer:
         self._num_steps, self._every = num_steps, every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._active = active
-        self._window: list[Finished] = []
+        self._window: list[StepResult] = []
         self._speed: _Speed | None = None  # of the last window that has one
         self._learning_rate: float | None = None
         self.progress = Progress()
@@ -261,7 +261,7 @@ class Writer:
         """Whether a record is written after `done` steps."""
         return done % self._every == 0 or done == self._num_steps
 
-    def train(self, finished: Finished, **extra: float) -> None:
+    def train(self, finished: StepResult, **extra: float) -> None:
         """Takes a finished step, and writes a record where one is due."""
         self._window.append(finished)
         if self.is_due(finished.step + 1):
@@ -311,7 +311,7 @@ class Writer:
                 self._line(window, self._speed), keep=True, final=step == self._num_steps
             )
 
-    def _line(self, window: Sequence[Finished], speed: _Speed | None) -> str:
+    def _line(self, window: Sequence[StepResult], speed: _Speed | None) -> str:
         """The line of progress: what the steps of `window` gave, and how fast they come."""
         done, good = window[-1].step + 1, [f for f in window if not f.bad]
         parts = [f"step {done}/{self._num_steps}"]
@@ -322,7 +322,7 @@ class Writer:
             parts.append("every update skipped" if len(window) > 1 else "update skipped")
         if speed is not None:
             left = (self._num_steps - done) * speed.step_seconds
-            parts += [f"{quantity(speed.tokens)} tok/s", f"{seconds(left)} left"]
+            parts += [f"{format_quantity(speed.tokens)} tok/s", f"{format_duration(left)} left"]
         parts.append(f"grad norm {float(window[-1].facts['grad_norm']):.3g}")
         if self._learning_rate is not None:
             parts.append(f"lr {self._learning_rate:.2g}")
@@ -330,7 +330,7 @@ class Writer:
             flops = speed.tokens * self._flops_per_token
             known = bool(self._peak_flops)
             mfu = 100 * flops / self._peak_flops if self._peak_flops else 0.0
-            parts.append(f"{mfu:.1f}% MFU" if known else f"{quantity(flops)}FLOP/s")
+            parts.append(f"{mfu:.1f}% MFU" if known else f"{format_quantity(flops)}FLOP/s")
         return SEPARATOR.join(parts)
 
     def _write(self, record: dict[str, Any], tag: str) -> None:
@@ -350,7 +350,7 @@ class _Speed:
     step_seconds: float
 
 
-def _speed(window: Sequence[Finished]) -> _Speed | None:
+def _speed(window: Sequence[StepResult]) -> _Speed | None:
     """That of the steps with a time; None where no step has one, as a process's first."""
     timed = [(f.seconds, int(f.facts["filled"])) for f in window if f.seconds is not None]
     elapsed = sum(seconds for seconds, _ in timed)

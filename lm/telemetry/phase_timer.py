@@ -26,14 +26,14 @@ PHASES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class PhaseStart:
     """The innermost phase, and when (time.monotonic) it began or last showed progress."""
 
     phase: str
     since: float
 
 
-class Phases:
+class PhaseTimer:
     """Seconds of every phase of this process; phases nest, and time counts for the innermost."""
 
     def __init__(self, began: float | None = None) -> None:
@@ -45,7 +45,7 @@ class Phases:
         self._stack = ["start"]
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         # one attribute, so other threads see it whole
-        self.moment = Moment("start", time.monotonic())
+        self.moment = PhaseStart("start", time.monotonic())
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -53,17 +53,17 @@ class Phases:
             raise KeyError(f"{phase!r} is no phase; there are {', '.join(PHASES)}")
         self._count()
         self._stack.append(phase)
-        self.beat()
+        self.heartbeat()
         try:
             yield
         finally:
             self._count()
             self._stack.pop()
-            self.beat()
+            self.heartbeat()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Progress inside the current phase: its budget starts again."""
-        self.moment = Moment(self._stack[-1], time.monotonic())
+        self.moment = PhaseStart(self._stack[-1], time.monotonic())
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent in every phase up to now; they sum to the time since `began`."""

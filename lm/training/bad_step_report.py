@@ -25,7 +25,7 @@ from etils import epath
 
 from lm.layers import chunking
 from lm.optim import chain
-from lm.telemetry.metrics import Finished
+from lm.telemetry.metrics import StepResult
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, TrainState
 
@@ -80,7 +80,7 @@ def verdict(
     return "data" if float32 is None or float32.bad else "numerics"
 
 
-def describe(step: Finished) -> str:
+def describe(step: StepResult) -> str:
     """What is bad about a step, in a line."""
     norm = float(step.facts["grad_norm"])
     what = "its gradient is a spike"
@@ -92,7 +92,7 @@ def describe(step: Finished) -> str:
 
 
 def diagnose(
-    experiment: Experiment, state: TrainState, batch: Batch, first: Finished, again: Finished
+    experiment: Experiment, state: TrainState, batch: Batch, first: StepResult, again: StepResult
 ) -> Evidence:
     """The evidence about a bad step, from all processes of the run.
 
@@ -170,7 +170,7 @@ def _look(experiment: Experiment, step: int, state: TrainState, batch: Batch) ->
     optimizer = jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), state.opt_state)
     return (
         jax.tree.map(
-            lambda g, s: _size(g * scale, s), gradients, experiment.start.trained(stacked)
+            lambda g, s: _size(g * scale, s), gradients, experiment.initializer.trained(stacked)
         ),
         jax.tree.map(_size, state.params, stacked),
         optimizer,

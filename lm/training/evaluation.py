@@ -40,7 +40,7 @@ def evaluate(
         count = min(count, max_batches) if max_batches else count
         batches = evaluation_batches(source, objective, batch_size=size, rows=experiment.rows)
         for i, batch in zip(range(count), batches, strict=False):
-            sums = experiment.eval_step(params, experiment.put(batch))
+            sums = experiment.eval_step(params, experiment.make_global_batch(batch))
             _add(total, pending)  # of the batch before: the devices don't wait for the host
             pending = sums
             report(f"evaluating {names[name]} · batch {i + 1}/{count}")

@@ -28,13 +28,13 @@ from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.layers import cross_entropy
 from lm.models import flops, layouts
-from lm.objectives import Form, Objective
+from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, param_tree, parametrization, schedules
 from lm.parallel import pipeline_stages, sharding
 from lm.training import train_step
-from lm.training.fork import Branch
-from lm.training.initialization import Start
-from lm.types import Array, Batch, Facts, Model, Params, Sums, Tokens, TrainState, check_head
+from lm.training.fork import Fork
+from lm.training.initialization import Initializer
+from lm.types import Array, Batch, Model, Params, StepInfo, Sums, Tokens, TrainState, check_head
 
 CONFIG_FILE = "config.json"
 LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
@@ -98,10 +98,10 @@ class Experiment:
         return component.build(self.config.objective, self.tokenizer, self.form)
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ModelInterface:
         """What the model takes of the data."""
         d, m = self.config.data, self.config.model
-        return Form(d.length, d.encoder_length, m.is_causal, m.vocab_size)
+        return ModelInterface(d.length, d.encoder_length, m.is_causal, m.vocab_size)
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
@@ -139,9 +139,9 @@ class Experiment:
         local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
         with contextlib.closing(local):
             for at, batch in local:
-                yield at, self.put(batch)
+                yield at, self.make_global_batch(batch)
 
-    def put(self, batch: Batch) -> Batch:
+    def make_global_batch(self, batch: Batch) -> Batch:
         """Global arrays from this process's rows of a batch."""
         return sharding.put(self.rules, batch, self.batch_size)
 
@@ -209,9 +209,9 @@ class Experiment:
         return jax.tree.map(_with_sharding, nn.meta.unbox(self.boxed_params), shardings)
 
     @functools.cached_property
-    def start(self) -> Start:
+    def initializer(self) -> Initializer:
         """What the parameters begin with."""
-        return Start(self.config, self.abstract_params, lambda: self.tokenizer)
+        return Initializer(self.config, self.abstract_params, lambda: self.tokenizer)
 
     @property
     def _scaling(self) -> parametrization.Scaling:
@@ -219,14 +219,14 @@ class Experiment:
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
-        boxed = self.start.trained(self.boxed_params)
+        boxed = self.initializer.trained(self.boxed_params)
         return chain.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
-        params, trained = self.abstract_params, self.start.trained(self.abstract_params)
-        owners = self.start.trained(self.rules.shardings(self.boxed_params))
+        params, trained = self.abstract_params, self.initializer.trained(self.abstract_params)
+        owners = self.initializer.trained(self.rules.shardings(self.boxed_params))
         owners = jax.tree.map(_with_sharding, trained, owners)
         opt_state = chain.shard_like_params(
             jax.eval_shape(self.tx.init, trained),
@@ -240,7 +240,7 @@ class Experiment:
     def init_state(self) -> TrainState:
         """The state before step 0, every array made where it lives: never whole on one device."""
         step = jax.device_put(np.int32(0), self.rules.sharding())
-        params = self.start.params(
+        params = self.initializer.params(
             lambda rng: nn.meta.unbox(self._init_params(rng)), self._key("init")
         )
         return self.start_optimizer(TrainState(step, params, None))
@@ -248,17 +248,19 @@ class Experiment:
     def start_optimizer(self, state: TrainState) -> TrainState:
         """The state with the optimizer's as at step 0."""
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state.opt_state)
-        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(self.start.trained(state.params))
+        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(
+            self.initializer.trained(state.params)
+        )
         return dataclasses.replace(state, opt_state=opt_state)
 
     @functools.cached_property
-    def branch(self) -> Branch | None:
+    def fork(self) -> Fork | None:
         """The checkpoint whose whole state the run goes on from, if it branches off another run
         that it agrees with up to there.
         """
         if not self.config.init.branch_from:
             return None
-        branch = Branch(self.config_dict)
+        branch = Fork(self.config_dict)
         trunk = branch.manifest.resolved.get("num_steps")
         if trunk is None:  # a checkpoint of older code
             lengths = {f"train.{name}": branch.config.train[name] for name in LENGTHS}
@@ -268,7 +270,7 @@ class Experiment:
 
     def stored(self, state: TrainState) -> TrainState:
         """The part of a state that this run's checkpoints hold."""
-        return dataclasses.replace(state, params=self.start.stored(state.params))
+        return dataclasses.replace(state, params=self.initializer.stored(state.params))
 
     def restore(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -282,7 +284,7 @@ class Experiment:
         if restored is None:
             return None
         state, saved = restored
-        params = self.start.with_borrowed(state.params, saved.parent)
+        params = self.initializer.with_base_params(state.params, saved.parent)
         return dataclasses.replace(state, params=params), saved
 
     def evaluated(self, state: TrainState) -> Params:
@@ -293,9 +295,11 @@ class Experiment:
         if averaged is None:
             return state.params
         if self.config.optimizer.memory != "device":
-            wanted = jax.tree.map(lambda s: s.sharding, self.start.trained(self.abstract_params))
+            wanted = jax.tree.map(
+                lambda s: s.sharding, self.initializer.trained(self.abstract_params)
+            )
             averaged = jax.jit(sharding.on_device, out_shardings=wanted)(averaged)
-        return param_tree.join(averaged, param_tree.split(state.params, self.start.frozen)[0])
+        return param_tree.join(averaged, param_tree.split(state.params, self.initializer.frozen)[0])
 
     def restore_params(
         self, checkpoints: Checkpoints, step: int | None = None
@@ -306,9 +310,9 @@ class Experiment:
             FileNotFoundError: there is no checkpoint.
         """
         if not self.config.optimizer.ema_decay:
-            wanted = self.start.stored(self.abstract_params)
+            wanted = self.initializer.stored(self.abstract_params)
             at, params = checkpoints.restore_params(wanted, step)
-            return at, self.start.with_borrowed(params, checkpoints.parent)
+            return at, self.initializer.with_base_params(params, checkpoints.parent)
         restored = self.restore(checkpoints, step)
         if restored is None:
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
@@ -342,9 +346,11 @@ class Experiment:
         """
         rng = jax.random.fold_in(self._key("train"), at)
         parts = self.config.train.num_microbatches
-        return train_step.gradients(self.loss_fn, params, batch, rng, parts, self.start.frozen)
+        return train_step.gradients(
+            self.loss_fn, params, batch, rng, parts, self.initializer.frozen
+        )
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, Facts]:
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, StepInfo]:
         if self.config.optimizer.memory != "device":
             on_device = sharding.on_device(state.opt_state)
             state = dataclasses.replace(state, opt_state=on_device)
@@ -357,8 +363,8 @@ class Experiment:
             num_microbatches=self.config.train.num_microbatches,
             spike_factor=self.config.guard.spike_factor,
             spike_warmup=self.config.guard.spike_warmup,
-            shardings=self.start.trained(self.rules.shardings(self.boxed_params)),
-            frozen=self.start.frozen,
+            shardings=self.initializer.trained(self.rules.shardings(self.boxed_params)),
+            frozen=self.initializer.frozen,
             measure_noise=self.config.log.noise_scale,
         )
 
@@ -438,7 +444,7 @@ class Experiment:
         return flops.training_flops_per_token(
             self.config.model,
             {name: math.prod(leaf.shape) for name, leaf in leaves.items()},
-            self.start.frozen,
+            self.initializer.frozen,
             data.length,
             data.encoder_length,
         )

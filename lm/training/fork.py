@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lm.checkpoint.manager import Checkpoints
-from lm.checkpoint.parent import Base
+from lm.checkpoint.parent import ParentCheckpoint
 from lm.config import conversion
 from lm.config.conversion import ConfigTree
 from lm.optim.schedules import fractions
@@ -29,7 +29,7 @@ SCHEDULE = "optimizer.schedule"
 BATCH = ("data.batch_size", "data.batch_size_per_device")
 
 
-class Branch:
+class Fork:
     """The checkpoint of another run that a run of this config goes on from."""
 
     def __init__(self, config: ConfigTree) -> None:
@@ -46,7 +46,7 @@ class Branch:
             raise ValueError(f"{KEY} ({c.init.branch_from}) needs config.init.step")
         self.workdir, self.step = c.init.branch_from, c.init.step
         self._own, self._own_dict = c, config
-        self._base = Base(self.workdir, self.step, key=KEY)
+        self._base = ParentCheckpoint(self.workdir, self.step, key=KEY)
         self.manifest = self._base.manifest
         self.config = conversion.from_json(json.dumps(self.manifest.config))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.types import Array, Facts, Sums
+from lm.types import Array, StepInfo, Sums
 
 NAMES = ("noise_parts", "noise_norms", "noise_inverses")
 
@@ -31,7 +31,7 @@ def of_part(gradients: Any, tokens: Array) -> Sums:
     return {n: jnp.where(some, v, 0.0) for n, v in zip(NAMES, values, strict=True)}
 
 
-def estimate(sums: Sums, norm: jax.Array) -> Facts:
+def estimate(sums: Sums, norm: jax.Array) -> StepInfo:
     """Unbiased estimates of one step: `noise`, tr(S) per token, and `signal`, |G|^2.
 
     sums: the additive ones of `of_part`, and `tokens`. norm: of the gradient of the whole mean. All

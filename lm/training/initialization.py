@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.checkpoint.parent import Base
+from lm.checkpoint.parent import ParentCheckpoint
 from lm.config.schema import Config
 from lm.data import word_vectors
 from lm.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from lm.types import Array, Params
 TABLE = "embedding.weight"  # what models call the parameter with a row for each token
 
 
-class Start:
+class Initializer:
     """The beginning that `config.init` asks for, of parameters with these shapes and shardings.
 
     tokenizer: asked only where rows of the embedding begin with vectors of words.
@@ -49,7 +49,7 @@ class Start:
         return frozen
 
     @functools.cached_property
-    def borrowed(self) -> frozenset[str]:
+    def base_params(self) -> frozenset[str]:
         """Names of the parameters that this run's checkpoints leave to its base's."""
         adapted = self._lora.rank and self._config.init.from_
         return self.frozen - self.new if adapted else frozenset()
@@ -71,14 +71,14 @@ class Start:
         return getattr(self._config.model, "lora", lora.LoraConfig())
 
     @functools.cached_property
-    def base(self) -> Base | None:
+    def base(self) -> ParentCheckpoint | None:
         """The checkpoint that the run begins with, if it is not with random parameters; its
         parameters are those that this run wants.
         """
         init = self._config.init
         if not init.from_:
             return None
-        base = Base(init.from_, init.step)
+        base = ParentCheckpoint(init.from_, init.step)
         wanted = param_tree.split(self._abstract, self.new)[1]
         base.check(wanted, init.skip)
         return base
@@ -126,20 +126,20 @@ class Start:
 
     def stored(self, params: Params) -> Params:
         """The part of them that this run's checkpoints hold."""
-        return param_tree.split(params, self.borrowed)[1]
+        return param_tree.split(params, self.base_params)[1]
 
-    def with_borrowed(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
+    def with_base_params(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
         """All parameters, of those that a checkpoint holds and what it says of its parent.
 
         Raises:
             ValueError: the base's checkpoint is not the one that the run began with any more.
         """
-        if not self.borrowed:
+        if not self.base_params:
             return params
         parent = parent or {}
-        base = Base(self._config.init.from_, parent.get("step"))
+        base = ParentCheckpoint(self._config.init.from_, parent.get("step"))
         base.check_same(parent)
-        wanted, _ = param_tree.split(self._abstract, self.borrowed)
+        wanted, _ = param_tree.split(self._abstract, self.base_params)
         return param_tree.join(params, base.read_part(wanted))
 
 

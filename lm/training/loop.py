@@ -16,7 +16,7 @@ from etils import epath
 
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
-from lm.checkpoint.parent import Base
+from lm.checkpoint.parent import ParentCheckpoint
 from lm.config import conversion
 from lm.config import schema as configs
 from lm.config.conversion import ConfigTree
@@ -25,14 +25,19 @@ from lm.exit_codes import Exit
 from lm.parallel import process_group
 from lm.reliability import kernel_check
 from lm.reliability.data_ledger import Ledger
-from lm.reliability.watchdog import STOPS, StopSignals, Vote, Watchdog, alone
+from lm.reliability.watchdog import STOPS, StopSignals, Vote, Watchdog, lock_workdir
 from lm.telemetry import metrics
 from lm.telemetry.goodput import read as read_goodput
-from lm.telemetry.phase_timer import Phases
+from lm.telemetry.phase_timer import PhaseTimer
 from lm.training import bad_step_report, resume
 from lm.training.experiment import LENGTHS, Experiment
 from lm.training.rollback import first_state, replay
-from lm.training.session import Diverged, Rewind, Run, writing
+from lm.training.session import (
+    Diverged,
+    RollbackRequired,
+    TrainingSession,
+    disk_errors_as_run_errors,
+)
 from lm.types import TrainState
 
 
@@ -54,11 +59,11 @@ def train(
 
     Raises:
         ValueError: the config is inconsistent, or differs from that of the run in `workdir`.
-        InUse: another process trains in `workdir`.
+        WorkdirLocked: another process trains in `workdir`.
         RunError: the run can't go on; its `code` is for the process to exit with. `Diverged`, too,
             where all is done and saved but the last evaluation is not finite.
     """
-    phases = Phases(began)
+    phases = PhaseTimer(began)
     experiment = Experiment(config, devices)
     c = experiment.config
     lead = jax.process_index() == 0
@@ -70,8 +75,8 @@ def train(
         Watchdog(c.guard, phases, workdir) as watchdog,
         StopSignals() as signals,
         process_group.peers(),
-        writing(workdir),
-        alone(workdir, active=lead),
+        disk_errors_as_run_errors(workdir),
+        lock_workdir(workdir, active=lead),
     ):
         saved = resume.read(workdir)
         same_data = resume.check_config(saved, workdir, experiment, say)
@@ -107,7 +112,7 @@ def train(
                 f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "
                 f"to {num_steps}"
             )
-            run = Run(
+            run = TrainingSession(
                 experiment,
                 workdir,
                 checkpoints,
@@ -122,7 +127,7 @@ def train(
                 try:
                     stopped = _steps(run, state)
                     break
-                except Rewind as found:
+                except RollbackRequired as found:
                     rewind = found.with_traceback(None)  # its frames hold the state
                 del state  # before another one is made
                 with phases("investigate"):
@@ -140,7 +145,7 @@ def _open_sources(experiment: Experiment, *, begins: bool) -> None:
     """Opens all data and parameters that the run will read: what is missing ends it here."""
     _ = experiment.train_data, experiment.validation
     if begins:
-        _ = experiment.branch, experiment.start.base, experiment.start.word_vectors
+        _ = experiment.fork, experiment.initializer.base, experiment.initializer.word_vectors
 
 
 def _not_finite(workdir: str, step: int) -> list[str]:
@@ -174,7 +179,7 @@ def _owes_evaluation(experiment: Experiment, workdir: str, step: int) -> bool:
     return not names <= set(process_group.from_lead("evaluated", made))
 
 
-def _steps(run: Run, state: TrainState) -> Any:
+def _steps(run: TrainingSession, state: TrainState) -> Any:
     """Trains from `state` to the end, or to a signal, which it returns."""
     c, experiment, phases = run.experiment.config, run.experiment, run.phases
     start, num_steps = int(state.step), experiment.num_steps
@@ -199,7 +204,7 @@ def _steps(run: Run, state: TrainState) -> Any:
     return None
 
 
-def _do_due(run: Run, state: TrainState, done: int, vote: Vote) -> Any:
+def _do_due(run: TrainingSession, state: TrainState, done: int, vote: Vote) -> Any:
     """Do the work that is due after `done` steps, a function of their number and of what processes
     voted for: evaluation and checkpoint. Returns the signal to end for, if there is one.
     """
@@ -226,7 +231,7 @@ def _due(done: int, every: int, num_steps: int) -> bool:
     return done == num_steps or (every > 0 and done % every == 0)
 
 
-def _timed(batches: Iterator[Any], phases: Phases) -> Iterator[Any]:
+def _timed(batches: Iterator[Any], phases: PhaseTimer) -> Iterator[Any]:
     """`batches`, with the waiting for each counted."""
     while True:
         with phases("data"):
@@ -239,12 +244,12 @@ def _timed(batches: Iterator[Any], phases: Phases) -> Iterator[Any]:
 def _describe(experiment: Experiment, say: Any, *, begins: bool) -> None:
     """Prints what is about to run, and where its parameters are from if it `begins`."""
     c, mesh = experiment.config, experiment.rules.mesh
-    if begins and experiment.start.base is not None:
-        _describe_base(experiment, experiment.start.base, say)
-    if begins and experiment.branch is not None:
-        say(f"goes on from {experiment.branch}")
-    if begins and experiment.start.word_vectors is not None:
-        say(experiment.start.word_vectors.describe())
+    if begins and experiment.initializer.base is not None:
+        _describe_base(experiment, experiment.initializer.base, say)
+    if begins and experiment.fork is not None:
+        say(f"goes on from {experiment.fork}")
+    if begins and experiment.initializer.word_vectors is not None:
+        say(experiment.initializer.word_vectors.describe())
     leaves = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
     count = sum(leaf.size for _, leaf in leaves)
     if c.log.parameter_table:
@@ -259,23 +264,24 @@ def _describe(experiment: Experiment, say: Any, *, begins: bool) -> None:
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         for name, shape, spec in rows:
             shown = "" if mesh.size == 1 else spec.removeprefix("PartitionSpec")
-            mark = "  frozen" if name in experiment.start.frozen else ""
+            mark = "  frozen" if name in experiment.initializer.frozen else ""
             say(f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {shown}{mark}".rstrip())
     for source in [*experiment.train_data.sources.values(), *experiment.validation.values()]:
-        if source.left_out:
-            say(source.left_out)
+        if source.truncation_summary:
+            say(source.truncation_summary)
     shape = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     per_step = experiment.batch_size * c.data.length
     device = mesh.devices.flat[0].device_kind
     trained = sum(
-        leaf.size for leaf in jax.tree.leaves(experiment.start.trained(experiment.abstract_params))
+        leaf.size
+        for leaf in jax.tree.leaves(experiment.initializer.trained(experiment.abstract_params))
     )
-    part = f" ({metrics.quantity(trained)} trained)" if experiment.start.frozen else ""
+    part = f" ({metrics.format_quantity(trained)} trained)" if experiment.initializer.frozen else ""
     say(
-        f"{metrics.quantity(count)} parameters{part} · {mesh.size} × {device}"
+        f"{metrics.format_quantity(count)} parameters{part} · {mesh.size} × {device}"
         f"{' · ' + shape if shape else ''} · "
-        f"{experiment.num_steps} steps of {metrics.quantity(per_step)} tokens "
-        f"({metrics.quantity(experiment.num_steps * per_step)} in all)"
+        f"{experiment.num_steps} steps of {metrics.format_quantity(per_step)} tokens "
+        f"({metrics.format_quantity(experiment.num_steps * per_step)} in all)"
     )
     early = [step for step in c.checkpoint.at if step < experiment.num_steps]
     if not (c.checkpoint.every or c.checkpoint.every_seconds or early):
@@ -290,7 +296,7 @@ def _describe(experiment: Experiment, say: Any, *, begins: bool) -> None:
         )
 
 
-def _describe_base(experiment: Experiment, base: Base, say: Any) -> None:
+def _describe_base(experiment: Experiment, base: ParentCheckpoint, say: Any) -> None:
     """Prints where parameters come from, and what else the model of that run had."""
     say(f"begins with the parameters of {base.workdir} at step {base.step}")
     old, new = base.manifest.config, experiment.config_dict.to_dict()

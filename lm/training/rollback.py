@@ -8,16 +8,16 @@ import jax
 
 from lm.checkpoint.manager import Checkpoints
 from lm.reliability.data_ledger import start_totals
-from lm.telemetry.metrics import Finished, Late
-from lm.telemetry.phase_timer import Phases
+from lm.telemetry.metrics import DeferredMetrics, StepResult
+from lm.telemetry.phase_timer import PhaseTimer
 from lm.training import bad_step_report
 from lm.training.experiment import Experiment
-from lm.training.session import Rewind, Run
+from lm.training.session import RollbackRequired, TrainingSession
 from lm.types import TrainState
 
 
 def first_state(
-    experiment: Experiment, checkpoints: Checkpoints, phases: Phases, step: int | None = None
+    experiment: Experiment, checkpoints: Checkpoints, phases: PhaseTimer, step: int | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest good checkpoint (or of that at `step`), or that which the run begins
     with, with the ledger's totals.
@@ -30,17 +30,17 @@ def first_state(
             with phases("init"):
                 state = jax.block_until_ready(experiment.start_optimizer(state))
         return state, dict(saved.ledger)
-    if (branch := experiment.branch) is not None:
-        checkpoints.parent = branch.describe()
+    if (fork := experiment.fork) is not None:
+        checkpoints.parent = fork.describe()
         with phases("restore"):
-            return branch.restore(experiment.abstract_state), dict(branch.manifest.ledger)
+            return fork.restore(experiment.abstract_state), dict(fork.manifest.ledger)
     with phases("init"):
-        if experiment.start.base is not None:
-            checkpoints.parent = experiment.start.base.describe()
+        if experiment.initializer.base is not None:
+            checkpoints.parent = experiment.initializer.base.describe()
         return jax.block_until_ready(experiment.init_state()), start_totals()
 
 
-def replay(run: Run, rewind: Rewind) -> TrainState:
+def replay(run: TrainingSession, rewind: RollbackRequired) -> TrainState:
     """The state to go on from, with the verdict about the bad step written down.
 
     A run is a function of (config, step): what differs from the first time is the hardware's doing.
@@ -86,7 +86,7 @@ def replay(run: Run, rewind: Rewind) -> TrainState:
     return state
 
 
-def _back(run: Run, step: int | None = None) -> TrainState:
+def _back(run: TrainingSession, step: int | None = None) -> TrainState:
     """The state of the newest good checkpoint, or of that at `step`, with the ledger gone back."""
     state, totals = first_state(run.experiment, run.checkpoints, run.phases, step)
     run.ledger.rewind(totals)
@@ -94,14 +94,14 @@ def _back(run: Run, step: int | None = None) -> TrainState:
 
 
 def _redo(
-    run: Run, state: TrainState, stop: int, bad: Finished | None = None
+    run: TrainingSession, state: TrainState, stop: int, bad: StepResult | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state before step `stop`, done again from `state`, and the evidence about step `bad`."""
     experiment, evidence = run.experiment, {}
     for step, batch in experiment.batches(int(state.step), stop):
-        run.phases.beat()
+        run.phases.heartbeat()
         state, sums, facts = experiment.train_step(state, batch)
-        late = Late()
+        late = DeferredMetrics()
         late.push(step, sums, facts)
         [again] = late.flush()
         run.ledger.record(step, again.facts, experiment.batch_size * experiment.config.data.length)

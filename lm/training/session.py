@@ -18,10 +18,10 @@ from lm.exit_codes import Exit, RunError
 from lm.optim.schedules import make_schedule
 from lm.parallel import process_group
 from lm.reliability.data_ledger import Ledger
-from lm.reliability.watchdog import StopSignals, Vote, Votes, Watchdog
+from lm.reliability.watchdog import Consensus, StopSignals, Vote, Watchdog
 from lm.telemetry.goodput import Goodput
-from lm.telemetry.metrics import Finished, Late, Writer
-from lm.telemetry.phase_timer import Phases
+from lm.telemetry.metrics import DeferredMetrics, StepResult, Writer
+from lm.telemetry.phase_timer import PhaseTimer
 from lm.training import bad_step_report, resume
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
@@ -47,7 +47,7 @@ class CannotWrite(RunError):
 
 
 @contextlib.contextmanager
-def writing(workdir: str) -> Iterator[None]:
+def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
     """Turns the errors of a full or read-only disk into CannotWrite."""
     try:
         yield
@@ -60,15 +60,15 @@ def writing(workdir: str) -> Iterator[None]:
         ) from error
 
 
-class Rewind(Exception):
+class RollbackRequired(Exception):
     """Go back to the last checkpoint; `bad` is the step to look at, if one is to blame."""
 
-    def __init__(self, reason: str, bad: Finished | None = None) -> None:
+    def __init__(self, reason: str, bad: StepResult | None = None) -> None:
         super().__init__(reason)
         self.bad = bad
 
 
-class Run:
+class TrainingSession:
     """The parts of a running run, and what happens to the values that steps give back."""
 
     def __init__(
@@ -78,14 +78,14 @@ class Run:
         checkpoints: Checkpoints,
         watchdog: Watchdog,
         signals: StopSignals,
-        phases: Phases,
+        phases: PhaseTimer,
         ledger: Ledger,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
-        self.phases, self.ledger, self.late = phases, ledger, Late()
+        self.phases, self.ledger, self.late = phases, ledger, DeferredMetrics()
         self.lead = jax.process_index() == 0
-        self._watchdog, self._signals, self._votes = watchdog, signals, Votes(experiment.rules)
+        self._watchdog, self._signals, self._votes = watchdog, signals, Consensus(experiment.rules)
         self._vote = Vote()
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved = time.monotonic()
@@ -116,19 +116,19 @@ class Run:
     def cast(self, held_up: float) -> Any:
         every = self.experiment.config.checkpoint.every_seconds
         overdue = 0 < every < time.monotonic() - self._saved
-        return self._votes.cast(Vote(self._signals.received, overdue), held_up)
+        return self._votes.start(Vote(self._signals.received, overdue), held_up)
 
     def agreed(self) -> Vote:
         """What all processes know: of themselves with one, of the step before with several."""
         if jax.process_count() > 1:
             return self._vote
-        return self._votes.result(self.cast(0.0))[0]
+        return self._votes.collect(self.cast(0.0))[0]
 
-    def finish(self, steps: list[Finished]) -> None:
+    def finish(self, steps: list[StepResult]) -> None:
         """Takes account of steps whose values are there: ledger, metrics, and the policy.
 
         Raises:
-            LedgerMismatch, Diverged, Rewind
+            LedgerMismatch, Diverged, RollbackRequired
         """
         c = self.experiment.config
         for finished in steps:
@@ -138,7 +138,7 @@ class Run:
                 self._watchdog.stepped(finished.seconds)
             extra = {}
             if jax.process_count() > 1:
-                self._vote, slowest, lag = self._votes.result(finished.votes)
+                self._vote, slowest, lag = self._votes.collect(finished.votes)
                 extra = {"slowest_process": slowest, "lag_seconds": lag}
             if self.lead and self.writer.is_due(finished.step + 1):
                 extra["learning_rate"] = self._learning_rate(finished.step)
@@ -151,7 +151,7 @@ class Run:
             if finished.bad:
                 self._judge(finished)
 
-    def _judge(self, finished: Finished) -> None:
+    def _judge(self, finished: StepResult) -> None:
         guard = self.experiment.config.guard
         text = bad_step_report.describe(finished)
         if guard.policy == "stop" or self._bad_in_a_row > guard.max_skips:
@@ -162,7 +162,7 @@ class Run:
                 + (f" (at most {guard.max_skips} in a row)" if guard.policy != "stop" else "")
             )
         if guard.policy == "rewind" and finished.step not in self.judged:
-            raise Rewind(text, finished)
+            raise RollbackRequired(text, finished)
         self.writer.note(f"{text}; its update is skipped")
 
     def _learning_rate(self, step: int) -> float:
@@ -181,8 +181,8 @@ class Run:
         """Raises unless all devices that should hold the same bits do.
 
         Raises:
-            Rewind: they don't, and the policy is to rewind: at most `guard.max_skips` times between
-                two checkpoints.
+            RollbackRequired: they don't, and the policy is to rewind: at most `guard.max_skips`
+                times between two checkpoints.
             ReplicasDisagree: they don't.
         """
         wrong = self.experiment.replica_mismatches(state)
@@ -193,7 +193,7 @@ class Run:
         guard = self.experiment.config.guard
         self._disagreements += 1
         if guard.policy == "rewind" and self._disagreements <= guard.max_skips:
-            raise Rewind(f"{text}: hardware")
+            raise RollbackRequired(f"{text}: hardware")
         if guard.policy == "rewind":
             text += f", {self._disagreements} times since the last checkpoint (config.guard."
             text += f"max_skips={guard.max_skips})"
@@ -220,7 +220,7 @@ class Run:
         limit = 0 if done == experiment.num_steps else c.train.eval_batches
 
         def report(text: str) -> None:
-            self.phases.beat()
+            self.phases.heartbeat()
             if self.lead:
                 self.writer.progress.show(text)
 

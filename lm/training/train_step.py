@@ -13,7 +13,7 @@ import optax
 from lm.checkpoint.manifest import checksums
 from lm.optim import chain, param_tree
 from lm.training import gradient_noise_scale
-from lm.types import Array, Batch, Facts, LossFn, Sums, TrainState
+from lm.types import Array, Batch, LossFn, StepInfo, Sums, TrainState
 
 
 def gradients(
@@ -58,7 +58,7 @@ def gradients(
     return jax.lax.scan(add, zeros, jnp.arange(num_microbatches))[0]
 
 
-def fingerprint(batch: Batch) -> Facts:
+def fingerprint(batch: Batch) -> StepInfo:
     """What a batch is, exactly, in integers that don't depend on how it is sharded.
 
     records: uint32 [2], of the ids of its records. content: uint32 [2], of every bit that the model
@@ -90,7 +90,7 @@ def train_step(
     shardings: Any = None,
     frozen: Collection[str] = (),
     measure_noise: bool = False,
-) -> tuple[TrainState, Sums, Facts]:
+) -> tuple[TrainState, Sums, StepInfo]:
     """The state after `batch`, the sums of its loss, and the facts of the step.
 
     Gradients are summed over micro-batches and divided once by the total weight of the scored

@@ -73,7 +73,7 @@ class ListedSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """What an objective wants rows to be.
 
     fields: of the store, in the order in which the parts of a document stand.

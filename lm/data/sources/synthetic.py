@@ -20,7 +20,7 @@ import numpy as np
 from lm.data.packing import Span
 from lm.data.pairs import Field, Pairs
 from lm.data.sampler import hash_words, scale_hash
-from lm.data.sources import Layout, Rows
+from lm.data.sources import RowLayout, Rows
 
 KINDS = ("random", "markov", "copy")
 _PERIOD = 8
@@ -55,7 +55,7 @@ class Synthetic:
         self.seed = seed
 
     bytes_per_token = None  # no text behind the tokens
-    left_out = ""
+    truncation_summary = ""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -123,7 +123,7 @@ class _Field(Field):
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def reverse(layout: Layout, *, eos_id: int, num_documents: int = 4096, seed: int = 0) -> Pairs:
+def reverse(layout: RowLayout, *, eos_id: int, num_documents: int = 4096, seed: int = 0) -> Pairs:
     """Returns pairs of a random source of 1 to 15 tokens below `eos_id` or 256 and its reverse."""
     rng = np.random.default_rng([seed, num_documents])
     lengths = rng.integers(1, 16, num_documents)

@@ -24,7 +24,7 @@ from lm.types import Array
 
 
 @flax.struct.dataclass
-class Memory:
+class EncoderStates:
     """What cross-attention reads: the states of an encoder, or the keys and values that every layer
     has made of them.
     """
@@ -36,7 +36,7 @@ class Memory:
 
 
 @flax.struct.dataclass
-class Context:
+class LayerInputs:
     """What every layer of one forward pass shares. Lists have one entry per kind of layer (see
     `windows`).
     """
@@ -46,7 +46,7 @@ class Context:
     cos: Array | None  # float32 [kinds, B, T, H/2]
     sin: Array | None
     index: Array | None  # int32 []: tokens that the cache held before
-    memory: Memory | None = None  # for layers with cross-attention
+    memory: EncoderStates | None = None  # for layers with cross-attention
     train: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -180,7 +180,7 @@ class Attention(MultiHead):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, *, kind: Array | None, layer: Array, cache: Any = None
+        self, x: Array, context: LayerInputs, *, kind: Array | None, layer: Array, cache: Any = None
     ) -> tuple[jax.Array, Any]:
         """x: [B, T, D] -> ([B, T, D], cache).
 
@@ -227,7 +227,7 @@ class CrossAttention(MultiHead):
 
     @nn.compact
     def __call__(
-        self, x: Array, context: Context, kept: dict[str, Array] | None
+        self, x: Array, context: LayerInputs, kept: dict[str, Array] | None
     ) -> tuple[jax.Array, dict[str, Array]]:
         """x: [B, T, D] -> ([B, T, D], key and value [B, K, S, H]).
 

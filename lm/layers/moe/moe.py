@@ -91,13 +91,13 @@ class MoeConfig:
 
 
 @flax.struct.dataclass
-class Report:
+class RouterReport:
     """What a layer says beside its output, float32 scalars: terms of the loss, and statistics."""
 
     aux: dict[str, Array]
     stats: dict[str, Array]
 
-    def mean(self) -> Report:
+    def mean(self) -> RouterReport:
         """The mean over layers, of reports stacked along a leading [L]."""
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), self)
 
@@ -151,7 +151,7 @@ against_load.defvjp(
 
 def balance(
     routing: Routing, filled: Array, config: MoeConfig, bias: Array | None = None
-) -> Report:
+) -> RouterReport:
     """Terms of the loss and statistics of a layer, over the tokens of the whole (micro-)batch.
 
     The load-balance loss is E times the sum over experts of the fraction of assignments and the
@@ -178,7 +178,7 @@ def balance(
     if config.dispatch == "capacity":
         over = jnp.maximum(of_rows - config.capacity(filled.shape[1]), 0)
         stats["expert_dropped"] = jnp.sum(over).astype(jnp.float32) / (tokens * k)
-    return Report(aux, stats)
+    return RouterReport(aux, stats)
 
 
 class Moe(nn.Module):
@@ -209,7 +209,7 @@ class Moe(nn.Module):
         return {name: weight.astype(self.dtype) for name, weight in weights.items()}
 
     @nn.compact
-    def __call__(self, x: Array, filled: Array) -> tuple[jax.Array, Report]:
+    def __call__(self, x: Array, filled: Array) -> tuple[jax.Array, RouterReport]:
         """x: [B, T, D], filled: bool [B, T] -> ([B, T, D], report)."""
         c, e = self.config, self.config.num_experts
         self.rules.check("config.model.moe", (e, self.embed_dim, self.mlp_dim), AXES["up"])

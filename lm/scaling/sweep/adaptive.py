@@ -15,7 +15,7 @@ from typing import Any
 
 from lm.scaling import run_table
 from lm.scaling.sweep import pool, space
-from lm.scaling.sweep.pool import Outcome, Run
+from lm.scaling.sweep.pool import Outcome, Trial
 from lm.scaling.sweep.space import Axis, Choice
 from lm.telemetry import metrics
 
@@ -45,7 +45,7 @@ class Search:
         )
         self._seen: dict[str, int] = {}  # run -> size of its metrics when last read
 
-    def runs(self) -> Iterator[Run | None]:
+    def runs(self) -> Iterator[Trial | None]:
         """The trials: first those that had been proposed already."""
         for trial in self._study.trials:
             yield self._run(trial.number, self._point(self._trial(trial.number)))
@@ -77,14 +77,14 @@ class Search:
                 )
             else:
                 value = trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
-                point[axis.key] = space.round_off(value)
+                point[axis.key] = space.round_to_4_significant(value)
         return point
 
-    def _run(self, number: int, point: dict[str, Any]) -> Run:
+    def _run(self, number: int, point: dict[str, Any]) -> Trial:
         name = f"{number:03d}-{space.name(point)}"
-        return Run(name, point, space.arguments(self._config, point, self._settings))
+        return Trial(name, point, space.arguments(self._config, point, self._settings))
 
-    def is_hopeless(self, run: Run) -> bool:
+    def should_prune(self, run: Trial) -> bool:
         """Tells the study of new evaluations of a run; whether it is to be stopped."""
         path = self._root / run.name / metrics.METRICS_FILE
         size = path.stat().st_size if path.exists() else 0
@@ -93,7 +93,7 @@ class Search:
         self._seen[run.name] = size
         return bool(self._report(run).should_prune())
 
-    def _report(self, run: Run) -> Any:
+    def _report(self, run: Trial) -> Any:
         """The trial of a run, which the study now knows all evaluations of."""
         number = _number(run)
         known, trial = self._study.trials[number].intermediate_values, self._trial(number)
@@ -104,7 +104,7 @@ class Search:
                 trial.report(loss, step)
         return trial
 
-    def ended(self, run: Run, outcome: Outcome) -> None:
+    def ended(self, run: Trial, outcome: Outcome) -> None:
         """Tells the study what came of a run."""
         loss = math.nan
         if outcome.status == pool.FINISHED:
@@ -132,5 +132,5 @@ class Search:
             self._study.tell(number, state=states.PRUNED if pruned else states.FAIL)
 
 
-def _number(run: Run) -> int:
+def _number(run: Trial) -> int:
     return int(run.name.split("-")[0])

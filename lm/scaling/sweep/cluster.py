@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.scaling.sweep.pool import CODES, Run
+from lm.scaling.sweep.pool import CODES, Trial
 
 SLURM = "scripts/launch/slurm.sbatch"
 TPU_VM = "scripts/launch/tpu_vm.sh"
@@ -33,7 +33,7 @@ exit $code
 """
 
 
-def write_slurm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path:
+def write_slurm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Path:
     """Writes ROOT/commands.txt, the flags of a run in each line, and ROOT/array.sbatch, a job array
     of `scripts/launch/slurm.sbatch`, whose path it returns.
 
@@ -68,7 +68,7 @@ def write_slurm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path:
     return path
 
 
-def write_tpu_vm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path:
+def write_tpu_vm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Path:
     """Writes ROOT/tpu_vm.sh, which trains the runs one after the other on `slots` queued resources,
     NAME-0 and so on, and returns its path.
 
@@ -107,7 +107,7 @@ def write_tpu_vm(root: Path, runs: Sequence[Run], slots: int, home: str) -> Path
     return path
 
 
-def _words(home: str, run: Run) -> str:
+def _words(home: str, run: Trial) -> str:
     """The flags of a run as words of a shell; the last one is its folder."""
     flags = [*run.arguments, f"--workdir={os.path.join(home, run.name)}"]
     for flag in flags:

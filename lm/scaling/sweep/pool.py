@@ -39,7 +39,7 @@ GRACE = 300.0  # seconds from SIGTERM to SIGKILL: a save may take as long
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trial:
     """One run of a sweep: its place in the space, and the flags of scripts/train.py for it."""
 
     name: str
@@ -91,7 +91,7 @@ def record(root: Path, name: str, outcome: Outcome) -> None:
 class _Active:
     """A run that has a slot: waiting for its lock, or with a process."""
 
-    def __init__(self, root: Path, run: Run) -> None:
+    def __init__(self, root: Path, run: Trial) -> None:
         self.run, self.folder = run, root / run.name
         self.process: subprocess.Popen[bytes] | None = None
         self.tries, self.is_pruned, self.told = 0, False, False
@@ -150,7 +150,7 @@ class _Active:
             return None
         status = DIVERGED if code == Exit.DIVERGED else FAILED
         with (self.folder / "log.txt").open("rb") as log:
-            return Outcome(status, code, last_words(log))
+            return Outcome(status, code, last_error_line(log))
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -162,7 +162,7 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
-def last_words(log: IO[bytes]) -> str:
+def last_error_line(log: IO[bytes]) -> str:
     """The last line with an error, else the last line."""
     log.seek(max(0, os.fstat(log.fileno()).st_size - 20_000))
     lines = [x for x in log.read().decode(errors="replace").splitlines() if x.strip()]
@@ -172,11 +172,11 @@ def last_words(log: IO[bytes]) -> str:
 
 def run_all(
     root: Path,
-    runs: Iterator[Run | None],
+    runs: Iterator[Trial | None],
     *,
     slots: int,
-    ended: Callable[[Run, Outcome], Any] = lambda run, outcome: None,
-    is_hopeless: Callable[[Run], bool] = lambda run: False,
+    ended: Callable[[Trial, Outcome], Any] = lambda run, outcome: None,
+    is_hopeless: Callable[[Trial], bool] = lambda run: False,
     command: list[str] | None = None,
     grace: float = GRACE,
     say: Callable[[str], Any] = print,
@@ -196,7 +196,7 @@ def run_all(
                 if run is runs:
                     is_over = True
                     break
-                if not isinstance(run, Run):
+                if not isinstance(run, Trial):
                     break
                 if (outcome := read_outcome(root, run.name)) is not None:
                     ended(run, outcome)
@@ -219,7 +219,10 @@ def run_all(
 
 
 def _look(
-    one: _Active, command: list[str], is_hopeless: Callable[[Run], bool], say: Callable[[str], Any]
+    one: _Active,
+    command: list[str],
+    is_hopeless: Callable[[Trial], bool],
+    say: Callable[[str], Any],
 ) -> Outcome | None:
     """Starts a run that has no process yet, or looks at the one that it has."""
     if one.process is None:

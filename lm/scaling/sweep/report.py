@@ -11,14 +11,14 @@ from typing import Any
 
 from lm.scaling import run_table
 from lm.scaling.sweep import pool, space
-from lm.scaling.sweep.pool import Run
+from lm.scaling.sweep.pool import Trial
 from lm.telemetry import fonts
 
 REPEATS = ("seed", "fold")  # keys that tell runs of the same point apart
 UNFINISHED = "unfinished"
 
 
-def collect(root: Path, runs: Sequence[Run], home: str = "") -> list[dict[str, Any]]:
+def collect(root: Path, runs: Sequence[Trial], home: str = "") -> list[dict[str, Any]]:
     """A row for each run: its name, the values of its point, how it ended, and its result.
 
     home: folder or URL of the runs' folders; `root` if empty.
@@ -67,7 +67,7 @@ class Rank:
         return self.spread / math.sqrt(len(self.losses)) if self.losses else math.nan
 
 
-def rank(runs: Sequence[Run], table: Sequence[Mapping[str, Any]]) -> list[Rank]:
+def rank(runs: Sequence[Trial], table: Sequence[Mapping[str, Any]]) -> list[Rank]:
     """The points, the lowest mean loss first; those of which a run is missing come last."""
     groups: dict[str, tuple[dict[str, Any], list[Mapping[str, Any]]]] = {}
     for run, row in zip(runs, table, strict=True):

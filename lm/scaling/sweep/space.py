@@ -52,18 +52,20 @@ class Range:
         if not self.log:
             if self.is_whole:
                 return int(rng.integers(int(self.low), int(self.high) + 1))
-            return round_off(float(rng.uniform(self.low, self.high)))
+            return round_to_4_significant(float(rng.uniform(self.low, self.high)))
         # each whole number has the part of the logarithm that rounds to it
         margin = 0.5 if self.is_whole else 0.0
         x = math.exp(rng.uniform(math.log(self.low - margin), math.log(self.high + margin)))
-        return round(min(max(x, self.low), self.high)) if self.is_whole else round_off(x)
+        return (
+            round(min(max(x, self.low), self.high)) if self.is_whole else round_to_4_significant(x)
+        )
 
 
 Axis = Choice | Range
 Point = dict[str, Any]
 
 
-def round_off(x: float) -> float:
+def round_to_4_significant(x: float) -> float:
     """Four digits: what is not told apart need not be written down."""
     return float(f"{x:.4g}")
 
@@ -189,7 +191,7 @@ def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
     raise ValueError(f"only {len(points)} of {count} random points differ: give a larger space")
 
 
-def product(points: Sequence[Point], seeds: int, folds: int) -> Iterator[Point]:
+def with_seeds_and_folds(points: Sequence[Point], seeds: int, folds: int) -> Iterator[Point]:
     """Every point with each seed and fold (keys `seed` and `fold`), where there are several."""
     for point in points:
         for fold in range(folds) if folds > 1 else [None]:
