@@ -661,11 +661,11 @@ with Checkpoints(workdir + "/slow", CheckpointConfig(keep_last=1)) as checkpoint
 
 # a listing that a network file system has kept: the lead's counts in both
 from lm.checkpoint import step_files
-from lm.checkpoint.parent import Base
+from lm.checkpoint.parent import ParentCheckpoint
 if index == 1:
     stored.steps = lambda directory: []
 with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
-    stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, Base(workdir).step]
+    stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, ParentCheckpoint(workdir).step]
 print("RESULT", json.dumps([manifest.step, step, all(jax.tree.leaves(same)), marks, found, stale]))
 """
 

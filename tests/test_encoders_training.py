@@ -91,7 +91,7 @@ def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monke
         return put(self, batch.replace(encoder=batch.encoder.replace(segments=segments)))
 
     many, steps = compared("t5")
-    monkeypatch.setattr(mesh_equivalence.Experiment, "put", unsharded)
+    monkeypatch.setattr(mesh_equivalence.Experiment, "make_global_batch", unsharded)
     report = mesh_equivalence.compare(many, steps)
     assert "gradients" in {d.what for d in report.differences if not d.ok}
 

@@ -19,7 +19,7 @@ def start(body, *arguments):
     code = """
         import signal, sys, time
         from lm.config.schema import GuardConfig
-        from lm.reliability.watchdog import StopSignals, Watchdog, alone
+        from lm.reliability.watchdog import StopSignals, Watchdog, lock_workdir
         from lm.telemetry.phase_timer import PhaseTimer
     """
     program = textwrap.dedent(code) + textwrap.dedent(body)
@@ -87,7 +87,7 @@ STUCK = """
 def test_a_folder_is_for_one_process_until_that_is_gone(tmp_path):
     folder = tmp_path / "run"
     body = """
-        with alone(sys.argv[1]):
+        with lock_workdir(sys.argv[1]):
             print("held", flush=True)
             time.sleep(300)
     """
