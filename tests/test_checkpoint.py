@@ -663,9 +663,10 @@ with Checkpoints(workdir + "/slow", CheckpointConfig(keep_last=1)) as checkpoint
 from lm.checkpoint import step_files
 from lm.checkpoint.parent import ParentCheckpoint
 if index == 1:
-    stored.steps = lambda directory: []
+    step_files.steps = lambda directory: []
 with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
-    stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, ParentCheckpoint(workdir).step]
+    parent = ParentCheckpoint(workdir)
+    stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, parent.step]
 print("RESULT", json.dumps([manifest.step, step, all(jax.tree.leaves(same)), marks, found, stale]))
 """
 

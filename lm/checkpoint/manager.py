@@ -70,7 +70,7 @@ class Checkpoints:
         self._read_only = read_only
         self._lead = jax.process_index() == 0
         self._saves: collections.deque[_Save] = collections.deque()
-        # what the run began from, as `ParentCheckpoint.describe` says: goes from manifest to manifest
+        # `ParentCheckpoint.describe` of what the run began from: goes from manifest to manifest
         self.parent: dict[str, Any] | None = None
         if read_only:
             if not self.directory.exists():

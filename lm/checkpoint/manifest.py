@@ -249,7 +249,9 @@ class Manifest:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: dict[str, Any] = dataclasses.field(default_factory=dict)  # see code_version
     resolved: dict[str, int] = dataclasses.field(default_factory=dict)  # see training/resume.py
-    parent: dict[str, Any] | None = None  # what this run began from, as `ParentCheckpoint.describe` says
+    parent: dict[str, Any] | None = (
+        None  # what this run began from, as `ParentCheckpoint.describe` says
+    )
     time: float = 0.0  # seconds since 1970
     format: int = FORMAT
 
