@@ -1,11 +1,14 @@
-"""Paths of runs, stores and checkpoints, as the libraries that open them want them spelled: every
-legal name means itself, whatever is special in it to URLs and patterns.
+"""The door to storage: paths of runs, stores and checkpoints, as the libraries that open them want
+them spelled, and files written whole or not at all.
+
+Every legal name means itself, whatever is special in it to URLs and patterns.
 """
 
 from __future__ import annotations
 
 import os
 import urllib.parse
+import uuid
 from typing import Any
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore
@@ -13,7 +16,7 @@ _SCHEMES = (*_DRIVERS, "file", "http", "https", "memory")
 
 
 def is_url(path: str) -> bool:
-    """True if `path` names a place by URL: a folder may have `://` in its path, too."""
+    """True if `path` is a URL: the path of a local folder may have `://` in it, too."""
     return path.partition("://")[0] in _SCHEMES and "://" in path
 
 
@@ -48,6 +51,35 @@ def kvstore(folder: str) -> dict[str, Any]:
         }
     bucket, _, path = rest.partition("/")
     return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
+    """Write a file that is there whole or as it was, whatever is killed and however many write it.
+
+    A local file is synced under another name and renamed; objects of `gs://` and the like appear
+    whole by themselves. Missing folders are made. Text is UTF-8.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    name = os.fspath(path)
+    if is_url(name):
+        from etils import epath  # costs 0.1 s
+
+        remote = epath.Path(name)
+        remote.parent.mkdir(parents=True, exist_ok=True)
+        remote.write_bytes(bytes(data))
+        return
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
 
 
 def printable(name: str) -> str:

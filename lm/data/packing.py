@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lm import storage
 from lm.data.sources import Rows
 from lm.data.sources.tokens import TokenStore
 
@@ -223,14 +224,10 @@ def cached_plan(
     if not file.exists():
         arrays = make()
         header = [len(arrays), *map(len, arrays)]
-        new = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.tmp")
+        content = io.BytesIO()
+        np.save(content, np.concatenate([header, *arrays]).astype(np.int64))
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(new, "wb") as stream:
-                np.save(stream, np.concatenate([header, *arrays]).astype(np.int64))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(new, file)  # several processes write the same bytes: the last one wins
+            storage.write_atomically(file, content.getbuffer())
         except OSError as error:
             raise ValueError(
                 f"the packing plan cannot be kept in {cache} ({error}); "

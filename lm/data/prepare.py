@@ -20,10 +20,10 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,10 +177,7 @@ def _claim(out: Path, plan: dict, out_flag: str) -> dict:
             raise ValueError(
                 f"{out / taken[0]} exists and was not made here; choose another {out_flag}"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = out / f"plan.json.{_unique()}.tmp"
-        temporary.write_text(json.dumps(plan, indent=2) + "\n")
-        temporary.replace(file)
+        storage.write_atomically(file, json.dumps(plan, indent=2) + "\n")
     found = json.loads(file.read_text())
     different = [
         f"other {key}"
@@ -204,10 +201,6 @@ def _is_complete(out: Path, corpus: Corpus) -> bool:
 
 def _missing(folder: Path, parts: Sequence[Part]) -> list[int]:
     return [i for i in range(len(parts)) if not part_file(folder, i).is_file()]
-
-
-def _unique() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 @contextlib.contextmanager
@@ -276,12 +269,9 @@ def _write_part(job: _Job, i: int, part: Part) -> _Done:
             arrays[f"{group}.bytes.{name}"] = block.num_bytes[name]
             num_bytes += int(block.num_bytes[name].sum())
             num_tokens += len(tokens.values)
-    temporary = Path(job.folder) / f"part-{i:06d}.{_unique()}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(part_file(job.folder, i))
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    storage.write_atomically(part_file(job.folder, i), content.getbuffer())
     return _Done(num_bytes, num_tokens)
 
 

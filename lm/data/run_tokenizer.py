@@ -6,6 +6,7 @@ from pathlib import PurePath
 
 from etils import epath
 
+from lm import storage
 from lm.data import special_tokens
 from lm.data.tokenizer import Tokenizer
 
@@ -35,14 +36,11 @@ def keep(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
             f"trained with ({kept}): give that one, another --workdir, or allow it "
             "(--config.checkpoint.allow_changed=\"('data.tokenizer',)\")"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     found = {name: source.parent / name for name in BESIDE}
     contents = {name: file.read_bytes() for name, file in found.items() if file.exists()}
     for name, content in {**contents, source.name: tokenizer.model}.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
-            written = folder / f"{name}.new"
-            written.write_bytes(content)
-            written.replace(folder / name)
+            storage.write_atomically(folder / name, content)
 
 
 def find(workdir: str, name: str) -> str:

@@ -238,7 +238,5 @@ def train_tokenizer(
             split_digits=split_digits,
             vocab_flag=vocab_flag,
         )
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(model)
-    temporary.replace(out)
+    storage.write_atomically(out, model)
     return size

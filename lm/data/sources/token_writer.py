@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lm import storage
 from lm.data.sources import Document
 from lm.data.sources.tokens import FORMAT, MANIFEST
 from lm.data.tokenizer import Tokenizer
@@ -163,9 +164,7 @@ class StoreWriter:
             "content_hash": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
             "files": entries,
         }
-        temporary = self._partial / (MANIFEST + ".tmp")
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-        temporary.rename(self._partial / MANIFEST)
+        storage.write_atomically(self._partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         if self._path.exists():
             shutil.rmtree(self._path)
         self._partial.rename(self._path)
