@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxlib import _hlo  # XLA's parser of HLO texts
 
 from lm.config import conversion
 from lm.models import flops
@@ -42,6 +41,11 @@ from lm.planning import (
 from lm.planning.roofline import StepTimeBounds
 from lm.training.experiment import Experiment
 
+try:  # XLA's parser of HLO texts
+    from jaxlib import _hlo as xla
+except ImportError:  # jaxlib 0.10.0
+    from jaxlib import _jax as xla
+
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
 )
@@ -62,7 +66,7 @@ def read(module):
 
 
 def module_of(text):
-    return read(_hlo.hlo_module_from_text(text))
+    return read(xla.hlo_module_from_text(text))
 
 
 def module_of_step(experiment):
