@@ -389,6 +389,24 @@ def test_a_window_that_meets_padding_counts_its_hits_alone():
     )  # same padding
 
 
+def test_a_slice_copied_in_the_background_reads_no_more_than_itself():
+    """libtpu brings slices of what lies in HBM to the chip while other work runs."""
+    text = """HloModule m
+
+%copied (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %s = f32[2,4]{1,0:S(1)} slice(%p), slice={[0:2], [0:4]}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %a = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%copied
+  ROOT %b = f32[2,4]{1,0:S(1)} async-done(%a)
+}
+"""
+    assert costs.count_flops_and_hbm_bytes(module_of(text)).hbm_bytes == 2 * 4 * ITEM
+
+
 @pytest.mark.parametrize("batch", ["", "2,"])
 def test_a_splash_kernel_counts_the_blocks_of_its_schedule(batch):
     """Also of a single row, of which the compiler leaves out the first dimension: 3 products of

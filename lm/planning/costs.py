@@ -12,8 +12,8 @@ from lm.planning.hlo import Computation, Instruction, Module
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "copy-done", "async-done", "iota"),
-    *("all-gather-done", "all-reduce-done", "collective-permute-done", "async-update"),
-    *("opt-barrier", "add-dependency", "send-done", "recv-done"),
+    *("all-gather-done", "all-reduce-done", "collective-permute-done", "async-start"),
+    *("async-update", "opt-barrier", "add-dependency", "send-done", "recv-done"),
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -161,9 +161,11 @@ def _hbm_traffic(instruction: Instruction, computation: Computation, module: Mod
     if opcode in _FREE or instruction.target == "AllocateBuffer":
         return 0.0
     if opcode == "dynamic-update-slice":
-        return 2.0 * _hbm(computation.operand(instruction, 1))
+        update = computation.operand(instruction, 1)
+        return float(_hbm(update) + (update.bytes if _hbm(instruction) else 0))
     if opcode in _SLICES:
-        return 2.0 * _hbm(instruction)
+        source = computation.operand(instruction)
+        return float((instruction.bytes if _hbm(source) else 0) + _hbm(instruction))
     if opcode == "copy-start":  # (destination, source, a flag)
         return float(sum(s.bytes for s in instruction.shapes[:2] if s.space == hlo.HBM))
     if opcode != "fusion":
