@@ -59,19 +59,9 @@ def mesh_of(**axes):
     return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
 
 
-def read(module):
-    """The module of XLA's own object."""
-    serialized = module.as_serialized_hlo_module_proto()
-    return hlo.read(protos.message("HloModuleProto").FromString(serialized))
-
-
 def module_of(text):
-    return read(xla.hlo_module_from_text(text))
-
-
-def module_of_step(experiment):
-    [module] = experiment.lower_train_step().compile().runtime_executable().hlo_modules()
-    return read(module)
+    serialized = xla.hlo_module_from_text(text).as_serialized_hlo_module_proto()
+    return hlo.read(protos.message("HloModuleProto").FromString(serialized))
 
 
 def program_of(f, mesh, **arrays):
@@ -80,8 +70,7 @@ def program_of(f, mesh, **arrays):
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in arrays.values()
     ]
-    [module] = jax.jit(f).lower(*shapes).compile().runtime_executable().hlo_modules()
-    module = read(module)
+    module = hlo.of_compiled(jax.jit(f).lower(*shapes).compile())
     return module, traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
 
 
@@ -365,7 +354,7 @@ def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, hea
     """Within 2%: the program multiplies the whole square of scores, and nothing else is missing."""
     changes = {"model.scan_unroll": -1, "model.num_kv_heads": heads, "model.tie_embeddings": tie}
     experiment = make_experiment({**changes, "loss.chunk_size": 0})
-    module = module_of_step(experiment)
+    module = hlo.of_compiled(experiment.lower_train_step().compile())
     c = experiment.config
     formula = flops.flops_per_token(c.model, c.data.length, full_square=True)
     formula *= experiment.batch_size * c.data.length
@@ -375,7 +364,9 @@ def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, hea
 def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
     def count(unroll):
         experiment = make_experiment({"model.scan_unroll": unroll, "model.num_layers": 3})
-        return costs.count_flops_and_hbm_bytes(module_of_step(experiment)).flops
+        return costs.count_flops_and_hbm_bytes(
+            hlo.of_compiled(experiment.lower_train_step().compile())
+        ).flops
 
     assert count(1) == count(-1)
 

@@ -302,3 +302,10 @@ def read(proto: Any) -> Module:
         root = instructions[by_id[c.root_id].name]
         computations[c.name] = Computation(c.name, instructions, root)
     return Module(proto, computations, computations[proto.entry_computation_name])
+
+
+def of_compiled(compiled: Any) -> Module:
+    """The optimized module of a `jax.stages.Compiled`."""
+    [module] = compiled.runtime_executable().hlo_modules()
+    serialized = module.as_serialized_hlo_module_proto()
+    return read(protos.message("HloModuleProto").FromString(serialized))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from jax.experimental import multihost_utils
 from lm.config import conversion
 from lm.config.conversion import ConfigTree
 from lm.parallel.sharding import AXES
+from lm.planning import hlo
 from lm.training.experiment import Experiment
 from lm.types import Batch, Tokens, TrainState
 
@@ -355,10 +355,10 @@ def _layout(experiment: Experiment) -> list[str]:
         if shards > 1 and matrix and owner.is_fully_replicated:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             problems.append(f"parameter {name} {leaf.shape} and its moments are on every device")
-    return problems + _whole_activations(experiment, compiled.as_text())
+    return problems + _whole_activations(experiment, hlo.of_compiled(compiled))
 
 
-def _whole_activations(experiment: Experiment, program: str) -> list[str]:
+def _whole_activations(experiment: Experiment, program: hlo.Module) -> list[str]:
     """Arrays of the program of one device with features of every token of the batch."""
     rules, data = experiment.rules, experiment.config.data
     lengths = {data.length, data.encoder_length or data.length}
@@ -366,13 +366,12 @@ def _whole_activations(experiment: Experiment, program: str) -> list[str]:
         return []
     rows = experiment.batch_size // experiment.config.train.num_microbatches
     seen: dict[str, str] = {}
-    for match in re.finditer(r"= (f32|bf16)\[([\d,]+)\]\S* ([\w-]+)\(", program):
-        sizes = [int(n) for n in match[2].split(",")]
-        if (
-            len(sizes) > 2 and sizes[0] == rows and lengths & set(sizes[1:-1])
-        ):  # [B, T, D], [B, N, T, H]
-            seen.setdefault(match[2], match[3])
-    return [f"[{shape}] holds the tokens of all devices ({op})" for shape, op in seen.items()]
+    for instruction, _ in program.instructions.values():
+        for shape in instruction.shapes:  # [B, T, D], [B, N, T, H]
+            inner = set(shape.dims[1:-1])
+            if shape.dtype in ("f32", "bf16") and shape.dims[:1] == (rows,) and lengths & inner:
+                seen.setdefault(str(shape), instruction.opcode)
+    return [f"{shape} holds the tokens of all devices ({op})" for shape, op in seen.items()]
 
 
 def describe(report: EquivalenceReport) -> str:
