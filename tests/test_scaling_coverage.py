@@ -9,7 +9,7 @@ import pytest
 from lm.scaling import intervals, parametric
 from lm.scaling.analysis import analyse
 from lm.scaling.artefact import Options
-from lm.scaling.parametric import NAMES
+from lm.scaling.parametric import NAMES, Law
 from lm.scaling.table import Table
 from tests.scaling_tables import CHINCHILLA, source, unbalanced
 
@@ -68,11 +68,12 @@ def test_ninety_percent_intervals_hold_the_truth_as_often(axes, noise, draw, req
         loss = CHINCHILLA.loss(sizes, tokens) * (1 + noise * draw(rng, tokens))
         table = Table(*runs, loss, np.arange(len(loss)), "total")
         fit = parametric.fit(table)
-        again, _ = intervals.bootstrap(
+        replicates, _ = intervals.bootstrap(
             table, fit, repeats=np.inf, delta=parametric.HUBER_DELTA, num=REPLICATES, rng=rng
         )
+        laws = Law.stack([each.law for each in replicates])
         for k, name in enumerate(NAMES[:5]):
-            value, values = getattr(fit.one(), name), getattr(again.law, name)
+            value, values = getattr(fit.law, name), getattr(laws, name)
             found = intervals.estimate(value, values, 0.9)
             inside[trial, k] = found.low <= truth[k] <= found.high
     share = dict(zip(NAMES[:5], inside.mean(axis=0).round(3).tolist(), strict=True))

@@ -217,7 +217,7 @@ def test_from_a_table_to_a_plan_by_two_commands(script, runs, tmp_path):
     for name, found in result.constants.items():
         assert f"{name} " in page and f"{found.value:.4g} [" in page
     assert "72 at other than the best setting" in page
-    assert result.data["sha256"][:12] in page
+    assert result.data.sha256[:12] in page
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
     for path in (tmp_path / "pictures").glob("*.png"):
         assert matplotlib.image.imread(path).std() > 0.01

@@ -1,4 +1,4 @@
-"""Everything that a table of runs says about scaling.
+"""The analysis of a table of runs, from the fit of each law to the artefact.
 
 table, source = read("docs/ladder.csv", counting="total")
 result = analyse(table, source)
@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from lm.scaling import frontier, intervals, parametric, settings
 from lm.scaling.artefact import (
+    Data,
     FrontierEstimate,
     HeldOut,
     LawEstimate,
@@ -25,18 +25,17 @@ from lm.scaling.artefact import (
     rounded,
 )
 from lm.scaling.frontier import Frontier
-from lm.scaling.intervals import Estimate
 from lm.scaling.parametric import NAMES, Fit, Law
 from lm.scaling.powers import Power
 from lm.scaling.table import Source, Table, check, groups, means
 
-NATS_TO_BITS = 1 / math.log(2)
-OUTLYING = 6  # times the spread of runs, further than which one is no noise
+NATS_PER_BIT = math.log(2)
+OUTLYING = 6  # times the spread of runs, beyond which a run is no noise
 MISFIT = 0.03  # noise in log loss above which the law hardly describes the table
 
 
 def analyse(table: Table, source: Source, options: Options | None = None) -> Result:
-    """Fits all laws to a table that `read` has checked.
+    """Fit all laws to a table that `read` has checked.
 
     Raises:
         ValueError: the rows cannot tell the constants, or their losses are in two units.
@@ -44,42 +43,53 @@ def analyse(table: Table, source: Source, options: Options | None = None) -> Res
     o = options or Options()
     names = NAMES[: 6 if o.fits_repeats else 5]
     best = table.best()
-    check(best, num_constants=len(names))
-    _check_repeats(best, o)
+    _check(best, o)
     rng = np.random.default_rng(o.seed)
-    fit, again, noise = _fit(best, o, rng)
-    law, laws = fit.one(), again.law
-    every = {name: intervals.estimate(getattr(law, name), getattr(laws, name), o.level)
-             for name in (*names, "parameters_exponent", "tokens_exponent")}  # fmt: skip
-    near = intervals.wild(best, fit, o.num_replicates, rng)
+    fit, replicates, noise = _fit(best, o, rng)
+    laws = Law.stack([each.law for each in replicates])
+    estimates = {
+        name: intervals.estimate(getattr(fit.law, name), getattr(laws, name), o.level)
+        for name in (*names, "parameters_exponent", "tokens_exponent")
+    }
+    losses = intervals.wild(best, fit, o.num_replicates, rng)
     envelope, isoflop = (
-        _frontier(approach, best, near, law, o.level)
+        _frontier(approach, best, losses, fit.law, o.level)
         for approach in (frontier.envelope, frontier.isoflop)
     )
-    exponents = {"a": every["parameters_exponent"], "b": every["tokens_exponent"]}
+    exponents = {"a": estimates["parameters_exponent"], "b": estimates["tokens_exponent"]}
     return Result(
         counting=table.counting,
         options=o,
         data=_describe(table, best, source),
-        constants={name: every[name] for name in names},
+        constants={name: estimates[name] for name in names},
         exponents=exponents,
         replicates=rounded(np.stack([getattr(laws, n) for n in names], axis=1)),
         noise=noise,
-        objective=float(fit.objective[0]),
+        objective=fit.objective,
         num_starts=fit.num_starts,
         warnings=[
-            *_warnings(best, fit, again, noise),
+            *_warnings(best, fit, replicates, noise),
             *disagreement({"envelope": envelope, "isoflop": isoflop}, exponents["a"]),
         ],
         envelope=envelope,
         isoflop=isoflop,
         settings=_settings(table, noise, o, rng),
-        held_out=_hold_out(best, o, len(names), rng),
+        held_out=_hold_out(best, o, rng),
     )
 
 
-def _fit(table: Table, o: Options, rng: np.random.Generator) -> tuple[Fit, Fit, float]:
-    """(the fit, that of all replicates, the noise)."""
+def _check(table: Table, o: Options) -> None:
+    check(table, num_constants=6 if o.fits_repeats else 5)
+    repeated = table.unique_tokens is not None and (table.tokens > table.unique_tokens).any()
+    if (o.fits_repeats or o.repeats is not None) and not repeated:
+        raise ValueError(
+            f"none of {len(table)} rows has fewer unique_tokens than tokens: there is no repeated "
+            "data to correct for"
+        )
+
+
+def _fit(table: Table, o: Options, rng: np.random.Generator) -> tuple[Fit, list[Fit], float]:
+    """(the fit, those of all replicates, the noise)."""
     repeats = None if o.fits_repeats else (np.inf if o.repeats is None else o.repeats)
     fit = parametric.fit(table, repeats=repeats, delta=o.delta)
     _check_units(table, fit)
@@ -88,24 +98,21 @@ def _fit(table: Table, o: Options, rng: np.random.Generator) -> tuple[Fit, Fit, 
     )
 
 
-def _hold_out(
-    table: Table, o: Options, num_constants: int, rng: np.random.Generator
-) -> HeldOut | None:
-    """None where too little is left without the largest size."""
+def _hold_out(table: Table, o: Options, rng: np.random.Generator) -> HeldOut | None:
+    """The largest size by the law of the others; None where these are too few."""
     largest = table.sizes() == table.sizes().max()
     rest, held = table.take(~largest), table.take(largest)
     try:
-        check(rest, num_constants=num_constants)
-        _check_repeats(rest, o)
+        _check(rest, o)
     except ValueError:
         return None
-    fit, again, noise = _fit(rest, o, rng)
+    fit, replicates, noise = _fit(rest, o, rng)
     runs = (held.parameters, held.tokens, held.unique_tokens)
-    middle, around = fit.one().loss(*runs), again.law.loss(*runs)  # [n], [R, n]
+    middle = fit.law.loss(*runs)  # [n]
+    around = Law.stack([each.law for each in replicates]).loss(*runs)  # [R, n]
     around = around * np.exp(noise * rng.standard_normal(around.shape))
-    predicted = [intervals.estimate(float(m), around[:, i], o.level) for i, m in enumerate(middle)]
+    predicted = [intervals.estimate(m, around[:, i], o.level) for i, m in enumerate(middle)]
     errors = middle / held.loss - 1
-    inside = [p.low <= v <= p.high for p, v in zip(predicted, held.loss, strict=True)]
     return HeldOut(
         parameters=float(held.parameters[0]),
         flops_distance=float(held.flops.max() / rest.flops.max()),
@@ -114,7 +121,9 @@ def _hold_out(
         predicted=predicted,
         mean_error=float(errors.mean()),
         largest_error=float(errors[np.argmax(np.abs(errors))]),
-        num_inside=int(sum(inside)),
+        num_inside=int(
+            np.sum([p.low <= v <= p.high for p, v in zip(predicted, held.loss, strict=True)])
+        ),
     )
 
 
@@ -129,8 +138,8 @@ def _frontier(
     columns = ("flops", "parameters", "tokens", "loss")
     return FrontierEstimate(
         points={name: rounded(getattr(found, name)) for name in columns},
-        parameters=_law(found.parameters_law, [f.parameters_law for f in again], level),
-        tokens=_law(found.tokens_law, [f.tokens_law for f in again], level),
+        parameters=_estimate(found.parameters_law, [f.parameters_law for f in again], level),
+        tokens=_estimate(found.tokens_law, [f.tokens_law for f in again], level),
     )
 
 
@@ -149,63 +158,54 @@ def _settings(
             variable=o.variable,
             points={"x": rounded(found.x), "best": rounded(found.best)},
             at_edge=found.at_edge,
-            law=_law(found.law, again, o.level),
+            law=_estimate(found.law, again, o.level),
         )
     return result
 
 
-def _law(found: Power, again: Sequence[Power], level: float) -> LawEstimate:
-    pairs = np.array([(p.coefficient, p.exponent) for p in again])
-
-    def one(value: Any, column: int) -> Estimate:
-        return intervals.estimate(float(value), pairs[:, column], level)
-
-    return LawEstimate(one(found.coefficient, 0), one(found.exponent, 1), rounded(pairs))
-
-
-def _check_repeats(table: Table, o: Options) -> None:
-    repeated = table.unique_tokens is not None and (table.tokens > table.unique_tokens).any()
-    if (o.fits_repeats or o.repeats is not None) and not repeated:
-        raise ValueError(
-            f"none of {len(table)} rows has fewer unique_tokens than tokens: there is no repeated "
-            "data to correct for"
-        )
+def _estimate(found: Power, replicates: Sequence[Power], level: float) -> LawEstimate:
+    pairs = np.array([(p.coefficient, p.exponent) for p in replicates])
+    coefficient, exponent = (
+        intervals.estimate(float(value), values, level)
+        for value, values in zip((found.coefficient, found.exponent), pairs.T, strict=True)
+    )
+    return LawEstimate(coefficient, exponent, rounded(pairs))
 
 
 def _check_units(table: Table, fit: Fit) -> None:
-    """Raises ValueError where some losses are off by the factor between bits and nats."""
-    residuals = fit.residuals[0]
-    usual = float(np.median(np.abs(residuals)))
-    off = np.abs(np.abs(residuals) - math.log(NATS_TO_BITS)) < 0.1
-    if usual < 0.1 and off.any():
+    """Raise ValueError where some losses are off by the factor between bits and nats."""
+    size = np.abs(fit.residuals)
+    off = np.abs(size + math.log(NATS_PER_BIT)) < 0.1
+    if np.median(size) < 0.1 and off.any():
         i = int(np.flatnonzero(off)[0])
-        factor = math.exp(residuals[i])
+        factor = math.exp(fit.residuals[i])
         raise ValueError(
             f"the loss of row {table.rows[i]} ({table.loss[i]:.4g}) is {factor:.3f} times what the "
             f"other rows say ({table.loss[i] / factor:.4g}), as {int(off.sum())} of {len(table)} "
-            f"rows: a bit is {1 / NATS_TO_BITS:.4f} nats, a factor of {NATS_TO_BITS:.3f} or "
-            f"{1 / NATS_TO_BITS:.3f}; losses must all be nats per token"
+            f"rows: a bit is {NATS_PER_BIT:.4f} nats, a factor of {1 / NATS_PER_BIT:.3f} or "
+            f"{NATS_PER_BIT:.3f}; losses must all be nats per token"
         )
 
 
-def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
+def _warnings(table: Table, fit: Fit, replicates: Sequence[Fit], noise: float) -> list[str]:
     found = []
-    if fit.at_bound[0]:
+    at_bound = np.mean([each.at_bound for each in replicates])
+    if fit.at_bound:
         found.append(
             "a constant ended at its bound: these runs do not tell E from 0, or an exponent from "
             "its limits"
         )
-    elif again.at_bound.mean() > 0.05:
+    elif at_bound > 0.05:
         found.append(
-            f"in {again.at_bound.mean():.0%} of the replicates a constant ended at its bound: "
-            "these runs hardly tell E from 0, and single constants mean little"
+            f"in {at_bound:.0%} of the replicates a constant ended at its bound: these runs hardly "
+            "tell E from 0, and single constants mean little"
         )
     if noise > MISFIT:
         found.append(
             f"runs lie {noise:.1%} around the law: it does not describe them well, and the "
-            "intervals know nothing of what it leaves out"
+            "intervals do not include what it leaves out"
         )
-    found += _outliers(table, fit.residuals[0])
+    found += _outliers(table, fit.residuals)
     ratio = table.flops_ratio()
     if ratio.max() > 1.5 * ratio.min():
         found.append(
@@ -216,34 +216,37 @@ def _warnings(table: Table, fit: Fit, again: Fit, noise: float) -> list[str]:
 
 
 def _outliers(table: Table, residuals: np.ndarray) -> list[str]:
-    """A sentence about the run that is too far from the law to be noise, if one is.
+    """A sentence about the run that is too far from the law to be noise, if there is one.
 
-    The spread of the others is 1.48 times the median of absolute residuals, which is the standard
-    deviation of Gaussian noise and heeds no outlier.
+    The spread of the others is 1.48 times the median of absolute residuals, a robust estimate of
+    the standard deviation of Gaussian noise.
     """
-    spread = 1.4826 * float(np.median(np.abs(residuals)))
-    i = int(np.abs(residuals).argmax())
-    if not abs(residuals[i]) > max(OUTLYING * spread, 1e-3):
+    size = np.abs(residuals)
+    spread = 1.4826 * float(np.median(size))
+    i = int(size.argmax())
+    if size[i] <= max(OUTLYING * spread, 1e-3):
         return []
-    many = int((np.abs(residuals) > OUTLYING * spread).sum())
+    many = int((size > OUTLYING * spread).sum())
     others = f"; {many} runs in all lie further out than {OUTLYING}" if many > 1 else ""
     return [
         f"row {table.rows[i]} ({table.parameters[i]:.3g} parameters, "
         f"{table.tokens[i]:.3g} tokens) lies {np.expm1(residuals[i]):+.1%} from the law, "
-        f"{abs(residuals[i]) / spread:.0f} times the spread of runs{others}: look at it, the law "
+        f"{size[i] / spread:.0f} times the spread of runs{others}: look at it, the law "
         "describes only what the runs have in common"
     ]
 
 
-def _describe(table: Table, best: Table, source: Source) -> dict[str, Any]:
-    ratio = best.flops_ratio()
-    return {
+def _describe(table: Table, best: Table, source: Source) -> Data:
+    def extremes(values: np.ndarray) -> list[float]:
+        return [float(values.min()), float(values.max())]
+
+    return Data(
         **dataclasses.asdict(source),
-        "num_fitted": len(best),
-        "num_other_settings": len(table) - len(best),
-        "parameters": means(best.parameters, best.sizes()).tolist(),
-        "tokens": means(best.tokens, groups(best.tokens)).tolist(),
-        "flops": [float(best.flops.min()), float(best.flops.max())],
-        "loss": [float(best.loss.min()), float(best.loss.max())],
-        "flops_per_parameter_token": [float(ratio.min()), float(ratio.max())],
-    }
+        num_fitted=len(best),
+        num_other_settings=len(table) - len(best),
+        parameters=means(best.parameters, best.sizes()).tolist(),
+        tokens=means(best.tokens, groups(best.tokens)).tolist(),
+        flops=extremes(best.flops),
+        loss=extremes(best.loss),
+        flops_per_parameter_token=extremes(best.flops_ratio()),
+    )

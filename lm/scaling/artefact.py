@@ -1,36 +1,40 @@
-"""The record of a fit, to JSON and back: data, method, constants, intervals."""
+"""The artefact of a fit: data, method, constants and intervals, as one JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lm.scaling import intervals, parametric
 from lm.scaling.intervals import Estimate
-from lm.scaling.parametric import Law
+from lm.scaling.parametric import Constant, Law
 from lm.scaling.powers import Power
+from lm.scaling.table import Source
 
 FORMAT = 1
-# Which bootstrap the intervals of the constants are of.
+# The bootstrap behind the intervals of the constants.
 BOOTSTRAPS = {
     "cases": "runs drawn with replacement",
     "noise": "Gaussian noise drawn around the law",  # of artefacts that do not name theirs
 }
-FEW_BUDGETS = 4  # below which a power law through lowest points rests on single ones
-WIDE = (
-    0.2  # interval of an exponent that tells little: of N_opt by 2.5 times in 100 times the FLOPs
-)
-DIGITS = 7  # of what is written for each replicate and point
+FEW_BUDGETS = 4  # below which a power law through minima rests on single ones
+# Interval of an exponent that tells little: of N_opt by 2.5 times in 100 times the FLOPs.
+WIDE = 0.2
+NUM_DIGITS = 7  # of what is written for each replicate and point
+
+JsonTree: TypeAlias = "dict[str, JsonTree] | list[JsonTree] | str | float | None"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a table is analysed."""
+    """Options of an analysis."""
 
     delta: float = parametric.HUBER_DELTA
     repeats: float | None = None  # R* of repeated data; None: seen again is as good as new
@@ -60,7 +64,7 @@ class LawEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class FrontierEstimate:
-    """Approach 1 or 2: the best runs by budget, and N_opt and D_opt as powers of FLOPs."""
+    """Approach 1 or 2: the best runs of each budget, and N_opt and D_opt as powers of FLOPs."""
 
     points: dict[str, list[float]]  # flops, parameters, tokens, loss
     parameters: LawEstimate
@@ -93,12 +97,25 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """The fitted runs: where they are from, and their sizes, token counts and extremes."""
+
+    num_fitted: int
+    num_other_settings: int  # runs at other than the best setting of their size and tokens
+    parameters: list[float]  # ascending
+    tokens: list[float]  # ascending
+    flops: list[float]  # [least, most], as the two below
+    loss: list[float]
+    flops_per_parameter_token: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """The artefact. What N is says `counting`; losses are in nats per token."""
+    """The artefact. `counting` says what N counts; losses are in nats per token."""
 
     counting: str
     options: Options
-    data: dict[str, Any]
+    data: Data
     constants: dict[str, Estimate]
     exponents: dict[str, Estimate]  # a and b of N_opt ~ C^a and D_opt ~ C^b
     replicates: list[list[float]]  # [R][constants]
@@ -126,10 +143,10 @@ class Result:
     @property
     def factor(self) -> float:
         """FLOPs for each parameter and token in the table: the middle of least and most."""
-        least, most = self.data["flops_per_parameter_token"]
+        least, most = self.data.flops_per_parameter_token
         return math.sqrt(least * most)
 
-    def _law(self, constants: Mapping[str, Any]) -> Law:
+    def _law(self, constants: Mapping[str, Constant]) -> Law:
         fixed = np.inf if self.options.repeats is None else self.options.repeats
         return Law(**{"repeats": fixed, **constants})
 
@@ -153,13 +170,13 @@ def disagreement(found: Mapping[str, FrontierEstimate], law: Estimate) -> list[s
         elif a.high < law.low or law.high < a.low:
             warnings.append(
                 f"{said} [{a.low:.3f}, {a.high:.3f}], but the law says {law.value:.3f} "
-                f"[{law.low:.3f}, {law.high:.3f}]: they are of other minds about the best size"
+                f"[{law.low:.3f}, {law.high:.3f}]: the two disagree about the best size"
             )
     return warnings
 
 
 def to_json(result: Result) -> str:
-    return json.dumps(plain(dataclasses.asdict(result)), allow_nan=False) + "\n"
+    return json.dumps(with_nulls(dataclasses.asdict(result)), allow_nan=False) + "\n"
 
 
 def from_json(text: str, name: str = "the file") -> Result:
@@ -174,50 +191,35 @@ def from_json(text: str, name: str = "the file") -> Result:
         raise ValueError(f"{name} is no JSON: {error}") from None
     if not isinstance(tree, dict) or "constants" not in tree or tree["format"] != FORMAT:
         raise ValueError(f"{name} is no artefact of scripts/fit_scaling_law.py, format {FORMAT}")
-    held = tree["held_out"]
-    if held is not None:
-        held = HeldOut(**{**held, "predicted": [_estimate(e) for e in held["predicted"]]})
-    frontiers = {}
-    for key in ("envelope", "isoflop"):
-        f = tree[key]
-        frontiers[key] = FrontierEstimate(f["points"], _law(f["parameters"]), _law(f["tokens"]))
-    return Result(
-        **{
-            "bootstrap": "noise",
-            **tree,
-            **frontiers,
-            "options": Options(**tree["options"]),
-            "constants": {n: _estimate(e) for n, e in tree["constants"].items()},
-            "exponents": {n: _estimate(e) for n, e in tree["exponents"].items()},
-            "settings": {
-                n: Setting(**{**s, "law": _law(s["law"])}) for n, s in tree["settings"].items()
-            },
-            "held_out": held,
-        }
-    )
+    return _from_tree(Result, {"bootstrap": "noise", **tree})
 
 
-def rounded(values: np.ndarray) -> Any:
-    """Nested lists of numbers with DIGITS significant digits."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        size = np.where(values == 0, 0, np.floor(np.log10(np.abs(values))))
-        scale = 10.0 ** (DIGITS - 1 - np.where(np.isfinite(size), size, 0))
-        return (np.round(values * scale) / scale).tolist()
+def _from_tree(kind: Any, tree: Any) -> Any:
+    """A tree of JSON as a value of a type: a dataclass, a list, a dict, a number or a text."""
+    if kind is float:
+        return np.nan if tree is None else tree
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _from_tree(hints[key], value) for key, value in tree.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return [_from_tree(args[0], value) for value in tree]
+    if origin is dict:
+        return {key: _from_tree(args[1], value) for key, value in tree.items()}
+    if origin is types.UnionType and tree is not None:  # T | None
+        return _from_tree(args[0], tree)
+    return tree
 
 
-def plain(tree: Any) -> Any:
+def rounded(values: np.ndarray) -> list:
+    """Nested lists of numbers with NUM_DIGITS significant digits."""
+    return np.vectorize(lambda x: float(f"{x:.{NUM_DIGITS}g}"), otypes=[float])(values).tolist()
+
+
+def with_nulls(tree: JsonTree) -> JsonTree:
     """The tree with null for what JSON has no number for."""
     if isinstance(tree, dict):
-        return {k: plain(v) for k, v in tree.items()}
+        return {key: with_nulls(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [plain(v) for v in tree]
+        return [with_nulls(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _estimate(tree: Mapping[str, float | None]) -> Estimate:
-    return Estimate(**{k: np.nan if v is None else v for k, v in tree.items()})
-
-
-def _law(tree: Mapping[str, Any]) -> LawEstimate:
-    replicates = np.array(tree["replicates"], float).tolist()
-    return LawEstimate(_estimate(tree["coefficient"]), _estimate(tree["exponent"]), replicates)

@@ -143,7 +143,7 @@ def law_figure(table: Table, result: Result) -> Any:
 def optimum_figure(result: Result) -> Any:
     """The best size and number of tokens over FLOPs by all three approaches, with intervals."""
     figure, axes = _figure(2, (6.0, 4.8))
-    low, high = result.data["flops"]
+    low, high = result.data.flops
     flops = np.geomspace(low, high * BEYOND, 60)
     names = ("parameters", "tokens")
     for place, (axis, name) in enumerate(zip(axes, names, strict=True)):

@@ -8,9 +8,9 @@ intervals of B and beta held the truth in 64% of made tables, those of cases in 
 were half as wide. Drawing from the residuals gives intervals that are too narrow: the Huber loss
 with a small delta passes through as many runs as there are constants, and their residuals are zero.
 
-For the lowest points of budgets, where a run that is not drawn leaves a hole, it is a wild
-bootstrap: every loss is moved by its own residual times Gaussian noise. It is on the safe side: the
-losses it moves have their own noise already.
+For the minima of budgets, where a run that is not drawn leaves a hole, it is a wild bootstrap:
+every loss is moved by its own residual times Gaussian noise. It is conservative: the losses it
+moves have their own noise already.
 """
 
 from __future__ import annotations
@@ -41,19 +41,22 @@ def bootstrap(
     delta: float,
     num: int,
     rng: np.random.Generator,
-) -> tuple[Fit, float]:
+) -> tuple[list[Fit], float]:
     """(fits of `num` drawn tables, the standard deviation of log loss around the law of `fit`)."""
-    law, residuals, num_runs = fit.one(), fit.residuals[0], len(table)
-    noise = float(np.sqrt((residuals**2).sum() / (num_runs - (6 if repeats is None else 5))))
+    num_runs, num_constants = len(table), 6 if repeats is None else 5
+    noise = float(np.sqrt(np.square(fit.residuals).sum() / (num_runs - num_constants)))
     counts = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num)
-    fits = parametric.fit(table, counts=counts, repeats=repeats, delta=delta, starts=law)
-    return fits, noise
+    rows = (np.repeat(np.arange(num_runs), count) for count in counts)
+    return [
+        parametric.fit(table.take(drawn), repeats=repeats, delta=delta, starts=fit.law)
+        for drawn in rows
+    ], noise
 
 
 def wild(table: Table, fit: Fit, num: int, rng: np.random.Generator) -> np.ndarray:
     """Losses [num, n] around those of the table, by the residuals of `fit`."""
     freedom = np.sqrt(len(table) / (len(table) - 5))  # of residuals around five constants
-    return draw(table.loss, freedom * np.abs(fit.residuals[0]), num, rng)
+    return draw(table.loss, freedom * np.abs(fit.residuals), num, rng)
 
 
 def draw(

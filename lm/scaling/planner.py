@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from lm.scaling import intervals
-from lm.scaling.artefact import Result, disagreement, plain
+from lm.scaling.artefact import Result, disagreement, with_nulls
 from lm.scaling.intervals import Estimate
 from lm.scaling.parametric import Law
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
@@ -52,7 +52,7 @@ class RunPlan:
     warnings: list[str]
 
     def to_json(self) -> str:
-        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(with_nulls(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
 
 
 def plan(
@@ -73,7 +73,7 @@ def plan(
         ValueError: the budget is more than `max_extrapolation` times the largest of the table, or
             data repeat and the fit knows nothing of repeats.
     """
-    most = result.data["flops"][1]
+    most = result.data.flops[1]
     distance = flops / most
     if not np.isfinite(flops) or flops <= 0:
         raise ValueError(f"a budget of {flops:g} FLOPs: it must be finite and above 0")
@@ -149,7 +149,7 @@ def _warnings(
 ) -> list[str]:
     found = []
     data = result.data
-    least, most = data["flops_per_parameter_token"]
+    least, most = data.flops_per_parameter_token
     if not 0.8 * factor < least <= most < 1.25 * factor:
         found.append(
             f"planned with FLOPs = {factor:g} x parameters x tokens; in the table they are "
@@ -162,7 +162,7 @@ def _warnings(
             "the constants, not whether the law holds so far out"
         )
     for name, value in (("parameters", size), ("tokens", tokens)):
-        low, high = data[name][0], data[name][-1]
+        low, high = getattr(data, name)[0], getattr(data, name)[-1]
         if not low <= value <= high:
             by = value / high if value > high else low / value
             end = "largest" if value > high else "smallest"

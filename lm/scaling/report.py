@@ -41,8 +41,8 @@ def plan_page(
     """
     data, counting = result.data, result.counting.replace("_", "-")
     head = (
-        f"{plan.flops:.3g} FLOPs by {data['path']} ({data['num_fitted']} runs up to "
-        f"{data['flops'][1]:.3g} FLOPs): {plan.distance:.3g} times its largest run"
+        f"{plan.flops:.3g} FLOPs by {data.path} ({data.num_fitted} runs up to "
+        f"{data.flops[1]:.3g} FLOPs): {plan.distance:.3g} times its largest run"
     )
     rows = [
         (f"{counting} parameters", _quantities(plan.parameters)),
@@ -74,20 +74,20 @@ def plan_page(
 def _title(result: Result) -> str:
     d = result.data
     left_out = [
-        f"{d[key]} {words}"
+        f"{getattr(d, key)} {words}"
         for key, words in (
             ("unfinished", "not finished"),
             ("non_finite", "without a finite loss"),
             ("num_other_settings", "at other than the best setting of their size and tokens"),
         )
-        if d[key]
+        if getattr(d, key)
     ]
     out = f" (left out: {', '.join(left_out)})" if left_out else ""
     return (
-        f"{d['path']}, sha256 {d['sha256'][:12]}: {d['num_fitted']} of {d['num_rows']} runs{out}\n"
-        f"{len(d['parameters'])} sizes, {_ends(d['parameters'])} "
-        f"{result.counting.replace('_', '-')} parameters; {len(d['tokens'])} token counts, "
-        f"{_ends(d['tokens'])}; {d['flops'][0]:.3g} to {d['flops'][1]:.3g} FLOPs"
+        f"{d.path}, sha256 {d.sha256[:12]}: {d.num_fitted} of {d.num_rows} runs{out}\n"
+        f"{len(d.parameters)} sizes, {_ends(d.parameters)} "
+        f"{result.counting.replace('_', '-')} parameters; {len(d.tokens)} token counts, "
+        f"{_ends(d.tokens)}; {d.flops[0]:.3g} to {d.flops[1]:.3g} FLOPs"
     )
 
 
