@@ -276,8 +276,7 @@ def train(config: Any) -> Figures:
     rate = batch_size * length / median
     # The fake devices of a CPU share its cores.
     best = max(map(max, gemms.values())) * (1 if device.platform == "cpu" else mesh.size)
-    known, peak = experiment.flops_per_token, experiment.peak_flops()
-    achieved = None if known is None else rate * known
+    peak, achieved = experiment.peak_flops(), rate * experiment.flops_per_token
     memory = step.memory_analysis()
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
@@ -290,8 +289,8 @@ def train(config: Any) -> Figures:
         "step_quartiles_apart_ms": 1e3 * (highest - lowest),
         "tokens_per_s": rate,
         "model_flop_per_s": achieved,
-        "of_best_gemm_percent": achieved and 100 * achieved / best,
-        "mfu_percent": achieved and peak and 100 * achieved / peak,
+        "of_best_gemm_percent": 100 * achieved / best,
+        "mfu_percent": peak and 100 * achieved / peak,
         **{f"gemm_{k}_flop_per_s": statistics.median(v) for k, v in gemms.items()},
         **{f"gemm_{k}_best_flop_per_s": max(v) for k, v in gemms.items()},
         "arguments_bytes": memory.argument_size_in_bytes,

@@ -171,6 +171,7 @@ def test_every_config_resolves_and_its_sizes_fit_together(name, size):
 def test_parameters_of_the_model_are_those_of_the_published_checkpoint(name, size):
     config = resolve(load(name).get_config(size))
     assert num_parameters(config.model) == PUBLISHED[name][size]
+    assert flops.parameters(config.model).total == PUBLISHED[name][size]
 
 
 @pytest.mark.parametrize("name, size", [s for s in SIZES if s[0] in ROUNDED])
@@ -181,22 +182,13 @@ def test_parameters_of_models_without_a_checkpoint_round_to_the_paper(name, size
 
 
 @pytest.mark.parametrize("name, size", ALL)
-def test_formula_counts_the_parameters_that_init_makes(name, size):
-    config = resolve(load(name).get_config(size))
-    assert flops.parameters(config.model).total == num_parameters(config.model)
-
-
-@pytest.mark.parametrize("name, size", ALL)
-def test_flops_by_parameter_are_those_of_the_layout(name, size):
-    """With nothing frozen; and with everything frozen, of the forward pass alone."""
+def test_frozen_models_cost_the_forward_pass_alone(name, size):
     config = resolve(load(name).get_config(size))
     model, lengths = config.model, (config.data.length, config.data.encoder_length)
-    sizes = sizes_of(model)
-    expected = flops.flops_per_token(model, *lengths)
-    found = flops.training_flops_per_token(model, sizes, (), *lengths)
-    assert found == pytest.approx(expected, rel=1e-12)
-    forward = flops.training_flops_per_token(model, sizes, sizes, *lengths)
-    assert forward == pytest.approx(expected / 3, rel=1e-12)
+    names = [p.name for p in flops.abstract_parameters(model)]
+    forward = flops.flops_per_token(model, *lengths, training=False)
+    assert flops.flops_per_token(model, *lengths, frozen=names) == forward
+    assert flops.flops_per_token(model, *lengths) == pytest.approx(3 * forward, rel=1e-12)
 
 
 def test_every_size_of_every_file_is_in_the_tables_of_this_test():

@@ -67,6 +67,8 @@ def test_the_skeletons_of_the_docs_prepare_and_train(package):
     records = [json.loads(line) for line in (package / "runs/mine/metrics.jsonl").open()]
     train = [r for r in records if r["kind"] == "train"]
     assert 0 < train[-1]["focal"] < train[-1]["loss"] < 0.8 * train[0]["loss"]
+    head = 512 * 32  # the table is only looked up
+    assert train[-1]["flops_seen"] == train[-1]["tokens_seen"] * 3 * 2 * head
     saved = json.loads((package / "runs/mine/config.json").read_text())
     assert saved["objective"] == {"name": "mine.focal", "gamma": 1.0}
     assert (saved["optimizer"]["name"], saved["optimizer"]["momentum"]) == ("mine.signum", 0.8)

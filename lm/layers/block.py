@@ -15,6 +15,7 @@ from lm.config.schema import check_values, field
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
 from lm.layers.attention.attention import Attention, CrossAttention, LayerInputs
+from lm.layers.attention.scores import AttentionScores
 from lm.layers.linear import times
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
@@ -164,6 +165,15 @@ class BlockConfig:
             "causal": self.is_causal,
         }
         return tuple({**shared, "window": window} for window in self.windows)
+
+    @property
+    def attention_scores(self) -> tuple[AttentionScores, ...]:
+        """The scores of self-attention in the layers of each of `kinds`."""
+        size = self.num_heads, self.kv_heads, self.head_size
+        return tuple(
+            AttentionScores(self.layer_kinds.count(kind), *size, window, self.is_causal)
+            for kind, window in zip(self.kinds, self.windows, strict=True)
+        )
 
     def check(self, length: int) -> None:
         """Raises ValueError, naming config paths and numbers, unless the sizes fit together for

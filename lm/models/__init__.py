@@ -6,48 +6,90 @@ The contract (`lm.types.Model`) is one linen module with the fields `config` and
     model(inputs, *, encoder=None, cache=None, train=False) -> Output    hidden states, before the
                                                                          vocabulary projection
     model.logits(hidden) -> [B, T, V]                float32 logits of (a chunk of) them
-    model.init_cache(batch_size, length) -> Cache    what generation carries
+    model.init_cache(batch_size, length) -> Cache    the state of generation
     model.num_microbatches                           parts that it cuts the rows of a pass into
 
-`Config` has `check(length)`, which raises ValueError on sizes that don't fit together, naming the
-config path, and properties or fields `vocab_size`, `max_length`, `dtype` (of the computation,
-"float32" or "bfloat16"), `is_causal` (a token of `inputs` sees only itself and those before it, but
-for marked prefixes) and `takes_encoder` (`encoder` must be given; with a cache, in the first call
-alone, which keeps what later ones need). Every parameter is a box that names its logical axes, as
-`lm.layers.linear.parameter` and flax's `nn.with_partitioning` make them. It may offer
-`attention_kinds` (dicts of the fields of `lm.reliability.kernel_check.Heads`) and `logit_softcap`,
-which the start-up check then covers.
+`Config` (`ModelConfig`) has `check(length)`, which raises ValueError on sizes that don't fit
+together, naming the config path, and properties or fields `vocab_size`, `max_length`, `dtype` (of
+the computation, "float32" or "bfloat16"), `is_causal` (a token of `inputs` sees only itself and
+those before it, but for marked prefixes) and `takes_encoder` (`encoder` must be given; with a
+cache, only in the first call, which keeps what later ones need). Every parameter is a box that
+names its logical axes, as `lm.layers.linear.parameter` and flax's `nn.with_partitioning` make them;
+its sharding, its learning rate and its FLOPs follow from them.
+
+A model with attention lists its kinds as `attention_kinds` (dicts of the fields of
+`lm.reliability.kernel_check.Heads`) and perhaps `logit_softcap`, which the start-up check then
+covers, and as `attention_scores` (`lm.layers.attention.scores.AttentionScores`), whose FLOPs count.
+One with experts has `moe`, with `num_experts` and `num_experts_per_token`.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
 beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
 no trace. Parameters of a stack of layers, [L, ...], lie under `layers`, which `lm.layers.stack.run`
-also runs where generation has taken them apart (`lm.optim.param_tree.apart`). Everything else
-(loss, optimizer, generation, export) knows models through this alone.
+also runs where generation has unstacked them (`lm.optim.param_tree.unstack_layers`). Everything
+else (loss, optimizer, generation, export) knows models through this contract only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-MEMBERS = ("vocab_size", "max_length", "dtype", "is_causal", "takes_encoder", "check")  # of Config
+from lm.types import Array, Model, Params, Tokens
 
 
-def check_config(config: Any, name: str) -> None:
-    """Raises ValueError, naming what is missing, unless the config of the model `name` has the
+class ModelConfig(Protocol):
+    """The `Config` of every model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def is_causal(self) -> bool: ...
+    @property
+    def takes_encoder(self) -> bool: ...
+    def check(self, length: int) -> None: ...
+    def __hash__(self) -> int: ...
+
+
+MEMBERS = ("vocab_size", "max_length", "dtype", "is_causal", "takes_encoder", "check")
+
+
+def check_config(config: object, name: str) -> None:
+    """Raise ValueError, naming what is missing, unless the config of the model `name` has the
     members that the rest of the code reads.
     """
-    if missing := [member for member in MEMBERS if not hasattr(config, member)]:
+    missing = [member for member in MEMBERS if not hasattr(config, member)]
+    if hasattr(config, "attention_kinds") and not hasattr(config, "attention_scores"):
+        missing.append("attention_scores (beside attention_kinds)")
+    if missing:
         raise ValueError(
             f"config.model.name ({name!r}): its Config has no {', '.join(missing)}, which the "
             "contract in lm/models/__init__.py asks for"
         )
 
 
-def check_axes(boxed: Any, name: str) -> None:
-    """Raises ValueError, naming the parameter, unless every parameter of the model `name` names its
+def init_params(model: Model, rng: Array, shape: tuple[int, int] = (1, 1)) -> Params:
+    """The boxed parameters of a model, head included, from tokens of a shape [B, T]."""
+    zeros = jnp.zeros(shape, jnp.int32)
+    tokens = Tokens(zeros, zeros, zeros)
+    encoder = tokens if model.config.takes_encoder else None
+    has_head = getattr(model.config, "has_head", True)
+
+    def everything(model: Model, tokens: Tokens) -> Array:
+        hidden = model(tokens, encoder=encoder).hidden
+        return model.logits(hidden) if has_head else hidden
+
+    return model.init({"params": rng}, tokens, method=everything)["params"]
+
+
+def check_axes(boxed: Params, name: str) -> None:
+    """Raise ValueError, naming the parameter, unless every parameter of the model `name` names its
     logical axes, without which it could be neither sharded nor given to an optimizer.
     """
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
@@ -61,5 +103,5 @@ def check_axes(boxed: Any, name: str) -> None:
         )
 
 
-def _is_box(x: Any) -> bool:
+def _is_box(x: object) -> bool:
     return isinstance(x, nn.Partitioned)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lm.config.schema import field
 from lm.layers import positions as pe
 from lm.layers.attention.attention import EncoderStates
+from lm.layers.attention.scores import AttentionScores
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
@@ -48,6 +49,17 @@ class Config(BlockConfig):
         encoder = [{**kind, "causal": False} for kind in self.encoder.attention_kinds]
         cross = {**decoder[0], "causal": False, "window": None, "bias": False}
         return (*encoder, *decoder, *([] if cross in encoder else [cross]))
+
+    @property
+    def attention_scores(self) -> tuple[AttentionScores, ...]:
+        """Those of the encoder, of the decoder, and of cross-attention."""
+        encoder = (
+            dataclasses.replace(scores, causal=False, queries="encoder", keys="encoder")
+            for scores in self.encoder.attention_scores
+        )
+        size = self.num_layers, self.num_heads, self.kv_heads, self.head_size
+        cross = AttentionScores(*size, causal=False, keys="encoder")
+        return (*encoder, *super().attention_scores, cross)
 
     def check(self, length: int) -> None:
         """Raises ValueError, naming config paths and numbers, unless the sizes fit together for

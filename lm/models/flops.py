@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a model by formula, from its Config alone.
+"""Parameters, FLOPs and bytes of a model, counted from the abstract parameters of its Config.
 
 FLOPs are model FLOPs: the products that the mathematics needs, at 2 for a multiplication and its
 addition, without element-wise work and without what rematerialization computes again. The
@@ -8,21 +8,141 @@ compiler's count is no substitute: `cost_analysis()` counts the body of a scan o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any
+import functools
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, AxisType
 
 from lm.config.schema import OptimizerConfig
-from lm.models.layouts import ModelLayout, Scores, layout
+from lm.layers.attention.scores import AttentionScores
+from lm.layers.block import BlockConfig
+from lm.models import ModelConfig, check_axes, init_params
+from lm.optim import chain, param_tree, parametrization
+from lm.parallel.sharding import AXES, DEFAULT_TABLE, Rules
+from lm.types import Params
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
 FLOAT32_BYTES = 4
+STAGES = ("embedding", "encoder", "layers", "norm", "head")  # in the order of the forward pass
+
+# The group of a parameter by its name: the first that fits, else its role, else its module's name.
+_HEAD = r"^(head|head_bias|transform|logit_bias|pooler)(\.|$)"
+_GROUPS = (
+    (r"norm\.(scale|bias)$", "norm"),
+    (r"\bselection_bias$", "router_bias"),
+    (r"\brelative\.|^(\w+_)?position\.", "positions"),
+    (r"^type\.", "types"),
+    (_HEAD, "head"),
+    (r"attention\.", "attention"),
+    (r"\bshared\.", "mlp"),
+)
+# Of a `BlockConfig`: fields that change how a model runs, and none of its parameters.
+OF_EXECUTION = {
+    "remat": "none",
+    "scan_unroll": 1,
+    "attention_kernel": "xla",
+    "sequence_parallel": "gather",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model, by name, with its logical axes."""
+
+    name: str
+    size: int
+    axes: tuple[str | None, ...]
+
+    @functools.cached_property
+    def role(self) -> str:
+        """Its row in the tables of `lm.optim.parametrization`."""
+        return parametrization.role(self.name.split("."), self.axes)
+
+    @functools.cached_property
+    def is_expert(self) -> bool:
+        return "expert" in self.axes[:-1]
+
+    @functools.cached_property
+    def group(self) -> str:
+        """The part of the model that it belongs to."""
+        for pattern, group in _GROUPS:
+            if re.search(pattern, self.name):
+                return group
+        if self.is_expert or self.role in ("embedding", "head", "router"):
+            return "experts" if self.is_expert else self.role
+        modules = [n for n in self.name.split(".") if n not in ("encoder", "decoder", "layers")]
+        return modules[0]
+
+    @functools.cached_property
+    def reads_encoder(self) -> bool:
+        """True if the tokens of the encoder are multiplied by it: cross-attention makes its keys
+        and values of them.
+        """
+        cross = re.search(r"\.cross_attention\.(key|value)\.", self.name)
+        return bool(cross) or self.name.startswith("encoder.")
+
+    @functools.cached_property
+    def stage(self) -> str:
+        """The first stage of the forward pass that depends on it."""
+        if re.match(r"(decoder\.)?norm\.", self.name):
+            return "norm"
+        if self.group == "head" or self.name.startswith("transform_norm."):
+            return "head"
+        is_table = self.group in TABLES and "relative." not in self.name
+        if is_table or self.name.startswith("embedding_norm."):
+            return "embedding"
+        return "encoder" if self.name.startswith("encoder.") else "layers"
+
+
+@functools.lru_cache(maxsize=1024)
+def _boxed_parameters(config: ModelConfig) -> Params:
+    # no devices: a config file may count before the processes of a run have met
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    rules = Rules(mesh, tuple(DEFAULT_TABLE.items()))
+    module = type(config).__module__
+    model = sys.modules[module].build(config, rules)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(functools.partial(init_params, model), key)
+    check_axes(boxed, module)
+    return boxed
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    return named_parameters(_boxed_parameters(config))
+
+
+def named_parameters(boxed: Params) -> tuple[Parameter, ...]:
+    """The `Parameter` of every leaf of a tree of boxes, arrays or abstract ones."""
+    leaves: dict[str, nn.Partitioned] = param_tree.flatten(boxed)
+    return tuple(Parameter(n, math.prod(x.value.shape), x.names) for n, x in leaves.items())
+
+
+def abstract_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
+    """The parameters of the model that the module of a Config builds, adapters among them, traced
+    on no device.
+    """
+    return _parameters(_without_execution(config))
+
+
+def _without_execution(config: ModelConfig) -> ModelConfig:
+    """The config with the fields that change no parameter at one value, as a key of caches."""
+    if not isinstance(config, BlockConfig):
+        return config
+    pipeline = {"pipeline": type(config.pipeline)()} if hasattr(config, "pipeline") else {}
+    return dataclasses.replace(config, **OF_EXECUTION, **pipeline)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by group: embedding, positions, types, attention, mlp, router,
-    balance (selection biases), experts, norm, head, lstm, maps (between two widths), convolution;
-    absent where none.
+    """Parameters by group: embedding, positions, types, attention, mlp, router, router_bias,
+    experts, norm, head; others are named after their module. Absent where none.
 
     active: those that one token meets, of the experts the fraction that it is sent to; tables count
     whole, as in the names of models (Mixtral's 12.9B, Qwen's A3B).
@@ -46,38 +166,36 @@ class ParameterCount:
         return self.total - self.embedding
 
 
-def parameters(config: Any) -> ParameterCount:
-    """The numbers of parameters of a model Config, equal to those of `model.init`."""
-    groups: dict[str, int] = {}
-    active = 0
-    for weight in layout(config).weights:
-        if weight.count:
-            groups[weight.group] = groups.get(weight.group, 0) + weight.count
-            experts = weight.group == "experts"
-            active += round(weight.count * weight.uses) if experts else weight.count
-    return ParameterCount(groups, active)
+@functools.lru_cache(maxsize=1024)
+def parameters(config: ModelConfig) -> ParameterCount:
+    """The numbers of parameters of the model of a Config, adapters among them."""
+    groups, active = Counter[str](), 0
+    for p in abstract_parameters(config):
+        groups[p.group] += p.size
+        active += round(p.size * _expert_share(config)) if p.is_expert else p.size
+    return ParameterCount(dict(groups), active)
 
 
-def mean_keys(length: int, *, window: int | None = None, causal: bool = True) -> float:
-    """Keys that a query sees, averaged over the `length` positions of a row that is one document.
-
-    Causal: the mean of min(t + 1, window) over t = 0 .. length - 1, which is (length + 1) / 2
-    without a window. Otherwise a window sees window - 1 keys on either side.
-    """
-    reach = length if window is None else min(window, length)
-    cut = reach * (reach - 1) / 2  # keys that the first queries lack to a full window
-    if causal:
-        return reach - cut / length
-    return (2 * reach - 1) - 2 * cut / length
+def _expert_share(config: ModelConfig) -> float:
+    """The experts that a token is sent to, as a fraction of all."""
+    moe = getattr(config, "moe", None)
+    if moe is None:
+        raise ValueError(
+            f"{type(config).__module__}: a parameter has the logical axis `expert`, and the Config "
+            "no `moe` with num_experts and num_experts_per_token"
+        )
+    return moe.num_experts_per_token / moe.num_experts
 
 
 def flops_per_token(
-    config: Any,
+    config: ModelConfig,
     length: int,
     encoder_length: int | None = None,
     *,
     training: bool = True,
     full_square: bool = False,
+    parameters: Sequence[Parameter] | None = None,
+    frozen: Collection[str] = (),
 ) -> float:
     """FLOPs for each token of rows of `length`; the backward pass, twice the forward, if training.
 
@@ -89,142 +207,70 @@ def flops_per_token(
     of keys that causality and window leave (`mean_keys`). Documents packed into a row see fewer
     still; that is not counted off, so MFU means the same for all data.
 
-    Experts count for the k that a token is sent to: places left empty by a capacity are not model
+    Experts count for the k that a token is sent to: slots left empty by a capacity are not model
     FLOPs, nor is what an uneven load makes others wait for.
 
     full_square counts S = length instead, as appendix B of PaLM does (arXiv:2204.02311, 12 L H Q
     T for training), and with it most published MFU. Compare like with like: on scores without
     windows the default is (length + 1) / (2 length) of it, on the whole of GPT-2 124M at 1024 it
     is 0.93 of it and on Llama 3 8B at 8192 0.89.
+
+    frozen: names of parameters without a gradient, which are spared that third of their FLOPs. The
+    third of their input's gradient is needed as long as something is trained in their own layers or
+    before: with a trained head on a frozen body there is no backward pass but the head's.
+    parameters: unset: `abstract_parameters(config)`.
     """
-    parts = layout(config)
+    parameters = abstract_parameters(config) if parameters is None else parameters
     lengths = {"inputs": length, "encoder": encoder_length or 0}
     share = lengths["encoder"] / length  # tokens of the encoder for each of the inputs
-    flops = sum(2 * w.uses * w.count * (share if w.encoder else 1) for w in parts.weights)
-    flops += sum(_score_flops(s, lengths, length, full_square) for s in parts.scores)
-    return flops * (3 if training else 1)
-
-
-def _score_flops(
-    scores: Scores, lengths: Mapping[str, int], length: int, full_square: bool = False
-) -> float:
-    """Forward FLOPs of scores and weighted values for each of the `length` tokens of a row."""
-    s = scores
-    keys: float = lengths[s.keys]
-    if not full_square and s.keys == s.queries and keys:
-        keys = mean_keys(lengths[s.keys], window=s.window, causal=s.causal)
-    return 4 * s.num_layers * s.num_heads * s.head_dim * keys * lengths[s.queries] / length
-
-
-def training_flops_per_token(
-    config: Any,
-    sizes: Mapping[str, int],
-    frozen: Collection[str],
-    length: int,
-    encoder_length: int | None = None,
-    *,
-    full_square: bool = False,
-) -> float:
-    """`flops_per_token` of training where some parameters are frozen, adapters among the others.
-
-    sizes: the number of elements of every parameter by name; frozen: those without a gradient. A
-    frozen weight is spared its own third of the FLOPs. The third of its input's gradient is needed
-    as long as something is trained in its own layers or before: with a trained head on a frozen
-    body there is no backward pass but the head's.
-    """
-    parts = layout(config)
-    trained = {_stage(name) for name in sizes if name not in frozen}
+    trained = {p.stage for p in parameters if p.name not in frozen}
     flows = {
-        stage: any(s in trained for s in STAGES[: i + (stage != "head")])
+        stage: training and bool(trained & set(STAGES[: i + (stage != "head")]))
         for i, stage in enumerate(STAGES)
     }
+    is_tied = getattr(config, "has_head", True) and all(p.role != "head" for p in parameters)
     total = 0.0
-    for name, size in sizes.items():
-        uses, stage = _uses(name, parts, length, encoder_length or 0), _product_stage(name)
-        total += 2 * size * uses * (1 + (name not in frozen) + flows[stage])
-    lengths = {"inputs": length, "encoder": encoder_length or 0}
-    for s in parts.scores:
-        flow = flows["encoder" if s.queries == "encoder" else "layers"]
-        total += _score_flops(s, lengths, length, full_square) * (1 + 2 * flow)
+    for p in parameters:
+        if p.role == "vector" or p.name.startswith("pooler."):  # one token of a segment is pooled
+            continue
+        uses = _expert_share(config) if p.is_expert else 1.0
+        stage = "encoder" if p.reads_encoder else p.stage
+        if p.role == "embedding":  # a table is looked up, but for the projection to its rows
+            if not is_tied or "vocab" not in p.axes:
+                continue
+            stage = "head"
+        uses *= share if p.reads_encoder else 1.0
+        gradient = training and p.name not in frozen
+        total += 2 * p.size * uses * (1 + gradient + flows[stage])
+    for scores in getattr(config, "attention_scores", ()):
+        flow = flows["encoder" if scores.queries == "encoder" else "layers"]
+        total += scores.flops_per_token(lengths, full_square) * (1 + 2 * flow)
     return total
 
 
-STAGES = ("embedding", "encoder", "layers", "norm", "head")  # in the order of the forward pass
-
-
-def _stage(name: str) -> str:
-    """The stage of a model that a parameter belongs to, by its name."""
-    first = name.split(".")[0]
-    if first in ("embedding", "embedding_norm", "position", "type"):
-        return "embedding"
-    if first in ("head", "head_bias", "transform", "transform_norm", "logit_bias", "pooler"):
-        return "head"
-    if first == "norm" or name.startswith("decoder.norm."):
-        return "norm"
-    return "encoder" if first == "encoder" else "layers"
-
-
-def _product_stage(name: str) -> str:
-    """The stage in which a token is multiplied by a parameter: a tied table serves as head, and
-    cross-attention's keys and values are made of the encoder's tokens.
-    """
-    if name == "embedding.weight":
-        return "head"
-    return "encoder" if _of_encoder(name) else _stage(name)
-
-
-def _of_encoder(name: str) -> bool:
-    cross = any(f".cross_attention.{kind}." in name for kind in ("key", "value"))
-    return cross or name.startswith("encoder.")
-
-
-def _uses(name: str, parts: ModelLayout, length: int, encoder_length: int) -> float:
-    """Times that a token is multiplied by a parameter, as the layout says of its group."""
-    first, last = name.split(".")[0], name.rsplit(".", 1)[-1]
-    scale = encoder_length / length if _of_encoder(name) else 1.0
-    if last in ("bias", "scale", "selection_bias") or "bias" in first:
-        return 0.0
-    if first in ("position", "type", "pooler") or ".relative." in f".{name}":
-        return 0.0
-    group = "experts" if ".moe." in name and last in ("gate", "up", "down") else ""
-    group = "embedding" if first == "embedding" else group
-    if group:
-        return scale * next(w.uses for w in parts.weights if w.group == group)
-    return scale
-
-
-def parameter_bytes(config: Any, bytes_per_parameter: int = FLOAT32_BYTES) -> int:
+def parameter_bytes(config: ModelConfig, bytes_per_parameter: int = FLOAT32_BYTES) -> int:
     """Bytes of the parameters (float32 in training) or, the same, of their gradients."""
     return parameters(config).total * bytes_per_parameter
 
 
-# Moments that an optimizer keeps for each parameter: (of a matrix inside a layer, of any other).
-OPTIMIZER_SLOTS = {"adamw": (2, 2), "lion": (1, 1), "sgd": (1, 1), "muon": (1, 2)}
+def optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Bytes of the optimizer's state when all parameters are trained."""
+    schedule = dataclasses.replace(optimizer.schedule, kind="constant", warmup_steps=0)
+    return _optimizer_bytes(
+        _without_execution(config), dataclasses.replace(optimizer, schedule=schedule)
+    )
 
 
-def optimizer_bytes(config: Any, optimizer: OptimizerConfig) -> int:
-    """Bytes of the optimizer's state, averaged weights (`ema_decay`) included, scalars not.
-    Moments are of `moment_dtype`, averaged weights float32.
-
-    Raises:
-        ValueError: an optimizer whose state depends on shapes.
-    """
-    if optimizer.name not in OPTIMIZER_SLOTS:
-        raise ValueError(
-            f"config.optimizer.name ({optimizer.name}): no formula for its state; "
-            "jax.eval_shape of the optimizer's init gives it"
-        )
-    matrices = sum(w.count for w in layout(config).weights if w.uses and w.group not in TABLES)
-    total = parameters(config).total
-    of_matrix, of_other = OPTIMIZER_SLOTS[optimizer.name]
-    steered = sum(w.count for w in layout(config).weights if w.group == "balance")  # stateless
-    slots = of_matrix * matrices + of_other * (total - matrices - steered)
-    of_moment = 2 if optimizer.moment_dtype == "bfloat16" else FLOAT32_BYTES
-    return of_moment * slots + FLOAT32_BYTES * (total if optimizer.ema_decay else 0)
+@functools.lru_cache(maxsize=1024)
+def _optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
+    boxed = _boxed_parameters(config)
+    init = chain.make_optimizer(optimizer, boxed, num_steps=1).init
+    state = jax.tree.leaves(jax.eval_shape(init, nn.meta.unbox(boxed)))
+    return sum(x.size * x.dtype.itemsize for x in state)
 
 
 def kv_cache_bytes(
-    config: Any,
+    config: ModelConfig,
     length: int,
     encoder_length: int | None = None,
     *,
@@ -235,15 +281,9 @@ def kv_cache_bytes(
     of those that cross-attention makes of `encoder_length` tokens.
     """
     lengths = {"inputs": length, "encoder": encoder_length or 0}
-    slots = sum(
-        s.num_layers
-        * s.num_kv_heads
-        * s.head_dim
-        * min(s.window or lengths[s.keys], lengths[s.keys])
-        for s in layout(config).scores
-        if s.queries == "inputs"
-    )
-    return 2 * batch_size * slots * bytes_per_value
+    scores: tuple[AttentionScores, ...] = getattr(config, "attention_scores", ())
+    cached = sum(s.cache_size(lengths) for s in scores if s.queries == "inputs")
+    return batch_size * cached * bytes_per_value
 
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`.

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config.schema import Config, MeshConfig
 
@@ -108,8 +108,10 @@ class Rules:
     @functools.cached_property
     def platform(self) -> str:
         """The platform of the mesh's devices, which need not be the default backend: cpu, gpu or
-        tpu.
+        tpu. An abstract mesh, without devices, counts as cpu.
         """
+        if isinstance(self.mesh, AbstractMesh):
+            return "cpu"
         platform = self.mesh.devices.flat[0].platform
         return "gpu" if platform in ("cuda", "rocm") else platform
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm.config.schema import Config
-from lm.models import flops, layouts
+from lm.layers.mlp import ACTIVATIONS
+from lm.models import flops
 from lm.parallel import pipeline_stages, sharding
 from lm.planning import interconnect
 from lm.planning.topology import Topology
@@ -42,7 +43,7 @@ def saved(config: Any, remat: str) -> float:
     """Values that the forward pass keeps of each token of a layer, by remat policy."""
     c = config
     heads, kv, width = c.num_heads * c.head_size, c.kv_heads * c.head_size, c.embed_dim
-    inner = (2 if c.activation in layouts.GATED else 1) * c.mlp_size
+    inner = (2 if ACTIVATIONS[c.activation][1] else 1) * c.mlp_size
     projections = heads + 2 * kv + heads + inner
     return {
         "full": width,

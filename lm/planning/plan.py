@@ -19,7 +19,7 @@ import jax
 from lm.config import conversion
 from lm.config.conversion import ConfigTree
 from lm.generation.decode import lower_decode
-from lm.models import flops, layouts
+from lm.models import flops
 from lm.planning import (
     advice,
     compiling,
@@ -251,15 +251,11 @@ def analyse(
     return dataclasses.replace(plan, advice=tries)
 
 
-def _model_flops(
-    experiment: Experiment, rows: int, length: int, decode: Decode | None
-) -> float | None:
+def _model_flops(experiment: Experiment, rows: int, length: int, decode: Decode | None) -> float:
     """Model FLOPs of a step, for each device."""
     model, size = experiment.config.model, experiment.rules.mesh.size
-    if not layouts.is_known(model):
-        return None
     if decode is None:
-        return (experiment.flops_per_token or 0.0) * rows * length / size
+        return experiment.flops_per_token * rows * length / size
     # a new token attends to every slot of the cache
     one = flops.flops_per_token(model, length, training=False, full_square=True)
     return one * rows / size

@@ -14,8 +14,8 @@ from typing import Any
 from lm.config import conversion
 from lm.config import schema as configs
 from lm.config.conversion import ConfigTree
+from lm.layers.block import BlockConfig
 from lm.layers.stack import REMAT
-from lm.models import layouts
 from lm.parallel import sharding
 from lm.planning import interconnect
 from lm.planning import topology as topologies
@@ -125,17 +125,13 @@ def search(
     """The fastest candidate that fits, after compiling `num_compiled` and more until one fits.
 
     Raises:
-        ValueError: a model that has no formula, or a topology without published peaks.
+        ValueError: a model that is no transformer, or a topology without published peaks.
     """
     target = topologies.parse(name)
     devices = topologies.devices(target)
     asked = conversion.resolve(config)
     model = asked.model
-    if not layouts.is_known(model):
-        raise ValueError(
-            "--search needs a formula for the model: see LAYOUTS in lm/models/layouts.py"
-        )
-    if not layouts.layout(model).scores:
+    if not isinstance(model, BlockConfig):
         raise ValueError(
             f"--search knows the arithmetic of transformers alone; config.model is one of "
             f"{type(model).__module__}: plan its meshes one by one"

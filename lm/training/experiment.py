@@ -27,14 +27,14 @@ from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
 from lm.data.tokenizer import Tokenizer
 from lm.layers import cross_entropy
-from lm.models import flops, layouts
+from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, param_tree, parametrization, schedules
 from lm.parallel import pipeline_stages, sharding
 from lm.training import train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
-from lm.types import Array, Batch, Model, Params, StepInfo, Sums, Tokens, TrainState, check_head
+from lm.types import Array, Batch, Model, Params, StepInfo, Sums, TrainState, check_head
 
 CONFIG_FILE = "config.json"
 LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
@@ -183,17 +183,9 @@ class Experiment:
 
     # ---- state ----
 
-    def _init_params(self, rng: Array) -> Any:
-        def everything(model: Any, tokens: Tokens) -> Array:
-            hidden = model(tokens, encoder=encoder).hidden
-            return model.logits(hidden) if has_head else hidden
-
-        shape = (self.rules.size("act_batch"), self.rules.size("act_length"))
-        zeros = jnp.zeros(shape, jnp.int32)
-        tokens = Tokens(zeros, zeros, zeros)
-        encoder = tokens if self.config.model.takes_encoder else None
-        has_head = getattr(self.config.model, "has_head", True)
-        return self.model.init({"params": rng}, tokens, method=everything)["params"]
+    def _init_params(self, rng: Array) -> Params:
+        shape = self.rules.size("act_batch"), self.rules.size("act_length")
+        return models.init_params(self.model, rng, shape)
 
     @functools.cached_property
     def boxed_params(self) -> Any:
@@ -434,19 +426,14 @@ class Experiment:
         ]
 
     @functools.cached_property
-    def flops_per_token(self) -> float | None:
-        """Model FLOPs of training on one token, without the gradients of frozen parameters; None
-        for a model without a formula.
-        """
-        if not layouts.is_known(self.config.model):
-            return None
-        data, leaves = self.config.data, param_tree.flatten(self.abstract_params)
-        return flops.training_flops_per_token(
+    def flops_per_token(self) -> float:
+        """Model FLOPs of training on one token, without the gradients of frozen parameters."""
+        return flops.flops_per_token(
             self.config.model,
-            {name: math.prod(leaf.shape) for name, leaf in leaves.items()},
-            self.initializer.frozen,
-            data.length,
-            data.encoder_length,
+            self.config.data.length,
+            self.config.data.encoder_length,
+            parameters=flops.named_parameters(self.boxed_params),
+            frozen=self.initializer.frozen,
         )
 
     def peak_flops(self) -> float | None:
