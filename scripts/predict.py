@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm import cli, exit_codes
 from lm.data import corpus as corpora
-from lm.data.loss import Losses
+from lm.data.skip_report import Losses
 from lm.data.sources import Document, ListedSource
 from lm.telemetry import jsonl
 

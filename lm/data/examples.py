@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lm import storage
 from lm.data.corpus import Corpus, held_out
-from lm.data.loss import Losses
+from lm.data.skip_report import Losses
 from lm.data.sources import Document, ListedSource, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource

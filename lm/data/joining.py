@@ -10,7 +10,7 @@ import numpy as np
 
 from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Part
-from lm.data.loss import Losses
+from lm.data.skip_report import Losses
 from lm.data.sources import DocumentSource, ListedSource
 from lm.data.sources.token_writer import Block, Ragged, StoreWriter
 

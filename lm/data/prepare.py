@@ -43,8 +43,8 @@ from lm.data.corpus import (
     split_without_documents,
 )
 from lm.data.joining import WHOLE, empty_split, groups, join, part_file
-from lm.data.loss import Losses, describe_examples
-from lm.data.progress import Progress, parallel
+from lm.data.skip_report import Losses, describe_examples
+from lm.data.workers import Progress, parallel
 from lm.data.sources import Document, DocumentSource, ListedSource, Skipped
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
