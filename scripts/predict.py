@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm import cli, exit_codes
 from lm.data import corpus as corpora
-from lm.data.skip_report import Losses
+from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, ListedSource
 from lm.telemetry import jsonl
 
@@ -122,9 +122,9 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
         raise ValueError(
             f"--field must say where these fields come from: {', '.join(sorted(missing))}"
         )
-    records, losses = [], Losses()
+    records, losses = [], SkipReport()
     for documents in corpus.sources():
-        for item in documents.passed_over() if isinstance(documents, ListedSource) else ():
+        for item in documents.skipped_files() if isinstance(documents, ListedSource) else ():
             losses.add(item)
         for unit in documents.units():
             for item in documents.read(unit):

@@ -14,8 +14,8 @@ class Config:
     seconds: float = field(600.0, "How long each takes then.", ge=0)
 
 
-def build(config, tokenizer, form):
-    inner, made = causal.build(causal.Config(), tokenizer, form), itertools.count()
+def build(config, tokenizer, interface):
+    inner, made = causal.build(causal.Config(), tokenizer, interface), itertools.count()
 
     def slow(rows, rng):
         if next(made) >= config.batches:

@@ -80,7 +80,7 @@ def test_a_row_is_masked_the_same_whatever_rows_come_with_it(rows, batch):
 def test_words_by_hand():
     text = "ab c_1, über 中文 x"
     ids = TOKENIZER.encode(text)[None]
-    goes_on = mlm.Words(TOKENIZER)(ids)[0]
+    goes_on = mlm.WordContinuation(TOKENIZER)(ids)[0]
     words, data = [], text.encode()
     for i, byte in enumerate(data):
         if goes_on[i]:
@@ -118,7 +118,7 @@ def test_pieces_of_a_word_piece_model_go_on_words():
     tokenizer = from_bytes("tokenizer.json", json.dumps(spec).encode())
     ids = tokenizer.encode("playing chess.")
     assert ids.tolist() == [5, 6, 7, 8]
-    assert mlm.Words(tokenizer)(ids[None])[0].tolist() == [False, True, False, False]
+    assert mlm.WordContinuation(tokenizer)(ids[None])[0].tolist() == [False, True, False, False]
     assert mlm.mask_id(None, tokenizer, FORM) == 4
     assert mlm.mask_id(7, tokenizer, FORM) == 7
 
@@ -132,7 +132,7 @@ def test_whole_words_are_predicted_or_not():
     config = mlm.Config(whole_word=True)
     form = ModelInterface(len(text), is_causal=False, vocab_size=260)
     weights = mlm.build(config, TOKENIZER, form)(rows, generator).weights
-    goes_on = mlm.Words(TOKENIZER)(ids)
+    goes_on = mlm.WordContinuation(TOKENIZER)(ids)
     assert (weights[:, 1:] == weights[:, :-1])[goes_on[:, 1:]].all()
     assert abs(weights[:, :-1].mean() - 0.15) < 0.03
 

@@ -149,4 +149,4 @@ def test_tasks_that_cannot_work_are_refused(tasks, message):
 
 def test_a_source_of_no_task_is_refused(experiment):
     with pytest.raises(ValueError, match=r"no task .* has the source other; they have: synthetic"):
-        experiment.objective.of("other")
+        experiment.objective.for_source("other")

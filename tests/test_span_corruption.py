@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lm.data.sources import Rows
 from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, span_corruption
-from lm.objectives.span_corruption import Noise, Text, random_spans
+from lm.objectives.span_corruption import GroupedText, SpanNoise, random_spans
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -80,11 +80,11 @@ def parts(batch, row):
 
 
 def test_lengths_are_those_of_the_paper():
-    assert Noise(0.15, 3).lengths(568) == (512, 114)
+    assert SpanNoise(0.15, 3).lengths(568) == (512, 114)
     assert build().layout.lengths == (568,)
     assert build(ModelInterface(626, vocab_size=VOCAB)).layout.lengths == (568,)
-    assert Noise(0.15, 3).counts(568) == (85, 28)
-    assert Noise(0.5, 3).lengths(512) == (512 - 256 + 85 + 1, 256 + 85 + 1)
+    assert SpanNoise(0.15, 3).counts(568) == (85, 28)
+    assert SpanNoise(0.5, 3).lengths(512) == (512 - 256 + 85 + 1, 256 + 85 + 1)
 
 
 def test_by_hand():
@@ -214,7 +214,7 @@ def test_rows_of_several_documents_are_as_full_and_keep_them_apart(form, mean, l
 
 
 def test_documents_that_are_long_enough_have_segments_of_their_own():
-    text = Text.of(make_rows([[30, 29, 2, 31, 40]], 568), EOS, 30)
+    text = GroupedText.of(make_rows([[30, 29, 2, 31, 40]], 568), EOS, 30)
     assert text.segments.tolist() == [1, 2, 4, 5]
     assert np.bincount(text.groups).tolist() == [29, 30, 30, 39]
 

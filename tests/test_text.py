@@ -68,7 +68,7 @@ def test_folder_counts_files_of_other_types_and_hidden_ones(tmp_path):
     for name in ("a.txt", "b.png", ".git/c.txt", ".d.txt"):
         _write(tmp_path / name, "content")
     hidden = [Skipped(".d.txt", "hidden"), Skipped(".git", "hidden")]
-    assert TextSource(str(tmp_path), TEXT).passed_over() == hidden
+    assert TextSource(str(tmp_path), TEXT).skipped_files() == hidden
     assert _read(tmp_path) == [
         Document("a.txt", {"text": "content"}),
         Skipped("b.png", "other_file_type"),
@@ -264,7 +264,7 @@ def test_odd_entries_of_a_folder_are_counted_and_the_rest_is_read(tmp_path):
         source = TextSource(str(spec), TEXT)
         documents = [item.id for unit in source.units() for item in source.read(unit)]
         assert documents == ["a.txt", "linked/d.txt", "sub/b.txt", "z/c.txt"]
-        reasons = {item.id: item.reason for item in source.passed_over()}
+        reasons = {item.id: item.reason for item in source.skipped_files()}
         files_passed = {
             "gone.txt": "dangling_link",
             "itself.txt": "link_loop",
@@ -291,7 +291,7 @@ def test_unreadable_files_and_folders_are_counted():
             Document("a.txt", {"text": "a.txt"}),
             Skipped("secret.txt", "unreadable", detail="Permission denied"),
         ]
-        assert source.passed_over() == [Skipped("closed", "unreadable")]
+        assert source.skipped_files() == [Skipped("closed", "unreadable")]
     finally:
         os.seteuid(0)
         shutil.rmtree(root)

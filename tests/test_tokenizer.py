@@ -149,9 +149,9 @@ def test_long_text_is_encoded_in_pieces_without_loss(name, filler):
 
 
 def test_pieces_are_cut_after_newlines_then_spaces():
-    assert list(tokenizer_module.pieces("ab\nc d efg", limit=6)) == ["ab\n", "c d ", "efg"]
-    assert list(tokenizer_module.pieces("abcdefgh", limit=3)) == ["abc", "def", "gh"]
-    assert list(tokenizer_module.pieces("", limit=3)) == [""]
+    assert list(tokenizer_module.split_long_text("ab\nc d efg", limit=6)) == ["ab\n", "c d ", "efg"]
+    assert list(tokenizer_module.split_long_text("abcdefgh", limit=3)) == ["abc", "def", "gh"]
+    assert list(tokenizer_module.split_long_text("", limit=3)) == [""]
 
 
 @pytest.mark.parametrize("name", ["metaspace", "prefixed"])

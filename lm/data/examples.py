@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lm import storage
 from lm.data.corpus import Corpus, held_out
-from lm.data.skip_report import Losses
+from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, ListedSource, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource
@@ -56,7 +56,7 @@ def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
             yield from _packages(spec, corpus.columns)
         return
     for source in corpus.sources():
-        for item in source.passed_over() if isinstance(source, ListedSource) else ():
+        for item in source.skipped_files() if isinstance(source, ListedSource) else ():
             yield Example(item.id, item)
         for unit in source.units():
             for item in source.read(unit):
@@ -139,7 +139,7 @@ def write(
     of the two would be empty.
     """
     out = Path(storage.expand(os.fspath(out), "--out"))
-    losses = Losses()
+    losses = SkipReport()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}
     seen = set()

@@ -10,9 +10,9 @@ import numpy as np
 
 from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Part
-from lm.data.skip_report import Losses
+from lm.data.skip_report import SkipReport
 from lm.data.sources import DocumentSource, ListedSource
-from lm.data.sources.token_writer import Block, Ragged, StoreWriter
+from lm.data.sources.token_writer import Block, RaggedArray, StoreWriter
 
 WHOLE = "documents"  # the block of a part whose documents are split when it is joined
 
@@ -21,16 +21,16 @@ def part_file(folder: str | os.PathLike, i: int) -> Path:
     return Path(folder) / f"part-{i:06d}.npz"
 
 
-def groups(corpus: Corpus) -> tuple[str, ...]:
+def block_names(corpus: Corpus) -> tuple[str, ...]:
     """The blocks of a part: its splits where they cut documents, else all whole documents."""
     return corpus.splits if corpus.cuts_documents else (WHOLE,)
 
 
 def _read_block(part, group: str, corpus: Corpus) -> Block:
     return Block(
-        Ragged(part[f"{group}.ids"], part[f"{group}.id_lengths"]),
+        RaggedArray(part[f"{group}.ids"], part[f"{group}.id_lengths"]),
         {
-            name: Ragged(part[f"{group}.tokens.{name}"], part[f"{group}.lengths.{name}"])
+            name: RaggedArray(part[f"{group}.tokens.{name}"], part[f"{group}.lengths.{name}"])
             for name in corpus.columns
         },
         {name: part[f"{group}.bytes.{name}"] for name in corpus.columns},
@@ -50,17 +50,17 @@ def join(
 
     Raises ValueError where a split has no documents, or too much is lost; the parts stay.
     """
-    losses = Losses()
+    losses = SkipReport()
     for source in sources:
-        for item in source.passed_over() if isinstance(source, ListedSource) else ():
+        for item in source.skipped_files() if isinstance(source, ListedSource) else ():
             losses.add(item)
     digests, numbers, hashes = [], [], []
     for i in range(len(parts)):
         with np.load(part_file(folder, i)) as part:
             digests.append(part["digests"])
-            losses.update(Losses.from_json(part["skipped"].tobytes()))
-            numbers.append({group: part[f"{group}.digests"] for group in groups(corpus)})
-            hashes.append({group: part[f"{group}.hashes"] for group in groups(corpus)})
+            losses.update(SkipReport.from_json(part["skipped"].tobytes()))
+            numbers.append({group: part[f"{group}.digests"] for group in block_names(corpus)})
+            hashes.append({group: part[f"{group}.hashes"] for group in block_names(corpus)})
     first = np.split(_first_occurrences(digests), np.cumsum([len(d) for d in digests])[:-1])
     kept: dict[str, list[np.ndarray]] = {}  # masks of the documents of each part
     duplicates = Counter()
@@ -101,7 +101,7 @@ def _check_end(
     folder: Path,
     corpus: Corpus,
     counts: dict[str, int],
-    losses: Losses,
+    losses: SkipReport,
     num_bytes: int,
 ) -> None:
     """Raises ValueError where a split has no documents, or too much is lost.
@@ -114,7 +114,7 @@ def _check_end(
     if not total:
         found = [f"no documents in {', '.join(corpus.data)}; skipped: {listed}{losses.advice()}"]
     else:
-        found = [losses.fault(total, num_bytes, max_loss=corpus.max_loss)]
+        found = [losses.limit_error(total, num_bytes, max_loss=corpus.max_loss)]
         if empty := [split for split in corpus.splits if not counts[split]]:
             found.append(empty_split(empty[0], total, corpus, f"; skipped: {listed}"))
     if any(found):

@@ -30,7 +30,7 @@ from lm.data.sources.tokens import TokenStore
 _PLAN_VERSION = 2
 
 
-class Pieces(NamedTuple):
+class Chunks(NamedTuple):
     """The pieces of B rows, row after row: token positions in the store, int64."""
 
     counts: np.ndarray  # [B], at least 1
@@ -47,7 +47,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class Packed:
+class PackedRows:
     """The rows of a packed token store; a Source that also knows its documents."""
 
     truncation_summary = ""  # nothing is
@@ -58,7 +58,7 @@ class Packed:
         length: int,
         *,
         num_rows: int,
-        pieces: Callable[[np.ndarray], Pieces],
+        pieces: Callable[[np.ndarray], Chunks],
     ):
         self.store = store
         self.length = length
@@ -73,7 +73,7 @@ class Packed:
         """UTF-8 bytes of the store's text per token, ends of documents included in the tokens."""
         return self.store.num_bytes / self.store.num_tokens
 
-    def fill(self) -> float:
+    def fill_rate(self) -> float:
         """Returns the fraction of all positions that hold a token."""
         return self.store.num_tokens / (self._num_rows * self.length)
 
@@ -126,7 +126,7 @@ class Packed:
         ends = np.cumsum(counts).tolist()
         return [spans[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
-    def _pieces_of(self, rows: np.ndarray) -> Pieces:
+    def _pieces_of(self, rows: np.ndarray) -> Chunks:
         rows = np.asarray(rows, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self._num_rows):
             raise IndexError(
@@ -156,12 +156,12 @@ class Packed:
         return tokens[:num_tokens], is_rest, tokens[num_tokens:]
 
 
-def split(store: TokenStore, length: int) -> Packed:
+def split(store: TokenStore, length: int) -> PackedRows:
     """Returns the store cut into rows of `length` tokens; the last row is padded."""
     _check(store, length)
     offsets = store.offsets
 
-    def pieces(rows: np.ndarray) -> Pieces:
+    def pieces(rows: np.ndarray) -> Chunks:
         begin = rows * length
         end = np.minimum(begin + length, store.num_tokens)
         first = np.searchsorted(offsets, begin, "right") - 1
@@ -169,12 +169,14 @@ def split(store: TokenStore, length: int) -> Packed:
         documents = ranges(first, counts)
         starts = np.maximum(offsets[documents], np.repeat(begin, counts))
         stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
-        return Pieces(counts, starts, stops)
+        return Chunks(counts, starts, stops)
 
-    return Packed(store, length, num_rows=-(-store.num_tokens // length), pieces=pieces)
+    return PackedRows(store, length, num_rows=-(-store.num_tokens // length), pieces=pieces)
 
 
-def best_fit(store: TokenStore, length: int, *, cache: str | os.PathLike | None = None) -> Packed:
+def best_fit(
+    store: TokenStore, length: int, *, cache: str | os.PathLike | None = None
+) -> PackedRows:
     """Returns the store packed into rows of `length` tokens without cutting a document that fits.
 
     Rows are in the order of their first document. In a row, the rest of a document that was cut
@@ -186,12 +188,12 @@ def best_fit(store: TokenStore, length: int, *, cache: str | os.PathLike | None 
         lambda: plan(store.offsets, length), f"best_fit-{length}", [store.offsets], cache
     )
 
-    def pieces(rows: np.ndarray) -> Pieces:
+    def pieces(rows: np.ndarray) -> Chunks:
         counts = row_offsets[rows + 1] - row_offsets[rows]
         chosen = ranges(row_offsets[rows], counts)
-        return Pieces(counts, starts[chosen], stops[chosen])
+        return Chunks(counts, starts[chosen], stops[chosen])
 
-    return Packed(store, length, num_rows=len(row_offsets) - 1, pieces=pieces)
+    return PackedRows(store, length, num_rows=len(row_offsets) - 1, pieces=pieces)
 
 
 def _check(store: TokenStore, length: int) -> None:

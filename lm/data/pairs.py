@@ -20,7 +20,7 @@ from lm.data.sources import RowLayout, Rows
 TOO_LONG = ("error", "cut", "drop")
 
 
-class Field(Protocol):
+class FieldStore(Protocol):
     """What `Pairs` needs of a field; a token store has it."""
 
     path: str
@@ -43,7 +43,7 @@ class Pairs:
 
     def __init__(
         self,
-        stores: Sequence[Field],
+        stores: Sequence[FieldStore],
         layout: RowLayout,
         *,
         too_long: str = "error",
@@ -95,7 +95,7 @@ class Pairs:
             f"{self.num_dropped:,} left out, too long for rows of {self.layout.lengths}"
         )
 
-    def fill(self) -> float:
+    def fill_rate(self) -> float:
         """Returns the fraction of all positions that hold a token."""
         used = self._lengths[self._documents].sum()
         return float(used) / (len(self) * self.layout.length)

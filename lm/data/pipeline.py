@@ -64,7 +64,7 @@ class Objective(Protocol):
 
     def __call__(self, rows: Rows, rng: Callable[[int], np.random.Generator], /) -> Batch: ...
 
-    def of(self, source: str) -> Objective: ...
+    def for_source(self, source: str) -> Objective: ...
 
 
 class ExplainedRow(NamedTuple):
@@ -294,7 +294,7 @@ def make_sources(
     try:
         return {
             path: make_source(
-                path, config, objective.of(path).layout, tokenizer, cache_dir=cache_dir
+                path, config, objective.for_source(path).layout, tokenizer, cache_dir=cache_dir
             )
             for path in paths
         }
@@ -326,7 +326,7 @@ def make_pipeline(
             key="config.data.train",
             cache_dir=cache_dir,
         ),
-        {path: objective.of(path) for path in config.train},
+        {path: objective.for_source(path) for path in config.train},
         batch_size=batch_size,
         seed=seed,
         weights=config.weights or None,

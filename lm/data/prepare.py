@@ -42,12 +42,12 @@ from lm.data.corpus import (
     read_documents,
     split_without_documents,
 )
-from lm.data.joining import WHOLE, empty_split, groups, join, part_file
-from lm.data.skip_report import Losses, describe_examples
-from lm.data.workers import Progress, parallel
+from lm.data.joining import WHOLE, block_names, empty_split, join, part_file
+from lm.data.skip_report import SkipReport, describe_examples
 from lm.data.sources import Document, DocumentSource, ListedSource, Skipped
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
+from lm.data.workers import Progress, run_in_processes
 
 _PARTS_VERSION = 2  # to be raised when what a part holds changes
 
@@ -99,7 +99,7 @@ def prepare(
         sizes = [sum(unit.size for _, unit in parts[i]) for i in missing]
         progress = Progress(sum(sizes), done=len(parts[index::count]) - len(missing))
         calls = [(job, i, parts[i]) for i in missing]
-        for position, done in parallel(_write_part, calls, num_workers=num_workers):
+        for position, done in run_in_processes(_write_part, calls, num_workers=num_workers):
             progress.add(sizes[position], num_bytes=done.num_bytes, num_tokens=done.num_tokens)
         progress.close()
         left = _missing(folder, parts)
@@ -156,12 +156,12 @@ def _parts_hash(plan: dict, corpus: Corpus) -> str:
 def _check_start(corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]) -> None:
     """Raises ValueError for what would be an error at the end, as far as it is known now."""
     units = [(sources[i], unit) for part in parts for i, unit in part]
-    losses = Losses()
+    losses = SkipReport()
     for source, unit in units:
         if isinstance(source, ListedSource) and source.document_ids(unit) == []:
             losses.add(Skipped(unit.name, "other_file_type"), unit.size)
     total = sum(unit.size for _, unit in units)
-    found = [losses.fault(sys.maxsize, total, max_loss=corpus.max_loss)]
+    found = [losses.limit_error(sys.maxsize, total, max_loss=corpus.max_loss)]
     if len(parts) > 1 and (empty := split_without_documents(corpus, sources, parts)):
         found.append(empty_split(empty, len(units), corpus, ""))
     if any(found):
@@ -238,9 +238,9 @@ def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
 def _write_part(job: _Job, i: int, part: Part) -> _Done:
     """Writes the file of part `i`: digests of its documents, their blocks, and what was skipped."""
     tokenizer = _load(job.tokenizer, job.fingerprint)
-    documents: dict[str, list[Document]] = {group: [] for group in groups(job.corpus)}
+    documents: dict[str, list[Document]] = {group: [] for group in block_names(job.corpus)}
     digests = {group: [] for group in documents}
-    losses, sizes = Losses(), {unit.name: unit.size for _, unit in part}
+    losses, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
     order = {}  # digest -> its number in the part
     for item, digest in read_documents(job.corpus, part):
         if isinstance(item, Skipped):

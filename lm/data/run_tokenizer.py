@@ -12,13 +12,13 @@ from lm.data.tokenizer import Tokenizer
 
 FOLDER = "tokenizer"
 # what tells `transformers` and chat templates about a tokenizer, beside its own file
-BESIDE = (
+COMPANION_FILES = (
     *(special_tokens.TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", special_tokens.GENERATION_FILE, special_tokens.MODEL_FILE),
 )
 
 
-def keep(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
+def save(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
     """Copy the tokenizer's file, and the files that describe it, into the run's folder.
 
     replace: another content may take the place of that which the folder has.
@@ -36,7 +36,7 @@ def keep(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
             f"trained with ({kept}): give that one, another --workdir, or allow it "
             "(--config.checkpoint.allow_changed=\"('data.tokenizer',)\")"
         )
-    found = {name: source.parent / name for name in BESIDE}
+    found = {name: source.parent / name for name in COMPANION_FILES}
     contents = {name: file.read_bytes() for name, file in found.items() if file.exists()}
     for name, content in {**contents, source.name: tokenizer.model}.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:

@@ -19,7 +19,7 @@ _NO_LOSS = {"duplicate", "empty", "white_space", "hidden", "folder_seen_before"}
 
 
 @dataclass
-class Losses:
+class SkipReport:
     """Records of a part or of a corpus that were skipped.
 
     counts: by reason. examples: by reason, the first ids, with what helps to understand them.
@@ -41,7 +41,7 @@ class Losses:
         if skipped.reason in _WHOLE_FILE:
             self.num_bytes += num_bytes
 
-    def update(self, other: Losses) -> None:
+    def update(self, other: SkipReport) -> None:
         self.counts.update(other.counts)
         for reason, examples in other.examples.items():
             kept = self.examples.setdefault(reason, [])
@@ -56,7 +56,7 @@ class Losses:
         return json.dumps([self.counts, self.examples, self.num_bytes]).encode()
 
     @classmethod
-    def from_json(cls, content: bytes) -> Losses:
+    def from_json(cls, content: bytes) -> SkipReport:
         counts, examples, num_bytes = json.loads(content)
         return cls(Counter(counts), examples, num_bytes)
 
@@ -75,10 +75,10 @@ class Losses:
 
     def check(self, num_documents: int, num_bytes: int, *, max_loss: float) -> None:
         """Raises ValueError where there is a `fault`."""
-        if fault := self.fault(num_documents, num_bytes, max_loss=max_loss):
+        if fault := self.limit_error(num_documents, num_bytes, max_loss=max_loss):
             raise ValueError(fault)
 
-    def fault(self, num_documents: int, num_bytes: int, *, max_loss: float) -> str:
+    def limit_error(self, num_documents: int, num_bytes: int, *, max_loss: float) -> str:
         """The error where more than `max_loss` of the records, or of the bytes, is lost, else "".
 
         num_documents: that are there. num_bytes: of source, of all units.
@@ -93,7 +93,7 @@ class Losses:
             f"files with {files:.1%} of the bytes are not read": files,
         }
         share = ", and ".join(text for text, lost in shares.items() if lost > max_loss)
-        lost = Losses(Counter({r: n for r, n in self.counts.items() if r not in _NO_LOSS}))
+        lost = SkipReport(Counter({r: n for r, n in self.counts.items() if r not in _NO_LOSS}))
         lost.examples = self.examples
         return (
             f"{share}: {lost.describe()}{lost.advice()}; name other --data or --field, "

@@ -22,7 +22,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Declared:
+class DeclaredTokens:
     """The contents of those files: {} of one that is not there."""
 
     tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -99,10 +99,10 @@ class Declared:
         return False if self.tokenizer.get("bos_token", "") is None else None
 
 
-NOTHING = Declared()
+NO_DECLARATIONS = DeclaredTokens()
 
 
-def read(folder: Any) -> Declared:
+def read(folder: Any) -> DeclaredTokens:
     """Declarations of the files in `folder` (an epath.Path).
 
     Raises:
@@ -112,7 +112,7 @@ def read(folder: Any) -> Declared:
     if not is_published(model):  # of a run
         model = {}
     model = {**(model.get("text_config") or {}), **model}
-    return Declared(_read(folder / TOKENIZER_FILE), _read(folder / GENERATION_FILE), model)
+    return DeclaredTokens(_read(folder / TOKENIZER_FILE), _read(folder / GENERATION_FILE), model)
 
 
 def is_published(tree: Mapping[str, Any]) -> bool:

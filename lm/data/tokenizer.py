@@ -24,7 +24,7 @@ import numpy as np
 
 from lm import storage
 from lm.data import special_tokens
-from lm.data.special_tokens import NOTHING, Declared
+from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
 
 LONG_TEXT = 1 << 18
 _RULES = "1"  # part of every fingerprint: to be raised when a change below changes ids
@@ -100,7 +100,7 @@ def load(name: str) -> Tokenizer:
     return from_bytes(name, path.read_bytes(), special_tokens.read(path.parent))
 
 
-def from_bytes(name: str, model: bytes, declared: Declared = NOTHING) -> Tokenizer:
+def from_bytes(name: str, model: bytes, declared: DeclaredTokens = NO_DECLARATIONS) -> Tokenizer:
     """Returns the tokenizer whose file `name` has the content `model` ("bytes" has no file).
 
     declared: what the files beside it say of its special tokens.
@@ -112,7 +112,7 @@ def from_bytes(name: str, model: bytes, declared: Declared = NOTHING) -> Tokeniz
     return HuggingFaceTokenizer(name, model, declared)
 
 
-def pieces(text: str, *, limit: int = LONG_TEXT) -> Iterator[str]:
+def split_long_text(text: str, *, limit: int = LONG_TEXT) -> Iterator[str]:
     """Yields `text` in pieces of at most `limit` characters; a short text is one piece."""
     start = 0
     while len(text) - start > limit:
@@ -169,7 +169,7 @@ class SentencePieceTokenizer:
 
     file_name = "tokenizer.model"
 
-    def __init__(self, name: str, model: bytes, declared: Declared = NOTHING):
+    def __init__(self, name: str, model: bytes, declared: DeclaredTokens = NO_DECLARATIONS):
         import sentencepiece
 
         self.name = name
@@ -208,7 +208,7 @@ class SentencePieceTokenizer:
         if len(text) <= LONG_TEXT and "\u2581" not in text:
             return self._first.encode_as_numpy(text)
         parts, processor = [], self._first
-        for piece in pieces(text):
+        for piece in split_long_text(text):
             split = [piece] if self._escape is None else piece.split("\u2581")
             for i, part in enumerate(split):
                 if i:
@@ -244,7 +244,7 @@ class HuggingFaceTokenizer:
 
     file_name = "tokenizer.json"
 
-    def __init__(self, name: str, model: bytes, declared: Declared = NOTHING):
+    def __init__(self, name: str, model: bytes, declared: DeclaredTokens = NO_DECLARATIONS):
         import tokenizers
 
         self.name = name
@@ -314,7 +314,7 @@ class HuggingFaceTokenizer:
 
     def _encode_long(self, text: str) -> np.ndarray:
         parts, tokenizer = [], self._first
-        for piece in pieces(text):
+        for piece in split_long_text(text):
             parts.append(np.array(tokenizer.encode(piece, add_special_tokens=False).ids, np.int32))
             tokenizer = self._rest
         return np.concatenate(parts)
@@ -368,7 +368,7 @@ def _sentencepiece_bytes(processor, i: int) -> bytes:
 
 
 def _ends(
-    tokenizer: Tokenizer, declared: Declared, usual: tuple[int, ...]
+    tokenizer: Tokenizer, declared: DeclaredTokens, usual: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns (start_ids, stop_ids); usual: those that texts begin with where no file says."""
     says = declared.begins_with_bos

@@ -14,7 +14,7 @@ from lm import storage
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
-from lm.data.tokenizer import LONG_TEXT, pieces
+from lm.data.tokenizer import LONG_TEXT, split_long_text
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -164,7 +164,7 @@ def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> I
     for text in texts:
         for line in [text] if piece_span == "word" else _LINE.split(text):
             for part in line.translate(rare).split("\0") if rare else [line]:
-                yield from pieces(part)
+                yield from split_long_text(part)
 
 
 def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
@@ -180,7 +180,7 @@ def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
     split = tokenizers.pre_tokenizers.WhitespaceSplit()
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
-        for piece in pieces(text):
+        for piece in split_long_text(text):
             words = split.pre_tokenize_str(eos.normalize_str(piece))
             counts.update(word for word, _ in words)
     special = [UNKNOWN_WORD, END_OF_LINE]

@@ -20,7 +20,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def parallel(
+def run_in_processes(
     function: Callable[..., T], calls: Sequence[tuple], *, num_workers: int | None
 ) -> Iterator[tuple[int, T]]:
     """Yields (i, function(*calls[i])) as calls finish.

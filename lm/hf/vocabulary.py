@@ -19,7 +19,7 @@ from etils import epath
 
 from lm.data import special_tokens
 from lm.data import tokenizer as tokenizers
-from lm.data.run_tokenizer import BESIDE
+from lm.data.run_tokenizer import COMPANION_FILES
 from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
 
@@ -65,7 +65,7 @@ def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
     name, content = made
     to.mkdir(parents=True, exist_ok=True)
     (to / name).write_bytes(content)
-    for name_beside in BESIDE:
+    for name_beside in COMPANION_FILES:
         if (folder / name_beside).exists():
             (to / name_beside).write_bytes((folder / name_beside).read_bytes())
     return to / name
@@ -172,7 +172,8 @@ def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
 
 def _beside(name: str) -> dict[str, bytes]:
     folder = epath.Path(name).parent
-    names = [name for name in BESIDE if name != special_tokens.MODEL_FILE]  # the model's own comes
+    # without config.json: the model's own is written
+    names = [name for name in COMPANION_FILES if name != special_tokens.MODEL_FILE]
     return {n: (folder / n).read_bytes() for n in names if (folder / n).exists()}
 
 

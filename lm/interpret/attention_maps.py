@@ -105,7 +105,7 @@ def held_out(
     size = experiment.batch_size
     for _, batch in zip(
         range(num_batches),
-        evaluation_batches(source, experiment.objective.of(name), batch_size=size),
+        evaluation_batches(source, experiment.objective.for_source(name), batch_size=size),
         strict=False,
     ):
         batches.append(batch)

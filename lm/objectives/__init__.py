@@ -1,53 +1,52 @@
-"""Objectives: what a model is asked to predict, as a transformation of rows on the host.
+"""Objectives: training targets as a pure transformation of rows on the host (NumPy only).
 
 The contract. An objective is a module with
 
     Config                     a frozen dataclass, the fields of `config.objective`
-    build(config, tokenizer, form)
-                               returns an `Objective`; ValueError where tokenizer, config or what
-                               the model takes cannot work
+    build(config, tokenizer, interface)
+                               returns an `Objective`; ValueError where tokenizer, config or the
+                               model's interface cannot work
 
-An objective is a pure function of rows and randomness: the same rows and the same generators give
-the same batch. It says in its `layout` which rows it wants, uses numpy only, gives all batches the
-same structure and shapes, and treats rows independently, since a host calls it with its own rows
-of the global batch alone.
+The same rows and generators give the same batch; all batches have the same structure and shapes;
+rows are treated independently, since a host has only its own rows of the global batch. All rows of
+a host are transformed at once: a Python call for each row would cost more than the work (20 million
+tokens/s are 50 us per row of 1,024). Randomness is per row: `rng(i)` makes the generator of row i,
+`default_rng([seed, epoch, index])`; only where it is needed, as making one costs 15 us.
 
-It takes all rows of a host at once, not one at a time: the arithmetic is the same for every row,
-and a Python call for each row would cost more than the work (20 million tokens/s are 50 us per row
-of 1,024). Randomness stays per row
-all the same: `rng(i)` makes the generator of row i, `default_rng([seed, epoch, index])`, only where
-it is asked for, as making one costs 15 us.
-
-Which tokens are ends and beginnings is the same for all. A document of a store, or a field of one,
-ends in eos, which is predicted like any other token where its text is. bos is put before what a
-decoder predicts, once in every segment, and is never predicted. An encoder's input has no bos but
-where the objective says so (masked LM and classification, BERT's form).
+A document of a store, or a field of one, ends in eos, which is predicted like any other token. bos
+precedes the decoder's targets, once in every segment, and is never predicted. An encoder's input
+has no bos unless the objective says so (masked LM and classification, as in BERT).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lm.data import streams
 from lm.data.sources import RowLayout, Rows
+from lm.data.streams import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.types import Batch
+from lm.types import Batch, Tokens
+
+if TYPE_CHECKING:
+    from lm.types import Array
 
 RowGenerator = Callable[[int], np.random.Generator]
 # (model, params, batch, rng, *, train, config: LossConfig) -> (the SUM over the batch to
-# differentiate, additive sums: `tokens`, what to divide by, `loss`, and others under other names)
-Loss = Callable[..., tuple[Any, dict[str, Any]]]
+# differentiate, additive sums: `tokens`, the divisor, `loss`, and others under other names)
+Loss = Callable[..., tuple["Array", dict[str, "Array"]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInterface:
-    """What the model takes, and so what an objective must make.
+    """The shapes that a model takes.
 
-    length: T of the inputs and targets. encoder_length: of the encoder's stream, None without one.
-    is_causal: whether a token of the inputs sees only itself and those before it.
+    length: T of the inputs and targets. encoder_length: of the encoder's input, None without one.
+    is_causal: a token of the inputs sees only itself and those before it.
     vocab_size: rows of the model's vocabulary matrix; None: those of the tokenizer.
     """
 
@@ -56,44 +55,48 @@ class ModelInterface:
     is_causal: bool = True
     vocab_size: int | None = None
 
-    def num_rows(self, tokenizer: Tokenizer) -> int:
-        """Returns the ids that the model has: a tokenizer may have more, which nothing uses."""
+    def num_ids(self, tokenizer: Tokenizer) -> int:
+        """Return the number of ids of the model: the tokenizer may have more, unused ones."""
         return self.vocab_size or tokenizer.vocab_size
 
     def spare_ids(self, tokenizer: Tokenizer) -> range:
-        """Returns the ids that the model has and the tokenizer does not use."""
-        return range(tokenizer.vocab_size, self.num_rows(tokenizer))
+        """Return the ids of the model that the tokenizer does not use."""
+        return range(tokenizer.vocab_size, self.num_ids(tokenizer))
+
+    def require_decoder(self, name: str) -> None:
+        """Raise ValueError where the model does not predict token after token."""
+        if not self.is_causal:
+            raise ValueError(
+                f"config.objective.name={name} needs a decoder, or an encoder with one: "
+                "config.model.name=decoder or encoder_decoder; for an encoder there is mlm"
+            )
 
 
-def mask_id(given: int | None, tokenizer: Tokenizer, form: ModelInterface) -> int:
-    """Returns the id that stands for a hidden token.
-
-    It is `given`, else the tokenizer's `<mask>` or `[MASK]`, else the first id of the model that
-    the tokenizer does not use. Raises ValueError where there is none.
+def mask_id(given: int | None, tokenizer: Tokenizer, interface: ModelInterface) -> int:
+    """Return the id of the mask token: `given`, else the tokenizer's `<mask>` or `[MASK]`, else the
+    first id of the model that the tokenizer does not use; ValueError where there is none.
     """
-    found = [tokenizer.special_ids[n] for n in ("<mask>", "[MASK]") if n in tokenizer.special_ids]
-    spare = form.spare_ids(tokenizer)
-    if given is None and not found and not spare:
+    named = [tokenizer.special_ids[n] for n in ("<mask>", "[MASK]") if n in tokenizer.special_ids]
+    candidates = [*([] if given is None else [given]), *named, *interface.spare_ids(tokenizer)[:1]]
+    if not candidates:
         raise ValueError(
             f"no mask token: tokenizer {tokenizer.name} has no <mask> or [MASK], and all "
-            f"{form.vocab_size} ids of config.model.vocab_size are its own; set it to at least "
-            f"{tokenizer.vocab_size + 1}, or config.objective.mask_id to an id"
+            f"{interface.vocab_size} ids of config.model.vocab_size are its own; set it to at "
+            f"least {tokenizer.vocab_size + 1}, or config.objective.mask_id to an id"
         )
-    chosen = given if given is not None else found[0] if found else spare[0]
-    limit = form.num_rows(tokenizer)
-    if not 0 <= chosen < limit:
-        raise ValueError(f"config.objective.mask_id ({chosen}) must be an id below {limit}")
-    return chosen
+    if not 0 <= candidates[0] < (limit := interface.num_ids(tokenizer)):
+        raise ValueError(f"config.objective.mask_id ({candidates[0]}) must be an id below {limit}")
+    return candidates[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Makes batches of rows; row i may use `rng(i)`.
+    """A function from rows to batches; row i may use `rng(i)`.
 
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
-    so that its loss is that of the text. tasks: names of the tasks that `Batch.tasks` tells apart.
-    by_source: where rows of different sources have different objectives, these. loss: in place of
-    the token cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract.
+    so that its loss is that of the text. tasks: the names of the numbers in `Batch.tasks`.
+    by_source: the objective of each source, where they differ. loss: in place of the token
+    cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract.
     """
 
     make: Callable[[Rows, RowGenerator], Batch]
@@ -106,8 +109,8 @@ class Objective:
     def __call__(self, rows: Rows, rng: RowGenerator, /) -> Batch:
         return self.make(rows, rng)
 
-    def of(self, source: str) -> Objective:
-        """Returns the objective of the rows of a source, by its path; ValueError if it has none."""
+    def for_source(self, source: str) -> Objective:
+        """Return the objective of a source, by its path; ValueError if it has none."""
         if self.by_source is None:
             return self
         if source not in self.by_source:
@@ -116,3 +119,46 @@ class Objective:
                 f"{', '.join(self.by_source)}"
             )
         return self.by_source[source]
+
+
+def conditional_batch(
+    source: Stream,
+    target: Stream,
+    num_rows: int,
+    interface: ModelInterface,
+    tokenizer: Tokenizer,
+    *,
+    bidirectional: bool = False,
+) -> Batch:
+    """Return the batch that predicts every token of `target` from `source` and those before it.
+
+    With an encoder, its input is the source, and the decoder's is bos and the target:
+
+        encoder   a b . c .       inputs  ^ x ^ y z      (`.` is eos, `^` bos)
+                  1 1 1 2 2       targets x . y z .
+
+    Without one, the target follows the source, whose tokens are not scored; `bidirectional` marks
+    bos and the source as a prefix that its whole segment sees:
+
+        inputs    ^ a b . x ^ c . y z
+        targets   a b . x . c . y z .
+        weights   0 0 0 1 1 0 0 1 1 1
+    """
+    shape, bos = (num_rows, interface.length), tokenizer.bos_id
+    if interface.encoder_length is not None:
+        ids, segments, positions = streams.scatter_to_rows(target, shape)
+        weights, prefix = (segments != 0).astype(np.float32), None
+        encoder = Tokens(*streams.scatter_to_rows(source, (num_rows, interface.encoder_length)))
+    else:
+        stream, is_target = streams.join(source, target)
+        ids, segments, positions = streams.scatter_to_rows(stream, shape)
+        scored, _, _ = streams.scatter_to_rows(stream._replace(ids=is_target), shape)
+        weights, encoder = scored.astype(np.float32), None
+        prefix = (segments != 0) & (streams.shift_right(scored, segments, positions, 0) == 0)
+    inputs = streams.shift_right(ids, segments, positions, bos)
+    return Batch(
+        inputs=Tokens(inputs, segments, positions, prefix if bidirectional else None),
+        targets=ids,
+        weights=weights,
+        encoder=encoder,
+    )

@@ -1,4 +1,4 @@
-"""Predict every token from those before it in its document."""
+"""Causal language modelling: every token is predicted from those before it in its document."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from lm.config.schema import field
+from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator
@@ -22,12 +23,12 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the causal objective: targets are the tokens, inputs are the tokens before them.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the causal objective: targets are the tokens, inputs are the tokens before them.
 
-    The input of a document's first token is bos; where a segment is the rest of a document that was
-    cut, that of its first token is the token before it in the document. So every token of the data
-    is predicted once, the eos of every document included:
+    The input of a document's first token is bos; in the rest of a document that was cut, the first
+    input is the token before the cut. So every token of the data is predicted once, the eos of
+    every document included:
 
         ids       a b . c d      (`.` is eos)
         segments  1 1 1 2 2
@@ -36,21 +37,17 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
     Without bos there is padding in its place, and a document's first token has position 0 where it
     is an input.
     """
-    if not form.is_causal or form.encoder_length is not None:
+    if not interface.is_causal or interface.encoder_length is not None:
         raise ValueError(
             "config.objective.name=causal needs a model in which a token sees only those before "
             "it, without an encoder: config.model.name=decoder, say"
         )
-    bos = np.int32(tokenizer.bos_id)
 
     def causal(rows: Rows, rng: RowGenerator) -> Batch:
         del rng  # nothing is random
-        inputs = np.empty_like(rows.ids)
-        inputs[:, 1:] = rows.ids[:, :-1]
-        inputs[rows.positions == 0] = bos
+        inputs = streams.shift_right(rows.ids, rows.segments, rows.positions, tokenizer.bos_id)
         np.copyto(inputs, rows.previous, where=rows.previous >= 0)
-        scored = rows.segments != 0
-        positions = rows.positions
+        scored, positions = rows.segments != 0, rows.positions
         if not config.begins_with_bos:
             is_bos = scored & (positions == 0) & (rows.previous < 0)
             start = np.arange(scored.shape[1]) - positions  # of a token's segment
@@ -62,4 +59,5 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
             weights=scored.astype(np.float32),
         )
 
-    return Objective(causal, RowLayout((form.length,)), scores_every_token=config.begins_with_bos)
+    layout = RowLayout((interface.length,))
+    return Objective(causal, layout, scores_every_token=config.begins_with_bos)

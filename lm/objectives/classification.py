@@ -11,7 +11,13 @@ from lm.data import streams
 from lm.data.sources import Rows
 from lm.data.streams import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
+from lm.objectives import (
+    ModelInterface,
+    Objective,
+    RowGenerator,
+    conditional_batch,
+    mask_id,
+)
 from lm.objectives.seq2seq import pair_layout
 from lm.types import Batch, Tokens
 
@@ -32,47 +38,47 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the objective that predicts one token for every text; nothing else is scored.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the objective that predicts one token for every text; nothing else is scored.
 
     `L` is the label, `.` eos, `^` bos and `?` the mask token:
 
         decoder             inputs  ^ a b .    targets  a b . L    weights  0 0 0 1
         encoder, decoder    encoder a b .      inputs   ^          targets  L
         encoder             inputs  ^ ? a b .  targets  ^ L a b .  weights  0 1 0 0 0
+
+    Raises ValueError, of a batch too, where a document has a label that the config does not name.
     """
     verbalizers = label_tokens(config, tokenizer)
-    names = _padded([tokenizer.encode(label) for label in config.labels], tokenizer.eos_id)
-    bos = tokenizer.bos_id
-    is_encoder = not form.is_causal and form.encoder_length is None
-    mask = mask_id(config.mask_id, tokenizer, form) if is_encoder else None
+    names = [np.append(tokenizer.encode(label), tokenizer.eos_id) for label in config.labels]
+    numbers = {name.astype(np.int32).tobytes(): i for i, name in enumerate(names)}
+    is_encoder = not interface.is_causal and interface.encoder_length is None
+    mask = mask_id(config.mask_id, tokenizer, interface) if is_encoder else None
+
+    def classes(labels: Stream) -> list[int]:
+        found = np.split(labels.ids, np.flatnonzero(labels.is_segment_start()))[1:]
+        if unknown := [ids for ids in found if ids.tobytes() not in numbers]:
+            raise ValueError(
+                f"a document has the label {tokenizer.decode(unknown[0])!r}, which is not in "
+                f"config.objective.labels: {', '.join(config.labels)}"
+            )
+        return [numbers[ids.tobytes()] for ids in found]
 
     def classification(rows: Rows, rng: RowGenerator) -> Batch:
         del rng  # nothing is random
-        source = streams.flatten(rows, 0)
-        names_read = streams.flatten(rows, 1)
-        label = names_read.keep(names_read.is_segment_start())
-        label = label._replace(ids=verbalizers[_classes(names_read, names, config, tokenizer)])
+        source, labels = streams.flatten(rows, 0), streams.flatten(rows, 1)
+        label = labels.keep(labels.is_segment_start())
+        label = label._replace(ids=verbalizers[np.array(classes(labels), np.int64)])
         if mask is not None:
-            return _at_mask(source, label, rows.ids.shape, bos, mask)
-        return streams.conditional(
-            source,
-            label,
-            batch_size=len(rows.ids),
-            length=form.length,
-            encoder_length=form.encoder_length,
-            bos=bos,
-            bidirectional=False,
-        )
+            return _label_at_mask(source, label, rows.ids.shape, tokenizer.bos_id, mask)
+        return conditional_batch(source, label, len(rows.ids), interface, tokenizer)
 
-    return Objective(classification, pair_layout(config.fields, form))
+    return Objective(classification, pair_layout(config.fields, interface))
 
 
 def label_tokens(config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns int32 [classes]: the token that stands for each label.
-
-    Raises ValueError where there are fewer than two labels, or a text is not one token, or two
-    labels have the same.
+    """Return int32 [classes], the token of each label; ValueError where there are fewer than two
+    labels, a text is not one token, or two labels have the same token.
     """
     if len(config.labels) < 2 or len(set(config.labels)) < len(config.labels):
         raise ValueError(
@@ -97,34 +103,10 @@ def label_tokens(config: Config, tokenizer: Tokenizer) -> np.ndarray:
     return result
 
 
-def _padded(tokens: list[np.ndarray], eos: int) -> np.ndarray:
-    """Returns int32 [classes, longest + 1]: each row's tokens and eos, then -1."""
-    result = np.full((len(tokens), max(map(len, tokens)) + 1), -1, np.int32)
-    for row, ids in zip(result, tokens, strict=True):
-        row[: len(ids)], row[len(ids)] = ids, eos
-    return result
-
-
-def _classes(read: Stream, names: np.ndarray, config: Config, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns int64 [segments]: which of the rows of `names` stands in each segment."""
-    firsts = np.flatnonzero(read.is_segment_start())
-    lengths = np.diff(np.append(firsts, len(read.ids)))
-    columns = np.arange(names.shape[1])
-    places = np.minimum(firsts[:, None] + columns, max(len(read.ids) - 1, 0))
-    found = np.where(columns < lengths[:, None], read.ids[places], -1)
-    equal = (found[:, None] == names).all(2) & (lengths <= names.shape[1])[:, None]
-    if not equal.any(1).all():
-        first = int(np.flatnonzero(~equal.any(1))[0])
-        ids = read.ids[firsts[first] : firsts[first] + lengths[first]]
-        raise ValueError(
-            f"a document has the label {tokenizer.decode(ids)!r}, which is not in "
-            f"config.objective.labels: {', '.join(config.labels)}"
-        )
-    return equal.argmax(1)
-
-
-def _at_mask(source: Stream, label: Stream, shape: tuple[int, int], bos: int, mask: int) -> Batch:
-    """Returns the batch of an encoder, which predicts the label at a mask token after bos."""
+def _label_at_mask(
+    source: Stream, label: Stream, shape: tuple[int, int], bos: int, mask: int
+) -> Batch:
+    """Return the batch of an encoder, which predicts the label at a mask token after bos."""
     head = Stream(*(np.repeat(part, 2) for part in label))
     is_label = np.arange(len(head.ids)) % 2 == 1
     inputs, _ = streams.join(head._replace(ids=np.where(is_label, mask, bos)), source)

@@ -6,12 +6,18 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import field
+from lm.config.schema import check_values, field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
+from lm.objectives import (
+    ModelInterface,
+    Objective,
+    RowGenerator,
+    conditional_batch,
+    mask_id,
+)
 from lm.types import Batch
 
 NOISES = ("mask", "delete", "infill", "shuffle", "rotate")
@@ -24,6 +30,7 @@ class Config:
         ("shuffle", "infill"),
         "In this order: mask tokens, delete tokens, infill (one mask for a span), shuffle "
         "sentences, rotate (begin anywhere).",
+        choices=NOISES,
     )
     rate: float = field(
         0.3, "Fraction of the tokens that mask, delete and infill hide.", ge=0, lt=1
@@ -39,8 +46,8 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the denoising objective: the noisy text is given, every token of the text scored.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the denoising objective: the noisy text is given, every token of the text scored.
 
     `?` is the mask token; the eos of a document stays at its end and is never hidden:
 
@@ -50,45 +57,30 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
     infill puts one mask for a span of 0 tokens or more (a Poisson number), so that a text may grow:
     what would not fit in its row is not hidden. shuffle puts sentences in a random order.
     """
-    unknown = [name for name in config.noises if name not in NOISES]
-    if unknown or not config.noises:
+    check_values(config, "config.objective")
+    if not config.noises:
+        raise ValueError(f"config.objective.noises is empty: name some of {', '.join(NOISES)}")
+    interface.require_decoder("denoising")
+    length = interface.length // 2 if interface.encoder_length is None else interface.length
+    if interface.encoder_length is not None and interface.encoder_length < length:
         raise ValueError(
-            f"config.objective.noises ({config.noises}) must be among {', '.join(NOISES)}"
+            f"config.data.encoder_length ({interface.encoder_length}) must be at least data.length "
+            f"({length}): a text may not be hidden at all"
         )
-    if not form.is_causal:
-        raise ValueError("config.objective.name=denoising needs a decoder, or an encoder with one")
-    if not 0 <= config.rate < 1 or config.mean_span < 0:
-        raise ValueError(
-            f"config.objective.rate ({config.rate}) must be in [0, 1), and mean_span "
-            f"({config.mean_span}) not negative"
-        )
-    raw = form.length // 2 if form.encoder_length is None else form.length
-    if form.encoder_length is not None and form.encoder_length < raw:
-        raise ValueError(
-            f"config.data.encoder_length ({form.encoder_length}) must be at least data.length "
-            f"({raw}): a text may not be hidden at all"
-        )
-    eos = tokenizer.eos_id
-    noise = _Noise(config, mask_id(config.mask_id, tokenizer, form), eos, _sentence_ends(tokenizer))
+    noise = _Noise(config, tokenizer, mask_id(config.mask_id, tokenizer, interface))
 
     def denoising(rows: Rows, rng: RowGenerator) -> Batch:
         text = streams.flatten(rows)
-        draws = [rng(i) for i in range(len(rows.ids))]
-        return streams.conditional(
-            noise(text, draws, raw),
-            text,
-            batch_size=len(rows.ids),
-            length=form.length,
-            encoder_length=form.encoder_length,
-            bos=tokenizer.bos_id,
-            bidirectional=config.bidirectional and form.encoder_length is None,
+        noisy = noise(text, [rng(i) for i in range(len(rows.ids))], length)
+        return conditional_batch(
+            noisy, text, len(rows.ids), interface, tokenizer, bidirectional=config.bidirectional
         )
 
-    return Objective(denoising, RowLayout((raw,)))
+    return Objective(denoising, RowLayout((length,)))
 
 
 def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
-    """Returns bool [vocab_size]: whether the text of a token ends a sentence."""
+    """Return bool [vocab_size]: True where the text of a token ends a sentence."""
     texts = (tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size))
     ends = tuple(end.encode() for end in _ENDS)
     return np.array([text.rstrip(b" ").endswith(ends) for text in texts])
@@ -97,16 +89,17 @@ def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
 class _Noise:
     """The kinds of noise, each a method (text, draws: [n] in [0, 1), Poisson numbers: [n])."""
 
-    def __init__(self, config: Config, mask: int, eos: int, ends: np.ndarray):
+    def __init__(self, config: Config, tokenizer: Tokenizer, mask: int):
         self._kinds = [getattr(self, name) for name in config.noises]
         self._rate, self._mean_span = config.rate, config.mean_span
-        self._mask, self._eos, self._ends = mask, eos, ends
+        self._mask, self._eos = np.int32(mask), tokenizer.eos_id
+        self._ends_sentence = _sentence_ends(tokenizer)
 
-    def __call__(self, text: Stream, rngs: list[np.random.Generator], raw: int) -> Stream:
-        """Returns the noisy text. Every row draws `2 * raw` numbers for each kind of noise."""
+    def __call__(self, text: Stream, rngs: list[np.random.Generator], length: int) -> Stream:
+        """Return the noisy text. Every row draws `2 * length` numbers for each kind of noise."""
         for kind in self._kinds:
-            draws = np.stack([rng.random(raw) for rng in rngs])
-            spans = np.stack([rng.poisson(self._mean_span, raw) for rng in rngs])
+            draws = np.stack([rng.random(length) for rng in rngs])
+            spans = np.stack([rng.poisson(self._mean_span, length) for rng in rngs])
             columns = streams.positions_since(boundaries(text.rows))
             text = kind(text, draws[text.rows, columns], spans[text.rows, columns])
         return text
@@ -114,57 +107,49 @@ class _Noise:
     def mask(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
         hidden = (draws < self._rate) & (text.ids != self._eos)
-        return text._replace(ids=np.where(hidden, np.int32(self._mask), text.ids))
+        return text._replace(ids=np.where(hidden, self._mask, text.ids))
 
     def delete(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
         return text.keep((draws >= self._rate) | (text.ids == self._eos))
 
     def infill(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
-        is_end, places = text.ids == self._eos, np.arange(len(text.ids))
+        is_eos, index = text.ids == self._eos, np.arange(len(text.ids))
         first = text.is_segment_start()
-        after = np.append(np.flatnonzero(first)[1:], len(first))[np.cumsum(first) - 1]
-        # the chance to begin a span with which spans, which may overlap, cover `rate` of the text
-        begins = (draws < -np.log(1 - self._rate) / max(self._mean_span, 1e-9)) & ~is_end
-        reach = np.maximum.accumulate(np.where(begins, np.minimum(places + spans, after), 0))
-        hidden = (places < reach) & ~is_end
-        begins &= places >= np.append(0, reach[:-1])[: len(reach)]
+        segment_stop = np.append(np.flatnonzero(first)[1:], len(first))[np.cumsum(first) - 1]
+        # with this probability to begin a span, spans, which may overlap, cover `rate` of the text
+        begins = (draws < -np.log(1 - self._rate) / max(self._mean_span, 1e-9)) & ~is_eos
+        stops = np.where(begins, np.minimum(index + spans, segment_stop), 0)
+        stops = np.maximum.accumulate(stops)
+        hidden = (index < stops) & ~is_eos
+        begins &= index >= np.append(0, stops[:-1])[: len(stops)]
         empty = begins & ~hidden
-        room = np.bincount(text.rows, hidden.astype(int) - (begins & hidden))
-        begins &= ~empty | (_count_in_rows(empty, text.rows) <= room[text.rows])
-        twice = np.repeat(places, ~hidden + begins.astype(int))  # the mask, then what stays
-        is_mask = boundaries(twice) & begins[twice]
-        ids = np.where(is_mask, np.int32(self._mask), text.ids[twice])
-        return Stream(ids, text.rows[twice], text.segments[twice])
+        free = np.bincount(text.rows, hidden.astype(int) - (begins & hidden))  # of each row
+        begins &= ~empty | (_count_in_rows(empty, text.rows) <= free[text.rows])
+        return streams.with_inserted(text, begins, self._mask, keep=~hidden)
 
     def shuffle(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
+        known = np.append(self._ends_sentence, False)  # ids that only the model has end nothing
         first = text.is_segment_start()
-        first[1:] |= self._is_sentence_end(text)[:-1]
-        places = np.arange(len(first))
-        keys = draws[np.maximum.accumulate(np.where(first, places, 0))]
-        return self._sorted(text, keys)
+        first[1:] |= known[np.minimum(text.ids, len(known) - 1)][:-1]
+        return self._sort(text, draws[streams.last_start(first)])
 
     def rotate(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
         del spans
-        first, places = text.is_segment_start(), streams.positions_since(text.is_segment_start())
-        segment = np.cumsum(first) - 1
+        first = text.is_segment_start()
+        segment, positions = np.cumsum(first) - 1, streams.positions_since(first)
         sizes = np.bincount(segment, text.ids != self._eos).astype(int)
         offset = (draws[first] * sizes).astype(int)
-        return self._sorted(text, (places - offset[segment]) % np.maximum(sizes, 1)[segment])
+        return self._sort(text, (positions - offset[segment]) % np.maximum(sizes, 1)[segment])
 
-    def _sorted(self, text: Stream, keys: np.ndarray) -> Stream:
-        """Returns the stream with the tokens of every segment by their keys, eos last."""
+    def _sort(self, text: Stream, keys: np.ndarray) -> Stream:
+        """Return the stream with the tokens of every segment sorted by `keys`, eos last."""
         order = np.lexsort((keys, text.ids == self._eos, text.segments, text.rows))
         return Stream(*(part[order] for part in text))
 
-    def _is_sentence_end(self, text: Stream) -> np.ndarray:
-        known = np.append(self._ends, False)  # ids of the model alone end nothing
-        return known[np.minimum(text.ids, len(self._ends))]
-
 
 def _count_in_rows(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns int [n]: how many are true up to each place of its row."""
+    """Return int [n]: the cumulative sum of `mask` within each row."""
     total = np.cumsum(mask)
-    first = np.maximum.accumulate(np.where(boundaries(rows), np.arange(len(rows)), 0))
-    return total - (total - mask)[first]
+    return total - (total - mask)[streams.last_start(boundaries(rows))]

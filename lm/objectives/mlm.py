@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import field
+from lm.config.schema import check_values, field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
 from lm.types import Batch, Tokens
 
-_INSIDE = bytes(range(0x80, 0xC0))  # go on a UTF-8 character
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # inside a UTF-8 character
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,40 +35,40 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the masked-LM objective, for encoders.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the masked-LM objective, for encoders.
 
-    Rows are those of the data, without a token added; targets are the tokens themselves, weights 1
-    where they are predicted. Every token is chosen by itself, so that their number varies; special
-    tokens (eos among them) never are, nor does one replace another.
+    Targets are the tokens themselves, weights 1 where they are predicted. Tokens (or words) are
+    chosen independently of each other, so that their number varies; special tokens, eos among them,
+    are never chosen, nor do they replace others.
 
         ids      a b c d e .      inputs   a ? c d x .      (`?` is the mask token, `.` eos)
                                   weights  0 1 0 0 1 0
     """
-    if form.is_causal or form.encoder_length is not None:
+    if interface.is_causal or interface.encoder_length is not None:
         raise ValueError(
             "config.objective.name=mlm needs a model whose tokens see each other: "
             "config.model.name=encoder"
         )
+    check_values(config, "config.objective")
     hide, swap = config.mask_fraction, config.random_fraction
-    if not 0 < config.rate < 1 or min(hide, swap) < 0 or hide + swap > 1:
+    if hide + swap > 1:
         raise ValueError(
-            f"config.objective.rate ({config.rate}) must be in (0, 1), and mask_fraction ({hide}) "
-            f"+ random_fraction ({swap}) at most 1"
+            f"config.objective.mask_fraction ({hide}) + random_fraction ({swap}) must be at most 1"
         )
-    mask = mask_id(config.mask_id, tokenizer, form)
+    mask = mask_id(config.mask_id, tokenizer, interface)
     special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, mask]
     is_special = np.zeros(max(tokenizer.vocab_size, mask + 1), bool)
     is_special[[*special, *tokenizer.special_ids.values()]] = True
     ordinary = np.flatnonzero(~is_special[: tokenizer.vocab_size]).astype(np.int32)
-    continues = Words(tokenizer) if config.whole_word else None
+    continues_word = WordContinuation(tokenizer) if config.whole_word else None
 
     def mlm(rows: Rows, rng: RowGenerator) -> Batch:
         shape = rows.ids.shape
         draws = np.stack([rng(i).random((3, shape[1])) for i in range(shape[0])], 1)
         choice, action, other = draws.reshape(3, *shape)
-        if continues is not None:
-            choice = _of_first(choice, continues(rows.ids) & (rows.positions > 0))
+        if continues_word is not None:
+            choice = _of_first(choice, continues_word(rows.ids) & (rows.positions > 0))
         chosen = (choice < config.rate) & (rows.segments != 0) & ~is_special[rows.ids]
         replaced = ordinary[(other * len(ordinary)).astype(np.int64)]
         new = np.where(action < hide, np.int32(mask), replaced)
@@ -79,22 +79,22 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
             weights=chosen.astype(np.float32),
         )
 
-    return Objective(mlm, RowLayout((form.length,)))
+    return Objective(mlm, RowLayout((interface.length,)))
 
 
 def _of_first(values: np.ndarray, continues: np.ndarray) -> np.ndarray:
-    """Returns [B, T]: the values of the first tokens of words, at all tokens of the words."""
+    """Return [B, T]: the value of the first token of each word, at all tokens of the word."""
     columns = np.arange(values.shape[1])
     first = np.maximum.accumulate(np.where(continues, 0, columns), axis=1)
     return np.take_along_axis(values, first, 1)
 
 
-class Words:
-    """Which tokens go on the word of the token before them, from the bytes that tokens stand for.
+class WordContinuation:
+    """The tokens that continue the word of the token before them, by the bytes of the tokens.
 
-    Letters, digits and `_` that follow each other are a word; a token that begins with any other
-    character, or with one above U+2000 (Chinese, say), begins a word. A byte inside of a UTF-8
-    character goes on the word.
+    A word is a run of letters, digits and `_`; a token that begins with any other character, or
+    with one above U+2000 (Chinese, say), begins a word. A byte inside a UTF-8 character continues
+    the word.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -102,14 +102,14 @@ class Words:
         for i in range(tokenizer.vocab_size):
             if text := tokenizer.decode_bytes([i]):
                 # of the last character the first byte, if it is there
-                first[i], last[i] = text[0], (text.rstrip(_INSIDE) or text)[-1]
+                first[i], last[i] = text[0], (text.rstrip(_CONTINUATION_BYTES) or text)[-1]
         is_letter = np.array([chr(b).isalnum() or b == ord("_") for b in range(128)] + [True] * 128)
         is_letter[0xE2:] = False  # begins a character of three bytes or more
-        self._is_inside = np.isin(first, list(_INSIDE))
-        self._goes_on, self._is_open = is_letter[first], is_letter[last]
+        self._is_inside = np.isin(first, list(_CONTINUATION_BYTES))
+        self._begins_with_letter, self._ends_with_letter = is_letter[first], is_letter[last]
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """Returns bool [B, T]: whether a token goes on the word of the one before it."""
+        """Return bool [B, T]: True where a token continues the word of the one before it."""
         result = np.zeros(ids.shape, bool)
-        result[:, 1:] = self._goes_on[ids[:, 1:]] & self._is_open[ids[:, :-1]]
+        result[:, 1:] = self._begins_with_letter[ids[:, 1:]] & self._ends_with_letter[ids[:, :-1]]
         return result | self._is_inside[ids]

@@ -20,8 +20,8 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the objective that makes of each source's rows what its task says.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the objective that applies to each source's rows the objective of its task.
 
     In a config, `lm.config.conversion.task` writes a section, and data.weights mixes the sources:
 
@@ -31,8 +31,7 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
         }
 
     A batch has rows of all tasks; `Batch.tasks` numbers them in the order of their names, and the
-    metrics `loss/TASK` are those of their own tokens. What only some of the tasks have, a prefix
-    for one, is there for all.
+    metrics `loss/TASK` are those of their own tokens. All have a prefix mask where one task has.
     """
     if not config.tasks:
         raise ValueError(
@@ -41,7 +40,7 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
         )
     tasks = dict(sorted(config.tasks.items()))
     inner = {
-        name: component("lm.objectives", task.name).build(task.config, tokenizer, form)
+        name: component("lm.objectives", task.name).build(task.config, tokenizer, interface)
         for name, task in tasks.items()
     }
     for name, objective in inner.items():
@@ -62,14 +61,14 @@ def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objecti
             by_source[source] = _with_task(inner[name], number, with_prefix)
 
     def multitask(rows: Rows, rng: RowGenerator) -> Batch:
-        raise AssertionError("rows of several tasks have no objective in common: use `of(source)`")
+        raise AssertionError("rows of several tasks have no common objective: use `for_source`")
 
     first = next(iter(inner.values()))
     return Objective(multitask, first.layout, tasks=tuple(tasks), by_source=by_source)
 
 
 def _with_task(objective: Objective, number: int, with_prefix: bool) -> Objective:
-    """Returns the objective whose batches have their task's number, and a prefix where wanted."""
+    """Return the objective whose batches have their task's number, and a prefix mask if asked."""
 
     def make(rows: Rows, rng: RowGenerator) -> Batch:
         batch = objective(rows, rng)
@@ -83,7 +82,7 @@ def _with_task(objective: Objective, number: int, with_prefix: bool) -> Objectiv
 
 
 def _on_empty_rows(objective: Objective) -> Batch:
-    """Returns what the objective makes of a row of padding: the structure of its batches."""
+    """Return the batch of a row of padding, which has the structure of all batches."""
     zeros = np.zeros((1, objective.layout.length), np.int32)
     fields = zeros if len(objective.layout.fields) > 1 else None
     rows = Rows(zeros, zeros, zeros, np.full_like(zeros, -1), fields)

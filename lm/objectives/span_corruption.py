@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator
+from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
 from lm.types import Batch
 
 
@@ -31,30 +32,30 @@ class Config:
     )
 
 
-class Noise(NamedTuple):
-    """How a text is corrupted: the fraction that is hidden, and the mean tokens of a span."""
+class SpanNoise(NamedTuple):
+    """The fraction of a text that is hidden, and the mean number of tokens of a hidden span."""
 
     density: float
     mean_span: float
 
     def counts(self, length: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the hidden tokens and the spans of a text of `length` tokens, as T5 has them."""
+        """Return T5's numbers of hidden tokens and of spans of a text of `length` tokens."""
         noise = np.clip(np.round(np.multiply(length, self.density)), 1, np.subtract(length, 1))
         return noise.astype(int), np.maximum(np.round(noise / self.mean_span), 1).astype(int)
 
     def lengths(self, length: int) -> tuple[int, int]:
-        """Returns the tokens of the corrupted text and of the spans, sentinels and eos included."""
+        """Return the lengths of the corrupted text and of the spans, sentinels and eos included."""
         noise, spans = (int(n) for n in self.counts(length))
         return length - noise + spans + 1, noise + spans + 1
 
 
-class Room(NamedTuple):
-    """What a row holds before (`raw`) and after: the corrupted text, and the spans.
+class RowBudget(NamedTuple):
+    """Tokens of a row: of its text, of the corrupted text, and of the spans.
 
     prompt: tokens that are put before the corrupted text of every segment, beside its eos.
     """
 
-    raw: int
+    text_length: int
     inputs: int
     targets: int
     prompt: int = 0
@@ -63,91 +64,87 @@ class Room(NamedTuple):
     def shortest(self) -> int:
         """Tokens below which a document shares its segment with the next one.
 
-        So no row has more segments than its room for eos tokens allows, each with a span: one needs
-        a sentinel and an eos on both sides, and what is cut out of a document had no eos before.
+        So no row has more segments than eos tokens fit in, each with a span: one needs a sentinel
+        and an eos on both sides, and the rest of a document that was cut had no eos before.
         """
-        spare = self.inputs + self.targets - self.raw - 1
-        return -(-self.raw // max(spare // (4 + self.prompt), 1))
+        spare = self.inputs + self.targets - self.text_length - 1
+        return -(-self.text_length // max(spare // (4 + self.prompt), 1))
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns T5's span corruption.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return T5's span corruption.
 
-    In a row of one document the number of hidden tokens and of spans, and the lengths of the
+    In a row of one document the numbers of hidden tokens and of spans, and the lengths of the
     random spans, are those of T5's `random_spans_noise_mask`. `x y z` are sentinels, numbered in
     every segment, and `.` is eos:
 
         text      a b c d e f g h .
         encoder   a b x e f g y .       targets  x c d y h .
 
-    Rows of several documents keep them apart. Each has an eos of its own in the targets, for
+    Documents of a row are corrupted separately. Each has an eos of its own in the targets, for
     which the row has fewer hidden tokens and spans, just enough to fill it. A document of fewer
-    tokens than `Room.shortest` shares its segment with the next one.
+    tokens than `RowBudget.shortest` shares its segment with the next one.
 
     The encoder's input and the targets fill their rows: the text for them is longer than both
     (568 tokens give 512 and 114). In a decoder they share a row, the text as a prefix.
     """
-    if not form.is_causal:
-        raise ValueError(
-            "config.objective.name=span_corruption needs a decoder, or an encoder with one: "
-            "config.model.name=encoder_decoder, say; for an encoder there is mlm"
-        )
-    noise = checked(config.noise_density, config.mean_span)
-    room = find_room(noise, form)
-    sentinel = first_sentinel(
-        config.first_sentinel, int(noise.counts(room.raw)[1]), tokenizer, form
-    )
+    interface.require_decoder("span_corruption")
+    noise = make_noise(config.noise_density, config.mean_span)
+    budget = fit_budget(noise, interface)
+    num_sentinels = int(noise.counts(budget.text_length)[1])
+    sentinel = first_sentinel(config.first_sentinel, num_sentinels, tokenizer, interface)
 
     def span_corruption(rows: Rows, rng: RowGenerator) -> Batch:
-        text = Text.of(rows, tokenizer.eos_id, room.shortest)
-        draws = [rng(i).random(room.raw + 2) for i in range(len(rows.ids))]
-        corrupted = corrupt(text, noise, room, np.stack(draws), sentinel, tokenizer.eos_id)
-        return streams.conditional(
-            *corrupted,
-            batch_size=len(rows.ids),
-            length=form.length,
-            encoder_length=form.encoder_length,
-            bos=tokenizer.bos_id,
-            bidirectional=config.bidirectional and form.encoder_length is None,
+        text = GroupedText.of(rows, tokenizer.eos_id, budget.shortest)
+        draws = [rng(i).random(budget.text_length + 2) for i in range(len(rows.ids))]
+        source, target = corrupt(text, noise, budget, np.stack(draws), sentinel, tokenizer.eos_id)
+        return conditional_batch(
+            source,
+            target,
+            len(rows.ids),
+            interface,
+            tokenizer,
+            bidirectional=config.bidirectional,
         )
 
-    return Objective(span_corruption, RowLayout((room.raw,)))
+    return Objective(span_corruption, RowLayout((budget.text_length,)))
 
 
-def checked(density: float, mean_span: float) -> Noise:
-    """Returns the noise. Raises ValueError where there would be too little text between spans."""
+def make_noise(density: float, mean_span: float) -> SpanNoise:
+    """Return the noise; ValueError where there would be too little text between spans."""
     if not 0 < density < 1 or mean_span < 1 or density * (1 + 1 / mean_span) > 0.9:
         raise ValueError(
             f"config.objective.noise_density ({density}) and mean_span ({mean_span}) leave no text "
             "between the spans: density * (1 + 1 / mean_span) must be at most 0.9, mean_span at "
             "least 1"
         )
-    return Noise(density, mean_span)
+    return SpanNoise(density, mean_span)
 
 
-def find_room(noise: Noise, form: ModelInterface) -> Room:
-    """Returns the longest text that fits when it is corrupted, and the lengths that it then has.
+def fit_budget(noise: SpanNoise, interface: ModelInterface) -> RowBudget:
+    """Return the longest text that fits when it is corrupted, and the lengths that it then has.
 
     Raises ValueError where the lengths of encoder and decoder don't fit together.
     """
-    if form.encoder_length is None:
-        raw = _longest(lambda n: sum(noise.lengths(n)), form.length, "data.length")
-        inputs, _ = noise.lengths(raw)
-        return Room(raw, inputs, form.length - inputs)
-    raw = _longest(lambda n: noise.lengths(n)[0], form.encoder_length, "data.encoder_length")
-    needed = noise.lengths(raw)[1]
-    if not needed <= form.length < needed + 16:
+    if interface.encoder_length is None:
+        limit = interface.length
+        length = _longest(lambda n: sum(noise.lengths(n)), limit, "data.length")
+        inputs, _ = noise.lengths(length)
+        return RowBudget(length, inputs, limit - inputs)
+    limit = interface.encoder_length
+    length = _longest(lambda n: noise.lengths(n)[0], limit, "data.encoder_length")
+    needed = noise.lengths(length)[1]
+    if not needed <= interface.length < needed + 16:
         raise ValueError(
-            f"with config.data.encoder_length ({form.encoder_length}), noise_density "
-            f"({noise.density}) and mean_span ({noise.mean_span}), {raw} tokens of text give "
-            f"{needed} of targets: set config.data.length ({form.length}) to {needed}, or to at "
-            f"most {needed + 15}"
+            f"with config.data.encoder_length ({limit}), noise_density ({noise.density}) and "
+            f"mean_span ({noise.mean_span}), {length} tokens of text give {needed} of targets: set "
+            f"config.data.length ({interface.length}) to {needed}, or to at most {needed + 15}"
         )
-    return Room(raw, form.encoder_length, form.length)
+    return RowBudget(length, limit, interface.length)
 
 
-def _longest(length_of, limit: int, name: str) -> int:
-    """Returns the most tokens of text whose corrupted length is at most `limit`."""
+def _longest(length_of: Callable[[int], int], limit: int, name: str) -> int:
+    """Return the largest length of text whose corrupted length is at most `limit`."""
     found = [n for n in range(2, 2 * limit + 2) if length_of(n) <= limit]
     if not found or found[-1] < 8:
         raise ValueError(f"config.{name} ({limit}) is too short for span corruption")
@@ -155,30 +152,28 @@ def _longest(length_of, limit: int, name: str) -> int:
 
 
 def first_sentinel(
-    given: int | None, spans: int, tokenizer: Tokenizer, form: ModelInterface
+    given: int | None, count: int, tokenizer: Tokenizer, interface: ModelInterface
 ) -> int:
-    """Returns the id of the first of `spans` descending sentinels.
-
-    Raises ValueError where one of them would be a token of the text.
+    """Return the id of the first of `count` descending sentinels; ValueError where one of them
+    would be a token of the text.
     """
-    spare = form.spare_ids(tokenizer)
-    named = tokenizer.special_ids.get("<extra_id_0>")
-    first = given if given is not None else named if named is not None else spare.stop - 1
-    ids = range(first, first - spans, -1)
-    special = {i for i in tokenizer.special_ids.values() if i < form.num_rows(tokenizer)}
-    if not all(i in spare or i in special for i in ids):
+    spare = interface.spare_ids(tokenizer)
+    first = tokenizer.special_ids.get("<extra_id_0>", spare.stop - 1) if given is None else given
+    free = {*spare, *(i for i in tokenizer.special_ids.values() if i < spare.stop)}
+    if not free.issuperset(range(first - count + 1, first + 1)):
         raise ValueError(
-            f"{spans} sentinels from id {first} down are not free: tokenizer {tokenizer.name} uses "
+            f"{count} sentinels from id {first} down are not free: tokenizer {tokenizer.name} uses "
             f"{tokenizer.vocab_size} of the {spare.stop} ids of config.model.vocab_size; set it to "
-            f"at least {tokenizer.vocab_size + spans + 1}, or config.objective.first_sentinel"
+            f"at least {tokenizer.vocab_size + count + 1}, or config.objective.first_sentinel"
         )
     return first
 
 
-class Text(NamedTuple):
-    """The documents of rows without the eos at their ends, and where they lie: G groups.
+class GroupedText(NamedTuple):
+    """The documents of rows without their eos, in G groups that are corrupted as one text each.
 
-    stream: the tokens; groups: int [n], of which group each is, ascending. rows, segments: int [G].
+    stream: the n tokens. groups: int [n], the group of each token, ascending. rows, segments:
+    int [G], those of each group.
     """
 
     stream: Stream
@@ -187,53 +182,69 @@ class Text(NamedTuple):
     segments: np.ndarray
 
     @classmethod
-    def of(cls, rows: Rows, eos: int, shortest: int) -> Text:
-        """Returns the text of `rows`; documents below `shortest` share a group with the next."""
+    def of(cls, rows: Rows, eos: int, shortest: int) -> GroupedText:
+        """Return the text of `rows`; documents below `shortest` share a group with the next."""
         stream = streams.flatten(rows)
         firsts = np.flatnonzero(stream.is_segment_start())
         column = np.nonzero(rows.segments)[1]
         bucket = stream.rows[firsts] * (rows.ids.shape[1] + 1) + column[firsts] // shortest
-        begins = firsts[np.append(True, bucket[1:] != bucket[:-1])[: len(firsts)]]
-        group = np.zeros(len(stream.ids), int)
-        group[begins] = 1
-        group = np.cumsum(group) - 1
-        is_last = np.append(group[1:] != group[:-1], True)[: len(group)]
-        inside = ~(is_last & (stream.ids == eos))
-        return cls(stream.keep(inside), group[inside], stream.rows[begins], stream.segments[begins])
+        starts = firsts[boundaries(bucket)]
+        groups = np.zeros(len(stream.ids), int)
+        groups[starts] = 1
+        groups = np.cumsum(groups) - 1
+        is_last = np.append(groups[1:] != groups[:-1], True)[: len(groups)]
+        kept = ~(is_last & (stream.ids == eos))
+        return cls(stream.keep(kept), groups[kept], stream.rows[starts], stream.segments[starts])
+
+    def with_eos(self, stream: Stream, ended: np.ndarray, eos: int) -> Stream:
+        """Return the tokens of `stream`, whose segments are groups, with eos at the ends of the
+        groups `ended`, in their rows and segments.
+        """
+        groups = np.concatenate([stream.segments, ended])
+        order = np.argsort(groups, kind="stable")
+        ids = np.append(stream.ids, np.full(len(ended), eos)).astype(np.int32)[order]
+        groups = groups[order]
+        return Stream(ids, self.rows[groups], self.segments[groups])
 
 
 def corrupt(
-    text: Text, noise: Noise, room: Room, draws: np.ndarray, sentinel: int, eos: int
+    text: GroupedText,
+    noise: SpanNoise,
+    budget: RowBudget,
+    draws: np.ndarray,
+    sentinel: int,
+    eos: int,
 ) -> tuple[Stream, Stream]:
-    """Returns the corrupted text and the hidden spans, each group of both with eos at its end.
+    """Return the corrupted text and the hidden spans, each group of both with eos at its end.
 
-    draws: float [B, room.raw + 2] in [0, 1). A group that is too short for a span has no targets.
+    draws: float [B, budget.text_length + 2] in [0, 1). A group that is too short for a span has no
+    targets.
     """
     sizes = np.bincount(text.groups, minlength=len(text.rows))
-    hidden, spans = _share_out(sizes, text.rows, noise, room, draws[:, -2:])
+    hidden, spans = _allocate(sizes, text.rows, noise, budget, draws[:, -2:])
     keys = draws[text.stream.rows, streams.positions_since(boundaries(text.stream.rows))]
     mask = random_spans(hidden, spans, text.groups, keys)
-    begins = mask & ~np.append(False, mask[:-1])  # a group begins with text: spans never touch
-    number = np.cumsum(begins) - 1 - (np.cumsum(spans) - spans)[text.groups]
-    ids, sentinels = text.stream.ids, (sentinel - number).astype(np.int32)
-    kept = ~mask | begins
-    twice = np.repeat(np.arange(len(ids)), mask + begins.astype(int))  # sentinel and first token
-    values = np.where(boundaries(twice) & begins[twice], sentinels[twice], ids[twice])
-    shown = np.where(begins, sentinels, ids)[kept]
+    starts = mask & ~np.append(False, mask[:-1])  # a group begins with text: spans never touch
+    number = np.cumsum(starts) - 1 - (np.cumsum(spans) - spans)[text.groups]
+    stream = text.stream._replace(segments=text.groups)
+    shown, cut = (
+        streams.with_inserted(stream, starts, sentinel - number, keep=kept)
+        for kept in (~mask, mask)
+    )
     return (
-        _with_ends(text.groups[kept], shown, np.arange(len(sizes)), text, eos),
-        _with_ends(text.groups[twice], values, np.flatnonzero(spans), text, eos),
+        text.with_eos(shown, np.arange(len(sizes)), eos),
+        text.with_eos(cut, np.flatnonzero(spans), eos),
     )
 
 
 def random_spans(
     hidden: np.ndarray, spans: np.ndarray, groups: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:
-    """Returns bool [n]: which tokens are hidden, `hidden[g]` of group g in `spans[g]` spans.
+    """Return bool [n], True for hidden tokens: `hidden[g]` of group g in `spans[g]` spans.
 
-    In a group text and spans alternate, text first. The lengths of the spans are a random
-    composition of `hidden[g]`, each as likely as any other, and so are those of the text between.
-    groups: int [n], ascending; keys: float [n] in [0, 1).
+    In a group text and spans alternate, text first. The lengths of the spans are a uniformly random
+    composition of `hidden[g]`, and so are those of the text between them. groups: int [n],
+    ascending; keys: float [n] in [0, 1).
     """
     able = spans[groups] > 0
     groups, keys = groups[able], keys[able]
@@ -245,22 +256,22 @@ def random_spans(
 
 
 def _random_parts(groups: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the lengths of `counts[g]` parts into which the items of each group g are cut."""
+    """Return the lengths of the `counts[g]` parts into which the items of each group g are cut."""
     firsts = boundaries(groups)
     order = np.lexsort((np.where(firsts, -1.0, keys), groups))  # the first item begins a part
-    begins = np.empty(len(groups), bool)
-    begins[order] = streams.positions_since(firsts) < counts[groups]
-    return np.diff(np.append(np.flatnonzero(begins), len(groups)))
+    starts = np.empty(len(groups), bool)
+    starts[order] = streams.positions_since(firsts) < counts[groups]
+    return np.diff(np.append(np.flatnonzero(starts), len(groups)))
 
 
-def _share_out(
-    sizes: np.ndarray, rows: np.ndarray, noise: Noise, room: Room, draws: np.ndarray
+def _allocate(
+    sizes: np.ndarray, rows: np.ndarray, noise: SpanNoise, budget: RowBudget, draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the hidden tokens and the spans of every group, int [G].
+    """Return the numbers of hidden tokens and of spans of every group, int [G].
 
     With `d` hidden tokens and `k` spans a row of `c` tokens in `n` groups, `m` of them with spans,
     becomes `c - d + k + n` and `d + k + m` tokens (without a prompt). `d` and `k` are T5's, lowered
-    where these would be more than there is room for, and shared out by the length of the groups.
+    where these would exceed the budget, and allocated in proportion to the length of the groups.
     """
 
     def per_row(values: np.ndarray) -> np.ndarray:
@@ -268,12 +279,12 @@ def _share_out(
 
     able = sizes >= 2
     text, num_able = per_row(sizes * able), per_row(able)
-    excess = per_row(sizes + 1 + room.prompt) - room.inputs
-    free = room.targets - num_able
+    excess = np.maximum(per_row(sizes + 1 + budget.prompt) - budget.inputs, 0)
+    free = budget.targets - num_able
     hidden, spans = noise.counts(np.maximum(text, 2))
-    spans = np.minimum(np.maximum(spans, num_able), (free - np.maximum(excess, 0)) // 2)
+    spans = np.minimum(np.maximum(spans, num_able), (free - excess) // 2)
     spans = np.minimum(spans, per_row(sizes // 2 * able)) * (num_able > 0)
-    hidden = np.minimum(np.maximum(hidden, spans + np.maximum(excess, 0)), free - spans)
+    hidden = np.minimum(np.maximum(hidden, spans + excess), free - spans)
     hidden = np.minimum(hidden, text - spans) * (num_able > 0)
     of_group = able + _apportion(spans - num_able, (sizes // 2 - 1) * able, rows, draws[:, 0])
     rest = (sizes - 2 * of_group) * able
@@ -283,7 +294,7 @@ def _share_out(
 def _apportion(
     total: np.ndarray, weights: np.ndarray, rows: np.ndarray, draws: np.ndarray
 ) -> np.ndarray:
-    """Returns int [G]: `total[r]` shared out over the groups of row r, on average by weight.
+    """Return int [G]: `total[r]` apportioned to the groups of row r, on average by weight.
 
     Systematic rounding: no group gets more than its weight if the total is not more than all of
     them. weights: int [G]; rows: int [G], ascending; draws: float [B] in [0, 1).
@@ -292,16 +303,6 @@ def _apportion(
     offset = (draws * sums).astype(int)
     upto = np.cumsum(weights)
     before = upto - weights
-    row_begin = before[np.maximum.accumulate(np.where(boundaries(rows), np.arange(len(rows)), 0))]
-    at = [(total[rows] * (x - row_begin) + offset[rows]) // sums[rows] for x in (before, upto)]
+    row_start = before[streams.last_start(boundaries(rows))]
+    at = [(total[rows] * (x - row_start) + offset[rows]) // sums[rows] for x in (before, upto)]
     return at[1] - at[0]
-
-
-def _with_ends(
-    groups: np.ndarray, ids: np.ndarray, ended: np.ndarray, text: Text, eos: int
-) -> Stream:
-    """Returns the tokens, with eos at the ends of the groups `ended`."""
-    order = np.argsort(np.concatenate([groups, ended]), kind="stable")
-    ids = np.append(ids, np.full(len(ended), eos)).astype(np.int32)[order]
-    groups = np.concatenate([groups, ended])[order]
-    return Stream(ids, text.rows[groups], text.segments[groups])

@@ -9,10 +9,16 @@ import numpy as np
 from lm.config.schema import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
-from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator
-from lm.objectives.span_corruption import Noise, Room, Text, checked, corrupt, first_sentinel
+from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
+from lm.objectives.span_corruption import (
+    GroupedText,
+    RowBudget,
+    SpanNoise,
+    corrupt,
+    first_sentinel,
+    make_noise,
+)
 from lm.types import Batch
 
 MODES = ("R", "S", "X")
@@ -48,61 +54,58 @@ class Config:
     )
 
 
-def build(config: Config, tokenizer: Tokenizer, form: ModelInterface) -> Objective:
-    """Returns the mixture: every row is corrupted by one denoiser, chosen at random.
+def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
+    """Return the mixture: every row is corrupted by one denoiser, chosen at random.
 
-    What a denoiser makes of a row is what `span_corruption` does with its density and mean span; S
-    hides the end of each segment, as prefix language modelling does. A segment begins with the
-    token of the row's mode where `mode_ids` names three.
+    A denoiser is `span_corruption` of its density and mean span; S hides the end of each segment,
+    as prefix language modelling does. A segment begins with the token of the row's mode where
+    `mode_ids` names three.
 
     Each denoiser takes as many tokens of text as fill its row when they are corrupted. Rows are
     read at the longest of these lengths; a denoiser that takes fewer has a random window of them,
-    so that about 7% of a decoder's text, and a quarter or more of an encoder's, is left out in an
+    so that about 7% of a decoder's text, and a quarter or more of an encoder's, is dropped in an
     epoch, another part in each. With an encoder, the text fills its rows; denoisers that hide less
-    leave room in the decoder's.
+    leave padding in the decoder's.
     """
-    if not form.is_causal:
-        raise ValueError("config.objective.name=ul2 needs a decoder, or an encoder with one")
+    interface.require_decoder("ul2")
     noises, rates = _denoisers(config)
     prompt = 1 if config.mode_ids else 0  # a token of each segment
-    rooms = [_find_room(noise, prompt, form) for noise in noises]
-    raw = max(room.raw for room in rooms)
-    most = max(int(n.counts(room.raw)[1]) for n, room in zip(noises, rooms, strict=True))
-    sentinel = first_sentinel(config.first_sentinel, most, tokenizer, form)
+    budgets = [_fit_budget(noise, prompt, interface) for noise in noises]
+    length = max(budget.text_length for budget in budgets)
+    num_spans = [int(n.counts(b.text_length)[1]) for n, b in zip(noises, budgets, strict=True)]
+    sentinel = first_sentinel(config.first_sentinel, max(num_spans), tokenizer, interface)
     modes = [config.mode_ids[MODES.index(d[0])] if prompt else None for d in config.denoisers]
 
     def ul2(rows: Rows, rng: RowGenerator) -> Batch:
-        draws = np.stack([rng(i).random(raw + 4) for i in range(len(rows.ids))])
+        draws = np.stack([rng(i).random(length + 4) for i in range(len(rows.ids))])
         chosen = np.minimum(np.searchsorted(np.cumsum(rates), draws[:, -1]), len(rates) - 1)
-        parts = []
+        sources, targets = [], []
         for number in np.unique(chosen):
             index = np.flatnonzero(chosen == number)
-            room, own = rooms[number], draws[index]
-            text = Text.of(
-                _windows(rows, index, room.raw, own[:, -2]), tokenizer.eos_id, room.shortest
+            budget, mode = budgets[number], modes[number]
+            window = _windows(rows, index, budget.text_length, draws[index, -2])
+            text = GroupedText.of(window, tokenizer.eos_id, budget.shortest)
+            source, target = corrupt(
+                text, noises[number], budget, draws[index, :-2], sentinel, tokenizer.eos_id
             )
-            sources, targets = corrupt(
-                text, noises[number], room, own[:, :-2], sentinel, tokenizer.eos_id
-            )
-            if modes[number] is not None:
-                sources = _prepend(sources, modes[number])
-            parts.append([s._replace(rows=index[s.rows]) for s in (sources, targets)])
-        sources, targets = (_by_row(list(streams_)) for streams_ in zip(*parts, strict=True))
-        return streams.conditional(
-            sources,
-            targets,
-            batch_size=len(rows.ids),
-            length=form.length,
-            encoder_length=form.encoder_length,
-            bos=tokenizer.bos_id,
-            bidirectional=config.bidirectional and form.encoder_length is None,
+            if mode is not None:
+                source = streams.with_inserted(source, source.is_segment_start(), mode)
+            sources.append(source._replace(rows=index[source.rows]))
+            targets.append(target._replace(rows=index[target.rows]))
+        return conditional_batch(
+            streams.concatenate(sources),
+            streams.concatenate(targets),
+            len(rows.ids),
+            interface,
+            tokenizer,
+            bidirectional=config.bidirectional,
         )
 
-    return Objective(ul2, RowLayout((raw,)))
+    return Objective(ul2, RowLayout((length,)))
 
 
-def _denoisers(config: Config) -> tuple[list[Noise], np.ndarray]:
-    """Returns the noise of each denoiser, and its probability. Raises ValueError where wrong."""
+def _denoisers(config: Config) -> tuple[list[SpanNoise], np.ndarray]:
+    """Return the noise of each denoiser and its probability; ValueError where they are wrong."""
     count = len(config.denoisers)
     if not count or any(mode not in MODES for mode, _, _ in config.denoisers):
         raise ValueError(
@@ -120,32 +123,33 @@ def _denoisers(config: Config) -> tuple[list[Noise], np.ndarray]:
             f"{', '.join(MODES)}, or none"
         )
     # one span: a mean that no text reaches
-    noises = [checked(density, mean or 1e9) for _, density, mean in config.denoisers]
+    noises = [make_noise(density, mean or 1e9) for _, density, mean in config.denoisers]
     return noises, rates / rates.sum()
 
 
-def _find_room(noise: Noise, prompt: int, form: ModelInterface) -> Room:
-    """Returns the longest text that fits when it is corrupted, and the lengths that it then has."""
-    encoder, decoder = form.encoder_length, form.length
+def _fit_budget(noise: SpanNoise, prompt: int, interface: ModelInterface) -> RowBudget:
+    """Return the longest text that fits when it is corrupted, and the lengths that it then has."""
+    encoder, decoder = interface.encoder_length, interface.length
 
-    def fits(raw: int) -> bool:
-        inputs, targets = noise.lengths(raw)
+    def fits(length: int) -> bool:
+        inputs, targets = noise.lengths(length)
         if encoder is None:
             return inputs + targets + prompt <= decoder
         return inputs + prompt <= encoder and targets <= decoder
 
-    found = [raw for raw in range(8, 2 * (decoder + (encoder or 0))) if fits(raw)]
+    found = [n for n in range(8, 2 * (decoder + (encoder or 0))) if fits(n)]
     if not found:
         raise ValueError(
             f"config.data.length ({decoder}) and encoder_length ({encoder}) are too short for ul2"
         )
-    raw = found[-1]
-    inputs = noise.lengths(raw)[0] + prompt if encoder is None else encoder
-    return Room(raw, inputs, decoder - inputs if encoder is None else decoder, prompt)
+    if encoder is not None:
+        return RowBudget(found[-1], encoder, decoder, prompt)
+    inputs = noise.lengths(found[-1])[0] + prompt
+    return RowBudget(found[-1], inputs, decoder - inputs, prompt)
 
 
 def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> Rows:
-    """Returns `length` tokens of each of the rows `index`, those from a random place on.
+    """Return a random window of `length` tokens of each of the rows `index`: int [n].
 
     draws: float [n] in [0, 1). A row that holds no more than that is kept whole.
     """
@@ -163,18 +167,3 @@ def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> R
     before = np.take_along_axis(rows.ids[index], np.maximum(at[:, :1] - 1, 0), axis=1)[:, 0]
     previous[:, 0] = np.where(continues, before, previous[:, 0])
     return Rows(ids, segments, positions, previous)
-
-
-def _prepend(stream: Stream, token: int) -> Stream:
-    """Returns the stream with `token` before each of its segments."""
-    firsts = stream.is_segment_start()
-    twice = np.repeat(np.arange(len(firsts)), 1 + firsts)
-    is_new = boundaries(twice) & firsts[twice]
-    ids = np.where(is_new, np.int32(token), stream.ids[twice])
-    return Stream(ids, stream.rows[twice], stream.segments[twice])
-
-
-def _by_row(parts: list[Stream]) -> Stream:
-    joined = Stream(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    order = np.argsort(joined.rows, kind="stable")
-    return Stream(*(part[order] for part in joined))

@@ -32,7 +32,7 @@ def evaluate(
     """
     results, names = {}, metrics.short_names([*experiment.validation])
     for name, source in experiment.validation.items():
-        objective = experiment.objective.of(name)
+        objective = experiment.objective.for_source(name)
         total: dict[str, float] = {}
         pending: Sums | None = None
         size = experiment.batch_size

@@ -97,7 +97,7 @@ def train(
             if lead:  # where no run has begun yet, another tokenizer may take the kept one's place
                 allowed = "data.tokenizer" in c.checkpoint.allow_changed
                 replace = saved.config is None or allowed
-                run_tokenizer.keep(experiment.tokenizer, workdir, replace=replace)
+                run_tokenizer.save(experiment.tokenizer, workdir, replace=replace)
             _describe(experiment, say, begins=begins)
             if c.guard.self_check:
                 say(kernel_check.check(c, experiment.rules))

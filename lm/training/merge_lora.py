@@ -61,7 +61,7 @@ def merge_run(
             "parent": {"workdir": str(workdir), "step": at},
         }
     )
-    run_tokenizer.keep(plain.tokenizer, out)
+    run_tokenizer.save(plain.tokenizer, out)
     config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
     (folder / CONFIG_FILE).write_text(conversion.to_json(config))
     return plain

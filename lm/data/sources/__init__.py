@@ -63,7 +63,7 @@ class DocumentSource(Protocol):
 class ListedSource(Protocol):
     """A source of which more is known before it is read."""
 
-    def passed_over(self) -> list[Skipped]:
+    def skipped_files(self) -> list[Skipped]:
         """Returns what lies among the data and is in no unit: links to nothing, hidden files."""
         ...
 

@@ -26,11 +26,11 @@ class DamagedFile(ValueError):
 
 
 class Listing(NamedTuple):
-    """names: of files, sorted, with / below `root`. passed_over: what else is there."""
+    """names: of files, sorted, with / below `root`. skipped: the other entries, with the reason."""
 
     root: Path
     names: list[str]
-    passed_over: list[Skipped]
+    skipped: list[Skipped]
 
 
 def find(spec: str) -> Listing:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from lm.data.packing import Span
-from lm.data.pairs import Field, Pairs
+from lm.data.pairs import FieldStore, Pairs
 from lm.data.sampler import hash_words, scale_hash
 from lm.data.sources import RowLayout, Rows
 
@@ -106,7 +106,7 @@ class Synthetic:
         return ids
 
 
-class _Field(Field):
+class _Field(FieldStore):
     """One field of documents in memory."""
 
     path = "synthetic:reverse"

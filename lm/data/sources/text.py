@@ -74,8 +74,8 @@ class TextSource:
                 units.append(Unit(name, start, stop, size, stamp))
         return units
 
-    def passed_over(self) -> list[Skipped]:
-        return self._files.passed_over
+    def skipped_files(self) -> list[Skipped]:
+        return self._files.skipped
 
     def document_ids(self, unit: Unit) -> list[str] | None:
         suffix = self._kind(unit.name)

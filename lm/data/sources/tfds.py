@@ -65,7 +65,7 @@ class TfdsSource:
             ]
         return units
 
-    def passed_over(self) -> list[Skipped]:
+    def skipped_files(self) -> list[Skipped]:
         return []
 
     def document_ids(self, unit: Unit) -> Iterator[str]:

@@ -19,24 +19,24 @@ from lm.data.tokenizer import Tokenizer
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 
 
-class Ragged(NamedTuple):
+class RaggedArray(NamedTuple):
     """Rows of different lengths: their values one after another, and the lengths, int64 [n]."""
 
     values: np.ndarray
     lengths: np.ndarray
 
-    def keep(self, rows: np.ndarray) -> "Ragged":
+    def keep(self, rows: np.ndarray) -> "RaggedArray":
         """Returns the rows where the bool mask `rows` is true."""
         if rows.all():
             return self
-        return Ragged(self.values[np.repeat(rows, self.lengths)], self.lengths[rows])
+        return RaggedArray(self.values[np.repeat(rows, self.lengths)], self.lengths[rows])
 
 
 class Block(NamedTuple):
     """n documents: ids (UTF-8), and by field tokens (eos included) and bytes, int64 [n]."""
 
-    ids: Ragged
-    tokens: dict[str, Ragged]
+    ids: RaggedArray
+    tokens: dict[str, RaggedArray]
     num_bytes: dict[str, np.ndarray]
 
     def keep(self, rows: np.ndarray) -> "Block":
@@ -68,10 +68,12 @@ def encode_block(
             for encoded in tokenizer.encode_batch(batch):
                 values += [encoded.astype(dtype), eos]
                 lengths.append(len(encoded) + 1)
-        tokens[field] = Ragged(np.concatenate(values), np.array(lengths, np.int64))
+        tokens[field] = RaggedArray(np.concatenate(values), np.array(lengths, np.int64))
         num_bytes[field] = np.array([len(text.encode()) for text in texts], np.int64)
     id_bytes = np.frombuffer(b"".join(ids), np.uint8)
-    return Block(Ragged(id_bytes, np.array([len(i) for i in ids], np.int64)), tokens, num_bytes)
+    return Block(
+        RaggedArray(id_bytes, np.array([len(i) for i in ids], np.int64)), tokens, num_bytes
+    )
 
 
 def _batches(texts: Sequence[str]) -> Iterable[list[str]]:

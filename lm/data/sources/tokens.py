@@ -26,7 +26,7 @@ import numpy as np
 
 from lm import storage
 from lm.data import tokenizer as tokenizers
-from lm.data.special_tokens import Declared
+from lm.data.special_tokens import DeclaredTokens
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -119,7 +119,7 @@ class TokenStore:
         content = self._files.read(entry["file"])
         assert content is not None, "its size was checked by open"
         ids = {f"{kind}_token_id": entry.get(f"{kind}_id") for kind in ("bos", "eos", "pad")}
-        tokenizer = tokenizers.from_bytes(entry["file"], content, Declared(generation=ids))
+        tokenizer = tokenizers.from_bytes(entry["file"], content, DeclaredTokens(generation=ids))
         self.check_tokenizer(tokenizer)
         return tokenizer
 
