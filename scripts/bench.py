@@ -84,7 +84,7 @@ UNITS = {  # endings of names: the unit to show, and its size
 }
 Figures = dict[str, Any]
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _PARTS = flags.DEFINE_list("parts", None, "Parts to measure; default: all of them.")
 _BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: the config's.")
 _STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)

@@ -21,7 +21,7 @@ from lm import cli
 from lm.config import command_line
 from lm.telemetry import jsonl
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
 _HEAD_DIMS = flags.DEFINE_list("head_dims", [], "Instead: values of embed_dim, with wider heads.")
 _DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")

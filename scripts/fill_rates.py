@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from lm import exit_codes
-from lm.config.schema import DataConfig, component
+from lm.config.components import component
+from lm.config.schema import DataConfig
 from lm.data.pipeline import evaluation_batches, make_source
 from lm.data.sources.tokens import TokenStore
 from lm.objectives import ModelInterface

@@ -33,7 +33,7 @@ from absl import app, flags
 from lm import cli
 from lm.config import command_line
 
-_CONFIG = command_line.define(
+_CONFIG = command_line.ConfigFlag(
     "What config.json doesn't say, as FILE or FILE:ARG.",
     str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
 )

@@ -21,7 +21,7 @@ from absl import app, flags
 from lm import cli
 from lm.config import command_line
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
 _LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")

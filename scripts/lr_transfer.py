@@ -20,7 +20,7 @@ from absl import app, flags
 from lm import cli
 from lm.config import command_line
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512"], "Values of embed_dim.")
 _RATES = flags.DEFINE_list(
     "rates", ["-9", "-8", "-7", "-6", "-5"], "Learning rates, as powers of two."

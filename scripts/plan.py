@@ -31,7 +31,7 @@ from absl import app, flags
 from lm import cli
 from lm.config import command_line
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
 )

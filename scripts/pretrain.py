@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lm.training.experiment import Experiment
     from lm.types import Params
 
-_CONFIG = command_line.define(
+_CONFIG = command_line.ConfigFlag(
     "The config to train; its data section is filled in here.",
     str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
 )

@@ -26,7 +26,7 @@ from lm import cli
 from lm.config import command_line
 from lm.parallel import process_group
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every config key with its value, default and meaning, and exit."

@@ -29,7 +29,7 @@ from lm import cli
 from lm.config import command_line
 from lm.parallel import process_group
 
-_CONFIG = command_line.define()
+_CONFIG = command_line.ConfigFlag()
 _MESH = flags.DEFINE_list(
     "mesh", ["data=2", "fsdp=2", "tensor=2"], "Sizes of mesh axes, and of slices: data=2,fsdp=4."
 )

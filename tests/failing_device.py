@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.models import decoder
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.objectives import causal
 
 

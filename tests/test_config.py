@@ -10,9 +10,12 @@ import pytest
 
 from lm.config import conversion
 from lm.config import schema as configs
+from lm.config.components import COMPONENTS, component
 from lm.config.conversion import assign as set_from_text
 from lm.config.conversion import changed, default, explain, from_json, resolve, task, to_json
-from lm.config.schema import ScheduleConfig, component, field
+from lm.config.fields import check_value, field
+from lm.config.schema import ScheduleConfig
+from lm.config.tree import to_tree
 
 
 def leaves(tree, prefix="config"):
@@ -36,7 +39,7 @@ def component_outside(tmp_path, monkeypatch):
     (tmp_path / "their_models").mkdir()
     (tmp_path / "their_models" / "bigram.py").write_text(
         "import dataclasses\n"
-        "from lm.config.schema import field\n"
+        "from lm.config.fields import field\n"
         "@dataclasses.dataclass(frozen=True)\n"
         "class Config:\n"
         "    vocab_size: int = field(64, 'Rows of the table.')\n"
@@ -165,7 +168,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_path(path, value, expecte
 
 
 def component_names():
-    for key, package in configs.COMPONENTS.items():
+    for key, package in COMPONENTS.items():
         home = importlib.import_module(package)
         for module in pkgutil.iter_modules(home.__path__):
             if hasattr(importlib.import_module(f"{package}.{module.name}"), "Config"):
@@ -188,10 +191,10 @@ def every_field():
     for f in dataclasses.fields(sections):
         if f.name == "seed":
             yield "config.seed", f, sections.seed, int
-        elif f.name not in configs.COMPONENTS:
+        elif f.name not in COMPONENTS:
             yield from fields_below(getattr(sections, f.name), f"config.{f.name}")
     for key, name in component_names():
-        yield from fields_below(component(configs.COMPONENTS[key], name).Config(), f"{key} {name}")
+        yield from fields_below(component(COMPONENTS[key], name).Config(), f"{key} {name}")
 
 
 def numeric(hint):
@@ -204,7 +207,7 @@ def test_every_numeric_field_states_a_range_that_holds_its_default():
     for path, f, value, hint in every_field():
         if numeric(hint):
             assert "range" in f.metadata, f"{path} states no range beside its default"
-            configs._check_value(value, f.metadata, path)
+            check_value(value, f.metadata, path)
             seen += 1
     assert seen > 150
 
@@ -213,7 +216,7 @@ def test_every_text_of_a_field_with_choices_is_one_of_them():
     chosen = [(path, f, value) for path, f, value, _ in every_field() if f.metadata["choices"]]
     assert {"config.loader.kind", "config.guard.policy"} <= {path for path, *_ in chosen}
     for path, f, value in chosen:
-        configs._check_value(value, f.metadata, path)
+        check_value(value, f.metadata, path)
 
 
 def test_choices_of_the_schema_are_those_of_the_code():
@@ -319,7 +322,7 @@ def test_a_section_that_is_a_default_keeps_its_values():
         schedule: ScheduleConfig = field(ScheduleConfig(kind="wsd", warmup_steps=7), "A schedule.")
 
     assert Outer().schedule == ScheduleConfig(kind="wsd", warmup_steps=7)
-    tree = conversion._to_tree(Outer())
+    tree = to_tree(Outer())
     assert (tree.schedule.kind, tree.schedule.warmup_steps) == ("wsd", 7)
     partly = conversion._from_dict(Outer(), {"schedule": {"warmup_steps": 9}}, "config.outer")
     assert partly.schedule == ScheduleConfig(kind="wsd", warmup_steps=9)

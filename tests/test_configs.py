@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.config.components import component
 from lm.config.conversion import resolve
-from lm.config.schema import MeshConfig, component
+from lm.config.schema import MeshConfig
 from lm.models import flops
 from lm.optim import chain, param_tree
 from lm.parallel.sharding import make_rules

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lm.config.schema import component
+from lm.config.components import component
 from lm.data.pairs import Pairs
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.sources import Document, Rows

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
 from etils import epath
 
 from lm import storage
 from lm.config import conversion
+from lm.config.tree import ConfigTree
 
-# what Python raises where a config file is wrong; other errors are not of its writer
+# errors of Python in a config file with a mistake
 MISTAKES = (
     ArithmeticError,
     AssertionError,
@@ -34,18 +34,25 @@ MISTAKES = (
 
 
 class ConfigFlag:
-    """--config=FILE of a script: after `load`, `value` is its config, and `name` what was given."""
+    """The flag --config=FILE of a script, with the file `default` where none is given.
 
-    def __init__(self, sentence: str, default: str | None = None) -> None:
+    After `load`, `value` is its config, and `name` the text of the flag.
+    """
+
+    def __init__(
+        self,
+        sentence: str = "A file with get_config(arg), as FILE or FILE:ARG, or a run's config.json.",
+        default: str | None = None,
+    ) -> None:
         self._flag = flags.DEFINE_string("config", default, sentence)
-        self.value: Any = None  # an `ml_collections.ConfigDict`
+        self.value: Any = None  # a `ConfigTree`
 
     @property
     def name(self) -> str:
         return self._flag.value or ""
 
     def load(self, settings: Sequence[str]) -> None:
-        """Sets `value`. Raises ValueError as `read` does, or for settings of no config."""
+        """Set `value`. Raises ValueError as `read` does, and for settings without a config."""
         if self._flag.value is None:
             if settings:
                 raise ValueError(
@@ -56,18 +63,10 @@ class ConfigFlag:
         self.value = read(self._flag.value, settings)
 
 
-def define(
-    sentence: str = "A file with get_config(arg), as FILE or FILE:ARG, or a run's config.json.",
-    default: str | None = None,
-) -> ConfigFlag:
-    """Defines the flag --config of a script, with the file `default` where none is given."""
-    return ConfigFlag(sentence, default)
-
-
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(the other arguments, KEY=VALUE of every --config.KEY=VALUE).
 
-    Also --config.KEY VALUE; and --config.KEY and --noconfig.KEY, which mean True and False.
+    --config.KEY VALUE is read too; --config.KEY and --noconfig.KEY mean True and False.
     """
     rest, settings, words = [], [], list(argv)
     while words:
@@ -87,9 +86,10 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, settings
 
 
-def read(name: str, settings: Sequence[str]) -> ml_collections.ConfigDict:
-    """The locked config of `load`, with `settings` applied, KEY=VALUE each; of several of a key the
-    last one counts.
+def read(name: str, settings: Sequence[str]) -> ConfigTree:
+    """The locked config of `load` with `settings` applied, KEY=VALUE each.
+
+    Of several settings of a key the last one counts.
 
     Raises:
         ValueError: the file, a key or a value is wrong.
@@ -98,10 +98,11 @@ def read(name: str, settings: Sequence[str]) -> ml_collections.ConfigDict:
     # components first: their names decide which fields there are
     for setting in sorted(settings, key=lambda s: not conversion.is_name(s.partition("=")[0])):
         conversion.assign(config, setting)
-    return config.lock()
+    config.lock()
+    return config
 
 
-def load(name: str) -> ml_collections.ConfigDict:
+def load(name: str) -> ConfigTree:
     """The config of FILE.py or FILE.py:ARG, or of the config.json that a run has in its folder.
 
     Raises:
@@ -128,7 +129,7 @@ def load(name: str) -> ml_collections.ConfigDict:
         config = module.get_config(*([arg] if colon else []))
     except MISTAKES as error:
         raise ValueError(f"--config={_describe(error, path)}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
+    if not isinstance(config, ConfigTree):
         raise ValueError(
             f"--config={path}: get_config returns {type(config).__name__}, and must return the "
             "config that lm.config.conversion.default made"
@@ -136,7 +137,7 @@ def load(name: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _from_json_file(name: str) -> ml_collections.ConfigDict:
+def _from_json_file(name: str) -> ConfigTree:
     path = epath.Path(storage.expand(name, "--config"))
     if not path.exists():
         raise ValueError(f"--config={name}: no such file")
@@ -149,7 +150,7 @@ def _from_json_file(name: str) -> ml_collections.ConfigDict:
 
 
 def _describe(error: BaseException, path: str) -> str:
-    """A mistake in the config file `path` as a line: file, line and the error."""
+    """An error in the config file `path` as one line: file, line number and message."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if f.filename == os.path.abspath(path)]
     if isinstance(error, SyntaxError) and error.filename == os.path.abspath(path):

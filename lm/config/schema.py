@@ -1,128 +1,15 @@
-"""The sections of a run's config as frozen dataclasses, and components by name.
+"""The sections of a run's config as frozen dataclasses.
 
-Model, objective and optimizer are components: modules with a `Config` dataclass and a `build`
-function, found by the name in `config.model.name` and so on (a name with a dot is imported as it
-is, so that a component may live outside of this project). `lm.config.conversion` converts between a
-`Config` and the `ml_collections.ConfigDict` that configs and the command line work on.
+`lm.config.conversion` converts between a `Config` and the `ml_collections.ConfigDict` that configs
+and the command line work on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
-import math
-import pkgutil
-import types
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """An interval of finite numbers: at least `ge`, above `gt`, at most `le`, below `lt`; and
-    numbers outside of it, `also`, that have a meaning of their own.
-    """
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    also: tuple[float, ...] = ()
-
-    def __contains__(self, x: float) -> bool:
-        return x in self.also or (
-            math.isfinite(x)
-            and (self.ge is None or x >= self.ge)
-            and (self.gt is None or x > self.gt)
-            and (self.le is None or x <= self.le)
-            and (self.lt is None or x < self.lt)
-        )
-
-    def __str__(self) -> str:
-        """The end of a sentence: "at least 1, or -1", "in [0, 1)"."""
-        low = self.gt if self.ge is None else self.ge
-        high = self.lt if self.le is None else self.le
-        if low is None and high is None:
-            return "finite"
-        if self.ge is not None and self.ge == self.le:
-            text = f"{low}"
-        elif high is None:
-            text = f"{'above' if self.ge is None else 'at least'} {low}"
-        elif low is None:
-            text = f"{'below' if self.le is None else 'at most'} {high}"
-        else:
-            brackets = ("(" if self.ge is None else "["), (")" if self.le is None else "]")
-            text = f"in {brackets[0]}{low}, {high}{brackets[1]}"
-        return ", or ".join([text, *map(str, self.also)])
-
-
-def field(
-    default: Any,
-    sentence: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    also: tuple[float, ...] = (),
-    choices: Iterable[str] = (),
-) -> Any:
-    """A dataclass field: its default, the sentence that `--explain` prints, and the values that it
-    takes, to which `check_values` holds configs before anything is compiled.
-
-    ge, gt, le, lt, also: the `Range` of every number in it; gt=-math.inf: any finite number.
-    choices: of every text in it.
-    """
-    metadata = {"help": sentence, "choices": tuple(choices)}
-    if (ge, gt, le, lt) != (None, None, None, None):
-        if gt == -math.inf:
-            gt = None
-        metadata["range"] = Range(ge, gt, le, lt, also)
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def check_values(config: Any, path: str) -> None:
-    """Holds the fields of a frozen config, and of those in it, to their ranges and choices.
-
-    Raises:
-        ValueError: a number outside of its range, NaN or infinite, or a text that is no choice;
-        with its path below `path`.
-    """
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value is not None and not isinstance(value, bool):
-            _check_value(value, f.metadata, f"{path}.{f.name}")
-
-
-def _check_value(value: Any, metadata: Mapping[str, Any], path: str) -> None:
-    if isinstance(value, Task):
-        check_values(value.config, path)
-    elif dataclasses.is_dataclass(value):
-        check_values(value, path)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _check_value(inner, metadata, f"{path}.{key}")
-    elif isinstance(value, tuple):
-        for i, inner in enumerate(value):
-            _check_value(inner, metadata, f"{path}[{i}]")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        bounds = metadata.get("range", Range())
-        if value not in bounds:
-            raise ValueError(f"{path} ({value}) must be {bounds}")
-    elif isinstance(value, str):
-        choices = metadata.get("choices", ())
-        if choices and value not in choices:
-            known = f"{', '.join(choices)}{suggestion(value, choices)}"
-            raise ValueError(f"{path} ({value!r}) must be one of {known}")
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of an error's line: the word of `known` that is most alike, if any is."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+from lm.config.fields import field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,64 +287,3 @@ class Config:
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "When to save and what to keep.")
     guard: GuardConfig = field(GuardConfig(), "What to do when something goes wrong.")
     log: LogConfig = field(LogConfig(), "What is written and printed.")
-
-
-COMPONENTS = {
-    "model": "lm.models",
-    "objective": "lm.objectives",
-    "optimizer": "lm.optim.optimizers",
-}
-_KEYS = {package: key for key, package in COMPONENTS.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One of several objectives that a run has at once: its name, config, and stores."""
-
-    name: str
-    sources: tuple[str, ...]
-    config: Any
-
-
-def component(package: str, name: str) -> types.ModuleType:
-    """The module that `name` means inside `package`; with a dot in it, the module of that full
-    name.
-
-    Raises:
-        ValueError: no such module, or it has no `Config` and `build`; the message lists those that
-        exist.
-    """
-    asked = f"config.{_KEYS[package]}.name ({name!r})"
-    needed = (
-        ("Config", "build", "STEPS") if package == "lm.optim.optimizers" else ("Config", "build")
-    )
-    if "." in name:
-        return imported(name, asked, needed=needed)
-    if not name.isidentifier() or importlib.util.find_spec(f"{package}.{name}") is None:
-        home = importlib.import_module(package)
-        known = sorted(m.name for m in pkgutil.iter_modules(home.__path__))
-        raise ValueError(
-            f"{asked} is not in {package}; there are: {', '.join(known)}{suggestion(name, known)}"
-        )
-    return imported(f"{package}.{name}", asked, needed=needed)
-
-
-def imported(path: str, asked: str, *, needed: Iterable[str]) -> types.ModuleType:
-    """The module of a full name, which has all that is `needed`; `asked` is who names it.
-
-    Raises:
-        ValueError: there is no such module, or something that is needed is not in it.
-    """
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module exists, and something that it needs does not
-        raise ValueError(
-            f"{asked}: Python finds no module {error.name}; give the folder that holds it as "
-            "PYTHONPATH=FOLDER"
-        ) from None
-    for name in needed:
-        if not hasattr(module, name):
-            raise ValueError(f"{asked} is no component: {path} has no `{name}`")
-    return module

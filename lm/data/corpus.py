@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lm.config.schema import imported
+from lm.config.components import import_component
 from lm.data.sources import Document, DocumentSource, ListedSource, Skipped, Unit
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
@@ -98,7 +98,7 @@ class Corpus:
             )
         own = _MODULE.fullmatch(spec)
         if own and not os.path.lexists(spec):
-            module = imported(own[1], f"--data={spec}", needed=("build",))
+            module = import_component(own[1], f"--data={spec}", needed=("build",))
             return module.build(own[2], self.columns)
         return TextSource(spec, self.columns, self.separator)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.config.schema import check_values, field
+from lm.config.fields import check_values, field
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
 from lm.layers.attention.attention import Attention, CrossAttention, LayerInputs

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.optim import param_tree
 from lm.types import Params
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.layers.linear import parameter
 from lm.types import Array
 

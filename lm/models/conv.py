@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.config.schema import check_values, field
+from lm.config.fields import check_values, field
 from lm.layers.convolution import GatedConvolution
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear

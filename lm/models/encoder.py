@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.layers import positions as pe
 from lm.layers.block import BlockConfig
 from lm.layers.embedding import Embedding

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config.schema import check_values, field
+from lm.config.fields import check_values, field
 from lm.layers import recurrent
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter

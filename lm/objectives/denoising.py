@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import check_values, field
+from lm.config.fields import check_values, field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import check_values, field
+from lm.config.fields import check_values, field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import Task, component, field
+from lm.config.components import Task, component
+from lm.config.fields import field
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator

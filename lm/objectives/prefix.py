@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, causal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer

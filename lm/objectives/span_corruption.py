@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries

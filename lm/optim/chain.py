@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config.schema import COMPONENTS, OptimizerConfig, check_values, component
+from lm.config.components import COMPONENTS, component
+from lm.config.fields import check_values
+from lm.config.schema import OptimizerConfig
 from lm.optim import parametrization
 from lm.optim.adafactor import is_masked
 from lm.optim.optimizers import Parts

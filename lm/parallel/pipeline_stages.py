@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.parallel.sharding import Rules
 from lm.types import Array, Params
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.planning import chips, plausibility
 from lm.planning.plan import Decode, Plan, from_json, make, without_data
 from lm.telemetry.metrics import Progress

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.parallel.sharding import AXES
 from lm.planning import hlo
 from lm.training.experiment import Experiment

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.generation.decode import lower_decode
 from lm.models import flops
 from lm.planning import (

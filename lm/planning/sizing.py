@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.parallel import sharding
 from lm.planning import topology as topologies
 from lm.planning.plan import Decode, Make, Plan, with_changes, without_data

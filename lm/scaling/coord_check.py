@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.training import train_step
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, TrainState

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.scaling.coord_check import resized
 from lm.telemetry import jsonl
 from lm.training import train_step

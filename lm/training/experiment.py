@@ -20,8 +20,9 @@ from lm import models
 from lm.checkpoint import manifest
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
-from lm.config import schema as configs
-from lm.config.conversion import ConfigTree
+from lm.config.components import component
+from lm.config.schema import LossConfig
+from lm.config.tree import ConfigTree
 from lm.data import pipeline, run_tokenizer
 from lm.data import tokenizer as tokenizers
 from lm.data.pipeline import Pipeline
@@ -69,8 +70,7 @@ class Experiment:
                 f"config.model.max_length ({c.model.max_length}) must be at least "
                 f"config.data.encoder_length ({c.data.encoder_length})"
             )
-        component = configs.component("lm.models", config.model.name)
-        self.model: Model = component.build(c.model, self.rules)
+        self.model: Model = component("lm.models", config.model.name).build(c.model, self.rules)
         self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
 
     def variant(self, changes: Mapping[str, Any]) -> Experiment:
@@ -94,8 +94,8 @@ class Experiment:
     @functools.cached_property
     def objective(self) -> Objective:
         check_head(self.config.model)
-        component = configs.component("lm.objectives", self.config_dict.objective.name)
-        return component.build(self.config.objective, self.tokenizer, self.form)
+        build = component("lm.objectives", self.config_dict.objective.name).build
+        return build(self.config.objective, self.tokenizer, self.form)
 
     @property
     def form(self) -> ModelInterface:
@@ -363,7 +363,7 @@ class Experiment:
     def _eval_step(self, params: Params, batch: Batch) -> Sums:
         rng = self._key("train")  # unused: evaluation has no dropout
         # plain cross-entropy, whatever the loss of training adds
-        plain = configs.LossConfig(chunk_size=self.config.loss.chunk_size)
+        plain = LossConfig(chunk_size=self.config.loss.chunk_size)
         return self._loss(params, batch, rng, train=False, config=plain)[1]
 
     @functools.cached_property

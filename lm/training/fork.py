@@ -18,7 +18,7 @@ import numpy as np
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.parent import ParentCheckpoint
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.optim.schedules import fractions
 from lm.types import TrainState
 

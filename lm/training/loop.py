@@ -19,7 +19,7 @@ from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.parent import ParentCheckpoint
 from lm.config import conversion
 from lm.config import schema as configs
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.data import loaders, run_tokenizer
 from lm.exit_codes import Exit
 from lm.parallel import process_group

@@ -18,7 +18,7 @@ from etils import epath
 from lm.checkpoint import manifest, step_files
 from lm.checkpoint.manifest import Damaged
 from lm.config import conversion
-from lm.config.conversion import ConfigTree
+from lm.config.tree import ConfigTree
 from lm.data import run_tokenizer
 from lm.optim.schedules import fractions
 from lm.parallel import process_group

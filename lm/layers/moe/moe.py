@@ -25,7 +25,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lm.config.schema import field
+from lm.config.fields import field
 from lm.layers.linear import initializer, parameter
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
