@@ -2,54 +2,64 @@
 
 Letters, those of `jax.nn.dot_product_attention` where it has one:
 
-    B batch   T query length   S key length   D embed   N heads   K kv heads   G = N / K   H head
-    dim F mlp     V vocab          E experts      L layers
+    B      T             S           D      N      K
+    batch  query length  key length  embed  heads  kv heads
 
-Data code fills these types with numpy arrays, device code with jax arrays.
+    G      H         F    V      E        L
+    N / K  head dim  mlp  vocab  experts  layers
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Generic, Protocol, TypeAlias
 
 import flax.struct
+import jax
+import numpy as np
+from typing_extensions import TypeVar
 
-Array: TypeAlias = Any  # jax.Array, or np.ndarray where data code fills it
-Params: TypeAlias = Any  # nested dict of arrays
-Cache: TypeAlias = Any  # opaque pytree, owned by the model that made it
-# additive scalars: sums over tokens and the counts to divide them by
-Sums: TypeAlias = dict[str, Any]
-StepInfo: TypeAlias = dict[str, Any]  # of one step, not additive: see lm/training/train_step.py
+Array: TypeAlias = jax.Array  # a tracer too
+Params: TypeAlias = dict[str, Any]  # nested, with arrays for leaves
+Cache: TypeAlias = Any  # a pytree of the model that made it
+Sums: TypeAlias = dict[str, Array]  # additive scalars: sums over tokens, and their counts
+StepInfo: TypeAlias = dict[str, Array]  # of one step, not additive: see lm/training/train_step.py
+
+# numpy arrays where data code makes `Tokens` and `Batch`, jax arrays everywhere else
+ArrayT = TypeVar("ArrayT", bound=jax.Array | np.ndarray, default=jax.Array)
 
 
 @flax.struct.dataclass
-class Tokens:
+class Tokens(Generic[ArrayT]):
     """One packed stream of tokens.
 
     Tokens see each other only inside one segment. Segment 0 is padding; positions restart at 0 in
     every segment.
     """
 
-    ids: Array  # int32 [B, T]
-    segments: Array  # int32 [B, T]
-    positions: Array  # int32 [B, T]
-    bidirectional: Array | None = None  # bool [B, T]; True: a prefix that its whole segment may see
-    types: Array | None = None  # int32 [B, T]; which of the parts of a pair, for models that ask
+    ids: ArrayT  # int32 [B, T]
+    segments: ArrayT  # int32 [B, T]
+    positions: ArrayT  # int32 [B, T]
+    bidirectional: ArrayT | None = None  # bool [B, T]; a prefix that its segment may see
+    types: ArrayT | None = None  # int32 [B, T]; the part of a pair, for models that ask
 
 
 @flax.struct.dataclass
-class Batch:
+class Batch(Generic[ArrayT]):
     """What an objective makes of rows: inputs, what to predict at each of them, and how much each
     counts.
     """
 
-    inputs: Tokens
-    targets: Array  # int32 [B, T]
-    weights: Array  # float32 [B, T]; 0 where nothing is scored
-    encoder: Tokens | None = None  # encoder-decoder models only
-    records: Array | None = None  # uint32 [B]; a hash of where each row comes from
-    tasks: Array | None = None  # int32 [B]; which of several tasks, where losses are told apart
+    inputs: Tokens[ArrayT]
+    targets: ArrayT  # int32 [B, T]
+    weights: ArrayT  # float32 [B, T]; 0 where nothing is scored
+    encoder: Tokens[ArrayT] | None = None  # encoder-decoder models only
+    records: ArrayT | None = None  # uint32 [B]; a hash of where each row comes from
+    tasks: ArrayT | None = None  # int32 [B]; which of several tasks, where losses are told apart
+
+
+HostTokens: TypeAlias = Tokens[np.ndarray]
+HostBatch: TypeAlias = Batch[np.ndarray]
 
 
 @flax.struct.dataclass

@@ -87,7 +87,7 @@ def measure(
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(gradient)
 
-    stream = jax.ShapeDtypeStruct(
+    stream: Any = jax.ShapeDtypeStruct(
         (rows, length), jnp.int32, sharding=rules.sharding("batch", "length")
     )
     arrays = (of(HEADS), of(KV_HEADS), of(KV_HEADS), Tokens(stream, stream, stream), of(HEADS))

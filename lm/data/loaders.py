@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from lm.config.schema import LoaderConfig
-from lm.types import Batch
+from lm.types import HostBatch
 
-Make = Callable[[int], Batch]
-Batches = Generator[tuple[int, Batch], None, None]
+Make = Callable[[int], HostBatch]
+Batches = Generator[tuple[int, HostBatch], None, None]
 
 
 def run(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
@@ -50,7 +50,7 @@ def importing(loader: LoaderConfig) -> Iterator[None]:
 
 def _threads(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
     executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
-    pending: collections.deque[Future[Batch]] = collections.deque()
+    pending: collections.deque[Future[HostBatch]] = collections.deque()
     try:
         submitted = start
         for step in range(start, stop):

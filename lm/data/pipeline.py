@@ -26,9 +26,9 @@ from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.exit_codes import Exit, RunError
-from lm.types import Batch
+from lm.types import HostBatch
 
-Transform = Callable[[Rows, Callable[[int], np.random.Generator]], Batch]
+Transform = Callable[[Rows, Callable[[int], np.random.Generator]], HostBatch]
 RowIndex = slice | np.ndarray  # a host's rows of the global batch
 
 ALL_ROWS = slice(None)
@@ -62,7 +62,7 @@ class Objective(Protocol):
     @property
     def layout(self) -> RowLayout: ...
 
-    def __call__(self, rows: Rows, rng: Callable[[int], np.random.Generator], /) -> Batch: ...
+    def __call__(self, rows: Rows, rng: Callable[[int], np.random.Generator], /) -> HostBatch: ...
 
     def for_source(self, source: str) -> Objective: ...
 
@@ -118,12 +118,12 @@ class Pipeline:
         """
         return self.sampler.num_examples(num_epochs) // self.batch_size
 
-    def batch_at(self, step: int, rows: RowIndex = ALL_ROWS) -> Batch:
+    def batch_at(self, step: int, rows: RowIndex = ALL_ROWS) -> HostBatch:
         """Returns the rows `rows` of the global batch of `step`; OutOfData beyond `num_epochs`."""
         index = self._index(step, rows)
         location = self.sampler.locate(index)
 
-        def make(objective: Transform, chosen: np.ndarray) -> Batch:
+        def make(objective: Transform, chosen: np.ndarray) -> HostBatch:
             def rng(i: int) -> np.random.Generator:
                 at = chosen[i]
                 return np.random.default_rng([self._seed, int(location.epoch[at]), int(index[at])])
@@ -162,7 +162,7 @@ class Pipeline:
         *,
         rows: RowIndex = ALL_ROWS,
         loader: LoaderConfig,
-    ) -> Generator[tuple[int, Batch], None, None]:
+    ) -> Generator[tuple[int, HostBatch], None, None]:
         """Returns an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
 
         loader.kind: "tf.data", or "thread", which needs no TensorFlow; the batches are the same.
@@ -220,7 +220,7 @@ def _begin(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> s
 
 def evaluation_batches(
     source: Source, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
-) -> Iterator[Batch]:
+) -> Iterator[HostBatch]:
     """Yields the rows `rows` of global batches that hold every row of the source once, in order.
 
     The last batch is filled with empty rows: segments and weights 0. So sums over the batches are

@@ -28,7 +28,7 @@ from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
 from lm.generation.text import Generation, Piece, TextStream
 from lm.optim.param_tree import unstack_layers
-from lm.types import Model, Params, Tokens, check_head
+from lm.types import HostTokens, Model, Params, check_head
 
 DEFAULT = Sampling()
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos
@@ -155,7 +155,7 @@ class Generator:
             )
         return ids.astype(np.int32)
 
-    def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[Tokens, Tokens | None]:
+    def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[HostTokens, HostTokens | None]:
         """(what the (de)coder reads, what the encoder reads), one row for each of prompts."""
         rows = batch_size(len(prompts), self.model.rules.size("batch"))
         if not self.takes_encoder:

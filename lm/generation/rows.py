@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.types import Tokens
+from lm.types import HostTokens, Tokens
 
 
 def power_of_two(n: int) -> int:
@@ -25,7 +25,7 @@ def batch_size(count: int, shards: int) -> int:
     return shards * power_of_two(-(-count // shards))
 
 
-def pad(streams: Sequence[np.ndarray], rows: int, width: int) -> Tokens:
+def pad(streams: Sequence[np.ndarray], rows: int, width: int) -> HostTokens:
     """[rows, width] that end with `streams`; rows beyond those are all padding."""
     ids, segments, positions = (np.zeros((rows, width), np.int32) for _ in range(3))
     for i, x in enumerate(streams):

@@ -147,7 +147,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return names.get(token) or tokenizer.decode([token])
 
 
-def token_texts(tokenizer: Tokenizer, ids: Array) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Array | np.ndarray) -> list[str]:
     """The text of each token of a stream; a character made of several stands at the last one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []

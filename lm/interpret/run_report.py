@@ -223,18 +223,18 @@ def attention_figure(
 def position_figure(nats: Array, positions: Array, weights: Array) -> Any:
     """A figure of mean loss and its standard error by tokens of context, of arrays [B, T]."""
     scored = np.asarray(weights) > 0
-    nats, places = np.asarray(nats)[scored], np.asarray(positions)[scored]
+    values, places = np.asarray(nats)[scored], np.asarray(positions)[scored]
     bins = np.ceil(np.log2(places + 1)).astype(int)  # 0, 1, 2 to 3, 4 to 7, ...
     kinds = np.unique(bins)
-    groups = [nats[bins == k] for k in kinds]
+    groups = [values[bins == k] for k in kinds]
     figure, axes = _figure(1, 1, (7.5, 3.6))
     axis = axes[0][0]
     errors = [g.std() / np.sqrt(len(g)) for g in groups]
     axis.errorbar(kinds, [g.mean() for g in groups], errors, marker="o", capsize=3)
-    axis.axhline(nats.mean(), color="0.6", linestyle="--", linewidth=1)
+    axis.axhline(values.mean(), color="0.6", linestyle="--", linewidth=1)
     axis.annotate(
-        f"mean {nats.mean():.2f}",
-        (kinds[0], nats.mean()),
+        f"mean {values.mean():.2f}",
+        (kinds[0], values.mean()),
         (0, -12),
         textcoords="offset points",
         color="0.4",

@@ -63,6 +63,7 @@ def _logit_gradient(
     return (probabilities - wanted) * weights[..., None]
 
 
+Xs = tuple[Array, Array, Array, Array | None]  # hidden, targets, weights, tasks
 Project = Callable[..., Array]  # (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
 
 
@@ -81,8 +82,8 @@ def chunked_loss(
     on each device. tasks: bool [B, T, K], which of K tasks a token is of; `task_loss` is theirs.
     """
 
-    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
-        def chunk(sums: Sums | None, x: tuple[Array, ...]) -> tuple[Sums, None]:
+    def local(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
+        def chunk(sums: Sums | None, x: Xs) -> tuple[Sums, None]:
             h, t, w, of_tasks = x
             new, _ = _statistics(project(h, *parameters), t, w, of_tasks, config)
             return _add(sums, new), None
@@ -108,8 +109,8 @@ def _forward(
     trained = [p.perturbed for p in parameters]
     values = [p.value for p in parameters]
 
-    def local(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
-        def chunk(carry: Any, x: tuple[Array, ...]) -> tuple[Any, Array]:
+    def local(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
+        def chunk(carry: Any, x: Xs) -> tuple[Any, Array]:
             h, t, w, of_tasks = x
 
             def logits_of(h: Array, *parameters_: Array) -> Array:
@@ -164,7 +165,7 @@ def _on_each_device(
     rules: Rules | None,
     local: Any,
     parameters: list[Array],
-    xs: tuple[Array, ...],
+    xs: Xs,
     trained: list[bool] | None = None,
 ) -> tuple[Any, ...]:
     """`local(parameters, xs) -> (sums, gradients of parameters, outputs like hidden)` of every
@@ -188,7 +189,7 @@ def _on_each_device(
     owners = [] if trained is None else _chosen(trained, parameters)  # of the gradients
     kept = [p.shape.index(width) if width in p.shape else None for p in owners]
 
-    def add_up(parameters: list[Array], xs: tuple[Array, ...]) -> tuple[Any, ...]:
+    def add_up(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
         sums, gradients, outputs = local(parameters, xs)
         parts = [
             jax.lax.psum(g, axes)
@@ -221,7 +222,7 @@ def _add(a: Any, b: Any) -> Any:
     return b if a is None else jax.tree.map(jnp.add, a, b)
 
 
-def _over_chunks(chunk: Any, num_chunks: int, xs: tuple[Array, ...]) -> tuple[Any, Any]:
+def _over_chunks(chunk: Any, num_chunks: int, xs: Xs) -> tuple[Any, Any]:
     """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T,
     ...]. Padding of the last piece has no weight, and so neither loss nor gradient.
     """

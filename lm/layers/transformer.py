@@ -123,12 +123,13 @@ class Transformer(nn.Module):
 
     def _context(self, tokens: Tokens, masks: Any, biases: Any, train: bool) -> LayerInputs:
         """What the layers share on tokens that continue nothing."""
-        return LayerInputs(masks, biases, **self._rotary(tokens.positions), index=None, train=train)
+        cos, sin = self._rotary(tokens.positions)
+        return LayerInputs(masks, biases, cos, sin, index=None, train=train)
 
-    def _rotary(self, where: Array) -> dict[str, Array | None]:
+    def _rotary(self, where: Array) -> tuple[Array | None, Array | None]:
         c = self.config
         if c.positions != "rotary":
-            return {"cos": None, "sin": None}
+            return None, None
         tables = [
             pe.rotary_tables(
                 where,
@@ -137,7 +138,7 @@ class Transformer(nn.Module):
             for kind in c.kinds
         ]
         cos, sin = zip(*tables, strict=True)
-        return {"cos": jnp.stack(cos), "sin": jnp.stack(sin)}
+        return jnp.stack(cos), jnp.stack(sin)
 
     def _bias(self, mask: Mask) -> jax.Array | None:
         kind = self.config.positions

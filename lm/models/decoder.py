@@ -165,7 +165,7 @@ class Decoder(Transformer):
         x, outputs = pipeline_stages.pipeline(
             layer,
             prepare,
-            self.layers.variables["params"],
+            dict(self.layers.variables["params"]),
             per_layer,
             x,
             rows,

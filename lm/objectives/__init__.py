@@ -30,7 +30,7 @@ from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.types import Batch, Tokens
+from lm.types import Batch, HostBatch, Tokens
 
 if TYPE_CHECKING:
     from lm.types import Array
@@ -99,14 +99,14 @@ class Objective:
     cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract.
     """
 
-    make: Callable[[Rows, RowGenerator], Batch]
+    make: Callable[[Rows, RowGenerator], HostBatch]
     layout: RowLayout
     scores_every_token: bool = False
     tasks: tuple[str, ...] = ()
     by_source: Mapping[str, Objective] | None = None
     loss: Loss | None = None
 
-    def __call__(self, rows: Rows, rng: RowGenerator, /) -> Batch:
+    def __call__(self, rows: Rows, rng: RowGenerator, /) -> HostBatch:
         return self.make(rows, rng)
 
     def for_source(self, source: str) -> Objective:
@@ -129,7 +129,7 @@ def conditional_batch(
     tokenizer: Tokenizer,
     *,
     bidirectional: bool = False,
-) -> Batch:
+) -> HostBatch:
     """Return the batch that predicts every token of `target` from `source` and those before it.
 
     With an encoder, its input is the source, and the decoder's is bos and the target:

@@ -11,7 +11,7 @@ from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator
-from lm.types import Batch, Tokens
+from lm.types import Batch, HostBatch, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
             "it, without an encoder: config.model.name=decoder, say"
         )
 
-    def causal(rows: Rows, rng: RowGenerator) -> Batch:
+    def causal(rows: Rows, rng: RowGenerator) -> HostBatch:
         del rng  # nothing is random
         inputs = streams.shift_right(rows.ids, rows.segments, rows.positions, tokenizer.bos_id)
         np.copyto(inputs, rows.previous, where=rows.previous >= 0)

@@ -19,7 +19,7 @@ from lm.objectives import (
     mask_id,
 )
 from lm.objectives.seq2seq import pair_layout
-from lm.types import Batch, Tokens
+from lm.types import Batch, HostBatch, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
             )
         return [numbers[ids.tobytes()] for ids in found]
 
-    def classification(rows: Rows, rng: RowGenerator) -> Batch:
+    def classification(rows: Rows, rng: RowGenerator) -> HostBatch:
         del rng  # nothing is random
         source, labels = streams.flatten(rows, 0), streams.flatten(rows, 1)
         label = labels.keep(labels.is_segment_start())
@@ -105,7 +105,7 @@ def label_tokens(config: Config, tokenizer: Tokenizer) -> np.ndarray:
 
 def _label_at_mask(
     source: Stream, label: Stream, shape: tuple[int, int], bos: int, mask: int
-) -> Batch:
+) -> HostBatch:
     """Return the batch of an encoder, which predicts the label at a mask token after bos."""
     head = Stream(*(np.repeat(part, 2) for part in label))
     is_label = np.arange(len(head.ids)) % 2 == 1

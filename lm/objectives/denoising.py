@@ -18,7 +18,7 @@ from lm.objectives import (
     conditional_batch,
     mask_id,
 )
-from lm.types import Batch
+from lm.types import HostBatch
 
 NOISES = ("mask", "delete", "infill", "shuffle", "rotate")
 _ENDS = (".", "!", "?", "。", "！", "？", "\n")
@@ -69,7 +69,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         )
     noise = _Noise(config, tokenizer, mask_id(config.mask_id, tokenizer, interface))
 
-    def denoising(rows: Rows, rng: RowGenerator) -> Batch:
+    def denoising(rows: Rows, rng: RowGenerator) -> HostBatch:
         text = streams.flatten(rows)
         noisy = noise(text, [rng(i) for i in range(len(rows.ids))], length)
         return conditional_batch(

@@ -10,7 +10,7 @@ from lm.config.fields import check_values, field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
-from lm.types import Batch, Tokens
+from lm.types import Batch, HostBatch, Tokens
 
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # inside a UTF-8 character
 
@@ -63,7 +63,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     ordinary = np.flatnonzero(~is_special[: tokenizer.vocab_size]).astype(np.int32)
     continues_word = WordContinuation(tokenizer) if config.whole_word else None
 
-    def mlm(rows: Rows, rng: RowGenerator) -> Batch:
+    def mlm(rows: Rows, rng: RowGenerator) -> HostBatch:
         shape = rows.ids.shape
         draws = np.stack([rng(i).random((3, shape[1])) for i in range(shape[0])], 1)
         choice, action, other = draws.reshape(3, *shape)

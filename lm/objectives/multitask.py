@@ -11,7 +11,7 @@ from lm.config.fields import field
 from lm.data.sources import Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator
-from lm.types import Batch
+from lm.types import HostBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
                 raise ValueError(f"config.objective.tasks: two tasks have the source {source}")
             by_source[source] = _with_task(inner[name], number, with_prefix)
 
-    def multitask(rows: Rows, rng: RowGenerator) -> Batch:
+    def multitask(rows: Rows, rng: RowGenerator) -> HostBatch:
         raise AssertionError("rows of several tasks have no common objective: use `for_source`")
 
     first = next(iter(inner.values()))
@@ -71,7 +71,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
 def _with_task(objective: Objective, number: int, with_prefix: bool) -> Objective:
     """Return the objective whose batches have their task's number, and a prefix mask if asked."""
 
-    def make(rows: Rows, rng: RowGenerator) -> Batch:
+    def make(rows: Rows, rng: RowGenerator) -> HostBatch:
         batch = objective(rows, rng)
         inputs = batch.inputs
         if with_prefix and inputs.bidirectional is None:
@@ -82,7 +82,7 @@ def _with_task(objective: Objective, number: int, with_prefix: bool) -> Objectiv
     return dataclasses.replace(objective, make=make)
 
 
-def _on_empty_rows(objective: Objective) -> Batch:
+def _on_empty_rows(objective: Objective) -> HostBatch:
     """Return the batch of a row of padding, which has the structure of all batches."""
     zeros = np.zeros((1, objective.layout.length), np.int32)
     fields = zeros if len(objective.layout.fields) > 1 else None

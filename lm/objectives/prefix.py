@@ -10,7 +10,7 @@ from lm.config.fields import field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, causal
-from lm.types import Batch
+from lm.types import HostBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     """
     plain = causal.build(causal.Config(), tokenizer, interface)
 
-    def prefix(rows: Rows, rng: RowGenerator) -> Batch:
+    def prefix(rows: Rows, rng: RowGenerator) -> HostBatch:
         batch = plain(rows, rng)
         held, last = rows.segments != 0, rows.segments.max(axis=1)
         shape = (len(rows.ids), max(int(last.max(initial=0)), 1) + 1)

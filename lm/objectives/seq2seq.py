@@ -9,7 +9,7 @@ from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
-from lm.types import Batch
+from lm.types import HostBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
             "config.objective.bidirectional is for a decoder alone: an encoder always is"
         )
 
-    def seq2seq(rows: Rows, rng: RowGenerator) -> Batch:
+    def seq2seq(rows: Rows, rng: RowGenerator) -> HostBatch:
         del rng  # nothing is random
         source, target = streams.flatten(rows, 0), streams.flatten(rows, 1)
         return conditional_batch(

@@ -14,7 +14,7 @@ from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
 from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
-from lm.types import Batch
+from lm.types import HostBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     num_sentinels = int(noise.counts(budget.text_length)[1])
     sentinel = first_sentinel(config.first_sentinel, num_sentinels, tokenizer, interface)
 
-    def span_corruption(rows: Rows, rng: RowGenerator) -> Batch:
+    def span_corruption(rows: Rows, rng: RowGenerator) -> HostBatch:
         text = GroupedText.of(rows, tokenizer.eos_id, budget.shortest)
         draws = [rng(i).random(budget.text_length + 2) for i in range(len(rows.ids))]
         source, target = corrupt(text, noise, budget, np.stack(draws), sentinel, tokenizer.eos_id)

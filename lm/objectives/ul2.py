@@ -19,7 +19,7 @@ from lm.objectives.span_corruption import (
     first_sentinel,
     make_noise,
 )
-from lm.types import Batch
+from lm.types import HostBatch
 
 MODES = ("R", "S", "X")
 
@@ -76,7 +76,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     sentinel = first_sentinel(config.first_sentinel, max(num_spans), tokenizer, interface)
     modes = [config.mode_ids[MODES.index(d[0])] if prompt else None for d in config.denoisers]
 
-    def ul2(rows: Rows, rng: RowGenerator) -> Batch:
+    def ul2(rows: Rows, rng: RowGenerator) -> HostBatch:
         draws = np.stack([rng(i).random(length + 4) for i in range(len(rows.ids))])
         chosen = np.minimum(np.searchsorted(np.cumsum(rates), draws[:, -1]), len(rates) - 1)
         sources, targets = [], []

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.types import Params
-
 
 def is_masked(x: Any) -> bool:
     """True if x stands for a parameter of another part of a partition."""
@@ -63,11 +61,11 @@ def factored_rms(stacked: Any) -> optax.GradientTransformation:
         fields = (jax.tree.map(lambda _, s, i=i: s[i], stacked, states) for i in range(1, 4))
         return optax.FactoredState(count, *fields)
 
-    def init(params: Params) -> optax.FactoredState:
+    def init(params: optax.Params) -> optax.FactoredState:
         states = jax.tree.map(init_one, stacked, params)
         return unzip(jnp.zeros((), jnp.int32), states)
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> Any:
         def one(is_stacked: bool, update: Any, row: Any, col: Any, v: Any, param: Any) -> Any:
             own = optax.FactoredState(state.count, row, col, v)
             if is_masked(update):

@@ -83,10 +83,10 @@ def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientT
             lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
         )
 
-    def init(params: Params) -> Any:
+    def init(params: optax.Params) -> Any:
         return cast(inner.init(params), dtype)
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> Any:
         updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
@@ -124,7 +124,7 @@ def scale_and_decay(weight_decay: float, factors: Any) -> optax.GradientTransfor
         update = update if f.rate == 1 else f.rate * update
         return update + weight_decay * f.decay * param if f.decay else update
 
-    def update(updates: Any, params: Params | None) -> Any:
+    def update(updates: Any, params: optax.Params | None) -> Any:
         return jax.tree.map(one, factors, updates, params)
 
     return optax.stateless(update)
@@ -140,7 +140,7 @@ def with_epsilons(
     def one(f: Factors, gradient: Any) -> Any:
         return gradient if f.epsilon == 1 or is_masked(gradient) else gradient / f.epsilon
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> Any:
         return inner.update(jax.tree.map(one, factors, updates), state, params)
 
     return optax.GradientTransformation(inner.init, update)
@@ -172,10 +172,10 @@ def average_weights(decay: float) -> optax.GradientTransformation:
     values.
     """
 
-    def init(params: Params) -> EmaState:
+    def init(params: optax.Params) -> EmaState:
         return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> Any:
         d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
         new = jax.tree.map(
             lambda average, p, u: d * average + (1 - d) * (p + u), state.params, params, updates
@@ -208,11 +208,11 @@ def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
     and the batch alone, and a step that is not applied leaves no trace in it.
     """
 
-    def init(params: Params) -> NormState:
+    def init(params: optax.Params) -> NormState:
         del params
         return NormState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> Any:
+    def update(updates: Any, state: Any, params: optax.Params | None = None) -> Any:
         del params
         log_norm = jnp.log(jnp.maximum(optax.tree.norm(updates), 1e-30))
         d = jnp.minimum(decay, state.steps / (state.steps + 1))  # a plain mean at first

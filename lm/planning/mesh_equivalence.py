@@ -28,7 +28,7 @@ from lm.config.tree import ConfigTree
 from lm.parallel.sharding import AXES
 from lm.planning import hlo
 from lm.training.experiment import Experiment
-from lm.types import Batch, Tokens, TrainState
+from lm.types import Batch, HostBatch, HostTokens, TrainState
 
 STEPS = 3
 # Largest difference as a fraction of the largest entry of an array. Sums in another order differed
@@ -138,7 +138,7 @@ def prepare(config: ConfigTree) -> ConfigTree:
 class Step:
     """A step of one device, on the host: its batch, the states around it, sums and facts."""
 
-    batch: Batch
+    batch: HostBatch
     before: TrainState
     after: TrainState
     sums: Any
@@ -248,15 +248,15 @@ def _experiment(
     return Experiment(config, devices)
 
 
-def _put(experiment: Experiment, batch: Batch) -> Batch:
+def _put(experiment: Experiment, batch: HostBatch) -> Batch:
     return experiment.make_global_batch(jax.tree.map(lambda x: x[experiment.rows], batch))
 
 
-def _uneven(batch: Batch, seed: int) -> Batch:
+def _uneven(batch: HostBatch, seed: int) -> HostBatch:
     """The same tokens as segments of uneven lengths, with padding, and with uneven weights."""
     rng = np.random.default_rng(seed)
 
-    def cut(tokens: Tokens) -> Tokens:
+    def cut(tokens: HostTokens) -> HostTokens:
         segments = np.zeros_like(tokens.segments)
         positions = np.zeros_like(tokens.positions)
         length = segments.shape[1]

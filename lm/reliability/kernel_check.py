@@ -32,7 +32,7 @@ from lm.layers.linear import float32_product
 from lm.parallel import sharding
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
-from lm.types import Array, Batch, Output, Tokens
+from lm.types import Array, Batch, HostTokens, Output, Tokens
 
 VOCAB, WIDTH = 97, 32  # of the loss that is checked: its chunks are pieces of the length alone
 MAX_CHUNK = 4096  # tokens; larger chunks are checked at this size
@@ -144,7 +144,7 @@ def _precision() -> str | None:
     return config.jax_default_matmul_precision
 
 
-def _compare(what: str, got: Array, expected: Array, dtype: Any, platform: str) -> float:
+def _compare(what: str, got: np.ndarray, expected: np.ndarray, dtype: Any, platform: str) -> float:
     """Their largest difference, as a fraction of the one that rounding explains.
 
     That is four spacings of the numbers that are multiplied and 32 of float32, in which sums are
@@ -183,7 +183,7 @@ class Probe:
     hidden: np.ndarray  # bool [S]
 
 
-def _row(length: int) -> tuple[Tokens, np.ndarray]:
+def _row(length: int) -> tuple[HostTokens, np.ndarray]:
     """Three documents and padding as Tokens [1, T], and where each document ends."""
     sizes = [3 * length // 8, 1, length // 4]
     sizes.append(length - sum(sizes))
@@ -193,7 +193,7 @@ def _row(length: int) -> tuple[Tokens, np.ndarray]:
     return Tokens(*row), np.cumsum(sizes)[:3]
 
 
-def _probes(heads: Heads, tokens: Tokens, ends: np.ndarray) -> list[Probe]:
+def _probes(heads: Heads, tokens: HostTokens, ends: np.ndarray) -> list[Probe]:
     """What must not be read; the last one asks for all outputs that are no padding."""
     window = heads.window
     segments, place = tokens.segments[0], tokens.ids[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lm.config.schema import LossConfig
-from lm.types import Batch, Tokens
+from lm.types import HostBatch, HostTokens
 
 
 def attention(
@@ -17,7 +17,7 @@ def attention(
     k: np.ndarray,
     v: np.ndarray,
     given: np.ndarray,
-    tokens: Tokens,
+    tokens: HostTokens,
     *,
     scale: float,
     window: int | None,
@@ -52,7 +52,11 @@ def attention(
 
 
 def loss(
-    hidden: np.ndarray, table: np.ndarray, batch: Batch, config: LossConfig, softcap: float | None
+    hidden: np.ndarray,
+    table: np.ndarray,
+    batch: HostBatch,
+    config: LossConfig,
+    softcap: float | None,
 ) -> dict[str, Any]:
     """The sums of the token loss, and the gradients of its objective, from all logits at once.
 

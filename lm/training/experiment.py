@@ -35,7 +35,17 @@ from lm.parallel import pipeline_stages, sharding
 from lm.training import train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
-from lm.types import Array, Batch, Model, Params, StepInfo, Sums, TrainState, check_head
+from lm.types import (
+    Array,
+    Batch,
+    HostBatch,
+    Model,
+    Params,
+    StepInfo,
+    Sums,
+    TrainState,
+    check_head,
+)
 
 CONFIG_FILE = "config.json"
 LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
@@ -141,7 +151,7 @@ class Experiment:
             for at, batch in local:
                 yield at, self.make_global_batch(batch)
 
-    def make_global_batch(self, batch: Batch) -> Batch:
+    def make_global_batch(self, batch: HostBatch) -> Batch:
         """Global arrays from this process's rows of a batch."""
         return sharding.put(self.rules, batch, self.batch_size)
 
@@ -226,7 +236,7 @@ class Experiment:
             self.rules.sharding(),
             self.config.optimizer.memory,
         )
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.rules.sharding())
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.rules.sharding())
         return TrainState(step=count, params=params, opt_state=opt_state)
 
     def init_state(self) -> TrainState:
@@ -372,7 +382,7 @@ class Experiment:
         local = self.train_data.batch_at(0, self.rows[:1])
         return self._abstract(local)
 
-    def _abstract(self, batch: Batch) -> Batch:
+    def _abstract(self, batch: HostBatch) -> Batch:
         def one(x: np.ndarray) -> jax.ShapeDtypeStruct:
             axes = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
             shape = (self.batch_size, *x.shape[1:])

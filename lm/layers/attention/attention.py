@@ -205,7 +205,7 @@ class Attention(MultiHead):
 
         def branch(i: int) -> Any:
             def run(q: Array, k: Array, v: Array, cache: Any) -> tuple[jax.Array, Any]:
-                if cache is not None:
+                if cache is not None and context.index is not None:
                     k, v, entry = kv_cache.append(cache[i], k, v, layer, context.index)
                     cache = (*cache[:i], entry, *cache[i + 1 :])
                 window, bias = self.windows[i], context.biases[i]
@@ -238,6 +238,7 @@ class CrossAttention(MultiHead):
         q = jnp.swapaxes(self._query(x), 1, 2)
         q = self.rules.constrain(q, "batch", "heads", "length", "head_dim")
         if kept is None:
+            assert memory.hidden is not None, "a cache that keeps no keys keeps the states"
             k, v = (jnp.swapaxes(a, 1, 2) for a in self._key_value(memory.hidden))
             # all of them on every device of the length, whose queries may need any
             k = self.rules.constrain(k, "batch", "kv_heads", None, "head_dim")

@@ -35,7 +35,7 @@ def choose(
     kernel: str,
     rules: Rules,
     mask: Mask,
-    q: Any,
+    q: Array | jax.ShapeDtypeStruct,
     *,
     sequence_parallel: str = "gather",
     softcap: bool = False,
@@ -100,10 +100,11 @@ def check(
 ) -> None:
     """Raises ValueError unless attention can be what a config says, whatever the length."""
     shards = rules.size("length")
+    none: Any = None
     q = jax.ShapeDtypeStruct((1, 1, 2 * shards * splash.LANES, head_dim), dtype)
     asked: dict[str, Any] = {"sequence_parallel": sequence_parallel, "softcap": softcap}
     choose(
-        kernel, rules, Mask(None, None, None, None, order=1), q, **asked, bias=bias, dropout=dropout
+        kernel, rules, Mask(none, none, none, none, order=1), q, **asked, bias=bias, dropout=dropout
     )
     if sequence_parallel == "ring" and shards > 1:
         for holds, reason in (
@@ -230,7 +231,8 @@ def _cudnn(
 
 def _mask_specs(mask: Mask, rules: Rules, queries: str | None, keys: str | None) -> Mask:
     """The specs of a mask's arrays, with the logical axes of their lengths."""
-    own, others = rules.spec("batch", queries), rules.spec("batch", keys)
+    own: Any = rules.spec("batch", queries)
+    others: Any = rules.spec("batch", keys)
     marks = None if mask.key_bidirectional is None else others
     return Mask(own, own, others, others, marks, mask.causal, mask.order)
 
