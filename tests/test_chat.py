@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from lm.data.huggingface_tokenizer import HuggingFaceTokenizer
+from lm.data.tokenizer import ByteTokenizer
 from lm.generation.chat import DEFAULT, Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import HuggingFaceTokenizer
+from lm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from lm.evaluation import lm_eval_adapter
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator

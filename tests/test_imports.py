@@ -78,6 +78,8 @@ def imports(source):
                 yield Import(name, node.lineno, at_start)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             at_start = False
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            at_start = False
         for child in ast.iter_child_nodes(node):
             yield from visit(child, at_start)
 

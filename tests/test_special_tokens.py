@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lm.data import tokenizer as tokenizers
+from lm.data.huggingface_tokenizer import byte_level_alphabet
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
@@ -32,7 +33,7 @@ def write_files(folder, names, *, unused=(), **files):
     import tokenizers as library
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-    made = library.Tokenizer(models.BPE(vocab=tokenizers.byte_level_alphabet(), merges=[]))
+    made = library.Tokenizer(models.BPE(vocab=byte_level_alphabet(), merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(name, special=True) for name in (*names, *unused)])

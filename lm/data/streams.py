@@ -96,7 +96,10 @@ def concatenate(parts: Iterable[Stream]) -> Stream:
 
 
 def with_inserted(
-    stream: Stream, before: np.ndarray, token: int | np.ndarray, keep: np.ndarray | None = None
+    stream: Stream,
+    before: np.ndarray,
+    token: np.integer | np.ndarray | int,
+    keep: np.ndarray | None = None,
 ) -> Stream:
     """Return the stream with `token` inserted before the tokens of the bool mask `before` [n].
 

@@ -19,8 +19,10 @@ from etils import epath
 
 from lm.data import special_tokens
 from lm.data import tokenizer as tokenizers
+from lm.data.huggingface_tokenizer import byte_level_alphabet
 from lm.data.run_tokenizer import COMPANION_FILES
-from lm.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
 
 WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model")
@@ -181,7 +183,7 @@ def _from_bytes() -> bytes:
     """The tokenizer.json of the byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = tokenizers.byte_level_alphabet()
+    alphabet = byte_level_alphabet()
     made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore
         add_prefix_space=False, use_regex=False
