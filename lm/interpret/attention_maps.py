@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import codecs
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.module import InterceptorContext
 
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.tokenizer import Tokenizer
@@ -34,11 +36,13 @@ class TokenLosses(NamedTuple):
 def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
     """Attention weights of every layer and head, float32 [L, B, N, T, S]; padding has none."""
 
-    def keep_weights(call: Any, args: Any, kwargs: Any, called: Any) -> Any:
-        result = call(*args, **kwargs)
-        if isinstance(called.module, Attention) and called.method_name == "__call__":
-            weights = _weights(called.module, args[1], kwargs["kind"])
-            called.module.sow("intermediates", "weights", weights)
+    def keep_weights(
+        call: Callable[..., object], args: tuple, kwargs: dict, context: InterceptorContext
+    ) -> object:
+        result, layer = call(*args, **kwargs), context.module
+        if isinstance(layer, Attention) and context.method_name == "__call__":
+            weights = _weights(layer, args[1], kwargs["kind"])
+            layer.sow("intermediates", "weights", weights)
         return result
 
     # Masks, windows and biases are known only while the layer runs, so its call is intercepted.

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lm.interpret.logit_lens import Lens, Norms
 from lm.interpret.run_report import visible
 from lm.telemetry import fonts
+from lm.telemetry.figures import make_figure
 from lm.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLUE, _ORANGE = (33, 102, 172), (214, 96, 19)  # for and against
 
 
-def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str]]) -> Any:
+def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str]]) -> Figure:
     """What every layer would say after each token of one row: its guess, and how sure it is.
 
     lens: [L, 1, T]; texts: [T], the inputs; guesses: [L][T], the text of `lens.guesses`.
     """
-    from matplotlib.figure import Figure
-
     confidence = np.asarray(lens.confidence)[:, 0]
     layers, length = confidence.shape
     families = fonts.families("".join([*texts, *(g for row in guesses for g in row)]), "monospace")
-    figure = Figure(figsize=(1.5 + 0.62 * length, 1.6 + 0.34 * layers), layout="constrained")
-    axis = figure.subplots()
+    size = (1.5 + 0.62 * length, 1.6 + 0.34 * layers)
+    figure, [[axis]] = make_figure(size=size, grid=False)
     image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for layer in range(layers):
         for place in range(length):
@@ -51,31 +53,24 @@ def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str
     return figure
 
 
-def lens_loss_figure(lens: Lens, weights: Array) -> Any:
+def lens_loss_figure(lens: Lens, weights: Array) -> Figure:
     """The mean loss after each layer, over scored tokens: how early the answer is there."""
-    from matplotlib.figure import Figure
-
     scored = np.asarray(weights) > 0
     nll = np.asarray(lens.nll)[:, scored].mean(axis=1)
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, [[axis]] = make_figure()
     layers = np.arange(len(nll))
     axis.plot(layers, nll, marker="o")
     for layer, loss in zip(layers, nll, strict=True):
         axis.annotate(f"{loss:.2f}", (layer, loss), (0, 7), textcoords="offset points", ha="center")
     axis.set(xlabel="after layer", ylabel="loss (nats per token)", xticks=layers)
     axis.margins(y=0.15)
-    _quiet(axis)
     return figure
 
 
-def norms_figure(norms: Norms, weights: Array) -> Any:
+def norms_figure(norms: Norms, weights: Array) -> Figure:
     """Size of the residual stream and of what each layer adds: median, and the middle 80%."""
-    from matplotlib.figure import Figure
-
     scored = np.asarray(weights) > 0
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
-    axis = figure.subplots()
+    figure, [[axis]] = make_figure()
     for name, values in (("residual stream", norms.stream), ("update", norms.update)):
         low, middle, high = np.quantile(np.asarray(values)[:, scored], (0.1, 0.5, 0.9), axis=1)
         layers = np.arange(len(middle))
@@ -83,7 +78,6 @@ def norms_figure(norms: Norms, weights: Array) -> Any:
         axis.fill_between(layers, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
     axis.set(xlabel="layer", ylabel="root mean square", xticks=layers, yscale="log")
     figure.legend(loc="outside right upper", frameon=False)
-    _quiet(axis)
     return figure
 
 
@@ -112,13 +106,10 @@ def attributions_html(texts: Sequence[str], nats: Array, answer: str) -> str:
     )
 
 
-def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Any:
+def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Figure:
     """Bars of log p(first) - log p(second) of minimal pairs. nats: [pairs, 2], their losses."""
-    from matplotlib.figure import Figure
-
     gains = np.asarray(nats)[:, 1] - np.asarray(nats)[:, 0]
-    figure = Figure(figsize=(9.0, 1.2 + 0.34 * len(pairs)), layout="constrained")
-    axis = figure.subplots()
+    figure, [[axis]] = make_figure(size=(9.0, 1.2 + 0.34 * len(pairs)))
     places = np.arange(len(pairs))[::-1]
     colors = ["C0" if gain > 0 else "C1" for gain in gains]
     axis.barh(places, gains, color=colors, height=0.6)
@@ -127,10 +118,4 @@ def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Any:
     axis.set_yticks(places, names, fontsize=8, family=families)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_xlabel("nats by which the first is likelier than the second")
-    _quiet(axis)
     return figure
-
-
-def _quiet(axis: Any) -> None:
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)

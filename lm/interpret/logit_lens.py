@@ -5,11 +5,13 @@ which inputs an answer comes from.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.module import InterceptorContext
 
 from lm.layers.embedding import Embedding
 from lm.types import Array, Model, Params, Tokens
@@ -93,11 +95,13 @@ def attributions(
     start, end = rows(baseline), rows(tokens.ids)
 
     def log_p(embedded: Array) -> jax.Array:
-        def exchange(call: Any, args: Any, kwargs: Any, called: Any) -> Any:
-            result = call(*args, **kwargs)
-            table = isinstance(called.module, Embedding) and called.module.name == "embedding"
-            looked_up = table and called.method_name == "__call__"
-            return embedded.astype(result.dtype) if looked_up else result
+        def exchange(
+            call: Callable[..., jax.Array], args: tuple, kwargs: dict, context: InterceptorContext
+        ) -> jax.Array:
+            result, table = call(*args, **kwargs), context.module
+            is_lookup = isinstance(table, Embedding) and context.method_name == "__call__"
+            exchanged = is_lookup and table.name == "embedding"
+            return embedded.astype(result.dtype) if exchanged else result
 
         with nn.intercept_methods(exchange):
             hidden = model.apply({"params": params}, tokens).hidden[:, -1:]

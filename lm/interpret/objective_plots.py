@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +12,11 @@ from lm.interpret.attention_maps import token_texts
 from lm.interpret.run_report import COLORS, visible
 from lm.layers.attention.dot_product import Mask, self_mask
 from lm.objectives import ModelInterface
+from lm.telemetry.figures import make_figure
 from lm.types import Array, Batch, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def objective_html(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
@@ -46,12 +50,10 @@ def objective_html(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
     return f'<table style="{table}">{"".join(cells)}</table>'
 
 
-def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Any:
+def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Figure:
     """Who sees whom in a row, a colour for each document: the stream of the inputs, and with an
     encoder its own stream and what the decoder sees of it. Marks at the left: scored places.
     """
-    from matplotlib.figure import Figure
-
     inputs = _row(batch.inputs, row)
     encoder = None if batch.encoder is None else _row(batch.encoder, row)
     masks = [("inputs", "inputs", self_mask(inputs, causal=form.is_causal), inputs)]
@@ -61,10 +63,8 @@ def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Any:
         )
         masks.insert(0, ("encoder", "encoder", self_mask(encoder, causal=False), encoder))
         masks.append(("inputs", "encoder", cross, inputs))
-    figure = Figure(figsize=(4.4 * len(masks), 4.2), layout="constrained")
-    for axis, (looks, seen, mask, queries) in zip(
-        figure.subplots(1, len(masks), squeeze=False)[0], masks, strict=True
-    ):
+    figure, axes = make_figure(1, len(masks), size=(4.4, 4.2), grid=False)
+    for axis, (looks, seen, mask, queries) in zip(axes[0], masks, strict=True):
         allowed = np.asarray(mask.allowed())[0]
         axis.imshow(_paint(allowed, np.asarray(queries.segments)[0]), interpolation="nearest")
         axis.set(xlabel=f"seen: {seen}", ylabel=f"looks: {looks}")

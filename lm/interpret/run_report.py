@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -17,8 +17,13 @@ from lm.data.tokenizer import Tokenizer
 from lm.interpret.attention_maps import TokenLosses, cut, mean_distances, token_text, token_texts
 from lm.layers.attention.dot_product import self_mask
 from lm.telemetry import fonts, metrics
+from lm.telemetry.figures import make_figure
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # One colour after the other for the segments of a row, light enough for text on top.
 COLORS = ("#8ecae6", "#ffb775", "#a3d9a5", "#f4a6b8", "#c3b1e1", "#e9d985", "#9fd8cf", "#d3bba3")
@@ -154,7 +159,7 @@ def packing_figure(
     row: int,
     explained: ExplainedRow,
     windows: Sequence[int | None] = (None,),
-) -> Any:
+) -> Figure:
     """A figure: a batch, a colour for each document, and the mask of one row for each window."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
@@ -163,7 +168,7 @@ def packing_figure(
         colors, number = np.array([to_rgb(name) for name in names]), np.asarray(segments)
         return np.where(number[..., None] > 0, colors[(number - 1) % len(colors)], 1.0)
 
-    figure, axes = _figure(1, 1 + len(windows), (5.0, 4.6))
+    figure, axes = make_figure(1, 1 + len(windows), size=(5.0, 4.6), grid=False)
     left, *right = axes[0]
     image = paint(tokens.segments, _GREYS)
     image[row] = paint(tokens.segments[row], COLORS)
@@ -182,10 +187,10 @@ def packing_figure(
     return figure
 
 
-def heads_figure(maps: Array) -> Any:
+def heads_figure(maps: Array) -> Figure:
     """A figure of all heads, small: maps [L, N, T, S]."""
     num_layers, num_heads = maps.shape[:2]
-    figure, axes = _figure(num_layers, num_heads, (1.5, 1.5))
+    figure, axes = make_figure(num_layers, num_heads, size=(1.5, 1.5), grid=False)
     for layer in range(num_layers):
         for head in range(num_heads):
             axis = axes[layer][head]
@@ -199,36 +204,36 @@ def heads_figure(maps: Array) -> Any:
 
 def attention_figure(
     maps: Array, texts: Sequence[str], heads: Sequence[tuple[int, int]], *, columns: int = 2
-) -> Any:
+) -> Figure:
     """A figure of chosen heads (layer, head) of maps: [L, N, T, S], tokens along both sides."""
     size = 1.0 + 0.14 * len(texts)
-    figure, axes = _figure(-(-len(heads) // columns), columns, (size + 0.5, size))
+    rows = -(-len(heads) // columns)
+    figure, axes = make_figure(rows, columns, size=(size + 0.5, size), grid=False)
     families = fonts.families("".join(texts), "monospace")
     names = [fonts.readable(visible(text)[:9], families) for text in texts]
-    distances, image = mean_distances(maps), None
+    distances = mean_distances(maps)
     used = axes.flat[: len(heads)]
     for axis in axes.flat[len(heads) :]:
         axis.remove()
     for axis, (layer, head) in zip(used, heads, strict=True):
-        image = _show_weights(axis, maps[layer, head])
+        _show_weights(axis, maps[layer, head])
         back = distances[layer, head]
         axis.set_title(f"layer {layer}, head {head}: {back:.1f} tokens back", fontsize=10)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7, family=families)
         axis.set_yticks(range(len(names)), names, fontsize=7, family=families)
         axis.tick_params(length=0)
-    figure.colorbar(image, ax=used, shrink=0.4, label="attention weight")
+    figure.colorbar(used[0].images[0], ax=used, shrink=0.4, label="attention weight")
     return figure
 
 
-def position_figure(nats: Array, positions: Array, weights: Array) -> Any:
+def position_figure(nats: Array, positions: Array, weights: Array) -> Figure:
     """A figure of mean loss and its standard error by tokens of context, of arrays [B, T]."""
     scored = np.asarray(weights) > 0
     values, places = np.asarray(nats)[scored], np.asarray(positions)[scored]
     bins = np.ceil(np.log2(places + 1)).astype(int)  # 0, 1, 2 to 3, 4 to 7, ...
     kinds = np.unique(bins)
     groups = [values[bins == k] for k in kinds]
-    figure, axes = _figure(1, 1, (7.5, 3.6))
-    axis = axes[0][0]
+    figure, [[axis]] = make_figure(size=(7.5, 3.6))
     errors = [g.std() / np.sqrt(len(g)) for g in groups]
     axis.errorbar(kinds, [g.mean() for g in groups], errors, marker="o", capsize=3)
     axis.axhline(values.mean(), color="0.6", linestyle="--", linewidth=1)
@@ -242,21 +247,11 @@ def position_figure(nats: Array, positions: Array, weights: Array) -> Any:
     names = [f"{2**k // 2}–{2**k - 1}" if k > 1 else str(k) for k in kinds.tolist()]
     axis.set_xticks(kinds, names)
     axis.set(xlabel="tokens of context", ylabel="loss (nats per token)")
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _show_weights(axis: Any, weights: Array) -> Any:
+def _show_weights(axis: Axes, weights: Array) -> None:
     from matplotlib.colors import PowerNorm
 
     # the square root, since most weights are small
-    return axis.imshow(np.asarray(weights), cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
-    """(figure, axes [rows, columns]), each of `size` in inches; no window and no global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axis.imshow(np.asarray(weights), cmap="Blues", norm=PowerNorm(0.5, 0.0, 1.0))
