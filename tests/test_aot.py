@@ -830,6 +830,16 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_why(make_config):
     assert made.advice
 
 
+@needs_tpu
+def test_scores_of_one_query_that_are_no_products_are_not_missed(make_config):
+    made = plan.make(
+        make_config({"mesh.data": 4, "model.max_length": 512}),
+        "v5e:2x2",
+        decode=plan.Decode(8, 512),
+    )
+    assert made.work.flops < 0.9 * made.model_flops  # the compiler multiplies and adds them
+
+
 def test_decode_is_planned_with_its_cache(make_config):
     made = plan.make(make_config({"mesh.data": 4}), "cpu:4", decode=plan.Decode(8, 32))
     c = made.memory.groups

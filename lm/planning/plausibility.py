@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.exit_codes import Exit, RunError
+from lm.models import flops
 from lm.optim import param_tree
 from lm.planning.traffic import Collective
 from lm.training.experiment import Experiment
@@ -69,7 +70,7 @@ def versions() -> Mapping[str, str]:
 def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
     if not plan.model_flops:
         return
-    needed = plan.model_flops * LEAST_FLOPS * _kept(experiment)
+    needed = plan.model_flops * LEAST_FLOPS * _kept(experiment) * _in_products(plan, experiment)
     if plan.work.flops < needed and not plan.work.unknown:
         share = plan.work.flops / plan.model_flops
         yield (
@@ -80,6 +81,20 @@ def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
     if mfu is not None and mfu > 1:
         kernels = f" ({len(plan.work.unknown)} kernels declare no FLOPs)"
         yield f"MFU would be up to {mfu:.1%}{kernels if plan.work.unknown else ''}"
+
+
+def _in_products(plan: Any, experiment: Experiment) -> float:
+    """The part of the model's FLOPs that a compiler can only do as matrix products. Scores of the
+    one query that a decode step has are vectors', and TPUs multiply and add them elementwise.
+    """
+    if plan.step == "train":
+        return 1.0
+    model = experiment.config.model
+    one, all_keys = (
+        flops.flops_per_token(model, length, training=False, full_square=True)
+        for length in (1, plan.length)
+    )
+    return one / all_keys
 
 
 def _kept(experiment: Experiment) -> float:
