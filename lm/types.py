@@ -99,6 +99,9 @@ class Model(Protocol):
 
     def logits(self, hidden: Array) -> Array: ...
 
+    @property
+    def head_params(self) -> tuple[str, ...]: ...
+
     def init_cache(self, batch_size: int, length: int) -> Cache: ...
 
     @property

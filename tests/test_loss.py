@@ -1,6 +1,7 @@
 """The chunked loss against the textbook one, written out with automatic differentiation."""
 
 import functools
+import importlib
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm import models
 from lm.config.schema import LossConfig
 from lm.layers.chunking import num_chunks
 from lm.layers.cross_entropy import lm_loss
@@ -158,6 +160,7 @@ class Stated(nn.Module):
 
     rules: object
     config: object = None
+    head_params = ("table",)
 
     def setup(self):
         self.table = Embedding(VOCAB_32K, 64, self.rules, dtype=jnp.bfloat16)
@@ -266,11 +269,37 @@ def test_a_prime_length_has_few_chunks():
     assert num_chunks(3000, 8, 1024) == 4  # three were enough, but are not equal
 
 
+SMALL = {"vocab_size": VOCAB, "num_layers": 1, "embed_dim": 8}
+HEADS = {
+    "decoder": [{"num_heads": 2}, {"num_heads": 2, "tie_embeddings": False}],
+    "encoder": [{"num_heads": 2}],
+    "encoder_decoder": [{"num_heads": 2}, {"num_heads": 2, "tie_embeddings": False}],
+    "lstm": [{}, {"tie_embeddings": False, "head_bias": False}],
+    "conv": [{}, {"tie_embeddings": False}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [(name, changes) for name, several in HEADS.items() for changes in several]
+)
+def test_a_model_names_the_parameters_that_its_logits_read(name, changes, rules_on):
+    component = importlib.import_module(f"lm.models.{name}")
+    model = component.build(component.Config(**SMALL, **changes), rules_on())
+    params = nn.meta.unbox(models.init_params(model, RNG))
+    hidden = jax.random.normal(RNG, (1, 2, 8))
+    found = jax.grad(
+        lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, hidden, method="logits")))
+    )(params)
+    read = {n for n, leaves in found.items() if any(map(jnp.any, jax.tree.leaves(leaves)))}
+    assert read == set(model.head_params)
+
+
 class WithAuxiliary(nn.Module):
     """Not a decoder, but a model by the contract: hidden states, logits, and an auxiliary loss."""
 
     rules: object
     config: object = None
+    head_params = ("table",)
 
     def setup(self):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCAB, 4))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.generation.sampling import choose, penalize
+from lm.layers.cross_entropy import token_nll
 from lm.types import Array, Cache, Model, Params, Tokens
 
 CHUNK = 8  # tokens between two looks of the host: a stream's latency, a stop string's overshoot
@@ -143,8 +144,7 @@ def decode(
         allowed = logits if seen is None else penalize(logits, seen, penalty)
         allowed = jnp.where(valid_token_mask(vocab_size, logits), allowed, -jnp.inf)
         token = choose(allowed, keys, values, top_k=top_k, nucleus=nucleus)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+        logprob = -token_nll(logits, token)[0]
         ids = jax.lax.dynamic_update_index_in_dim(ids, token, i, 1)
         logprobs = jax.lax.dynamic_update_index_in_dim(logprobs, logprob, i, 1)
         if seen is not None:

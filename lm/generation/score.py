@@ -19,6 +19,7 @@ from lm.generation.decode import valid_token_mask, without_length
 from lm.generation.generator import Prompt
 from lm.generation.rows import batch_size, bucket, pad, power_of_two
 from lm.layers import chunking
+from lm.layers.cross_entropy import token_nll
 from lm.types import Array, Model, Params, Tokens, check_head
 
 CHUNK_LOGITS = 1 << 24  # numbers that are there at once: 64 MiB
@@ -259,9 +260,8 @@ def _score(
     def chunk(part: Any) -> tuple[jax.Array, jax.Array]:
         hidden, ids = part
         logits = model.apply(variables, hidden, method="logits")  # [B, W / count, V]
-        chosen = jnp.take_along_axis(logits, ids[:, :, None], axis=2)[:, :, 0]
         best = jnp.argmax(jnp.where(valid_token_mask(vocab_size, logits), logits, -jnp.inf), axis=2)
-        return chosen - jax.nn.logsumexp(logits, axis=2), best == ids
+        return -token_nll(logits, ids)[0], best == ids
 
     parts = jax.lax.map(chunk, chunking.split((hidden, jnp.asarray(targets.ids)), count))
     logprobs, best = (chunking.join(x, scored) for x in parts)

@@ -20,6 +20,7 @@ from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.tokenizer import Tokenizer
 from lm.layers.attention.attention import Attention, LayerInputs
 from lm.layers.attention.dot_product import attention_scores
+from lm.layers.cross_entropy import token_nll
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Model, Params, Tokens
 
@@ -85,9 +86,9 @@ def _token_losses(model: Model, params: Params, batch: Batch) -> list[jax.Array]
 
     def column(x: tuple[Array, Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         h, targets = x  # [B, 1, D], [B, 1]
-        log_p = jax.nn.log_softmax(model.apply(variables, h, method="logits"))  # [B, 1, V]
-        nats = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-        return nats, jnp.argmax(log_p, axis=-1), jnp.exp(jnp.max(log_p, axis=-1))
+        logits = model.apply(variables, h, method="logits")  # [B, 1, V]
+        nll, log_z = token_nll(logits, targets)
+        return nll, jnp.argmax(logits, axis=-1), jnp.exp(jnp.max(logits, axis=-1) - log_z)
 
     # one column after the other, so that [B, T, V] logits never exist
     columns = (jnp.moveaxis(x, 1, 0)[:, :, None] for x in (hidden, jnp.asarray(batch.targets)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
+from lm.layers.cross_entropy import token_nll
 from lm.layers.embedding import Embedding
 from lm.types import Array, Model, Params, Tokens
 
@@ -50,10 +51,9 @@ def logit_lens(model: Model, params: Params, tokens: Tokens, targets: Array) -> 
 
     def of_layer(hidden: Array) -> Lens:
         logits = model.apply({"params": params}, hidden, method=lambda m, h: m.logits(m.finish(h)))
-        log_p = jax.nn.log_softmax(logits)
-        nats = -jnp.take_along_axis(log_p, jnp.asarray(targets)[..., None], axis=-1)[..., 0]
-        guess = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
-        return Lens(guess, jnp.exp(jnp.max(log_p, axis=-1)), nats)
+        nll, log_z = token_nll(logits, jnp.asarray(targets))
+        guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return Lens(guess, jnp.exp(jnp.max(logits, axis=-1) - log_z), nll)
 
     return jax.lax.map(of_layer, residual_streams(model, params, tokens))
 
@@ -106,8 +106,7 @@ def attributions(
         with nn.intercept_methods(exchange):
             hidden = model.apply({"params": params}, tokens).hidden[:, -1:]
         logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
-        found = jax.nn.log_softmax(logits)
-        return jnp.sum(jnp.take_along_axis(found, jnp.asarray(target)[:, None], axis=1))
+        return -jnp.sum(token_nll(logits, jnp.asarray(target))[0])
 
     shares = (jnp.arange(num_steps) + 0.5) / num_steps
     slopes = jax.lax.map(lambda share: jax.grad(log_p)(start + share * (end - start)), shares)

@@ -23,6 +23,14 @@ from lm.parallel.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 
 
+def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """(negative log-likelihood, log Z), float32 [...], of targets: int32 [...] by logits: float32
+    [..., V].
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+
+
 def _statistics(
     logits: Array, targets: Array, weights: Array, tasks: Array | None, config: LossConfig
 ) -> tuple[Sums, Array]:
@@ -30,18 +38,16 @@ def _statistics(
 
     With tasks, bool [..., K], `task_loss` [K] is the loss of the tokens of each.
     """
-    top = jnp.max(logits, axis=-1)
-    log_z = jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)) + top
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = log_z - target
+    nll, log_z = token_nll(logits, targets)
     loss = nll
     if config.label_smoothing:
         uniform = log_z - jnp.mean(logits, axis=-1)
         loss = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
     if config.z_loss:
         loss = loss + config.z_loss * jnp.square(log_z)
-    # alone at the top: a target that ties with another token has not been told from it
-    correct = jnp.sum(logits >= target[..., None], axis=-1) == 1
+    # only the target at the top: one that ties with another token has not been told from it
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    correct = jnp.sum(logits >= target, axis=-1) == 1
     sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
     sums = {name: jnp.sum(value * weights) for name, value in sums.items()}
     if tasks is not None:
@@ -235,26 +241,18 @@ def _over_chunks(chunk: Any, num_chunks: int, xs: Xs) -> tuple[Any, Any]:
     return carry, None if outputs is None else join(outputs, xs[0].shape[1])
 
 
-def _projection(model: Model, params: Params, hidden: Array) -> tuple[Project, list[Array]]:
-    """(logits as a function of hidden and parameters, the parameters that it reads).
-
-    Only these get a gradient that is carried from chunk to chunk.
+def _projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
+    """(logits as a function of hidden states and parameters, the parameters of the head), which
+    alone get a gradient that is carried from chunk to chunk.
     """
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten({name: params[name] for name in model.head_params})
+    others = dict.fromkeys(params)  # declared by the module, and not read
 
-    def logits(leaves: list[Any], hidden: Array) -> Array:
-        tree = jax.tree.unflatten(structure, leaves)
+    def project(hidden: Array, *leaves: Array) -> Array:
+        tree = {**others, **structure.unflatten(leaves)}
         return model.apply({"params": tree}, hidden, method="logits")
 
-    jaxpr = jax.make_jaxpr(logits)(leaves, hidden).jaxpr
-    read = {id(v) for equation in jaxpr.eqns for v in equation.invars}
-    places = [i for i, v in enumerate(jaxpr.invars[: len(leaves)]) if id(v) in read]
-
-    def project(hidden: Array, *parameters: Array) -> Array:
-        given = dict(zip(places, parameters, strict=True))
-        return logits([given.get(i) for i in range(len(leaves))], hidden)
-
-    return project, [leaves[i] for i in places]
+    return project, leaves
 
 
 def lm_loss(
@@ -276,7 +274,7 @@ def lm_loss(
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
-    project, parameters = _projection(model, params, output.hidden)
+    project, parameters = _projection(model, params)
     members: Any = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"

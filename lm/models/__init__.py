@@ -6,6 +6,8 @@ The contract (`lm.types.Model`) is one linen module with the fields `config` and
     model(inputs, *, encoder=None, cache=None, train=False) -> Output    hidden states, before the
                                                                          vocabulary projection
     model.logits(hidden) -> [B, T, V]                float32 logits of (a chunk of) them
+    model.head_params                                the parameters that `logits` reads, by their
+                                                     names at the top: ("embedding",) or ("head",)
     model.init_cache(batch_size, length) -> Cache    the state of generation
     model.num_microbatches                           parts that it cuts the rows of a pass into
 

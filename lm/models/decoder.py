@@ -116,6 +116,10 @@ class Decoder(Transformer):
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     @property
+    def head_params(self) -> tuple[str, ...]:
+        return ("embedding",) if self.config.tie_embeddings else ("head",)
+
+    @property
     def num_microbatches(self) -> int:
         """Parts that the rows of a forward pass are cut into."""
         return self.config.pipeline.num_microbatches

@@ -41,6 +41,7 @@ class Encoder(Transformer):
 
     config: Config  # pyright: ignore
     causal: bool = False
+    head_params = ("embedding", "transform", "transform_norm", "logit_bias")
 
     def setup(self) -> None:
         super().setup()

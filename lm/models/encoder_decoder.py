@@ -178,6 +178,10 @@ class EncoderDecoder(nn.Module):
         return decoder.init_cache(batch_size, length)
 
     @property
+    def head_params(self) -> tuple[str, ...]:
+        return ("embedding",) if self.config.tie_embeddings else ("head",)
+
+    @property
     def num_microbatches(self) -> int:
         """Parts that the rows of a forward pass are cut into."""
         return 1

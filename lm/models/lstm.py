@@ -194,6 +194,11 @@ class LanguageModel(nn.Module):
         return self.rules.constrain(x, "act_batch", "length", "vocab")
 
     @property
+    def head_params(self) -> tuple[str, ...]:
+        table = "embedding" if self.config.tie_embeddings else "head"
+        return (table, "head_bias") if self.config.head_bias else (table,)
+
+    @property
     def num_microbatches(self) -> int:
         """Parts that the rows of a forward pass are cut into."""
         return 1

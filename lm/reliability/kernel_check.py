@@ -314,6 +314,7 @@ class _Given(nn.Module):
     config: float | None  # the soft cap of its logits
     rules: Rules
     dtype: Any
+    head_params = ("table",)
 
     def __call__(
         self, inputs: Tokens, *, encoder: Tokens | None = None, train: bool = False

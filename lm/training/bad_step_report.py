@@ -24,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from lm.layers import chunking
+from lm.layers.cross_entropy import token_nll
 from lm.optim import chain
 from lm.telemetry.metrics import StepResult
 from lm.training.experiment import Experiment
@@ -201,8 +202,7 @@ def _tokens(experiment: Experiment, params: Params, batch: Batch) -> tuple[Array
 
     def piece(x: tuple[Array, Array]) -> jax.Array:
         hidden, targets = x
-        log_p = jax.nn.log_softmax(model.apply(variables, hidden, method="logits"), axis=-1)
-        return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return token_nll(model.apply(variables, hidden, method="logits"), targets)[0]
 
     losses = jax.lax.map(piece, chunking.split((hidden, batch.targets), n))
     losses = chunking.join(losses, length)
