@@ -39,7 +39,7 @@ def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, secon
     """
     sums = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": float(tokens)}
     facts = {"grad_norm": grad_norm, "bad": bad, "filled": tokens if filled is None else filled}
-    return StepResult(done - 1, sums, facts, None, format_duration)
+    return StepResult(done - 1, sums, facts, None, seconds)
 
 
 class Unready:

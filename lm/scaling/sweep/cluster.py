@@ -47,7 +47,7 @@ def write_slurm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pat
     (root / CODES).mkdir(parents=True, exist_ok=True)
     commands, path = root / "commands.txt", root / "array.sbatch"
     commands.write_text("".join(_words(home, run) + "\n" for run in runs))
-    script = Path(__file__).parents[2] / SLURM
+    script = Path(__file__).parents[3] / SLURM
     lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
     # % begins what SLURM replaces
     log = shlex.quote(f"{root}/".replace("%", "%%") + "%x-%A_%a.log")
