@@ -143,10 +143,11 @@ def test_figures_show_every_run_and_every_size(runs, result):
     best = runs.best()
     made = figures.every_figure(best, result)
     assert made.keys() == {"loss", "isoflop", "law", "optimum", "held_out", "settings"}
-    [axis] = made["loss"].axes
-    dots = [line for line in axis.lines if line.get_marker() == "o"]
-    assert len(dots) == 6 and sum(len(d.get_xdata()) for d in dots) == len(best) == 36
-    [axis] = made["isoflop"].axes
+    axis, scale = made["loss"].axes
+    dots = axis.collections[0]
+    assert len(dots.get_offsets()) == len(best) == 36 and len(set(dots.get_array())) == 6
+    assert len(scale.get_yticklabels()) == 6
+    axis, _ = made["isoflop"].axes
     [stars] = [line for line in axis.lines if line.get_marker() == "*"]
     assert list(stars.get_xdata()) == result.isoflop.points["parameters"]
     for figure in made.values():

@@ -141,10 +141,23 @@ class Result:
         return self._law(dict(zip(self.constants, np.array(self.replicates).T, strict=True)))
 
     @property
+    def approaches(self) -> dict[str, FrontierEstimate]:
+        return {"envelope": self.envelope, "isoflop": self.isoflop}
+
+    @property
     def factor(self) -> float:
         """FLOPs for each parameter and token in the table: the middle of least and most."""
         least, most = self.data.flops_per_parameter_token
         return math.sqrt(least * most)
+
+    def optimum(self, flops: float) -> tuple[Estimate, Estimate]:
+        """The law's best parameters and tokens of a budget, every token new."""
+        values, replicates = (law.optimum(flops, self.factor) for law in (self.law, self.laws))
+        size, tokens = (
+            intervals.estimate(float(value), each, self.options.level)
+            for value, each in zip(values, replicates, strict=True)
+        )
+        return size, tokens
 
     def _law(self, constants: Mapping[str, Constant]) -> Law:
         fixed = np.inf if self.options.repeats is None else self.options.repeats
@@ -198,7 +211,7 @@ def _from_tree(kind: Any, tree: Any) -> Any:
     """A tree of JSON as a value of a type: a dataclass, a list, a dict, a number or a text."""
     if kind is float:
         return np.nan if tree is None else tree
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{key: _from_tree(hints[key], value) for key, value in tree.items()})
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -46,6 +46,11 @@ class Law:
         """One Law with arrays [R] of R laws with numbers."""
         return cls(*np.array([dataclasses.astuple(law) for law in laws]).T)
 
+    def unstack(self) -> list[Law]:
+        """The R laws with numbers of one with arrays [R]."""
+        columns = np.broadcast_arrays(*(getattr(self, name) for name in NAMES))
+        return [Law(*row) for row in np.stack(columns, axis=1).tolist()]
+
     def loss(
         self, parameters: Constant, tokens: Constant, unique_tokens: Constant | None = None
     ) -> np.ndarray:
@@ -234,7 +239,7 @@ class _Problem:
         return least_squares(
             lambda at: self.residuals_and_jacobian(at)[0],
             theta,
-            jac=lambda at: self.residuals_and_jacobian(at)[1],
+            jac=lambda at: self.residuals_and_jacobian(at)[1],  # pyright: ignore[reportArgumentType]
             bounds=(self.low, self.high),
             x_scale="jac",
             loss="huber",

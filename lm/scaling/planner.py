@@ -1,4 +1,4 @@
-"""From a fit and a budget to a run: parameters, tokens, learning rate, batch, loss, cost."""
+"""A plan from a fit and a budget: parameters, tokens, learning rate, batch, loss, cost."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class Machine:
 
     num_chips: int
     peak_flops: float  # FLOP/s of all of them
-    mfu: tuple[float, float]  # model FLOPs as a part of the peak: at least, at most
+    mfu: tuple[float, float]  # model FLOPs as a part of the peak: lower and upper bound
 
     def flops(self, days: float) -> float:
-        """FLOPs that are sure in so many days."""
+        """Lower bound of the FLOPs in so many days."""
         return self.peak_flops * self.mfu[0] * days * SECONDS_PER_DAY
 
     def days(self, flops: float) -> tuple[float, float]:
-        """(fewest, most) days that so many FLOPs take."""
+        """Lower and upper bound of the days that so many FLOPs take."""
         slow, fast = (flops / (self.peak_flops * mfu * SECONDS_PER_DAY) for mfu in self.mfu)
         return fast, slow
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What to train with a budget, by a fit."""
+    """The run to train with a budget, by a fit."""
 
     flops: float
     distance: float  # flops, as a multiple of the most in the table
@@ -66,12 +66,11 @@ def plan(
 ) -> RunPlan:
     """The run of least loss with factor * parameters * tokens = flops.
 
-    unique_tokens: there are no more distinct ones than these; the law's R* says what seeing them
-    again is worth.
+    unique_tokens: the number of distinct tokens at hand; the law's R* gives the value of repeats.
 
     Raises:
         ValueError: the budget is more than `max_extrapolation` times the largest of the table, or
-            data repeat and the fit knows nothing of repeats.
+            data repeat and the fit has no R* of repeats.
     """
     most = result.data.flops[1]
     distance = flops / most
@@ -91,27 +90,24 @@ def plan(
             f"{tokens:.3g} tokens are best, of {unique_tokens:.3g} distinct ones, but this fit "
             "takes repeated tokens as new: fit with --repeats=fit or --repeats=15.4"
         )
-    each = [_best(law, flops, factor, unique_tokens) for law in _split(result.laws)]
+    laws, level = result.laws, result.options.level
+    each = [_best(law, flops, factor, unique_tokens) for law in laws.unstack()]
     sizes, counts = np.array(each).T
-    level = result.options.level
-    losses = result.laws.loss(size, tokens, unique_tokens)[:, 0]
-    losses = losses * np.exp(
-        result.noise * np.random.default_rng(seed).standard_normal(len(losses))
-    )
+    losses = laws.loss(size, tokens, unique_tokens)[:, 0]
+    noise = np.random.default_rng(seed).standard_normal(len(losses))
+    losses = losses * np.exp(result.noise * noise)
     at = {"flops": flops, "parameters": size, "tokens": tokens}
-    others = {"envelope": result.envelope, "isoflop": result.isoflop}
     return RunPlan(
         flops=flops,
         distance=distance,
         parameters=intervals.estimate(size, sizes, level),
         tokens=intervals.estimate(tokens, counts, level),
         epochs=tokens / unique_tokens if repeats and unique_tokens else 1.0,
-        loss=intervals.estimate(
-            float(result.law.loss(size, tokens, unique_tokens)[0]), losses, level
-        ),
+        loss=intervals.estimate(result.law.loss(size, tokens, unique_tokens)[0], losses, level),
         settings={n: s.law.at(at[s.variable], level) for n, s in result.settings.items()},
         other={
-            n: (f.parameters.at(flops, level), f.tokens.at(flops, level)) for n, f in others.items()
+            name: (found.parameters.at(flops, level), found.tokens.at(flops, level))
+            for name, found in result.approaches.items()
         },
         warnings=_warnings(result, distance, size, tokens, factor),
     )
@@ -135,13 +131,6 @@ def _best(
     found = minimize_scalar(loss, bounds=(np.log(size), high), method="bounded")
     size = float(np.exp(found.x))  # pyright: ignore[reportAttributeAccessIssue]
     return size, flops / factor / size
-
-
-def _split(laws: Law) -> list[Law]:
-    columns = [np.asarray(getattr(laws, f.name)) for f in dataclasses.fields(Law)]
-    return [
-        Law(*(float(v) for v in row)) for row in zip(*np.broadcast_arrays(*columns), strict=True)
-    ]
 
 
 def _warnings(
@@ -172,11 +161,9 @@ def _warnings(
     for name, setting in result.settings.items():
         if setting.kind == "as run":
             found.append(f"{name}: no sweep behind it, this is how the table's runs were set")
-    approaches = {"envelope": result.envelope, "isoflop": result.isoflop}
-    found += result.warnings
-    # those of approaches are no part of artefacts that were made before there were any
-    found += [w for w in disagreement(approaches, result.exponents["a"]) if w not in found]
-    return found
+    # an artefact made before there were warnings of approaches does not hold them
+    of_approaches = disagreement(result.approaches, result.exponents["a"])
+    return list(dict.fromkeys([*found, *result.warnings, *of_approaches]))
 
 
 def _above(value: float) -> float:

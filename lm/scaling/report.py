@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -13,20 +13,18 @@ from lm.scaling.planner import Machine, RunPlan
 from lm.telemetry.metrics import format_quantity
 
 WIDTH = 100
-_FRONTIERS = {"envelope": "1 envelope", "isoflop": "2 isoflop", "law": "3 law"}
 
 
 def fit_page(result: Result) -> str:
-    """The constants with their intervals, the three approaches, and what was held out."""
-    parts = [
+    """The constants with their intervals, the three approaches, and the held-out size."""
+    return _page(
         _title(result),
         _constants(result),
         _frontiers(result),
         "\n".join(_setting(name, s) for name, s in result.settings.items()),
         _held_out(result.held_out, result.options.level),
         _warnings(result.warnings),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
 def plan_page(
@@ -36,101 +34,103 @@ def plan_page(
     machine: Machine | None = None,
     price: float | None = None,
 ) -> str:
-    """What to train; with a machine also how long that takes, with a price of a chip-hour also the
-    cost.
+    """The run to train; with a machine also how long that takes, with a price of a chip-hour also
+    the cost.
     """
-    data, counting = result.data, result.counting.replace("_", "-")
-    head = (
-        f"{plan.flops:.3g} FLOPs by {data.path} ({data.num_fitted} runs up to "
-        f"{data.flops[1]:.3g} FLOPs): {plan.distance:.3g} times its largest run"
-    )
+    data, epochs = result.data, f", {plan.epochs:.3g} epochs" if plan.epochs > 1 else ""
     rows = [
-        (f"{counting} parameters", _quantities(plan.parameters)),
-        ("tokens", _quantities(plan.tokens) + _epochs(plan)),
+        (f"{_counting(result)} parameters", format_estimate(plan.parameters)),
+        ("tokens", format_estimate(plan.tokens) + epochs),
         ("tokens per parameter", f"{plan.tokens.value / plan.parameters.value:.3g}"),
-        ("loss of one run, nats per token", _numbers(plan.loss, ".4f")),
-        *((name.replace("_", " "), _numbers(e, ".3g")) for name, e in plan.settings.items()),
+        ("loss of one run, nats per token", format_estimate(plan.loss, ".4f")),
+        *((name, format_estimate(e, ".3g")) for name, e in plan.settings.items()),
     ]
     absent = [n for n in ("learning_rate", "batch_size") if n not in plan.settings]
-    rows += [(n.replace("_", " "), "the table has no such column") for n in absent]
+    rows += [(name, "the table has no such column") for name in absent]
     for name, (size, tokens) in plan.other.items():
-        known = np.isfinite(size.value)
-        found = f"{_quantities(size)} and {_quantities(tokens)} tokens" if known else "no law"
-        rows.append((f"by {name}", found))
+        found = f"{format_estimate(size)} and {format_estimate(tokens)} tokens"
+        rows.append((f"by {name}", found if np.isfinite(size.value) else "no law"))
     if machine is not None:
         fast, slow = machine.days(plan.flops)
         mfu = " to ".join(f"{m:.0%}" for m in dict.fromkeys(machine.mfu))
         rows.append((f"days on {machine.num_chips} chips", f"{_range(fast, slow)} at MFU {mfu}"))
         if price is not None:
-            least, most = (24 * machine.num_chips * days * price for days in (fast, slow))
-            rows.append(("cost", f"{_range(least, most, ',.0f')} at {price:g} a chip-hour"))
+            low, high = (24 * machine.num_chips * days * price for days in (fast, slow))
+            rows.append(("cost", f"{_range(low, high, ',.0f')} at {price:g} a chip-hour"))
     width = max(len(name) for name, _ in rows)
-    body = [f"  {name:{width}}  {text}" for name, text in rows]
-    level = f"  brackets: {result.options.level:.0%} intervals"
-    parts = ["\n".join([head, *body, level]), _warnings(plan.warnings)]
+    lines = [
+        f"{plan.flops:.3g} FLOPs by {data.path} ({data.num_fitted} runs up to "
+        f"{data.flops[1]:.3g} FLOPs): {plan.distance:.3g} times its largest run",
+        *(f"  {name.replace('_', ' '):{width}}  {text}" for name, text in rows),
+        f"  brackets: {result.options.level:.0%} intervals",
+    ]
+    return _page("\n".join(lines), _warnings(plan.warnings))
+
+
+def _page(*parts: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _title(result: Result) -> str:
     d = result.data
-    left_out = [
-        f"{getattr(d, key)} {words}"
-        for key, words in (
-            ("unfinished", "not finished"),
-            ("non_finite", "without a finite loss"),
-            ("num_other_settings", "at other than the best setting of their size and tokens"),
-        )
-        if getattr(d, key)
-    ]
-    out = f" (left out: {', '.join(left_out)})" if left_out else ""
+    left_out = {
+        "not finished": d.unfinished,
+        "without a finite loss": d.non_finite,
+        "at other than the best setting of their size and tokens": d.num_other_settings,
+    }
+    words = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+    out = f" (left out: {words})" if words else ""
     return (
         f"{d.path}, sha256 {d.sha256[:12]}: {d.num_fitted} of {d.num_rows} runs{out}\n"
-        f"{len(d.parameters)} sizes, {_ends(d.parameters)} "
-        f"{result.counting.replace('_', '-')} parameters; {len(d.tokens)} token counts, "
-        f"{_ends(d.tokens)}; {d.flops[0]:.3g} to {d.flops[1]:.3g} FLOPs"
+        f"{len(d.parameters)} sizes, {_ends(d.parameters)} {_counting(result)} parameters; "
+        f"{len(d.tokens)} token counts, {_ends(d.tokens)}; {d.flops[0]:.3g} to {d.flops[1]:.3g} "
+        "FLOPs"
     )
 
 
 def _constants(result: Result) -> str:
     o = result.options
     repeats = "" if np.all(np.isinf(result.law.repeats)) else ", D' of repeated data"
-    rows = [f"  {name:8} {_numbers(e, '.4g')}" for name, e in result.constants.items()]
-    if o.repeats is not None:
-        rows.append(f"  repeats  {o.repeats:g}, as given")
-    head = (
-        f"L = E + A / N^alpha + B / D^beta{repeats}; Huber {o.delta:g}, "
-        f"{result.num_starts} starts\n"
+    lines = [
+        f"L = E + A / N^alpha + B / D^beta{repeats}; Huber {o.delta:g}, {result.num_starts} starts",
         f"{o.level:.0%} intervals of {o.num_replicates} bootstrap replicates: "
-        f"{BOOTSTRAPS[result.bootstrap]}"
-    )
-    return "\n".join([head, *rows, f"  noise    {result.noise:.2%} of the loss"])
+        f"{BOOTSTRAPS[result.bootstrap]}",
+        *(f"  {name:8} {format_estimate(e, '.4g')}" for name, e in result.constants.items()),
+    ]
+    if o.repeats is not None:
+        lines.append(f"  repeats  {o.repeats:g}, as given")
+    return "\n".join([*lines, f"  noise    {result.noise:.2%} of the loss"])
 
 
 def _frontiers(result: Result) -> str:
-    rows = []
-    for name, label in _FRONTIERS.items():
-        if name == "law":
-            a, b, budgets = result.exponents["a"], result.exponents["b"], ""
-        else:
-            found = getattr(result, name)
-            a, b = found.parameters.exponent, found.tokens.exponent
-            budgets = f"{len(found.points['flops'])} budgets"
+    exponents = {
+        name: (found.parameters.exponent, found.tokens.exponent, len(found.points["flops"]))
+        for name, found in result.approaches.items()
+    }
+    lines = [f"  {'approach':11} {'N_opt ~ C^a':24} {'D_opt ~ C^b':24}"]
+    for number, (name, (a, b, num_budgets)) in enumerate(exponents.items(), 1):
+        label, budgets = f"  {number} {name:9}", f"{num_budgets} budgets"
         if np.isfinite(a.value):
-            rows.append(f"  {label:11} {_numbers(a, '.3f'):24} {_numbers(b, '.3f'):24} {budgets}")
+            lines.append(_exponents(label, a, b) + budgets)
         else:
-            rows.append(f"  {label:11} no: {budgets} with a lowest point inside their sizes")
-    return "\n".join([f"  {'approach':11} {'N_opt ~ C^a':24} {'D_opt ~ C^b':24}", *rows])
+            lines.append(f"{label} no: {budgets} with a minimum inside their sizes")
+    law = _exponents(f"  3 {'law':9}", result.exponents["a"], result.exponents["b"])
+    return "\n".join([*lines, law])
+
+
+def _exponents(label: str, a: Estimate, b: Estimate) -> str:
+    return f"{label} {format_estimate(a, '.3f'):24} {format_estimate(b, '.3f'):24} "
 
 
 def _setting(name: str, setting: Setting) -> str:
-    label, law = name.replace("_", " "), setting.law
+    label, law, num_points = name.replace("_", " "), setting.law, len(setting.points["x"])
     if not np.isfinite(law.exponent.value):
         edge = f", {setting.at_edge} best at the edge of their sweep" if setting.at_edge else ""
-        return f"{label}: no law, {len(setting.points['x'])} sizes tell one{edge}"
+        return f"{label}: no law, {num_points} sizes tell one{edge}"
     word = "best" if setting.kind == "swept" else "as run, not swept"
     return (
-        f"{label} ({word}): {_numbers(law.coefficient, '.3g')} x {setting.variable} ^ "
-        f"{_numbers(law.exponent, '.3f')}, {len(setting.points['x'])} points"
+        f"{label} ({word}): {format_estimate(law.coefficient, '.3g')} x {setting.variable} ^ "
+        f"{format_estimate(law.exponent, '.3f')}, {num_points} points"
     )
 
 
@@ -145,25 +145,23 @@ def _held_out(held: HeldOut | None, level: float) -> str:
     )
 
 
-def _warnings(warnings: Sequence[str]) -> str:
+def _warnings(warnings: Iterable[str]) -> str:
     lines = [
         textwrap.fill(w, WIDTH, initial_indent="  - ", subsequent_indent="    ") for w in warnings
     ]
-    return "\n".join(["warnings", *lines]) if warnings else ""
+    return "\n".join(["warnings", *lines]) if lines else ""
 
 
-def _epochs(plan: RunPlan) -> str:
-    return f", {plan.epochs:.3g} epochs" if plan.epochs > 1 else ""
+def _counting(result: Result) -> str:
+    return result.counting.replace("_", "-")
 
 
-def _numbers(e: Estimate, form: str) -> str:
-    if not np.isfinite(e.low):
-        return f"{e.value:{form}} [no interval]"
-    return f"{e.value:{form}} [{e.low:{form}}, {e.high:{form}}]"
-
-
-def _quantities(e: Estimate) -> str:
-    return f"{format_quantity(e.value)} [{format_quantity(e.low)}, {format_quantity(e.high)}]"
+def format_estimate(e: Estimate, form: str = "") -> str:
+    """The value and its interval by a format of numbers; without one as 1.25M, 3.4B."""
+    value, low, high = (
+        f"{x:{form}}" if form else format_quantity(x) for x in (e.value, e.low, e.high)
+    )
+    return f"{value} [{low}, {high}]" if np.isfinite(e.low) else f"{value} [no interval]"
 
 
 def _ends(values: Sequence[float]) -> str:

@@ -1,7 +1,7 @@
 """The table of runs that scaling laws are fitted to: read, checked, and reduced to the best runs.
 
-A row is one finished measurement: parameters, tokens, FLOPs and the loss in nats per token. How
-parameters are counted is stated by whoever reads the table, and goes with every constant.
+A row is one finished measurement: parameters, tokens, FLOPs and the loss in nats per token. The
+caller states how parameters are counted, and the artefact keeps it with every constant.
 """
 
 from __future__ import annotations
@@ -9,29 +9,33 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 # What counts as N, and the column that it is read from.
 COUNTING = {"total": "parameters", "non_embedding": "non_embedding_parameters"}
-# Optional: settings that laws are fitted for, distinct tokens of a run that repeats its data.
+NEEDED = ("parameters", "tokens", "flops", "loss")
+# Settings that laws are fitted for, and distinct tokens of a run that repeats its data.
 OPTIONAL = ("learning_rate", "batch_size", "unique_tokens")
 # Training takes about 6 FLOPs for each parameter and token (arXiv:2001.08361): more with long rows
-# of narrow models, less with tables that are only looked up. Tiny models with embeddings left out
-# reach 10 times as much; a mistake in units is a factor of 1000.
+# of narrow models, less with embedding tables. Tiny models without their embeddings reach 10 times
+# as much; a mistake in units is a factor of 1000.
 FLOPS_PER_PARAMETER_TOKEN = 6.0
-FLOPS_RATIO = 30.0  # how far from that a table may be
+FLOPS_RATIO = 30.0  # the largest factor between that and a table's
 SAME = 1.001  # factor within which sizes are one size, and token counts one count
+
+Record = Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns of equal length; `rows` are their places in the file, from 1, for messages."""
+    """Columns of equal length; `rows` are their positions in the file, from 1, for messages."""
 
     parameters: np.ndarray  # float64 [n], counted as `counting` says
     tokens: np.ndarray  # float64 [n]
@@ -47,31 +51,28 @@ class Table:
         return len(self.loss)
 
     def take(self, which: np.ndarray) -> Table:
-        """The rows at these places, or where this mask is True."""
+        """The rows at these positions, or where this mask is True."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        columns: dict[str, Any] = {k: v[which] for k, v in values.items() if _is_column(v)}
-        return dataclasses.replace(self, **columns)
+        columns = {k: v[which] for k, v in values.items() if isinstance(v, np.ndarray)}
+        return Table(**{**values, **columns})
 
     def sizes(self) -> np.ndarray:
-        """For each row the number of its size, from the smallest: int [n]. Parameters that were
-        read from a picture or counted in two ways differ in their last digits.
+        """The number of each row's size, from the smallest: int [n]. Parameters that were read from
+        a picture or counted in two ways differ in their last digits.
         """
         return groups(self.parameters)
 
     def cells(self) -> np.ndarray:
-        """For each row the number of its pair of size and token count: int [n]."""
-        pairs = np.stack([self.sizes(), groups(self.tokens)], axis=1)
-        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+        """The number of each row's pair of size and token count: int [n]."""
+        return _numbers(self.sizes(), groups(self.tokens))
 
     def settings(self) -> np.ndarray:
-        """For each row the number of its learning rate and batch size: int [n]."""
+        """The number of each row's learning rate and batch size: int [n]."""
         kept = [c for c in (self.learning_rate, self.batch_size) if c is not None]
-        if not kept:
-            return np.zeros(len(self), int)
-        return np.unique(np.stack(kept, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+        return _numbers(*kept) if kept else np.zeros(len(self), int)
 
     def best(self) -> Table:
-        """Of every pair of parameters and tokens, the runs of the setting with the least mean loss.
+        """The runs of the setting with the least mean loss, for each pair of parameters and tokens.
 
         A law of the loss is one of well-chosen learning rates and batches. Seeds of one setting all
         stay.
@@ -79,10 +80,9 @@ class Table:
         cells, settings = self.cells(), self.settings()
         keep = np.zeros(len(self), bool)
         for cell in np.unique(cells):
-            inside = np.flatnonzero(cells == cell)
-            kinds = np.unique(settings[inside])
-            means = [self.loss[inside[settings[inside] == kind]].mean() for kind in kinds]
-            keep[inside[settings[inside] == kinds[int(np.argmin(means))]]] = True
+            inside = cells == cell
+            kinds = [inside & (settings == kind) for kind in np.unique(settings[inside])]
+            keep |= kinds[int(np.argmin([self.loss[kind].mean() for kind in kinds]))]
         return self.take(keep)
 
     def flops_ratio(self) -> np.ndarray:
@@ -90,13 +90,18 @@ class Table:
         return self.flops / (self.parameters * self.tokens)
 
 
+def _numbers(*columns: np.ndarray) -> np.ndarray:
+    """The number of each row among the distinct rows of columns [n]: int [n]."""
+    distinct = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+    return distinct[1].reshape(-1)
+
+
 def groups(values: np.ndarray) -> np.ndarray:
-    """For each value the number of its group, from the smallest: int [n]. A group holds what is up
-    to SAME times its least value.
+    """The number of each value's group, from the smallest: int [n]. A group holds values up to SAME
+    times its least one.
     """
-    order, found, least = np.argsort(values), np.zeros(len(values), int), np.inf
-    number = -1
-    for i in order:
+    found, least, number = np.zeros(len(values), int), -np.inf, -1
+    for i in np.argsort(values):
         if number < 0 or values[i] > SAME * least:
             number, least = number + 1, values[i]
         found[i] = number
@@ -110,7 +115,7 @@ def means(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a table was read from, for the artefact."""
+    """The file that a table was read from, for the artefact."""
 
     path: str
     sha256: str  # of the file's bytes
@@ -127,19 +132,18 @@ def read(
     drop_non_finite: bool = False,
     vocab_size: int | None = None,
 ) -> tuple[Table, Source]:
-    """(the checked Table, where it is from) of a CSV, JSONL or Parquet file with a header.
+    """Read and check a CSV, JSONL or Parquet file with a header.
 
-    columns: names in the file for ours, {"parameters": "n_params"}. A column `status` is honoured:
-    rows that are not "finished" are left out, and counted. vocab_size: losses above its logarithm
-    are refused.
+    columns: names in the file for those of Table, {"parameters": "n_params"}. Rows whose column
+    `status` is not "finished" are left out, and counted. vocab_size: losses above its logarithm are
+    refused.
 
     Raises:
-        ValueError: a column is missing, a value is no number, or `check` refuses the rows.
+        ValueError: a column is missing, a value is no number, or the rows are refused.
     """
-    names = {name: name for name in ("tokens", "flops", "loss", *OPTIONAL, "status")}
+    names = {name: name for name in (*NEEDED, *OPTIONAL, "status")}
     names["parameters"] = COUNTING[counting]
-    unknown = set(columns or {}) - set(names)
-    if unknown:
+    if unknown := set(columns or {}) - set(names):
         raise ValueError(f"--columns: no column is called {sorted(unknown)}; there are {[*names]}")
     names |= columns or {}
     content = Path(path).read_bytes()
@@ -147,28 +151,25 @@ def read(
     if not records:
         raise ValueError(f"{path} has no rows")
     has = records[0].keys()
-    needed = ("parameters", "tokens", "flops", "loss")
-    missing = [names[n] for n in needed if names[n] not in has]
-    if missing:
+    if missing := [names[n] for n in NEEDED if names[n] not in has]:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(has)} "
             "(--columns=parameters=NAME,... gives theirs)"
         )
-    found = [n for n in OPTIONAL if names[n] in has and _filled(records, names[n])]
-    numbered = list(enumerate(records, 1))
-    finished = numbered
-    if names["status"] in has:
-        finished = [(i, r) for i, r in numbered if r[names["status"]] == "finished"]
+    found = [n for n in OPTIONAL if any(r.get(names[n]) not in ("", None) for r in records)]
+    finished = [
+        (i, r)
+        for i, r in enumerate(records, 1)
+        if names["status"] not in has or r[names["status"]] == "finished"
+    ]
     values = {
         name: np.array([_number(path, i, names[name], r) for i, r in finished], float)
-        for name in (*needed, *found)
+        for name in (*NEEDED, *found)
     }
     table = Table(**values, rows=np.array([i for i, _ in finished], int), counting=counting)
-    dropped = 0
+    finite = np.isfinite(table.loss)
     if drop_non_finite:
-        good = np.isfinite(table.loss)
-        dropped = int((~good).sum())
-        table = table.take(good)
+        table = table.take(finite)
     _check_values(path, table, vocab_size)
     _check_duplicates(path, table, [records[i - 1] for i in table.rows])
     source = Source(
@@ -176,24 +177,24 @@ def read(
         sha256=hashlib.sha256(content).hexdigest(),
         num_rows=len(records),
         unfinished=len(records) - len(finished),
-        non_finite=dropped,
+        non_finite=int((~finite).sum()),
     )
     return table, source
 
 
-def check(table: Table, *, num_constants: int, what: str = "the table") -> None:
-    """Raises ValueError where `num_constants` cannot be told from these rows."""
+def check(table: Table, *, num_constants: int) -> None:
+    """Raise ValueError where `num_constants` cannot be told from these rows."""
     sizes, counts = (means(v, groups(v)) for v in (table.parameters, table.tokens))
     if len(sizes) < 3 or len(counts) < 3:
         raise ValueError(
-            f"{what} has {_count(len(sizes), 'size')} (parameters {_list(sizes)}) and "
+            f"the table has {_count(len(sizes), 'size')} (parameters {_list(sizes)}) and "
             f"{_count(len(counts), 'token count')} ({_list(counts)}): a floor and a slope in each "
             "need at least 3 and 3"
         )
     cells = int(table.cells().max()) + 1
     if cells < num_constants + 3:
         raise ValueError(
-            f"{what} has {cells} different pairs of parameters and tokens: {num_constants} "
+            f"the table has {cells} different pairs of parameters and tokens: {num_constants} "
             f"constants and their intervals need at least {num_constants + 3}"
         )
 
@@ -201,42 +202,43 @@ def check(table: Table, *, num_constants: int, what: str = "the table") -> None:
 def _check_values(path: str, table: Table, vocab_size: int | None) -> None:
     if not len(table):
         raise ValueError(f"{path}: no row is left that is finished and has a finite loss")
-    bad = ~np.isfinite(table.loss)
-    if bad.any():
-        raise ValueError(
-            f"{path}: the loss of {_rows(table, bad)} is {_list(table.loss[bad])}: a run that "
-            "diverged measures nothing (--drop-non-finite leaves such rows out and counts them)"
-        )
-    for name in ("parameters", "tokens", "flops", "loss", *OPTIONAL):
-        column = getattr(table, name)
-        if column is None:
-            continue
-        bad = ~(np.isfinite(column) & (column > 0))
+
+    def refuse(bad: np.ndarray, name: str, reason: str) -> None:
         if bad.any():
-            raise ValueError(
-                f"{path}: {name} of {_rows(table, bad)} is {_list(column[bad])}, and must be "
-                "finite and above 0"
-            )
-    if vocab_size is not None and (high := table.loss > math.log(vocab_size) + 0.1).any():
-        raise ValueError(
-            f"{path}: the loss of {_rows(table, high)} is {_list(table.loss[high])}, but guessing "
-            f"among {vocab_size} tokens costs {math.log(vocab_size):.3f} nats: is it in bits? "
-            "(1 bit = 0.6931 nats)"
+            values = _list(getattr(table, name)[bad])
+            raise ValueError(f"{path}: {name} of {_rows(table, bad)} is {values}{reason}")
+
+    refuse(
+        ~np.isfinite(table.loss),
+        "loss",
+        ": a run that diverged measures nothing (--drop-non-finite leaves such rows out and counts "
+        "them)",
+    )
+    for name in (*NEEDED, *OPTIONAL):
+        if (column := getattr(table, name)) is not None:
+            positive = np.isfinite(column) & (column > 0)
+            refuse(~positive, name, ", and must be finite and above 0")
+    if vocab_size is not None:
+        refuse(
+            table.loss > math.log(vocab_size) + 0.1,
+            "loss",
+            f", but guessing among {vocab_size} tokens costs {math.log(vocab_size):.3f} nats: is "
+            "it in bits? (1 bit = 0.6931 nats)",
         )
     _check_flops(path, table)
     if table.unique_tokens is not None:
         few = table.unique_tokens < 1e-3 * table.tokens
-        if few.any():
-            raise ValueError(
-                f"{path}: unique_tokens of {_rows(table, few)} is {_list(table.unique_tokens[few])}"
-                f" of {_list(table.tokens[few])} tokens: more than 1000 epochs; are the units the "
-                "same?"
-            )
+        refuse(
+            few,
+            "unique_tokens",
+            f" of {_list(table.tokens[few])} tokens: more than 1000 epochs; are the units the "
+            "same?",
+        )
 
 
 def _check_flops(path: str, table: Table) -> None:
     ratio = table.flops_ratio() / FLOPS_PER_PARAMETER_TOKEN
-    bad = (ratio > FLOPS_RATIO) | (ratio < 1 / FLOPS_RATIO)
+    bad = np.abs(np.log(ratio)) > math.log(FLOPS_RATIO)
     if not bad.any():
         return
     i = int(np.argmax(np.abs(np.log(ratio))))
@@ -250,14 +252,11 @@ def _check_flops(path: str, table: Table) -> None:
     )
 
 
-def _check_duplicates(path: str, table: Table, records: Sequence[Mapping[str, Any]]) -> None:
-    seen: dict[tuple[Any, ...], int] = {}
-    twice = []
-    for i, record in enumerate(records):
-        key = tuple(sorted((k, str(v)) for k, v in record.items() if k != "run"))
-        if key in seen:
-            twice.append((seen[key], int(table.rows[i])))
-        seen.setdefault(key, int(table.rows[i]))
+def _check_duplicates(path: str, table: Table, records: Sequence[Record]) -> None:
+    rows = defaultdict(list)
+    for row, record in zip(table.rows, records, strict=True):
+        rows[tuple(sorted((k, str(v)) for k, v in record.items() if k != "run"))].append(row)
+    twice = [(first, other) for first, *others in rows.values() for other in others]
     if twice:
         pairs = ", ".join(f"{a} = {b}" for a, b in twice[:5])
         raise ValueError(
@@ -266,37 +265,26 @@ def _check_duplicates(path: str, table: Table, records: Sequence[Mapping[str, An
         )
 
 
-def _records(path: str, content: bytes) -> list[dict[str, Any]]:
+def _records(path: str, content: bytes) -> Sequence[Record]:
     suffix = Path(path).suffix
     if suffix == ".parquet":
-        import io
+        import pyarrow.parquet
 
-        import pyarrow.parquet as parquet
-
-        return parquet.read_table(io.BytesIO(content)).to_pylist()
-    text = content.decode()
+        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
     if suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [json.loads(line) for line in content.decode().split("\n") if line.strip()]
     if suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        return list(csv.DictReader(content.decode().splitlines()))
     raise ValueError(f"{path}: a table is a .csv, .jsonl or .parquet file, not {suffix or 'this'}")
 
 
-def _is_column(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
-
-
-def _filled(records: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether a column says anything at all."""
-    return any(r[name] not in ("", None) for r in records if name in r)
-
-
-def _number(path: str, row: int, name: str, record: Mapping[str, Any]) -> float:
+def _number(path: str, row: int, name: str, record: Record) -> float:
+    value = record.get(name, "missing")
     try:
-        return float(record[name])
-    except (KeyError, TypeError, ValueError):
-        value = repr(record[name]) if name in record else "missing"
-        raise ValueError(f"{path}, row {row}: {name} is {value}, which is no number") from None
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        shown = repr(value) if name in record else value
+        raise ValueError(f"{path}, row {row}: {name} is {shown}, which is no number") from None
 
 
 def _rows(table: Table, mask: np.ndarray) -> str:
