@@ -1,36 +1,40 @@
-"""Coordinate checks (arXiv:2203.03466, appendix D.1): how large activations are, and how far the
+"""Coordinate checks (arXiv:2203.03466, appendix D.1): the size of activations, and how far the
 first steps move them, in models of growing width or depth.
 
-What a parametrization promises is that none of it depends on the size; the standard one doesn't
-keep that promise.
+Under a maximal-update parametrization neither depends on the size; under the standard one they do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lm.config.tree import ConfigTree
+from lm.scaling.powers import fit_power
 from lm.training import train_step
 from lm.training.experiment import Experiment
-from lm.types import Array, Batch, Params, TrainState
+from lm.types import Batch, Params, TrainState
 
-# What is meant by a size, and the fields of `config.model` that grow in proportion to it.
+# The fields of `config.model` that grow in proportion to each kind of size.
 WIDTHS = ("embed_dim", "mlp_dim", "moe.mlp_dim", "moe.shared_mlp_dim")
 GROWING = {
     "width": (*WIDTHS, "num_heads", "num_kv_heads"),  # more heads of the same width
     "head_dim": (*WIDTHS, "head_dim"),  # as many heads, but wider
     "depth": ("num_layers",),
 }
+KINDS = {"size": "root mean square", "change": "change since step 0"}
+
+Activations: TypeAlias = dict[str, jax.Array]
 
 
-def resized(config: ConfigTree, along: str, size: int) -> dict[str, Any]:
+def resized(config: ConfigTree, along: str, size: int) -> dict[str, object]:
     """{config path: value} of the model with `size` as its embed_dim (along width or head_dim) or
     num_layers (along depth), and all that grows with it; the config's own sizes are the base where
     it names none.
@@ -38,11 +42,10 @@ def resized(config: ConfigTree, along: str, size: int) -> dict[str, Any]:
     Raises:
         ValueError: a number would not be whole.
     """
-    model: Any = config.model
-    old = model.num_layers if along == "depth" else model.embed_dim
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
-    flat = dict(_flat(model.to_dict())) | {"head_dim": head_dim}
-    changes: dict[str, Any] = {"head_dim": head_dim}
+    flat = cast("dict[str, Any]", flatten_dict(config.model.to_dict(), sep="."))
+    flat["head_dim"] = flat["head_dim"] or flat["embed_dim"] // flat["num_heads"]
+    old = flat["num_layers" if along == "depth" else "embed_dim"]
+    changes = {"head_dim": flat["head_dim"]}
     for name in GROWING[along]:
         if (value := flat.get(name)) is None:
             continue  # what is unset follows
@@ -52,25 +55,19 @@ def resized(config: ConfigTree, along: str, size: int) -> dict[str, Any]:
                 f"that are multiples of {old}"
             )
         changes[name] = value * size // old
-    sizes = {"embed_dim": model.embed_dim, "num_layers": model.num_layers, "head_dim": head_dim}
-    changes |= {f"base_{n}": v for n, v in sizes.items() if flat[f"base_{n}"] is None}
+    bases = [
+        name for name in ("embed_dim", "num_layers", "head_dim") if flat[f"base_{name}"] is None
+    ]
+    changes |= {f"base_{name}": flat[name] for name in bases}
     return {f"model.{name}": value for name, value in changes.items()}
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def activations(experiment: Experiment, params: Params, batch: Batch) -> Activations:
+    """Activations of one batch, by name: the residual stream after each block, the scores of its
+    attention (of all pairs, before masks), the logits, and the targets' logits.
 
-
-def activations(experiment: Experiment, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Of one batch, by name: the residual stream after each block, the scores of its attention
-    (of all pairs, before masks), the logits, and those of the targets alone.
-
-    The rest of a vocabulary says little while a model is narrower than it is large: what a step
-    adds to most of its logits is a sum of random signs, which becomes smaller with the width.
+    The logits of other tokens say little while a model is narrower than its vocabulary is large:
+    a step adds a sum of random signs to most of them, which becomes smaller with the width.
     """
     model, c = experiment.model, experiment.config.model
     output, kept = model.apply({"params": params}, batch.inputs, mutable=["intermediates"])
@@ -88,7 +85,7 @@ def activations(experiment: Experiment, params: Params, batch: Batch) -> dict[st
     return dict(sorted(found.items()))
 
 
-def _rms(x: Array) -> jax.Array:
+def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
 
@@ -96,12 +93,14 @@ def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[
     """{activation: {"size", "change"}}: root mean squares after 0 to `num_steps` steps of training,
     and those of the difference from before the first; that starts as nan.
 
-    One batch, again and again: what a step teaches about others is another question, which depends
-    on how much they share.
+    Every step takes the same batch: the effect of a step on other batches is another question,
+    which depends on how much they share.
     """
 
-    def advance(state: TrainState, batch: Batch, first: Any) -> tuple[Any, ...]:
-        """(state after `batch`, sizes before it, what was measured)."""
+    def advance(
+        state: TrainState, batch: Batch, first: Activations
+    ) -> tuple[TrainState, dict[str, dict[str, jax.Array]], Activations]:
+        """(state after `batch`, root mean squares before it, the activations before it)."""
         now = activations(experiment, state.params, batch)
         sizes = {n: {"size": _rms(x), "change": _rms(x - first[n])} for n, x in now.items()}
         state, _, _ = train_step.train_step(
@@ -123,8 +122,7 @@ def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[
         rows.append(sizes)
     host = jax.device_get(rows)
     return {
-        name: {kind: [float(row[name][kind]) for row in host] for kind in ("size", "change")}
-        for name in host[0]
+        name: {kind: [float(row[name][kind]) for row in host] for kind in KINDS} for name in host[0]
     }
 
 
@@ -132,7 +130,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The exponent a of values ~ sizes ** a, by least squares of logarithms; nan at zeros."""
     if min(values) <= 0 or not np.all(np.isfinite(values)):
         return float("nan")
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    return float(fit_power(np.array(sizes), np.array(values)).exponent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +149,11 @@ class Check:
             for name, of_kind in self.values.items()
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         num_measured = len(next(iter(self.values.values()))["size"][0])
-        return dataclasses.asdict(self) | {
-            "slopes": {
-                kind: [self.slopes(kind, step) for step in range(kind == "change", num_measured)]
-                for kind in ("size", "change")
-            }
-        }
+        steps = {"size": range(num_measured), "change": range(1, num_measured)}
+        slopes = {kind: [self.slopes(kind, step) for step in steps[kind]] for kind in KINDS}
+        return {**dataclasses.asdict(self), "slopes": slopes}
 
 
 def check(
@@ -169,9 +164,9 @@ def check(
     sizes: Sequence[int],
     num_steps: int,
     along: str = "width",
-    say: Callable[[str], Any] = print,
+    say: Callable[[str], object] = print,
 ) -> Check:
-    """Trains a model of each size for `num_steps` at the peak learning rate, and measures it after
+    """Train a model of each size for `num_steps` at the peak learning rate, and measure it after
     each of them.
     """
     found = []
@@ -187,7 +182,7 @@ def check(
         found.append(measure(Experiment(of_size, devices), num_steps))
         say(f"{parametrization}, {along} {size}: logits {found[-1]['logits']['size'][-1]:.4g}")
     values = {
-        name: {kind: [of_size[name][kind] for of_size in found] for kind in ("size", "change")}
+        name: {kind: [of_size[name][kind] for of_size in found] for kind in KINDS}
         for name in found[-1]
         if all(name in of_size for of_size in found)  # deeper models have more blocks
     }
@@ -199,40 +194,31 @@ def table(checks: Sequence[Check]) -> str:
     names = list(checks[0].values)
     lines = [f"{'exponent of':<24}" + "".join(f"{name:>10}" for name in names)]
     for found in checks:
-        for kind, what in (("size", "size"), ("change", "change since 0")):
+        for kind, label in (("size", "size"), ("change", "change since 0")):
             slopes = found.slopes(kind)
             cells = "".join(f"{slopes[name]:>10.2f}" for name in names)
-            lines.append(f"{found.parametrization + ', ' + what:<24}{cells}")
+            lines.append(f"{found.parametrization + ', ' + label:<24}{cells}")
     return "\n".join(lines)
 
 
 def draw(checks: Sequence[Check], path: str) -> None:
-    """Writes a picture: a row for each parametrization and kind, a column for each activation, a
+    """Write a picture: a row for each parametrization and kind, a column for each activation, a
     line for each step; the exponent after the last step is in each title.
     """
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [(found, kind) for found in checks for kind in ("size", "change")]
+    rows = [(found, kind) for found in checks for kind in KINDS]
     names = list(checks[0].values)
-    figure, axes = plt.subplots(
-        len(rows),
-        len(names),
-        figsize=(2.6 * len(names), 2.3 * len(rows)),
-        squeeze=False,
-        sharex=True,
-    )
+    figure = Figure(figsize=(2.6 * len(names) + 0.7, 2.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(names), squeeze=False, sharex=True)
     for (found, kind), line in zip(rows, axes, strict=True):
         slopes = found.slopes(kind)
         for name, axis in zip(names, line, strict=True):
             curves = list(zip(*found.values[name][kind], strict=True))  # [step][size]
             for at, values in enumerate(curves):
-                if kind == "change" and at == 0:
-                    continue
-                colour = plt.get_cmap("viridis")(at / max(1, len(curves) - 1) * 0.9)
-                axis.plot(found.sizes, values, marker="o", markersize=3, color=colour, label=at)
+                color = colormaps["viridis"](at / max(1, len(curves) - 1) * 0.9)
+                axis.plot(found.sizes, values, marker="o", markersize=3, color=color, label=at)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             low, high = axis.get_ylim()
@@ -243,15 +229,14 @@ def draw(checks: Sequence[Check], path: str) -> None:
             axis.grid(alpha=0.3, which="both")
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
-        what = "root mean square" if kind == "size" else "change since step 0"
-        line[0].set_ylabel(f"{found.parametrization}\n{what}", fontsize=9)
+        line[0].set_ylabel(f"{found.parametrization}\n{KINDS[kind]}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xticks(checks[0].sizes, [str(size) for size in checks[0].sizes])
         axis.xaxis.minorticks_off()
         axis.set_xlabel(checks[0].along, fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, title="step", loc="center right", fontsize=7, frameon=False)
+    figure.legend(
+        handles, labels, title="step", loc="outside right upper", fontsize=7, frameon=False
+    )
     figure.suptitle("Coordinates against size; after each name, the exponent after the last step")
-    figure.tight_layout(rect=(0, 0, 0.95, 1))
     figure.savefig(path, dpi=110)
-    plt.close(figure)
