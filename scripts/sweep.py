@@ -31,18 +31,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm import cli, exit_codes
 from lm.config import command_line
 
+if TYPE_CHECKING:
+    from lm.scaling.sweep.adaptive import Search
+
 
 def main() -> int:
     from lm.reliability.watchdog import STOPS
     from lm.scaling.sweep import cluster, pool, space
-    from lm.scaling.sweep.adaptive import Search
     from lm.scaling.sweep.pool import Outcome, Trial
 
     args, settings = _flags()
@@ -66,6 +68,8 @@ def main() -> int:
 
     search: Search | None = None
     if args.adaptive:
+        from lm.scaling.sweep.adaptive import Search
+
         seed = args.search_seed
         search = Search(root, ranges, args.adaptive, seed, args.config, settings)
         runs, source = [], search.runs()
@@ -93,10 +97,10 @@ def main() -> int:
         total = len(runs) or args.adaptive
         print(f"[{len(done)}/{total}] {run.name}: {outcome.status} {outcome.message}", flush=True)
 
-    def is_hopeless(run: Trial) -> bool:
+    def should_prune(run: Trial) -> bool:
         return search is not None and search.should_prune(run)
 
-    stopped = pool.run_all(root, source, slots=args.slots, ended=ended, is_hopeless=is_hopeless)
+    stopped = pool.run_all(root, source, slots=args.slots, ended=ended, should_prune=should_prune)
     failed = _finish(root, sorted(done, key=lambda run: run.name) if search else runs, home)
     if stopped is not None:
         print(f"{stopped.name}: the same command goes on")

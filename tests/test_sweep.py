@@ -196,7 +196,7 @@ def test_a_run_that_ignores_sigterm_is_killed(tmp_path):
     is_up = (tmp_path / "pruned" / run.name / "up").exists
     began = time.monotonic()
     go = {"slots": 1, "command": deaf, "grace": 1.0}
-    pool.run_all(tmp_path / "pruned", iter([run]), is_hopeless=lambda run: is_up(), **go)
+    pool.run_all(tmp_path / "pruned", iter([run]), should_prune=lambda run: is_up(), **go)
     assert pool.read_outcome(tmp_path / "pruned", run.name) == pool.Outcome("pruned", 137)
 
     def stop_the_sweep():
@@ -224,7 +224,7 @@ def test_a_search_finds_where_the_loss_is_low(tmp_path):
     assert min(losses) < 0.05 and np.median(losses[10:]) < np.median(losses[:10]) / 2
 
 
-def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
+def test_a_killed_search_goes_on_and_prunes(tmp_path, fake):
     proposed = next(Search(tmp_path, AXES, 5, 0, "x.py", ()).runs())  # and killed
     search, ended = Search(tmp_path, AXES, 5, 0, "x.py", ()), []
 
@@ -239,7 +239,7 @@ def test_a_killed_search_goes_on_and_stops_what_is_hopeless(tmp_path, fake):
     name = [run.name for run in more.runs()][5]
     point = {RATE: 1e-6}
     worst = Trial(name, point, space.arguments("x.py", point, ["--config.pause=30"]))
-    go = {"is_hopeless": more.should_prune, "ended": more.ended}
+    go = {"should_prune": more.should_prune, "ended": more.ended}
     pool.run_all(tmp_path, iter([worst]), slots=1, command=fake, **go)
     assert pool.read_outcome(tmp_path, name).status == "pruned"
 

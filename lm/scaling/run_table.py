@@ -1,4 +1,4 @@
-"""What the folder of a run says about it, as a row of a table; and tables of such rows.
+"""The result of a run, read from its folder as a row of a table; and tables of such rows.
 
 The columns are those that lm/scaling fits: parameters with and without embeddings (counted by
 lm/models/flops.py), tokens trained on, FLOPs of training, and the final loss on the validation
@@ -11,17 +11,21 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
+from lm import storage
 from lm.config import conversion
 from lm.config.schema import Config
 from lm.models import flops
 from lm.reliability import data_ledger
 from lm.telemetry import jsonl, metrics
+
+Row: TypeAlias = dict[str, Any]  # a row of a table, or a record of a run's metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,27 +48,25 @@ COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "step")
 
 
 def read(workdir: str, name: str | None = None) -> Result | None:
-    """The result of a run, of its last evaluation; None before its first, and before the first log
-    line of a fork, whose ledger begins where its parent's ends.
+    """The result of a run at its last evaluation; None before its first, and before the first log
+    line of a fork, whose ledger starts where its parent's ends.
 
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
+    config = _config(workdir)
+    if config is None:
         raise FileNotFoundError(f"{workdir} holds no run: there is no config.json in it")
-    config = conversion.resolve(conversion.from_json(path.read_text()))
     records = metrics.read(workdir)
     evals = [r for r in records if r["kind"] == "eval"]
     if not evals:
         return None
-    step, loss = evals[-1]["step"], mean_losses(evals)[evals[-1]["step"]]
+    step = evals[-1]["step"]
     entries = data_ledger.read(workdir)
     tokens = _tokens_seen(records, entries, step)
     if tokens is None:
         return None
     count = flops.parameters(config.model)
-    data = config.data
     entry = entries[-1]
     return Result(
         run=name or epath.Path(workdir).name,
@@ -72,9 +74,9 @@ def read(workdir: str, name: str | None = None) -> Result | None:
         non_embedding_parameters=count.non_embedding,
         tokens=tokens,
         flops=tokens * _flops_per_token(config, records),
-        loss=loss,
+        loss=mean_losses(evals)[step],
         learning_rate=config.optimizer.learning_rate,
-        batch_size=(entry["filled"] + entry["padding"]) // data.length,
+        batch_size=(entry["filled"] + entry["padding"]) // config.data.length,
         seed=config.seed,
         step=step,
     )
@@ -84,31 +86,34 @@ def is_finished(workdir: str) -> bool:
     """True if the run in a folder has evaluated and saved after its last step; False too where its
     config gives its length in tokens or epochs.
     """
-    folder = epath.Path(workdir)
-    if not (folder / "config.json").exists():
+    config = _config(workdir)
+    if config is None:
         return False
-    config = conversion.resolve(conversion.from_json((folder / "config.json").read_text()))
     steps = config.train.num_steps
-    evaluated = any(r["kind"] == "eval" and r["step"] == steps for r in metrics.read(workdir))
-    return evaluated and (folder / "checkpoints" / str(steps)).exists()
+    saved = (epath.Path(workdir) / "checkpoints" / str(steps)).exists()
+    return saved and steps in mean_losses(metrics.read(workdir))
 
 
-def mean_losses(evals: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Step -> the mean loss over the scored tokens of all validation stores, of the records of
-    evaluations.
+def _config(workdir: str) -> Config | None:
+    path = epath.Path(workdir) / "config.json"
+    return conversion.resolve(conversion.from_json(path.read_text())) if path.exists() else None
+
+
+def mean_losses(records: Iterable[Row]) -> dict[int, float]:
+    """{step: the mean loss over the scored tokens of all validation stores}, by the evaluations
+    among the records of a run's metrics.
     """
-    sums: dict[int, tuple[float, float]] = {}
-    for r in evals:
-        loss, tokens = sums.get(r["step"], (0.0, 0.0))
-        sums[r["step"]] = loss + r["loss"] * r["tokens"], tokens + r["tokens"]
+    by_step = defaultdict(list)
+    for record in records:
+        if record["kind"] == "eval":
+            by_step[record["step"]].append((record["loss"] * record["tokens"], record["tokens"]))
+    sums = {step: map(sum, zip(*pairs, strict=True)) for step, pairs in by_step.items()}
     return {step: loss / tokens for step, (loss, tokens) in sums.items()}
 
 
-def _tokens_seen(
-    records: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]], step: int
-) -> int | None:
+def _tokens_seen(records: Sequence[Row], entries: Sequence[Row], step: int) -> int | None:
     """Tokens trained on in the first `step` steps: the count of the log line nearest to it, and the
-    ledger's of the steps between; None where neither knows what a parent has trained on.
+    ledger's of the steps between; None where neither has the tokens of a parent.
     """
     logged = {r["step"]: r["tokens_seen"] for r in records if r["kind"] == "train"}
     if not entries or entries[0]["step"] == 0:
@@ -121,9 +126,9 @@ def _tokens_seen(
     return int(logged[near]) + (between if near < step else -between)
 
 
-def _flops_per_token(config: Config, records: Sequence[Mapping[str, Any]]) -> float:
-    """FLOPs per token as the run itself counted them, which knows its frozen parameters and
-    adapters; of a run made before runs did, as if everything were trained.
+def _flops_per_token(config: Config, records: Sequence[Row]) -> float:
+    """FLOPs per token as the run itself counted them, with its frozen parameters and adapters; of a
+    run made before runs did, as if everything were trained.
     """
     counted = [r for r in records if r.get("flops_seen") and r["tokens_seen"]]
     if counted:
@@ -131,31 +136,27 @@ def _flops_per_token(config: Config, records: Sequence[Mapping[str, Any]]) -> fl
     return flops.flops_per_token(config.model, config.data.length, config.data.encoder_length)
 
 
-def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+def rows(results: Sequence[Result]) -> list[Row]:
     """The columns of the table, one row for each result."""
     return [{name: getattr(result, name) for name in COLUMNS} for result in results]
 
 
-def write(path: str | Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows with the same keys as CSV, or as lines of JSON where the name ends with .jsonl;
+def write(path: str | Path, table: Sequence[Row]) -> None:
+    """Write rows with the same keys as CSV, or as lines of JSON where the name ends with .jsonl;
     the file is there whole or as it was.
     """
-    path = Path(path)
-    if path.suffix == ".jsonl":
+    if Path(path).suffix == ".jsonl":
         text = "".join(jsonl.line(row) for row in table)
     else:
-        text_file = io.StringIO()
-        writer = csv.DictWriter(text_file, table[0].keys(), lineterminator="\n")
+        file = io.StringIO()
+        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in row.items()} for row in table)
-        text = text_file.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.parent / (path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in table)
+        text = file.getvalue()
+    storage.write_atomically(path, text)
 
 
-def _text(value: Any) -> Any:
+def _cell(value: object) -> object:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

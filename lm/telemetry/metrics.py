@@ -80,20 +80,20 @@ def format_quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
-def short_names(sources: Sequence[str]) -> dict[str, str]:
+def short_names(sources: Sequence[str], separator: str = "/") -> dict[str, str]:
     """A name for each source (a path, a URL): the fewest last parts of it that no other one ends
     with, so that runs that read the same store in other folders call it the same.
 
     short_names(["/data/books/validation", "/data/code/validation"]) are books/validation and
     code/validation; a source that is alone is called by its last part.
     """
-    parts = {source: source.rstrip("/").split("/") for source in sources}
+    parts = {source: source.rstrip(separator).split(separator) for source in sources}
     found = {}
     for source, mine in parts.items():
         others = [p for other, p in parts.items() if other != source]
         counts = range(1, len(mine) + 1)
         count = next((n for n in counts if all(mine[-n:] != p[-n:] for p in others)), None)
-        found[source] = "/".join(mine[-count:]) if count else source
+        found[source] = separator.join(mine[-count:]) if count else source
     return found
 
 

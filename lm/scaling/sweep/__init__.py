@@ -1,3 +1,3 @@
-"""Many runs of one config: which values they have (space, adaptive), running them here or on a
-cluster (pool, cluster), and what came of them (report).
+"""Sweeps of one config: the space of its values (space, adaptive), runs on this machine or on a
+cluster (pool, cluster), and their results (report).
 """

@@ -1,8 +1,8 @@
-"""A search that learns from its runs: Optuna proposes points, and stops runs without hope.
+"""A search that learns from its runs: Optuna proposes points, and prunes runs.
 
 Points come from a tree-structured Parzen estimator (Bergstra et al. 2011), seeded for each trial,
-so that with one slot the search is a function of its flags. A run is stopped when its loss at an
-evaluation is above the median of the earlier runs' at the same step. What is known lies in
+so that with one slot the search is a function of its flags. A run is pruned when its loss at an
+evaluation is above the median of the earlier runs' at the same step. The study lies in
 ROOT/study.log.
 """
 
@@ -11,34 +11,38 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
 
 from lm.scaling import run_table
 from lm.scaling.sweep import pool, space
 from lm.scaling.sweep.pool import Outcome, Trial
-from lm.scaling.sweep.space import Axis, Choice
+from lm.scaling.sweep.space import Axis, Choice, Point
 from lm.telemetry import metrics
 
 STARTUP = 4  # runs at random points, and without pruning, before there is something to learn from
-NUMBER = "number"
 
 
 class Search:
     """The trials of a study of `count`, kept below `root`."""
 
     def __init__(
-        self, root: Path, axes: Sequence[Axis], count: int, seed: int, config: str, settings: Any
+        self,
+        root: Path,
+        axes: Sequence[Axis],
+        count: int,
+        seed: int,
+        config: str,
+        settings: Sequence[str],
     ) -> None:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         root.mkdir(parents=True, exist_ok=True)
-        self._optuna, self._root, self._axes = optuna, root, axes
-        self._count, self._seed, self._config, self._settings = count, seed, config, settings
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(root / "study.log")))
+        self._root, self._axes, self._count, self._seed = root, axes, count, seed
+        self._config, self._settings = config, settings
         self._study = optuna.create_study(
-            storage=storage,
+            storage=JournalStorage(JournalFileBackend(str(root / "study.log"))),
             study_name="sweep",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
@@ -48,64 +52,56 @@ class Search:
     def runs(self) -> Iterator[Trial | None]:
         """The trials: first those that had been proposed already."""
         for trial in self._study.trials:
-            yield self._run(trial.number, self._point(self._trial(trial.number)))
-        while len(self._study.trials) < self._count:
-            number = len(self._study.trials)
-            self._study.sampler = self._optuna.samplers.TPESampler(
+            yield self._run(self._trial(trial.number))
+        while (number := len(self._study.trials)) < self._count:
+            self._study.sampler = optuna.samplers.TPESampler(
                 n_startup_trials=STARTUP,
                 seed=1_000_003 * self._seed + number,
                 constant_liar=True,
             )
-            trial = self._study.ask()
-            yield self._run(trial.number, self._point(trial))
+            yield self._run(self._study.ask())
 
-    def _trial(self, number: int) -> Any:
+    def _trial(self, number: int) -> optuna.Trial:
         """A trial that was asked for, perhaps by an earlier process."""
-        frozen = self._study.trials[number]
-        return self._optuna.trial.Trial(self._study, frozen._trial_id)
+        return optuna.Trial(self._study, self._study.trials[number]._trial_id)
 
-    def _point(self, trial: Any) -> dict[str, Any]:
-        """The values of a trial; those that it has already stay."""
-        point = {}
+    def _run(self, trial: optuna.Trial) -> Trial:
+        """The run of a trial; the values that it has already stay."""
+        point: Point = {}
         for axis in self._axes:
             if isinstance(axis, Choice):
                 index = trial.suggest_categorical(axis.key, list(range(len(axis.values))))
                 point[axis.key] = axis.values[index]
             elif axis.is_whole:
-                point[axis.key] = trial.suggest_int(
-                    axis.key, int(axis.low), int(axis.high), log=axis.log
-                )
+                low, high = int(axis.low), int(axis.high)
+                point[axis.key] = trial.suggest_int(axis.key, low, high, log=axis.log)
             else:
                 value = trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
                 point[axis.key] = space.round_to_4_significant(value)
-        return point
-
-    def _run(self, number: int, point: dict[str, Any]) -> Trial:
-        name = f"{number:03d}-{space.name(point)}"
+        name = f"{trial.number:03d}-{space.name(point)}"
         return Trial(name, point, space.arguments(self._config, point, self._settings))
 
     def should_prune(self, run: Trial) -> bool:
-        """Tells the study of new evaluations of a run; whether it is to be stopped."""
+        """Report new evaluations of a run to the study; True if it is to be stopped."""
         path = self._root / run.name / metrics.METRICS_FILE
         size = path.stat().st_size if path.exists() else 0
         if size == self._seen.get(run.name, 0):
             return False
         self._seen[run.name] = size
-        return bool(self._report(run).should_prune())
+        return self._report(run).should_prune()
 
-    def _report(self, run: Trial) -> Any:
-        """The trial of a run, which the study now knows all evaluations of."""
+    def _report(self, run: Trial) -> optuna.Trial:
+        """The trial of a run, with all its evaluations reported to the study."""
         number = _number(run)
         known, trial = self._study.trials[number].intermediate_values, self._trial(number)
-        records = metrics.read(str(self._root / run.name))
-        losses = run_table.mean_losses([r for r in records if r["kind"] == "eval"])
+        losses = run_table.mean_losses(metrics.read(str(self._root / run.name)))
         for step, loss in losses.items():
             if step not in known:
                 trial.report(loss, step)
         return trial
 
     def ended(self, run: Trial, outcome: Outcome) -> None:
-        """Tells the study what came of a run."""
+        """Report the outcome of a run to the study."""
         loss = math.nan
         if outcome.status == pool.FINISHED:
             result = run_table.read(str(self._root / run.name))
@@ -119,17 +115,14 @@ class Search:
         self.tell(_number(run), outcome.status, loss)
 
     def tell(self, number: int, status: str, loss: float) -> None:
-        """Ends a trial, if it has not ended yet; a diverged one is worse than all others."""
-        states = self._optuna.trial.TrialState
+        """End a trial, if it has not ended yet; a diverged one is worse than all others."""
         if self._study.trials[number].state.is_finished():
             return
-        if status == pool.FINISHED:
-            self._study.tell(number, loss)
-        elif status == pool.DIVERGED:
-            self._study.tell(number, math.inf)
+        if status in (pool.FINISHED, pool.DIVERGED):
+            self._study.tell(number, loss if status == pool.FINISHED else math.inf)
         else:
             pruned = status == pool.PRUNED
-            self._study.tell(number, state=states.PRUNED if pruned else states.FAIL)
+            self._study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL)
 
 
 def _number(run: Trial) -> int:

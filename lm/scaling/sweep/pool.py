@@ -1,14 +1,14 @@
-"""Runs as processes of this machine, a few at a time, whatever happens to them or to the sweep.
+"""Runs as processes of this machine, a few at a time, each done once whatever is killed.
 
     ROOT/NAME/              the folder of a run, as scripts/train.py makes it, and in it
-              log.txt       what it printed
+              log.txt       its output
               outcome.json  how it ended; not there while it may go on
               sweep.lock    held by the process of the run for as long as it lives
 
 A killed sweep leaves its runs alive. The next one waits for them at their locks, so that no run is
-ever done by two processes; and since a run goes on where its last checkpoint is, none is lost. The
-lock is not that of scripts/train.py (lm/reliability/watchdog.py), which the process takes by itself
-once it has started: until then this one keeps others away.
+ever done by two processes; and since a run resumes from its last checkpoint, none is lost. The lock
+is not that of scripts/train.py (lm/reliability/watchdog.py), which the process takes by itself once
+it has started: until then this one keeps others away.
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from lm import storage
 from lm.exit_codes import Exit, restarts
 from lm.reliability.watchdog import LOCK_FILE, StopSignals
 from lm.scaling import run_table
+from lm.scaling.sweep.space import Point
 
 CODES = "codes"  # folder of exit codes, a file for each run, that a cluster's commands write
 OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
 RETRIES = 2  # after exit codes that ask for it
-PAUSE = 0.2  # seconds between looks at the processes
+PAUSE = 0.2  # seconds between polls of the processes
 GRACE = 300.0  # seconds from SIGTERM to SIGKILL: a save may take as long
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: its place in the space, and the flags of scripts/train.py for it."""
+    """One run of a sweep: its point in the space, and the flags of scripts/train.py for it."""
 
     name: str
-    point: dict[str, Any]
+    point: Point
     arguments: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended; message: the last that it said, where that was no success."""
+    """The end of a run; message: its last error line, where it was no success."""
 
     status: str
     code: int
@@ -62,18 +64,18 @@ def read_outcome(root: Path, name: str, runs: str = "") -> Outcome | None:
 
     runs: folder or URL of the runs' folders; `root` if empty.
     """
-    found = []
+    found: list[Outcome | None] = []
     if (path := root / name / OUTCOME_FILE).exists():
         found.append(Outcome(**json.loads(path.read_text())))
     if (path := root / CODES / name).exists() and (text := path.read_text().strip()):
-        found.append(_outcome(int(text)))
+        found.append(_cluster_outcome(int(text)))
     if not found and run_table.is_finished(os.path.join(runs or root, name)):
         found.append(Outcome(FINISHED, Exit.SUCCESS))
-    known = [outcome for outcome in found if outcome is not None]
-    return next((o for o in known if o.status == FINISHED), next(iter(known), None))
+    ended = [outcome for outcome in found if outcome is not None]
+    return min(ended, key=lambda outcome: outcome.status != FINISHED, default=None)
 
 
-def _outcome(code: int) -> Outcome | None:
+def _cluster_outcome(code: int) -> Outcome | None:
     """Outcome of a run whose last process ended with `code`; None if it may go on."""
     if restarts(code) or code == Exit.INTERRUPTED:
         return None
@@ -83,23 +85,22 @@ def _outcome(code: int) -> Outcome | None:
 
 
 def record(root: Path, name: str, outcome: Outcome) -> None:
-    new = root / name / (OUTCOME_FILE + ".new")
-    new.write_text(json.dumps(dataclasses.asdict(outcome)) + "\n")
-    new.replace(root / name / OUTCOME_FILE)
+    text = json.dumps(dataclasses.asdict(outcome)) + "\n"
+    storage.write_atomically(root / name / OUTCOME_FILE, text)
 
 
 class _Active:
-    """A run that has a slot: waiting for its lock, or with a process."""
+    """A run in a slot: waiting for its lock, or with a process."""
 
     def __init__(self, root: Path, run: Trial) -> None:
         self.run, self.folder = run, root / run.name
         self.process: subprocess.Popen[bytes] | None = None
-        self.tries, self.is_pruned, self.told = 0, False, False
-        self.asked_at: float | None = None  # when SIGTERM was sent
+        self.tries, self.is_pruned, self.is_announced = 0, False, False
+        self.terminated_at: float | None = None  # when SIGTERM was sent
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, command: list[str]) -> bool:
-        """Starts the process, if no other one has the run."""
+        """Start the process; False if another one has the run."""
         with (self.folder / SWEEP_LOCK_FILE).open("w") as lock:
             if not _try_lock(lock) or not self._is_free():
                 return False
@@ -127,21 +128,21 @@ class _Active:
         return 128 - code if code is not None and code < 0 else code
 
     def terminate(self) -> None:
-        """Asks the process to save and to end."""
+        """Send SIGTERM, on which the process saves and ends."""
         if self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGTERM)
-            self.asked_at = time.monotonic()
+            self.terminated_at = time.monotonic()
 
     def kill_if_overdue(self, grace: float) -> None:
-        """Kills what was asked to end `grace` seconds ago, with all that it has started."""
-        if self.asked_at is not None and time.monotonic() > self.asked_at + grace:
+        """Kill a process that got SIGTERM `grace` seconds ago, with all that it has started."""
+        if self.terminated_at is not None and time.monotonic() > self.terminated_at + grace:
             with contextlib.suppress(ProcessLookupError):
                 if self.process is not None and self.process.poll() is None:
                     os.killpg(self.process.pid, signal.SIGKILL)
 
     def outcome(self, code: int) -> Outcome | None:
-        """How the run ended; None if it is to be started again."""
+        """The end of the run; None if it is to be started again."""
         if code == Exit.SUCCESS:
             return Outcome(FINISHED, code)
         if self.is_pruned:
@@ -154,7 +155,7 @@ class _Active:
 
 
 def _try_lock(file: IO[str]) -> bool:
-    """Takes the lock of a file until it is closed; whether no other process has it."""
+    """Take the lock of a file until it is closed; False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -175,16 +176,17 @@ def run_all(
     runs: Iterator[Trial | None],
     *,
     slots: int,
-    ended: Callable[[Trial, Outcome], Any] = lambda run, outcome: None,
-    is_hopeless: Callable[[Trial], bool] = lambda run: False,
+    ended: Callable[[Trial, Outcome], object] = lambda run, outcome: None,
+    should_prune: Callable[[Trial], bool] = lambda run: False,
     command: list[str] | None = None,
     grace: float = GRACE,
-    say: Callable[[str], Any] = print,
+    say: Callable[[str], object] = print,
 ) -> signal.Signals | None:
-    """Does all runs, `slots` at a time; returns the signal that ended it early.
+    """Do all runs, `slots` at a time; return the signal that ended the sweep early.
 
-    runs: in the order in which they start; None means: not yet, ask again. ended: is told of every
-    run with an outcome, old or new. is_hopeless: a run to stop, asked again and again.
+    runs: in the order in which they start; None means: not yet, ask again. ended: called for every
+    run with an outcome, old or new. should_prune: polled; True for a run to stop. grace: seconds
+    from SIGTERM to SIGKILL.
     """
     command = command or [sys.executable, "scripts/train.py"]
     active: list[_Active] = []
@@ -202,9 +204,9 @@ def run_all(
                     ended(run, outcome)
                     continue
                 active.append(_Active(root, run))
-            for one in [*active]:
+            for one in list(active):
                 one.kill_if_overdue(grace)
-                if (outcome := _look(one, command, is_hopeless, say)) is not None:
+                if (outcome := _poll(one, command, should_prune, say)) is not None:
                     record(root, one.run.name, outcome)
                     active.remove(one)
                     ended(one.run, outcome)
@@ -218,24 +220,24 @@ def run_all(
     return signals.received
 
 
-def _look(
+def _poll(
     one: _Active,
     command: list[str],
-    is_hopeless: Callable[[Trial], bool],
-    say: Callable[[str], Any],
+    should_prune: Callable[[Trial], bool],
+    say: Callable[[str], object],
 ) -> Outcome | None:
-    """Starts a run that has no process yet, or looks at the one that it has."""
+    """Start a run that has no process yet, or poll the one that it has."""
     if one.process is None:
-        if not one.start(command) and not one.told:
+        if not one.start(command) and not one.is_announced:
             say(f"{one.run.name}: runs already, started by another process; waiting for it")
-            one.told = True
+            one.is_announced = True
         return None
     if (code := one.code) is not None:
         if (outcome := one.outcome(code)) is None:
             say(f"{one.run.name}: exit code {code}; started again")
             one.process = None
         return outcome
-    if not one.is_pruned and is_hopeless(one.run):
+    if not one.is_pruned and should_prune(one.run):
         one.is_pruned = True
         one.terminate()
     return None

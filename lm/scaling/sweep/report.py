@@ -1,29 +1,38 @@
-"""What came of a sweep: a table of its runs, a ranking of its points, and a picture."""
+"""The results of a sweep: a table of its runs, a ranking of its points, and a picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lm.scaling import run_table
-from lm.scaling.sweep import pool, space
+from lm.scaling.run_table import Row
+from lm.scaling.sweep import pool
 from lm.scaling.sweep.pool import Trial
+from lm.scaling.sweep.space import Point
 from lm.telemetry import fonts
+from lm.telemetry.metrics import short_names
 
-REPEATS = ("seed", "fold")  # keys that tell runs of the same point apart
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+REPEATS = ("seed", "fold")  # keys in which runs of the same point differ
 UNFINISHED = "unfinished"
 
 
-def collect(root: Path, runs: Sequence[Trial], home: str = "") -> list[dict[str, Any]]:
-    """A row for each run: its name, the values of its point, how it ended, and its result.
+def collect(root: Path, runs: Sequence[Trial], home: str = "") -> list[Row]:
+    """A row for each run: its name, its status, the values of its point, and its result.
 
     home: folder or URL of the runs' folders; `root` if empty.
 
-    A run without a finished outcome has no loss: where it was is not what it would have reached.
+    A run without a finished outcome has no loss: an earlier loss is not the one it would reach.
     """
     keys = dict.fromkeys(key for run in runs for key in run.point)
     table = []
@@ -33,33 +42,31 @@ def collect(root: Path, runs: Sequence[Trial], home: str = "") -> list[dict[str,
         folder = os.path.join(home or root, run.name)
         result = run_table.read(folder) if status == pool.FINISHED else None
         values = {name: getattr(result, name, None) for name in run_table.COLUMNS if name != "run"}
-        row: dict[str, Any] = {"run": run.name, "status": status}
-        row |= {key: run.point.get(key) for key in keys}
-        row |= {name: value for name, value in values.items() if name not in row}
-        row["message"] = outcome.message if outcome is not None else ""
-        table.append(row)
+        point = {key: run.point.get(key) for key in keys}
+        message = outcome.message if outcome is not None else ""
+        head = {"run": run.name, "status": status, **point}
+        table.append(
+            {**head, **{k: v for k, v in values.items() if k not in head}, "message": message}
+        )
     return table
 
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """A point, and its finished runs; spread: standard deviation of their losses."""
+    """A point, the losses of its finished runs, and the number of the others by status."""
 
-    point: dict[str, Any]
+    point: Point
     losses: tuple[float, ...]
-    others: dict[str, int]  # runs that ended in another way, by how
+    others: dict[str, int]
 
     @property
     def mean(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else math.inf
+        return float(np.mean(self.losses)) if self.losses else math.inf
 
     @property
     def spread(self) -> float:
-        """nan with fewer than two runs."""
-        if len(self.losses) < 2:
-            return math.nan
-        squares = sum((x - self.mean) ** 2 for x in self.losses)
-        return math.sqrt(squares / (len(self.losses) - 1))
+        """Standard deviation of the losses; nan with fewer than two runs."""
+        return float(np.std(self.losses, ddof=1)) if len(self.losses) > 1 else math.nan
 
     @property
     def error(self) -> float:
@@ -67,38 +74,36 @@ class Rank:
         return self.spread / math.sqrt(len(self.losses)) if self.losses else math.nan
 
 
-def rank(runs: Sequence[Trial], table: Sequence[Mapping[str, Any]]) -> list[Rank]:
+def rank(runs: Sequence[Trial], table: Sequence[Row]) -> list[Rank]:
     """The points, the lowest mean loss first; those of which a run is missing come last."""
-    groups: dict[str, tuple[dict[str, Any], list[Mapping[str, Any]]]] = {}
+    groups: dict[str, tuple[Point, list[Row]]] = {}
     for run, row in zip(runs, table, strict=True):
         point = {key: value for key, value in run.point.items() if key not in REPEATS}
         groups.setdefault(repr(point), (point, []))[1].append(row)
     ranks = []
     for point, rows in groups.values():
-        ended = [row["status"] for row in rows if row["loss"] is None]
         losses = tuple(row["loss"] for row in rows if row["loss"] is not None)
-        ranks.append(Rank(point, losses, {status: ended.count(status) for status in ended}))
+        others = Counter(row["status"] for row in rows if row["loss"] is None)
+        ranks.append(Rank(point, losses, dict(others)))
     return sorted(ranks, key=lambda r: (bool(r.others), r.mean))
 
 
 def ranking(ranks: Sequence[Rank], limit: int = 20) -> str:
-    """The ranking as text; a ~ marks points that two standard errors don't tell from the best."""
-    best, lines = ranks[0], []
-    keys = [*ranks[0].point]
-    short = space.labels(keys)
-    width = max(len(space.name(r.point)) for r in ranks[:limit])
-    lines.append(f"   {'point'.ljust(width)}  loss    spread  runs")
-    for place, r in enumerate(ranks[:limit], 1):
-        named = ", ".join(f"{short[k]}={v}" for k, v in r.point.items()) or "(one point)"
+    """The ranking as text; a ~ marks points within two standard errors of the best."""
+    best, short = ranks[0], short_names([*ranks[0].point], ".")
+    names = [
+        ", ".join(f"{short[k]}={v}" for k, v in r.point.items()) or "(one point)"
+        for r in ranks[:limit]
+    ]
+    width = max(map(len, names))
+    lines = [f"   {'point':{width}}  loss    spread  runs"]
+    for number, (name, r) in enumerate(zip(names, ranks, strict=False), 1):
         loss = f"{r.mean:.4f}" if r.losses else "-"
         spread = f"{r.spread:.4f}" if len(r.losses) > 1 else "-"
-        difference = math.hypot(r.error, best.error)
-        near = place > 1 and not r.others and r.mean - best.mean <= 2 * difference
-        rest = "".join(f", {n} {status}" for status, n in r.others.items())
-        mark = " ~" if near else ""
-        lines.append(
-            f"{place:>2} {named.ljust(width)}  {loss:<6}  {spread:<6}  {len(r.losses)}{rest}{mark}"
-        )
+        near = number > 1 and not r.others
+        near = near and r.mean - best.mean <= 2 * math.hypot(r.error, best.error)
+        rest = "".join(f", {n} {status}" for status, n in r.others.items()) + " ~" * near
+        lines.append(f"{number:>2} {name:{width}}  {loss:<6}  {spread:<6}  {len(r.losses)}{rest}")
     if len(ranks) > limit:
         lines.append(f"   and {len(ranks) - limit} more")
     if any(line.endswith("~") for line in lines):
@@ -106,10 +111,9 @@ def ranking(ranks: Sequence[Rank], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
-def summary(table: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs ended how, and what the others said."""
-    statuses = [row["status"] for row in table]
-    counts = {s: statuses.count(s) for s in dict.fromkeys(statuses)}
+def summary(table: Sequence[Row]) -> str:
+    """The number of runs by status, and the messages of failed and diverged ones."""
+    counts = Counter(row["status"] for row in table)
     lines = [f"{len(table)} runs: " + ", ".join(f"{n} {status}" for status, n in counts.items())]
     lines += [
         f"  {row['status']}: {row['run']}: {row['message']}"
@@ -120,46 +124,37 @@ def summary(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(ranks: Sequence[Rank], path: Path) -> None:
-    """Draws the loss against every key: dots are runs, bars reach over a point's spread, and a line
+    """Draw the loss against every key: dots are runs, bars reach over a point's spread, and a line
     joins the best at each value. Runs without a loss are crosses at the top.
 
     Raises:
         ValueError: no run has a loss.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    finished = [r for r in ranks if r.losses]
-    if not finished:
+    means = sorted(r.mean for r in ranks if r.losses)
+    if not means:
         raise ValueError("no run of the sweep has a loss to draw")
-    keys = [*ranks[0].point] or [""]
-    lows = [min(r.losses) for r in finished]
-    low, high = min(lows), max(max(r.losses) for r in finished)
-    middle = sorted(r.mean for r in finished)[len(finished) // 2]
-    top = min(high, middle + 3 * (middle - low)) if middle > low else high
+    losses = [loss for r in ranks for loss in r.losses]
+    low, middle = min(losses), means[len(means) // 2]
+    top = min(max(losses), middle + 3 * (middle - low)) if middle > low else max(losses)
     pad = 0.08 * (top - low or 0.1 * low)
     ceiling = top + 2 * pad
+    keys = [*ranks[0].point] or [""]
     columns = min(3, len(keys))
-    lines = -(-len(keys) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False, sharey=True
-    )
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, key in zip(axes.flat, keys, strict=False):
-        at = _places(axis, [r.point.get(key) for r in ranks])
+        position = _positions(axis, [r.point.get(key) for r in ranks])
         best: dict[float, float] = {}
         for r in ranks:
-            x = at(r.point.get(key))
+            x, count = position(r.point.get(key)), sum(r.others.values())
             axis.plot([x] * len(r.losses), r.losses, ".", color="0.6", zorder=1)
-            count = sum(r.others.values())
-            if count:
-                axis.plot([x] * count, [ceiling] * count, "x", color="C3", clip_on=False)
+            axis.plot([x] * count, [ceiling] * count, "x", color="C3", clip_on=False)
             if r.losses:
                 spread = r.spread if len(r.losses) > 1 else 0.0
-                axis.errorbar(
-                    x, r.mean, spread, marker="o", color="C0", alpha=0.6, capsize=3, zorder=2
-                )
+                axis.errorbar(x, r.mean, spread, fmt="C0o", alpha=0.6, capsize=3, zorder=2)
                 best[x] = min(best.get(x, math.inf), r.mean)
         axis.plot(*zip(*sorted(best.items()), strict=True), color="C1", linewidth=1.5, zorder=3)
         axis.margins(x=0.12)
@@ -169,35 +164,28 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
         axis.set_ylim(low - pad, ceiling)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
-    for row in axes:
-        row[0].set_ylabel("final validation loss (nats per token)")
-    counts: dict[str, int] = {}
-    for r in ranks:
-        for status, n in r.others.items():
-            counts[status] = counts.get(status, 0) + n
-    note = "".join(f" · {n} {status} (×)" for status, n in counts.items())
-    hidden = sum(loss > ceiling for r in finished for loss in r.losses)
-    note += f" · {hidden} above the picture" if hidden else ""
-    finished_runs = sum(len(r.losses) for r in finished)
-    note += " · line: best mean at each value"
-    figure.suptitle(f"{finished_runs} finished runs{note}", fontsize=10)
-    figure.tight_layout()
+    figure.supylabel("final validation loss (nats per token)")
+    counts = sum((Counter(r.others) for r in ranks), Counter())
+    hidden = sum(loss > ceiling for loss in losses)
+    notes = [f"{len(losses)} finished runs", *(f"{n} {s} (×)" for s, n in counts.items())]
+    notes += [f"{hidden} above the picture"] * bool(hidden)
+    figure.suptitle(" · ".join([*notes, "line: best mean at each value"]), fontsize=10)
     figure.savefig(str(path), dpi=120)
-    plt.close(figure)
 
 
-def _places(axis: Any, values: Sequence[Any]) -> Callable[[Any], float]:
-    """Where the values of a key are drawn: numbers to scale, in the logarithm if they span a factor
-    of eight, all others side by side.
+def _positions(axis: Axes, values: Sequence[object]) -> Callable[[object], float]:
+    """The positions of a key's values on the axis: numbers to scale, in the logarithm if they span
+    a factor of eight, all others side by side.
     """
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     distinct = list(dict.fromkeys(map(str, values)))
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        if min(values) > 0 and max(values) >= 8 * min(values):
+    if len(numbers) == len(values):
+        if min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
             axis.set_xscale("log")
         if len(distinct) <= 8:
-            axis.set_xticks(sorted(set(values)), [f"{v:g}" for v in sorted(set(values))])
+            axis.set_xticks(sorted(set(numbers)), [f"{v:g}" for v in sorted(set(numbers))])
             axis.minorticks_off()
-        return float
+        return lambda value: float(str(value))
     families = fonts.families("".join(distinct))
     shown = [fonts.readable(text, families) for text in distinct]
     rotation = 20 * (max(map(len, distinct)) > 8)

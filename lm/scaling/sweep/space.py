@@ -1,7 +1,7 @@
-"""Which values a sweep tries: axes of config keys, their grid, and random points.
+"""The space of a sweep: axes of config keys, their grid, and random points.
 
 optimizer.learning_rate=1e-3,2e-3,4e-3      these
-optimizer.learning_rate=1e-4..1e-2:log      a range, even in the logarithm
+optimizer.learning_rate=1e-4..1e-2:log      a range, uniform in the logarithm
 model.num_layers=2..8                       a range of whole numbers
 config=configs/ladder.py:2,configs/ladder.py:3   the key `config` is the file itself
 """
@@ -14,14 +14,18 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lm.config import conversion
+from lm.telemetry.metrics import short_names
 
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
 CONFIG = "config"  # the axis that is no key of a config, but the config's file
+
+Point: TypeAlias = dict[str, object]  # the values of a run's keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +33,19 @@ class Choice:
     """A key and the values that it may have."""
 
     key: str
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
 
-    def sample(self, rng: np.random.Generator) -> Any:
+    def sample(self, rng: np.random.Generator) -> object:
         return self.values[int(rng.integers(len(self.values)))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A key and the least and largest value that it may have, whole numbers if both are."""
+    """A key and its least and largest value, whole numbers if both are.
+
+    The points of a random sweep are not stored but drawn again from its seed: `sample` must not
+    depend on a library's version.
+    """
 
     key: str
     low: float
@@ -48,25 +56,29 @@ class Range:
     def is_whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
-    def sample(self, rng: np.random.Generator) -> Any:
+    @property
+    def values(self) -> tuple[float, float]:
+        """The ends."""
+        return self.low, self.high
+
+    def sample(self, rng: np.random.Generator) -> float:
+        if self.is_whole and not self.log:
+            return int(rng.integers(int(self.low), int(self.high) + 1))
         if not self.log:
-            if self.is_whole:
-                return int(rng.integers(int(self.low), int(self.high) + 1))
             return round_to_4_significant(float(rng.uniform(self.low, self.high)))
         # each whole number has the part of the logarithm that rounds to it
         margin = 0.5 if self.is_whole else 0.0
         x = math.exp(rng.uniform(math.log(self.low - margin), math.log(self.high + margin)))
-        return (
-            round(min(max(x, self.low), self.high)) if self.is_whole else round_to_4_significant(x)
-        )
+        if self.is_whole:
+            return round(min(max(x, self.low), self.high))
+        return round_to_4_significant(x)
 
 
-Axis = Choice | Range
-Point = dict[str, Any]
+Axis: TypeAlias = Choice | Range
 
 
 def round_to_4_significant(x: float) -> float:
-    """Four digits: what is not told apart need not be written down."""
+    """Round to four digits, which are enough to tell runs apart and short enough for a name."""
     return float(f"{x:.4g}")
 
 
@@ -83,21 +95,21 @@ def parse(text: str) -> Axis:
     span, _, scale = values.partition(":")
     low, dots, high = span.partition("..")
     if dots and key != CONFIG:
-        limits = (_value(low), _value(high))
-        if not all(isinstance(x, int | float) for x in limits) or limits[0] >= limits[1]:
+        low, high = _value(low), _value(high)
+        if not (isinstance(low, int | float) and isinstance(high, int | float) and low < high):
             raise ValueError(f"{text!r}: a range is LOW..HIGH, numbers, the lower one first")
         if scale not in ("", "log"):
-            raise ValueError(f"{text!r}: a range is even, or :log; not {scale!r}")
-        if scale == "log" and limits[0] <= 0:
+            raise ValueError(f"{text!r}: a range is uniform, or :log; not {scale!r}")
+        if scale == "log" and low <= 0:
             raise ValueError(f"{text!r}: the logarithm needs a positive LOW, got {low}")
-        return Range(key, *limits, log=scale == "log")
+        return Range(key, low, high, log=scale == "log")
     found = tuple(_value(part) if key != CONFIG else part for part in _split(values))
     if len(set(map(str, found))) < len(found):  # a flag is a text
         raise ValueError(f"{text!r} has a value twice")
     return Choice(key, found)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -117,7 +129,7 @@ def _split(text: str) -> list[str]:
 
 
 def check_keys(axes: Sequence[Axis]) -> None:
-    """Raises ValueError where two axes have the same key."""
+    """Raise ValueError where two axes have the same key."""
     keys = [axis.key for axis in axes]
     for key in keys:
         if keys.count(key) > 1:
@@ -129,9 +141,9 @@ def check_config(
     axes: Sequence[Axis],
     settings: Sequence[str],
     *,
-    read: Callable[[str, Sequence[str]], Any],
+    read: Callable[[str, Sequence[str]], ConfigDict],
 ) -> None:
-    """Sets every value of every axis in the configs of the sweep, before any run starts.
+    """Set every value of every axis in the configs of the sweep, before any run starts.
 
     read: (file, settings KEY=VALUE) -> its config: `lm.config.command_line.read`.
     A key may be one of a component that only some runs have: one config that has it is enough.
@@ -140,24 +152,22 @@ def check_config(
         ValueError: a config can't be read, or values can't be set, with all of them.
     """
     named = [a for a in axes if a.key == CONFIG or conversion.is_name(a.key)]
-    others = [a for a in axes if a not in named]
-    faults: list[dict[str, str]] = []
+    values = [(a.key, value) for a in axes if a not in named for value in a.values]
+    faults: list[dict[str, str]] = []  # of each config, by setting
     for point in grid(named):
         given = [s.removeprefix("--config.").replace("{fold}", "0") for s in settings]
         given += [f"{key}={value}" for key, value in point.items() if key != CONFIG]
         tree = read(str(point.get(CONFIG, config)), given)
         faults.append({})
-        for axis in others:
-            values = axis.values if isinstance(axis, Choice) else (axis.low, axis.high)
-            for value in values:
-                try:
-                    conversion.assign(tree, f"{axis.key}={value}")
-                except ValueError as error:
-                    faults[-1].setdefault(f"{axis.key}={value}", str(error))
+        for key, value in values:
+            try:
+                conversion.assign(tree, f"{key}={value}")
+            except ValueError as error:
+                faults[-1].setdefault(f"{key}={value}", str(error))
     always = [fault for text, fault in faults[0].items() if all(text in found for found in faults)]
     if always:
-        lines = list(dict.fromkeys(always))
-        raise ValueError("no run can have these values of axes:\n  " + "\n  ".join(lines))
+        lines = "\n  ".join(dict.fromkeys(always))
+        raise ValueError(f"no run can have these values of axes:\n  {lines}")
 
 
 def grid(axes: Sequence[Axis]) -> list[Point]:
@@ -200,29 +210,17 @@ def with_seeds_and_folds(points: Sequence[Point], seeds: int, folds: int) -> Ite
                 yield point | {key: value for key, value in extra.items() if value is not None}
 
 
-def labels(keys: Sequence[str]) -> dict[str, str]:
-    """Short names of keys: as many of their last parts as tell them apart."""
-    short = {}
-    for key in keys:
-        parts = key.split(".")
-        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        others = [f".{k}" for k in keys if k != key]
-        short[key] = next(t for t in tails if not any(k.endswith(f".{t}") for k in others))
-    return short
-
-
-def name(point: Mapping[str, Any]) -> str:
+def name(point: Mapping[str, object]) -> str:
     """The name of a point's folder, that of no other point."""
-    short = labels(list(point))
+    short = short_names(list(point), ".")
     text = ",".join(f"{short[key]}={value}" for key, value in point.items()) or "run"
     return folder_name(text, repr(list(point.items())))
 
 
 def folder_name(text: str, identity: str = "") -> str:
-    """`text` as a folder may be called, in at most LONGEST bytes.
+    """A legal folder name of at most LONGEST bytes for `text`.
 
-    identity: what tells it from others with the same text, which is itself by default. Where
-    letters are replaced or cut, the name ends with a hash of it.
+    Where letters are replaced or cut, it ends with a hash of `identity`, by default the text.
     """
     kept = "".join(c if c.isalnum() or c in "=,.-_+" else "_" for c in text)
     if kept == text and len(text.encode()) <= LONGEST:
@@ -232,7 +230,7 @@ def folder_name(text: str, identity: str = "") -> str:
     return f"{cut}-{digest}"
 
 
-def arguments(config: str, point: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
+def arguments(config: str, point: Mapping[str, object], settings: Sequence[str]) -> list[str]:
     """The flags of scripts/train.py for a point; `{fold}` in the settings becomes its fold."""
     fold = point.get("fold")
     given = [s if fold is None else s.replace("{fold}", str(fold)) for s in settings]
