@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import optuna
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.trial import TrialState
+from typing import TYPE_CHECKING
 
 from lm.scaling import run_table
 from lm.scaling.sweep import pool, space
 from lm.scaling.sweep.pool import Outcome, Trial
 from lm.scaling.sweep.space import Axis, Choice, Point
 from lm.telemetry import metrics
+
+if TYPE_CHECKING:
+    import optuna
 
 STARTUP = 4  # runs at random points, and without pruning, before there is something to learn from
 
@@ -37,6 +37,9 @@ class Search:
         config: str,
         settings: Sequence[str],
     ) -> None:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalStorage
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         root.mkdir(parents=True, exist_ok=True)
         self._root, self._axes, self._count, self._seed = root, axes, count, seed
@@ -51,10 +54,12 @@ class Search:
 
     def runs(self) -> Iterator[Trial | None]:
         """The trials: first those that had been proposed already."""
+        from optuna.samplers import TPESampler
+
         for trial in self._study.trials:
             yield self._run(self._trial(trial.number))
         while (number := len(self._study.trials)) < self._count:
-            self._study.sampler = optuna.samplers.TPESampler(
+            self._study.sampler = TPESampler(
                 n_startup_trials=STARTUP,
                 seed=1_000_003 * self._seed + number,
                 constant_liar=True,
@@ -63,6 +68,8 @@ class Search:
 
     def _trial(self, number: int) -> optuna.Trial:
         """A trial that was asked for, perhaps by an earlier process."""
+        import optuna
+
         return optuna.Trial(self._study, self._study.trials[number]._trial_id)
 
     def _run(self, trial: optuna.Trial) -> Trial:
@@ -116,6 +123,8 @@ class Search:
 
     def tell(self, number: int, status: str, loss: float) -> None:
         """End a trial, if it has not ended yet; a diverged one is worse than all others."""
+        from optuna.trial import TrialState
+
         if self._study.trials[number].state.is_finished():
             return
         if status in (pool.FINISHED, pool.DIVERGED):
