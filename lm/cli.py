@@ -39,7 +39,7 @@ def run(main: Callable[..., int], *args: Any) -> None:
 def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
     """(exit code, what to tell the user) of `main(*args)`; a mistake of the user is one line."""
     try:
-        with process_group.peers():
+        with process_group.peer_errors():
             return main(*args), ""
     except RunError as error:
         return error.code, f"error: {error}"
@@ -63,7 +63,7 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
     except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE, ""
-    except KeyboardInterrupt:  # training itself saves first: see lm/reliability/watchdog.py
+    except KeyboardInterrupt:  # training itself saves first: see lm/reliability/stop_signals.py
         return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
 
 

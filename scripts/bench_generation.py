@@ -42,6 +42,7 @@ def main() -> int:
     from lm.config import conversion
     from lm.hf.importing import import_folder
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     with tempfile.TemporaryDirectory() as folder:
         workdir = f"{folder}/run"
@@ -50,7 +51,7 @@ def main() -> int:
         import_folder(args.source, workdir, config, jax.devices(), tokenizer="bytes", say=silent)
         experiment = load(workdir, jax.devices())
         with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-            _, params = experiment.restore_params(checkpoints)
+            _, params = restore_params(experiment, checkpoints)
     theirs = load_theirs(args.source, args.threads)
     print(
         f"{'rows':>4} {'lm':>18} {'transformers':>18} {'ratio':>6}   tokens/s (processor seconds)"

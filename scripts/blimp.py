@@ -41,14 +41,15 @@ def main() -> int:
     from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import blimp
     from lm.generation.score import Scorer
-    from lm.telemetry.metrics import Progress
+    from lm.telemetry.progress import Progress
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     pairs = blimp.read(args.data, limit=args.limit)
     published = blimp.read_published(args.published) if args.published else {}
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints, args.step)
+        step, params = restore_params(experiment, checkpoints, args.step)
     scorer = Scorer(experiment.model, params, experiment.tokenizer)
     progress, start = Progress(), time.perf_counter()
     accuracy = blimp.evaluate(

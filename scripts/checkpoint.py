@@ -81,7 +81,7 @@ def _find(text: str) -> Any:
 def _ls(workdir: str) -> int:
     from lm.checkpoint import step_files
     from lm.checkpoint.manifest import Damaged
-    from lm.telemetry import metrics
+    from lm.telemetry import progress
 
     folders = _folders(workdir)
     rows = [("step", "saved", "size", "verified", "tokens", "parent")]
@@ -99,7 +99,7 @@ def _ls(workdir: str) -> int:
                 _time(manifest.time),
                 _size(step_files.size(folder)),
                 verified,
-                "-" if tokens is None else metrics.format_quantity(tokens),
+                "-" if tokens is None else progress.format_quantity(tokens),
                 "-" if parent is None else f"{parent['workdir']}@{parent['step']}",
             )
         )
@@ -172,7 +172,7 @@ def _show(checkpoint: str) -> int:
     import numpy as np
 
     from lm.checkpoint import step_files
-    from lm.telemetry import metrics
+    from lm.telemetry import progress
 
     folder = _find(checkpoint)
     manifest = step_files.read_manifest(folder)
@@ -197,7 +197,7 @@ def _show(checkpoint: str) -> int:
             count += values.size
     _print_table(table)
     others = len(manifest.leaves) - len(table) + 1
-    print(f"{metrics.format_quantity(count)} parameters; {others} leaves of the optimizer's state")
+    print(f"{progress.format_quantity(count)} parameters; {others} leaves of the optimizer's state")
     return 0
 
 

@@ -65,9 +65,10 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
 
     from lm.checkpoint.manager import Checkpoints
     from lm.config import conversion
-    from lm.telemetry.metrics import Progress
+    from lm.telemetry.progress import Progress
     from lm.training.evaluation import evaluate
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices(), changes)
     if not experiment.config.data.validation:
@@ -81,7 +82,7 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
             raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints, args.step)
+        step, params = restore_params(experiment, checkpoints, args.step)
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()

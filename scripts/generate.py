@@ -53,11 +53,12 @@ def main() -> int:
     from lm.generation.generator import Generator
     from lm.generation.text import Piece
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     sampling = _checked(args)
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints, args.step)
+        step, params = restore_params(experiment, checkpoints, args.step)
     tokenizer = experiment.tokenizer
     if args.max_new_tokens is None:
         args.max_new_tokens = min(128, max(1, experiment.config.model.max_length // 2))
@@ -340,7 +341,7 @@ def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str
     """The lines that open a dialogue: the model, its context, and how to leave."""
     from jax import tree
 
-    from lm.telemetry.metrics import format_quantity
+    from lm.telemetry.progress import format_quantity
 
     count = sum(leaf.size for leaf in tree.leaves(experiment.abstract_params))
     return (

@@ -34,10 +34,11 @@ def main() -> int:
     from lm.generation.generator import Generator
     from lm.generation.score import Scorer
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints, args.step)
+        step, params = restore_params(experiment, checkpoints, args.step)
     tokenizer = experiment.tokenizer
     start = None if args.bos is None else (tokenizer.bos_id,) if args.bos else ()
     chat = None

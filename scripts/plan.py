@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
     from lm.planning import cache, report
     from lm.planning import plan as plans
-    from lm.telemetry import metrics
+    from lm.telemetry import progress
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
     name = _CONFIG.name
     # a stream of its own: what the compiler writes to the other one is kept for the plan
-    show = metrics.Progress(os.fdopen(os.dup(2), "w"), pause=30)
+    show = progress.Progress(os.fdopen(os.dup(2), "w"), pause=30)
 
     def make(config: Any, topology: str, decode: plans.Decode | None) -> plans.Plan:
         options: dict[str, Any] = {"config_name": name, "decode": decode, "show": show}

@@ -44,12 +44,13 @@ def main() -> int:
     from lm.evaluation import task_baselines, task_metrics
     from lm.evaluation.predict import GREEDY, Predictor
     from lm.generation.beam import BeamSearch
-    from lm.telemetry.metrics import Progress
+    from lm.telemetry.progress import Progress
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints, args.step)
+        step, params = restore_params(experiment, checkpoints, args.step)
     predictor = Predictor(experiment, params, args.task)
     source, target = predictor.config.fields
     if not args.field:

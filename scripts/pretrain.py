@@ -40,6 +40,7 @@ from lm.telemetry import jsonl
 
 if TYPE_CHECKING:
     from lm.training.experiment import Experiment
+    from lm.training.restore import restore_params
     from lm.types import Params
 
 _CONFIG = command_line.ConfigFlag(
@@ -224,7 +225,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        at, params = experiment.restore_params(checkpoints)
+        at, params = restore_params(experiment, checkpoints)
     (workdir / "samples.txt").write_text(sample(experiment, params, prompts), encoding="utf-8")
 
     records = metrics.read(str(workdir))
@@ -286,7 +287,7 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
 
 def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     """Prints samples, figures and the commands that a user may want next."""
-    from lm.telemetry.metrics import format_duration
+    from lm.telemetry.progress import format_duration
 
     summary = json.loads((workdir / "summary.json").read_text())
     speed = summary["tokens_per_second"]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    from lm.reliability.watchdog import STOPS
+    from lm.reliability.stop_signals import STOPS
     from lm.scaling.sweep import cluster, pool, space
     from lm.scaling.sweep.pool import Outcome, Trial
 

@@ -16,6 +16,7 @@ from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer
 from lm.planning import mesh_equivalence
 from lm.training.experiment import Experiment
+from lm.training.restore import restore
 from tests.test_encoders_training import make_config as encoder_config
 
 PAIRS = ("seq2seq", "classification")
@@ -106,7 +107,7 @@ def test_a_restart_changes_no_bit(model, objective, cell, steps, devices, tmp_pa
 
     again, step = start()
     with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = again.restore(checkpoints)
+        state, _ = restore(again, checkpoints)
     assert int(state.step) == 2
     for _, batch in again.batches(2, 4):
         state, _, _ = step(state, batch)

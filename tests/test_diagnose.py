@@ -9,7 +9,7 @@ import pytest
 
 from lm.layers.mlp import ACTIVATIONS
 from lm.optim.chain import NormState
-from lm.telemetry.metrics import DeferredMetrics, StepResult
+from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.training import bad_step_report as d
 from lm.training.bad_step_report import Outcome, verdict
 
@@ -43,10 +43,10 @@ def take(experiment, batch, step, state=None):
     """(the state after a step on `batch`, what it gave)."""
     state = experiment.init_state() if state is None else state
     state = state.replace(step=jnp.full_like(state.step, step))
-    state, sums, facts = experiment.train_step(state, batch)
-    late = DeferredMetrics()
-    late.push(step, sums, facts)
-    [finished] = late.flush()
+    state, sums, info = experiment.train_step(state, batch)
+    deferred = DeferredMetrics()
+    deferred.push(step, sums, info)
+    [finished] = deferred.flush()
     return state, finished
 
 
@@ -115,7 +115,7 @@ def test_what_does_not_repeat_is_hardware(make_experiment):
     batch = experiment.make_global_batch(local_batch(experiment))
     state, again = take(experiment, batch, 3)
     assert not again.bad
-    first = StepResult(3, {**again.sums, "loss": NAN}, {**again.facts, "bad": True}, None, None)
+    first = StepResult(3, {**again.sums, "loss": NAN}, {**again.info, "bad": True}, None, None)
     found = d.diagnose(experiment, state, batch, first, again)
     assert found["verdict"] == "hardware" and found["changed_bits"] == ["loss"]
     assert found["float32"] is None
@@ -180,7 +180,7 @@ def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatche
     np.testing.assert_allclose(sizes["norm"], np.sqrt((up**2).sum((1, 2))), rtol=1e-5)
     np.testing.assert_allclose(sizes["max"], np.abs(up).max((1, 2)), rtol=1e-5)
     squares = [np.square(x["norm"]).sum() for x in found["gradients"].values()]
-    np.testing.assert_allclose(np.sqrt(sum(squares)), good.facts["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt(sum(squares)), good.info["grad_norm"], rtol=1e-5)
 
     weights = local_batch(experiment).weights.sum(1)
     np.testing.assert_allclose(found["row_losses"] @ weights, good.sums["loss"], rtol=1e-5)
@@ -194,11 +194,11 @@ def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatche
 def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
     experiment = make_experiment()
     found = judge(experiment, with_bad_row(experiment, 2))
-    assert d.judged_steps(str(tmp_path)) == set()
+    assert d.diagnosed_steps(str(tmp_path)) == set()
     d.write(str(tmp_path), found, active=False)
-    assert d.judged_steps(str(tmp_path)) == set()
+    assert d.diagnosed_steps(str(tmp_path)) == set()
     path = d.write(str(tmp_path), found, active=True)
-    assert d.judged_steps(str(tmp_path)) == {3}
+    assert d.diagnosed_steps(str(tmp_path)) == {3}
     with open(path) as file:
         text = file.read()
 
@@ -213,14 +213,14 @@ def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
 
 def test_a_bad_step_is_described_in_a_line(make_experiment):
     sums = {"loss": 6.0, "objective": 6.0, "tokens": 2.0}
-    facts = {"grad_norm": np.float32(123.4), "bad": True, "finite_params": True}
-    spike = StepResult(7, sums, facts, None, None)
+    info = {"grad_norm": np.float32(123.4), "bad": True, "finite_params": True}
+    spike = StepResult(7, sums, info, None, None)
     assert d.describe(spike) == "step 7: its gradient is a spike: loss 3, gradient norm 123.4"
-    overflow = StepResult(7, sums, {**facts, "finite_params": False}, None, None)
+    overflow = StepResult(7, sums, {**info, "finite_params": False}, None, None)
     assert d.describe(overflow) == (
         "step 7: its update is not finite (see config.optimizer): loss 3, gradient norm 123.4"
     )
     sums = {**sums, "loss": NAN, "objective": NAN}
-    facts = {"grad_norm": np.float32(NAN), "bad": True, "finite_params": False}
-    broken = StepResult(7, sums, facts, None, None)
+    info = {"grad_norm": np.float32(NAN), "bad": True, "finite_params": False}
+    broken = StepResult(7, sums, info, None, None)
     assert d.describe(broken) == "step 7: not finite: loss nan, gradient norm nan"

@@ -17,7 +17,7 @@ from environment import fake_devices
 from lm.exit_codes import Exit
 from lm.parallel.cluster_env import Environment, detect
 from lm.parallel.process_group import differences
-from lm.parallel.rendezvous import Mismatch, PeerLost, Presence, meet
+from lm.parallel.rendezvous import Mismatch, PeerConnections, PeerLost, connect_peers
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -264,7 +264,9 @@ def meeting(members, *, timeout=10.0):
 
     def work(at, process_id, of):
         try:
-            results[at] = meet(address, of, process_id, timeout=timeout, serve=lambda: None)
+            results[at] = connect_peers(
+                address, of, process_id, timeout=timeout, serve=lambda: None
+            )
         except (PeerLost, Mismatch) as error:
             results[at] = error
 
@@ -282,10 +284,10 @@ def test_processes_meet_in_any_order_and_learn_who_goes_away():
     last, lead, second = meeting([(2, 3), (0, 3), (1, 3)])
     told = threading.Event()
     for presence in (last, lead, second):
-        assert isinstance(presence, Presence)
+        assert isinstance(presence, PeerConnections)
         presence.watch(told.set)
     assert lead.loss() is None
-    last.leave(43, "error: disk full", wait=0)
+    last.announce_exit(43, "error: disk full", wait=0)
     # process 1 has no connection to process 2: process 0 tells it
     expected = "process 2 ended with exit code 43 (SAVE_FAILED): disk full"
     assert str(second.loss(wait=5)) == str(lead.loss(wait=5)) == expected
@@ -297,7 +299,7 @@ def test_a_closed_connection_is_a_loss_and_a_good_bye_is_none():
     lead, second = meeting([(0, 2), (1, 2)])
     lead.watch(lambda: None)
     second.watch(lambda: None)
-    second.leave(0, "", wait=0)
+    second.announce_exit(0, "", wait=0)
     second._links[0].shutdown(socket.SHUT_RDWR)
     assert lead.loss(wait=0.3) is None
     lead, second = meeting([(0, 2), (1, 2)])
@@ -328,7 +330,7 @@ def test_a_stranger_on_the_port_and_a_process_started_again_do_no_harm():
     results = {}
 
     def work(process_id):
-        results[process_id] = meet(
+        results[process_id] = connect_peers(
             f"localhost:{port}", 3, process_id, timeout=20, serve=lambda: None
         )
 

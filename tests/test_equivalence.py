@@ -54,7 +54,7 @@ def cases(names):
 
 @pytest.fixture(scope="module")
 def trained(make_experiment, packed_batch):
-    """(num_microbatches, more changes, **axes) -> [(sums, state, facts), ...] on packed, uneven
+    """(num_microbatches, more changes, **axes) -> [(sums, state, info), ...] on packed, uneven
     rows.
     """
 
@@ -65,8 +65,8 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(STEPS):
             batch = packed_batch(16, length, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
-            found.append(jax.device_get((sums, state, facts)))
+            state, sums, info = experiment.train_step(state, experiment.make_global_batch(batch))
+            found.append(jax.device_get((sums, state, info)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
 
@@ -83,11 +83,9 @@ def assert_same(a, b):
 
 
 def assert_equivalent(one, other):
-    for (sums, state, facts), (other_sums, other_state, other_facts) in zip(
-        one, other, strict=True
-    ):
+    for (sums, state, info), (other_sums, other_state, other_info) in zip(one, other, strict=True):
         for name in ("records", "content", "filled", "scored", "bad"):
-            np.testing.assert_array_equal(facts[name], other_facts[name], err_msg=name)
+            np.testing.assert_array_equal(info[name], other_info[name], err_msg=name)
         assert_same(sums, other_sums)
         assert_same(state.params, other_state.params)
         assert_same(averaged_params(state.opt_state), averaged_params(other_state.opt_state))
@@ -112,8 +110,8 @@ def test_three_steps_move_every_parameter(trained):
         assert np.abs(g).max() > 1e-4, jax.tree_util.keystr(path)
         moved = np.abs(before - after).max() / np.abs(before).max()
         assert moved > 100 * TOLERANCE, jax.tree_util.keystr(path)
-    facts = trained()[0][2]
-    assert facts["grad_norm"] > 1.0  # clipping acts
+    info = trained()[0][2]
+    assert info["grad_norm"] > 1.0  # clipping acts
 
 
 @pytest.mark.parametrize("mesh", cases(MESHES))
@@ -192,9 +190,9 @@ def test_a_batch_without_scored_tokens_changes_nothing_but_the_step(make_experim
     batch = packed_batch(16, 32, 264)
     empty = batch.replace(weights=np.zeros_like(batch.weights))
     before = jax.device_get(experiment.init_state())
-    after, sums, facts = experiment.train_step(
+    after, sums, info = experiment.train_step(
         experiment.init_state(), experiment.make_global_batch(empty)
     )
-    assert float(sums["tokens"]) == 0 and float(facts["grad_norm"]) == 0
+    assert float(sums["tokens"]) == 0 and float(info["grad_norm"]) == 0
     assert int(after.step) == 1
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)

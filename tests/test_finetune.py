@@ -22,6 +22,7 @@ from lm.training.evaluation import evaluate
 from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.merge_lora import merge_run
+from lm.training.restore import eval_params, restore, restore_params
 
 LORA = {
     "model.lora.rank": 2,
@@ -43,7 +44,7 @@ def run(config, workdir, devices):
     train(config, str(workdir), devices)
     experiment = load(str(workdir), devices[:1])
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints)
+        step, params = restore_params(experiment, checkpoints)
     return experiment, workdir / "checkpoints" / str(step), params
 
 
@@ -136,7 +137,7 @@ def test_new_parameters_are_those_of_a_run_without_a_base(tuned, make_experiment
 def test_lists_that_are_not_exact_are_refused_with_both_sides(tuned, changes, lines):
     experiment = tuned(changes)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        _ = experiment.initializer.frozen, experiment.initializer.new, experiment.initializer.base
+        _ = experiment.initializer.frozen, experiment.initializer.new, experiment.initializer.parent
     for line in lines:
         assert line in str(caught.value)
 
@@ -182,7 +183,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_optimizer_state(tuned, bas
         state, _, _ = experiment.train_step(state, batch)
     before, after = bits(base[1]), bits(state.params)
     assert {name for name in before if before[name] == after[name]} == held
-    evaluated = bits(experiment.evaluated(state))
+    evaluated = bits(eval_params(experiment, state))
     assert all(evaluated[name] == after[name] for name in held)
     assert evaluated["head.weight"] != after["head.weight"]
 
@@ -290,7 +291,7 @@ def test_a_merged_run_evaluates_as_the_adapted_one_without_its_base(
     merged = load(str(tmp_path / "merged"), devices[:1], changes)
     assert not merged.config.init.from_ and not merged.config.model.lora.rank
     with Checkpoints(str(tmp_path / "merged"), CheckpointConfig(), read_only=True) as checkpoints:
-        step, found = merged.restore_params(checkpoints)
+        step, found = restore_params(merged, checkpoints)
     assert step == 0 and names(found) == names(base[1])
     targets = ("query.weight", "value.weight", "down.weight")
     kept, before = bits(found), bits(base[1])
@@ -367,7 +368,7 @@ def test_a_run_of_adapters_goes_on_bitwise_and_only_with_its_own_base(
         pytest.raises(ValueError, match="are not those that this run's adapters were trained on"),
         Checkpoints(str(tmp_path / "run"), CheckpointConfig()) as checkpoints,
     ):
-        experiment.restore(checkpoints)
+        restore(experiment, checkpoints)
 
 
 def test_adapters_on_several_devices_train_as_on_one(tuned):

@@ -26,7 +26,7 @@ from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling, choose
 from lm.models import decoder
 from lm.parallel.sharding import make_rules
-from lm.telemetry.metrics import format_quantity
+from lm.telemetry.progress import format_quantity
 from lm.types import Tokens
 from scripts import generate as generate_script
 

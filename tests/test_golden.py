@@ -20,6 +20,7 @@ from lm.telemetry import metrics
 from lm.training.evaluation import evaluate
 from lm.training.experiment import load
 from lm.training.loop import train
+from lm.training.restore import restore_params
 
 ARCHIVE = Path(__file__).parent / "golden" / "run.tar.gz"
 SOURCE = "store/validation"
@@ -51,7 +52,7 @@ def test_an_old_store_opens_with_its_documents(workdir):
 def test_an_old_checkpoint_restores_and_evaluates_as_it_did(workdir, num_devices):
     experiment = load(str(workdir), jax.devices()[:num_devices])
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = experiment.restore_params(checkpoints)
+        step, params = restore_params(experiment, checkpoints)
     assert step == 6
     results = evaluate(experiment, params)
     assert results[SOURCE]["loss"] == pytest.approx(last_loss(workdir), rel=1e-6)

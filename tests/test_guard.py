@@ -11,7 +11,9 @@ import pytest
 
 from lm.config.schema import GuardConfig
 from lm.exit_codes import Exit
-from lm.reliability.watchdog import Consensus, Vote, Watchdog, WorkdirLocked, lock_workdir
+from lm.parallel.consensus import Consensus, Vote
+from lm.reliability.watchdog import Watchdog
+from lm.reliability.workdir_lock import WorkdirLocked, lock_workdir
 from lm.telemetry.phase_timer import PhaseTimer
 
 
@@ -19,7 +21,9 @@ def start(body, *arguments):
     code = """
         import signal, sys, time
         from lm.config.schema import GuardConfig
-        from lm.reliability.watchdog import StopSignals, Watchdog, lock_workdir
+        from lm.reliability.stop_signals import StopSignals
+        from lm.reliability.watchdog import Watchdog
+        from lm.reliability.workdir_lock import lock_workdir
         from lm.telemetry.phase_timer import PhaseTimer
     """
     program = textwrap.dedent(code) + textwrap.dedent(body)
@@ -158,10 +162,10 @@ def test_the_budget_of_a_step_follows_the_running_median(tmp_path):
     watchdog = Watchdog(config, PhaseTimer(), str(tmp_path))
     assert watchdog.budget("step") == 1000.0  # the first ones may still compile
     for seconds in (0.1, 0.1, 0.1):
-        watchdog.stepped(seconds)
+        watchdog.add_step(seconds)
     assert watchdog.budget("step") == 5.0
     for seconds in (2.0, 2.0, 2.0, 2.0, 300.0):
-        watchdog.stepped(seconds)
+        watchdog.add_step(seconds)
     assert watchdog.budget("step") == 20.0  # one slow step doesn't loosen it
 
 

@@ -17,6 +17,7 @@ from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
 from lm.telemetry import metrics
 from lm.training.experiment import load
+from lm.training.restore import restore_params
 from lm.types import Tokens
 from tests import hf_models
 
@@ -70,7 +71,7 @@ def bring(folder, theirs, devices, *, source=None, **options):
     import_folder(source, workdir, small_config(), devices[:1], **options)
     experiment = load(workdir, devices[:1])
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = experiment.restore_params(checkpoints)
+        _, params = restore_params(experiment, checkpoints)
     return Imported(theirs, source, workdir, experiment, params)
 
 
@@ -295,7 +296,7 @@ def start(experiment, case):
         lambda x, s: jax.device_put(jnp.copy(x), s.sharding), case.params, abstract.params
     )
     state = abstract.replace(step=jnp.zeros((), jnp.int32), params=params, opt_state=None)
-    return experiment.start_optimizer(state)
+    return experiment.init_optimizer(state)
 
 
 def torch_adamw(model):

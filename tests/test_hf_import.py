@@ -17,6 +17,7 @@ from lm.hf.files import Reader, Writer
 from lm.hf.importing import import_folder
 from lm.training.experiment import load
 from lm.training.loop import train
+from lm.training.restore import restore_params
 from tests import hf_models
 
 torch = pytest.importorskip("torch", reason="the folders are made with PyTorch")
@@ -121,7 +122,7 @@ def test_bfloat16_comes_in_exactly_and_goes_out_with_the_same_bytes(
     )
     experiment = load(str(tmp_path / "run"), devices[:1])
     with Checkpoints(str(tmp_path / "run"), CheckpointConfig(), read_only=True) as checkpoints:
-        _, restored = experiment.restore_params(checkpoints)
+        _, restored = restore_params(experiment, checkpoints)
     out = str(tmp_path / "out")
     options = {"family": "llama", "dtype": "bfloat16", "shard_bytes": 6_000, "say": quiet}
     export_folder(experiment, restored, out, **options)

@@ -18,6 +18,7 @@ from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
 from lm.training.experiment import load
 from lm.training.loop import train
+from lm.training.restore import restore_params
 from lm.types import Tokens
 
 FOLDER = Path(__file__).parents[1] / "../shared/data/weights/stories260K"
@@ -29,7 +30,7 @@ STORY = "Once upon a time there was a cat named Tom. Tom saw a big red ball and 
 def restored(workdir, devices):
     experiment = load(workdir, devices[:1])
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = experiment.restore_params(checkpoints)
+        _, params = restore_params(experiment, checkpoints)
     return experiment, params
 
 

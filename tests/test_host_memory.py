@@ -12,6 +12,7 @@ from lm.telemetry import metrics
 from lm.training import loop as training
 from lm.training.evaluation import evaluate
 from lm.training.experiment import load
+from lm.training.restore import eval_params, restore, restore_params
 
 CHANGES = {
     "data.validation": ("synthetic:markov:16:7",),
@@ -50,8 +51,8 @@ def runs(request, make_config, devices, tmp_path_factory):
 def restored(folder, devices):
     experiment = load(folder, devices, {"mesh.fsdp": len(devices)})
     with Checkpoints(folder, experiment.config.checkpoint, read_only=True) as checkpoints:
-        state, _ = experiment.restore(checkpoints)
-        return experiment, state, experiment.restore_params(checkpoints)[1]
+        state, _ = restore(experiment, checkpoints)
+        return experiment, state, restore_params(experiment, checkpoints)[1]
 
 
 def test_training_resuming_and_rewinding_give_the_same_bits(runs):
@@ -76,7 +77,7 @@ def test_averaged_parameters_evaluate_and_generate(runs):
     folders, devices = runs
     experiment, state, params = restored(folders["host"], devices)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(params)} == {"device"}
-    jax.tree.map(np.testing.assert_array_equal, params, experiment.evaluated(state))
+    jax.tree.map(np.testing.assert_array_equal, params, eval_params(experiment, state))
     [again] = evaluate(experiment, params).values()
     last = metrics.read(folders["host"])[-1]
     assert again["loss"] == pytest.approx(last["loss"], rel=1e-6)

@@ -76,7 +76,8 @@ def imports(source):
                 inner = f"{node.module}.{alias.name}"
                 name = inner if inner in MODULES else node.module
                 yield Import(name, node.lineno, at_start)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        only_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or only_for_types:
             at_start = False
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             at_start = False

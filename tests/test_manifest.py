@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm.checkpoint import checksums as sums_of
 from lm.checkpoint import manifest
+from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
-checksums = jax.jit(manifest.checksums)
+checksums = jax.jit(sums_of.checksums)
 SHAPES = [(), (1,), (5,), (16, 24), (3, 4, 40), (2, 33_000), (70_000, 1), (0, 3), (3, 0)]
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "int8", "bool", "float8_e4m3fn"]
 
@@ -37,7 +39,7 @@ def test_device_and_host_agree_on_every_shape_and_dtype(shape, dtype):
     x = noise(shape, dtype)
     found = checksums(x)
     assert found.shape == (2,) and found.dtype == jnp.uint32
-    np.testing.assert_array_equal(found, manifest.host_checksums(np.asarray(x)))
+    np.testing.assert_array_equal(found, sums_of.host_checksums(np.asarray(x)))
 
 
 @pytest.mark.parametrize(
@@ -57,18 +59,18 @@ def test_the_checksum_does_not_depend_on_mesh_or_order_of_shards(rules_on, spec)
     mesh = rules_on(data=2, fsdp=2, tensor=2).mesh
     x = noise((16, 24, 3), "bfloat16")
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-    np.testing.assert_array_equal(checksums(sharded), manifest.host_checksums(np.asarray(x)))
+    np.testing.assert_array_equal(checksums(sharded), sums_of.host_checksums(np.asarray(x)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
 def test_one_changed_element_changes_both_sums(dtype):
     x = np.asarray(noise((40, 50), dtype))
-    before = manifest.host_checksums(x)
+    before = sums_of.host_checksums(x)
     rng = np.random.default_rng(0)
     for position in rng.integers(x.size, size=200):
         bit = 0 if dtype == "bool" else int(rng.integers(8 * x.itemsize))
         changed = flipped(x, int(position) * 8 * x.itemsize + bit)
-        assert (manifest.host_checksums(changed) != before).all()
+        assert (sums_of.host_checksums(changed) != before).all()
 
 
 def test_values_that_compare_equal_but_have_other_bits_differ():
@@ -80,15 +82,15 @@ def test_values_that_compare_equal_but_have_other_bits_differ():
 
 def test_swapped_elements_rows_and_columns_are_seen():
     x = np.array(noise((60, 70)))
-    before = manifest.host_checksums(x)
+    before = sums_of.host_checksums(x)
     rng = np.random.default_rng(1)
     for _ in range(300):
         changed = x.copy()
         a, b = rng.choice(x.size, 2, replace=False)
         changed.flat[[a, b]] = x.flat[[b, a]]
-        assert (manifest.host_checksums(changed) != before).all()
+        assert (sums_of.host_checksums(changed) != before).all()
     for changed in (x[::-1], x[:, ::-1], np.roll(x, 1, 0), np.roll(x, 1, 1), np.sort(x, None)):
-        assert (manifest.host_checksums(changed.reshape(x.shape)) != before).all()
+        assert (sums_of.host_checksums(changed.reshape(x.shape)) != before).all()
 
 
 def test_the_sums_of_blocks_add_up_to_that_of_the_whole():
@@ -98,21 +100,21 @@ def test_the_sums_of_blocks_add_up_to_that_of_the_whole():
         for j in range(0, 10, 4):
             for k in range(0, 45, 11):
                 block = x[i : i + 3, j : j + 4, k : k + 11]
-                total += manifest.host_checksums(block, (i, j, k), x.shape)
-    np.testing.assert_array_equal(total, manifest.host_checksums(x))
+                total += sums_of.host_checksums(block, (i, j, k), x.shape)
+    np.testing.assert_array_equal(total, sums_of.host_checksums(x))
 
 
 def test_places_in_an_array_of_more_than_2_to_the_32_elements_are_distinct():
     """A counter of 32 bits would give elements that are 2^32 apart the same place."""
     shape, block = (2**20, 2**13), np.ones((1, 8), np.float32)
-    at = [manifest.host_checksums(block, (row, 0), shape) for row in (0, 2**19)]
+    at = [sums_of.host_checksums(block, (row, 0), shape) for row in (0, 2**19)]
     assert (at[0] != at[1]).all()
 
 
 @pytest.mark.parametrize("x", [np.zeros(3, np.float64), jax.random.key(0)], ids=["8 byte", "key"])
 def test_what_has_no_checksum_is_refused(x):
     with pytest.raises(ValueError, match="no checksum for"):
-        manifest.checksums(x)
+        sums_of.checksums(x)
 
 
 # ---- replicas ----
@@ -142,7 +144,7 @@ def shardings(rules_on):
 
 @pytest.fixture(scope="module")
 def mismatches(shardings):
-    return jax.jit(functools.partial(manifest.replica_mismatches, shardings=shardings))
+    return jax.jit(functools.partial(sums_of.replica_mismatches, shardings=shardings))
 
 
 def test_replicas_that_agree_are_left_alone(shardings, mismatches):
@@ -173,13 +175,13 @@ def test_a_leaf_without_replicas_can_not_disagree(shardings, mismatches, devices
 
 def example():
     tree = {"params": {"w": noise((3, 4)), "b": noise((4,), "bfloat16")}}
-    sums = np.stack(jax.tree.leaves(manifest.checksums(tree)))
+    sums = np.stack(jax.tree.leaves(sums_of.checksums(tree)))
     return Manifest(
         step=12,
         leaves=manifest.leaves(tree, sums),
         ledger={"tokens": 2**40, "hash": "ab12"},
         config={"data": {"train": ("a", "b")}, "rate": 1e-3, "none": None},
-        code=manifest.code_version(),
+        code=code_version(),
         parent={"workdir": "runs/ä", "step": 3},
         time=1.7e9,
     )
@@ -230,7 +232,7 @@ def test_differences_name_every_leaf_of_both_sides():
 
 
 def test_the_code_version_names_commit_source_and_packages():
-    version = manifest.code_version()
+    version = code_version()
     assert version["jax"] == jax.__version__
     assert len(version["source"]) == 64
     head = subprocess.run(

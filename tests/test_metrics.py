@@ -8,17 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from lm.telemetry.metrics import (
-    DeferredMetrics,
-    Progress,
-    StepResult,
-    Writer,
-    format_duration,
-    format_quantity,
-    means,
-    read,
-    short_names,
-)
+from lm.telemetry.deferred import DeferredMetrics, StepResult
+from lm.telemetry.metrics import means, read, short_names
+from lm.telemetry.progress import Progress, format_duration, format_quantity
+from lm.telemetry.writers import MetricsWriter
 
 
 def make_writer(folder, **changes):
@@ -30,7 +23,7 @@ def make_writer(folder, **changes):
         "peak_flops": None,
         "tensorboard": False,
     }
-    return Writer(str(folder), **{**options, **changes})
+    return MetricsWriter(str(folder), **{**options, **changes})
 
 
 def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, seconds=0.1):
@@ -38,8 +31,8 @@ def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, secon
     `filled`, by default of as many.
     """
     sums = {"loss": tokens * loss, "accuracy": tokens * 0.5, "tokens": float(tokens)}
-    facts = {"grad_norm": grad_norm, "bad": bad, "filled": tokens if filled is None else filled}
-    return StepResult(done - 1, sums, facts, None, seconds)
+    info = {"grad_norm": grad_norm, "bad": bad, "filled": tokens if filled is None else filled}
+    return StepResult(done - 1, sums, info, None, seconds)
 
 
 class Unready:
@@ -59,24 +52,24 @@ def test_means_divide_by_tokens_once():
 
 
 def test_values_of_a_step_are_read_when_the_next_one_is_under_way():
-    late = DeferredMetrics()
-    assert late.push(0, {"loss": np.float32(2)}, {"bad": np.bool_(False)}) == []
-    [first] = late.push(1, {"loss": Unready()}, {})
+    deferred = DeferredMetrics()
+    assert deferred.push(0, {"loss": np.float32(2)}, {"bad": np.bool_(False)}) == []
+    [first] = deferred.push(1, {"loss": Unready()}, {})
     assert (first.step, first.sums, first.bad) == (0, {"loss": 2.0}, False)
     with pytest.raises(AssertionError, match="read before"):
-        late.push(2, {}, {})
+        deferred.push(2, {}, {})
 
 
 def test_the_first_step_and_those_after_a_pause_have_no_time():
-    late, found = DeferredMetrics(), []
+    deferred, found = DeferredMetrics(), []
     for step in range(6):
-        found += late.push(step, {}, {"bad": False})
+        found += deferred.push(step, {}, {"bad": False})
         time.sleep(0.05)
         if step == 2:
-            found += late.flush()
+            found += deferred.flush()
             time.sleep(0.5)
-            late.resume()
-    found += late.flush()
+            deferred.resume()
+    found += deferred.flush()
     assert [f.step for f in found] == list(range(6))
     assert found[0].seconds is None
     assert all(0.04 < f.seconds < 0.3 for f in found[1:])

@@ -352,7 +352,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def trained(make_experiment, packed_batch):
-    """(mesh, dispatch) -> [(sums, state, facts), ...] of three steps on packed, uneven rows."""
+    """(mesh, dispatch) -> [(sums, state, info), ...] of three steps on packed, uneven rows."""
 
     @functools.cache
     def run(mesh=None, dispatch="dropless"):
@@ -362,8 +362,8 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(3):
             batch = packed_batch(16, 32, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
-            found.append(jax.device_get((sums, state, facts)))
+            state, sums, info = experiment.train_step(state, experiment.make_global_batch(batch))
+            found.append(jax.device_get((sums, state, info)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
 
@@ -380,13 +380,13 @@ def trained(make_experiment, packed_batch):
     ],
 )
 def test_three_steps_on_eight_devices_are_those_on_one(trained, mesh, dispatch):
-    for (sums, state, facts), (other_sums, other_state, other_facts) in zip(
+    for (sums, state, info), (other_sums, other_state, other_info) in zip(
         trained(None, dispatch), trained(mesh, dispatch), strict=True
     ):
         assert_same(sums, other_sums, TOLERANCE)
         assert_same(state.params, other_state.params, TOLERANCE)
         assert_same(state.opt_state, other_state.opt_state, TOLERANCE)
-        assert_same(facts["grad_norm"], other_facts["grad_norm"], TOLERANCE)
+        assert_same(info["grad_norm"], other_info["grad_norm"], TOLERANCE)
 
 
 def test_biases_move_by_their_rate_whatever_the_learning_rate(trained):
@@ -402,9 +402,9 @@ def test_biases_do_not_show_in_the_norm_of_the_gradient(trained, make_experiment
     experiment = make_experiment(MODEL | {"model.moe.selection_bias": False})
     state = experiment.init_state().replace(params=params)
     batch = experiment.make_global_batch(packed_batch(16, 32, 264, seed=0))
-    _, sums, facts = experiment.train_step(state, batch)
+    _, sums, info = experiment.train_step(state, batch)
     other, _, biased = trained()[0]
-    assert float(facts["grad_norm"]) == pytest.approx(float(biased["grad_norm"]), rel=1e-6)
+    assert float(info["grad_norm"]) == pytest.approx(float(biased["grad_norm"]), rel=1e-6)
     assert float(sums["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.telemetry import metrics
-from lm.telemetry.metrics import StepResult
+from lm.telemetry import writers
+from lm.telemetry.deferred import StepResult
 from lm.training import gradient_noise_scale, train_step
 from lm.types import Batch, Tokens
 
@@ -74,20 +74,20 @@ def test_parts_without_tokens_count_for_nothing():
 
 def test_records_divide_means_over_steps():
     def finished(noise, signal):
-        facts = {"noise": np.float32(noise), "signal": np.float32(signal), "bad": False}
-        return StepResult(0, {}, facts, None, None)
+        info = {"noise": np.float32(noise), "signal": np.float32(signal), "bad": False}
+        return StepResult(0, {}, info, None, None)
 
-    found = metrics._noise([finished(8.0, 1.0), finished(4.0, 2.0)])
+    found = writers._noise_scale([finished(8.0, 1.0), finished(4.0, 2.0)])
     assert found == {"noise": 6.0, "signal": 1.5, "noise_scale": 4.0}
-    assert metrics._noise([finished(8.0, -1.0)]) == {"noise": 8.0, "signal": -1.0}
-    assert metrics._noise([StepResult(0, {}, {"bad": False}, None, None)]) == {}
+    assert writers._noise_scale([finished(8.0, -1.0)]) == {"noise": 8.0, "signal": -1.0}
+    assert writers._noise_scale([StepResult(0, {}, {"bad": False}, None, None)]) == {}
 
 
 def test_a_run_without_micro_batches_is_refused(make_experiment):
     with pytest.raises(ValueError, match=r"config\.log\.noise_scale .*num_microbatches \(1\)"):
         make_experiment({"log.noise_scale": True})
     experiment = make_experiment({"log.noise_scale": True, "train.num_microbatches": 2})
-    _, sums, facts = jax.eval_shape(
+    _, sums, info = jax.eval_shape(
         experiment._train_step, experiment.abstract_state, experiment.abstract_batch
     )
-    assert {"noise", "signal"} <= facts.keys() and not set(gradient_noise_scale.NAMES) & sums.keys()
+    assert {"noise", "signal"} <= info.keys() and not set(gradient_noise_scale.NAMES) & sums.keys()

@@ -229,7 +229,7 @@ def dotted(changes):
 
 @pytest.fixture(scope="module")
 def trained(make_experiment, packed_batch):
-    """(changes, **axes) -> [(sums, state, facts), ...] on packed, uneven rows."""
+    """(changes, **axes) -> [(sums, state, info), ...] on packed, uneven rows."""
     cache = {}
 
     def run(changes, **axes):
@@ -240,8 +240,8 @@ def trained(make_experiment, packed_batch):
         state, found = experiment.init_state(), []
         for step in range(STEPS):
             batch = packed_batch(16, 32, 264, seed=step)
-            state, sums, facts = experiment.train_step(state, experiment.make_global_batch(batch))
-            found.append(jax.device_get((sums, state, facts)))
+            state, sums, info = experiment.train_step(state, experiment.make_global_batch(batch))
+            found.append(jax.device_get((sums, state, info)))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return cache.setdefault(key, found)
 

@@ -17,6 +17,7 @@ from lm.reliability import data_ledger
 from lm.telemetry import metrics
 from lm.training import bad_step_report
 from lm.training import loop as training
+from lm.training import restore as restoring
 from lm.training.experiment import Experiment
 from lm.training.session import Diverged, ReplicasDisagree
 
@@ -180,16 +181,16 @@ def test_after_a_fault_of_the_hardware_all_since_the_checkpoint_is_done_again(ru
 
 
 def test_no_old_state_is_in_memory_while_a_step_is_done_again(run, tmp_path, monkeypatch):
-    held = []
+    held, real = [], restoring.restore
 
-    def restore(self, checkpoints, step=None):
+    def restore(experiment, checkpoints, step=None):
         held.append(sum(x.nbytes for x in jax.live_arrays()))
-        restored = Experiment.restore(self, checkpoints, step)
+        restored = real(experiment, checkpoints, step)
         if restored is not None:
             held.append(sum(x.nbytes for x in jax.tree.leaves(restored[0])))
         return restored
 
-    monkeypatch.setattr(Injector, "restore", restore)
+    monkeypatch.setattr(restoring, "restore", restore)
     before = sum(x.nbytes for x in jax.live_arrays())  # of other tests
     assert run(tmp_path, {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == Exit.SUCCESS
     start, first, size, *_ = held
@@ -200,7 +201,7 @@ def test_no_old_state_is_in_memory_while_a_step_is_done_again(run, tmp_path, mon
 def test_where_bits_do_not_repeat_no_checkpoint_is_moved_and_no_hardware_blamed(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bad_step_report, "repeats", lambda experiment: False)
+    monkeypatch.setattr(bad_step_report, "is_repeatable", lambda experiment: False)
     flip = flip_once(9, "norm.scale", 0)
     assert run(tmp_path / "flip", {"guard.policy": "rewind"}, fault=flip) == Exit.SUCCESS
     [found] = (tmp_path / "flip" / "evidence").iterdir()

@@ -22,9 +22,10 @@ from environment import fake_devices
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.exit_codes import Exit
-from lm.reliability.watchdog import lock_workdir
+from lm.reliability.workdir_lock import lock_workdir
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment, load
+from lm.training.restore import restore
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -137,7 +138,7 @@ def test_recurrent_and_convolutional_models_go_on_with_the_same_bytes(
         whole = jax.device_get(go(experiment, state, 2, 4))
     again = Experiment(config, devices[:1])
     with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = again.restore(checkpoints)
+        state, _ = restore(again, checkpoints)
     assert int(state.step) == 2
     resumed = jax.device_get(go(again, state, 2, 4))
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)

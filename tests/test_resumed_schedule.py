@@ -11,6 +11,7 @@ from lm.exit_codes import Exit
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
 from lm.training.loop import train
+from lm.training.restore import restore
 from lm.training.session import TrainingSession
 
 CHANGES = {
@@ -154,8 +155,8 @@ def test_a_skipped_update_does_not_put_off_the_end_of_the_schedule(make_experime
             batch = batch.replace(weights=batch.weights * np.nan)
         gradients, sums = experiment.gradients(state.params, batch, step)
         before, scale = jax.device_get(state.params), 1 / np.float32(sums["tokens"])
-        state, _, facts = experiment.train_step(state, batch)
-    assert not facts["bad"]
+        state, _, info = experiment.train_step(state, batch)
+    assert not info["bad"]
     jax.tree.map(
         lambda old, new, g: np.testing.assert_allclose(new, old - 0.25 * scale * g, atol=1e-7),
         *jax.device_get((before, state.params, gradients)),
@@ -179,7 +180,7 @@ def test_a_checkpoint_that_counted_updates_goes_on_with_the_rates_of_its_steps(
         with Checkpoints(folder, experiment.config.checkpoint) as checkpoints:
             checkpoints.save(state.replace(opt_state=counted))
         with Checkpoints(folder, experiment.config.checkpoint) as checkpoints:
-            back, manifest = experiment.restore(checkpoints)
+            back, manifest = restore(experiment, checkpoints)
         assert manifest.resolved == {}  # it has none of a loop, as none of older code
         [(_, batch)] = experiment.batches(6, 7)
         ends.append(jax.device_get(experiment.train_step(back, batch)[0]))

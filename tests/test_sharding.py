@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm.config.schema import MeshConfig
-from lm.parallel.sharding import local_rows, make_mesh, make_rules, put
+from lm.parallel.sharding import local_rows, make_global_batch, make_mesh, make_rules
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_one_process_holds_all_rows(rules_on):
 def test_rows_become_global_arrays(rules_on, axes, shard):
     rules = rules_on(**axes)
     tree = {"x": np.arange(96).reshape(16, 6), "y": np.arange(16.0)}
-    arrays = put(rules, tree, 16)
+    arrays = make_global_batch(rules, tree, 16)
     np.testing.assert_array_equal(arrays["x"], tree["x"])
     np.testing.assert_array_equal(arrays["y"], tree["y"])
     for piece in arrays["x"].addressable_shards:

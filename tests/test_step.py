@@ -32,7 +32,7 @@ def make_batch(rows, *, seed=0):
 
 @pytest.fixture(scope="module")
 def step():
-    """((rows, ...), num_microbatches) -> [(state, facts), ...] after each batch."""
+    """((rows, ...), num_microbatches) -> [(state, info), ...] after each batch."""
     tx = optax.chain(chain.track_norms(), optax.clip_by_global_norm(1.0), optax.adam(0.1))
 
     def run(batches, num_microbatches=1):
@@ -51,8 +51,8 @@ def step():
             )
         )
         for rows in batches:
-            state, _, facts = compiled(state, make_batch(rows))
-            found.append(jax.device_get((state, facts)))
+            state, _, info = compiled(state, make_batch(rows))
+            found.append(jax.device_get((state, info)))
         return found
 
     return run
@@ -71,8 +71,8 @@ def test_a_bad_step_moves_nothing_but_the_step(step, value, num_microbatches):
     """nan, inf, a norm that overflows, and a spike of 100 times; in one row of one micro-batch."""
     bad = [1.0, 1.1, value, 1.0]
     found = step([GOOD, GOOD, GOOD, bad, GOOD], num_microbatches)
-    (before, _), (after, facts), (later, _) = found[2:]
-    assert facts["bad"] and not any(f["bad"] for _, f in [*found[:3], found[4]])
+    (before, _), (after, info), (later, _) = found[2:]
+    assert info["bad"] and not any(f["bad"] for _, f in [*found[:3], found[4]])
     assert bits((before.params, before.opt_state)) == bits((after.params, after.opt_state))
     assert (before.step, after.step, later.step) == (3, 4, 5)
     assert bits(later.params) != bits(after.params)
@@ -105,8 +105,8 @@ def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
         return loss, {"objective": loss, "loss": loss, "tokens": jnp.float32(2)}
 
     step = jax.jit(lambda s, b: train_step(s, b, loss_fn=loss_fn, tx=tx, rng=jax.random.key(0)))
-    after, _, facts = step(state, batch)
-    assert facts["bad"] and np.isfinite(facts["grad_norm"])
+    after, _, info = step(state, batch)
+    assert info["bad"] and np.isfinite(info["grad_norm"])
     assert bits((state.params, state.opt_state)) == bits((after.params, after.opt_state))
     assert (int(after.step), int(chain.norm_state(after.opt_state).steps)) == (1, 0)
 
@@ -115,7 +115,7 @@ def test_spikes_are_judged_by_the_steps_that_were_applied(step):
     """A spike during the warm-up counts into the mean; one after it doesn't."""
     spike = [80.0] * 4
     found = step([spike, GOOD, GOOD, GOOD, spike, [3500.0] * 4])
-    assert [bool(facts["bad"]) for _, facts in found] == [False] * 5 + [True]
+    assert [bool(info["bad"]) for _, info in found] == [False] * 5 + [True]
     state = chain.norm_state(found[-1][0].opt_state)
     assert int(state.steps) == 5
 

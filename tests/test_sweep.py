@@ -19,7 +19,7 @@ import pytest
 from environment import fake_devices
 
 from lm.config import command_line, conversion
-from lm.reliability import data_ledger, watchdog
+from lm.reliability import data_ledger, workdir_lock
 from lm.scaling import run_table
 from lm.scaling.sweep import cluster, pool, report, space
 from lm.scaling.sweep.adaptive import Search
@@ -166,7 +166,7 @@ def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
 def test_a_run_that_was_started_by_hand_is_waited_for(tmp_path, fake):
     [run] = make_runs([0.1])
     hand, said = contextlib.ExitStack(), []
-    hand.enter_context(watchdog.lock_workdir(str(tmp_path / run.name)))
+    hand.enter_context(workdir_lock.lock_workdir(str(tmp_path / run.name)))
     threading.Timer(0.8, hand.close).start()
     pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
     assert len(said) == 1 and "waiting for it" in said[0]

@@ -133,15 +133,15 @@ def test_dropout_with_a_key_for_each_shard_is_found(check, devices, monkeypatch)
 
 def test_segment_ids_of_the_wrong_rows_are_found(check, monkeypatch):
     """Every device gets the segment ids of the first rows, as if they weren't sharded."""
-    put = sharding.put
+    make = sharding.make_global_batch
 
     def unsharded(rules, batch, batch_size):
         rows = batch_size // rules.size("batch")
         segments = np.tile(batch.inputs.segments[:rows], (rules.size("batch"), 1))
         inputs = batch.inputs.replace(segments=segments)
-        return put(rules, batch.replace(inputs=inputs), batch_size)
+        return make(rules, batch.replace(inputs=inputs), batch_size)
 
-    monkeypatch.setattr(sharding, "put", unsharded)
+    monkeypatch.setattr(sharding, "make_global_batch", unsharded)
     assert wrong(check(FSDP)) >= {"objective", "gradients", "counts"}
 
 

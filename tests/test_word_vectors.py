@@ -99,5 +99,5 @@ def test_rows_of_known_words_begin_with_their_vectors_and_others_at_random(
 def test_a_base_and_word_vectors_for_the_same_table_are_refused(tmp_path, make_experiment):
     path = write(tmp_path / "glove.txt", "a 1\n")
     experiment = make_experiment({"init.word_vectors": path, "init.from_": str(tmp_path)})
-    with pytest.raises(ValueError, match=r"both say what embedding\.weight begins with"):
+    with pytest.raises(ValueError, match=r"both initialize embedding\.weight"):
         _ = experiment.initializer.word_vectors

@@ -82,14 +82,18 @@ def test_a_run_that_was_moved_has_its_tokenizer(tmp_path, make_config, words):
     assert load(str(tmp_path / "moved"), jax.devices()).tokenizer.model == words.read_bytes()
 
 
-def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(make_config, make_experiment, tmp_path):
+def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(
+    make_config, make_experiment, tmp_path, capsys
+):
     kept = tmp_path / "moved" / "tokenizer" / "tokenizer.json"
     kept.parent.mkdir(parents=True)
     kept.touch()
     changes = {"data.tokenizer": "/old/run/tokenizer/tokenizer.json", "mesh.data": 1}
     old = make_config(changes)
-    saved, said = resume.Saved(json.loads(conversion.to_json(old))), []
+    record = resume.RunRecord(json.loads(conversion.to_json(old)))
     moved = make_experiment({"data.tokenizer": str(kept)})
-    assert resume.check_config(saved, str(tmp_path / "moved"), moved, said.append) and not said
+    capsys.readouterr()
+    assert resume.check_config(record, str(tmp_path / "moved"), moved)
+    assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"config\.data\.tokenizer: .*'bytes'"):
-        resume.check_config(saved, str(tmp_path / "moved"), make_experiment(), said.append)
+        resume.check_config(record, str(tmp_path / "moved"), make_experiment())

@@ -1,3 +1,3 @@
-"""Checkpoints: `manager` saves, verifies, restores and deletes, `manifest` says what one holds,
-`stored` reads its files without devices, `restore` brings them to devices.
+"""Checkpoints: `manager` saves, verifies, restores and deletes; `manifest` describes the content;
+`step_files` reads the files without devices; `restore` brings them to devices.
 """

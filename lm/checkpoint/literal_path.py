@@ -1,4 +1,4 @@
-"""Paths for Orbax, which looks for files by patterns."""
+"""Path for Orbax, which finds its files by glob patterns."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from lm.storage import is_url
 
 
 class LiteralPath(gpath.PosixGPath):
-    """A path whose own characters mean themselves to `glob` too. etils takes `runs/[x]*` for a
-    pattern, and Orbax, which lists what its processes wrote by `glob`, then loses it.
+    """A path whose own characters are literal in `glob`.
+
+    etils takes the folder `runs/[x]*` for a pattern, and Orbax then finds none of its files there.
     """
 
     def glob(self, pattern: str) -> Iterator[Self]:

@@ -1,9 +1,10 @@
 """Checkpoints of a run, through Orbax: asynchronous, atomic, verified, restored into any sharding.
 
 The checkpoint at step n is the state before batch n. Parameters and optimizer state are separate
-items, so that either can be read alone. Beside them lies a manifest with the checksum of every leaf
-(manifest.py): a save is read back from its files, a restore is compared on the devices, and nothing
-is deleted before its successor was read back.
+items, so that each can be read without the other. The manifest beside them has the checksum of
+every leaf: a save is read back from its files, a restore is verified on the devices, and nothing is
+deleted before its successor was read back. Hence not Orbax's CheckpointManager, whose
+`preservation_policy` deletes at the commit of the next step, before that can be verified.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -24,6 +26,8 @@ from etils import epath
 
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, step_files
+from lm.checkpoint.checksums import PyTree
+from lm.checkpoint.code_version import code_version
 from lm.checkpoint.literal_path import LiteralPath
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config.schema import CheckpointConfig
@@ -31,8 +35,7 @@ from lm.exit_codes import Exit, RunError
 from lm.parallel import device_errors, process_group
 from lm.types import Params, TrainState
 
-# What a save raises that didn't reach the disk: the file system's and TensorStore's errors, and
-# those of a barrier that a process didn't reach.
+# Errors of the file system, of TensorStore, and of a barrier that a process didn't reach.
 SAVE_ERRORS = (OSError, ValueError, TimeoutError, jax.errors.JaxRuntimeError)
 
 
@@ -43,7 +46,7 @@ class SaveFailed(RunError):
 
 
 class CorruptCheckpoint(RunError):
-    """No checkpoint verifies, or the one that was asked for doesn't."""
+    """No checkpoint verifies, or the requested one doesn't."""
 
     code = Exit.CORRUPT
 
@@ -56,10 +59,10 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints below `workdir`; a context that waits for the last save when it is left.
+    """The checkpoints below `workdir`; a context that waits for the last save at its end.
 
     All processes of a run call its methods together. A read-only one writes, renames and deletes
-    nothing: it passes over what is bad.
+    nothing: it passes over bad checkpoints.
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
@@ -70,7 +73,7 @@ class Checkpoints:
         self._read_only = read_only
         self._lead = jax.process_index() == 0
         self._saves: collections.deque[_Save] = collections.deque()
-        # `ParentCheckpoint.describe` of what the run began from: goes from manifest to manifest
+        # `ParentCheckpoint.describe` of what the run started from, copied from manifest to manifest
         self.parent: dict[str, Any] | None = None
         if read_only:
             if not self.directory.exists():
@@ -84,8 +87,8 @@ class Checkpoints:
             opt_state=ocp.StandardCheckpointHandler(),
             manifest=ocp.JsonCheckpointHandler(filename=step_files.MANIFEST_FILE),
         )
-        # Made in the background, a folder that can't be made leaves threads that wait five minutes
-        # for it, and keep the process from ending.
+        # In the background, a folder that can't be created leaves threads that wait five minutes
+        # for it and keep the process from ending.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=options)
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -94,7 +97,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._read_only:
             return
         try:
@@ -104,38 +112,38 @@ class Checkpoints:
             elif jax.process_count() == 1 or (
                 isinstance(error, RunError) and error.code != Exit.PEER_LOST
             ):
-                # The save under way is worth keeping; its own error must not hide this one.
+                # keep the save under way; its own error must not hide this one
                 concurrent.futures.wait([save.verified for save in self._saves])
         finally:
             self._closing.set()
             self._worker.shutdown(wait=False, cancel_futures=True)
 
     def steps(self) -> list[int]:
-        """The steps of complete checkpoints, as the lead process sees them; for all together."""
+        """Steps of the complete checkpoints, as the lead process sees them."""
         return process_group.from_lead("steps", lambda: step_files.steps(self.directory))
 
     # ---- saving ----
 
     def save(self, state: TrainState, *, manifest_extras: Mapping[str, Any] | None = None) -> bool:
-        """Starts saving `state`, returns once it is copied; False if its step is saved already.
+        """Start saving `state`, and return once it is copied; False if its step is saved already.
 
         manifest_extras: `ledger`, `config` and `resolved` of the manifest, and `parent` in place of
-        what the run that was restored began from.
+        `self.parent`.
 
         Raises:
-            SaveFailed: this save could not begin, or an earlier one failed.
+            SaveFailed: this save could not start, or an earlier one failed.
         """
         step = int(state.step)
         self.poll()
         if self._saves:
             self._saves[-1].committed.wait()
-        if restore.from_lead(step in step_files.steps(self.directory)):
+        if step in self.steps():
             return False
         tree = {"params": state.params, "opt_state": state.opt_state}
         manifest = Manifest(
             step=step,
-            leaves=manifests.leaves(tree, restore.sums(tree)),
-            code=manifests.code_version(),
+            leaves=manifests.leaves(tree, restore.device_checksums(tree)),
+            code=code_version(),
             time=time.time(),
             **{"parent": self.parent, **(manifest_extras or {})},
         )
@@ -154,12 +162,16 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Raises SaveFailed if a save failed or doesn't read back; else returns at once."""
+        """Return at once.
+
+        Raises:
+            SaveFailed: a save failed or doesn't read back.
+        """
         while self._saves and self._saves[0].verified.done():
             self._settle()
 
     def wait(self) -> None:
-        """Returns when all saves are complete and verified, and what they replace is deleted.
+        """Wait until all saves are complete and verified, and those that they replace deleted.
 
         Raises:
             SaveFailed: as `poll`.
@@ -185,7 +197,7 @@ class Checkpoints:
         return failed
 
     def _finish(self, step: int, committed: threading.Event) -> None:
-        """In the background: the end of a save, its verification, and what it allows to delete."""
+        """Complete and verify a save, then delete old ones; in the background."""
         try:
             self._checkpointer.wait_until_finished()
         finally:
@@ -216,7 +228,7 @@ class Checkpoints:
             self._delete_old(step)
 
     def _delete_old(self, newest: int) -> None:
-        """Deletes what none of keep_last, keep_every and at wants, now that `newest` is good."""
+        """Delete what none of keep_last, keep_every and at keeps, now that `newest` is good."""
         old = [step for step in step_files.steps(self.directory) if step < newest]
         good = [
             step
@@ -232,18 +244,17 @@ class Checkpoints:
                 step_files.delete(self.directory / str(step))
 
     def set_aside(self, step: int) -> epath.Path:
-        """Moves a checkpoint to WORKDIR/bad_checkpoints, and returns its new place there."""
-        k = restore.from_lead(self._move_aside(step) if self._lead else 0)
+        """Move a checkpoint to WORKDIR/bad_checkpoints, and return its new path there."""
+        k = process_group.from_lead("set aside", lambda: self._move_aside(step))
         return self._aside(step, k)
 
     def _move_aside(self, step: int) -> int:
-        """Moves a checkpoint for one process, which may be one of several that do."""
+        """Move a checkpoint, also in several processes at once; return the suffix of its name."""
         self._bad.mkdir(parents=True, exist_ok=True)
         k = 0
         while self._aside(step, k).exists():
             k += 1
-        # else another process was first
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # another process was first
             (self.directory / str(step)).rename(self._aside(step, k))
         return k
 
@@ -256,35 +267,34 @@ class Checkpoints:
         self, abstract: TrainState, step: int | None = None
     ) -> tuple[TrainState, Manifest] | None:
         """(state, manifest) of the newest good checkpoint, or of the one at `step`, in the
-        shardings of `abstract`; None if there is none. The state of one of parameters alone (an
-        import) has None for the optimizer's.
+        shardings of `abstract`; None if there is none. An import has None for `opt_state`.
 
-        A bad one is moved to WORKDIR/bad_checkpoints, with a line that says why, and the one before
-        it is tried.
+        A bad checkpoint is moved to WORKDIR/bad_checkpoints, with a line that says why, and the one
+        before it is tried.
 
         Raises:
             ValueError: the leaves are not those of `abstract`; the message lists all that differ.
             FileNotFoundError: there is no checkpoint of `step`.
             CorruptCheckpoint: the one at `step` is bad, or all are.
         """
-        wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
-        found = self._restore(wanted, step)
-        if found is None:
+        items = {"params": abstract.params, "opt_state": abstract.opt_state}
+        restored = self._restore(items, step)
+        if restored is None:
             return None
-        tree, manifest = found
+        tree, manifest = restored
         count = jax.device_put(np.int32(manifest.step), abstract.step.sharding)
         return TrainState(count, tree["params"], tree.get("opt_state")), manifest
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:
-        """(step, parameters) alone: nothing of the optimizer is read.
+        """(step, parameters); the optimizer state is not read.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
         """
-        found = self._restore({"params": abstract}, step)
-        if found is None:
+        restored = self._restore({"params": abstract}, step)
+        if restored is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}; train first")
-        tree, manifest = found
+        tree, manifest = restored
         return manifest.step, tree["params"]
 
     def holds(self, state: TrainState) -> bool:
@@ -294,51 +304,54 @@ class Checkpoints:
             Damaged: its manifest can't be read.
         """
         tree = {"params": state.params, "opt_state": state.opt_state}
-        manifest = restore.manifest_of(self.directory / str(int(state.step)))
-        return manifests.leaves(tree, restore.sums(tree)) == manifest.leaves
+        manifest = restore.read_manifest(self.directory / str(int(state.step)))
+        return manifests.leaves(tree, restore.device_checksums(tree)) == manifest.leaves
 
     def _restore(
-        self, wanted: dict[str, Any], step: int | None
-    ) -> tuple[dict[str, Any], Manifest] | None:
+        self, items: dict[str, PyTree], step: int | None
+    ) -> tuple[dict[str, PyTree], Manifest] | None:
         if not self._read_only:
             self.wait()
+        verify = self._config.verify
         bad: list[int] = []
-        while (at := self._choose(step, bad)) is not None:
-            folder, verify = self.directory / str(at), self._config.verify
-            fault, tree, manifest = restore.restore(folder, wanted, verify=verify)
-            if not fault and manifest is not None:
-                self.parent = manifest.parent
-                whole = verify and set(wanted) == set(step_files.ITEMS)
-                if (
-                    whole
-                    and not self._read_only
-                    and self._lead
-                    and not step_files.is_verified(folder)
-                ):
-                    step_files.mark_verified(folder, 0, 1)
-                return tree, manifest
-            if step is not None:
-                raise CorruptCheckpoint(f"the checkpoint of step {step} is bad: {fault}")
-            bad.append(at)
-            self._pass_over(at, fault)
-        # Not from step 0 because all there was had to be set aside, not when asked again either.
-        if bad or restore.from_lead(self._bad.exists() and not step_files.steps(self.directory)):
+        while (candidate := self._choose(step, bad)) is not None:
+            folder = self.directory / str(candidate)
+            try:
+                tree, manifest = restore.restore(folder, items, verify=verify)
+            except Damaged as error:
+                if step is not None:
+                    raise CorruptCheckpoint(
+                        f"the checkpoint of step {step} is bad: {error}"
+                    ) from None
+                bad.append(candidate)
+                self._pass_over(candidate, str(error))
+                continue
+            self.parent = manifest.parent
+            marks = self._lead and not self._read_only and verify
+            if marks and set(items) == set(step_files.ITEMS) and not step_files.is_verified(folder):
+                step_files.mark_verified(folder, 0, 1)
+            return tree, manifest
+        # Not from step 0 because all there was had to be set aside, nor at the next start.
+        if bad or (self._bad_exists() and not self.steps()):
             raise CorruptCheckpoint(
                 f"no checkpoint in {self.directory} is good; move one back from {self._bad}, or "
                 f"delete that folder to begin at step 0"
             )
         return None
 
+    def _bad_exists(self) -> bool:
+        return process_group.from_lead("bad", self._bad.exists)
+
     def _choose(self, step: int | None, bad: list[int]) -> int | None:
         """The step to try next, the same in all processes."""
-        there = self.steps()
+        steps = self.steps()
         if step is not None:
-            if step not in there:
+            if step not in steps:
                 raise FileNotFoundError(
-                    f"no checkpoint of step {step} in {self.directory}; there are {there}"
+                    f"no checkpoint of step {step} in {self.directory}; there are {steps}"
                 )
             return step
-        return max((s for s in there if s not in bad), default=None)
+        return max((s for s in steps if s not in bad), default=None)
 
     def _pass_over(self, step: int, fault: str) -> None:
         if not self._lead:

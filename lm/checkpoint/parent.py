@@ -1,4 +1,4 @@
-"""The checkpoint that another run begins with: its parameters alone, in any sharding."""
+"""Parent checkpoint: the parameters of another run that a warm start reads, in any sharding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lm.types import Params
 class ParentCheckpoint:
     """The parameters of a checkpoint of the run in `workdir`, at `step` (None: its newest).
 
-    All processes make one and read it together. key: the config path that names the run.
+    All processes call its methods together. key: the config path that names the run.
     """
 
     def __init__(
@@ -29,44 +29,46 @@ class ParentCheckpoint:
         """Raises FileNotFoundError where there is no such checkpoint."""
         self._key = key
         directory = epath.Path(workdir).resolve() / "checkpoints"
-        there: list[int] = process_group.from_lead("base", lambda: step_files.steps(directory))
-        if not there:
+        steps: list[int] = process_group.from_lead("parent", lambda: step_files.steps(directory))
+        if not steps:
             raise FileNotFoundError(f"{key}: {workdir} has no checkpoint")
-        self.step = there[-1] if step is None else step
-        if self.step not in there:
+        self.step = steps[-1] if step is None else step
+        if self.step not in steps:
             raise FileNotFoundError(
-                f"{key}: {workdir} has no checkpoint of step {step}; there are {there}"
+                f"{key}: {workdir} has no checkpoint of step {step}; there are {steps}"
             )
         self.workdir, self._folder = workdir, directory / str(self.step)
 
     @functools.cached_property
     def manifest(self) -> Manifest:
         try:
-            return restore.manifest_of(self._folder)
+            return restore.read_manifest(self._folder)
         except Damaged as error:
             raise CorruptCheckpoint(f"{self._key}: {self._folder} is bad: {error}") from None
 
     @functools.cached_property
-    def _leaves(self) -> dict[str, Leaf]:
-        """Of the parameters, by their names."""
+    def _params(self) -> dict[str, Leaf]:
         prefix = "params."
         leaves = self.manifest.leaves.items()
         return {n.removeprefix(prefix): leaf for n, leaf in leaves if n.startswith(prefix)}
 
     def describe(self) -> dict[str, Any]:
-        """What a run's manifest keeps of where it began: place, step, and a hash of all bits."""
-        fingerprint = manifests.fingerprint(self._leaves)
+        """The entry `parent` of a run's manifests: folder, step, and a hash of all bits."""
+        fingerprint = manifests.fingerprint(self._params)
         return {"workdir": self.workdir, "step": self.step, "fingerprint": fingerprint}
 
-    def check(self, wanted: Params, skip: Sequence[str]) -> None:
-        """Raises ValueError unless the abstract tree `wanted` takes exactly the stored parameters
-        that no pattern of `skip` matches.
+    def check(self, abstract: Params, skip: Sequence[str]) -> None:
+        """Check that the stored parameters that don't match `skip` are those of `abstract`.
+
+        Raises:
+            ValueError: lists all that differ.
         """
-        there = {n: x for n, x in self._leaves.items() if n not in self._skipped(skip)}
-        lines = manifests.differences(there, manifests.leaves(wanted))
+        skipped = param_tree.matching("config.init.skip", skip, self._params)
+        stored = {n: x for n, x in self._params.items() if n not in skipped}
+        lines = manifests.differences(stored, manifests.leaves(abstract))
         if lines:
             hint = ""
-            if any(".lora_" in name for name in there):
+            if any(".lora_" in name for name in stored):
                 hint = "\nit holds adapters alone: merge them first, with scripts/merge_lora.py"
             raise ValueError(
                 f"config.init.from: {self._folder} has other parameters than this run; list in "
@@ -74,32 +76,29 @@ class ParentCheckpoint:
                 "begins at random:\n  " + "\n  ".join(lines) + hint
             )
 
-    def _skipped(self, skip: Sequence[str]) -> frozenset[str]:
-        return param_tree.matching("config.init.skip", skip, self._leaves)
+    def read(self, abstract: Params, skip: Sequence[str] = ()) -> Params:
+        """The parameters in the shardings of `abstract`, every bit verified; raises as `check`."""
+        self.check(abstract, skip)
+        return self.read_part(abstract)
 
-    def read(self, wanted: Params, skip: Sequence[str] = ()) -> Params:
-        """The values of the abstract tree `wanted`, in its shardings, every bit checked; raises as
-        `check`.
-        """
-        self.check(wanted, skip)
-        return self.read_part(wanted)
-
-    def read_part(self, wanted: Params) -> Params:
+    def read_part(self, abstract: Params) -> Params:
         """As `read`, whatever else is stored.
 
         Raises:
             CorruptCheckpoint: the bits are not those that were saved.
         """
-        names = {f"params.{name}" for name in param_tree.flatten(wanted)}
+        names = {f"params.{name}" for name in param_tree.flatten(abstract)}
         others = [name for name in self.manifest.leaves if name not in names]
-        tree = {"params": wanted}
-        fault, found, _ = restore.restore(self._folder, tree, verify=True, leave_out=others)
-        if fault:
-            raise CorruptCheckpoint(f"config.init.from: {self._folder} is bad: {fault}")
-        return found["params"]
+        try:
+            tree, _ = restore.restore(
+                self._folder, {"params": abstract}, verify=True, leave_out=others
+            )
+        except Damaged as error:
+            raise CorruptCheckpoint(f"config.init.from: {self._folder} is bad: {error}") from None
+        return tree["params"]
 
     def check_same(self, parent: Mapping[str, Any]) -> None:
-        """Raises ValueError unless this is what `describe` gave when a run began."""
+        """Raises ValueError unless `parent` is what `describe` returns."""
         now = self.describe()
         if now["fingerprint"] != parent.get("fingerprint"):
             raise ValueError(

@@ -1,11 +1,10 @@
-"""The folder of a checkpoint as a host reads it: which there are, whether their bits are those of
-the manifest, and single leaves. No devices are needed.
+"""Files of checkpoints, read on a host without devices: steps, verification, single leaves.
 
-    WORKDIR/checkpoints/STEP/params/        Orbax's files of the parameters
-                             opt_state/     and of the optimizer's state
-                             manifest/      the manifest
-                             verified-I-of-N   process I of N has read its part back
-    WORKDIR/bad_checkpoints/STEP[-K]/       what didn't verify
+WORKDIR/checkpoints/STEP/params/        Orbax's files of the parameters
+                         opt_state/     and of the optimizer's state
+                         manifest/      the manifest
+                         verified-I-of-N   process I of N has read its part back
+WORKDIR/bad_checkpoints/STEP[-K]/       checkpoints that didn't verify
 """
 
 from __future__ import annotations
@@ -13,62 +12,66 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from lm import storage
-from lm.checkpoint import manifest as manifests
+from lm.checkpoint.checksums import hexadecimal, host_checksums
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
+if TYPE_CHECKING:
+    import tensorstore as ts
+
+T_co = TypeVar("T_co", covariant=True)
 ITEMS = ("params", "opt_state")
 MANIFEST = "manifest"
 MANIFEST_FILE = "manifest.json"
-DELETING = "deleting"  # older code's mark in a step's folder that is half deleted
+DELETING = "deleting"  # older code's file in a step's folder that is half deleted
 TEMPORARY = ocp.path.atomicity.TMP_DIR_SUFFIX
 COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 _UNREADABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Unreadable(PermissionError):
-    """Files that may not be read, or whose place doesn't answer: nothing is known of their bits, so
-    that no checkpoint is called damaged for it.
-    """
+    """Files that may not be read, or whose storage doesn't answer: their checkpoint may be good."""
 
 
 def steps(directory: epath.Path) -> list[int]:
     """The steps whose checkpoints in `directory` are complete, ascending."""
     if not directory.exists():
         return []
-    found = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-    return sorted(step for step in found if _complete(directory / str(step)))
+    names = [path.name for path in directory.iterdir()]
+    return sorted(int(n) for n in names if n.isdigit() and _is_complete(directory / n))
 
 
-def _complete(folder: epath.Path) -> bool:
-    # Where folders can be renamed, a step has its name only once it is complete.
-    by_file = str(folder).startswith("gs://")
-    return not (folder / DELETING).exists() and (not by_file or (folder / COMMITTED).exists())
+def can_rename(folder: epath.Path) -> bool:
+    """True where a step gets its name by a rename once it is complete, instead of a commit file."""
+    return not str(folder).startswith("gs://")
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    is_committed = can_rename(folder) or (folder / COMMITTED).exists()
+    return is_committed and not (folder / DELETING).exists()
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint, of which no half is ever left under a step's name: first it loses its
-    name, or where folders can't be renamed the file without which it is none.
-    """
-    if str(folder).startswith("gs://"):
-        (folder / COMMITTED).unlink(missing_ok=True)
-    else:
+    """Delete a checkpoint, first its name or its commit file: no half is left under the name."""
+    if can_rename(folder):
         folder = folder.rename(folder.parent / f"{folder.name}{TEMPORARY}-{time.time_ns()}")
+    else:
+        (folder / COMMITTED).unlink(missing_ok=True)
     folder.rmtree()
 
 
 def delete_leftovers(directory: epath.Path) -> None:
-    """Deletes what killed processes left: saves that never were complete, half deleted steps."""
+    """Delete remains of killed processes: incomplete saves and half deleted steps."""
     for path in directory.iterdir():
         if TEMPORARY in path.name:
             path.rmtree()
-        elif path.name.isdigit() and not _complete(path):
+        elif path.name.isdigit() and not _is_complete(path):
             delete(path)
 
 
@@ -95,35 +98,33 @@ def mark_verified(folder: epath.Path, part: int, parts: int) -> None:
 
 
 def is_verified(folder: epath.Path) -> bool:
-    """Whether every part of a step's files has been read back and found good."""
+    """True if every part of a step's files has been read back and verified."""
     marks = {path.name for path in folder.iterdir() if path.name.startswith("verified-")}
     counts = {int(name.rsplit("-", 1)[1]) for name in marks}
     return any(marks >= {f"verified-{i}-of-{n}" for i in range(n)} for n in counts)
 
 
 def size(folder: epath.Path) -> int:
-    """Bytes of all files."""
+    """Bytes of all files in a folder."""
     return sum(size(p) if p.is_dir() else p.stat().length for p in folder.iterdir())
 
 
 def find_fault(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with the files of a step, or "". Reads every `parts`-th leaf, the largest
-    first, chunk by chunk.
-    """
+    """The first fault in the files of a step, or "". Reads every `parts`-th leaf, largest first."""
     by_size = sorted(manifest.leaves, key=lambda n: (-np.prod(manifest.leaves[n].shape), n))
     for name in by_size[part::parts]:
         leaf, sums = manifest.leaves[name], np.zeros(2, np.uint32)
         try:
             for start, block in _chunks(open_leaf(folder, name, leaf), name):
-                sums += manifests.host_checksums(block, start, leaf.shape)
+                sums += host_checksums(block, start, leaf.shape)
         except Damaged as error:
             return str(error)
-        if (found := manifests.hexadecimal(sums)) != leaf.checksum:
-            return f"{name}: checksum {found}, the manifest says {leaf.checksum}"
+        if (checksum := hexadecimal(sums)) != leaf.checksum:
+            return f"{name}: checksum {checksum}, the manifest says {leaf.checksum}"
     return ""
 
 
-def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> Any:
+def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> ts.TensorStore:
     """The TensorStore of a leaf that the manifest lists, in Orbax's files.
 
     Raises:
@@ -135,9 +136,9 @@ def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> Any:
     base = storage.kvstore(str(folder / item))
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     array = result(ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True), name)
-    found = Leaf(tuple(array.shape), array.dtype.name)
-    if str(found) != str(leaf):
-        raise Damaged(f"{name}: stored as {found}, the manifest says {leaf}")
+    stored = Leaf(tuple(array.shape), array.dtype.name)
+    if str(stored) != str(leaf):
+        raise Damaged(f"{name}: stored as {stored}, the manifest says {leaf}")
     return array
 
 
@@ -146,12 +147,18 @@ def read_leaf(folder: epath.Path, name: str, leaf: Leaf) -> np.ndarray:
     return np.asarray(result(open_leaf(folder, name, leaf).read(), name))
 
 
-def result(future: Any, name: str) -> Any:
-    """What a future of TensorStore gives.
+class Future(Protocol[T_co]):
+    """A future of TensorStore."""
+
+    def result(self) -> T_co: ...
+
+
+def result(future: Future[T_co], name: str) -> T_co:
+    """The result of a future of TensorStore.
 
     Raises:
-        Unreadable: it may not be read, or its place doesn't answer.
-        Damaged: the file is damaged or missing, of which TensorStore raises ValueErrors alone.
+        Unreadable: it may not be read, or its storage doesn't answer.
+        Damaged: the file is damaged or missing: TensorStore raises a ValueError for either.
     """
     try:
         return future.result()
@@ -161,8 +168,8 @@ def result(future: Any, name: str) -> Any:
         raise Damaged(f"{name}: {first_line(error)}") from None
 
 
-def _chunks(array: Any, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """(first index, values) of every chunk of a TensorStore: one at a time is in memory."""
+def _chunks(array: ts.TensorStore, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """(first index, values) of every chunk of a TensorStore, one at a time in memory."""
     chunk = array.chunk_layout.read_chunk.shape or ()
     ranges = [range(0, n, step) for n, step in zip(array.shape, chunk, strict=True)]
     for start in itertools.product(*ranges):
@@ -173,9 +180,7 @@ def _chunks(array: Any, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message as one line that isn't too long: TensorStore's name every path twice, then
-    the reason, then all settings.
-    """
+    """An error's message as one line of limited length: TensorStore appends all its settings."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = text.split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
     return text if len(text) <= 400 else f"{text[:150]} … {text[-240:]}"

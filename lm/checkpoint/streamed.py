@@ -1,8 +1,7 @@
-"""A checkpoint of parameters alone, written block by block: none of its leaves is ever whole in
-memory.
+"""Writer of a checkpoint with only parameters, block by block: no leaf is ever whole in memory.
 
-It has no optimizer's state, of which training from it makes a new one. Its files lie as Orbax would
-write them, but in chunks of one block.
+Training from it starts with a fresh optimizer state. Its files are those that Orbax would write,
+but in chunks of one block.
 """
 
 from __future__ import annotations
@@ -10,16 +9,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
 from lm import storage
-from lm.checkpoint import manifest as manifests
 from lm.checkpoint import step_files
+from lm.checkpoint.checksums import hexadecimal, host_checksums
+from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import SaveFailed
 from lm.checkpoint.manifest import Leaf, Manifest
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 Shape = tuple[int, ...]
 
@@ -30,24 +33,22 @@ class ParamsWriter:
     def __init__(self, workdir: str, step: int) -> None:
         """Raises ValueError where there are checkpoints: a run isn't overwritten."""
         directory = epath.Path(workdir).resolve() / "checkpoints"
-        if there := step_files.steps(directory):
-            raise ValueError(f"{workdir} has checkpoints already, of steps {there}")
+        if steps := step_files.steps(directory):
+            raise ValueError(f"{workdir} has checkpoints already, of steps {steps}")
         directory.mkdir(parents=True, exist_ok=True)
         step_files.delete_leftovers(directory)
         self._step = step
         self._folder = directory / str(step)
-        renamed = not str(directory).startswith("gs://")  # else a step needs its commit file
-        self._writing = directory / f"{step}{step_files.TEMPORARY}" if renamed else self._folder
+        renames = step_files.can_rename(directory)
+        self._writing = directory / f"{step}{step_files.TEMPORARY}" if renames else self._folder
         self._writing.mkdir()
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[str, ts.TensorStore] = {}
         self._sums: dict[str, np.ndarray] = {}
         self._shapes: dict[str, Shape] = {}
-        self._pending: Any = None
+        self._pending: tuple[str, step_files.Future[object]] | None = None
 
     def add(self, name: str, shape: Shape, num_stacked: int) -> None:
-        """A float32 leaf that is written in blocks, one for each index of its `num_stacked` leading
-        dimensions.
-        """
+        """Add a float32 leaf, whose blocks are indexed by its `num_stacked` leading axes."""
         import tensorstore as ts
 
         base = storage.kvstore(str(self._writing / "params"))
@@ -66,12 +67,12 @@ class ParamsWriter:
         self._sums[leaf], self._shapes[leaf] = np.zeros(2, np.uint32), shape
 
     def write(self, name: str, index: Shape, block: np.ndarray) -> None:
-        """Writes the block at `index`; the next call waits for it."""
+        """Start writing the block at `index`; the next call waits for it."""
         leaf = f"params.{name}"
         shape = self._shapes[leaf]
         start = (*index, *(0 for _ in shape[len(index) :]))
         whole = block.reshape((1,) * len(index) + block.shape)
-        self._sums[leaf] += manifests.host_checksums(whole, start, shape)
+        self._sums[leaf] += host_checksums(whole, start, shape)
         self._wait()
         self._pending = leaf, self._arrays[leaf][index].write(block)
 
@@ -82,7 +83,7 @@ class ParamsWriter:
             self._pending = None
 
     def commit(self, extras: Mapping[str, Any]) -> None:
-        """Reads everything back and makes it the checkpoint of the step.
+        """Read everything back, and make it the checkpoint of the step.
 
         extras: `ledger`, `config` and `parent` of the manifest.
 
@@ -91,13 +92,13 @@ class ParamsWriter:
         """
         self._wait()
         leaves = {
-            leaf: Leaf(shape, "float32", manifests.hexadecimal(self._sums[leaf]))
+            leaf: Leaf(shape, "float32", hexadecimal(self._sums[leaf]))
             for leaf, shape in self._shapes.items()
         }
         manifest = Manifest(
             step=self._step,
             leaves=leaves,
-            code=manifests.code_version(),
+            code=code_version(),
             time=time.time(),
             **extras,
         )

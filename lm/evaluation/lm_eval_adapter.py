@@ -10,7 +10,7 @@ from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer
-from lm.telemetry.metrics import Progress
+from lm.telemetry.progress import Progress
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names that tasks use for it

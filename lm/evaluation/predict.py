@@ -61,7 +61,7 @@ class Predictor:
 
     @property
     def _is_decoder(self) -> bool:
-        form = self._experiment.form
+        form = self._experiment.model_interface
         return form.is_causal and form.encoder_length is None
 
     def predict(
@@ -92,7 +92,7 @@ class Predictor:
         batch_size: int,
         report: Report,
     ) -> list[Prediction]:
-        form = self._experiment.form
+        form = self._experiment.model_interface
         room = form.length - max_new_tokens if self._is_decoder else (form.encoder_length or 0)
         if room < 2:
             raise ValueError(
@@ -125,7 +125,7 @@ class Predictor:
         verbalizers = classification.label_tokens(config, self._tokenizer)
         eos = self._tokenizer.eos_id
         label = np.append(self._tokenizer.encode(config.labels[0]), eos)  # what it is isn't read
-        form = experiment.form
+        form = experiment.model_interface
         room = (form.encoder_length or form.length - len(label)) - 1
         encoded = [self._tokenizer.encode(source) for source in sources]
         texts = [np.append(ids[:room], eos) for ids in encoded]

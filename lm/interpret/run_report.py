@@ -16,8 +16,9 @@ from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
 from lm.interpret.attention_maps import TokenLosses, cut, mean_distances, token_text, token_texts
 from lm.layers.attention.dot_product import self_mask
-from lm.telemetry import fonts, metrics
+from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
+from lm.telemetry.progress import format_quantity
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Tokens
 
@@ -45,7 +46,7 @@ def references(workdir: str) -> dict[str, float]:
 
 def overview(experiment: Experiment, step: int) -> str:
     """HTML tables: the size of the run, and every config value that is not the default."""
-    c, count = experiment.config, metrics.format_quantity
+    c, count = experiment.config, format_quantity
     seen = step * experiment.batch_size * c.data.length
     facts = [
         ("checkpoint", f"step {step:,} of {experiment.num_steps:,}"),

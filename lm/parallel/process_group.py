@@ -1,9 +1,9 @@
-"""The processes of one run: found from the environment, started together, ended together.
+"""Process group: the processes of one run, started together, agreeing, and ended together.
 
-`jax.distributed` answers a peer that never comes, or goes away, with SIGABRT and a page of stack.
-Here the processes first meet over the coordinator's port (presence.py), which says who is
-missing, and stay connected, which says who went away. The others then end with one line and the
-exit code of that process, where it told it, else `Exit.PEER_LOST`.
+`jax.distributed` answers a process that never comes, or that dies, with SIGABRT and a page of
+stack. Here the processes first connect to each other (rendezvous.py), which finds who is missing,
+and stay connected, which finds who died. The others then end with one line and with the exit code
+that this process announced, else with `Exit.PEER_LOST`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from lm.exit_codes import Exit, RunError
 from lm.parallel.cluster_env import Environment, detect, gce_metadata
-from lm.parallel.rendezvous import Mismatch, PeerLost, Presence, meet
+from lm.parallel.rendezvous import Mismatch, PeerConnections, PeerLost, connect_peers
 
 __all__ = [
     "Environment",
@@ -35,7 +35,8 @@ __all__ = [
     "from_lead",
     "initialize",
     "leave",
-    "peers",
+    "peer_errors",
+    "print_on_lead",
 ]
 
 # Seconds that a process has to end by itself (an error in a collective, a save, evidence being
@@ -46,7 +47,7 @@ GRACE = 30.0
 HEARTBEAT = 600
 COMMUNICATION = ("gloo", "nccl", "coordination", "peer", "unavailable")  # in texts of errors
 
-_presence: Presence | None = None
+_peers: PeerConnections | None = None
 _peer_timeout = 300.0
 _count = itertools.count()
 
@@ -73,16 +74,16 @@ def initialize(
     process_id: int | None = None,
     peer_timeout: float = 300.0,
 ) -> Environment:
-    """What this process is part of, joined; before anything asks JAX for its devices.
+    """Join the processes of the run, before anything asks JAX for its devices.
 
-    The arguments, given together, win over what the environment says.
+    The arguments, given together, take precedence over the environment.
 
     Raises:
         PeerLost: not all processes came within `peer_timeout` seconds.
-        Mismatch: the processes count themselves differently.
+        Mismatch: the processes were started with different counts.
         ValueError: the arguments or the environment are incomplete.
     """
-    global _presence, _peer_timeout
+    global _peers, _peer_timeout
     given = (coordinator, num_processes, process_id)
     if given == (None, None, None):
         found = detect(os.environ, metadata=gce_metadata)
@@ -107,12 +108,12 @@ def initialize(
     _peer_timeout = peer_timeout
     _end_when_the_coordinator_fails()
     sys.excepthook = _report_and_leave
-    _presence = _connect(found, peer_timeout)
-    _presence.watch(lambda: threading.Thread(target=_end_later, daemon=True).start())
+    _peers = _connect(found, peer_timeout)
+    _peers.watch(lambda: threading.Thread(target=_end_later, daemon=True).start())
     return found
 
 
-def _connect(found: Environment, timeout: float) -> Presence:
+def _connect(found: Environment, timeout: float) -> PeerConnections:
     """Meets the others and then does what `jax.distributed.initialize` does.
 
     That function offers no callback for errors of the coordinator, and without one they abort.
@@ -121,7 +122,7 @@ def _connect(found: Environment, timeout: float) -> Presence:
     from jax._src import distributed
     from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
 
-    # its handler of SIGTERM would take the place of ours: see lm/reliability/watchdog.py
+    # its handler of SIGTERM would replace that of lm/reliability/stop_signals.py
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     state = distributed.global_state
@@ -138,7 +139,7 @@ def _connect(found: Environment, timeout: float) -> Presence:
             shutdown_timeout=seconds,
         )
 
-    presence = meet(
+    peers = connect_peers(
         found.coordinator, found.num_processes, found.process_id, timeout=timeout, serve=serve
     )
     client = state.client = runtime.get_distributed_runtime_client(
@@ -154,22 +155,22 @@ def _connect(found: Environment, timeout: float) -> Presence:
     try:
         client.connect()
     except RuntimeError as error:
-        if loss := presence.loss(wait=1.0):
+        if loss := peers.loss(wait=1.0):
             raise loss.error() from error
         raise PeerLost(f"the processes could not connect: {error}") from error
-    return presence
+    return peers
 
 
 def agree(name: str, value: Mapping[str, Any]) -> None:
-    """Returns once all processes have called it with the same JSON value under the same name.
+    """Return once all processes have called it with the same JSON value under the same name.
 
-    Process 0 compares and the others read its verdict, so thousands of processes may agree.
+    Process 0 compares and the others read its result, so that thousands of processes may agree.
 
     Raises:
         Mismatch: in every process; names the first differences by key path.
         PeerLost: a process went away, or never came here.
     """
-    if _presence is None:
+    if _peers is None:
         return
     from jax._src.distributed import global_state as state
 
@@ -227,7 +228,7 @@ def _wait_for(key: str, process: int, name: str) -> str:
         try:
             return state.client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
-            if _presence is not None and (loss := _presence.loss()):
+            if _peers is not None and (loss := _peers.loss()):
                 raise loss.error() from error
             if time.monotonic() > deadline:
                 raise PeerLost(
@@ -236,13 +237,12 @@ def _wait_for(key: str, process: int, name: str) -> str:
 
 
 def from_lead(name: str, make: Callable[[], Any]) -> Any:
-    """The JSON value that `make` gives in process 0, in every process; all call it together.
+    """The JSON value of `make` in process 0, in every process; all call it together.
 
-    For what each process would otherwise decide from its own view of a file system, before they
-    meet in a collective.
+    For decisions that each process would otherwise make by its own view of a file system.
 
     Raises:
-        PeerLost: process 0 went away; its `make` raised, say.
+        PeerLost: process 0 died, such as by an error in `make`.
     """
     from jax._src.distributed import global_state as state
 
@@ -254,21 +254,29 @@ def from_lead(name: str, make: Callable[[], Any]) -> Any:
     return json.loads(_wait_for(key, 0, name))
 
 
-@contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """A context in which errors that come of a lost process are `PeerLost`.
+def print_on_lead(text: str) -> None:
+    """Print `text` in process 0 alone."""
+    import jax
 
-    Collectives fail with errors of any class and text. What counts is that a process is gone:
-    without a word, or with a word and this error speaks of communication.
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def peer_errors() -> Iterator[None]:
+    """A context that raises `PeerLost` for errors that a lost process causes.
+
+    Collectives fail with errors of any class and text. An error counts as caused by a lost process
+    if that died silently, or announced its exit and the error's text is about communication.
     """
     try:
         yield
     except (RuntimeError, ValueError, RunError) as error:
-        if _presence is None or isinstance(error, PeerLost):
+        if _peers is None or isinstance(error, PeerLost):
             raise
         text = str(error).lower()
         talk = not isinstance(error, RunError) and any(word in text for word in COMMUNICATION)
-        loss = _presence.loss(wait=2.0 if talk else 0.0)
+        loss = _peers.loss(wait=2.0 if talk else 0.0)
         if loss and (talk or loss.code is None):
             raise loss.error() from error
         if "gloo" in text:
@@ -277,26 +285,26 @@ def peers() -> Iterator[None]:
 
 
 def leave(code: int, message: str = "") -> int:
-    """The exit code for this process, now that the others know; call it last.
+    """Leave the group, as the last call of this process; return its exit code.
 
-    Without a message all processes have come to the end: they wait for each other. With one this
-    process ends here and now, and the others are told the message.
+    Without a message all processes have come to the end, and they wait for each other. With one
+    this process ends at once, and the others receive the message.
     """
-    if _presence is None:
+    if _peers is None:
         return code
     if not message:
         import jax
 
-        _presence.leave(code, "", wait=0.0)
+        _peers.announce_exit(code, "", wait=0.0)
         try:
             jax.distributed.shutdown()
             return code
         except RuntimeError as error:
-            loss = _presence.loss(wait=1.0)
+            loss = _peers.loss(wait=1.0)
             code = loss.error().code if loss else Exit.PEER_LOST
             print(f"error: {loss or error}", file=sys.stderr)
     else:
-        _presence.leave(code, message[:2000], wait=1.0)
+        _peers.announce_exit(code, message[:2000], wait=1.0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # JAX's own end waits for those that don't come
@@ -305,16 +313,16 @@ def leave(code: int, message: str = "") -> int:
 def _report_and_leave(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """Takes the place of sys.excepthook."""
+    """Replacement of sys.excepthook that tells the other processes."""
     sys.__excepthook__(kind, error, trace)
     leave(Exit.ERROR, f"{kind.__name__}: {error}")
 
 
 def _end_later() -> None:
-    """Ends this process when the main thread hasn't done so in time, knowing of a loss."""
+    """End this process if its main thread does not end within GRACE seconds of a loss."""
     time.sleep(GRACE)
-    assert _presence is not None
-    loss = _presence.loss()
+    assert _peers is not None
+    loss = _peers.loss()
     why = loss.error() if loss else PeerLost("the coordinator, in process 0, failed")
     print(f"error: {why} (ended {GRACE:g} s later)", file=sys.stderr, flush=True)
     os._exit(why.code)

@@ -1,9 +1,9 @@
-"""Which processes of a run are there: each holds a connection to process 0 from start to end.
+"""Rendezvous: every process of a run holds a TCP connection to process 0 from start to end.
 
-The kernel closes the connections of a process that dies, however it dies: within a moment the
-others know that it is gone, and which one it is. A process that is only stopped stays present (the
-watchdog, lm/reliability/watchdog.py, is for that), and a machine that vanishes is found by TCP
-keepalive in about a minute. Messages are lines of JSON.
+The kernel closes the connections of a process that dies, however it dies: the others know at once
+which one it is. A process that is only stopped stays connected (the watchdog,
+lm/reliability/watchdog.py, finds it), and a machine that vanishes is found by TCP keepalive in
+about a minute. Messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lm.exit_codes import Exit, RunError
 
 
 class PeerLost(RunError):
-    """A process of the run never came, or went away."""
+    """A process of the run never came, or died."""
 
     code = Exit.PEER_LOST
 
 
 class Mismatch(RunError):
-    """The processes of a run don't belong together."""
+    """The processes of a run differ in their config, code or number."""
 
     code = Exit.MISMATCH
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    """A process that went away before the end; `code` is None if it said nothing."""
+class PeerLoss:
+    """A process that ended early; `code` is None if it did not announce its exit."""
 
     process: int
     code: int | None = None
@@ -49,45 +49,45 @@ class Loss:
         return f"process {self.process} ended with exit code {self.code}{name}{said}"
 
     def error(self) -> PeerLost:
-        """What ends the others: all with the code of the cause, whichever one a launcher reads."""
+        """The error that ends the others, with the code of the cause: a launcher may read any."""
         error = PeerLost(str(self))
         if self.code in list(Exit):
             error.code = Exit(self.code)
         return error
 
 
-class Presence:
+class PeerConnections:
     """The connections of this process: to all others in process 0, to process 0 elsewhere."""
 
     def __init__(self, process_id: int, links: Mapping[int, socket.socket]) -> None:
         self.process_id = process_id
         self._links = dict(links)
         self._received = dict.fromkeys(links, b"")
-        self._left: set[int] = set()  # those that said good-bye or are gone
-        self._losses: dict[int, Loss] = {}
+        self._left: set[int] = set()  # processes that announced their exit or died
+        self._losses: dict[int, PeerLoss] = {}
         self._changed = threading.Condition()
 
     def watch(self, on_loss: Callable[[], None]) -> None:
-        """Starts to listen to the others; `on_loss` is called in that thread at the first loss."""
+        """Start listening to the others; `on_loss` is called in that thread at the first loss."""
         self._on_loss = on_loss
-        threading.Thread(target=self._listen, name="presence", daemon=True).start()
+        threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
-    def loss(self, wait: float = 0.0) -> Loss | None:
-        """The first loss, for which it waits up to `wait` seconds, or None."""
+    def loss(self, wait: float = 0.0) -> PeerLoss | None:
+        """The first loss within `wait` seconds, or None."""
         with self._changed:
             self._changed.wait_for(lambda: self._losses, wait)
             known = list(self._losses.values())
-        # one that ended because it lost a process is no cause
+        # a process that ended because it lost another one is no cause
         causes = [loss for loss in known if loss.code != Exit.PEER_LOST]
         return next(iter(causes or known), None)
 
-    def leave(self, code: int, message: str, *, wait: float) -> None:
-        """Says good-bye; an empty message says that all leave together, having come to the end.
+    def announce_exit(self, code: int, message: str, *, wait: float) -> None:
+        """Tell the others; an empty message means that all processes have come to the end.
 
-        Process 0, on which the others depend, waits up to `wait` seconds for theirs.
+        Process 0, on which the others depend, waits up to `wait` seconds for their exits.
         """
         for link in self._links.values():
-            _send(link, {"bye": code, "message": message})
+            _send(link, {"exit": code, "message": message})
         if self.process_id == 0:
             with self._changed:
                 self._changed.wait_for(lambda: self._left >= self._links.keys(), wait)
@@ -102,32 +102,32 @@ class Presence:
                         selector.unregister(key.fileobj)
 
     def _read(self, process: int) -> bool:
-        """Handles what a process sent; False once its connection has ended."""
+        """Handle the messages of a process; False once its connection has ended."""
         try:
             data = self._links[process].recv(1 << 16)
         except OSError:
             data = b""
         if not data:
             if process not in self._left:
-                self._lose(Loss(process))
+                self._add_loss(PeerLoss(process))
             return False
         *lines, self._received[process] = (self._received[process] + data).split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            if "lost" in said:
-                self._lose(Loss(**said["lost"]))
-            elif said["message"]:
-                self._lose(Loss(process, said["bye"], said["message"]))
+            message = json.loads(line)
+            if "lost" in message:
+                self._add_loss(PeerLoss(**message["lost"]))
+            elif message["message"]:
+                self._add_loss(PeerLoss(process, message["exit"], message["message"]))
             else:
-                self._leave(process)
+                self._add_left(process)
         return True
 
-    def _leave(self, process: int) -> None:
+    def _add_left(self, process: int) -> None:
         with self._changed:
             self._left.add(process)
             self._changed.notify_all()
 
-    def _lose(self, loss: Loss) -> None:
+    def _add_loss(self, loss: PeerLoss) -> None:
         with self._changed:
             first = not self._losses
             self._losses.setdefault(loss.process, loss)
@@ -135,39 +135,39 @@ class Presence:
             for process, link in self._links.items():
                 if process != loss.process:
                     _send(link, {"lost": dataclasses.asdict(loss)})
-        self._leave(loss.process)
+        self._add_left(loss.process)
         if first:
             self._on_loss()
 
 
-def meet(
+def connect_peers(
     coordinator: str,
     num_processes: int,
     process_id: int,
     *,
     timeout: float,
     serve: Callable[[], None],
-) -> Presence:
-    """The presence of this process, once all processes of the run have come.
+) -> PeerConnections:
+    """Connect all processes of the run.
 
     coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others. serve: called in
-    process 0 when all are there and the port is free again, before they go on.
+    process 0 when all are connected and the port is free again, before they go on.
 
     Raises:
-        PeerLost: somebody didn't come in time; says who.
-        Mismatch: two processes claim one id, or they count different numbers of processes.
+        PeerLost: processes didn't come in time; lists them.
+        Mismatch: two processes claim one id, or were started with different counts.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     if process_id:
         link = _join((host, int(port)), num_processes, process_id, timeout)
-        return Presence(process_id, {0: link})
+        return PeerConnections(process_id, {0: link})
     links = _gather(int(port), num_processes, timeout)
     serve()
     for link in links.values():
         _send(link, {"go": True})
-    return Presence(process_id, links)
+    return PeerConnections(process_id, links)
 
 
 def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.socket]:
@@ -211,7 +211,7 @@ def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.s
 
 
 def _complete(links: dict[int, socket.socket], num_processes: int) -> bool:
-    """Whether all have come; those that came and went are dropped and may come again."""
+    """True if all are connected; those that came and died are dropped and may come again."""
     if len(links) == num_processes - 1:
         for process in [p for p, link in links.items() if _is_closed(link)]:
             links.pop(process).close()
@@ -282,12 +282,12 @@ def _keep_alive(link: socket.socket) -> None:
 
 
 def _send(link: socket.socket, message: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # who doesn't listen any more is noticed by its silence
+    with contextlib.suppress(OSError):  # a process that doesn't listen any more will be lost
         link.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _receive(link: socket.socket, timeout: float) -> dict[str, Any] | None:
-    """The first line that comes, or None: nothing in time, the end, or no JSON object."""
+    """The first line received; None: nothing in time, a closed connection, or no JSON object."""
     link.settimeout(timeout)
     received = b""
     try:

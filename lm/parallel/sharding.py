@@ -282,7 +282,7 @@ def local_rows(rules: Rules, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
-def put(rules: Rules, tree: Any, batch_size: int) -> Any:
+def make_global_batch(rules: Rules, tree: Any, batch_size: int) -> Any:
     """Global arrays [B, ...] from this process's rows (those of `local_rows`) of every leaf of
     `tree`.
     """

@@ -14,7 +14,7 @@ from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.planning import chips, plausibility
 from lm.planning.plan import Decode, Plan, from_json, make, without_data
-from lm.telemetry.metrics import Progress
+from lm.telemetry.progress import Progress
 
 
 def cached(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.planning import protos
-from lm.telemetry.metrics import Progress
+from lm.telemetry.progress import Progress
 
 FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
 

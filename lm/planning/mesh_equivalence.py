@@ -136,13 +136,13 @@ def prepare(config: ConfigTree) -> ConfigTree:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of one device, on the host: its batch, the states around it, sums and facts."""
+    """A step of one device, on the host: its batch, the states around it, sums and info."""
 
     batch: HostBatch
     before: TrainState
     after: TrainState
     sums: Any
-    facts: Any
+    info: Any
 
 
 def verify(
@@ -189,8 +189,8 @@ def on_one_device(config: ConfigTree, devices: Sequence[Any]) -> tuple[Step, ...
     for number in range(STEPS):
         batch = _uneven(one.train_data.batch_at(number, np.arange(one.batch_size)), seed=number)
         before = _on_host(state)
-        state, sums, facts = one.train_step(state, _put(one, batch))
-        steps.append(Step(batch, before, *(_on_host(x) for x in (state, sums, facts))))
+        state, sums, info = one.train_step(state, _put(one, batch))
+        steps.append(Step(batch, before, *(_on_host(x) for x in (state, sums, info))))
     return tuple(steps)
 
 
@@ -276,13 +276,13 @@ def _uneven(batch: HostBatch, seed: int) -> HostBatch:
     return dataclasses.replace(batch, inputs=inputs, encoder=encoder, weights=weights)
 
 
-def _compare(number: int, step: Step, state: Any, sums: Any, facts: Any) -> list[Difference]:
+def _compare(number: int, step: Step, state: Any, sums: Any, info: Any) -> list[Difference]:
     compared = {
         "objective": (step.sums, sums),
-        "gradient norm": (step.facts["grad_norm"], facts["grad_norm"]),
+        "gradient norm": (step.info["grad_norm"], info["grad_norm"]),
         "gradients": (_trace(step.after), _trace(state)),
         "parameters": (step.after.params, state.params),
-        "counts": ((_counts(step.after), _counts(step.facts)), (_counts(state), _counts(facts))),
+        "counts": ((_counts(step.after), _counts(step.info)), (_counts(state), _counts(info))),
     }
     found = {what: relative(*trees) for what, trees in compared.items()}
     differences = []

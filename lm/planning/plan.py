@@ -38,7 +38,7 @@ from lm.planning.costs import Work
 from lm.planning.memory import Line, Memory
 from lm.planning.roofline import StepTimeBounds
 from lm.planning.topology import Topology
-from lm.telemetry.metrics import Progress
+from lm.telemetry.progress import Progress
 from lm.training.experiment import Experiment
 
 

@@ -21,7 +21,7 @@ from lm.planning import interconnect
 from lm.planning import topology as topologies
 from lm.planning.estimate import Estimate, estimate
 from lm.planning.plan import Make, Plan, with_changes
-from lm.telemetry.metrics import Progress
+from lm.telemetry.progress import Progress
 
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 

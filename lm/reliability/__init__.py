@@ -1,1 +1,1 @@
-"""Safeguards of a run: folder lock, signals, watchdog, data ledger, start-up check of kernels."""
+"""Safeguards of a run: folder lock, stop signals, watchdog, data ledger, kernel check."""

@@ -1,12 +1,12 @@
-"""What every step of a run consumed, one line a step, and exact counts of it.
+"""Data ledger: hashes and token counts of the batch of every step, one line a step.
 
     {"step": 12, "records": "9f...", "content": "03...", "filled": 4000, "padding": 96,
      "scored": 4000, "chain": "5c..."}
 
-`step` is the step's number, from 0: the one that `batch_at` gets. `records` is a hash of the ids of
-its records and `content` one of every bit of the batch (`lm.training.train_step.fingerprint`), so
-two runs with the same `chain`, which hashes all lines up to its own, saw the same data in the same
-order. A step that is done again must consume what it consumed before.
+`step` is the number, from 0, that `batch_at` gets. `records` is a hash of the ids of its records
+and `content` one of every bit of the batch (`lm.training.train_step.fingerprint`). `chain` hashes
+all lines up to its own: two runs with the same one saw the same data in the same order. A step that
+is redone must consume what it consumed before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LedgerMismatch(RunError):
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The lines of a run's ledger; a last one that a kill has cut is left out."""
+    """The lines of a run's ledger, without a last one that a kill has cut."""
     return jsonl.read(epath.Path(workdir) / LEDGER_FILE)
 
 
@@ -44,15 +44,15 @@ def start_totals() -> dict[str, Any]:
 
 
 class Ledger:
-    """Takes the facts of steps in order; all processes compare, the `active` one writes."""
+    """Record of all steps in order; all processes compare, the `active` one writes."""
 
     def __init__(
         self, workdir: str, totals: Mapping[str, Any], *, compare: bool = True, active: bool = True
     ) -> None:
-        """totals: those of the checkpoint that the run goes on from.
+        """totals: those of the checkpoint that the run resumes from.
 
-        compare: False where the config of the data was changed on purpose; what was written of
-        later steps is then dropped.
+        compare: False where the config of the data was changed on purpose; lines of later steps are
+        then dropped.
         """
         self._totals = dict(totals)
         self._path = epath.Path(workdir) / LEDGER_FILE
@@ -68,29 +68,29 @@ class Ledger:
         self._before = {e["step"]: e for e in kept if e["step"] >= start}
         self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=10_000)
         self._written = kept[-1]["step"] if kept else -1
-        self._file = None
+        self._file: jsonl.TextFile | None = None
         if active:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = jsonl.reopen(self._path, kept)
 
-    def record(self, step: int, facts: Mapping[str, Any], size: int) -> None:
+    def record(self, step: int, info: Mapping[str, np.ndarray], batch_tokens: int) -> None:
         """Add step number `step`.
 
-        facts: those of `lm.training.train_step`, on the host. size: tokens of a batch.
+        info: of `lm.training.train_step`, on the host. batch_tokens: with padding.
 
         Raises:
             LedgerMismatch: the step was done before and consumed something else.
         """
         if step != self._totals["steps"]:
             raise AssertionError(f"step {step} after {self._totals['steps']} steps")
-        filled = int(facts["filled"])
+        filled = int(info["filled"])
         entry = {
             "step": step,
-            "records": _hex(facts["records"]),
-            "content": _hex(facts["content"]),
+            "records": _hex(info["records"]),
+            "content": _hex(info["content"]),
             "filled": filled,
-            "padding": size - filled,
-            "scored": int(facts["scored"]),
+            "padding": batch_tokens - filled,
+            "scored": int(info["scored"]),
         }
         link = f"{self._totals['chain']} {json.dumps(entry)}".encode()
         entry["chain"] = hashlib.blake2b(link, digest_size=8).hexdigest()
@@ -107,17 +107,16 @@ class Ledger:
             self._totals[name] += entry[name]
         self._recent.append(entry)
         if step > self._written and self._file is not None:
-            self._file.write(jsonl.line(entry))
-            self._file.flush()
+            jsonl.append(self._file, entry)
             self._written = step
 
-    def rewind(self, totals: Mapping[str, Any]) -> None:
-        """Goes back to the totals of an earlier checkpoint; what follows is done again."""
+    def roll_back(self, totals: Mapping[str, Any]) -> None:
+        """Go back to the totals of an earlier checkpoint, from which steps are redone."""
         self._before |= {e["step"]: e for e in self._recent if e["step"] >= totals["steps"]}
         self._totals = dict(totals)
 
     def totals(self) -> dict[str, Any]:
-        """steps, filled, padding and scored tokens up to now, and the chain."""
+        """Steps, filled, padding and scored tokens up to now, and the chain."""
         return dict(self._totals)
 
     def close(self) -> None:
@@ -125,5 +124,5 @@ class Ledger:
             self._file.close()
 
 
-def _hex(words: Any) -> str:
+def _hex(words: np.ndarray) -> str:
     return "".join(f"{int(word):08x}" for word in np.asarray(words).tolist())

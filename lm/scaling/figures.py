@@ -17,7 +17,7 @@ from lm.scaling.intervals import Estimate
 from lm.scaling.powers import parabola
 from lm.scaling.report import format_estimate
 from lm.scaling.table import Table, means
-from lm.telemetry.metrics import format_quantity
+from lm.telemetry.progress import format_quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

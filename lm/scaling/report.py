@@ -10,7 +10,7 @@ import numpy as np
 from lm.scaling.artefact import BOOTSTRAPS, HeldOut, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.planner import Machine, RunPlan
-from lm.telemetry.metrics import format_quantity
+from lm.telemetry.progress import format_quantity
 
 WIDTH = 100
 

@@ -1,4 +1,4 @@
-"""Text in pictures: fonts that have its letters, and escapes where no installed font has them."""
+"""Fonts for the letters of a text in a figure, and escapes where no installed font has them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _PLACEHOLDER = "Last Resort"  # has a box for every character
 
 @contextlib.contextmanager
 def fonts_for(texts: Iterable[str], family: str = "sans-serif") -> Iterator[list[str]]:
-    """Figures made inside are written in `family`, and what it lacks in other installed fonts.
+    """A context whose figures use `family`, and other installed fonts for letters that it lacks.
 
-    Yields the names of the families, for text whose family is given. Write texts through
-    `readable`, which escapes what none of them has.
+    Yields the names of the families, for text whose family is given. `readable` escapes letters
+    that none of them has.
     """
     import matplotlib
 
@@ -24,9 +24,7 @@ def fonts_for(texts: Iterable[str], family: str = "sans-serif") -> Iterator[list
 
 
 def families(text: str, family: str = "sans-serif") -> list[str]:
-    """`family`, and the fewest other installed fonts, best first, that have letters of `text` which
-    those before them lack.
-    """
+    """`family` and the fewest other installed fonts, best first, that cover `text`."""
     from matplotlib.font_manager import fontManager
 
     found = [family]
@@ -46,7 +44,7 @@ def families(text: str, family: str = "sans-serif") -> list[str]:
 
 
 def readable(text: str, fonts: Iterable[str]) -> str:
-    r"""`text` with \uXXXX for what no font of these families has, and no mathematics in it."""
+    r"""`text` with \uXXXX for letters that no font of these families has, and `$` escaped."""
     letters = frozenset[str]().union(*(_letters(_path(name)) for name in fonts))
     shown = (c if c in letters else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown).replace("$", r"\$")

@@ -1,8 +1,8 @@
-"""Which part of a run's wall time, across restarts, made steps that lasted; every loss has a name.
+"""Goodput: the share of a run's wall time, across restarts, spent on steps that lasted.
 
-Each process that leads a run appends a line to goodput.jsonl at every log line, so a kill loses
-little. What it did after the checkpoint that its successor starts from was done twice, and the time
-between the two nobody used.
+Each lead process of a run appends a line to goodput.jsonl at every log line, so that a kill loses
+little. Steps after the checkpoint that its successor starts from were done twice (`redone`), and
+between the two nothing ran (`down`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -18,6 +19,7 @@ from lm.telemetry import jsonl
 from lm.telemetry.phase_timer import PHASES, PhaseTimer
 
 GOODPUT_FILE = "goodput.jsonl"
+Record = dict[str, Any]  # began, wrote, first_step, step, seconds: {phase: seconds}
 
 
 def process_start() -> float:
@@ -35,22 +37,22 @@ def process_start() -> float:
 
 
 class Goodput:
-    """Writes where the time of this process goes."""
+    """Writer of goodput.jsonl in the lead process."""
 
     def __init__(self, workdir: str, phases: PhaseTimer, *, first_step: int) -> None:
         self._path = epath.Path(workdir) / GOODPUT_FILE
         self._before = jsonl.read(self._path)
-        self._file = None
+        self._file: jsonl.TextFile | None = None
         self._phases, self._first_step = phases, first_step
         self._began = time.time() - (time.monotonic() - phases.began)
 
     def write(self, step: int) -> float:
-        """The run's goodput, 0 to 1, now that the seconds of every phase are written.
+        """Write the seconds of every phase up to now, and return the run's goodput, 0 to 1.
 
         step: the number of steps done.
         """
         record = {
-            "began": round(self._began, 3),  # names the process
+            "began": round(self._began, 3),  # identifies the process
             "wrote": round(time.time(), 3),
             "first_step": self._first_step,
             "step": step,
@@ -58,9 +60,8 @@ class Goodput:
         }
         if self._file is None:
             self._file = jsonl.reopen(self._path, self._before)
-        self._file.write(jsonl.line(record))
-        self._file.flush()
-        return report(_last([*self._before, record])).goodput
+        jsonl.append(self._file, record)
+        return report(_last_of_each_process([*self._before, record])).goodput
 
     def close(self) -> None:
         if self._file is not None:
@@ -69,7 +70,7 @@ class Goodput:
 
 @dataclasses.dataclass(frozen=True)
 class GoodputReport:
-    """Seconds since the run first began: productive ones, and the others by name."""
+    """Seconds since the run first began: productive ones, and losses by name."""
 
     wall: float
     productive: float
@@ -81,8 +82,8 @@ class GoodputReport:
         return self.productive / self.wall if self.wall else 0.0
 
     def __str__(self) -> str:
-        named = sorted(self.losses.items(), key=lambda item: -item[1])
-        parts = [f"{k} {100 * v / self.wall:.1f}%" for k, v in named if v >= 0.0005 * self.wall]
+        largest = sorted(self.losses.items(), key=lambda item: -item[1])
+        parts = [f"{k} {100 * v / self.wall:.1f}%" for k, v in largest if v >= 0.0005 * self.wall]
         starts = f"{self.processes} start{'s' if self.processes > 1 else ''}"
         return f"goodput {100 * self.goodput:.1f}% of {self.wall:.0f} s, {starts}; lost to " + (
             ", ".join(parts) or "nothing"
@@ -90,21 +91,20 @@ class GoodputReport:
 
 
 def read(workdir: str) -> GoodputReport | None:
-    """The report of a run's folder; None where nothing was written yet."""
+    """The report of a run's folder; None before anything was written."""
     records = jsonl.read(epath.Path(workdir) / GOODPUT_FILE)
-    return report(_last(records)) if records else None
+    return report(_last_of_each_process(records)) if records else None
 
 
-def _last(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last record of each process, in order."""
+def _last_of_each_process(records: Sequence[Record]) -> list[Record]:
     return list({record["began"]: record for record in records}.values())
 
 
-def report(records: list[dict[str, Any]]) -> GoodputReport:
+def report(records: Sequence[Record]) -> GoodputReport:
     """The report of the last records of all processes, in order; at least one.
 
-    A step counts as done again when a later process started at or before it; its time is the mean
-    step time of the process that did it first.
+    A step counts as redone when a later process started at or before it; its time is the mean step
+    time of the process that did it first.
     """
     losses = dict.fromkeys([p for p in PHASES if p != "step"] + ["redone", "down"], 0.0)
     productive = 0.0

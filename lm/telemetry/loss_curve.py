@@ -1,23 +1,27 @@
-"""Pictures of a run."""
+"""Plots of a run: its loss curve, and the loss of a learning rate range test."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from lm.telemetry import fonts, metrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def loss_curve(workdir: str, references: Mapping[str, float] | None = None) -> str:
-    """Draws `loss_figure` into WORKDIR/loss.png and returns its path."""
+    """Draw `loss_figure` into WORKDIR/loss.png and return its path."""
     return _save(loss_figure(workdir, references), workdir, "loss.png")
 
 
-def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> Any:
-    """Losses over training tokens, from metrics.jsonl: a matplotlib figure that needs no window.
+def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> Figure:
+    """Losses over training tokens, from metrics.jsonl.
 
     Left: training and validation loss in nats per token, with a gap where every update of a log
     window was skipped; right, where it is known: bits per byte of validation. `references` are
@@ -31,35 +35,28 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
     if not any("loss" in r for r in train):
         raise ValueError(f"{workdir} has no loss to draw yet")
     evals = [r for r in records if r["kind"] == "eval"]
-    tokens, seen = [], 0.0
-    at = {}
+    seen, tokens_at = 0.0, {}  # {step: millions of tokens}
     for r in train:
         seen += r.get("tokens", 0.0)  # a window of skipped updates has none
-        tokens.append(seen / 1e6)
-        at[r["step"]] = seen / 1e6
+        tokens_at[r["step"]] = seen / 1e6
     names = metrics.short_names(sorted({r["source"] for r in evals}))
     title = epath.Path(workdir).resolve().name
     references = references or {}
     with fonts.fonts_for([title, *names.values(), *references]) as families:
         figure, axes = _figure(1 + any("bits_per_byte" in r for r in evals))
-        axes[0].plot(
-            tokens,
-            [r.get("loss", math.nan) for r in train],
-            color="0.6",
-            linewidth=1,
-            label="training",
-        )
+        losses = [r.get("loss", math.nan) for r in train]
+        tokens = [tokens_at[r["step"]] for r in train]
+        axes[0].plot(tokens, losses, color="0.6", linewidth=1, label="training")
         for axis, key in zip(axes, ("loss", "bits_per_byte"), strict=False):
             for i, (source, name) in enumerate(names.items()):
-                mine = [r for r in evals if r["source"] == source and key in r and r["step"] in at]
-                x, y = [at[r["step"]] for r in mine], [r[key] for r in mine]
+                own = [r for r in evals if r["source"] == source and key in r]
+                own = [r for r in own if r["step"] in tokens_at]
+                x, y = [tokens_at[r["step"]] for r in own], [r[key] for r in own]
                 label = fonts.readable(name, families)
                 axis.plot(x, y, marker="o", markersize=4, color=f"C{i}", label=label)
                 if y and math.isfinite(y[-1]):
-                    axis.annotate(
-                        f"{y[-1]:.3f}", (x[-1], y[-1]), (6, 0), textcoords="offset points",
-                        va="center", annotation_clip=False,
-                    )  # fmt: skip
+                    offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+                    axis.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), annotation_clip=False, **offset)
             axis.set_xlabel("tokens trained on (millions)")
         axes[0].set_ylabel("loss (nats per token)")
         values = sorted(_finite(r.get("loss") for r in [*train, *evals]))
@@ -81,8 +78,9 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
 
 
 def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
-    """Draws WORKDIR/lr_range.png, the loss against the learning rate of a run whose schedule is
-    `range`, and returns its path and the rate at which the smoothed loss is lowest.
+    """Draw WORKDIR/lr_range.png, the loss over the learning rate of a run with schedule `range`.
+
+    Returns its path and the rate at which the smoothed loss is lowest.
 
     smoothing: decay of the running mean over records, without the bias of its start.
 
@@ -115,7 +113,7 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
         return _save(figure, workdir, "lr_range.png"), rates[low]
 
 
-def _figure(columns: int) -> tuple[Any, list[Any]]:
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * columns, 4.4), layout="constrained")
@@ -126,8 +124,8 @@ def _figure(columns: int) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _legend_below(figure: Any, axes: list[Any]) -> None:
-    """One legend for all axes, where it covers no curve."""
+def _legend_below(figure: Figure, axes: list[Axes]) -> None:
+    """Draw one legend for all axes below them."""
     found = {}
     for axis in axes:
         for line in axis.lines:
@@ -138,11 +136,11 @@ def _legend_below(figure: Any, axes: list[Any]) -> None:
     )
 
 
-def _finite(values: Any) -> list[float]:
+def _finite(values: Iterable[float | None]) -> list[float]:
     return [v for v in values if v is not None and math.isfinite(v)]
 
 
-def _save(figure: Any, workdir: str, name: str) -> str:
+def _save(figure: Figure, workdir: str, name: str) -> str:
     path = epath.Path(workdir) / name
     figure.savefig(str(path), dpi=120)
     return str(path)

@@ -1,6 +1,4 @@
-"""What a run is doing now and what its time went to, in phases: one clock for the watchdog and for
-goodput.
-"""
+"""Wall time of a process by phase: one clock for the watchdog and for goodput."""
 
 from __future__ import annotations
 
@@ -9,19 +7,16 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-# start: imports, config, data, self-check    init: the first state    compile: the train step
-# restore: reading a checkpoint    data: waiting for a batch    step: everything between batches
-# save: what a save blocks    evaluate    investigate: replays after a bad step
 PHASES = (
-    "start",
-    "compile",
-    "init",
-    "restore",
-    "data",
-    "step",
-    "save",
+    "start",  # imports, config, data, self-check
+    "compile",  # the train step
+    "init",  # the first state
+    "restore",  # reading a checkpoint
+    "data",  # waiting for a batch
+    "step",  # everything between batches
+    "save",  # the part of a save that blocks
     "evaluate",
-    "investigate",
+    "investigate",  # replays after a bad step
 )
 
 
@@ -37,14 +32,14 @@ class PhaseTimer:
     """Seconds of every phase of this process; phases nest, and time counts for the innermost."""
 
     def __init__(self, began: float | None = None) -> None:
-        """began: time.monotonic() at which "start", the phase outside of all others, began.
+        """began: time.monotonic() at which "start", the outermost phase, began.
 
-        What was before this call counts, but nobody watched over it: that budget starts now.
+        Time before this call counts, but the watchdog's budget for it starts now.
         """
         self.began = self._counted = time.monotonic() if began is None else began
         self._stack = ["start"]
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        # one attribute, so other threads see it whole
+        # one attribute, so that the watchdog's thread sees both of its values change at once
         self.moment = PhaseStart("start", time.monotonic())
 
     @contextlib.contextmanager
@@ -62,7 +57,7 @@ class PhaseTimer:
             self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Progress inside the current phase: its budget starts again."""
+        """Report progress inside the current phase: its budget starts again."""
         self.moment = PhaseStart(self._stack[-1], time.monotonic())
 
     def seconds(self) -> dict[str, float]:

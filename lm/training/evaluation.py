@@ -1,14 +1,13 @@
 """Exact, token-weighted evaluation: loss, perplexity and bits per byte of every validation source.
 
 Each row of a source is read exactly once and sums are added up before the one division, so the
-figures don't depend on batch size or mesh (beyond float32 rounding).
+metrics don't depend on batch size or mesh (beyond float32 rounding).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -23,29 +22,30 @@ def evaluate(
     params: Params,
     *,
     max_batches: int = 0,
-    report: Callable[[str], Any] = lambda text: None,
+    report: Callable[[str], object] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
     """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}; losses in nats per token.
 
-    `max_batches` limits every source (0: all of it); bits per byte then uses the source's mean
-    bytes per token. `report` takes a line of progress.
+    max_batches: limit for every source, 0: all of it; bits per byte then uses the source's mean
+    bytes per token. report: called with a progress line after every batch.
     """
     results, names = {}, metrics.short_names([*experiment.validation])
     for name, source in experiment.validation.items():
         objective = experiment.objective.for_source(name)
         total: dict[str, float] = {}
-        pending: Sums | None = None
-        size = experiment.batch_size
-        count = -(-len(source) // size)
+        pending: Sums = {}  # of the previous batch: the devices don't wait for the host
+        count = -(-len(source) // experiment.batch_size)
         count = min(count, max_batches) if max_batches else count
-        batches = evaluation_batches(source, objective, batch_size=size, rows=experiment.rows)
+        if not count:
+            raise ValueError(f"config.data.validation: {name} has no rows")
+        batches = evaluation_batches(
+            source, objective, batch_size=experiment.batch_size, rows=experiment.rows
+        )
         for i, batch in zip(range(count), batches, strict=False):
             sums = experiment.eval_step(params, experiment.make_global_batch(batch))
-            _add(total, pending)  # of the batch before: the devices don't wait for the host
+            _add(total, pending)
             pending = sums
             report(f"evaluating {names[name]} · batch {i + 1}/{count}")
-        if pending is None:
-            raise ValueError(f"config.data.validation: {name} has no rows")
         _add(total, pending)
         values = metrics.means(total)
         del values["objective"]
@@ -57,7 +57,7 @@ def evaluate(
     return results
 
 
-def _add(total: dict[str, float], sums: Sums | None) -> None:
-    """Adds in float64: float32 sums of millions of tokens would lose some."""
-    for name, value in jax.device_get(sums or {}).items():
+def _add(total: dict[str, float], sums: Mapping[str, jax.Array]) -> None:
+    """Add in float64: a float32 sum over millions of tokens would lose some."""
+    for name, value in jax.device_get(sums).items():
         total[name] = total.get(name, 0.0) + float(value)

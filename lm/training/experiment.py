@@ -1,13 +1,12 @@
-"""From config to objects, in one place: tokenizer, data, model, optimizer and compiled steps."""
+"""Experiment: the tokenizer, data, model, optimizer and compiled steps of a config."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -17,8 +16,8 @@ import optax
 from etils import epath
 
 from lm import models
-from lm.checkpoint import manifest
-from lm.checkpoint.manager import Checkpoints
+from lm.checkpoint import checksums
+from lm.checkpoint.manifest import Manifest
 from lm.config import conversion
 from lm.config.components import component
 from lm.config.schema import LossConfig
@@ -30,9 +29,9 @@ from lm.data.tokenizer import Tokenizer
 from lm.layers import cross_entropy
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
-from lm.optim import chain, param_tree, parametrization, schedules
+from lm.optim import chain, parametrization
 from lm.parallel import pipeline_stages, sharding
-from lm.training import train_step
+from lm.training import run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
 from lm.types import (
@@ -48,14 +47,14 @@ from lm.types import (
 )
 
 CONFIG_FILE = "config.json"
-LENGTHS = ("num_steps", "num_tokens", "num_epochs")  # of `config.train`: one of them is set
+Tree = TypeVar("Tree")
 
 
 class Experiment:
-    """What a config means on some devices; parts are made when they are first asked for."""
+    """The objects of a config on some devices, each made when it is first used."""
 
-    def __init__(self, config: ConfigTree, devices: Sequence[Any]) -> None:
-        """Raises ValueError, before anything is compiled, where values don't fit together."""
+    def __init__(self, config: ConfigTree, devices: Sequence[jax.Device]) -> None:
+        """Raises ValueError, before anything is compiled, where values are inconsistent."""
         if jax.config.jax_enable_x64:  # pyright: ignore
             raise ValueError(
                 "JAX_ENABLE_X64 is set, and training is in float32 and int32: unset it "
@@ -84,7 +83,7 @@ class Experiment:
         self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
 
     def variant(self, changes: Mapping[str, Any]) -> Experiment:
-        """The same on the same mesh with other values, {config path: value}."""
+        """An experiment on the same devices with some values changed, {config path: value}."""
         config = self.config_dict.copy_and_resolve_references()
         config.update_from_flattened_dict(dict(changes))
         return Experiment(config, self.rules.mesh.devices.flatten().tolist())
@@ -105,11 +104,10 @@ class Experiment:
     def objective(self) -> Objective:
         check_head(self.config.model)
         build = component("lm.objectives", self.config_dict.objective.name).build
-        return build(self.config.objective, self.tokenizer, self.form)
+        return build(self.config.objective, self.tokenizer, self.model_interface)
 
     @property
-    def form(self) -> ModelInterface:
-        """What the model takes of the data."""
+    def model_interface(self) -> ModelInterface:
         d, m = self.config.data, self.config.model
         return ModelInterface(d.length, d.encoder_length, m.is_causal, m.vocab_size)
 
@@ -145,62 +143,47 @@ class Experiment:
         return sharding.local_rows(self.rules, self.batch_size)
 
     def batches(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch on the devices) of every step from `start`, prepared ahead."""
+        """(step, batch on the devices) of steps start ... stop - 1, prepared ahead."""
         local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
         with contextlib.closing(local):
-            for at, batch in local:
-                yield at, self.make_global_batch(batch)
+            for step, batch in local:
+                yield step, self.make_global_batch(batch)
 
     def make_global_batch(self, batch: HostBatch) -> Batch:
-        """Global arrays from this process's rows of a batch."""
-        return sharding.put(self.rules, batch, self.batch_size)
-
-    # ---- length of the run ----
+        """Global arrays on the devices, from this process's rows of a batch."""
+        return sharding.make_global_batch(self.rules, batch, self.batch_size)
 
     @functools.cached_property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run, from steps, tokens or epochs.
+        """Optimizer steps of the whole run; raises as `run_length.num_steps`."""
+        return run_length.num_steps(
+            self.config, self.batch_size, lambda epochs: self.train_data.num_batches(epochs)
+        )
 
-        Raises:
-            OutOfData: they need more than `max_epochs`.
-            ValueError: not one of them is set, or the schedule needs more steps.
+    def num_steps_of(self, manifest: Manifest) -> int:
+        """The length of the run that wrote `manifest`, if on these devices and data.
+
+        Checkpoints of older code don't record it: it is computed from their config.
         """
-        t = self.config.train
-        given = [n for n in LENGTHS if getattr(t, n) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "set one of config.train.num_steps, num_tokens and num_epochs; set: "
-                f"{given or 'none'}"
-            )
-        if t.num_steps is not None:
-            steps = t.num_steps
-        elif t.num_tokens is not None:
-            steps = math.ceil(t.num_tokens / (self.batch_size * self.config.data.length))
-        else:
-            steps = self.train_data.num_batches(t.num_epochs or 0.0)
-        if steps < 1:
-            raise ValueError(
-                f"config.train.{given[0]} ({getattr(t, given[0])}) gives {steps} steps"
-            )
-        if t.max_epochs is not None and steps > self.train_data.num_batches(t.max_epochs):
-            raise pipeline.OutOfData(
-                f"config.train.{given[0]} ({getattr(t, given[0])}) is {steps} steps of "
-                f"{self.batch_size} rows; config.train.max_epochs ({t.max_epochs}) of the data "
-                f"are {self.train_data.num_batches(t.max_epochs)}"
-            )
-        schedules.check(self.config.optimizer.schedule, steps)
-        return steps
+        if (recorded := manifest.resolved.get("num_steps")) is not None:
+            return recorded
+        train = conversion.resolve(manifest.config_tree()).train
+        lengths = {f"train.{name}": getattr(train, name) for name in run_length.LENGTHS}
+        return self.variant(lengths).num_steps
 
     # ---- state ----
 
-    def _init_params(self, rng: Array) -> Params:
+    def _init_boxed_params(self, rng: jax.Array) -> Params:
         shape = self.rules.size("act_batch"), self.rules.size("act_length")
         return models.init_params(self.model, rng, shape)
 
+    def _init_params(self, rng: jax.Array) -> Params:
+        return nn.meta.unbox(self._init_boxed_params(rng))
+
     @functools.cached_property
-    def boxed_params(self) -> Any:
-        """Abstract parameters with their logical axes."""
-        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+    def boxed_params(self) -> Params:
+        """Abstract parameters in boxes that name their logical axes."""
+        boxed = jax.eval_shape(self._init_boxed_params, jax.random.key(0))
         models.check_axes(boxed, self.config_dict.model.name)
         return boxed
 
@@ -212,7 +195,6 @@ class Experiment:
 
     @functools.cached_property
     def initializer(self) -> Initializer:
-        """What the parameters begin with."""
         return Initializer(self.config, self.abstract_params, lambda: self.tokenizer)
 
     @property
@@ -224,12 +206,15 @@ class Experiment:
         boxed = self.initializer.trained(self.boxed_params)
         return chain.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
 
+    @property
+    def _gradient_shardings(self) -> Params:
+        return self.initializer.trained(self.rules.shardings(self.boxed_params))
+
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
         params, trained = self.abstract_params, self.initializer.trained(self.abstract_params)
-        owners = self.initializer.trained(self.rules.shardings(self.boxed_params))
-        owners = jax.tree.map(_with_sharding, trained, owners)
+        owners = jax.tree.map(_with_sharding, trained, self._gradient_shardings)
         opt_state = chain.shard_like_params(
             jax.eval_shape(self.tx.init, trained),
             owners,
@@ -240,97 +225,33 @@ class Experiment:
         return TrainState(step=count, params=params, opt_state=opt_state)
 
     def init_state(self) -> TrainState:
-        """The state before step 0, every array made where it lives: never whole on one device."""
+        """The state before step 0; every array is made in its shards, never whole on one device."""
         step = jax.device_put(np.int32(0), self.rules.sharding())
-        params = self.initializer.params(
-            lambda rng: nn.meta.unbox(self._init_params(rng)), self._key("init")
-        )
-        return self.start_optimizer(TrainState(step, params, None))
+        params = self.initializer.params(self._init_params, self._key("init"))
+        return self.init_optimizer(TrainState(step, params, None))
 
-    def start_optimizer(self, state: TrainState) -> TrainState:
-        """The state with the optimizer's as at step 0."""
-        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state.opt_state)
-        opt_state = jax.jit(self.tx.init, out_shardings=shardings)(
-            self.initializer.trained(state.params)
-        )
-        return dataclasses.replace(state, opt_state=opt_state)
+    def init_optimizer(self, state: TrainState) -> TrainState:
+        """The state with a fresh optimizer state."""
+        init = jax.jit(self.tx.init, out_shardings=_shardings(self.abstract_state.opt_state))
+        return dataclasses.replace(state, opt_state=init(self.initializer.trained(state.params)))
 
     @functools.cached_property
     def fork(self) -> Fork | None:
-        """The checkpoint whose whole state the run goes on from, if it branches off another run
-        that it agrees with up to there.
-        """
+        """The checkpoint of another run that `config.init.branch_from` names."""
         if not self.config.init.branch_from:
             return None
-        branch = Fork(self.config_dict)
-        trunk = branch.manifest.resolved.get("num_steps")
-        if trunk is None:  # a checkpoint of older code
-            lengths = {f"train.{name}": branch.config.train[name] for name in LENGTHS}
-            trunk = self.variant(lengths).num_steps
-        branch.check(self.num_steps, trunk, self.batch_size)
-        return branch
+        fork = Fork(self.config_dict)
+        fork.check(self.num_steps, self.num_steps_of(fork.manifest), self.batch_size)
+        return fork
 
-    def stored(self, state: TrainState) -> TrainState:
-        """The part of a state that this run's checkpoints hold."""
-        return dataclasses.replace(state, params=self.initializer.stored(state.params))
-
-    def restore(
-        self, checkpoints: Checkpoints, step: int | None = None
-    ) -> tuple[TrainState, manifest.Manifest] | None:
-        """As `Checkpoints.restore`, with the parameters that lie in the base's checkpoint.
-
-        Raises:
-            ValueError: that checkpoint is not the one that the run began with any more.
-        """
-        restored = checkpoints.restore(self.stored(self.abstract_state), step)
-        if restored is None:
-            return None
-        state, saved = restored
-        params = self.initializer.with_base_params(state.params, saved.parent)
-        return dataclasses.replace(state, params=params), saved
-
-    def evaluated(self, state: TrainState) -> Params:
-        """The parameters that evaluation uses, on the devices: the averaged ones where training
-        keeps them.
-        """
-        averaged = chain.averaged_params(state.opt_state)
-        if averaged is None:
-            return state.params
-        if self.config.optimizer.memory != "device":
-            wanted = jax.tree.map(
-                lambda s: s.sharding, self.initializer.trained(self.abstract_params)
-            )
-            averaged = jax.jit(sharding.on_device, out_shardings=wanted)(averaged)
-        return param_tree.join(averaged, param_tree.split(state.params, self.initializer.frozen)[0])
-
-    def restore_params(
-        self, checkpoints: Checkpoints, step: int | None = None
-    ) -> tuple[int, Params]:
-        """(step, the parameters that training evaluates): the averaged ones where it keeps them.
-
-        Raises:
-            FileNotFoundError: there is no checkpoint.
-        """
-        if not self.config.optimizer.ema_decay:
-            wanted = self.initializer.stored(self.abstract_params)
-            at, params = checkpoints.restore_params(wanted, step)
-            return at, self.initializer.with_base_params(params, checkpoints.parent)
-        restored = self.restore(checkpoints, step)
-        if restored is None:
-            raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
-        state, _ = restored
-        if state.opt_state is None:
-            return int(state.step), state.params
-        return int(state.step), self.evaluated(state)
-
-    def _key(self, purpose: str) -> Array:
+    def _key(self, purpose: str) -> jax.Array:
         init, train = jax.random.split(jax.random.key(self.config.seed))
         return {"init": init, "train": train}[purpose]
 
     # ---- steps ----
 
     def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
-        """The loss of training: a SUM to differentiate, and additive sums."""
+        """The training loss: a SUM to differentiate, and additive sums."""
         batch = pipeline_stages.interleave(self.rules, self.model.num_microbatches, batch)
         return self._loss(params, batch, rng, train=True, config=self.config.loss)
 
@@ -342,11 +263,9 @@ class Experiment:
         tasks = self.objective.tasks if batch.tasks is not None else ()
         return cross_entropy.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
 
-    def gradients(self, params: Params, batch: Batch, at: Any) -> tuple[Params, Sums]:
-        """(gradients of the SUM of the loss by the trained parameters, its sums) of step number
-        `at`, as it computes them.
-        """
-        rng = jax.random.fold_in(self._key("train"), at)
+    def gradients(self, params: Params, batch: Batch, step: int | Array) -> tuple[Params, Sums]:
+        """(gradients of the loss SUM by the trained parameters, its sums), as step `step` does."""
+        rng = jax.random.fold_in(self._key("train"), step)
         parts = self.config.train.num_microbatches
         return train_step.gradients(
             self.loss_fn, params, batch, rng, parts, self.initializer.frozen
@@ -365,7 +284,7 @@ class Experiment:
             num_microbatches=self.config.train.num_microbatches,
             spike_factor=self.config.guard.spike_factor,
             spike_warmup=self.config.guard.spike_warmup,
-            shardings=self.initializer.trained(self.rules.shardings(self.boxed_params)),
+            shardings=self._gradient_shardings,
             frozen=self.initializer.frozen,
             measure_noise=self.config.log.noise_scale,
         )
@@ -378,61 +297,58 @@ class Experiment:
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:
-        """Shapes, dtypes and shardings of a global batch, from batch 0 of this process."""
-        local = self.train_data.batch_at(0, self.rows[:1])
-        return self._abstract(local)
+        """Shapes, dtypes and shardings of a global batch, from a row of batch 0."""
 
-    def _abstract(self, batch: HostBatch) -> Batch:
-        def one(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
             axes = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
             shape = (self.batch_size, *x.shape[1:])
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.rules.sharding(*axes))
 
-        return jax.tree.map(one, batch)
+        return jax.tree.map(abstract, self.train_data.batch_at(0, self.rows[:1]))
 
-    def lower_train_step(self) -> Any:
-        """The train step, traced and lowered for the abstract state and batch, ready to compile."""
-        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
-        everywhere = self.rules.sharding()  # every process reads sums and facts
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The train step, traced and lowered for the abstract state and batch."""
+        replicated = self.rules.sharding()  # every process reads sums and step info
         jitted = jax.jit(
             self._train_step,
             donate_argnums=0,
-            out_shardings=(shardings, everywhere, everywhere),
+            out_shardings=(_shardings(self.abstract_state), replicated, replicated),
         )
         return jitted.lower(self.abstract_state, self.abstract_batch)
 
     @functools.cached_property
-    def train_step(self) -> Any:
-        """(state, batch) -> (state, sums, facts), compiled here and once: other shapes are an
-        error, not another compile.
+    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums, StepInfo]]:
+        """(state, batch) -> (state, sums, step info), compiled once, when it is first used.
+
+        Other shapes are an error, not another compilation.
         """
         return self.lower_train_step().compile()
 
     @functools.cached_property
-    def eval_step(self) -> Any:
+    def eval_step(self) -> Callable[[Params, Batch], Sums]:
         """(params, batch) -> sums, compiled once per batch structure."""
         return jax.jit(self._eval_step, out_shardings=self.rules.sharding())
 
     @functools.cached_property
-    def compare_replicas(self) -> Any:
-        """state -> whether devices that should hold the same bits don't, for every leaf; compiled
-        here.
-        """
-        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_state)
+    def compare_replicas(self) -> Callable[[TrainState], TrainState]:
+        """state -> bool [] for each leaf, True where replicas differ; compiled when first used."""
+        shardings = _shardings(self.abstract_state)
 
-        def compare(state: TrainState) -> Any:
-            return manifest.replica_mismatches(sharding.on_device(state), shardings)
+        def compare(state: TrainState) -> TrainState:
+            return checksums.replica_mismatches(sharding.on_device(state), shardings)
 
         jitted = jax.jit(compare, out_shardings=self.rules.sharding())
         return jitted.lower(self.abstract_state).compile()
 
     def replica_mismatches(self, state: TrainState) -> list[str]:
-        """Names of the leaves of which devices that should hold the same bits don't."""
+        """Names of the leaves whose replicas hold different bits."""
         if self.rules.mesh.size == 1:
             return []
-        wrong = jax.tree_util.tree_leaves_with_path(jax.device_get(self.compare_replicas(state)))
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(self.compare_replicas(state)))
         return [
-            jax.tree_util.keystr(path, simple=True, separator=".") for path, bad in wrong if bad
+            jax.tree_util.keystr(path, simple=True, separator=".")
+            for path, differs in leaves
+            if differs
         ]
 
     @functools.cached_property
@@ -447,22 +363,27 @@ class Experiment:
         )
 
     def peak_flops(self) -> float | None:
-        """FLOP/s of all devices together, where their peak is known or given."""
+        """FLOP/s of all devices together; None where their peak is neither known nor given."""
         given = self.config.log.peak_flops_per_device
         kind = self.rules.mesh.devices.flat[0].device_kind
         peak = flops.peak_flops(kind, self.config.model.dtype) if given is None else given
         return None if peak is None else peak * self.rules.mesh.size
 
 
-def _with_sharding(x: jax.ShapeDtypeStruct, s: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
 
 
+def _shardings(abstract: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
 def load(
-    workdir: str, devices: Sequence[Any], changes: Mapping[str, Any] | None = None
+    workdir: str, devices: Sequence[jax.Device], changes: Mapping[str, Any] | None = None
 ) -> Experiment:
-    """The experiment of a run's folder on these devices, all data-parallel unless `changes` say
-    otherwise; with the tokenizer that the folder keeps, wherever the folder is now.
+    """The experiment of a run's folder on these devices, data-parallel unless `changes` say else.
+
+    The tokenizer is the one that the folder keeps, wherever the folder is now.
 
     changes: {config path: value}. A batch that the devices don't divide is made larger.
 

@@ -1,4 +1,4 @@
-"""What the parameters of a run begin with, and which of them are its own to train and to save."""
+"""Parameter initialization: random, warm start or word vectors, and the trainable subset."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lm.data.tokenizer import Tokenizer
 from lm.data.word_vectors import WordVectors
 from lm.layers import lora
 from lm.optim import param_tree
-from lm.types import Array, Params
+from lm.types import Params
 
-TABLE = "embedding.weight"  # what models call the parameter with a row for each token
+TABLE = "embedding.weight"  # the models' name of the embedding
 
 
 class Initializer:
-    """The beginning that `config.init` asks for, of parameters with these shapes and shardings.
+    """Initialization by `config.init` of parameters with given shapes and shardings.
 
-    tokenizer: asked only where rows of the embedding begin with vectors of words.
+    tokenizer: called only where word vectors initialize rows of the embedding.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Initializer:
 
     @functools.cached_property
     def frozen(self) -> frozenset[str]:
-        """Names of the parameters that training keeps as they are: those that the config names,
-        and with adapters all others that don't begin at random.
+        """Names of the frozen parameters: those that the config names, and with adapters all
+        others that are not initialized randomly.
         """
         named = self._config.optimizer.frozen
         frozen = param_tree.matching("config.optimizer.frozen", named, self._names)
@@ -50,13 +50,13 @@ class Initializer:
 
     @functools.cached_property
     def base_params(self) -> frozenset[str]:
-        """Names of the parameters that this run's checkpoints leave to its base's."""
+        """Names of the parameters that only the parent's checkpoint holds, not this run's."""
         adapted = self._lora.rank and self._config.init.from_
         return self.frozen - self.new if adapted else frozenset()
 
     @functools.cached_property
     def new(self) -> frozenset[str]:
-        """Names of the parameters that begin at random although there is a base."""
+        """Names of the parameters that are initialized randomly although there is a parent."""
         init = self._config.init
         if not init.from_ and (init.new or init.skip):
             raise ValueError(
@@ -71,21 +71,18 @@ class Initializer:
         return getattr(self._config.model, "lora", lora.LoraConfig())
 
     @functools.cached_property
-    def base(self) -> ParentCheckpoint | None:
-        """The checkpoint that the run begins with, if it is not with random parameters; its
-        parameters are those that this run wants.
-        """
+    def parent(self) -> ParentCheckpoint | None:
+        """The checkpoint of `config.init.from`, which has exactly the parameters that it should."""
         init = self._config.init
         if not init.from_:
             return None
-        base = ParentCheckpoint(init.from_, init.step)
-        wanted = param_tree.split(self._abstract, self.new)[1]
-        base.check(wanted, init.skip)
-        return base
+        parent = ParentCheckpoint(init.from_, init.step)
+        parent.check(param_tree.split(self._abstract, self.new)[1], init.skip)
+        return parent
 
     @functools.cached_property
     def word_vectors(self) -> WordVectors | None:
-        """The vectors that rows of the embedding begin with."""
+        """The word vectors that initialize rows of the embedding."""
         init = self._config.init
         if not init.word_vectors:
             return None
@@ -97,61 +94,58 @@ class Initializer:
         if init.from_ and TABLE not in self.new:
             raise ValueError(
                 f"config.init.from ({init.from_}) and config.init.word_vectors "
-                f"({init.word_vectors}) both say what {TABLE} begins with; add it to "
-                "config.init.new"
+                f"({init.word_vectors}) both initialize {TABLE}; add it to config.init.new"
             )
         return word_vectors.load(init.word_vectors, self._tokenizer(), self._names[TABLE].shape[1])
 
-    def params(self, random: Callable[[Array], Params], rng: Array) -> Params:
-        """The parameters before step 0: what `random` makes of `rng`, every array made where it
-        lives, and those of the base where there is one.
+    def params(self, random: Callable[[jax.Array], Params], rng: jax.Array) -> Params:
+        """The parameters before step 0, every array made in its shards.
+
+        random: rng -> all parameters; those that the parent holds are not computed.
         """
-        based = frozenset(self._names) - self.new if self.base is not None else frozenset()
-        wanted, new = param_tree.split(self._abstract, based)
-
-        def init(rng: Array) -> Params:  # what isn't returned is not computed
-            return param_tree.split(random(rng), based)[1]
-
-        shardings = jax.tree.map(lambda s: s.sharding, new)
-        params = jax.jit(init, out_shardings=shardings)(rng)
+        stored = frozenset(self._names) - self.new if self.parent is not None else frozenset()
+        abstract_stored, abstract_new = param_tree.split(self._abstract, stored)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_new)
+        init = jax.jit(
+            lambda rng: param_tree.split(random(rng), stored)[1], out_shardings=shardings
+        )
+        params = init(rng)
         if self.word_vectors is not None:
-            params = _with_rows(params, self.word_vectors)
-        if self.base is None:
+            params = _with_word_vectors(params, self.word_vectors)
+        if self.parent is None:
             return params
-        return param_tree.join(params, self.base.read(wanted, self._config.init.skip))
+        return param_tree.join(params, self.parent.read(abstract_stored, self._config.init.skip))
 
-    def trained(self, tree: Any) -> Any:
-        """The part of a tree of parameters that training changes."""
+    def trained(self, tree: Params) -> dict[str, Any]:
+        """The trained part of a tree of parameters."""
         return param_tree.split(tree, self.frozen)[1]
 
     def stored(self, params: Params) -> Params:
-        """The part of them that this run's checkpoints hold."""
+        """The part of the parameters that this run's checkpoints hold."""
         return param_tree.split(params, self.base_params)[1]
 
     def with_base_params(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
-        """All parameters, of those that a checkpoint holds and what it says of its parent.
+        """All parameters, from those of a checkpoint and what its manifest says of the parent.
 
         Raises:
-            ValueError: the base's checkpoint is not the one that the run began with any more.
+            ValueError: the parent's checkpoint is no longer the one that the run started from.
         """
         if not self.base_params:
             return params
-        parent = parent or {}
-        base = ParentCheckpoint(self._config.init.from_, parent.get("step"))
-        base.check_same(parent)
-        wanted, _ = param_tree.split(self._abstract, self.base_params)
-        return param_tree.join(params, base.read_part(wanted))
+        described = parent or {}
+        base = ParentCheckpoint(self._config.init.from_, described.get("step"))
+        base.check_same(described)
+        abstract, _ = param_tree.split(self._abstract, self.base_params)
+        return param_tree.join(params, base.read_part(abstract))
 
 
-def _with_rows(params: Params, found: WordVectors) -> Params:
-    """The parameters with the rows of the embedding that have a vector; every device gets its part
-    of them.
-    """
+def _with_word_vectors(params: Params, found: WordVectors) -> Params:
+    """`params` with the embedding's rows of `found`; every device gets its part of them."""
     leaves = param_tree.flatten(params)
     table = leaves[TABLE]
-    has = np.zeros((table.shape[0], 1), bool)
+    has_vector = np.zeros((table.shape[0], 1), bool)
     vectors = np.zeros(table.shape, np.float32)
-    has[found.ids], vectors[found.ids] = True, found.vectors
-    rows = jax.make_array_from_callback(table.shape, table.sharding, lambda at: vectors[at])
-    mix = jax.jit(jnp.where, out_shardings=table.sharding)
-    return param_tree.unflatten({**leaves, TABLE: mix(has, rows, table)})
+    has_vector[found.ids], vectors[found.ids] = True, found.vectors
+    rows = jax.make_array_from_callback(table.shape, table.sharding, lambda index: vectors[index])
+    select = jax.jit(jnp.where, out_shardings=table.sharding)
+    return param_tree.unflatten({**leaves, TABLE: select(has_vector, rows, table)})

@@ -1,18 +1,18 @@
-"""A run of adapters made into a plain one: weights that compute the same, in a folder of their own.
+"""Merge of adapters: a run folder of plain weights that compute the same as the run with LoRA.
 
-The new folder is like that of an import: a config and a checkpoint of step 0 with parameters alone.
-It is evaluated, generated from, exported and trained on without the base.
+Like an import, the new folder has a config and a checkpoint of step 0 with only parameters. It is
+evaluated, generated from, exported and trained on without the parent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from lm import storage
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
@@ -21,14 +21,15 @@ from lm.layers import lora
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.training.experiment import CONFIG_FILE, Experiment, load
+from lm.training.restore import restore_params
 
 
 def merge_run(
-    workdir: str, out: str, devices: Sequence[Any], *, step: int | None = None
+    workdir: str, out: str, devices: Sequence[jax.Device], *, step: int | None = None
 ) -> Experiment:
-    """Writes the run `out` from the adapters of `workdir` and their base, and returns it.
+    """Write the run `out` from the adapters of `workdir` and their parent; return its experiment.
 
-    step: the checkpoint; None: the newest. Parameters are those that training evaluates.
+    step: of the checkpoint; None: the newest. Parameters are those that training evaluates.
 
     Raises:
         ValueError: the run has no adapters, or `out` holds a run.
@@ -41,27 +42,22 @@ def merge_run(
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a run already; merge into a new folder")
     with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        at, params = experiment.restore_params(checkpoints, step)
-    config: Any = experiment.config_dict.copy_and_resolve_references()
-    usual: Any = conversion.default(**conversion.names(config))
-    config.model.lora, config.init = usual.model.lora, usual.init
+        step, params = restore_params(experiment, checkpoints, step)
+    config = experiment.config_dict.copy_and_resolve_references()
+    default = conversion.default(**conversion.names(config))
+    config.model.lora, config.init = default.model.lora, default.init
     plain = Experiment(config, devices)
     merged = param_tree.flatten(lora.merge(section, params))
-    wanted = param_tree.flatten(plain.abstract_params)
-    assert merged.keys() == wanted.keys(), "merging leaves what a model without adapters has"
+    expected = param_tree.flatten(plain.abstract_params)
+    assert merged.keys() == expected.keys(), "merging leaves the parameters of a plain model"
     folder.mkdir(parents=True, exist_ok=True)
     writer = ParamsWriter(out, step=0)
     for name, leaf in merged.items():
         writer.add(name, leaf.shape, 0)
         writer.write(name, (), np.asarray(jax.device_get(leaf), np.float32))
-    writer.commit(
-        {
-            "ledger": start_totals(),
-            "config": config.to_dict(),
-            "parent": {"workdir": str(workdir), "step": at},
-        }
-    )
+    parent = {"workdir": str(workdir), "step": step}
+    writer.commit({"ledger": start_totals(), "config": config.to_dict(), "parent": parent})
     run_tokenizer.save(plain.tokenizer, out)
     config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
-    (folder / CONFIG_FILE).write_text(conversion.to_json(config))
+    storage.write_atomically(folder / CONFIG_FILE, conversion.to_json(config))
     return plain

@@ -1,110 +1,81 @@
-"""Back to the last checkpoint, and forward again to the step that was bad: whose fault was it?"""
+"""Rollback: restore the last checkpoint, replay to the bad step, and diagnose it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-
-from lm.checkpoint.manager import Checkpoints
-from lm.reliability.data_ledger import start_totals
-from lm.telemetry.metrics import DeferredMetrics, StepResult
-from lm.telemetry.phase_timer import PhaseTimer
+from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.training import bad_step_report
-from lm.training.experiment import Experiment
+from lm.training.bad_step_report import Evidence
+from lm.training.restore import restore_or_init, stored_state
 from lm.training.session import RollbackRequired, TrainingSession
 from lm.types import TrainState
 
 
-def first_state(
-    experiment: Experiment, checkpoints: Checkpoints, phases: PhaseTimer, step: int | None = None
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state of the newest good checkpoint (or of that at `step`), or that which the run begins
-    with, with the ledger's totals.
+def roll_back(session: TrainingSession, rollback: RollbackRequired) -> TrainState:
+    """Return the state to continue from, after writing the verdict on the bad step.
+
+    A run is a function of (config, step): a replay that differs from the first time is an error of
+    the hardware. That may have happened before the last checkpoint: where the step repeats from it,
+    a replay from the one before must reproduce that checkpoint.
+
+    After a hardware error, evaluations and checkpoints since may be wrong: the state is that of the
+    last good checkpoint, and all work after it is due again. Else it is the state after the bad
+    step.
     """
-    with phases("restore"):
-        restored = experiment.restore(checkpoints, step)
-    if restored is not None:
-        state, saved = restored
-        if state.opt_state is None:
-            with phases("init"):
-                state = jax.block_until_ready(experiment.start_optimizer(state))
-        return state, dict(saved.ledger)
-    if (fork := experiment.fork) is not None:
-        checkpoints.parent = fork.describe()
-        with phases("restore"):
-            return fork.restore(experiment.abstract_state), dict(fork.manifest.ledger)
-    with phases("init"):
-        if experiment.initializer.base is not None:
-            checkpoints.parent = experiment.initializer.base.describe()
-        return jax.block_until_ready(experiment.init_state()), start_totals()
-
-
-def replay(run: TrainingSession, rewind: RollbackRequired) -> TrainState:
-    """The state to go on from, with the verdict about the bad step written down.
-
-    A run is a function of (config, step): what differs from the first time is the hardware's doing.
-    It may have been so some steps ago, and be in the last checkpoint: where the step repeats from
-    there, that checkpoint must be what the one before it leads to.
-
-    Where the hardware did it, evaluations and checkpoints since may hold its error: the state is
-    that of the last good checkpoint, and all that was due after it is due again. Else it is the
-    state after the bad step.
-    """
-    bad, checkpoints = rewind.bad, run.checkpoints
-    run.late.drop()
+    bad_step, checkpoints, note = rollback.bad_step, session.checkpoints, session.writer.note
+    session.deferred.discard()
     checkpoints.wait()
-    state = _back(run)
+    state = _restore(session)
     start = int(state.step)
-    run.writer.note(f"{rewind}; back to step {start}")
-    if bad is None:
-        run.restart(start)
+    note(f"{rollback}; back to step {start}")
+    if bad_step is None:
+        session.redo_from(start)
         return state
-    state, evidence = _redo(run, state, bad.step + 1, bad)
-    older, repeats = (
-        [s for s in checkpoints.steps() if s < start],
-        bad_step_report.repeats(run.experiment),
-    )
-    moved = False
-    if older and repeats and evidence["verdict"] != "hardware":
-        run.writer.note(f"it repeats from step {start}; is that what step {older[-1]} leads to?")
+    state, evidence = _replay(session, state, bad_step.step + 1, bad_step)
+    is_hardware = evidence["verdict"] == "hardware"
+    older = [step for step in checkpoints.steps() if step < start]
+    if older and not is_hardware and bad_step_report.is_repeatable(session.experiment):
+        note(f"it repeats from step {start}; is that what step {older[-1]} leads to?")
         del state  # before the next one is read
-        state, _ = _redo(run, _back(run, older[-1]), start)
-        if moved := not checkpoints.holds(run.experiment.stored(state)):
-            place = checkpoints.set_aside(start)
-            run.writer.note(f"no: a device had spoilt the checkpoint of step {start}, now {place}")
-            state, evidence = _redo(run, state, bad.step + 1, bad)
+        state, _ = _replay(session, _restore(session, older[-1]), start)
+        if checkpoints.holds(stored_state(session.experiment, state)):
+            state, _ = _replay(session, state, bad_step.step + 1)
         else:
-            state, _ = _redo(run, state, bad.step + 1)
-    if moved or evidence["verdict"] == "hardware":
+            moved_to = checkpoints.set_aside(start)
+            note(f"no: a device had damaged the checkpoint of step {start}, now {moved_to}")
+            state, evidence = _replay(session, state, bad_step.step + 1, bad_step)
+            is_hardware = True
+    if is_hardware:
         del state
-        state = _back(run)
-        run.restart(int(state.step))
-    run.judged.add(bad.step)
-    path = bad_step_report.write(run.workdir, evidence, active=run.lead)
-    run.writer.note(f"{bad_step_report.summary(evidence)}\nevidence: {path}")
+        state = _restore(session)
+        session.redo_from(int(state.step))
+    session.diagnosed.add(bad_step.step)
+    path = bad_step_report.write(session.workdir, evidence, active=session.is_lead)
+    note(f"{bad_step_report.summary(evidence)}\nevidence: {path}")
     return state
 
 
-def _back(run: TrainingSession, step: int | None = None) -> TrainState:
-    """The state of the newest good checkpoint, or of that at `step`, with the ledger gone back."""
-    state, totals = first_state(run.experiment, run.checkpoints, run.phases, step)
-    run.ledger.rewind(totals)
+def _restore(session: TrainingSession, step: int | None = None) -> TrainState:
+    """The state of the newest good checkpoint, or of that at `step`; the ledger goes back too."""
+    state, totals = restore_or_init(session.experiment, session.checkpoints, session.phases, step)
+    session.ledger.roll_back(totals)
     return state
 
 
-def _redo(
-    run: TrainingSession, state: TrainState, stop: int, bad: StepResult | None = None
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state before step `stop`, done again from `state`, and the evidence about step `bad`."""
-    experiment, evidence = run.experiment, {}
+def _replay(
+    session: TrainingSession, state: TrainState, stop: int, bad_step: StepResult | None = None
+) -> tuple[TrainState, Evidence]:
+    """(the state before step `stop`, the evidence about `bad_step`) of a replay from `state`."""
+    experiment, evidence = session.experiment, {}
     for step, batch in experiment.batches(int(state.step), stop):
-        run.phases.heartbeat()
-        state, sums, facts = experiment.train_step(state, batch)
-        late = DeferredMetrics()
-        late.push(step, sums, facts)
-        [again] = late.flush()
-        run.ledger.record(step, again.facts, experiment.batch_size * experiment.config.data.length)
-        if bad is not None and step == bad.step:  # not applied: the state is that from before it
-            evidence = bad_step_report.diagnose(experiment, state, batch, bad, again)
+        session.phases.heartbeat()
+        state, sums, info = experiment.train_step(state, batch)
+        deferred = DeferredMetrics()
+        deferred.push(step, sums, info)
+        [again] = deferred.flush()
+        session.ledger.record(
+            step, again.info, experiment.batch_size * experiment.config.data.length
+        )
+        if bad_step is not None and step == bad_step.step:
+            # its update was not applied: the state is that from before it
+            evidence = bad_step_report.diagnose(experiment, state, batch, bad_step, again)
     return state, evidence

@@ -1,4 +1,4 @@
-"""The parts of a run that is under way, and what becomes of the values that its steps give back."""
+"""Training session: the parts of a run under way, and the handling of its steps' results."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import errno
 import math
+import signal
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,23 @@ from lm.checkpoint.manager import Checkpoints
 from lm.exit_codes import Exit, RunError
 from lm.optim.schedules import make_schedule
 from lm.parallel import process_group
+from lm.parallel.consensus import Consensus, Vote
 from lm.reliability.data_ledger import Ledger
-from lm.reliability.watchdog import Consensus, StopSignals, Vote, Watchdog
+from lm.reliability.stop_signals import StopSignals
+from lm.reliability.watchdog import Watchdog
+from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
-from lm.telemetry.metrics import DeferredMetrics, StepResult, Writer
 from lm.telemetry.phase_timer import PhaseTimer
+from lm.telemetry.writers import MetricsWriter
 from lm.training import bad_step_report, resume
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
-from lm.types import TrainState
+from lm.training.restore import eval_params, stored_state
+from lm.types import StepInfo, Sums, TrainState
 
 
 class Diverged(RunError):
-    """A step was bad, and the policy doesn't go on."""
+    """A step was bad and the policy does not go on, or the last evaluation is not finite."""
 
     code = Exit.DIVERGED
 
@@ -48,7 +52,7 @@ class CannotWrite(RunError):
 
 @contextlib.contextmanager
 def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
-    """Turns the errors of a full or read-only disk into CannotWrite."""
+    """A context that raises CannotWrite for the errors of a full or read-only disk."""
     try:
         yield
     except OSError as error:
@@ -61,15 +65,15 @@ def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
 
 
 class RollbackRequired(Exception):
-    """Go back to the last checkpoint; `bad` is the step to look at, if one is to blame."""
+    """Go back to the last checkpoint, and diagnose `bad_step` if there is one."""
 
-    def __init__(self, reason: str, bad: StepResult | None = None) -> None:
+    def __init__(self, reason: str, bad_step: StepResult | None = None) -> None:
         super().__init__(reason)
-        self.bad = bad
+        self.bad_step = bad_step
 
 
 class TrainingSession:
-    """The parts of a running run, and what happens to the values that steps give back."""
+    """The parts of a run under way. All processes call its methods together."""
 
     def __init__(
         self,
@@ -83,77 +87,81 @@ class TrainingSession:
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
-        self.phases, self.ledger, self.late = phases, ledger, DeferredMetrics()
-        self.lead = jax.process_index() == 0
-        self._watchdog, self._signals, self._votes = watchdog, signals, Consensus(experiment.rules)
-        self._vote = Vote()
+        self.phases, self.ledger, self.deferred = phases, ledger, DeferredMetrics()
+        self.is_lead = jax.process_index() == 0
+        self._watchdog, self._signals = watchdog, signals
+        self._consensus, self._vote = Consensus(experiment.rules), Vote()
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
         self._bad_in_a_row = self._disagreements = 0
-        judged = process_group.from_lead(
-            "judged", lambda: sorted(bad_step_report.judged_steps(workdir))
+        diagnosed = process_group.from_lead(
+            "diagnosed steps", lambda: sorted(bad_step_report.diagnosed_steps(workdir))
         )
-        self.judged: set[int] = set(judged)
-        self.not_finite: list[str] = []  # losses of the last evaluation, for a message
-        first = ledger.totals()["steps"]
-        self.completed = first  # the step up to which all that was due is done
-        self._goodput = Goodput(workdir, phases, first_step=first)
-        self.writer = Writer(
+        self.diagnosed: set[int] = set(diagnosed)
+        self.not_finite: list[str] = []  # losses of the last evaluation
+        first_step = ledger.totals()["steps"]
+        self.completed = first_step  # all work due up to this step is done
+        self._goodput = Goodput(workdir, phases, first_step=first_step)
+        self.writer = MetricsWriter(
             workdir,
-            first_step=first,
+            first_step=first_step,
             num_steps=experiment.num_steps,
             every=c.train.log_every,
             flops_per_token=experiment.flops_per_token,
             peak_flops=experiment.peak_flops(),
             tensorboard=c.log.tensorboard,
-            active=self.lead,
+            active=self.is_lead,
         )
 
-    def say(self, text: str) -> None:
-        if self.lead:
-            print(text, flush=True)
+    # ---- results of steps ----
 
-    def cast(self, held_up: float) -> Any:
-        every = self.experiment.config.checkpoint.every_seconds
-        overdue = 0 < every < time.monotonic() - self._saved
-        return self._votes.start(Vote(self._signals.received, overdue), held_up)
+    def record(self, step: int, sums: Sums, info: StepInfo, held_up: float) -> None:
+        """Handle the results of the step before `step`, while the devices compute `step`.
 
-    def agreed(self) -> Vote:
-        """What all processes know: of themselves with one, of the step before with several."""
-        if jax.process_count() > 1:
-            return self._vote
-        return self._votes.collect(self.cast(0.0))[0]
+        held_up: seconds for which this host, not its devices, delayed the step. Raises as
+        `record_results`.
+        """
+        vote = self._consensus.start(self._own_vote(), held_up)
+        self.record_results(self.deferred.push(step, sums, info, vote))
 
-    def finish(self, steps: list[StepResult]) -> None:
-        """Takes account of steps whose values are there: ledger, metrics, and the policy.
+    def flush(self) -> None:
+        """Handle the results of the last step; stop the clock between steps."""
+        self.record_results(self.deferred.flush())
+
+    def record_results(self, results: list[StepResult]) -> None:
+        """Add results to ledger and metrics, and apply the policy for bad steps.
 
         Raises:
             LedgerMismatch, Diverged, RollbackRequired
         """
         c = self.experiment.config
-        for finished in steps:
-            size = self.experiment.batch_size * c.data.length
-            self.ledger.record(finished.step, finished.facts, size)
-            if finished.seconds is not None:
-                self._watchdog.stepped(finished.seconds)
+        for result in results:
+            self.ledger.record(result.step, result.info, self.experiment.batch_size * c.data.length)
+            if result.seconds is not None:
+                self._watchdog.add_step(result.seconds)
             extra = {}
-            if jax.process_count() > 1:
-                self._vote, slowest, lag = self._votes.collect(finished.votes)
+            if result.votes is not None and jax.process_count() > 1:
+                self._vote, slowest, lag = self._consensus.collect(result.votes)
                 extra = {"slowest_process": slowest, "lag_seconds": lag}
-            if self.lead and self.writer.is_due(finished.step + 1):
-                extra["learning_rate"] = self._learning_rate(finished.step)
-                extra["tokens_seen"] = self.ledger.totals()["filled"]
-                if self.experiment.flops_per_token is not None:
-                    extra["flops_seen"] = extra["tokens_seen"] * self.experiment.flops_per_token
-                extra["goodput"] = self._goodput.write(finished.step + 1)
-            self.writer.train(finished, **extra)
-            self._bad_in_a_row = self._bad_in_a_row + 1 if finished.bad else 0
-            if finished.bad:
-                self._judge(finished)
+            if self.is_lead and self.writer.is_due(result.step + 1):
+                extra |= self._log_values(result.step)
+            self.writer.train(result, **extra)
+            self._bad_in_a_row = self._bad_in_a_row + 1 if result.bad else 0
+            if result.bad:
+                self._handle_bad_step(result)
 
-    def _judge(self, finished: StepResult) -> None:
+    def _log_values(self, step: int) -> dict[str, float]:
+        peak = self.experiment.config.optimizer.learning_rate
+        values = {"learning_rate": peak * float(jnp.asarray(self._schedule(step)))}
+        values["tokens_seen"] = self.ledger.totals()["filled"]
+        if self.experiment.flops_per_token is not None:
+            values["flops_seen"] = values["tokens_seen"] * self.experiment.flops_per_token
+        values["goodput"] = self._goodput.write(step + 1)
+        return values
+
+    def _handle_bad_step(self, result: StepResult) -> None:
         guard = self.experiment.config.guard
-        text = bad_step_report.describe(finished)
+        text = bad_step_report.describe(result)
         if guard.policy == "stop" or self._bad_in_a_row > guard.max_skips:
             raise Diverged(
                 f"{text}\nIts update was not applied. Lower config.optimizer.learning_rate or warm "
@@ -161,27 +169,26 @@ class TrainingSession:
                 "data, the numerics or the hardware did it; policy=skip goes on without it"
                 + (f" (at most {guard.max_skips} in a row)" if guard.policy != "stop" else "")
             )
-        if guard.policy == "rewind" and finished.step not in self.judged:
-            raise RollbackRequired(text, finished)
+        if guard.policy == "rewind" and result.step not in self.diagnosed:
+            raise RollbackRequired(text, result)
         self.writer.note(f"{text}; its update is skipped")
 
-    def _learning_rate(self, step: int) -> float:
-        peak = self.experiment.config.optimizer.learning_rate
-        return peak * float(jnp.asarray(self._schedule(step)))
+    # ---- agreement between processes and devices ----
 
-    def flush(self) -> None:
-        self.finish(self.late.flush())
+    def _own_vote(self) -> Vote:
+        every = self.experiment.config.checkpoint.every_seconds
+        overdue = 0 < every < time.monotonic() - self._saved_at
+        return Vote(self._signals.received, overdue)
 
-    def restart(self, step: int) -> None:
-        """All that was due after `step` is due again, and metrics of later steps are dropped."""
-        self.completed = min(self.completed, step)
-        self.writer.rewind(step)
+    def agreed_vote(self) -> Vote:
+        """The requests of all processes: a single one's own, several ones' of the step before."""
+        return self._vote if jax.process_count() > 1 else self._own_vote()
 
     def check_replicas(self, state: TrainState) -> None:
-        """Raises unless all devices that should hold the same bits do.
+        """Check that all replicas of a leaf hold the same bits.
 
         Raises:
-            RollbackRequired: they don't, and the policy is to rewind: at most `guard.max_skips`
+            RollbackRequired: they don't, and the policy is to roll back: at most `guard.max_skips`
                 times between two checkpoints.
             ReplicasDisagree: they don't.
         """
@@ -202,42 +209,60 @@ class TrainingSession:
             "good: run the same command, without that machine if it happens again"
         )
 
+    # ---- work that is due at a step ----
+
     def save(self, state: TrainState) -> None:
-        self.check_replicas(state)  # what is saved is one replica's
-        extras = {
-            "ledger": self.ledger.totals(),
-            "config": self.experiment.config_dict.to_dict(),
-            "resolved": resume.resolved(self.experiment),
-        }
-        self.checkpoints.save(self.experiment.stored(state), manifest_extras=extras)
-        self._saved, self._disagreements = time.monotonic(), 0
-        # the votes of the last step were cast before this save: they must not ask for another one
+        """Start saving `state`, after handling the results of its last step."""
+        self.flush()
+        with self.phases("save"):
+            self.check_replicas(state)  # one replica is saved
+            extras = {
+                "ledger": self.ledger.totals(),
+                "config": self.experiment.config_dict.to_dict(),
+                "resolved": resume.sizes(self.experiment),
+            }
+            self.checkpoints.save(stored_state(self.experiment, state), manifest_extras=extras)
+        self._saved_at, self._disagreements = time.monotonic(), 0
+        # votes of the last step were cast before this save and must not ask for another one
         self._vote = dataclasses.replace(self._vote, save=False)
 
-    def evaluate(self, state: TrainState, done: int) -> None:
-        c, experiment = self.experiment.config, self.experiment
-        params = experiment.evaluated(state)
-        limit = 0 if done == experiment.num_steps else c.train.eval_batches
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluate all validation data after the last step, else `train.eval_batches` of it."""
+        self.flush()
+        step, experiment = int(state.step), self.experiment
+        with self.phases("evaluate"):
+            limit = experiment.config.train.eval_batches if step < experiment.num_steps else 0
+            params = eval_params(experiment, state)
+            results = evaluate(experiment, params, max_batches=limit, report=self._report_progress)
+            self.writer.eval(step, results)
+        self.not_finite = not_finite_losses({s: v["loss"] for s, v in results.items()})
 
-        def report(text: str) -> None:
-            self.phases.heartbeat()
-            if self.lead:
-                self.writer.progress.show(text)
+    def _report_progress(self, text: str) -> None:
+        self.phases.heartbeat()
+        if self.is_lead:
+            self.writer.progress.show(text)
 
-        results = evaluate(experiment, params, max_batches=limit, report=report)
-        self.writer.eval(done, results)
-        self.not_finite = [
-            f"{source}: loss {values['loss']:g}"
-            for source, values in results.items()
-            if not math.isfinite(values["loss"])
-        ]
+    def log_stop(self, number: signal.Signals, step: int) -> None:
+        process_group.print_on_lead(
+            f"\n{number.name}: saved at step {step}; run the same command to go on"
+        )
+
+    def redo_from(self, step: int) -> None:
+        """Make all work after `step` due again, and drop the metrics of later steps."""
+        self.completed = min(self.completed, step)
+        self.writer.roll_back(step)
 
     def close(self) -> None:
         self.flush()
         with self.phases("save"):
             self.checkpoints.wait()
-        if self.lead:
+        if self.is_lead:
             self._goodput.write(self.ledger.totals()["steps"])
         self._goodput.close()
         self.writer.close()
         self.ledger.close()
+
+
+def not_finite_losses(losses: Mapping[str, float]) -> list[str]:
+    """A description of every loss, {source: loss}, that is not finite."""
+    return [f"{name}: loss {x:g}" for name, x in losses.items() if not math.isfinite(x)]

@@ -7,7 +7,7 @@
 
 A killed sweep leaves its runs alive. The next one waits for them at their locks, so that no run is
 ever done by two processes; and since a run resumes from its last checkpoint, none is lost. The lock
-is not that of scripts/train.py (lm/reliability/watchdog.py), which the process takes by itself once
+is not that of scripts/train.py (lm/reliability/workdir_lock.py), which the process takes once
 it has started: until then this one keeps others away.
 """
 
@@ -28,7 +28,8 @@ from typing import IO
 
 from lm import storage
 from lm.exit_codes import Exit, restarts
-from lm.reliability.watchdog import LOCK_FILE, StopSignals
+from lm.reliability.stop_signals import StopSignals
+from lm.reliability.workdir_lock import LOCK_FILE
 from lm.scaling import run_table
 from lm.scaling.sweep.space import Point
 

@@ -1,0 +1,194 @@
+"""Writers of metrics: `metrics.jsonl`, TensorBoard events, and the progress line."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lm.telemetry import jsonl, metrics
+from lm.telemetry.deferred import StepResult
+from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
+
+
+class TensorBoardWriter:
+    """Scalars as TensorBoard events, without TensorFlow.
+
+    `tensorboard.summary.Writer` imports TensorFlow wherever it is installed.
+    """
+
+    def __init__(self, directory: epath.Path) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+        self._records = RecordWriter((directory / name).open("wb"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        event = event_pb2.Event(step=step, wall_time=time.time())  # pyright: ignore
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        event.summary.CopyFrom(summary_pb2.Summary(value=scalars))  # pyright: ignore
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+
+class _Throughput(NamedTuple):
+    tokens_per_second: float  # non-padding tokens, scored or not: what model FLOPs count
+    step_seconds: float
+
+
+def _throughput(window: Sequence[StepResult]) -> _Throughput | None:
+    """Throughput of the steps that have a time; None where none has, as the first of a process."""
+    timed = [(r.seconds, int(r.info["filled"])) for r in window if r.seconds is not None]
+    elapsed = sum(seconds for seconds, _ in timed)
+    if not elapsed:
+        return None
+    return _Throughput(sum(tokens for _, tokens in timed) / elapsed, elapsed / len(timed))
+
+
+def _noise_scale(window: Sequence[StepResult]) -> dict[str, float]:
+    """Mean `noise` and `signal` of lm/training/gradient_noise_scale.py, and their ratio in tokens.
+
+    Over several records, divide the mean of `noise` by the mean of `signal`.
+    """
+    if "noise" not in window[-1].info:
+        return {}
+    means = {n: sum(float(r.info[n]) for r in window) / len(window) for n in ("noise", "signal")}
+    if means["signal"] > 0:
+        means["noise_scale"] = means["noise"] / means["signal"]
+    return means
+
+
+class MetricsWriter:
+    """Means of the steps' metrics over windows of `every` steps.
+
+    Steps whose update was skipped count as `skipped` and stay out of the means. `first_step` is
+    where this process starts: records of later steps, which will be redone, are dropped from
+    `metrics.jsonl`. Only an `active` writer (process 0) writes.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        first_step: int,
+        num_steps: int,
+        every: int,
+        flops_per_token: float | None,
+        peak_flops: float | None,
+        tensorboard: bool,
+        active: bool = True,
+    ) -> None:
+        self._num_steps, self._every = num_steps, every
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._workdir, self._active = workdir, active
+        self._window: list[StepResult] = []
+        self._last_throughput: _Throughput | None = None  # of the last window that has one
+        self._learning_rate: float | None = None
+        self.progress = Progress()
+        if active:
+            self._file = self._reopen(first_step)
+            directory = epath.Path(workdir) / "tensorboard"
+            self._tensorboard = TensorBoardWriter(directory) if tensorboard else None
+
+    def _reopen(self, step: int) -> jsonl.TextFile:
+        """metrics.jsonl without the records of steps after `step`."""
+        kept = [record for record in metrics.read(self._workdir) if record["step"] <= step]
+        return jsonl.reopen(epath.Path(self._workdir) / metrics.METRICS_FILE, kept)
+
+    def roll_back(self, step: int) -> None:
+        """Drop the records of steps after `step`, which will be redone."""
+        self._window = [result for result in self._window if result.step < step]
+        if self._active:
+            self._file.close()
+            self._file = self._reopen(step)
+
+    def is_due(self, num_done: int) -> bool:
+        """True if a record is written after `num_done` steps."""
+        return num_done % self._every == 0 or num_done == self._num_steps
+
+    def train(self, result: StepResult, **extra: float) -> None:
+        """Add the result of a step, and write a record where one is due."""
+        self._window.append(result)
+        if self.is_due(result.step + 1):
+            self._write_window(result.step + 1, extra)
+        elif self._active and self.progress.is_terminal:
+            throughput = self._last_throughput or _throughput(self._window)
+            self.progress.show(self._progress_line([result], throughput))
+
+    def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the metrics of every validation source, {source: {name: value}}."""
+        names = metrics.short_names([*results])
+        for source, values in results.items():
+            record = {"step": step, "kind": "eval", "source": source, **values}
+            self._write(record, f"eval/{names[source]}")
+            shown = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
+            self.note(f"eval {step} · {names[source]} · {shown}")
+
+    def note(self, text: str) -> None:
+        """Write a permanent line above the progress line."""
+        if self._active:
+            self.progress.note(text)
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+
+    def _write_window(self, step: int, extra: dict[str, float]) -> None:
+        window, self._window = self._window, []
+        applied = [r for r in window if not r.bad]
+        record: dict[str, Any] = {}
+        if applied:
+            record = metrics.means({n: sum(r.sums[n] for r in applied) for n in applied[-1].sums})
+            record["grad_norm"] = float(applied[-1].info["grad_norm"])
+            record |= _noise_scale(applied)
+        if len(applied) < len(window):
+            record["skipped"] = len(window) - len(applied)
+        throughput = _throughput(window)
+        record |= extra | {"seconds": sum(r.seconds or 0.0 for r in window)}
+        if throughput is not None:
+            record["tokens_per_second"] = throughput.tokens_per_second
+            if self._flops_per_token is not None and self._peak_flops:
+                flops = throughput.tokens_per_second * self._flops_per_token
+                record["mfu"] = flops / self._peak_flops
+        self._write({"step": step, "kind": "train", **record}, "train")
+        self._last_throughput = throughput or self._last_throughput
+        self._learning_rate = extra.get("learning_rate", self._learning_rate)
+        if self._active:
+            line = self._progress_line(window, self._last_throughput)
+            self.progress.show(line, keep=True, final=step == self._num_steps)
+
+    def _progress_line(self, window: Sequence[StepResult], throughput: _Throughput | None) -> str:
+        num_done, applied = window[-1].step + 1, [r for r in window if not r.bad]
+        parts = [f"step {num_done}/{self._num_steps}"]
+        if applied:
+            tokens = sum(r.sums["tokens"] for r in applied)
+            parts.append(f"loss {sum(r.sums['loss'] for r in applied) / max(tokens, 1.0):.4f}")
+        else:
+            parts.append("every update skipped" if len(window) > 1 else "update skipped")
+        if throughput is not None:
+            left = format_duration((self._num_steps - num_done) * throughput.step_seconds)
+            parts += [f"{format_quantity(throughput.tokens_per_second)} tok/s", f"{left} left"]
+        parts.append(f"grad norm {float(window[-1].info['grad_norm']):.3g}")
+        if self._learning_rate is not None:
+            parts.append(f"lr {self._learning_rate:.2g}")
+        if throughput is not None and self._flops_per_token is not None:
+            flops = throughput.tokens_per_second * self._flops_per_token
+            peak = self._peak_flops
+            mfu = f"{100 * flops / peak:.1f}% MFU" if peak else f"{format_quantity(flops)}FLOP/s"
+            parts.append(mfu)
+        return SEPARATOR.join(parts)
+
+    def _write(self, record: dict[str, Any], tag: str) -> None:
+        """Append a record; its numbers are `tag`/NAME in TensorBoard."""
+        if not self._active:
+            return
+        jsonl.append(self._file, record)
+        if self._tensorboard is not None:
+            values = {f"{tag}/{k}": v for k, v in record.items() if isinstance(v, float)}
+            self._tensorboard.write(record["step"], values)

@@ -1,0 +1,100 @@
+"""State of a run, from the first that exists: its own checkpoint, the fork's, or its initializer.
+
+Checkpoints of a run with adapters hold only their parameters; the others stay in the checkpoint of
+the parent, which is read again at every restore.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lm.checkpoint.manager import Checkpoints
+from lm.checkpoint.manifest import Manifest
+from lm.optim import chain, param_tree
+from lm.parallel import sharding
+from lm.reliability.data_ledger import start_totals
+from lm.telemetry.phase_timer import PhaseTimer
+from lm.training.experiment import Experiment
+from lm.types import Params, TrainState
+
+
+def restore_or_init(
+    experiment: Experiment, checkpoints: Checkpoints, phases: PhaseTimer, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, ledger totals) of the newest good checkpoint, or of the one at `step`.
+
+    Without checkpoints: those of the fork's checkpoint, else those before step 0.
+    """
+    with phases("restore"):
+        restored = restore(experiment, checkpoints, step)
+    if restored is not None:
+        state, manifest = restored
+        if state.opt_state is None:
+            with phases("init"):
+                state = jax.block_until_ready(experiment.init_optimizer(state))
+        return state, dict(manifest.ledger)
+    if (fork := experiment.fork) is not None:
+        checkpoints.parent = fork.describe()
+        with phases("restore"):
+            return fork.restore(experiment.abstract_state), dict(fork.manifest.ledger)
+    with phases("init"):
+        if experiment.initializer.parent is not None:
+            checkpoints.parent = experiment.initializer.parent.describe()
+        return jax.block_until_ready(experiment.init_state()), start_totals()
+
+
+def restore(
+    experiment: Experiment, checkpoints: Checkpoints, step: int | None = None
+) -> tuple[TrainState, Manifest] | None:
+    """As `Checkpoints.restore`, with the parameters that the parent's checkpoint holds.
+
+    Raises:
+        ValueError: the parent's checkpoint is no longer the one that the run started from.
+    """
+    restored = checkpoints.restore(stored_state(experiment, experiment.abstract_state), step)
+    if restored is None:
+        return None
+    state, manifest = restored
+    params = experiment.initializer.with_base_params(state.params, manifest.parent)
+    return dataclasses.replace(state, params=params), manifest
+
+
+def restore_params(
+    experiment: Experiment, checkpoints: Checkpoints, step: int | None = None
+) -> tuple[int, Params]:
+    """(step, the parameters that training evaluates): averaged ones where training keeps them.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    if not experiment.config.optimizer.ema_decay:
+        abstract = experiment.initializer.stored(experiment.abstract_params)
+        found, params = checkpoints.restore_params(abstract, step)
+        return found, experiment.initializer.with_base_params(params, checkpoints.parent)
+    restored = restore(experiment, checkpoints, step)
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
+    state, _ = restored
+    params = state.params if state.opt_state is None else eval_params(experiment, state)
+    return int(state.step), params
+
+
+def stored_state(experiment: Experiment, state: TrainState) -> TrainState:
+    """The part of a state that this run's checkpoints hold."""
+    return dataclasses.replace(state, params=experiment.initializer.stored(state.params))
+
+
+def eval_params(experiment: Experiment, state: TrainState) -> Params:
+    """The parameters to evaluate, on the devices: averaged ones where training keeps them."""
+    averaged = chain.averaged_params(state.opt_state)
+    if averaged is None:
+        return state.params
+    initializer = experiment.initializer
+    if experiment.config.optimizer.memory != "device":
+        trained = initializer.trained(experiment.abstract_params)
+        shardings = jax.tree.map(lambda x: x.sharding, trained)
+        averaged = jax.jit(sharding.on_device, out_shardings=shardings)(averaged)
+    return param_tree.join(averaged, param_tree.split(state.params, initializer.frozen)[0])
