@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from lm.config.tree import ConfigTree
 from lm.scaling.powers import fit_power
+from lm.telemetry.figures import make_figure
 from lm.training import train_step
 from lm.training.experiment import Experiment
 from lm.types import Batch, Params, TrainState
@@ -206,12 +207,10 @@ def draw(checks: Sequence[Check], path: str) -> None:
     line for each step; the exponent after the last step is in each title.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     rows = [(found, kind) for found in checks for kind in KINDS]
     names = list(checks[0].values)
-    figure = Figure(figsize=(2.6 * len(names) + 0.7, 2.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(names), squeeze=False, sharex=True)
+    figure, axes = make_figure(len(rows), len(names), size=(2.6, 2.3))
     for (found, kind), line in zip(rows, axes, strict=True):
         slopes = found.slopes(kind)
         for name, axis in zip(names, line, strict=True):
@@ -220,19 +219,17 @@ def draw(checks: Sequence[Check], path: str) -> None:
                 color = colormaps["viridis"](at / max(1, len(curves) - 1) * 0.9)
                 axis.plot(found.sizes, values, marker="o", markersize=3, color=color, label=at)
             axis.set_xscale("log", base=2)
+            axis.set_xticks(found.sizes, [str(size) for size in found.sizes])
+            axis.xaxis.minorticks_off()
             axis.set_yscale("log")
             low, high = axis.get_ylim()
             middle = (low * high) ** 0.5  # at least a factor of ten, so that flat looks flat
             axis.set_ylim(min(low, middle / 10**0.6), max(high, middle * 10**0.6))
             axis.set_title(f"{name}: {slopes[name]:+.2f}", fontsize=9)
             axis.yaxis.set_minor_formatter("")  # tens are enough
-            axis.grid(alpha=0.3, which="both")
             axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel(f"{found.parametrization}\n{KINDS[kind]}", fontsize=9)
     for axis in axes[-1]:
-        axis.set_xticks(checks[0].sizes, [str(size) for size in checks[0].sizes])
-        axis.xaxis.minorticks_off()
         axis.set_xlabel(checks[0].along, fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(

@@ -17,6 +17,7 @@ from lm.scaling.intervals import Estimate
 from lm.scaling.powers import parabola
 from lm.scaling.report import format_estimate
 from lm.scaling.table import Table, means
+from lm.telemetry.figures import make_figure
 from lm.telemetry.progress import format_quantity
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def loss_figure(table: Table, result: Result) -> Figure:
     """Loss over FLOPs: runs and the law's line for each size, and the envelope of approach 1."""
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-    figure, [axis] = _figure(1, (7.6, 4.8))
+    figure, [[axis]] = make_figure(size=(7.6, 4.8))
     dots = _scatter_by_size(axis, table, table.flops, table.loss)
     sizes = table.sizes()
     for curve in frontier.curves(table) if table.unique_tokens is None else []:
@@ -76,7 +77,7 @@ def loss_figure(table: Table, result: Result) -> Figure:
 
 def isoflop_figure(table: Table, result: Result) -> Figure:
     """Approach 2: loss over parameters at equal FLOPs, the parabolas and their minima."""
-    figure, [axis] = _figure(1, (7.6, 4.8))
+    figure, [[axis]] = make_figure(size=(7.6, 4.8))
     cuts = frontier.slices(table, law=result.law)
     sizes, losses = (np.concatenate([getattr(c, n) for c in cuts]) for n in ("parameters", "loss"))
     numbers = np.repeat(np.arange(len(cuts)), [len(cut.loss) for cut in cuts])
@@ -103,7 +104,7 @@ def isoflop_figure(table: Table, result: Result) -> Figure:
 
 def law_figure(table: Table, result: Result) -> Figure:
     """Approach 3: lines of equal loss over FLOPs and parameters, and the residuals of the law."""
-    figure, [left, right] = _figure(2, (6.2, 4.8))
+    figure, [[left, right]] = make_figure(columns=2, size=(6.2, 4.8))
     law = result.law
     flops = np.geomspace(table.flops.min() / 2, table.flops.max() * 10, 120)
     sizes = np.geomspace(table.parameters.min() / 2, table.parameters.max() * 4, 120)
@@ -130,7 +131,7 @@ def law_figure(table: Table, result: Result) -> Figure:
 
 def optimum_figure(result: Result) -> Figure:
     """The best size and number of tokens over FLOPs by all three approaches, with intervals."""
-    figure, axes = _figure(2, (6.0, 4.8))
+    figure, [axes] = make_figure(columns=2, size=(6.0, 4.8))
     low, high = result.data.flops
     flops = np.geomspace(low, high * BEYOND, 60)
     for index, (axis, name) in enumerate(zip(axes, ("parameters", "tokens"), strict=True)):
@@ -155,7 +156,7 @@ def held_out_figure(result: Result) -> Figure:
     """The largest size, measured, and predicted by all smaller ones."""
     held = result.held_out
     assert held is not None, "every_figure asks"
-    figure, [axis] = _figure(1, (6.4, 4.0))
+    figure, [[axis]] = make_figure(size=(6.4, 4.0))
     measured = np.array(held.measured)
     ends = np.array([(p.value, p.low, p.high) for p in held.predicted])
     middle, low, high = 100 * (ends.T / measured - 1)
@@ -178,7 +179,7 @@ def held_out_figure(result: Result) -> Figure:
 def settings_figure(result: Result) -> Figure:
     """The laws of learning rate and batch size, with the optima that they go through."""
     found = {n: s for n, s in result.settings.items() if _varies(s)}
-    figure, axes = _figure(len(found), (5.6, 4.4))
+    figure, [axes] = make_figure(columns=len(found), size=(5.6, 4.4))
     for axis, (name, setting) in zip(axes, found.items(), strict=True):
         points = setting.points
         x = np.geomspace(min(points["x"]), max(points["x"]) * BEYOND, 60)
@@ -246,14 +247,3 @@ def _scatter(
     scale = axis.figure.colorbar(dots, ax=axis, ticks=ticks, label=title, aspect=40)
     scale.ax.set_yticklabels([names[int(i)] for i in ticks], fontsize=8)
     return dots
-
-
-def _figure(columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes

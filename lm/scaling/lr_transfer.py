@@ -20,6 +20,7 @@ from lm.config.tree import ConfigTree
 from lm.scaling.coord_check import resized
 from lm.scaling.powers import parabola_minimum
 from lm.telemetry import jsonl
+from lm.telemetry.figures import make_figure
 from lm.training import train_step
 from lm.training.experiment import Experiment
 from lm.types import Batch, TrainState
@@ -217,11 +218,9 @@ def draw(runs: Sequence[TrainedPoint], path: str) -> None:
     each width, with a star at its minimum and a dot for each seed.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.parametrization for r in runs))
-    figure = Figure(figsize=(5.5 * len(names), 4.2), layout="constrained")
-    [axes] = figure.subplots(1, len(names), squeeze=False)
+    figure, [axes] = make_figure(columns=len(names), size=(5.5, 4.2))
     widths = sorted({r.width for r in runs})
     losses = sorted(r.loss for r in runs if r.loss is not None)
     top = losses[int(0.95 * (len(losses) - 1))]
@@ -239,8 +238,6 @@ def draw(runs: Sequence[TrainedPoint], path: str) -> None:
         axis.set_xscale("log", base=2)
         axis.set(title=name, xlabel="learning rate of the base")
         axis.set_ylim(losses[0] - 0.05 * (top - losses[0]), top)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("loss at the end (nats per token)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="width", frameon=False)

@@ -18,6 +18,7 @@ from lm.scaling.sweep import pool
 from lm.scaling.sweep.pool import Trial
 from lm.scaling.sweep.space import Point
 from lm.telemetry import fonts
+from lm.telemetry.figures import make_figure
 from lm.telemetry.metrics import short_names
 
 if TYPE_CHECKING:
@@ -130,8 +131,6 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
     Raises:
         ValueError: no run has a loss.
     """
-    from matplotlib.figure import Figure
-
     means = sorted(r.mean for r in ranks if r.losses)
     if not means:
         raise ValueError("no run of the sweep has a loss to draw")
@@ -143,15 +142,16 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
     keys = [*ranks[0].point] or [""]
     columns = min(3, len(keys))
     rows = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    figure, axes = make_figure(rows, columns, size=(4.6, 3.6))
     for axis, key in zip(axes.flat, keys, strict=False):
         position = _positions(axis, [r.point.get(key) for r in ranks])
         best: dict[float, float] = {}
         for r in ranks:
             x, count = position(r.point.get(key)), sum(r.others.values())
             axis.plot([x] * len(r.losses), r.losses, ".", color="0.6", zorder=1)
-            axis.plot([x] * count, [ceiling] * count, "x", color="C3", clip_on=False)
+            axis.plot(
+                [x] * count, [ceiling] * count, "x", color="C3", clip_on=False, in_layout=False
+            )
             if r.losses:
                 spread = r.spread if len(r.losses) > 1 else 0.0
                 axis.errorbar(x, r.mean, spread, fmt="C0o", alpha=0.6, capsize=3, zorder=2)
@@ -159,12 +159,10 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
         axis.plot(*zip(*sorted(best.items()), strict=True), color="C1", linewidth=1.5, zorder=3)
         axis.margins(x=0.12)
         axis.set_xlabel(key)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(low - pad, ceiling)
     for axis in axes.flat[len(keys) :]:
         axis.remove()
-    figure.supylabel("final validation loss (nats per token)")
+    figure.supylabel("final validation loss (nats per token)", fontsize=10)
     counts = sum((Counter(r.others) for r in ranks), Counter())
     hidden = sum(loss > ceiling for loss in losses)
     notes = [f"{len(losses)} finished runs", *(f"{n} {s} (×)" for s, n in counts.items())]

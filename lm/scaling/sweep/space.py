@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from lm.config import conversion
+from lm.config.tree import ConfigTree
 from lm.telemetry.metrics import short_names
 
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
@@ -141,7 +141,7 @@ def check_config(
     axes: Sequence[Axis],
     settings: Sequence[str],
     *,
-    read: Callable[[str, Sequence[str]], ConfigDict],
+    read: Callable[[str, Sequence[str]], ConfigTree],
 ) -> None:
     """Set every value of every axis in the configs of the sweep, before any run starts.
 
