@@ -13,15 +13,15 @@ ARGS ?=
 
 .PHONY: pretrain test lint clean
 
-$(VENV)/ok: requirements.txt constraints.txt
+$(VENV)/ok: pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no ensurepip; on Debian: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/ok requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # As they are given, through the environment: a name may hold anything but what make expands first.

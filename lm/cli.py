@@ -12,9 +12,9 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app
 
@@ -24,6 +24,37 @@ from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
 
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of scripts that take no config: errors are one line, underscores are dashes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = with_dashes(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(Exit.USAGE, f"error: {message} (--help lists flags)\n")
+
+
+def with_dashes(argv: Sequence[str], known: Container[str] = ()) -> list[str]:
+    """Spell flags with dashes up to a bare `--`: --num_beams is --num-beams.
+
+    Config keys, as in --config.train.num_steps, stay, and so do the names in `known`.
+    """
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    for i, word in enumerate(words[:end]):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--")
+        if flag == name or "." in name or name in known or name.removeprefix("no") in known:
+            continue
+        words[i] = flag.replace("_", "-") + equals + value
+    return words
 
 
 def run(main: Callable[..., int], *args: Any) -> None:
@@ -144,6 +175,7 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> 
     try:
         argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
         argv, settings = command_line.split(argv) if config else (argv, [])
+        argv = with_dashes(argv, flags.FLAGS)
         rest = flags.FLAGS(argv, known_only=allow_rest)
         if config is not None:
             config.load(settings)

@@ -8,10 +8,8 @@ say of it.
 
 from __future__ import annotations
 
-import argparse
 import enum
 import signal
-from typing import NoReturn
 
 RESTARTED = "yes: every launcher does"
 
@@ -69,13 +67,6 @@ def restarts(code: int) -> bool:
     checkpoint, and may do better.
     """
     return code in KILLS or (code in list(Exit) and Exit(code).again == RESTARTED)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser of flags whose errors are one line, not preceded by a list of all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(Exit.USAGE, f"error: {message} (--help lists flags)\n")
 
 
 class RunError(Exception):

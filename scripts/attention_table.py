@@ -10,15 +10,11 @@ scripts/plan.py does. Lengths from 32,768 on are sharded over `sequence`, 8,192 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/scale.md"
 HEADING = "## Splash against XLA's attention"
@@ -110,9 +106,7 @@ def measure(
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--kernels", default=",".join(KERNELS))

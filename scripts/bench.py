@@ -43,8 +43,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +88,7 @@ _BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: t
 _STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)
 _WARMUP = flags.DEFINE_integer("warmup", 3, "train: steps before those.", lower_bound=1)
 _SHAPE = flags.DEFINE_string(
-    "loss_shape", "8x1024x768x50257", "loss_memory: batch x length x width x vocabulary."
+    "loss-shape", "8x1024x768x50257", "loss_memory: batch x length x width x vocabulary."
 )
 _STORE = flags.DEFINE_string(
     "store", None, "data: a store of config.data.tokenizer; default: one of random letters."
@@ -198,7 +196,7 @@ def start(config: Any) -> Figures:
 def loss_memory(config: Any) -> Figures:
     """Memory of the loss and its gradient in fresh processes, which have peaks of their own."""
     if not re.fullmatch(r"\d+(x\d+){3}", _SHAPE.value):
-        raise ValueError(f"--loss_shape ({_SHAPE.value}) must be four sizes, like 8x1024x768x50257")
+        raise ValueError(f"--loss-shape ({_SHAPE.value}) must be four sizes, like 8x1024x768x50257")
     shape = [int(size) for size in _SHAPE.value.split("x")]
     figures: Figures = {"shape": _SHAPE.value}
     for name, chunk_size in (("chunked", config.loss.chunk_size), ("whole", 0)):

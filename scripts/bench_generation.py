@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from lm import cli, exit_codes
+from lm import cli
 
 
 class Timing(NamedTuple):
@@ -135,9 +131,7 @@ def in_turns(calls: list[Callable[[], np.ndarray]], repeats: int) -> list[Timing
 
 
 def parse_args() -> argparse.Namespace:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--source", required=True, help="folder of a decoder in Hugging Face's layout")
     add("--batches", default="1,8", help="rows, with commas between (default: 1,8)")

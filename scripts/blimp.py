@@ -11,22 +11,17 @@ authors' file of results.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.telemetry import jsonl
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--data", required=True, help="BLiMP.zip, or a folder with its .jsonl files")

@@ -12,24 +12,17 @@ folder stands for its newest checkpoint, FOLDER@STEP for another one.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="one line for each checkpoint")
     ls.add_argument("workdir", type=cli.folder, help="folder of the run")

@@ -9,11 +9,8 @@ near 0; under the standard parametrization they are not. Writes OUT.png and OUT.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
@@ -23,7 +20,7 @@ from lm.telemetry import jsonl
 
 _CONFIG = command_line.ConfigFlag()
 _WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
-_HEAD_DIMS = flags.DEFINE_list("head_dims", [], "Instead: values of embed_dim, with wider heads.")
+_HEAD_DIMS = flags.DEFINE_list("head-dims", [], "Instead: values of embed_dim, with wider heads.")
 _DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps of training.", lower_bound=1)
 _PARAMETRIZATIONS = flags.DEFINE_list("parametrizations", ["mup", "standard"], "Those to compare.")
@@ -35,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     given = {"width": _WIDTHS.value, "head_dim": _HEAD_DIMS.value, "depth": _DEPTHS.value}
     along = [name for name, sizes in given.items() if sizes]
     if _CONFIG.value is None or len(along) != 1:
-        raise app.UsageError("--config and one of --widths, --head_dims and --depths are needed")
+        raise app.UsageError("--config and one of --widths, --head-dims and --depths are needed")
     import jax
 
     from lm.scaling import coord_check

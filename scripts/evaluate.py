@@ -10,21 +10,15 @@ Sums are added up before the one division, so the figures don't depend on batch 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.telemetry import jsonl
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=cli.folder, required=True, help="folder of the run")
     parser.add_argument(
         "--data", action="append", help="token store to use instead of the run's; repeatable"

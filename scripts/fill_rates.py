@@ -18,14 +18,11 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from lm import exit_codes
+from lm import cli
 from lm.config.components import component
 from lm.config.schema import DataConfig
 from lm.data.pipeline import evaluation_batches, make_source
@@ -120,9 +117,7 @@ def measure(case: Case, packing: str) -> str:
 
 
 def main() -> None:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--text", required=True, metavar="STORE", help="of one field, text")
     add("--pairs", metavar="STORE", help="of two fields, source and target")

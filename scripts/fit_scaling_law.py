@@ -15,19 +15,13 @@ largest size predicts it, before all sizes are fitted. scripts/plan_compute.py p
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--table", required=True, metavar="FILE", help="a .csv, .jsonl or .parquet file")
     add("--counting", required=True, choices=("total", "non_embedding"), help="what N counts")

@@ -36,9 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 
 if TYPE_CHECKING:
     from lm.generation.text import Piece
@@ -96,9 +94,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--step", type=int, help="checkpoint to use (default: the newest)")

@@ -22,11 +22,8 @@ nothing of it: its texts begin with `<|endoftext|>`, as documents did in its tra
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 

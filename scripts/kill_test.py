@@ -34,12 +34,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 from etils import epath
 
-from lm import cli, exit_codes
+from lm import cli
 from lm.checkpoint import manifest, step_files
 from lm.reliability import data_ledger
 from lm.telemetry import goodput
@@ -88,9 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--processes", type=int, default=1, help="default: 1")
     parser.add_argument("--devices-per-process", type=int, default=4, help="default: 4")

@@ -16,14 +16,11 @@ lm/scaling fits it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.config import command_line
 from lm.scaling.sweep.space import folder_name
 
@@ -60,9 +57,7 @@ def main() -> int:
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the ladder, flags --config.KEY=VALUE for all runs)."""
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--config", default="configs/ladder.py", help="a file with get_config(size)")
     add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")

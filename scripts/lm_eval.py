@@ -12,14 +12,12 @@ document with --samples.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.pop(0)  # this folder, where the package's name is that of this file
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.telemetry import jsonl
 
 
@@ -66,9 +64,7 @@ def main() -> int:
 
 
 def parse_args() -> Any:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
     add("--tasks", required=True, help="names or YAML files, with commas between them")
@@ -90,4 +86,6 @@ def parse_args() -> Any:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:  # else this folder's lm_eval.py and evaluate.py hide two packages
+        os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
     cli.run(main)

@@ -10,11 +10,7 @@ test says where to look, not what is best. A run that diverges has shown what it
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 

@@ -9,11 +9,8 @@ after a kill the same command goes on. Ends with OUT.png and a table.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 

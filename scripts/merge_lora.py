@@ -10,19 +10,11 @@ adapter's product, in float32). scripts/hf_export.py gives it to `transformers`.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run with adapters")
     add("--out", type=cli.folder, required=True, help="folder of the run to make")

@@ -9,8 +9,8 @@ nor chips are needed, and reports memory by what it is for, collectives by mesh 
 by what binds it, warnings, and what to try next. TPU topologies need libtpu, GPU topologies
 jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
 
---search looks for the fastest mesh, remat policy and number of micro-batches, --largest_batch for
-the most rows that fit, --fewest_chips for the smallest slice of this kind of chip, whatever shape
+--search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for
+the most rows that fit, --fewest-chips for the smallest slice of this kind of chip, whatever shape
 was given; the last two also with --decode. Each compiles a few plans and shows all of them.
 
 The exit code is 0 where the step fits and 1 where it doesn't.
@@ -19,12 +19,9 @@ The exit code is 0 where the step fits and 1 where it doesn't.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 
@@ -36,16 +33,16 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
 )
 _DECODE = flags.DEFINE_bool("decode", False, "Plan a step of generation instead of training.")
-_BATCH = flags.DEFINE_integer("decode_batch", 8, "--decode: rows.")
-_LENGTH = flags.DEFINE_integer("decode_length", 2048, "--decode: slots of the cache.")
+_BATCH = flags.DEFINE_integer("decode-batch", 8, "--decode: rows.")
+_LENGTH = flags.DEFINE_integer("decode-length", 2048, "--decode: slots of the cache.")
 _JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
 _PICTURE = flags.DEFINE_string("picture", None, "Also draw the plan to this PNG file.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Compile again, whatever is in the cache.")
 _TOKENS = flags.DEFINE_string("tokens", None, "Also say how many days so many tokens take: 15T.")
 _SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, remat and micro-batch.")
-_COMPILE = flags.DEFINE_integer("search_compiles", 4, "--search: candidates to compile.")
-_LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of a device that fit.")
-_FEWEST = flags.DEFINE_bool("fewest_chips", False, "Find the smallest slice that fits.")
+_COMPILE = flags.DEFINE_integer("search-compiles", 4, "--search: candidates to compile.")
+_LARGEST = flags.DEFINE_bool("largest-batch", False, "Find the most rows of a device that fit.")
+_FEWEST = flags.DEFINE_bool("fewest-chips", False, "Find the smallest slice that fits.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,7 +86,7 @@ def _find(make: Any, decode: Any, show: Any) -> Any:
 
     config, topology = _CONFIG.value, str(_TOPOLOGY.value)
     if sum((_SEARCH.value, _LARGEST.value, _FEWEST.value)) > 1:
-        raise app.UsageError("one of --search, --largest_batch and --fewest_chips")
+        raise app.UsageError("one of --search, --largest-batch and --fewest-chips")
     if _SEARCH.value:
         if decode is not None:
             raise app.UsageError("--search knows the arithmetic of training alone, not --decode")

@@ -17,20 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.scaling.planner import MAX_EXTRAPOLATION, Machine
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--fit", required=True, metavar="JSON", help="the artefact of fit_scaling_law.py")
     add("--flops", type=float, help="the budget, such as 1e21")

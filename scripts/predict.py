@@ -27,9 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.data import corpus as corpora
 from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, ListedSource
@@ -154,9 +152,7 @@ def table(measured: dict[str, dict[str, float]]) -> str:
 def parse_args() -> argparse.Namespace:
     from lm.evaluation.task_metrics import METRICS
 
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
     corpora.add_source_flags(parser)

@@ -15,11 +15,8 @@ import dataclasses
 import os
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import exit_codes, storage
+from lm import cli, storage
 from lm.data import corpus, prepare
 
 
@@ -29,9 +26,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     corpus.add_flags(parser)
     parser.add_argument(
         "--tokenizer",

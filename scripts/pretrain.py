@@ -25,11 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from absl import flags
 
-from lm import cli, exit_codes
+from lm import cli
 from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
@@ -54,7 +52,7 @@ _STORES = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "Text that samples continue; repeatable; default: lines of the held-out text."
 )
-_DATA = exit_codes.ArgumentParser(add_help=False)
+_DATA = cli.ArgumentParser(add_help=False)
 corpora.add_flags(_DATA)
 _DATA.set_defaults(split=None)  # by the number of documents
 

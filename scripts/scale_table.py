@@ -9,16 +9,13 @@ Rows that are not made, or that this machine has no compiler for, stay as they a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.config import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,9 +130,7 @@ def _write(path: Path, head: str, made: list[str]) -> None:
 
 
 def main() -> int:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="rows whose config or topology contains this")
     parser.add_argument("--out", default=str(ROOT / "docs/scale.md"), help="file of the table")
     args = parser.parse_args()

@@ -11,20 +11,14 @@ Records with one key are never in both, and the same key is always in the same o
 scripts/prepare_data.py makes a store of train, scripts/predict.py judges a run on test.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import exit_codes
+from lm import cli
 from lm.data import corpus, examples
 
 
 def main() -> None:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     corpus.add_source_flags(parser)
     add("--format", choices=examples.FORMATS, default="records", help="default: records")

@@ -28,14 +28,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import cli, exit_codes
+from lm import cli
 from lm.config import command_line
 
 if TYPE_CHECKING:
@@ -110,9 +107,7 @@ def main() -> int:
 
 def _flags() -> tuple[argparse.Namespace, list[str]]:
     """(flags of the sweep, flags --config.KEY=VALUE for all runs)."""
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--config", required=True, help="a file with get_config(arg), as FILE or FILE:ARG")
     add(

@@ -9,16 +9,12 @@ folder gets config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same 
 goes on where the last checkpoint is.
 
 On several machines start it once on each: SLURM, Kubernetes and Cloud TPUs are recognized (see
-scripts/launch), elsewhere say --coordinator=HOST:PORT --num_processes=N --process_id=I.
+scripts/launch), elsewhere say --coordinator=HOST:PORT --num-processes=N --process-id=I.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags
 

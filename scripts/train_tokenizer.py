@@ -5,22 +5,16 @@
         --model-type=word --vocab-size=33278 --out=data/words.json
 """
 
-import argparse
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from lm import exit_codes
+from lm import cli
 from lm.data import corpus
 from lm.data.tokenizer_training import train_tokenizer
 
 
 def main() -> None:
-    parser = exit_codes.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     corpus.add_flags(parser)
     add = parser.add_argument
     add("--out", required=True, help="the .model file; of words: the .json file")

@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from absl import app, flags
 
 from lm import cli
@@ -34,7 +32,7 @@ _MESH = flags.DEFINE_list(
     "mesh", ["data=2", "fsdp=2", "tensor=2"], "Sizes of mesh axes, and of slices: data=2,fsdp=4."
 )
 _SHRINK = flags.DEFINE_bool("shrink", True, "Make the model small, keeping its structure.")
-_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 1, "Micro-batches on the mesh.")
+_MICROBATCHES = flags.DEFINE_integer("num-microbatches", 1, "Micro-batches on the mesh.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes to start, which share the devices.")
 _INITIALIZE = process_group.define_flags()
 

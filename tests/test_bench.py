@@ -22,7 +22,7 @@ SMALL = [
     "--steps=8",
     "--warmup=2",
     "--batch=4",
-    "--loss_shape=2x64x16x4096",
+    "--loss-shape=2x64x16x4096",
 ]
 PARAMETERS = (512 + 256) * 32 + 12 * 32**2 + 3 * 32  # tables, one layer, norms
 # A part of the benchmark, imports of these failing.

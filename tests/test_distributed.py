@@ -24,14 +24,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Collectives in a loop, through the same entry as every script.
 SCRIPT = """
 import os, signal, sys, time
-sys.path.insert(0, ROOT)
 from absl import flags
-from lm import cli as runtime
+from lm import cli
 from lm.parallel import process_group
 from lm.exit_codes import Exit, RunError
 
 what = flags.DEFINE_string("what", "", "What the last process does at step 5.")
-initialize = distributed.define_flags()
+initialize = process_group.define_flags()
 
 class Full(RunError):
     code = Exit.SAVE_FAILED
@@ -42,8 +41,8 @@ def main(argv):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     last = env.process_id == env.num_processes - 1
     seed = 1 if what.value == "seed" and last else 0
-    distributed.agree("code", {"commit": "abc"})
-    distributed.agree("config", {"seed": seed, "model": {"dim": 3}})
+    process_group.agree("code", {"commit": "abc"})
+    process_group.agree("config", {"seed": seed, "model": {"dim": 3}})
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     x = jax.make_array_from_callback((len(jax.devices()),), sharding, lambda i: np.ones(8)[i])
     step = jax.jit(lambda x: x * 0.5 + x.sum(), out_shardings=sharding)
@@ -60,7 +59,7 @@ def main(argv):
         time.sleep(0.01)
     return Exit.TERMINATED if what.value == "stop" else 0
 
-runtime.run_with_config(main)
+cli.run_with_config(main)
 """
 
 
@@ -75,7 +74,7 @@ def start(
     environment = fake_devices(1)
     command = [
         *(sys.executable, str(script), f"--coordinator=localhost:{port}"),
-        *(f"--num_processes={num_processes}", f"--process_id={process_id}", *arguments),
+        *(f"--num-processes={num_processes}", f"--process-id={process_id}", *arguments),
     ]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -214,12 +213,11 @@ def test_gpus_that_do_not_divide_among_the_tasks_of_a_node_are_refused():
 
 SHARES = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from lm.parallel import process_group
-found = distributed.initialize(peer_timeout=60)
+found = process_group.initialize(peer_timeout=60)
 import jax
 print(found.process_id, jax.config._read("jax_cuda_visible_devices"))
-sys.exit(distributed.leave(0))
+sys.exit(process_group.leave(0))
 """
 
 
@@ -229,7 +227,7 @@ def test_jax_is_told_the_gpus_of_its_task():
     job["SLURM_JOB_ID"] = str(os.getpid())  # both take their port from it
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SHARES, str(ROOT)],
+            [sys.executable, "-c", SHARES],
             env={**environment, **slurm_task(i, **job)}, stdout=subprocess.PIPE, text=True,
         )
         for i in (0, 1)
@@ -317,7 +315,7 @@ def test_the_missing_process_is_named_to_those_that_came():
 
 def test_a_process_counted_twice_or_differently_is_refused_by_all():
     for members, message in (
-        ([(0, 3), (1, 3), (1, 3)], "two processes have --process_id=1"),
+        ([(0, 3), (1, 3), (1, 3)], "two processes have --process-id=1"),
         ([(0, 3), (1, 3), (2, 4)], "one of 3 processes, process 2 as one of 4"),
     ):
         results = meeting(members)
@@ -383,7 +381,7 @@ def test_processes_that_end_together_end_with_their_own_code(together, what, cod
 )
 def test_a_missing_process_ends_the_others_with_one_line(together, present, message):
     began = time.monotonic()
-    [(code, _, errors)] = together("--peer_timeout=1", ids=[present])
+    [(code, _, errors)] = together("--peer-timeout=1", ids=[present])
     assert code == Exit.PEER_LOST
     assert message in errors
     assert errors.count("\n") == 1

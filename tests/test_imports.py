@@ -20,7 +20,7 @@ FLOORS = (
     ("types", "exit_codes", "storage"),
     ("config",),
     ("data", "parallel", "optim", "telemetry"),
-    ("layers", "objectives", "checkpoint", "cli"),
+    ("layers", "objectives", "checkpoint", "cli", "__main__"),
     ("models", "generation", "reliability"),
     ("training",),
     ("planning", "scaling", "evaluation", "interpret", "hf"),

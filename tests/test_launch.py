@@ -64,7 +64,7 @@ def script(tmp_path):
     def write(body: str) -> pathlib.Path:
         head = (
             "import os, pathlib, signal, sys, time\n"
-            "me = int(sys.argv[-1].removeprefix('--process_id=')) if len(sys.argv) > 3 else 0\n"
+            "me = int(sys.argv[-1].removeprefix('--process-id=')) if len(sys.argv) > 3 else 0\n"
             f"here = pathlib.Path({str(tmp_path)!r})\n"
         )
         path = tmp_path / "script.py"
@@ -99,7 +99,7 @@ def test_output_keeps_its_stream_and_names_its_process(script, tmp_path):
     assert code == 0
     assert sorted(line.split(" [")[0] for line in out.splitlines()) == ["[1] out 1", "out 0"]
     assert sorted(errors.splitlines()) == ["[1] err 1", "err 0"]
-    assert "'--x=1', '--coordinator=localhost:" in out and "'--num_processes=2'" in out
+    assert "'--x=1', '--coordinator=localhost:" in out and "'--num-processes=2'" in out
     assert "err 1" in (tmp_path / "logs" / "1.log").read_text()
     _, alone, _ = finish(launch("--", path, "--x=1"))
     assert alone.strip() == "out 0 ['--x=1']"

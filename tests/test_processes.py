@@ -132,10 +132,10 @@ def two(commands):
     """(exit code, output) of two processes that meet on a port."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    given = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    given = [f"--coordinator=localhost:{port}", "--num-processes=2"]
     started = [
         subprocess.Popen(
-            [sys.executable, *command, *given, f"--process_id={i}"],
+            [sys.executable, *command, *given, f"--process-id={i}"],
             env=fake_devices(1),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -179,7 +179,7 @@ def test_the_largest_batch_of_decoding_counts_its_own_rows(make_config):
     make = by_rows(lambda rows: rows * GIB, seen)
     config = make_config({"mesh.data": -1})
     found = sizing.largest_batch(config, "v5e:2x2", make, decode=plan.Decode(8, 32))
-    assert found.winner.flags == "--decode_batch=16" and found.winner.plan.rows == 16
+    assert found.winner.flags == "--decode-batch=16" and found.winner.plan.rows == 16
     none = sizing.largest_batch(config, "v5e:2x2", by_rows(lambda _: 17 * GIB, seen))
     assert none.winner is None and "nothing that was tried fits" in report.sizes_page(none)
 

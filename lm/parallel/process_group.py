@@ -53,18 +53,18 @@ _count = itertools.count()
 
 
 def define_flags() -> Callable[[], Environment]:
-    """Defines the absl flags of a process that may be one of several; returns what reads them and
+    """Define the absl flags of a process that may be one of several; return what reads them and
     initializes.
     """
     from absl import flags
 
     names = [
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing else says."),
-        flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator."),
-        flags.DEFINE_integer("process_id", None, "Which one this is, from 0; with --coordinator."),
-        flags.DEFINE_float("peer_timeout", 300.0, "Seconds to wait for the other processes."),
+        flags.DEFINE_integer("num-processes", None, "Processes of the run; with --coordinator."),
+        flags.DEFINE_integer("process-id", None, "Which one this is, from 0; with --coordinator."),
+        flags.DEFINE_float("peer-timeout", 300.0, "Seconds to wait for the other processes."),
     ]
-    return lambda: initialize(**{flag.name: flag.value for flag in names})
+    return lambda: initialize(**{f.name.replace("-", "_"): f.value for f in names})
 
 
 def initialize(
@@ -88,7 +88,7 @@ def initialize(
     if given == (None, None, None):
         found = detect(os.environ, metadata=gce_metadata)
     elif None in given:
-        raise ValueError("give --coordinator, --num_processes and --process_id together, or none")
+        raise ValueError("give --coordinator, --num-processes and --process-id together, or none")
     else:
         found = Environment("flags", coordinator or "", num_processes or 0, process_id or 0)
     if not 0 <= found.process_id < found.num_processes:

@@ -184,7 +184,7 @@ def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.s
                     links,
                     PeerLost(
                         f"{_processes(missing)} of {num_processes} never came "
-                        f"(waited {timeout:g} s; see --peer_timeout)"
+                        f"(waited {timeout:g} s; see --peer-timeout)"
                     ),
                 )
             hello = _receive(link, 5.0)
@@ -197,13 +197,13 @@ def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.s
             twice = process in links or process == 0
             links[-1 if twice else process] = link
             if twice:
-                _refuse(links, Mismatch(f"two processes have --process_id={process}"))
+                _refuse(links, Mismatch(f"two processes have --process-id={process}"))
             if hello["of"] != num_processes:
                 _refuse(
                     links,
                     Mismatch(
                         f"process 0 was started as one of {num_processes} processes, "
-                        f"process {process} as one of {hello['of']}: see --num_processes"
+                        f"process {process} as one of {hello['of']}: see --num-processes"
                     ),
                 )
             _keep_alive(link)
@@ -240,7 +240,7 @@ def _join(
         time.sleep(0.5)  # somebody else on that port, such as what is left of the last run
     raise PeerLost(
         f"process 0 of {num_processes} doesn't answer at {address[0]}:{address[1]} "
-        f"(waited {timeout:g} s; see --coordinator and --peer_timeout)"
+        f"(waited {timeout:g} s; see --coordinator and --peer-timeout)"
     )
 
 

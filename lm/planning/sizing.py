@@ -47,7 +47,7 @@ def largest_batch(
     """
     c, target = conversion.resolve(config), topologies.parse(name)
     if not target.chip.hbm:
-        raise ValueError(f"--largest_batch: {target.chip.name} has no memory of its own to fill")
+        raise ValueError(f"--largest-batch: {target.chip.name} has no memory of its own to fill")
     rules = sharding.make_rules(c.mesh, topologies.devices(target))
     unit = rules.size("batch")
     if decode is None and rules.size("layers") > 1:
@@ -67,7 +67,7 @@ def _with_rows(
 ) -> SizeAttempt:
     if decode is not None:
         plan = make(config, name, dataclasses.replace(decode, batch_size=rows))
-        return SizeAttempt(f"--decode_batch={rows}", plan)
+        return SizeAttempt(f"--decode-batch={rows}", plan)
     changes = {"data.batch_size": rows, "data.batch_size_per_device": None}
     plan = make(with_changes(config, {**changes, "train.num_microbatches": 1}), name, None)
     return SizeAttempt(f"--config.data.batch_size={rows}", plan)

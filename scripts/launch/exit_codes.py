@@ -5,10 +5,7 @@ python scripts/launch/exit_codes.py
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lm.exit_codes import KILLED, KILLS, RESTARTED, Exit, restarts
 

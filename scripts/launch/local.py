@@ -3,7 +3,7 @@
     python scripts/launch/local.py --processes=2 --devices-per-process=2 -- \
         scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
 
-Each process gets --coordinator, --num_processes and --process_id. Ctrl-C and SIGTERM go to all of
+Each process gets --coordinator, --num-processes and --process-id. Ctrl-C and SIGTERM go to all of
 them; a second one kills them. When one fails, the others get --grace seconds to end by themselves.
 The exit code is that of the first that failed, before those that only lost it. After some of them
 (lm/exit_codes.py has the table) the job starts again, --max-restarts times.
@@ -28,8 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from lm import cli
 from lm.exit_codes import Exit, restarts
 
 # The processes end so together, when each is ready: none of them keeps the others waiting for long.
@@ -111,9 +110,7 @@ def decisive(codes: Sequence[int]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices-per-process", type=int, default=1)
     parser.add_argument("--max-restarts", type=int, default=0, help="of the whole job")
@@ -147,8 +144,8 @@ def _start(arguments: argparse.Namespace) -> list[Child]:
         if arguments.processes > 1:
             command += [
                 f"--coordinator=localhost:{port}",
-                f"--num_processes={arguments.processes}",
-                f"--process_id={number}",
+                f"--num-processes={arguments.processes}",
+                f"--process-id={number}",
             ]
         process = subprocess.Popen(
             command,
