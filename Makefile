@@ -1,6 +1,7 @@
 # make pretrain   from nothing to a trained, evaluated, sampled model (about ten minutes on two cores)
 # make test       the default test suite
-# make lint       ruff and pyright
+# make lint       ruff, pyright and the wording of docstrings
+# make docs       docs/config.md and the tables of exit codes, from the code
 #
 # DATA, WORKDIR and CONFIG change what is trained: make pretrain DATA='books/**/*.txt' WORKDIR=runs/books
 
@@ -11,7 +12,7 @@ DATA ?= stdlib
 CONFIG ?= configs/tiny.py
 ARGS ?=
 
-.PHONY: pretrain test lint clean
+.PHONY: pretrain test lint docs clean
 
 $(VENV)/ok: pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
@@ -39,7 +40,12 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check lm scripts configs tests
 	$(BIN)/ruff check lm scripts configs tests
+	$(BIN)/python scripts/project/lint_prose.py scripts configs tests
 	$(BIN)/pyright
+
+docs: $(VENV)/ok
+	$(BIN)/python scripts/project/config_page.py
+	$(BIN)/python scripts/launch/exit_codes.py
 
 clean:
 	rm -rf $(VENV) data runs

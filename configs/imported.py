@@ -1,4 +1,4 @@
-"""How to go on training a model that scripts/hf_import.py made a run of.
+"""Continue to train a model that scripts/hf_import.py made a run of.
 
     configs/imported.py        what an import adds to the model of a config.json
     configs/imported.py:RUN    the config that the import wrote into the folder RUN

@@ -5,7 +5,7 @@ ReLU (arXiv:2109.08668); matrices by Muon (arXiv:2502.16982), the rest by Adam. 
 that may span words. 1.5M tokens, 0.6 of an epoch, so that two slow cores need no more than six
 minutes: 1.774 bits per byte. Fast cores have time for `--config.train.num_steps=600`: 1.587.
 
-Hardware: two CPU cores, three to six minutes. Expected: README.md has the measured figures.
+Hardware: two CPU cores, three to six minutes. Expected: docs/results.md has the measured figures.
 
     make pretrain
 

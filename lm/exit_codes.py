@@ -2,8 +2,8 @@
 
 Codes above 128 are 128 plus a signal's number, as a shell shows them; those of the project lie
 where neither shells nor sysexits.h have theirs. This is the one table of them: local.py and sweeps
-read it, and `python scripts/launch/exit_codes.py` writes what the launchers in bash and the README
-say of it.
+read it, and `python scripts/launch/exit_codes.py` writes what the launchers in bash and
+docs/reliability.md say of it.
 """
 
 from __future__ import annotations

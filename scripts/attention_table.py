@@ -1,4 +1,4 @@
-"""What attention alone needs on a TPU by kernel and length; the table goes to docs/scale.md.
+"""Memory and time of attention alone on a TPU, by kernel and length; writes to docs/scale.md.
 
     python scripts/attention_table.py                                   # about ten compiles
     python scripts/attention_table.py --lengths=4096 --kernels=splash   # one, printed alone

@@ -120,7 +120,7 @@ def their_call(model: Any, prompts: np.ndarray, new: int) -> Callable[[], np.nda
 
 
 def in_turns(calls: list[Callable[[], np.ndarray]], repeats: int) -> list[Timing]:
-    """Of each call, one after the other and again."""
+    """Time the calls in turns, several times."""
     found: list[list[Timing]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, own in zip(calls, found, strict=True):

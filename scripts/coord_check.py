@@ -1,4 +1,4 @@
-"""How large activations are and how far the first steps move them, against width or depth.
+"""Sizes of activations, and of their change in the first steps, against width or depth.
 
     python scripts/coord_check.py --config=configs/tiny.py --widths=64,128,256,512 --steps=5 \\
         --out=runs/coordinates

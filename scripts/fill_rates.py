@@ -1,4 +1,4 @@
-"""How full the packed rows of every objective are, over whole token stores.
+"""Share of non-padding tokens in the packed rows of every objective, over whole token stores.
 
     python scripts/fill_rates.py --text=data/stdlib/train
     python scripts/fill_rates.py --text=data/stdlib/train --pairs=data/translation/train \\
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Of every objective, for each kind of model that it is for."""
+    """Every objective, for each kind of model that it is for."""
     n = args.length
     for name in ("causal", "prefix", "span_corruption", "ul2", "denoising"):
         yield Case(name, args.text, n)
@@ -66,7 +66,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def num_tokens(pairs: str) -> tuple[int, int]:
-    """Of the two fields of a store."""
+    """Token counts of the two fields of a store."""
     source, target = (TokenStore.open(pairs, field=f).num_tokens for f in FIELDS)
     return source, target
 

@@ -215,7 +215,7 @@ class KillTest:
         }
 
     def _goes_on(self, job: Job) -> bool:
-        """Whether this start is over, and steps begin."""
+        """True once this start is over and steps begin."""
         return "ready in" in job.output()
 
     def _saved(self) -> int:

@@ -105,7 +105,7 @@ def plan(config: Any, size: str, fractions: Sequence[float], root: Path) -> list
 
 
 def is_finished(folder: Path, num_steps: int | None) -> bool:
-    """Whether the folder has the final evaluation of a run of so many steps."""
+    """True if the folder has the final evaluation of a run of so many steps."""
     from lm.scaling import run_table
 
     if not (folder / "config.json").exists():

@@ -1,4 +1,4 @@
-"""Where the best learning rate is at every width, under mup and the standard parametrization.
+"""The best learning rate at every width, under mup and the standard parametrization.
 
     python scripts/lr_transfer.py --config=configs/transfer.py --widths=64,128,256,512 \\
         --rates=-9,-8,-7,-6,-5 --seeds=0,1,2 --out=runs/transfer

@@ -1,4 +1,4 @@
-"""What to train with a budget: parameters, tokens, learning rate, batch, loss, days and cost.
+"""Plan a budget: parameters, tokens, learning rate, batch, loss, days and cost.
 
     python scripts/plan_compute.py --fit=scaling.json --flops=1e21
     python scripts/plan_compute.py --fit=scaling.json --days=3 --plan=plan.json

@@ -112,7 +112,7 @@ def _make(row: Row) -> Any:
 
 
 def _key(line: str) -> str:
-    """What a row of the table is about: its config and topology."""
+    """Key of a row of the table: its config and topology."""
     return "|".join(cell.strip() for cell in line.split("|")[1:3])
 
 

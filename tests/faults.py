@@ -1,4 +1,4 @@
-"""What can happen to files, for tests to do to them."""
+"""Faults of files and storage, for tests to inject."""
 
 from __future__ import annotations
 

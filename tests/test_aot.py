@@ -1,4 +1,4 @@
-"""What a plan reads from a compiled program, against formulas and against the compiler's totals."""
+"""A plan's reading of a compiled program, against formulas and the compiler's totals."""
 
 import collections
 import copy
@@ -372,7 +372,7 @@ def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
 
 
 def test_a_window_that_meets_padding_counts_its_hits_alone():
-    """How TPUs write a batched product: size n over n dilated elements, one hit each."""
+    """A batched product as TPUs write it: size n over n dilated elements, one hit each."""
     assert costs._valid_window_positions(4, 4, 4, stride=3, low=0, spread=4, dilate=1) == 4
     assert costs._valid_window_positions(6, 3, 4, stride=1, low=0, spread=1, dilate=1) == 12
     assert (
@@ -540,8 +540,8 @@ def test_a_group_has_the_links_that_its_shape_gives(name, members, links):
 
 
 def fullest_link(target, members):
-    """What the fullest link of a slice passes in one direction, of 1 that every member sends to
-    every member: bytes go along one dimension after another, the short way, half of them each way
+    """Load of the fullest link of a slice in one direction, where every member sends 1 to every
+    member: bytes go along one dimension after another, the short way, half of them each way
     where both are as short.
     """
     load = collections.Counter()

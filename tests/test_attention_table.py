@@ -1,4 +1,4 @@
-"""What attention alone needs: by the script that writes the table of docs/scale.md."""
+"""The script that writes the table of attention alone in docs/scale.md."""
 
 import importlib.util
 

@@ -48,7 +48,7 @@ def run(command, *flags, folder):
 
 
 def measure(parts, folder):
-    """What was measured, what was printed, and what is left in the folder."""
+    """(measurements, printed text, files left in the folder)."""
     flags = [f"--parts={parts}", "--json=all.json"]
     printed = run([str(ROOT / "scripts/bench.py")], *flags, folder=folder)
     left = sorted(path.name for path in folder.iterdir())

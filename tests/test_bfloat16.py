@@ -149,7 +149,7 @@ def test_the_gradient_of_a_bias_is_the_sum_over_all_tokens(rules_on):
 
 @pytest.mark.parametrize("way", ["dropless", "in_passes", "capacity"])
 def test_the_gradient_of_a_routers_weight_is_the_sum_over_features(rules_on, way):
-    """Of 4,096 products of one sign: each is rounded, their sum is not."""
+    """4,096 products of one sign are rounded one by one, their sum is not."""
     width, tokens = 4096, 8
     rules = rules_on(expert=2) if way == "in_passes" else rules_on()
     experts = {"up": jnp.full((2, width, 2), 2.0**-12), "down": cotangents(2, 2, width, seed=1)}

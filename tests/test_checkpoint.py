@@ -508,7 +508,7 @@ def victim(make_experiment, tmp_path_factory):
 
 
 def verdict(victim, tmp_path, harm):
-    """What a restore says of a copy of the checkpoint after `harm(folder)`: found, or harmless."""
+    """The report of a restore on a copy of the checkpoint after `harm(folder)`."""
     folder, wanted, state = victim
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     harm(step_folder(tmp_path, 7))

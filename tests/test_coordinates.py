@@ -1,4 +1,4 @@
-"""What the first steps change has the same size at every width under mup, and not otherwise."""
+"""Changes by the first steps have one size at every width under mup, and not otherwise."""
 
 import dataclasses
 import json

@@ -172,7 +172,7 @@ def test_decoder_is_the_numpy_model_on_every_packed_document(subject, name):
 
 
 def relative_errors(found, exact):
-    """Of each token's logits [..., V]: the norm of the difference over that of the exact ones."""
+    """Norm of the difference of each token's logits [..., V] over that of the exact ones."""
     exact = np.asarray(exact, np.float64)
     return np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
 
@@ -255,7 +255,7 @@ def test_what_stands_in_padding_changes_nothing(subject, name):
 
 @pytest.mark.parametrize("name", some(VARIANTS, "gpt2", "gemma", "mistral", "t5_local", "bloom"))
 def test_gradients_flow_from_exactly_the_visible_past(subject, name):
-    """Where d logits[t] / d embedding[s] is not zero: over L layers, in the mask to the power L."""
+    """Non-zeros of d logits[t] / d embedding[s] over L layers: of the mask to the power L."""
     s = subject(name)
     tokens = rows([5, 6])
     tokens.ids[0] = np.arange(LENGTH)  # every place has its own row of the table
@@ -376,7 +376,7 @@ def test_parameters_and_logits_stay_float32_in_bfloat16(subject):
 
 @pytest.mark.parametrize("kind", NORMS)
 def test_norm_statistics_are_float32(kind):
-    """Of 4,096 values near 100 bfloat16 could not even tell the mean to better than 0.5."""
+    """bfloat16 could not tell the mean of 4,096 values near 100 to better than 0.5."""
     x = jnp.asarray(100 + np.random.default_rng(0).normal(size=(2, 4096)), jnp.bfloat16)
     variables = {"params": {"scale": jnp.full(4096, float(kind != "rms_plus_one"))}}
     low = Norm(kind, dtype=jnp.bfloat16).apply(variables, x)

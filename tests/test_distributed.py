@@ -256,7 +256,7 @@ def test_an_indexed_job_that_says_too_little_is_refused_not_run_as_many_single_o
 
 
 def meeting(members, *, timeout=10.0):
-    """What `meet` gave or raised for each (process id, number of processes it knows of)."""
+    """The result or error of `meet` for each (process id, number of processes it knows of)."""
     address = f"localhost:{free_port()}"
     results = [None] * len(members)
 

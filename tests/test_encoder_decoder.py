@@ -258,7 +258,7 @@ def test_the_transformer_of_2017_is_its_equations(subject, streams):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_read_the_encoder_of_their_own_segment_alone(subject, streams, name):
-    """Of their own, every token is read; and of the decoder's, only those before."""
+    """The encoder reads all of its tokens, the decoder only those before."""
     s = subject(name)
     inputs, encoder = streams([[4, 5], [10]], [[5, 7], [12]])
     before = np.asarray(s.logits(s.params, inputs, encoder))

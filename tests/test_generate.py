@@ -131,7 +131,7 @@ def test_cold_and_top_1_samples_are_greedy():
 
 
 def draws(probabilities, count=4000, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """How often each token is drawn: [V]."""
+    """Share of draws of each token: [V]."""
     logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
     ids = jax.jit(choose, static_argnames=("top_k", "nucleus"))(
         jnp.tile(logits, (count, 1)),
@@ -520,7 +520,7 @@ def test_a_dialogue_in_a_terminal_opens_with_the_model_and_how_to_leave(run_fold
 
 
 def run_in_process(monkeypatch, capfdbinary, *args):
-    """What scripts/generate.py prints to the standard output."""
+    """The standard output of scripts/generate.py."""
     monkeypatch.setattr(sys, "argv", ["generate.py", *args])
     assert generate_script.main() == 0
     return capfdbinary.readouterr().out

@@ -1,4 +1,4 @@
-"""What was made before stays readable: a store and a run of 2026-12-01, in golden/run.tar.gz.
+"""Files of older code stay readable: a store and a run of 2026-12-01, in golden/run.tar.gz.
 
 They were made at commit 9916a9d on one CPU device: 24 small texts by scripts/prepare_data.py with
 the byte tokenizer, and six steps of configs/smoke.py with one layer of width 8, saved at 4 and 6.

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and the clock behind it."""
+"""Goodput: the division of a run's wall time, and the clock behind it."""
 
 import subprocess
 import sys

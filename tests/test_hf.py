@@ -80,7 +80,7 @@ def attention(model):
 
 
 def logits_of(model, ids):
-    """Of a model of any kind, without padding."""
+    """Logits of a model of any kind, without padding."""
     ids = torch.tensor(ids)
     with torch.no_grad():
         if model.config.is_encoder_decoder:
@@ -123,7 +123,7 @@ def test_logits_of_packed_and_of_padded_documents_equal_theirs(name, imported, p
 
 
 def errors_in_bfloat16(case, tokens):
-    """Of logits computed in bfloat16, ours and theirs, against theirs in float32: of each token the
+    """Error of bfloat16 logits, of lm and of transformers, against float32: of each token the
     norm of the difference over that of the exact ones, [2, B, T].
     """
     low = dataclasses.replace(case, experiment=case.experiment.variant(BFLOAT16))

@@ -62,7 +62,7 @@ def auto(folder):
 
 
 def exported(tokenizer, folder):
-    """What AutoTokenizer makes of the files of an export."""
+    """The AutoTokenizer of an export."""
     folder.mkdir()
     vocabulary.export(tokenizer, folder, max_length=77)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))

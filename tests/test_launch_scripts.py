@@ -91,7 +91,7 @@ def test_a_dry_run_prints_the_commands_of_the_transcript(name):
 
 def test_bash_and_the_readme_have_the_table_of_exit_codes():
     assert (FOLDER / "exit_codes.sh").read_text() == exit_codes.shell()
-    assert exit_codes.table_in((ROOT / "README.md").read_text()) == exit_codes.markdown()
+    assert exit_codes.table_in((ROOT / "docs/reliability.md").read_text()) == exit_codes.markdown()
     done = shell(
         "source scripts/launch/exit_codes.sh; for code; do ! restarts $code || echo $code; done",
         words=[str(int(code)) for code in CODES],
@@ -309,7 +309,7 @@ def test_the_job_has_only_fields_that_kubernetes_knows(variables):
 
 
 def without_none(value: object) -> object:
-    """What the client writes, without the fields that nobody set."""
+    """The client's JSON without the fields that nobody set."""
     if isinstance(value, dict):
         return {key: without_none(part) for key, part in value.items() if part is not None}
     return [without_none(part) for part in value] if isinstance(value, list) else value
@@ -347,7 +347,7 @@ def test_a_jobset_fails_for_good_after_what_no_restart_mends():
 
 
 def expand(word: str) -> str:
-    """What Kubernetes makes of a word of a command in which no variable is defined.
+    """Kubernetes' expansion of a word of a command in which no variable is defined.
 
     https://github.com/kubernetes/kubernetes/blob/master/third_party/forked/golang/expansion/expand.go
     """
@@ -459,7 +459,7 @@ def cloud(tmp_path, commands):
     path.mkdir()
     for name in ("tpu_vm.sh", "tpu_host.sh", "exit_codes.sh"):
         shutil.copy(FOLDER / name, repository / "scripts" / "launch")
-    for name in ("lm/__init__.py", "configs/x.py", "requirements.txt", "constraints.txt"):
+    for name in ("lm/__init__.py", "configs/x.py", "pyproject.toml", "constraints.txt"):
         (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).touch()
     (repository / "scripts" / "train.py").write_text(TRAIN)

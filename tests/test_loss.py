@@ -188,7 +188,7 @@ def test_only_the_best_of_close_logits_is_a_hit_in_bfloat16(rules_on, rank):
 
 
 def test_a_tie_is_no_hit(rules_on):
-    """Of two tokens with the same vector neither is told from the other."""
+    """Two tokens with the same vector are not told from each other."""
     table = np.zeros((VOCAB_32K, 64), np.float32)
     table[[7, 9, 11], [0, 0, 1]] = 1.0
     hidden = jnp.zeros((1, 3, 64), jnp.bfloat16).at[0, jnp.arange(3), [0, 0, 1]].set(1.0)

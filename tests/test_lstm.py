@@ -72,7 +72,7 @@ def alone(tokens):
 
 
 def by_hand(inputs, weight, state, where):
-    """What `recurrence` computes, as plainly as it can be written, for jax to differentiate."""
+    """`recurrence` as plainly as it can be written, for jax to differentiate."""
     outputs = []
     for t in range(inputs.shape[1]):
         filled, starts, cuts = (x[:, t, None] for x in (where.filled, where.starts, where.cuts))

@@ -1,4 +1,4 @@
-"""What a run writes down: when, with which means, and what is left of it after a kill."""
+"""Metrics of a run: their times, their means, and what a kill leaves of them."""
 
 import io
 import json

@@ -126,7 +126,7 @@ def loop(config, chosen, kept, filled, params, x):
 
 
 def expected(config, params, x, filled):
-    """What `run` returns, but for the gradient of a selection bias."""
+    """The results of `run` but for the gradient of a selection bias."""
     chosen, kept = choices(config, params, x, filled)
     apply = functools.partial(loop, config, chosen, kept, filled)
     grad = jax.value_and_grad(functools.partial(objective, apply), (0, 1), has_aux=True)

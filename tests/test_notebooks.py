@@ -89,7 +89,7 @@ def test_the_notebook_of_scaling_laws_runs_on_the_shipped_table():
 )
 @pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: path.stem)
 def test_the_notebook_begins_without_complaints_of_the_tpu_compiler(path):
-    """Which looks for a TPU where jax does not know that there is none."""
+    """JAX looks for a TPU where it does not know that there is none."""
     notebook = nbformat.read(path, as_version=4)
     imports = next(c.source for c in notebook.cells if "import jax" in c.source)
     lines = [line for line in imports.split("\n") if not line.startswith("%")]

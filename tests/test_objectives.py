@@ -1,4 +1,4 @@
-"""What holds for every objective and every model that it is for: claims about rows and batches."""
+"""Claims about rows and batches of every objective and every model that it is for."""
 
 import dataclasses
 

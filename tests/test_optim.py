@@ -352,7 +352,7 @@ ADAFACTOR = {
 
 
 def test_adafactor_updates_stacked_layers_as_it_updates_each():
-    """Of gradients and parameters whose sizes differ from layer to layer by up to 100."""
+    """Gradients and parameters whose sizes differ from layer to layer by up to 100."""
     shapes = {n: shape for n, (shape, _) in ADAFACTOR.items()}
     axes = {n: names for n, (_, names) in ADAFACTOR.items()}
     config = OptimizerConfig("adafactor", 0.1, CONSTANT, clip_norm=0.0)

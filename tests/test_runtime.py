@@ -1,4 +1,4 @@
-"""How a script starts."""
+"""The start of a script."""
 
 import importlib.util
 import os

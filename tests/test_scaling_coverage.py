@@ -1,4 +1,4 @@
-"""How often 90% intervals hold the truth, on made tables fitted as a table of a user is.
+"""Coverage of 90% intervals, on made tables fitted as a table of a user is.
 
 python -m pytest -m slow tests/test_scaling_coverage.py -s
 """

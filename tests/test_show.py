@@ -1,4 +1,4 @@
-"""What the pictures say is what the arrays hold."""
+"""Pictures show what the arrays hold."""
 
 import html
 import io

@@ -55,7 +55,7 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def record(self) -> dict[str, str]:
-        """What SLURM knows of it: JobState, Restarts, ExitCode, ..."""
+        """SLURM's record of the job: JobState, Restarts, ExitCode, ..."""
         done = subprocess.run(
             ["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True
         )

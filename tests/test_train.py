@@ -1,4 +1,4 @@
-"""What the loop does besides stepping."""
+"""The loop's work besides stepping."""
 
 import json
 

@@ -80,7 +80,7 @@ def test_every_segment_begins_with_the_mode_and_gives_back_a_part_of_its_row():
 
 
 def place_in(part, text):
-    """Where a text contains the tokens of `part`, of which the last, an eos, may be added."""
+    """Offsets in a text of the tokens of `part`, of which the last, an eos, may be added."""
     found = [
         i
         for size in (len(part), len(part) - 1)

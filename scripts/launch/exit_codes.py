@@ -1,4 +1,4 @@
-"""Write the exit codes of the launchers in bash and of the README, from lm/exit_codes.py.
+"""Write the exit codes of the launchers in bash and of docs/reliability.md, from lm/exit_codes.py.
 
 python scripts/launch/exit_codes.py
 """
@@ -15,7 +15,7 @@ BEGIN = "<!-- scripts/launch/exit_codes.py writes this table -->\n"
 
 def main() -> None:
     (ROOT / "scripts" / "launch" / "exit_codes.sh").write_text(shell())
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "reliability.md"
     text = path.read_text()
     path.write_text(text.replace(table_in(text), markdown()))
 
@@ -33,7 +33,7 @@ def shell() -> str:
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """The table of docs/reliability.md."""
     rows = [(str(int(code)), code.meaning, code.again) for code in Exit]
     kills = (", ".join(map(str, sorted(KILLS))), KILLED, RESTARTED)
     before = [row for row in rows if int(row[0]) < KILLS[0]]
@@ -42,7 +42,7 @@ def markdown() -> str:
 
 
 def table_in(text: str) -> str:
-    """The table as it stands in the README."""
+    """The table as it stands in docs/reliability.md."""
     table = text[text.index(BEGIN) :]
     return table[: table.index("\n\n") + 1]
 

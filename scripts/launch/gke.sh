@@ -13,7 +13,7 @@
 #     delete        end it: the processes get SIGTERM and GRACE seconds to save
 #
 # The JobSet starts all processes again, from the last checkpoint, when one loses its node or ends
-# with a code that asks for it (the README's table; exit_codes.sh). The node pools must be there.
+# with a code that asks for it (docs/reliability.md; exit_codes.sh). The node pools must be there.
 # The variables, with their defaults:
 #
 #     NAME IMAGE          of the JobSet; with this repository as its working folder

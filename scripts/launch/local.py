@@ -171,7 +171,7 @@ def _start(arguments: argparse.Namespace) -> list[Child]:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does first, so that the kernel kills it when this launcher dies."""
+    """Make the kernel kill this child when the launcher dies."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:

@@ -16,7 +16,7 @@ case ${1:-} in
     python3 -m pip install --quiet --user uv && uv=$(python3 -m site --user-base)/bin/uv &&
       { [[ -x .venv/bin/python ]] || "$uv" venv --quiet --python=3.11 .venv; } &&
       "$uv" pip install --quiet --python=.venv/bin/python --constraint=constraints.txt \
-        --requirement=requirements.txt 'jax[tpu]'
+        --editable='.[tpu]'
     ;;
   start)
     runs && echo "a run goes on" && exit

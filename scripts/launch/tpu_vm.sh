@@ -16,7 +16,7 @@
 #     delete        give the slices back; `train` does it after code 0
 #
 # `train` may be ended and started again, here or elsewhere: what runs goes on running. It starts
-# the run again after the codes of which the README's table says so (exit_codes.sh), and asks for
+# the run again after the codes of which docs/reliability.md says so (exit_codes.sh), and asks for
 # other slices when these are gone; any other code ends it. The variables, with their defaults:
 #
 #     NAME ZONE TYPE    of the queued resource; its zone; its accelerator, such as v6e-256
