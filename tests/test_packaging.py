@@ -29,7 +29,9 @@ def _imported():
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"lm"}
+    return (
+        names - set(sys.stdlib_module_names) - {"lm", "_typeshed"}
+    )  # the latter is for types alone
 
 
 def _normal(name):

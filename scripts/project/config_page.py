@@ -9,6 +9,7 @@ a kind is listed in full, each other one by what differs from it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def rows(**components: str) -> list[Row]:
     return [(path, default, text) for path, _, default, text in conversion.explain(config)]
 
 
+def names(package: str) -> list[str]:
+    """The components of a package: its modules that have a `Config`."""
+    return [n for n in names_in(package) if hasattr(import_module(f"{package}.{n}"), "Config")]
+
+
 def table(found: list[Row]) -> str:
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for path, default, text in found:
@@ -52,7 +58,7 @@ def sections() -> Iterator[str]:
     for kind, package in COMPONENTS.items():
         first = shared[kind]
         yield f"## {kind}: {usual[kind]}\n\n{table(first)}"
-        for name in names_in(package):
+        for name in names(package):
             if name == usual[kind]:
                 continue
             own = [row for row in rows(**{kind: name}) if row[0].startswith(f"{kind}.")]
