@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm.layers.mlp import ACTIVATIONS
-from lm.optim.chain import NormState
+from lm.optim.optimizer_state import NormState
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.training import bad_step_report as d
 from lm.training.bad_step_report import Outcome, verdict

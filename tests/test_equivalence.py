@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.optim.chain import averaged_params
+from lm.optim.optimizer_state import averaged_params
 
 TOLERANCE = 5e-6
 STEPS = 3

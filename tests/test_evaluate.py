@@ -16,7 +16,7 @@ from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import load
 from lm.exit_codes import Exit
-from lm.optim.chain import averaged_params
+from lm.optim.optimizer_state import averaged_params
 from lm.training.evaluation import _add, evaluate
 from lm.training.experiment import CONFIG_FILE
 from scripts import evaluate as evaluate_script

@@ -15,8 +15,10 @@ from lm.config.schema import OptimizerConfig, ScheduleConfig
 from lm.layers.lora import LoraConfig
 from lm.layers.moe.moe import MoeConfig
 from lm.models import conv, decoder, encoder, encoder_decoder, lstm
-from lm.optim import muon, optimizers
-from lm.optim.chain import averaged_params, check, make_optimizer, roles
+from lm.optim import optimizers
+from lm.optim.chain import check, make_optimizer, parameter_roles
+from lm.optim.optimizer_state import averaged_params
+from lm.optim.optimizers import muon
 from lm.optim.schedules import make_schedule
 from lm.types import Tokens
 
@@ -68,7 +70,7 @@ def test_schedules_longer_than_the_run_are_refused():
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"name": "adam"}, r"name \('adam'\) is not in lm\.optimizers; .*did you mean adamw\?"),
+        ({"name": "adam"}, r"name \('adam'\) is not in lm\.optim\.optimizers;.*did you mean adamw"),
         ({"schedule": ScheduleConfig(kind="step")}, r"schedule\.kind \('step'\) must be one of "),
         ({"decay_roles": ("matrices",)}, r"decay_roles\[0\] \('matrices'\) must be one of matrix"),
         ({"b1": 1.0}, r"b1 \(1\.0\) must be in \[0, 1\)"),
@@ -125,7 +127,7 @@ def run(config, params, gradients, boxed=None, num_steps=100):
 
 
 def test_roles_follow_the_logical_axes():
-    assert roles(box()) == {
+    assert parameter_roles(box()) == {
         "embedding": "embedding",
         "position": "embedding",
         "head": "embedding",
@@ -146,7 +148,7 @@ def test_only_the_named_roles_decay(name, decay_roles):
     params = random_tree(SHAPES, 0)
     zeros = jax.tree.map(np.zeros_like, params)
     [after], _ = run(config, params, [zeros])
-    for leaf, role in roles(box()).items():
+    for leaf, role in parameter_roles(box()).items():
         rate = 0.2 if name == "muon" and role == "matrix" else 0.1
         factor = 1 - rate * 0.5 if role in decay_roles else 1.0
         np.testing.assert_allclose(after[leaf], factor * params[leaf], rtol=1e-5, err_msg=leaf)
@@ -181,7 +183,7 @@ def test_updates_are_the_numpy_ones(rule):
     rates = [0.01 * f for f in (0.5, 1.0, 1.0, 0.875, 0.75)]
     for name in SHAPES:
         p, state = params[name].astype(np.float64), (0.0, 0.0)
-        decay = 0.3 if roles(box())[name] == "matrix" else 0.0
+        decay = 0.3 if parameter_roles(box())[name] == "matrix" else 0.0
         for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
             step, state = rule(p, gradient[name].astype(np.float64), state, t, config, rate)
             p = p - step - rate * decay * p
@@ -310,7 +312,11 @@ def test_the_matrices_of_every_model_are_known(rules_on, name):
         jax.tree.map(lambda leaf: leaf.names, boxed, **is_box),
         **{"is_leaf": lambda x: isinstance(x, tuple)},
     )
-    found = {n for n, r in zip(names, jax.tree.leaves(roles(boxed)), strict=True) if r == "matrix"}
+    found = {
+        n
+        for n, r in zip(names, jax.tree.leaves(parameter_roles(boxed)), strict=True)
+        if r == "matrix"
+    }
     assert found and found <= set(ROWS), found - set(ROWS)
 
 

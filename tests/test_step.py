@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm.optim import chain
+from lm.optim import optimizer_state
 from lm.training.train_step import fingerprint, train_step
 from lm.types import Batch, Tokens, TrainState
 
@@ -33,7 +33,7 @@ def make_batch(rows, *, seed=0):
 @pytest.fixture(scope="module")
 def step():
     """((rows, ...), num_microbatches) -> [(state, info), ...] after each batch."""
-    tx = optax.chain(chain.track_norms(), optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    tx = optax.chain(optimizer_state.track_norms(), optax.clip_by_global_norm(1.0), optax.adam(0.1))
 
     def run(batches, num_microbatches=1):
         params = {"w": jnp.arange(1.0, LENGTH + 1)}
@@ -92,7 +92,7 @@ def test_a_bad_step_moves_nothing_but_the_step(step, value, num_microbatches):
 )
 def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
     """Though loss and gradient are: one of four parameters would not be."""
-    tx = optax.chain(chain.track_norms(), inner)
+    tx = optax.chain(optimizer_state.track_norms(), inner)
     params = {"v": jnp.ones(2), "w": jnp.asarray([1.0, 2.0, 3.0, 3e38])}
     state = TrainState(jnp.int32(0), params, tx.init(params))
     batch = make_batch([1.0, 2.0])
@@ -108,7 +108,7 @@ def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
     after, _, info = step(state, batch)
     assert info["bad"] and np.isfinite(info["grad_norm"])
     assert bits((state.params, state.opt_state)) == bits((after.params, after.opt_state))
-    assert (int(after.step), int(chain.norm_state(after.opt_state).steps)) == (1, 0)
+    assert (int(after.step), int(optimizer_state.norm_state(after.opt_state).steps)) == (1, 0)
 
 
 def test_spikes_are_judged_by_the_steps_that_were_applied(step):
@@ -116,7 +116,7 @@ def test_spikes_are_judged_by_the_steps_that_were_applied(step):
     spike = [80.0] * 4
     found = step([spike, GOOD, GOOD, GOOD, spike, [3500.0] * 4])
     assert [bool(info["bad"]) for _, info in found] == [False] * 5 + [True]
-    state = chain.norm_state(found[-1][0].opt_state)
+    state = optimizer_state.norm_state(found[-1][0].opt_state)
     assert int(state.steps) == 5
 
 

@@ -64,8 +64,8 @@ def run(
 ) -> tuple[Any, Any]:
     """(carry, outputs [L, ...]) of a stack of layers, each a `block` (one that is not bound).
 
-    With parameters of L layers, as `lm.optim.param_tree.apart` makes them of [L, ...] ones, there
-    is no loop, and nothing random.
+    With parameters of L layers, as `lm.optim.param_tree.unstack_layers` makes them of [L, ...]
+    ones, there is no loop, and nothing random.
     """
     own = {} if layers.is_initializing() else layers.variables["params"]
     if "0" not in own:

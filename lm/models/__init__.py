@@ -35,10 +35,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.optim.param_tree import is_box
 from lm.types import Array, Model, Params, Tokens
 
 
@@ -94,8 +94,8 @@ def check_axes(boxed: Params, name: str) -> None:
     """Raise ValueError, naming the parameter, unless every parameter of the model `name` names its
     logical axes, without which it could be neither sharded nor given to an optimizer.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
-    bare = [path for path, leaf in leaves if not _is_box(leaf)]
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+    bare = [path for path, leaf in leaves if not is_box(leaf)]
     if bare:
         first = jax.tree_util.keystr(bare[0], simple=True, separator=".")
         raise ValueError(
@@ -103,7 +103,3 @@ def check_axes(boxed: Params, name: str) -> None:
             f"logical axes, {first} the first: make them with lm.layers.linear.parameter, or give "
             "nn.Dense and its like kernel_init=nn.with_partitioning(init, (axis, axis))"
         )
-
-
-def _is_box(x: object) -> bool:
-    return isinstance(x, nn.Partitioned)

@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
+import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
+
+from lm.types import Params
+
+T = TypeVar("T")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{name: leaf}; whatever is no dict is a leaf, boxes and shardings too."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def is_box(x: object) -> bool:
+    """True for a parameter with its logical axes."""
+    return isinstance(x, nn.Partitioned)
 
 
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(tree: Params) -> dict:
+    """{name: leaf}; everything but a dict is a leaf, boxes and shardings too."""
+    return traverse_util.flatten_dict(dict(tree), sep=".")
+
+
+def unflatten(leaves: Mapping[str, T]) -> Params:
     """The tree of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    return traverse_util.unflatten_dict(dict(leaves), sep=".")
 
 
-def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(tree: Params) -> Params:
     """The tree with every stack of layers as its layers: `layers.up` [L, ...] as `layers.0.up`, ...
 
     A loop over layers reads its weights out of their stack. XLA's CPU compiler copies them for
@@ -41,45 +39,40 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     can be; the arrays must be whole on one device.
     """
 
-    def layer(x: Any, i: int) -> jax.Array:
-        [where] = x.devices() if isinstance(x, jax.Array) else [None]
-        return jax.device_put(np.asarray(x)[i], where, may_alias=True)
+    def layer(x: jax.Array | np.ndarray, i: int) -> jax.Array:
+        [device] = x.devices() if isinstance(x, jax.Array) else [None]
+        return jax.device_put(np.asarray(x)[i], device, may_alias=True)
 
-    def one(key: str, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        if key != "layers":
-            return unstack_layers(value)
-        leaves = flatten(value)
-        [count] = {x.shape[0] for x in leaves.values()}
-        return {
-            str(i): unflatten({name: layer(x, i) for name, x in leaves.items()})
-            for i in range(count)
-        }
+    def unstacked() -> Iterable[tuple[str, jax.Array | np.ndarray]]:
+        for name, x in flatten(tree).items():
+            before, is_stacked, after = f".{name}".partition(".layers.")
+            if not is_stacked:
+                yield name, x
+                continue
+            for i in range(len(x)):
+                yield f"{before}.layers.{i}.{after}".lstrip("."), layer(x, i)
 
-    return {key: one(key, value) for key, value in tree.items()}
+    return unflatten(dict(unstacked()))
 
 
-def split(tree: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(tree: Params, names: Iterable[str]) -> tuple[Params, Params]:
     """(the leaves of these names, the others), each as a tree without empty dicts."""
     chosen = set(names)
     if not chosen:
         return {}, dict(tree)
-    leaves = flatten(tree)
-    parts = (
-        unflatten({n: x for n, x in leaves.items() if (n in chosen) == inside})
-        for inside in (True, False)
-    )
-    return next(parts), next(parts)
+    inside, outside = {}, {}
+    for name, leaf in flatten(tree).items():
+        (inside if name in chosen else outside)[name] = leaf
+    return unflatten(inside), unflatten(outside)
 
 
-def join(*trees: Mapping[str, Any]) -> dict[str, Any]:
+def join(*trees: Params) -> Params:
     """One tree of the leaves of several, in the order of their names."""
     trees = tuple(tree for tree in trees if tree)
     if len(trees) == 1:
         return dict(trees[0])
     leaves = [leaf for tree in trees for leaf in flatten(tree).items()]
-    return unflatten(dict(sorted(leaves)))
+    return unflatten(dict(sorted(leaves, key=lambda leaf: leaf[0])))
 
 
 def matching(path: str, patterns: Sequence[str], names: Iterable[str]) -> frozenset[str]:

@@ -26,7 +26,7 @@ from etils import epath
 from lm import storage
 from lm.layers import chunking
 from lm.layers.cross_entropy import token_nll
-from lm.optim import chain
+from lm.optim import optimizer_state
 from lm.telemetry.deferred import StepResult
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, StepInfo, Sums, TrainState
@@ -160,7 +160,7 @@ def diagnose(
         "again": outcomes[1].to_json(),
         "changed_bits": outcomes[0].changed(outcomes[1]),
         "float32": None if in_float32 is None else in_float32.to_json(),
-        "usual_grad_norm": math.exp(float(chain.norm_state(state.opt_state).log_mean)),
+        "usual_grad_norm": math.exp(float(optimizer_state.norm_state(state.opt_state).log_mean)),
         "not_finite": not_finite,
         "worst_rows": _describe_rows(experiment, step, worst, row_losses, measured.tokens),
         "row_losses": row_losses.tolist(),

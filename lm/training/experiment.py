@@ -29,7 +29,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.layers import cross_entropy
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
-from lm.optim import chain, parametrization
+from lm.optim import chain, optimizer_state, parametrization
 from lm.parallel import pipeline_stages, sharding
 from lm.training import run_length, train_step
 from lm.training.fork import Fork
@@ -215,7 +215,7 @@ class Experiment:
         """Shapes, dtypes and shardings of the whole state."""
         params, trained = self.abstract_params, self.initializer.trained(self.abstract_params)
         owners = jax.tree.map(_with_sharding, trained, self._gradient_shardings)
-        opt_state = chain.shard_like_params(
+        opt_state = optimizer_state.shard_like_params(
             jax.eval_shape(self.tx.init, trained),
             owners,
             self.rules.sharding(),

@@ -13,7 +13,7 @@ import jax
 
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.manifest import Manifest
-from lm.optim import chain, param_tree
+from lm.optim import optimizer_state, param_tree
 from lm.parallel import sharding
 from lm.reliability.data_ledger import start_totals
 from lm.telemetry.phase_timer import PhaseTimer
@@ -89,7 +89,7 @@ def stored_state(experiment: Experiment, state: TrainState) -> TrainState:
 
 def eval_params(experiment: Experiment, state: TrainState) -> Params:
     """The parameters to evaluate, on the devices: averaged ones where training keeps them."""
-    averaged = chain.averaged_params(state.opt_state)
+    averaged = optimizer_state.averaged_params(state.opt_state)
     if averaged is None:
         return state.params
     initializer = experiment.initializer

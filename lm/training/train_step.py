@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.checkpoint.checksums import checksums
-from lm.optim import chain, param_tree
+from lm.optim import optimizer_state, param_tree
 from lm.training import gradient_noise_scale
 from lm.types import Array, Batch, LossFn, Params, StepInfo, Sums, TrainState
 
@@ -121,14 +121,16 @@ def train_step(
     norm = optax.tree.norm(grads)
     frozen_params, trained = param_tree.split(state.params, frozen)
     # the schedule is a function of the step: a skipped update must not postpone its end
-    before = chain.at_step(state.opt_state, state.step)
+    before = optimizer_state.set_schedule_step(state.opt_state, state.step)
     updates, opt_state = tx.update(grads, before, trained)
     params = optax.apply_updates(trained, updates)
     # a finite gradient may still give an update that is not
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
     bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["objective"]) & finite)
     if spike_factor:
-        bad |= chain.is_spike(state.opt_state, norm, factor=spike_factor, warmup=spike_warmup)
+        bad |= optimizer_state.is_spike(
+            state.opt_state, norm, factor=spike_factor, warmup=spike_warmup
+        )
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
         lambda old, new: jnp.where(bad, old, new),

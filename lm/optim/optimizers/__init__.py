@@ -2,12 +2,12 @@
 
 The contract. An optimizer is a module with
 
-    Config                 a frozen dataclass below `lm.config.schema.OptimizerConfig`, the fields
-                           of `config.optimizer`
-    STEPS                  {role of a parameter: the kind of its steps}, one of the rules that
-                           `lm.optim.parametrization` has learning rates for: "adam" and "lion" of
-                           a size of their own, "sgd" of the gradient's
-    build(config, parts)   the links of an optax chain, from clipped gradients to updates
+    Config                   a frozen dataclass below `lm.config.schema.OptimizerConfig`, the fields
+                             of `config.optimizer`
+    STEPS                    {role of a parameter: the kind of its steps}, one of the rules that
+                             `lm.optim.parametrization` has learning rates for: "adam" and "lion" of
+                             a size of their own, "sgd" of the gradient's
+    build(config, context)   the links of an optax chain, from clipped gradients to updates
 
 and perhaps `check(config)`, which raises ValueError, naming config paths, for values that don't go
 together. Clipping, the average of the weights, frozen parameters and the biases of routers come
@@ -18,29 +18,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import optax
 
-ROLES = (
-    "matrix",
-    "embedding",
-    "vector",
-)  # and balance, which no optimizer takes: lm.optim.chain.steer
+from lm.types import Params
+
+# Beside them router_bias, which no optimizer takes: lm.optim.chain.sign_update_router_bias.
+ROLES = ("matrix", "embedding", "vector")
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """Building blocks of optimizers, for the parameters of a run.
+class OptimizerContext:
+    """The parameters of a run, and the transformations that optimizers share.
 
     boxed: the abstract parameters with their logical axes. roles: the role of each parameter, from
-    `lm.optim.chain.roles`. store: a transformation whose state is kept as `config.moment_dtype`.
-    finish: the last links of every chain: weight decay, and the learning rate from its peak, on
-    schedule.
+    `lm.optim.chain.parameter_roles`. store: a transformation whose state is kept as
+    `config.moment_dtype`. decay_and_scale: the last links of every chain, from the peak of the
+    learning rate: weight decay, and the learning rate on schedule.
     """
 
-    boxed: Any
-    roles: Any
+    boxed: Params
+    roles: Params
     store: Callable[[optax.GradientTransformation], optax.GradientTransformation]
     adam: optax.GradientTransformation
-    finish: Callable[[float], list[optax.GradientTransformation]]
+    decay_and_scale: Callable[[float], list[optax.GradientTransformation]]
+
+
+def is_masked(x: object) -> bool:
+    """True if x stands for a parameter of another part of a partition."""
+    return isinstance(x, optax.MaskedNode)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import optax
 
 from lm.config.schema import OptimizerConfig
-from lm.optim.optimizers import ROLES, Parts
+from lm.optim.optimizers import ROLES, OptimizerContext
 
 Config = OptimizerConfig
 STEPS = dict.fromkeys(ROLES, "adam")
 
 
-def build(config: OptimizerConfig, parts: Parts) -> list[optax.GradientTransformation]:
-    return [parts.adam, *parts.finish(config.learning_rate)]
+def build(config: OptimizerConfig, context: OptimizerContext) -> list[optax.GradientTransformation]:
+    return [context.adam, *context.decay_and_scale(config.learning_rate)]

@@ -1,0 +1,137 @@
+"""The state of an optimizer: links that keep an average or a norm in it, and what is read of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.types import Params
+
+T = TypeVar("T")
+
+
+class EmaState(NamedTuple):
+    step: jax.Array  # int32 []
+    params: Params
+
+
+def average_weights(decay: float) -> optax.GradientTransformation:
+    """Keep an exponential average of the updated parameters; the last link of a chain, which it
+    doesn't change.
+
+    The decay of step t is at most (1 + t) / (10 + t), so that the average forgets the initial
+    values.
+    """
+
+    def init(params: optax.Params) -> EmaState:
+        return EmaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: optax.Updates, state: EmaState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, EmaState]:
+        d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        new = jax.tree.map(
+            lambda average, p, u: d * average + (1 - d) * (p + u), state.params, params, updates
+        )
+        return updates, EmaState(state.step + 1, new)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore
+
+
+class NormState(NamedTuple):
+    steps: jax.Array  # int32 []: updates so far
+    log_mean: jax.Array  # float32 []: running mean of the log of the gradient's norm
+
+
+def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
+    """Keep the running geometric mean of the gradient's norm; the first link of a chain, which it
+    doesn't change.
+
+    As a part of the optimizer state, it makes a spike a function of the state and the batch, and a
+    step that is not applied leaves no trace in it.
+    """
+
+    def init(params: optax.Params) -> NormState:
+        del params
+        return NormState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update(
+        updates: optax.Updates, state: NormState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, NormState]:
+        del params
+        log_norm = jnp.log(jnp.maximum(optax.tree.norm(updates), 1e-30))
+        d = jnp.minimum(decay, state.steps / (state.steps + 1))  # a plain mean at first
+        return updates, NormState(state.steps + 1, d * state.log_mean + (1 - d) * log_norm)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore
+
+
+def _of_type(opt_state: optax.OptState, kind: type[T]) -> list[T]:
+    """The parts of an optimizer state that are of one type."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
+
+
+def averaged_params(opt_state: optax.OptState) -> Params | None:
+    """The averaged weights in an optimizer state, or None without any."""
+    found = _of_type(opt_state, EmaState)
+    return found[0].params if found else None
+
+
+def norm_state(opt_state: optax.OptState) -> NormState:
+    """The state of `track_norms` in an optimizer state."""
+    [state] = _of_type(opt_state, NormState)
+    return state
+
+
+def is_spike(
+    opt_state: optax.OptState, norm: jax.Array, *, factor: float, warmup: int
+) -> jax.Array:
+    """bool []: the gradient's norm is `factor` times its running mean, after `warmup` updates."""
+    state = norm_state(opt_state)
+    return (state.steps >= warmup) & (jnp.log(norm) > state.log_mean + jnp.log(factor))
+
+
+def set_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """An optimizer state with the learning rates of this step, int32 [], however many updates were
+    applied before it.
+    """
+
+    def is_schedule(x: object) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: x._replace(count=step) if is_schedule(x) else x, opt_state, is_leaf=is_schedule
+    )
+
+
+def shard_like_params(
+    opt_state: optax.OptState,
+    params: Params,
+    replicated: jax.sharding.Sharding,
+    memory: str = "device",
+) -> optax.OptState:
+    """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
+
+    A leaf belongs to the parameter whose path ends its own, if the shapes agree, and lies in
+    `memory`; others are replicated, on the devices. (`optax.tree_map_params` runs init on one
+    placeholder for all parameters, which partitions by label and states by layer don't accept.)
+    """
+    owners = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+        owner = next((owners[tail] for tail in tails if tail in owners), None)
+        sharding = replicated
+        if owner is not None and owner.shape == leaf.shape:
+            kinds = {"device": None, "host": "pinned_host"}
+            sharding = owner.sharding.with_memory_kind(kinds[memory])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, opt_state)
