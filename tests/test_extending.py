@@ -127,7 +127,9 @@ def test_an_optimizer_that_is_no_optimizer_is_refused(tmp_path, monkeypatch, mak
     )
     config = make_config()
     config.optimizer = conversion.default(optimizer="theirs.bare").optimizer
-    with pytest.raises(ValueError, match=r"its Config is no lm\.config\.OptimizerConfig"):
+    with pytest.raises(
+        ValueError, match=r"its Config must be a subclass of lm\.config\.schema\.OptimizerConfig"
+    ):
         Experiment(config, devices[:1])
 
 
@@ -137,7 +139,7 @@ def test_an_optimizer_whose_build_gives_no_list_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine_single").mkdir()
     text = skeletons()["mine/signum.py"].partition("def build(")[0]
-    text += "def build(config, parts):\n    return optax.identity()\n"
+    text += "def build(config, context):\n    return optax.identity()\n"
     (tmp_path / "mine_single" / "single.py").write_text(text)
     config = make_config()
     config.optimizer = conversion.default(optimizer="mine_single.single").optimizer

@@ -104,7 +104,7 @@ class Parameter:
 def _boxed_parameters(config: ModelConfig) -> Params:
     # no devices: a config file may count before the processes of a run have met
     mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    rules = Rules(mesh, tuple(DEFAULT_TABLE.items()))
+    rules = Rules(mesh, tuple(DEFAULT_TABLE.items()))  # pyright: ignore
     module = type(config).__module__
     model = sys.modules[module].build(config, rules)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -135,8 +135,9 @@ def _without_execution(config: ModelConfig) -> ModelConfig:
     """The config with the fields that change no parameter at one value, as a key of caches."""
     if not isinstance(config, BlockConfig):
         return config
-    pipeline = {"pipeline": type(config.pipeline)()} if hasattr(config, "pipeline") else {}
-    return dataclasses.replace(config, **OF_EXECUTION, **pipeline)
+    pipeline = getattr(config, "pipeline", None)
+    own = {} if pipeline is None else {"pipeline": type(pipeline)()}
+    return dataclasses.replace(config, **OF_EXECUTION, **own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from lm.config.components import COMPONENTS, component
 from lm.config.fields import check_values
@@ -23,8 +23,6 @@ from lm.optim.param_tree import is_box
 from lm.optim.parametrization import STANDARD, Scaling
 from lm.optim.schedules import make_schedule
 from lm.types import Params
-
-DictPath: TypeAlias = tuple[jax.tree_util.DictKey, ...]
 
 # An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
 LARGEST_BFLOAT16_DECAY = 0.99
@@ -60,7 +58,7 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
 def parameter_roles(boxed: Params) -> Params:
     """The role of each parameter in a tree of boxes; vocabulary projections count as embeddings."""
 
-    def one(path: DictPath, leaf: nn.Partitioned) -> str:
+    def one(path: KeyPath, leaf: nn.Partitioned) -> str:
         row = _row(path, leaf)
         if path[-1].key == "selection_bias":
             return "router_bias"
@@ -69,7 +67,7 @@ def parameter_roles(boxed: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
 
-def _row(path: DictPath, leaf: nn.Partitioned) -> str:
+def _row(path: KeyPath, leaf: nn.Partitioned) -> str:
     """The row of a parameter in the tables of `lm.optim.parametrization`."""
     return parametrization.role([part.key for part in path], leaf.names)
 
@@ -109,7 +107,7 @@ def make_factors(config: OptimizerConfig, boxed: Params, scaling: Scaling) -> Pa
     """The `ParameterFactors` of each parameter in a tree of boxes."""
     steps = component(COMPONENTS["optimizer"], config.name).STEPS
 
-    def one(path: DictPath, leaf: nn.Partitioned, role: str) -> ParameterFactors:
+    def one(path: KeyPath, leaf: nn.Partitioned, role: str) -> ParameterFactors:
         row, in_block = _row(path, leaf), "layers" in leaf.names
         rule = steps.get(role, steps["vector"])
         decay = scaling.decay(row, in_block) if role in config.decay_roles else 0.0

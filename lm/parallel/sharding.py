@@ -102,7 +102,7 @@ def _slices(config: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
 class Rules:
     """What each logical axis means on a mesh. Unknown axes and indivisible dimensions raise."""
 
-    mesh: Mesh
+    mesh: Mesh  # an AbstractMesh where nothing is computed
     table: tuple[tuple[str, Any], ...]
 
     @functools.cached_property

@@ -73,15 +73,15 @@ def factored_rms(stacked: Params) -> optax.GradientTransformation:
         kept = (0, 0, None) if factored else (None, None, 0)
         return optax.FactoredState(None, *kept)  # pyright: ignore
 
-    def init_one(is_stacked: bool, param: jax.Array) -> optax.FactoredState:
+    def init_one(is_stacked: bool, param: jax.Array) -> optax.OptState:
         if is_masked(param):
             return optax.FactoredState(0, param, param, param)  # pyright: ignore
         return (jax.vmap(inner.init, out_axes=axes(param)) if is_stacked else inner.init)(param)
 
-    def unzip(count: jax.Array, states: Params) -> optax.FactoredState:
+    def unzip(count: jax.typing.ArrayLike, states: Params) -> optax.FactoredState:
         """The state of a tree, of a tree of states."""
         fields = (jax.tree.map(lambda _, s, i=i: s[i], stacked, states) for i in range(1, 4))
-        return optax.FactoredState(count, *fields)
+        return optax.FactoredState(count, *fields)  # pyright: ignore
 
     def init(params: optax.Params) -> optax.FactoredState:
         states = jax.tree.map(init_one, stacked, params)

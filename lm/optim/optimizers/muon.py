@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState, scale_by_muon
 
@@ -81,7 +82,7 @@ def scale_to_adam(dimensions: Params) -> optax.GradientTransformation:
     """
 
     def one(dims: MuonDimensionNumbers, update: jax.Array) -> jax.Array:
-        sides = [math.prod(update.shape[i] for i in axes) for axes in dims]
+        sides = [math.prod(np.take(update.shape, axes)) for axes in dims]
         return update * (0.2 * max(sides) ** 0.5)
 
     def is_leaf(x: object) -> bool:
