@@ -30,7 +30,7 @@ from typing import Any
 from lm import cli
 from lm.data import corpus as corpora
 from lm.data.skip_report import SkipReport
-from lm.data.sources import Document, ListedSource
+from lm.data.sources import Document
 from lm.telemetry import jsonl
 
 
@@ -121,21 +121,17 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
         raise ValueError(
             f"--field must say where these fields come from: {', '.join(sorted(missing))}"
         )
-    records, losses = [], SkipReport()
-    for documents in corpus.sources():
-        for item in documents.skipped_files() if isinstance(documents, ListedSource) else ():
-            losses.add(item)
-        for unit in documents.units():
-            for item in documents.read(unit):
-                if isinstance(item, Document):
-                    records.append(item)
-                else:
-                    losses.add(item)
-    if losses.counts:
-        print(f"{', '.join(data)}: no records: {losses.describe()}", file=sys.stderr)
+    records, report = [], SkipReport()
+    for item in corpora.read_all(corpus):
+        if isinstance(item, Document):
+            records.append(item)
+        else:
+            report.add(item)
+    if report.counts:
+        print(f"{', '.join(data)}: no records: {report.describe()}", file=sys.stderr)
     if not records:
         raise ValueError(f"{', '.join(data)}: no records")
-    losses.check(len(records), 0, max_loss=corpus.max_loss)
+    report.check(len(records), 0, max_loss=corpus.max_loss)
     return records
 
 

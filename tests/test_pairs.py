@@ -133,7 +133,7 @@ def test_too_long_documents_are_an_error_or_cut_or_dropped(make_stores):
     assert (dropped.num_cut, dropped.num_dropped, len(dropped)) == (0, 2, 1)
     cut = pairs.Pairs(stores, layout, too_long="cut")
     assert (cut.num_cut, cut.num_dropped) == (1, 1)
-    assert "of 3 documents 1 were cut and 1 left out" in cut.truncation_summary
+    assert "of 3 documents 1 were cut and 1 dropped" in cut.truncation_summary
     assert pairs.Pairs(stores, RowLayout((40,), FIELDS)).truncation_summary == ""
     ids = cut.read(np.arange(len(cut))).ids.tolist()
     assert [*b"abcde", EOS, ord("x"), EOS] in ids

@@ -1,6 +1,6 @@
-"""A corpus: several sources, split into train and validation, cut into parts of similar size.
+"""A corpus: several sources, split into train and validation, grouped into parts of similar size.
 
-Preparation and tokenizer training read documents through here, so both agree on what is held out.
+Preparation and tokenizer training read documents through here, so both hold out the same ones.
 """
 
 import argparse
@@ -15,7 +15,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lm.config.components import import_component
-from lm.data.sources import Document, DocumentSource, ListedSource, Skipped, Unit
+from lm.data.sources import (
+    Document,
+    DocumentSource,
+    Skipped,
+    Unit,
+    document_ids,
+    skipped_files,
+)
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
@@ -27,19 +34,19 @@ _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
 
 @dataclass(frozen=True)
 class Corpus:
-    """Which documents, and how they are split.
+    """The documents of several sources, and their split.
 
     data: each "stdlib", "stdlib:all", "tfds:NAME/CONFIG", a file, a folder, a pattern, or
       "PACKAGE.MODULE:ARGUMENT", whose `build(argument, columns)` returns a `DocumentSource`.
     columns: store field -> column of jsonl, tables or TFDS, or a template (see sources/records.py).
     separator: between documents of one text file; empty: a file is one document.
     validation_fraction: 0 makes no validation store.
-    split: "hash" sends whole documents by a hash of their id, "tail" the last characters of each
-      document, for a corpus of few documents.
-    max_loss: share of the files or records that may be none to read (of an unknown type, damaged,
-      without the field, ...) before it is an error.
-    fold: (i, n) holds out the documents whose hash falls into the i-th of n equal parts, in place
-      of those below the fraction; so every document is held out in one of the n folds.
+    split: "hash" holds out whole documents by a hash of their id, "tail" the last characters of
+      each document, for a corpus of few documents.
+    max_loss: largest share of the files or records that may be skipped as unreadable (of an unknown
+      type, damaged, without the field, ...).
+    fold: (i, n) holds out the documents whose hash falls into the i-th of n equal parts, so that
+      every document is held out in one of the n folds.
     """
 
     data: Sequence[str]
@@ -103,8 +110,8 @@ class Corpus:
         return TextSource(spec, self.columns, self.separator)
 
     def assign(self, document: Document) -> list[tuple[str, Document]]:
-        """Returns the document with its split; both parts of it where `split` is "tail"."""
-        if self.split == "hash" or not self.validation_fraction:
+        """Return the document with its split; both parts of it where `split` is "tail"."""
+        if not self.cuts_documents:
             return [(self.split_of(document.id), document)]
         ((name, text),) = document.fields.items()
         cut = int(len(text) * (1 - self.validation_fraction))
@@ -115,16 +122,16 @@ class Corpus:
 
     @property
     def cuts_documents(self) -> bool:
-        """True if the splits are parts of each document, in place of whole ones."""
+        """True if each document is cut into its splits."""
         return self.split == "tail" and self.validation_fraction > 0
 
     def split_of(self, document_id: str) -> str:
-        """Returns the split of a whole document: a pure function of its id."""
+        """Return the split of a whole document: a pure function of its id."""
         [is_held_out] = self.is_held_out(np.array([key_hash(document_id)], np.uint64))
         return "validation" if is_held_out else "train"
 
     def is_held_out(self, hashes: np.ndarray) -> np.ndarray:
-        """Returns bool [n]: whether whole documents with these `key_hash`es, uint64 [n], are of the
+        """Return bool [n]: True where a whole document with this `key_hash`, uint64 [n], is of the
         validation split.
         """
         low, high = 0.0, self.validation_fraction if self.split == "hash" else 0.0
@@ -135,9 +142,8 @@ class Corpus:
 
 
 def choose_split(corpus: Corpus) -> Corpus:
-    """Returns the corpus with the last characters of each document held out where it has fewer than
-    `FEW_DOCUMENTS` of one field, in place of whole documents: by their hash none of a few may be
-    held out, or most of the text.
+    """Return the corpus with split "tail" where it has fewer than `FEW_DOCUMENTS` of one field: by
+    a hash, none of a few documents or most of the text may be held out.
     """
     if corpus.split == "tail" or corpus.fold or len(corpus.columns) > 1:
         return corpus
@@ -148,12 +154,12 @@ def choose_split(corpus: Corpus) -> Corpus:
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Returns whether a key belongs to the fraction that is held out: a pure function of it."""
+    """Return True if the hash of `key` falls into the fraction that is held out."""
     return key_hash(key) < fraction * 2**64
 
 
 def key_hash(key: str) -> int:
-    """Returns a number below 2**64 that decides where a key belongs."""
+    """Return a hash below 2**64."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -166,8 +172,16 @@ def _below(hashes: np.ndarray, fraction: float) -> np.ndarray:
 Part = list[tuple[int, Unit]]  # number of the source, unit
 
 
+def read_all(corpus: Corpus) -> Iterator[Document | Skipped]:
+    """Yield the documents of all sources in order, and what was skipped."""
+    for source in corpus.sources():
+        yield from skipped_files(source)
+        for unit in source.units():
+            yield from source.read(unit)
+
+
 def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
-    """Returns the units of all sources, in order, grouped into parts of similar size."""
+    """Return the units of all sources, in order, grouped into parts of similar size."""
     units = [(i, unit) for i, source in enumerate(sources) for unit in source.units()]
     total = sum(unit.size for _, unit in units)
     limit = min(max(total // _MAX_PARTS, _MIN_PART), _MAX_PART)
@@ -183,10 +197,9 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
 
 
 def read_documents(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skipped, bytes]]:
-    """Yields (whole document or what was skipped, digest of the document) in order.
+    """Yield (whole document, its digest), or (what was skipped, b""), in order.
 
-    A document that is the same as an earlier one of the part is skipped, and so is one with a field
-    of white space alone.
+    A repeated document of the part is skipped, and so is one with a field of white space alone.
     """
     sources = corpus.sources()
     seen = set()
@@ -204,9 +217,7 @@ def read_documents(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skip
 
 
 def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
-    """Yields `read_documents` by split: (split, document or what was skipped, digest of the whole
-    document).
-    """
+    """Yield `read_documents` by split: (split, document or skipped, digest of the document)."""
     for item, digest in read_documents(corpus, part):
         if isinstance(item, Skipped):
             yield corpus.split_of(item.id), item, b""
@@ -219,21 +230,18 @@ def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skip
 def split_without_documents(
     corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]
 ) -> str:
-    """Returns a split that no document can fall into, as far as ids alone tell: "" if none."""
+    """Return a split that gets no documents, as far as ids tell without reading: "" if none."""
     missing = set() if corpus.cuts_documents else set(corpus.splits)
-    for part in parts:
-        for i, unit in part:
-            source = sources[i]
-            ids = source.document_ids(unit) if isinstance(source, ListedSource) else None
-            if ids is None:
-                return ""
-            for document_id in ids if missing else ():
-                missing.discard(corpus.split_of(document_id))
+    for i, unit in itertools.chain.from_iterable(parts):
+        if (ids := document_ids(sources[i], unit)) is None:
+            return ""
+        for document_id in ids if missing else ():
+            missing.discard(corpus.split_of(document_id))
     return min(missing, default="")
 
 
 def _digest(document: Document) -> bytes:
-    """Returns 16 bytes that are the same only for documents with the same fields."""
+    """Return a hash of the fields, 16 bytes."""
     content = hashlib.sha256()
     for text in document.fields.values():
         encoded = text.encode()
@@ -243,7 +251,7 @@ def _digest(document: Document) -> bytes:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name a corpus and its split to `parser`."""
+    """Add the flags that name a corpus and its split to `parser`."""
     add_source_flags(parser)
     add = parser.add_argument
     add(
@@ -257,13 +265,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=("hash", "tail"),
         default="hash",
         help="hash: whole documents, by a hash of their id; tail: the last characters of every "
-        "document, "
-        "for a corpus of one or few (default: hash)",
+        "document, for a corpus of one or few (default: hash)",
     )
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name the sources of a corpus to `parser`."""
+    """Add the flags that name the sources of a corpus to `parser`."""
     add = parser.add_argument
     add(
         "--data",
@@ -287,16 +294,15 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--separator",
         default="",
-        help="what stands between the documents of one text file, such as '<|endoftext|>' or "
-        "'\\n\\n' "
+        help="separates the documents of one text file, such as '<|endoftext|>' or '\\n\\n' "
         "(default: a file is one document); white space around documents is dropped with it",
     )
     add(
         "--max-loss",
         type=float,
         default=0.05,
-        help="share of the files (by bytes) and of the records that may be passed over for what is "
-        "wrong with them: 0 to 1 (default: 0.05)",
+        help="largest share of the files (by bytes) and of the records that may be skipped as "
+        "unreadable: 0 to 1 (default: 0.05)",
     )
     add("--tfds-split", default="train", help="TFDS splits, joined by + (default: train)")
     add("--tfds-data-dir", help="where TFDS keeps prepared data sets (default: TFDS's own choice)")
@@ -304,16 +310,13 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def from_flags(flags: argparse.Namespace) -> Corpus:
-    """Returns the corpus that the flags of `add_flags` name."""
-    return replace(
-        from_source_flags(flags),
-        validation_fraction=flags.validation_fraction,
-        split=flags.split,
-    )
+    """Return the corpus that the flags of `add_flags` name."""
+    corpus = from_source_flags(flags)
+    return replace(corpus, validation_fraction=flags.validation_fraction, split=flags.split)
 
 
 def from_source_flags(flags: argparse.Namespace) -> Corpus:
-    """Returns the corpus that the flags of `add_source_flags` name, not split."""
+    """Return the corpus that the flags of `add_source_flags` name, not split."""
     columns = {}
     for text in flags.field or ["text"]:
         name, _, column = text.partition("=")
@@ -331,7 +334,7 @@ def from_source_flags(flags: argparse.Namespace) -> Corpus:
 
 
 def _unescaped(text: str) -> str:
-    """Returns the text with \\n, \\r and \\t, as written in a shell, as what they stand for."""
+    """Return the text with \\n, \\r and \\t, written as in a shell, as those characters."""
     for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
         text = text.replace(written, meant)
     return text

@@ -1,8 +1,7 @@
 """Records for tasks: read from tables, SQuAD's files or Python's packages, and split by a key.
 
 Records with the same key (a sentence with two translations, the questions of one paragraph, the
-snippets of one file) are all in train or all in test, and which is a pure function of the key: the
-same on every machine, and whatever else is in the data.
+snippets of one file) are all in train or all in test, by a hash of the key.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm import storage
-from lm.data.corpus import Corpus, held_out
+from lm.data.corpus import Corpus, held_out, read_all
 from lm.data.skip_report import SkipReport
-from lm.data.sources import Document, ListedSource, Skipped
+from lm.data.sources import Document, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource
 
@@ -27,14 +26,14 @@ FORMATS = ("records", "squad", "packages")
 
 
 class Example(NamedTuple):
-    """A document, and the key that decides where it belongs."""
+    """A document, and the key that it is split by."""
 
     key: str
     document: Document | Skipped
 
 
 def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
-    """Yields the examples of a corpus in order.
+    """Yield the examples of a corpus in order.
 
     form: "records", lines of jsonl or of tables, or TFDS, whose key is the field `key` (empty: the
     id); "squad", files of questions on paragraphs, by paragraph; "packages", snippets of the files
@@ -55,21 +54,14 @@ def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
         for spec in corpus.data:
             yield from _packages(spec, corpus.columns)
         return
-    for source in corpus.sources():
-        for item in source.skipped_files() if isinstance(source, ListedSource) else ():
-            yield Example(item.id, item)
-        for unit in source.units():
-            for item in source.read(unit):
-                if key and isinstance(item, Document):
-                    yield Example(item.fields[key], item)
-                else:
-                    yield Example(item.id, item)
+    for item in read_all(corpus):
+        yield Example(item.fields[key] if key and isinstance(item, Document) else item.id, item)
 
 
 def _squad(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
     """Columns: question, context, title, answer (the first one), answers (each once, a line each).
 
-    The key is the place of the paragraph in the file, so that translations of a file, question by
+    The key is the number of the paragraph in the file, so that translations of a file, question by
     question, are split alike.
     """
     try:
@@ -96,9 +88,9 @@ def _squad(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
 
 
 def _packages(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
-    """Columns: text, lines of a file that follow each other; package, the first folder of its path.
+    """Columns: text, consecutive lines of a file; package, the first folder of its path.
 
-    Files beside the packages, and what a file leaves beyond its last whole snippet, are left out.
+    Files outside of packages, and the lines after a file's last whole snippet, are dropped.
     """
     source = TextSource(spec, {"text": "text"})
     for unit in source.units():
@@ -116,7 +108,7 @@ def _packages(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
 
 
 def keep_labels(examples: Iterable[Example], field: str, labels: set[str]) -> Iterator[Example]:
-    """Yields the examples whose `field` is one of `labels`."""
+    """Yield the examples whose `field` is one of `labels`."""
     for example in examples:
         document = example.document
         if isinstance(document, Skipped) or document.fields[field] in labels:
@@ -131,15 +123,15 @@ def write(
     train_limit: int,
     max_loss: float = 1.0,
 ) -> dict[str, Counter]:
-    """Writes OUT/train.jsonl and OUT/test.jsonl, and returns how many records each has, and why
-    others were skipped.
+    """Write OUT/train.jsonl and OUT/test.jsonl; return their numbers of records, and of others by
+    the reason why they were skipped.
 
-    train_limit: most records of train, a sample that the hash of their ids draws; 0: all of them.
-    max_loss: share of the records that may be none. Raises ValueError where more are lost, or one
-    of the two would be empty.
+    train_limit: size of a sample of train, by a hash of the ids; 0: all records.
+    max_loss: share of the records that may be skipped. Raises ValueError where more are, or one of
+    the two would be empty.
     """
     out = Path(storage.expand(os.fspath(out), "--out"))
-    losses = SkipReport()
+    report = SkipReport()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}
     seen = set()
@@ -147,13 +139,13 @@ def write(
         split = "test" if held_out(key, test_fraction) else "train"
         if isinstance(item, Skipped):
             counts[split][item.reason] += 1
-            losses.add(item)
+            report.add(item)
         elif (content := tuple(item.fields.items())) in seen:
             counts[split]["duplicate"] += 1
         else:
             seen.add(content)
             found[split].append(item)
-    losses.check(sum(map(len, found.values())), 0, max_loss=max_loss)
+    report.check(sum(map(len, found.values())), 0, max_loss=max_loss)
     if train_limit and len(found["train"]) > train_limit:
         chosen = sorted(found["train"], key=lambda d: _digest(d.id))
         ids = {document.id for document in chosen[:train_limit]}

@@ -3,16 +3,16 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lm.data import tokenizer as tokenizers
-from lm.data.corpus import Corpus, Part
+from lm.data.corpus import Corpus
 from lm.data.skip_report import SkipReport
-from lm.data.sources import DocumentSource, ListedSource
+from lm.data.sources import DocumentSource, skipped_files
 from lm.data.sources.token_writer import Block, RaggedArray, StoreWriter
+from lm.data.tokenizer import Tokenizer
 
 WHOLE = "documents"  # the block of a part whose documents are split when it is joined
 
@@ -22,110 +22,116 @@ def part_file(folder: str | os.PathLike, i: int) -> Path:
 
 
 def block_names(corpus: Corpus) -> tuple[str, ...]:
-    """The blocks of a part: its splits where they cut documents, else all whole documents."""
+    """Return the blocks of a part: its splits where they cut documents, else all documents."""
     return corpus.splits if corpus.cuts_documents else (WHOLE,)
 
 
-def _read_block(part, group: str, corpus: Corpus) -> Block:
-    return Block(
-        RaggedArray(part[f"{group}.ids"], part[f"{group}.id_lengths"]),
-        {
-            name: RaggedArray(part[f"{group}.tokens.{name}"], part[f"{group}.lengths.{name}"])
-            for name in corpus.columns
-        },
-        {name: part[f"{group}.bytes.{name}"] for name in corpus.columns},
-    )
+def block_arrays(name: str, block: Block) -> dict[str, np.ndarray]:
+    """Return the arrays of a part's file that hold `block`."""
+    arrays = {f"{name}.ids": block.ids.values, f"{name}.id_lengths": block.ids.lengths}
+    for field, tokens in block.tokens.items():
+        arrays[f"{name}.tokens.{field}"] = tokens.values
+        arrays[f"{name}.lengths.{field}"] = tokens.lengths
+        arrays[f"{name}.bytes.{field}"] = block.num_bytes[field]
+    return arrays
+
+
+def _read_block(part: Mapping[str, np.ndarray], name: str, fields: Sequence[str]) -> Block:
+    tokens = {
+        field: RaggedArray(part[f"{name}.tokens.{field}"], part[f"{name}.lengths.{field}"])
+        for field in fields
+    }
+    ids = RaggedArray(part[f"{name}.ids"], part[f"{name}.id_lengths"])
+    return Block(ids, tokens, {field: part[f"{name}.bytes.{field}"] for field in fields})
 
 
 def join(
     out: Path,
     folder: Path,
-    parts: Sequence[Part],
+    num_parts: int,
     corpus: Corpus,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: Tokenizer,
     plan: dict,
     sources: Sequence[DocumentSource],
 ) -> None:
-    """Writes the stores from the parts.
+    """Write the stores from the parts.
 
-    Raises ValueError where a split has no documents, or too much is lost; the parts stay.
+    Raises ValueError where a split has no documents, or too much is skipped; the parts stay.
     """
-    losses = SkipReport()
+    report = SkipReport()
     for source in sources:
-        for item in source.skipped_files() if isinstance(source, ListedSource) else ():
-            losses.add(item)
-    digests, numbers, hashes = [], [], []
-    for i in range(len(parts)):
+        for item in skipped_files(source):
+            report.add(item)
+    digests, blocks = [], []
+    for i in range(num_parts):
         with np.load(part_file(folder, i)) as part:
             digests.append(part["digests"])
-            losses.update(SkipReport.from_json(part["skipped"].tobytes()))
-            numbers.append({group: part[f"{group}.digests"] for group in block_names(corpus)})
-            hashes.append({group: part[f"{group}.hashes"] for group in block_names(corpus)})
+            report.update(SkipReport.from_json(part["skipped"].tobytes()))
+            names = block_names(corpus)
+            blocks.append({n: (part[f"{n}.digests"], part[f"{n}.hashes"]) for n in names})
     first = np.split(_first_occurrences(digests), np.cumsum([len(d) for d in digests])[:-1])
-    kept: dict[str, list[np.ndarray]] = {}  # masks of the documents of each part
+    block_of = {split: split if corpus.cuts_documents else WHOLE for split in corpus.splits}
+    kept: dict[str, list[np.ndarray]] = {split: [] for split in corpus.splits}  # masks, by part
     duplicates = Counter()
-    for split in corpus.splits:
-        kept[split] = []
-        for i in range(len(parts)):
-            group = split if corpus.cuts_documents else WHOLE
-            is_first = first[i][numbers[i][group]]
-            belongs = np.ones(len(is_first), bool)
-            if not corpus.cuts_documents:
-                belongs = corpus.is_held_out(hashes[i][group]) == (split == "validation")
-            kept[split].append(is_first & belongs)
-            duplicates[split] += int((belongs & ~is_first).sum())
-    losses.counts["duplicate"] += duplicates.total()
+    for split, name in block_of.items():
+        for is_first, block in zip(first, blocks, strict=True):
+            numbers, hashes = block[name]
+            is_held_out = corpus.is_held_out(hashes)
+            in_split = corpus.cuts_documents | (is_held_out == (split == "validation"))
+            kept[split].append(in_split & is_first[numbers])
+            duplicates[split] += int((in_split & ~is_first[numbers]).sum())
+    report.counts["duplicate"] += duplicates.total()
     counts = {split: sum(int(mask.sum()) for mask in kept[split]) for split in corpus.splits}
-    _check_end(out, folder, corpus, counts, losses, plan["num_source_bytes"])
+    _check_counts(out, folder, corpus, counts, report, plan["num_source_bytes"])
     for split in reversed(corpus.splits):
         writer = StoreWriter(out / split, tokenizer, fields=list(corpus.columns))
         for i, mask in enumerate(kept[split]):
             with np.load(part_file(folder, i)) as part:
-                group = split if corpus.cuts_documents else WHOLE
-                writer.add(_read_block(part, group, corpus).keep(mask))
-        # what is no document is of no split: the train store says it
+                writer.add(_read_block(part, block_of[split], list(corpus.columns)).keep(mask))
+        # a record that is no document belongs to no split: the train store counts it
         skipped = Counter({"duplicate": duplicates[split]})
         if split == "train":
-            skipped = losses.counts - Counter({"duplicate": duplicates["validation"]})
+            skipped = report.counts - Counter({"duplicate": duplicates["validation"]})
         writer.close(
             tokenizer_name=plan["names"]["tokenizer"],
             source=plan["names"]["data"],
             split=split,
             skipped=+skipped,  # without counts of 0
-            skipped_examples=losses.examples if split == "train" else {},
+            skipped_examples=report.examples if split == "train" else {},
         )
 
 
-def _check_end(
+def _check_counts(
     out: Path,
     folder: Path,
     corpus: Corpus,
     counts: dict[str, int],
-    losses: SkipReport,
+    report: SkipReport,
     num_bytes: int,
 ) -> None:
-    """Raises ValueError where a split has no documents, or too much is lost.
+    """Raise ValueError where a split has no documents, or too much is skipped.
 
-    The plan is given up, so that the next attempt may have another split, or other data; the parts
-    stay, unless there is no document in them.
+    The plan is removed, so that the next attempt may have another split, or other data; the parts
+    stay, unless they have no documents.
     """
     total = sum(counts.values())
-    listed = losses.describe() or "none"
+    skipped = report.describe() or "none"
     if not total:
-        found = [f"no documents in {', '.join(corpus.data)}; skipped: {listed}{losses.advice()}"]
+        data = ", ".join(corpus.data)
+        errors = [f"no documents in {data}; skipped: {skipped}{report.advice()}"]
     else:
-        found = [losses.limit_error(total, num_bytes, max_loss=corpus.max_loss)]
+        errors = [report.limit_error(total, num_bytes, max_loss=corpus.max_loss)]
         if empty := [split for split in corpus.splits if not counts[split]]:
-            found.append(empty_split(empty[0], total, corpus, f"; skipped: {listed}"))
-    if any(found):
+            errors.append(empty_split(empty[0], total, corpus, f"; skipped: {skipped}"))
+    if any(errors):
         (out / "plan.json").unlink()
         if not total:
             shutil.rmtree(folder)
-        raise ValueError("; and ".join(filter(None, found)))
+        raise ValueError("; and ".join(filter(None, errors)))
 
 
 def _first_occurrences(digests: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns bool [n]: whether a digest of the joined [n, 2] words is the first of its kind."""
+    """Return bool [n]: True at the first of equal digests, rows of the joined words [n, 2]."""
     words = np.concatenate(digests)
     order = np.lexsort((words[:, 0], words[:, 1]))  # stable: the first of equals stays first
     is_repeat = (words[order[1:]] == words[order[:-1]]).all(axis=1)
@@ -135,6 +141,7 @@ def _first_occurrences(digests: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def empty_split(split: str, count: int, corpus: Corpus, skipped: str) -> str:
+    """Return the error of a split without documents."""
     held_out = f"validation fraction {corpus.validation_fraction}"
     if corpus.fold is not None:
         held_out = f"fold {corpus.fold[0]} of {corpus.fold[1]}"

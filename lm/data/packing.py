@@ -1,14 +1,14 @@
 """Documents to rows of a fixed length, as sources: `split` and `best_fit`.
 
 split     Concatenate and cut: row r is the tokens [r * T, (r + 1) * T) of the store. Every row but
-          the last is full; a document goes on in the next row. Needs no plan.
+          the last is full; a document continues in the next row. Needs no plan.
 best_fit  Best-fit decreasing (Ding et al. 2024, "Fewer truncations improve language modeling"):
-          whole documents, each placed in the fullest row that still has room. Only a document
-          longer than T is cut, into pieces of T and a rest. The plan is computed once and cached by
-          the hash of the document lengths.
+          whole documents, each assigned to the fullest row that still has room. Only a document
+          longer than T is cut, into chunks of T and a rest. The plan is computed once and cached
+          by the hash of the document lengths.
 
-Both put every token of the store in exactly one row. A row is a list of pieces, each a range of the
-store inside one document; everything else follows from those.
+Both have every token of the store in exactly one row. A row is a list of chunks: ranges of the
+store inside one document.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ _PLAN_VERSION = 2
 
 
 class Chunks(NamedTuple):
-    """The pieces of B rows, row after row: token positions in the store, int64."""
+    """The chunks of B rows, row after row: token positions in the store, int64."""
 
     counts: np.ndarray  # [B], at least 1
     starts: np.ndarray  # [sum of counts]
@@ -48,9 +49,9 @@ class Span(NamedTuple):
 
 
 class PackedRows:
-    """The rows of a packed token store; a Source that also knows its documents."""
+    """The rows of a packed token store; a `RowSource`."""
 
-    truncation_summary = ""  # nothing is
+    truncation_summary = ""  # no token is dropped
 
     def __init__(
         self,
@@ -58,28 +59,28 @@ class PackedRows:
         length: int,
         *,
         num_rows: int,
-        pieces: Callable[[np.ndarray], Chunks],
+        chunks_of: Callable[[np.ndarray], Chunks],
     ):
         self.store = store
         self.length = length
         self._num_rows = num_rows
-        self._pieces = pieces
+        self._chunks_of = chunks_of
 
     def __len__(self) -> int:
         return self._num_rows
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the store's text per token, ends of documents included in the tokens."""
+        """UTF-8 bytes of the store's text per token, eos included."""
         return self.store.num_bytes / self.store.num_tokens
 
     def fill_rate(self) -> float:
-        """Returns the fraction of all positions that hold a token."""
+        """Return the fraction of all positions that are not padding."""
         return self.store.num_tokens / (self._num_rows * self.length)
 
     def read(self, rows: np.ndarray) -> Rows:
-        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
-        counts, starts, stops = self._pieces_of(rows)
+        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        counts, starts, stops = self._chunks_of(check_rows(rows, len(self), self.store.path))
         tokens, is_rest, before = self._fetch(starts, stops)
         numbers = (ranges(np.ones_like(counts), counts)).astype(np.int32)
         lengths = stops - starts
@@ -91,7 +92,7 @@ class PackedRows:
             column = begins - begins[np.cumsum(counts) - counts][row]
             previous[row[is_rest], column[is_rest]] = before
         padded = len(tokens) < shape[0] * shape[1]
-        if padded:  # one more piece for every row, of segment 0
+        if padded:  # one more chunk for every row, of segment 0
             ends = np.cumsum(counts)
             used = np.add.reduceat(lengths, ends - counts)
             lengths = np.insert(lengths, ends, self.length - used)
@@ -110,29 +111,13 @@ class PackedRows:
         return Rows(ids.reshape(shape), segments.reshape(shape), positions.reshape(shape), previous)
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        """Returns for each row the documents that it holds, in the order of its segments."""
-        counts, starts, stops = self._pieces_of(rows)
+        """Return for each row the documents that it holds, in the order of its segments."""
+        counts, starts, stops = self._chunks_of(check_rows(rows, len(self), self.store.path))
         documents = self._documents_at(starts)
         begins = self.store.offsets[documents]
-        spans = [
-            Span(document, self.store.document_ids(document), start, stop)
-            for document, start, stop in zip(
-                documents.tolist(),
-                (starts - begins).tolist(),
-                (stops - begins).tolist(),
-                strict=True,
-            )
-        ]
-        ends = np.cumsum(counts).tolist()
-        return [spans[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
-
-    def _pieces_of(self, rows: np.ndarray) -> Chunks:
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= self._num_rows):
-            raise IndexError(
-                f"{self.store.path}: no rows {rows.min()} to {rows.max()} in {self._num_rows} rows"
-            )
-        return self._pieces(rows)
+        chunks = np.stack([documents, starts - begins, stops - begins], 1).tolist()
+        spans = [Span(n, self.store.document_ids(n), start, stop) for n, start, stop in chunks]
+        return by_row(spans, counts)
 
     def _documents_at(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.store.offsets, positions, "right") - 1
@@ -140,14 +125,14 @@ class PackedRows:
     def _fetch(
         self, starts: np.ndarray, stops: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens of all pieces, bool [P]: a piece begins inside its document, and the tokens
-        just before these pieces.
+        """Return the tokens of all chunks, bool [P]: True where a chunk is the rest of a document,
+        and the tokens just before those chunks.
         """
         is_rest = self.store.offsets[self._documents_at(starts)] < starts
         before = starts[is_rest] - 1
-        new = np.ones(len(starts) + 1, bool)  # pieces that lie side by side are one read
+        new = np.ones(len(starts) + 1, bool)  # adjacent chunks are one read
         new[1:-1] = starts[1:] != stops[:-1]
-        ranges = self.store._ranges(
+        ranges = self.store.read_ranges(
             np.concatenate([starts[new[:-1]], before]).tolist(),
             np.concatenate([stops[new[1:]], before + 1]).tolist(),
         )
@@ -157,11 +142,11 @@ class PackedRows:
 
 
 def split(store: TokenStore, length: int) -> PackedRows:
-    """Returns the store cut into rows of `length` tokens; the last row is padded."""
+    """Return the store cut into rows of `length` tokens; the last row is padded."""
     _check(store, length)
     offsets = store.offsets
 
-    def pieces(rows: np.ndarray) -> Chunks:
+    def chunks_of(rows: np.ndarray) -> Chunks:
         begin = rows * length
         end = np.minimum(begin + length, store.num_tokens)
         first = np.searchsorted(offsets, begin, "right") - 1
@@ -171,29 +156,44 @@ def split(store: TokenStore, length: int) -> PackedRows:
         stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
         return Chunks(counts, starts, stops)
 
-    return PackedRows(store, length, num_rows=-(-store.num_tokens // length), pieces=pieces)
+    num_rows = -(-store.num_tokens // length)
+    return PackedRows(store, length, num_rows=num_rows, chunks_of=chunks_of)
 
 
 def best_fit(
     store: TokenStore, length: int, *, cache: str | os.PathLike | None = None
 ) -> PackedRows:
-    """Returns the store packed into rows of `length` tokens without cutting a document that fits.
+    """Return the store packed into rows of `length` tokens without cutting a document that fits.
 
     Rows are in the order of their first document. In a row, the rest of a document that was cut
-    comes first. The plan is kept in the folder `cache` (None: in memory only); any number of
-    processes may share it.
+    comes first. The plan is kept in the folder `cache` (None: in memory only), which any number of
+    processes may share.
     """
     _check(store, length)
     row_offsets, starts, stops = cached_plan(
         lambda: plan(store.offsets, length), f"best_fit-{length}", [store.offsets], cache
     )
 
-    def pieces(rows: np.ndarray) -> Chunks:
+    def chunks_of(rows: np.ndarray) -> Chunks:
         counts = row_offsets[rows + 1] - row_offsets[rows]
         chosen = ranges(row_offsets[rows], counts)
         return Chunks(counts, starts[chosen], stops[chosen])
 
-    return PackedRows(store, length, num_rows=len(row_offsets) - 1, pieces=pieces)
+    return PackedRows(store, length, num_rows=len(row_offsets) - 1, chunks_of=chunks_of)
+
+
+def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
+    """Return `rows` as int64; IndexError where they are not within `num_rows`."""
+    rows = np.asarray(rows, np.int64)
+    if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
+        raise IndexError(f"{path}: no rows {rows.min()} to {rows.max()} in {num_rows} rows")
+    return rows
+
+
+def by_row(spans: Iterable[Span], counts: np.ndarray) -> list[list[Span]]:
+    """Return the spans of each row; counts: int [B]."""
+    spans = iter(spans)
+    return [list(itertools.islice(spans, count)) for count in counts.tolist()]
 
 
 def _check(store: TokenStore, length: int) -> None:
@@ -204,7 +204,7 @@ def _check(store: TokenStore, length: int) -> None:
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
+    """Return counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
@@ -214,10 +214,8 @@ def cached_plan(
     inputs: Sequence[np.ndarray],
     cache: str | os.PathLike | None,
 ) -> tuple[np.ndarray, ...]:
-    """Returns the int64 arrays of `make()`, from the folder `cache` if they are there.
-
-    A plan is known by its name and the hash of what it is made of, and a file in the cache is
-    always complete. None: no cache.
+    """Return the int64 arrays of `make()`, from the folder `cache` if they are there (None: no
+    cache). The key is the name and the hash of `inputs`.
     """
     if cache is None:
         return make()
@@ -242,27 +240,31 @@ def cached_plan(
 
 
 def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns row_offsets [R + 1], and starts and stops [P] of the pieces, all int64.
+    """Return row_offsets [R + 1], and starts and stops [P] of the chunks, all int64.
 
-    Row r has the pieces row_offsets[r] to row_offsets[r + 1]. offsets: int64 [num_documents + 1].
+    Row r has the chunks row_offsets[r] to row_offsets[r + 1]. offsets: int64 [num_documents + 1].
     """
-    num_pieces = -(-np.diff(offsets) // length)
-    begins = np.repeat(offsets[:-1], num_pieces)
-    starts = begins + length * ranges(np.zeros_like(num_pieces), num_pieces)
-    stops = np.minimum(starts + length, np.repeat(offsets[1:], num_pieces))
-    bins = assign_bins(stops - starts, length)
-    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
-    bins = np.argsort(np.argsort(first))[bins]  # rows in the order of their first piece
+    num_chunks = -(-np.diff(offsets) // length)
+    begins = np.repeat(offsets[:-1], num_chunks)
+    starts = begins + length * ranges(np.zeros_like(num_chunks), num_chunks)
+    stops = np.minimum(starts + length, np.repeat(offsets[1:], num_chunks))
+    bins = in_order_of_first(assign_bins(stops - starts, length))
     order = np.argsort(2 * bins + (starts == begins), kind="stable")
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(bins))])
     return row_offsets, starts[order], stops[order]
 
 
-def assign_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns int64 [P]: the bin of every piece by best-fit decreasing; 1 <= lengths <= capacity.
+def in_order_of_first(bins: np.ndarray) -> np.ndarray:
+    """Return the bins numbered in the order of their first items."""
+    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[bins]
 
-    Pieces of one length are placed together: the fullest bin with room for one takes as many as it
-    can hold before the next fullest gets any, so that bins with equal room can be filled in one
+
+def assign_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return int64 [P]: the bin of every item by best-fit decreasing; 1 <= lengths <= capacity.
+
+    Items of one length are assigned together: the fullest bin with room for one takes as many as
+    it can hold before the next fullest gets any, so that bins with equal room are filled in one
     vectorised move.
     """
     order = np.argsort(-lengths.astype(np.int32), kind="stable")

@@ -1,9 +1,8 @@
 """Documents of several fields to rows of a fixed length: prompts and responses, texts and labels.
 
-A document's fields stay together, in one row and one segment. Where they follow each other, rows
-are filled by best fit as in `packing.best_fit`; where each has its own part of the row (encoder and
-decoder), a row must have room in all of them, and the one whose rooms are together the smallest
-that suffice is taken.
+The fields of a document are in one row and one segment. Where they follow each other, rows are
+filled by best fit as in `packing.best_fit`; where each has its own part of the row (encoder and
+decoder), a row must have room in all of them.
 """
 
 from __future__ import annotations
@@ -14,29 +13,38 @@ from typing import Protocol
 
 import numpy as np
 
-from lm.data.packing import Span, assign_bins, cached_plan, ranges
+from lm.data.packing import (
+    Span,
+    assign_bins,
+    by_row,
+    cached_plan,
+    check_rows,
+    in_order_of_first,
+    ranges,
+)
 from lm.data.sources import RowLayout, Rows
 
 TOO_LONG = ("error", "cut", "drop")
 
 
 class FieldStore(Protocol):
-    """What `Pairs` needs of a field; a token store has it."""
+    """The part of a `TokenStore` that `Pairs` reads: one field of its documents."""
 
     path: str
     offsets: np.ndarray
-    manifest: dict
+
+    @property
+    def eos_id(self) -> int: ...
 
     def document_ids(self, i: int) -> str: ...
 
-    def _ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]: ...
+    def read_ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]: ...
 
 
 class Pairs:
-    """The rows of the fields of a token store; a Source that also knows its documents.
+    """The rows of the fields of a token store; a `RowSource`.
 
-    num_cut: documents whose first field was cut at its end, to fit. num_dropped: documents left
-    out.
+    num_cut: documents whose first field was cut to fit. num_dropped: documents that are in no row.
     """
 
     bytes_per_token = None  # what is scored is not the whole text
@@ -52,15 +60,15 @@ class Pairs:
         """stores: of each field, of the same documents. cache: the folder of the plan, or None.
 
         too_long: "error"; "cut", the first field is cut at its end, keeping its eos, and documents
-        whose other fields leave it less than two tokens are left out; "drop", documents that don't
-        fit are left out. Raises ValueError where documents are too long, or none is left.
+        whose other fields leave it less than two tokens are dropped; "drop", documents that don't
+        fit are dropped. Raises ValueError where documents are too long, or none is left.
         """
         if too_long not in TOO_LONG:
             raise ValueError(f"data.too_long ({too_long!r}) must be one of {', '.join(TOO_LONG)}")
         self.stores = tuple(stores)
         self.layout = layout
         self.path = stores[0].path
-        self._eos = int(stores[0].manifest["tokenizer"]["eos_id"])
+        self._eos = stores[0].eos_id
         lengths = np.stack([np.diff(store.offsets) for store in stores], 1)  # [documents, fields]
         wanted = _shorten(lengths, layout) if too_long == "cut" else lengths
         fits = _fits(wanted, layout)
@@ -87,21 +95,21 @@ class Pairs:
 
     @property
     def truncation_summary(self) -> str:
-        """What the rows don't have of the store, in a sentence; "" where they have all of it."""
+        """The numbers of documents that are cut or dropped, in a sentence; "" if none is."""
         if not self.num_cut and not self.num_dropped:
             return ""
         return (
             f"{self.path}: of {len(self._lengths):,} documents {self.num_cut:,} were cut and "
-            f"{self.num_dropped:,} left out, too long for rows of {self.layout.lengths}"
+            f"{self.num_dropped:,} dropped, too long for rows of {self.layout.lengths}"
         )
 
     def fill_rate(self) -> float:
-        """Returns the fraction of all positions that hold a token."""
+        """Return the fraction of all positions that are not padding."""
         used = self._lengths[self._documents].sum()
         return float(used) / (len(self) * self.layout.length)
 
     def read(self, rows: np.ndarray) -> Rows:
-        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, documents = self._documents_of(rows)
         lengths = self._lengths[documents]  # [P, fields]
         width, capacities = self.layout.length, self.layout.lengths
@@ -122,31 +130,29 @@ class Pairs:
         numbers = ranges(np.ones_like(counts), counts)
         for field, store in enumerate(self.stores):
             size, start = lengths[:, field], store.offsets[documents]
-            tokens = store._ranges(start.tolist(), (start + size).tolist())
-            places = ranges(begins[:, field], size)
-            ids.flat[places] = np.concatenate([np.empty(0, np.int32), *tokens], dtype=np.int32)
-            ids.flat[np.asarray(begins[:, field] + size - 1, np.int64)] = self._eos  # if cut, too
-            segments.flat[places] = np.repeat(numbers, size)
-            positions.flat[places] = ranges(offsets[:, field], size)
-            fields.flat[places] = field
+            tokens = store.read_ranges(start.tolist(), (start + size).tolist())
+            at = ranges(begins[:, field], size)
+            ids.flat[at] = np.concatenate([np.empty(0, np.int32), *tokens], dtype=np.int32)
+            ends = begins[:, field] + size - 1
+            ids.flat[np.asarray(ends, np.int64)] = self._eos  # also of a field that was cut
+            segments.flat[at] = np.repeat(numbers, size)
+            positions.flat[at] = ranges(offsets[:, field], size)
+            fields.flat[at] = field
         return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        """Returns for each row its documents; their tokens are those of all fields together."""
+        """Return for each row its documents; their tokens are those of all fields together."""
         counts, documents = self._documents_of(rows)
         total = self._lengths[documents].sum(1).tolist()
-        spans = [
+        spans = (
             Span(document, self.stores[0].document_ids(document), 0, size)
             for document, size in zip(documents.tolist(), total, strict=True)
-        ]
-        ends = np.cumsum(counts).tolist()
-        return [spans[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+        )
+        return by_row(spans, counts)
 
     def _documents_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns how many documents each row has, and their numbers, row after row."""
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"{self.path}: no rows {rows.min()} to {rows.max()} in {len(self)}")
+        """Return the number of documents of each row, and their numbers, row after row."""
+        rows = check_rows(rows, len(self), self.path)
         counts = self._row_offsets[rows + 1] - self._row_offsets[rows]
         return counts, self._documents[ranges(self._row_offsets[rows], counts)]
 
@@ -158,7 +164,7 @@ def _fits(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
 
 
 def _shorten(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
-    """Returns the lengths with the first field cut to its room; 0 where there is none."""
+    """Return the lengths with the first field cut to fit; 0 where it cannot."""
     room = np.full(len(lengths), layout.lengths[0])
     if len(layout.lengths) == 1:
         room -= lengths[:, 1:].sum(1)
@@ -187,7 +193,7 @@ def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: RowLayou
 def plan(
     documents: np.ndarray, lengths: np.ndarray, capacities: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns row_offsets [R + 1] and the documents of all rows, row after row, int64.
+    """Return row_offsets [R + 1] and the documents of all rows, row after row, int64.
 
     documents: int64 [P]; lengths: [P, fields]; rows are in the order of their first document.
     """
@@ -195,20 +201,18 @@ def plan(
         bins = assign_bins(lengths.sum(1), capacities[0])
     else:
         bins = assign_bins_with_capacities(lengths, capacities)
-    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
-    bins = np.argsort(np.argsort(first))[bins]
+    bins = in_order_of_first(bins)
     order = np.argsort(bins, kind="stable")
     return np.concatenate([[0], np.cumsum(np.bincount(bins))]), documents[order]
 
 
 def assign_bins_with_capacities(lengths: np.ndarray, capacities: Sequence[int]) -> np.ndarray:
-    """Returns int64 [P]: the bin of every item of `lengths` [P, capacities], which fits in all its
-    capacities.
+    """Return int64 [P]: the bin of every item of `lengths` [P, capacities].
 
-    Best-fit decreasing with several capacities: items in the order of the shares of capacities that
-    they take, added up; each into the bin whose free shares, added up, are the smallest of those
-    where it fits. Items of equal lengths are placed together, in each bin as many as it holds.
-    Other orders and other measures of the best fit gain or lose 0.2% on sentence pairs.
+    Best-fit decreasing with several capacities: items in the order of the sum of their shares of
+    the capacities; each into the bin with the smallest sum of free shares among those where it
+    fits. Items of equal lengths are assigned together, in each bin as many as it holds. Other
+    orders and other measures of the best fit gain or lose 0.2% on sentence pairs.
     """
     capacity = np.asarray(capacities, np.int64)
     shapes, kind, counts = np.unique(lengths, axis=0, return_inverse=True, return_counts=True)

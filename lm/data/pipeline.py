@@ -1,9 +1,9 @@
-"""`batch_at(step)`: the global batch of any step, and ways to have the next ones ready.
+"""`batch_at(step)`: the global batch of any step, and iterators that prepare the next ones.
 
-Example number `i` of a run is row `i % batch_size` of step `i // batch_size`; the sampler says
-which row of which source that is. So a batch needs no iterator and no state, and a host that asks
-for its own rows of the global batch gets exactly those, whatever the number of hosts. `iterate`
-only runs `batch_at` ahead of time.
+Example number `i` of a run is row `i % batch_size` of step `i // batch_size`; the sampler maps it
+to a row of a source. So a batch needs no iterator and no state, and a host that reads its own rows
+of the global batch gets exactly those, whatever the number of hosts. `iterate` only runs `batch_at`
+ahead of time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,8 +43,9 @@ class OutOfData(RunError):
 
 
 class RowSource(Source, Protocol):
-    """A source that can say which documents its rows hold, how much text that is, and what of the
-    store they leave out ("": nothing).
+    """A source that knows the documents of its rows and how much text they are.
+
+    truncation_summary: the documents of the store that are cut or dropped; "" if none is.
     """
 
     @property
@@ -57,7 +58,7 @@ class RowSource(Source, Protocol):
 
 
 class Objective(Protocol):
-    """The contract of `lm.objectives`, as far as data goes."""
+    """The part of `lm.objectives.Objective` that the pipeline calls."""
 
     @property
     def layout(self) -> RowLayout: ...
@@ -68,7 +69,7 @@ class Objective(Protocol):
 
 
 class ExplainedRow(NamedTuple):
-    """Where one row of a batch comes from."""
+    """The origin of one row of a batch."""
 
     source: str
     epoch: int
@@ -111,39 +112,35 @@ class Pipeline:
         self._limit = None if num_epochs is None else self.num_batches(num_epochs)
 
     def num_batches(self, num_epochs: float) -> int:
-        """Returns how many whole batches need no row of a later epoch of any source.
+        """Return the number of whole batches in `num_epochs` epochs of every source.
 
-        The rows left over at the very end, fewer than a batch, are dropped; between epochs nothing
-        is.
+        Rows left over at the very end, fewer than a batch, are dropped; between epochs none is.
         """
         return self.sampler.num_examples(num_epochs) // self.batch_size
 
     def batch_at(self, step: int, rows: RowIndex = ALL_ROWS) -> HostBatch:
-        """Returns the rows `rows` of the global batch of `step`; OutOfData beyond `num_epochs`."""
+        """Return the rows `rows` of the global batch of `step`; OutOfData beyond `num_epochs`."""
         index = self._index(step, rows)
         location = self.sampler.locate(index)
+        sources = list(self.sources.values())
+        groups = [np.flatnonzero(location.source == n) for n in np.unique(location.source)]
 
-        def make(objective: Transform, chosen: np.ndarray) -> HostBatch:
+        def make(group: np.ndarray) -> HostBatch:
             def rng(i: int) -> np.random.Generator:
-                at = chosen[i]
+                at = group[i]
                 return np.random.default_rng([self._seed, int(location.epoch[at]), int(index[at])])
 
-            return objective(self._read(location.source[chosen], location.row[chosen]), rng)
+            number = location.source[group[0]]
+            return self._objectives[number](sources[number].read(location.row[group]), rng)
 
-        number = np.array(
-            [self._objectives.index(objective) for objective in self._objectives], np.int64
-        )[location.source]
-        groups = [np.flatnonzero(number == n) for n in np.unique(number)]
-        batch = _in_order(
-            [make(self._objectives[number[g[0]]], g) for g in groups], np.concatenate(groups)
-        )
+        batch = _merge([make(group) for group in groups], np.concatenate(groups))
         records = hash_words(location.source, location.epoch, location.row, index)
         return dataclasses.replace(batch, records=(records >> np.uint64(32)).astype(np.uint32))
 
     def explain_batch(
         self, step: int, tokenizer: Tokenizer, *, rows: RowIndex = ALL_ROWS, num_tokens: int = 24
     ) -> list[ExplainedRow]:
-        """Returns where each row comes from, with the first `num_tokens` of every document."""
+        """Return the origin of each row, with the first `num_tokens` of every document."""
         source, epoch, row = self.sampler.locate(self._index(step, rows))
         names = list(self.sources)
         explained = []
@@ -151,7 +148,9 @@ class Pipeline:
             name = names[source[i]]
             [documents] = self.sources[name].documents(row[i : i + 1])
             read = self.sources[name].read(row[i : i + 1])
-            text = [_begin(read, n + 1, tokenizer, num_tokens) for n in range(len(documents))]
+            text = [
+                _first_tokens(read, n + 1, tokenizer, num_tokens) for n in range(len(documents))
+            ]
             explained.append(ExplainedRow(name, int(epoch[i]), int(row[i]), documents, text))
         return explained
 
@@ -163,11 +162,11 @@ class Pipeline:
         rows: RowIndex = ALL_ROWS,
         loader: LoaderConfig,
     ) -> Generator[tuple[int, HostBatch], None, None]:
-        """Returns an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
+        """Return an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
 
         loader.kind: "tf.data", or "thread", which needs no TensorFlow; the batches are the same.
-        Without a `stop_step` it ends with the data: never, without `num_epochs`. An error of
-        `batch_at` is raised when its step is due. `close()` the iterator to end early.
+        Without a `stop_step` it ends with `num_epochs`, if at all. An error of `batch_at` is raised
+        when its step is due. `close()` the iterator to end early.
         Raises OutOfData if `stop_step` is beyond `num_epochs`.
         """
         if self._limit is not None:
@@ -190,41 +189,33 @@ class Pipeline:
             f"{self.batch_size} rows; train for fewer steps, or raise config.train.max_epochs"
         )
 
-    def _read(self, source: np.ndarray, row: np.ndarray) -> Rows:
-        """Returns the rows `row` of the sources numbered `source`, int64 [B] each."""
-        sources = list(self.sources.values())
-        groups = [np.flatnonzero(source == number) for number in np.unique(source)]
-        return _in_order(
-            [sources[source[g[0]]].read(row[g]) for g in groups], np.concatenate(groups)
-        )
 
-
-def _in_order(parts: list[Any], index: np.ndarray) -> Any:
-    """Returns one batch (or Rows) whose rows `index`, int64 [B], are those of `parts` joined."""
-    if len(parts) == 1:
-        return parts[0]
-    back = np.argsort(index)
-    leaves = [loaders.leaves(part) for part in parts]
+def _merge(batches: list[HostBatch], index: np.ndarray) -> HostBatch:
+    """Return the batch whose rows `index`, int64 [B], are those of `batches` joined."""
+    if len(batches) == 1:
+        return batches[0]
+    order = np.argsort(index)
+    leaves = [loaders.leaves(batch) for batch in batches]
     assert len({len(found) for found in leaves}) == 1, "objectives of one batch differ in structure"
-    joined = (np.concatenate(arrays)[back] for arrays in zip(*leaves, strict=True))
-    return loaders.unflatten(parts[0], joined)
+    joined = (np.concatenate(arrays)[order] for arrays in zip(*leaves, strict=True))
+    return loaders.unflatten(batches[0], joined)
 
 
-def _begin(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
-    """Returns the text of the first tokens of a segment of one row, of each of its fields."""
+def _first_tokens(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
+    """Return the text of the first tokens of a segment of one row, of each of its fields."""
     held = rows.segments == segment
     fields = np.zeros_like(held, int) if rows.fields is None else rows.fields
-    pieces = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
-    return " → ".join(tokenizer.decode(piece[:num_tokens]) for piece in pieces)
+    ids = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
+    return " → ".join(tokenizer.decode(field[:num_tokens]) for field in ids)
 
 
 def evaluation_batches(
     source: Source, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
 ) -> Iterator[HostBatch]:
-    """Yields the rows `rows` of global batches that hold every row of the source once, in order.
+    """Yield the rows `rows` of global batches that have every row of the source once, in order.
 
-    The last batch is filled with empty rows: segments and weights 0. So sums over the batches are
-    exact for every batch size and every number of hosts, and all hosts get equally many batches.
+    The last batch is padded with empty rows, of segments and weights 0: sums over the batches are
+    exact for every batch size and number of hosts, and all hosts get equally many batches.
     """
     for start in range(0, len(source), batch_size):
         index = start + np.arange(batch_size)[rows]
@@ -253,9 +244,9 @@ def _with_empty_rows(rows: Rows, count: int) -> Rows:
 def make_source(
     path: str, config: DataConfig, layout: RowLayout, tokenizer: Tokenizer, *, cache_dir: str = ""
 ) -> RowSource:
-    """Returns the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
+    """Return the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
 
-    cache_dir: where packing plans are kept; "": in the store, or nowhere if that is remote.
+    cache_dir: folder of packing plans; "": in the store, or none if that is remote.
     Raises ValueError if the store was made with another tokenizer than `tokenizer`.
     """
     if config.packing not in PACKINGS:
@@ -283,7 +274,7 @@ def make_sources(
     key: str,
     cache_dir: str = "",
 ) -> dict[str, RowSource]:
-    """Returns `make_source` of every path, by path, with the rows that its objective wants.
+    """Return `make_source` of every path, by path, in the row layout of its objective.
 
     key: the config path that names them, for the errors.
     """
@@ -312,7 +303,7 @@ def make_pipeline(
     num_epochs: float | None = None,
     cache_dir: str = "",
 ) -> Pipeline:
-    """Returns the training pipeline of a config."""
+    """Return the training pipeline of a config."""
     if not config.train:
         raise ValueError(
             "config.data.train is empty: name at least one token store, or synthetic:markov"
@@ -345,7 +336,5 @@ def _make_synthetic(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSo
     if len(layout.fields) == 2:
         if kind != "reverse":
             raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
-        names = {"num_rows": "num_documents", "seed": "seed"}
-        renamed = {names[name]: value for name, value in options.items()}
-        return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **renamed)
+        return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **options)
     return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)

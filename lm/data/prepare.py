@@ -1,17 +1,15 @@
 """Documents to token stores, in parallel, resumable and atomic.
 
-    OUT/plan.json             what is being prepared: another run must agree with it
+    OUT/plan.json             the inputs of the preparation: another run must agree with it
     OUT/parts-HASH/           one file per finished part, until the stores are complete
     OUT/train  OUT/validation the stores (see sources/tokens.py)
 
 1. The units of all sources, in order, are grouped into parts: a pure function of the data.
-2. Every part is read, tokenised and written to one file, moved to its name when complete. Parts
-   are independent, so workers and shards share them out, and a killed run finds its finished ones
-   again.
-3. Whoever sees all parts done joins them in order, dropping documents seen in an earlier part, into
-   stores that appear by one rename each, with their manifest. Whole documents are split here, by
-   the hash of their id: where a split stays empty, or too much is lost, the parts stay for another
-   attempt.
+2. Every part is read, tokenised and written to one file, whole or not at all. Parts are
+   independent: workers and shards share them out, and a killed run resumes from the finished ones.
+3. The process that sees all parts finished joins them in order, dropping repeated documents, into
+   stores that appear by one rename each. Whole documents are split here, by the hash of their id:
+   where a split stays empty, or too much is skipped, the parts stay for another attempt.
 
 So the stores are byte for byte the same whatever the workers, the shards and the kills.
 """
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from lm import storage
 from lm.data import tokenizer as tokenizers
@@ -42,18 +41,18 @@ from lm.data.corpus import (
     read_documents,
     split_without_documents,
 )
-from lm.data.joining import WHOLE, block_names, empty_split, join, part_file
+from lm.data.joining import WHOLE, block_arrays, block_names, empty_split, join, part_file
 from lm.data.skip_report import SkipReport, describe_examples
-from lm.data.sources import Document, DocumentSource, ListedSource, Skipped
+from lm.data.sources import Document, DocumentSource, Skipped, document_ids
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
-from lm.data.workers import Progress, run_in_processes
+from lm.data.workers import run_in_processes
 
 _PARTS_VERSION = 2  # to be raised when what a part holds changes
 
 
 class Prepared(NamedTuple):
-    """Manifests of the stores by split, none while other shards have parts to do."""
+    """Manifests of the stores by split; empty while other shards have parts to do."""
 
     manifests: dict[str, dict]
     was_complete: bool
@@ -67,15 +66,14 @@ def prepare(
     shard: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
     out_flag: str = "--out",
-) -> "Prepared":
-    """Returns the stores in `out`, after making what is missing of them.
+) -> Prepared:
+    """Make the stores in `out`, as far as they are missing, and return their manifests.
 
-    out_flag: the flag that a user sets `out` with, for errors.
+    shard: (i, n) does every n-th part; the shard that finishes last joins all parts.
+    num_workers: processes; all cores if None. out_flag: the flag of `out`, for errors.
 
-    shard: (i, n) does every n-th part; whichever shard sees all parts done joins them.
-    num_workers: processes; all cores if None. Raises ValueError for a missing or empty source, for
-    a split without documents, where more of the data than `corpus.max_loss` is lost, and where
-    `out` holds something else.
+    Raises ValueError for a missing or empty source, for a split without documents, where a larger
+    share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
     """
     out = Path(storage.expand(os.fspath(out), out_flag))
     if out.exists() and not out.is_dir():
@@ -90,18 +88,13 @@ def prepare(
     folder = out / f"parts-{_parts_hash(plan, corpus)[:16]}"
     was_complete = (out / "plan.json").is_file() and _is_complete(out, corpus)
     if not was_complete:
-        _check_start(corpus, sources, parts)
-    plan = _claim(out, plan, out_flag)
+        _check_sources(corpus, sources, parts)
+    plan = _record_plan(out, plan, out_flag)
     if not was_complete:
         missing = [i for i in _missing(folder, parts) if i % count == index]
         folder.mkdir(exist_ok=True)
         job = _Job(corpus, tokenizer, loaded.fingerprint, str(folder))
-        sizes = [sum(unit.size for _, unit in parts[i]) for i in missing]
-        progress = Progress(sum(sizes), done=len(parts[index::count]) - len(missing))
-        calls = [(job, i, parts[i]) for i in missing]
-        for position, done in run_in_processes(_write_part, calls, num_workers=num_workers):
-            progress.add(sizes[position], num_bytes=done.num_bytes, num_tokens=done.num_tokens)
-        progress.close()
+        _write_parts(job, parts, range(index, len(parts), count), missing, num_workers)
         left = _missing(folder, parts)
         if left and not _is_complete(out, corpus):
             print(
@@ -111,7 +104,7 @@ def prepare(
             return Prepared({}, was_complete=False)
         with _lock(out):
             if not _is_complete(out, corpus):
-                join(out, folder, parts, corpus, loaded, plan, sources)
+                join(out, folder, len(parts), corpus, loaded, plan, sources)
     for left in out.glob("parts-*"):
         shutil.rmtree(left, ignore_errors=True)
     manifests = {split: json.loads((out / split / MANIFEST).read_text()) for split in corpus.splits}
@@ -119,7 +112,7 @@ def prepare(
 
 
 def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]) -> dict:
-    """Returns all that the stores depend on, and under "names" how it was spelled."""
+    """Return all that the stores depend on, and under "names" the tokenizer and data as given."""
     units = [(i, *unit) for part in parts for i, unit in part]
     plan = {
         "tokenizer": tokenizer.fingerprint,
@@ -138,14 +131,14 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
 
 
 def inputs_hash(corpus: Corpus) -> str:
-    """A hash of the documents of a corpus and of their split: files by their sizes and times."""
+    """Return a hash of the documents of a corpus, by file sizes and times, and of their split."""
     units = [(i, *unit) for part in plan_parts(corpus.sources()) for i, unit in part]
     content = [dict(corpus.columns), corpus.separator, corpus.split, corpus.validation_fraction]
     return hashlib.sha256(json.dumps([content, units]).encode()).hexdigest()
 
 
 def _parts_hash(plan: dict, corpus: Corpus) -> str:
-    """Returns a hash of what the parts depend on: the split only where it cuts documents."""
+    """Return a hash of what the parts depend on: the split only where it cuts documents."""
     keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
     if corpus.cuts_documents:
         keys += ["split", "validation_fraction"]
@@ -153,23 +146,25 @@ def _parts_hash(plan: dict, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _check_start(corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]) -> None:
-    """Raises ValueError for what would be an error at the end, as far as it is known now."""
+def _check_sources(
+    corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]
+) -> None:
+    """Raise ValueError for errors of the join that can be known without reading."""
     units = [(sources[i], unit) for part in parts for i, unit in part]
-    losses = SkipReport()
+    report = SkipReport()
     for source, unit in units:
-        if isinstance(source, ListedSource) and source.document_ids(unit) == []:
-            losses.add(Skipped(unit.name, "other_file_type"), unit.size)
+        if document_ids(source, unit) == []:
+            report.add(Skipped(unit.name, "other_file_type"), unit.size)
     total = sum(unit.size for _, unit in units)
-    found = [losses.limit_error(sys.maxsize, total, max_loss=corpus.max_loss)]
+    errors = [report.limit_error(sys.maxsize, total, max_loss=corpus.max_loss)]
     if len(parts) > 1 and (empty := split_without_documents(corpus, sources, parts)):
-        found.append(empty_split(empty, len(units), corpus, ""))
-    if any(found):
-        raise ValueError("; and ".join(filter(None, found)))
+        errors.append(empty_split(empty, len(units), corpus, ""))
+    if any(errors):
+        raise ValueError("; and ".join(filter(None, errors)))
 
 
-def _claim(out: Path, plan: dict, out_flag: str) -> dict:
-    """Returns the plan of `out`, now `plan` if it had none. Raises ValueError if it differs."""
+def _record_plan(out: Path, plan: dict, out_flag: str) -> dict:
+    """Return the plan of `out`, now `plan` if it had none. Raises ValueError if it differs."""
     file = out / "plan.json"
     if not file.is_file():
         taken = [split for split in ("train", "validation") if (out / split).exists()]
@@ -205,7 +200,7 @@ def _missing(folder: Path, parts: Sequence[Part]) -> list[int]:
 
 @contextlib.contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Lets one process at a time join the parts; the lock of a killed process is free again."""
+    """Let one process at a time join the parts; a killed process releases its lock."""
     with open(out / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -214,17 +209,12 @@ def _lock(out: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker needs beside the part."""
+    """Arguments of a worker that all parts share."""
 
     corpus: Corpus
     tokenizer: str
     fingerprint: str
     folder: str
-
-
-class _Done(NamedTuple):
-    num_bytes: int
-    num_tokens: int
 
 
 @functools.cache
@@ -235,50 +225,65 @@ def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _write_part(job: _Job, i: int, part: Part) -> _Done:
-    """Writes the file of part `i`: digests of its documents, their blocks, and what was skipped."""
+def _write_parts(
+    job: _Job, parts: Sequence[Part], own: range, missing: list[int], num_workers: int | None
+) -> None:
+    """Write the `missing` ones of a shard's `own` parts, with a progress bar on stderr."""
+    sizes = {i: sum(unit.size for _, unit in parts[i]) for i in own}
+    total, left = sum(sizes.values()), sum(sizes[i] for i in missing)
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    bar = tqdm(total=total, initial=total - left, unit="B", unit_scale=True, mininterval=interval)
+    num_tokens = 0
+    with bar:
+        calls = [(job, i, parts[i]) for i in missing]
+        for position, count in run_in_processes(_write_part, calls, num_workers=num_workers):
+            num_tokens += count
+            speed = num_tokens / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update(sizes[missing[position]])
+
+
+def _write_part(job: _Job, i: int, part: Part) -> int:
+    """Write the file of part `i` and return the number of its tokens.
+
+    The file has the digests of its documents, their blocks, and what was skipped.
+    """
     tokenizer = _load(job.tokenizer, job.fingerprint)
-    documents: dict[str, list[Document]] = {group: [] for group in block_names(job.corpus)}
-    digests = {group: [] for group in documents}
-    losses, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
+    documents: dict[str, list[Document]] = {name: [] for name in block_names(job.corpus)}
+    numbers: dict[str, list[int]] = {name: [] for name in documents}
+    report, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
     order = {}  # digest -> its number in the part
     for item, digest in read_documents(job.corpus, part):
         if isinstance(item, Skipped):
-            losses.add(item, sizes.get(item.id, 0))
+            report.add(item, sizes.get(item.id, 0))
             continue
         number = order.setdefault(digest, len(order))
         whole = [(WHOLE, item)]
-        for group, document in job.corpus.assign(item) if job.corpus.cuts_documents else whole:
+        for name, document in job.corpus.assign(item) if job.corpus.cuts_documents else whole:
             if not all(document.fields.values()):
-                losses.add(Skipped(item.id, "empty"))
+                report.add(Skipped(item.id, "empty"))
                 continue
-            documents[group].append(document)
-            digests[group].append(number)
+            documents[name].append(document)
+            numbers[name].append(number)
     arrays = {
         "digests": np.frombuffer(b"".join(order), "<u8").reshape(-1, 2),
-        "skipped": np.frombuffer(losses.to_json(), np.uint8),
+        "skipped": np.frombuffer(report.to_json(), np.uint8),
     }
-    num_bytes = num_tokens = 0
-    for group, found in documents.items():
+    num_tokens = 0
+    for name, found in documents.items():
         block = encode_block(found, tokenizer, fields=list(job.corpus.columns))
-        arrays[f"{group}.digests"] = np.array(digests[group], np.int64)
-        arrays[f"{group}.hashes"] = np.array([key_hash(d.id) for d in found], np.uint64)
-        arrays[f"{group}.ids"], arrays[f"{group}.id_lengths"] = block.ids
-        for name, tokens in block.tokens.items():
-            arrays[f"{group}.tokens.{name}"], arrays[f"{group}.lengths.{name}"] = tokens
-            arrays[f"{group}.bytes.{name}"] = block.num_bytes[name]
-            num_bytes += int(block.num_bytes[name].sum())
-            num_tokens += len(tokens.values)
+        arrays[f"{name}.digests"] = np.array(numbers[name], np.int64)
+        arrays[f"{name}.hashes"] = np.array([key_hash(d.id) for d in found], np.uint64)
+        arrays |= block_arrays(name, block)
+        num_tokens += sum(len(tokens.values) for tokens in block.tokens.values())
     content = io.BytesIO()
     np.savez(content, **arrays)
     storage.write_atomically(part_file(job.folder, i), content.getbuffer())
-    return _Done(num_bytes, num_tokens)
+    return num_tokens
 
 
 def summary(manifests: dict[str, dict]) -> str:
-    """Returns a table of the stores (documents, bytes, tokens, what was skipped), and the first of
-    what was skipped.
-    """
+    """Return a table of the stores, with the first skipped records."""
     lines = [
         f"{'store':<22}{'documents':>11}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}  skipped"
     ]

@@ -1,6 +1,4 @@
-"""Which row of which source is example number `i`: pure index algebra, no state.
-
-A run is a function of its step, so the order of its data must be one too. Three parts:
+"""Index algebra from example number `i` to a row of a source; no state.
 
 permutation  A Feistel network over the grid `[0, a) x [0, b)` with `a * b` just above the length,
              and cycle walking for the few values that fall outside (Black and Rogaway, "Ciphers
@@ -10,9 +8,9 @@ epochs       Example `j` of a source of `n` rows belongs to epoch `j // n` and i
              `permute(j % n)`.
 mixtures     A binary tree with the sources as leaves. Of the first `x` examples of a node,
              `round(x * left / (left + right))` go to its left child and the others to its right.
-             Both counts never decrease as `x` grows, so they also say where example `x` goes, and
-             which one of its source it is. After any number of examples the count of every source
-             is within `(log2(sources) + 1) / 2` of its share, for ever.
+             Neither count decreases as `x` grows, so they also give the child of example `x` and
+             its number there. After any number of examples the count of every source is within
+             `(log2(sources) + 1) / 2` of its share, for ever.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _MAX_DENOMINATOR = 2**31  # products of two remainders below it fit in int64
 
 
 def hash_words(*words: np.ndarray | int) -> np.ndarray:
-    """Returns uint64 hashes of the broadcast integer words (splitmix64, once per word)."""
+    """Return uint64 hashes of the broadcast integer words (splitmix64, once per word)."""
     state = np.zeros(1, np.uint64)
     for word in words:
         state = state ^ np.asarray(word).astype(np.uint64)
@@ -42,7 +40,7 @@ def hash_words(*words: np.ndarray | int) -> np.ndarray:
 
 
 def scale_hash(hashes: np.ndarray, limit: np.ndarray | np.uint64) -> np.ndarray:
-    """Returns uint64 hashes mapped to `[0, limit)` by multiply and shift; limit <= 2**32."""
+    """Return uint64 hashes mapped to `[0, limit)` by multiply and shift; limit <= 2**32."""
     return ((hashes >> np.uint64(32)) * limit) >> np.uint64(32)
 
 
@@ -53,7 +51,7 @@ def permute(
     seed: np.ndarray | int,
     epoch: np.ndarray | int = 0,
 ) -> np.ndarray:
-    """Returns int64 `[n]`: where a pseudo-random permutation of `[0, length)` sends each index.
+    """Return int64 `[n]`: each index under a pseudo-random permutation of `[0, length)`.
 
     index: int64 [n], each in `[0, length)`. `length` (1 to 2**62), `seed` and `epoch` broadcast
     against it, so that one call serves rows of several sources and epochs; every (length, seed,
@@ -74,7 +72,7 @@ def permute(
 
 
 def _feistel(index: np.ndarray, high: np.ndarray, low: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Returns int64 `[n]`: a keyed bijection of `[0, high * low)` applied to each index."""
+    """Return int64 `[n]`: a keyed bijection of `[0, high * low)` applied to each index."""
     left, right = (part.astype(np.uint64) for part in np.divmod(index, low))
     left_size, right_size = high.astype(np.uint64), low.astype(np.uint64)
     for round_keys in keys + np.arange(_ROUNDS, dtype=np.uint64)[:, None] * _GOLDEN:
@@ -88,7 +86,7 @@ def _feistel(index: np.ndarray, high: np.ndarray, low: np.ndarray, keys: np.ndar
 
 
 class Location(NamedTuple):
-    """Where examples lie: int64 `[n]` each."""
+    """Source, epoch and row of n examples: int64 `[n]` each."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -96,7 +94,7 @@ class Location(NamedTuple):
 
 
 class Sampler:
-    """The order of a weighted mixture of sources: `locate(i)` says which row example `i` is."""
+    """The order of a weighted mixture of sources: `locate(i)` is the row of example `i`."""
 
     def __init__(
         self,
@@ -106,7 +104,7 @@ class Sampler:
         seed: int,
         shuffle: bool = True,
     ):
-        """Makes the order of sources of `lengths` rows, mixed by `weights` (None: by their rows).
+        """Make the order of sources of `lengths` rows, mixed by `weights` (None: by their rows).
 
         Weights are taken as the decimals they are written as, and hold exactly if their common
         denominator is at most 2**31; finer ones are rounded to multiples of 2**-31. Without
@@ -131,7 +129,7 @@ class Sampler:
             self._tree[node] = self._tree[2 * node] + self._tree[2 * node + 1]
 
     def locate(self, index: np.ndarray) -> Location:
-        """Returns source, epoch within it and row of every example; index: int64 [n], >= 0."""
+        """Return source, epoch within it and row of every example; index: int64 [n], >= 0."""
         rank = np.asarray(index, np.int64)
         node = np.ones_like(rank)
         num_leaves = len(self._tree) // 2
@@ -147,7 +145,7 @@ class Sampler:
         return Location(source, epoch, row)
 
     def rows_before(self, index: int) -> np.ndarray:
-        """Returns int64 `[S]`: how many of the examples below `index` come from each source."""
+        """Return int64 `[S]`: the number of examples below `index` from each source."""
         counts, nodes = np.array([index], np.int64), np.array([1])
         while len(counts) < len(self._tree) // 2:
             left, _ = self._split(counts, nodes)
@@ -156,7 +154,7 @@ class Sampler:
         return counts[: len(self.lengths)]
 
     def num_examples(self, num_epochs: float) -> int:
-        """Returns the first index that would take any source beyond `num_epochs` times its rows.
+        """Return the first index that would take any source beyond `num_epochs` times its rows.
 
         For one source, and for sources mixed by their rows, this is `num_epochs` times all rows;
         any other mixture ends with the source that runs out first.
@@ -171,8 +169,8 @@ class Sampler:
         return enough
 
     def _split(self, count: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns how many of a node's first `count` examples go left, and if the next one does."""
-        weight = np.maximum(self._tree[node], 1)  # 0: padding, of which nobody asks
+        """Return how many of a node's first `count` examples go left, and whether the next does."""
+        weight = np.maximum(self._tree[node], 1)  # 0: padding, never reached
         left = self._tree[2 * node]
         # whole, rest: no product passes max(count, weight**2) < 2**63, and nothing is a float
         whole, rest = np.divmod(count, weight)
@@ -182,7 +180,7 @@ class Sampler:
 
 
 def _integer_weights(weights: Sequence[float]) -> list[int]:
-    """Returns positive integers in the ratio of `weights`, with a sum of at most 2**31."""
+    """Return positive integers in the ratio of `weights`, with a sum of at most 2**31."""
     if not all(weight > 0 and math.isfinite(weight) for weight in weights):
         raise ValueError(
             f"mixture weights must be positive, got {list(weights)}: leave a source out instead"

@@ -1,4 +1,4 @@
-"""Trains SentencePiece models that are lossless (what goes in comes out, byte for byte), and lists
+"""Train SentencePiece models that are lossless (what goes in comes out, byte for byte), and lists
 words for corpora that are words.
 """
 
@@ -24,7 +24,7 @@ UNKNOWN_WORD, END_OF_LINE = "<unk>", "<eos>"
 
 
 def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
-    """Yields texts of the train split, without duplicates, about `sample_bytes` of them in all.
+    """Yield texts of the train split, without duplicates, about `sample_bytes` of them in all.
 
     The sample takes documents by a hash of their id, spread over the whole corpus.
 
@@ -82,7 +82,7 @@ def train_sentencepiece(
     split_digits: bool = False,
     vocab_flag: str = "--vocab-size",
 ) -> bytes:
-    """Returns the SentencePiece model trained on `texts`: the same texts give the same bytes.
+    """Return the SentencePiece model trained on `texts`: the same texts give the same bytes.
 
     Normalisation is the identity, without dummy prefix; bytes stand in for characters outside the
     vocabulary; pieces may mix letters, digits and punctuation and may be white space.
@@ -160,7 +160,7 @@ def _rare_characters(texts: Iterable[str], room: int, most: int) -> dict[int, st
 
 
 def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> Iterator[str]:
-    """Yields what SentencePiece counts pairs in; never across two of these, or a rare character."""
+    """Yield what SentencePiece counts pairs in; never across two of these, or a rare character."""
     for text in texts:
         for line in [text] if piece_span == "word" else _LINE.split(text):
             for part in line.translate(rare).split("\0") if rare else [line]:
@@ -168,7 +168,7 @@ def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> I
 
 
 def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
-    """Returns the `tokenizer.json` of the `vocab_size` most frequent words of `texts`, or of all.
+    """Return the `tokenizer.json` of the `vocab_size` most frequent words of `texts`, or of all.
 
     A word is what stands between white space; every line ends with the token <eos>, as in the
     language modelling benchmarks (Penn Treebank, WikiText), which is also what ends a document. The
@@ -205,7 +205,7 @@ def train_tokenizer(
     sample_bytes: int,
     vocab_flag: str = "--vocab-size",
 ) -> int:
-    """Writes a model trained on the train split to `out`; returns the bytes it was given.
+    """Write a model trained on the train split to `out`; returns the bytes it was given.
 
     model_type: bpe or unigram (SentencePiece), or word, which has no pieces to choose.
     """

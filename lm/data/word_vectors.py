@@ -36,7 +36,7 @@ class WordVectors:
 
 
 def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
-    """Returns the vectors of the file `name` (.gz: compressed; local or `gs://`) for a vocabulary.
+    """Return the vectors of the file `name` (.gz: compressed; local or `gs://`) for a vocabulary.
 
     A word belongs to every id whose text is the word, white space around it left out; case counts.
     Where a word comes twice the first counts. Vectors are taken as they are: GloVe's entries have a
@@ -80,7 +80,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
 def _lines(
     name: str, stream: IO[bytes], embed_dim: int
 ) -> Iterator[tuple[int, bytes, list[bytes]]]:
-    """Yields (number of the line, word, values); GloVe has words with spaces in them."""
+    """Yield (number of the line, word, values); GloVe has words with spaces in them."""
     for number, line in enumerate(stream, start=1):
         word, *values = line.rstrip().rsplit(b" ", embed_dim)
         if number == 1:

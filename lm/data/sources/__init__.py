@@ -1,9 +1,8 @@
-"""The two contracts of a source: documents for preparation, rows for training.
+"""The contracts of a source: documents for preparation, rows for training.
 
-A document source is split into units. A unit is the smallest piece that one worker reads; the list
-of units is a pure function of the data (never of the number of workers or machines), and reading
-the units in order gives the documents in order. That is what makes preparation parallel, resumable
-and the same everywhere.
+A document source is split into units, each read by one worker. The list of units is a pure function
+of the data (never of the number of workers or machines), and reading the units in order gives the
+documents in order: so preparation is parallel, resumable and the same everywhere.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,10 +20,9 @@ class Document(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A record that is no document: counted by its reason, never dropped in silence.
+    """A file or record that is no document, with the reason.
 
-    fields: of a record without a wanted field, those that it has.
-    detail: what helps to understand the first ones, if there is more to say.
+    fields: of a record without a wanted field, those that it has. detail: what else helps the user.
     """
 
     id: str
@@ -34,7 +32,7 @@ class Skipped(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A piece of a source: records `start` to `stop` of `name`, about `size` bytes of text.
+    """Records `start` to `stop` of the file or split `name`, about `size` bytes of text.
 
     `stamp` changes when the data behind the unit changes (size and time of a file, version of a
     data set).
@@ -51,32 +49,40 @@ class DocumentSource(Protocol):
     """Raw text, for preparation: picklable, deterministic in order, read unit by unit."""
 
     def units(self) -> list[Unit]:
-        """Returns all units in order. Raises ValueError where the source is missing or empty."""
+        """Return all units in order. Raises ValueError where the source is missing or empty."""
         ...
 
     def read(self, unit: Unit, /) -> Iterator[Document | Skipped]:
-        """Yields the documents of one unit in order, and what had to be skipped."""
+        """Yield the documents of one unit in order, and what had to be skipped."""
         ...
 
 
 @runtime_checkable
 class ListedSource(Protocol):
-    """A source of which more is known before it is read."""
+    """A source that can be listed without reading it."""
 
     def skipped_files(self) -> list[Skipped]:
-        """Returns what lies among the data and is in no unit: links to nothing, hidden files."""
+        """Return files that are in no unit: dangling links, hidden files."""
         ...
 
     def document_ids(self, unit: Unit, /) -> Iterable[str] | None:
-        """Returns the ids of the documents of a unit, None where only reading it would tell."""
+        """Return the ids of the documents of a unit, None where they are known only by reading."""
         ...
+
+
+def skipped_files(source: DocumentSource) -> list[Skipped]:
+    return source.skipped_files() if isinstance(source, ListedSource) else []
+
+
+def document_ids(source: DocumentSource, unit: Unit) -> Iterable[str] | None:
+    return source.document_ids(unit) if isinstance(source, ListedSource) else None
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What an objective wants rows to be.
+    """The rows that an objective takes.
 
-    fields: of the store, in the order in which the parts of a document stand.
+    fields: of the store, in the order in which they follow each other in a document.
     lengths: one number: rows of so many tokens, in which the fields of a document follow each
       other. As many numbers as fields: each field has so many tokens of the row to itself, and a
       document has the same segment number in all of them.
@@ -95,13 +101,12 @@ class RowLayout:
 class Rows:
     """B rows of T tokens, packed from documents.
 
-    ids: int32 [B, T], 0 where there is padding.
-    segments: int32 [B, T], 1, 2, ... in every row, 0 where there is padding.
-    positions: int32 [B, T], restart at 0 in every segment, also in a document continued from the
-    row before; where fields lie apart, in every field.
-    previous: int32 [B, T], where a segment begins inside its document (the rest of one that was
-    cut) the token just before it in the document, else -1.
-    fields: int32 [B, T], which field of its document a token is from; None where there is one.
+    ids: int32 [B, T], 0 in padding.
+    segments: int32 [B, T], 1, 2, ... in every row, 0 in padding.
+    positions: int32 [B, T], restart at 0 in every segment, also in the rest of a document that was
+      cut; where fields have their own parts of the row, in every field.
+    previous: int32 [B, T], the token before the cut where the rest of a document begins, else -1.
+    fields: int32 [B, T], the number of each token's field; None where there is one.
     """
 
     ids: np.ndarray
@@ -117,5 +122,5 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: np.ndarray) -> Rows:
-        """Returns the rows with the indices `rows`: int64 [B]."""
+        """Return the rows with the indices `rows`: int64 [B]."""
         ...

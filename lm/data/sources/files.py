@@ -81,7 +81,7 @@ def root_of(spec: str) -> Path:
 
 
 def blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """Yields the uncompressed content from `offset` on.
+    """Yield the uncompressed content from `offset` on.
 
     Raises:
         DamagedFile: it cannot be uncompressed.
@@ -130,7 +130,7 @@ def _reason_against(path: str) -> str:
 def _walk(
     root: Path, excluded: frozenset[str], *, hidden: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Yields (name, reason why it is passed over or "") of all below `root`, each folder once."""
+    """Yield (name, reason why it is passed over or "") of all below `root`, each folder once."""
     seen: set[tuple[int, int]] = set()
     folders, links = collections.deque([""]), collections.deque[str]()
     while folders or links:  # links last: what they lead to below `root` has been read by its name
@@ -182,7 +182,7 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _zstandard_blocks(path: Path) -> Iterator[bytes]:
-    """Yields the content of all frames; zstandard's own reader takes a cut one for a whole."""
+    """Yield the content of all frames; zstandard's own reader takes a cut one for a whole."""
     import zstandard
 
     def new() -> Any:

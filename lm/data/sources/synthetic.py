@@ -1,24 +1,21 @@
-"""Rows made from nothing, for tests and benchmarks: pure functions of (kind, seed, row).
+"""Synthetic rows for tests and benchmarks: pure functions of (kind, seed, row).
 
-random  Uniform tokens; nothing to learn: the loss stays at log(vocab_size).
-markov  Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely, so all tokens are
-        equally frequent. The best loss is log(2) for every token with a predecessor; looking one
-        token back is enough to reach it.
-copy    A document repeats its first 8 tokens; everything after them can be predicted by looking
-        back.
+random   Uniform tokens; nothing to learn: the loss stays at log(vocab_size).
+markov   Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely, so all tokens are
+         equally frequent. The best loss is log(2) for every token with a predecessor, from the
+         previous token alone.
+copy     A document repeats its first 8 tokens; everything after them is determined by them.
+reverse  The only one of two fields: the target is the source backwards, both end in eos.
 
-reverse The only one of two fields: the target is the source backwards.
-
-Documents have random lengths, cut at the ends of a row. No token is special: there is no eos, but
-in pairs.
+Documents have random lengths and end with their row. There are no special tokens but in `reverse`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from lm.data.packing import Span
-from lm.data.pairs import FieldStore, Pairs
+from lm.data.packing import Span, check_rows
+from lm.data.pairs import Pairs
 from lm.data.sampler import hash_words, scale_hash
 from lm.data.sources import RowLayout, Rows
 
@@ -27,7 +24,7 @@ _PERIOD = 8
 
 
 class Synthetic:
-    """`num_rows` rows of `length` tokens below `vocab_size`; a Source."""
+    """`num_rows` rows of `length` tokens below `vocab_size`; a `RowSource`."""
 
     def __init__(
         self,
@@ -61,12 +58,8 @@ class Synthetic:
         return self.num_rows
 
     def read(self, rows: np.ndarray) -> Rows:
-        """Returns the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
-        rows = np.asarray(rows, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= self.num_rows):
-            raise IndexError(
-                f"synthetic rows {rows.min()} to {rows.max()} are not within {self.num_rows}"
-            )
+        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        rows = check_rows(rows, self.num_rows, f"synthetic:{self.kind}")
         columns = np.arange(self.length, dtype=np.int32)
         starts = scale_hash(self._hash(0, rows, columns), np.uint64(self.document_length)) == 0
         starts[:, :1] = True
@@ -81,7 +74,7 @@ class Synthetic:
         return Rows(ids, segments, positions, np.full_like(ids, -1))
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        """Returns for each row its documents, numbered in the row."""
+        """Return for each row its documents, numbered in the row."""
         read = self.read(rows)
         return [
             [
@@ -95,7 +88,7 @@ class Synthetic:
         return hash_words(self.seed, stream, rows[:, None], columns)
 
     def _walk(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Returns int32 [B, T]: random walks on the graph of kind markov."""
+        """Return int32 [B, T]: random walks on the graph of kind markov."""
         choices = (self._hash(1, rows, columns) >> np.uint64(63)).astype(np.int32)
         ids = np.empty((len(rows), self.length), np.int32)
         token = scale_hash(self._hash(2, rows, columns[:1]), np.uint64(self.vocab_size))[:, 0]
@@ -106,34 +99,30 @@ class Synthetic:
         return ids
 
 
-class _Field(FieldStore):
+class _Field:
     """One field of documents in memory."""
 
     path = "synthetic:reverse"
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, eos: int):
-        self.offsets = offsets
-        self.manifest = {"tokenizer": {"eos_id": eos}}
-        self._tokens = tokens
+        self.offsets, self.eos_id, self._tokens = offsets, eos, tokens
 
     def document_ids(self, i: int) -> str:
         return f"reverse/{i}"
 
-    def _ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]:
+    def read_ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def reverse(layout: RowLayout, *, eos_id: int, num_documents: int = 4096, seed: int = 0) -> Pairs:
-    """Returns pairs of a random source of 1 to 15 tokens below `eos_id` or 256 and its reverse."""
-    rng = np.random.default_rng([seed, num_documents])
-    lengths = rng.integers(1, 16, num_documents)
+def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:
+    """Return `num_rows` pairs of a random source of 1 to 15 tokens and its reverse."""
+    rng = np.random.default_rng([seed, num_rows])
+    lengths = rng.integers(1, 16, num_rows)
     offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
     tokens = rng.integers(0, min(eos_id, 256), offsets[-1]).astype(np.int32)
     tokens[offsets[1:] - 1] = eos_id
-    places = np.arange(len(tokens))
-    document = np.searchsorted(offsets, places, "right") - 1
-    backwards = offsets[document] + offsets[document + 1] - 2 - places
-    is_end = places == offsets[document + 1] - 1
-    target = np.where(is_end, eos_id, tokens[np.where(is_end, places, backwards)])
-    fields = [_Field(x.astype(np.int32), offsets, eos_id) for x in (tokens, target)]
-    return Pairs(fields, layout)
+    at = np.arange(len(tokens))
+    document = np.searchsorted(offsets, at, "right") - 1
+    backwards = offsets[document] + offsets[document + 1] - 2 - at
+    target = tokens[np.where(tokens == eos_id, at, backwards)]
+    return Pairs([_Field(x, offsets, eos_id) for x in (tokens, target)], layout)

@@ -128,7 +128,7 @@ class TextSource:
             yield Skipped(unit.name, "empty")
 
     def _kind(self, name: str) -> str:
-        """Returns the suffix that says how a file is read; "" if it is not a known one."""
+        """Return the suffix that says how a file is read; "" if it is not a known one."""
         suffix = _suffix(name)
         return ".tsv" if suffix == ".txt" and are_numbers(self.columns) else suffix
 
@@ -153,12 +153,12 @@ _KNOWN = f"{' '.join(SUFFIXES)}, and {' '.join(files.COMPRESSED)} of these"
 
 
 def _root(spec: str) -> Path:
-    """Returns the folder that ids of `spec` are relative to."""
+    """Return the folder that ids of `spec` are relative to."""
     return Path(sysconfig.get_path("stdlib")) if spec in _STDLIB else files.root_of(spec)
 
 
 def _suffix(name: str) -> str:
-    """Returns the suffix of the uncompressed file, "" if it is not a known one."""
+    """Return the suffix of the uncompressed file, "" if it is not a known one."""
     for compressed in files.COMPRESSED:
         name = name.removesuffix(compressed)
     suffix = os.path.splitext(name)[1]
@@ -185,7 +185,7 @@ def _finder(separator: str) -> tuple[Find, int]:
 def _records(
     path: Path, find: Find, longest: int, start: int, stop: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset, record) of the records that begin at offsets `start` to `stop`.
+    """Yield (offset, record) of the records that begin at offsets `start` to `stop`.
 
     find: the place of the next separator, of at most `longest` bytes. The time is linear for a
     record of any length. A separator at the end begins no record. Ranges need a separator of one

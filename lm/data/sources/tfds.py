@@ -111,7 +111,7 @@ class TfdsSource:
             yield from_record(document_id, texts, self.columns)
 
     def _builder(self, *, download: bool) -> Any:
-        """Returns the builder of the data set on disk. Raises ValueError where there is none.
+        """Return the builder of the data set on disk. Raises ValueError where there is none.
 
         `tfds.builder` and `tfds.load` would first look for the data set in the cloud, and without a
         network retry for minutes; files are found without.

@@ -1,4 +1,4 @@
-"""Writes token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
+"""Write token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ class RaggedArray(NamedTuple):
     lengths: np.ndarray
 
     def keep(self, rows: np.ndarray) -> "RaggedArray":
-        """Returns the rows where the bool mask `rows` is true."""
+        """Return the rows where the bool mask `rows` is true."""
         if rows.all():
             return self
         return RaggedArray(self.values[np.repeat(rows, self.lengths)], self.lengths[rows])
@@ -40,7 +40,7 @@ class Block(NamedTuple):
     num_bytes: dict[str, np.ndarray]
 
     def keep(self, rows: np.ndarray) -> "Block":
-        """Returns the documents where the bool mask `rows` is true."""
+        """Return the documents where the bool mask `rows` is true."""
         return Block(
             self.ids.keep(rows),
             {field: tokens.keep(rows) for field, tokens in self.tokens.items()},
@@ -49,14 +49,14 @@ class Block(NamedTuple):
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """Returns the smallest of uint16 and uint32 that holds every id, little-endian."""
+    """Return the smallest of uint16 and uint32 that holds every id, little-endian."""
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def encode_block(
     documents: Sequence[Document], tokenizer: Tokenizer, *, fields: Sequence[str]
 ) -> Block:
-    """Returns the documents as tokens, each followed by eos."""
+    """Return the documents as tokens, each followed by eos."""
     ids = [document.id.encode(errors="surrogateescape") for document in documents]
     dtype = token_dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], dtype)
@@ -89,7 +89,7 @@ def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
 
 
 class StoreWriter:
-    """Writes a store beside `path` and moves it there, complete, in `close`.
+    """Write a store beside `path` and moves it there, complete, in `close`.
 
     Blocks are appended in order; the same blocks give the same bytes. What an interrupted writer
     left behind is removed by the next one.
@@ -111,7 +111,7 @@ class StoreWriter:
             self._files[name] = _HashedFile(self._partial / name)
 
     def add(self, block: Block) -> None:
-        """Appends the documents of `block`."""
+        """Append the documents of `block`."""
         self._files["ids.bin"].write(block.ids.values)
         self._id_lengths.append(block.ids.lengths)
         for field, tokens in block.tokens.items():
@@ -128,7 +128,7 @@ class StoreWriter:
         skipped: Mapping[str, int],
         skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
-        """Writes the rest, the manifest last, and moves the store to its place.
+        """Write the rest, the manifest last, and moves the store to its place.
 
         skipped, skipped_examples: by reason, how many records are no documents, and the first ids.
         """
@@ -183,7 +183,7 @@ def write_store(
     *,
     fields: Sequence[str] = ("text",),
 ) -> None:
-    """Writes a small store of `documents` in memory: for tests and experiments, without splits."""
+    """Write a small store of `documents` in memory: for tests and experiments, without splits."""
     writer = StoreWriter(path, tokenizer, fields=fields)
     writer.add(encode_block(list(documents), tokenizer, fields=fields))
     writer.close(tokenizer_name=tokenizer.name, source=[], split="", skipped={})

@@ -60,11 +60,11 @@ class TokenStore:
         self._files = files
         self.offsets = files.array(f"{field}/offsets.bin", "<i8")
         self.document_bytes = files.array(f"{field}/bytes.bin", "<i8")
-        self._ranges = files.ranges(f"{field}/tokens.bin", manifest["dtype"])
+        self.read_ranges = files.ranges(f"{field}/tokens.bin", manifest["dtype"])
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, field: str = "text") -> "TokenStore":
-        """Returns the store at `path`, a folder or a URL; file sizes are checked, contents are not.
+        """Return the store at `path`, a folder or a URL; file sizes are checked, contents are not.
 
         Raises NoStore if there is no complete store, ValueError if it has no such field.
         """
@@ -86,33 +86,33 @@ class TokenStore:
         return cls(path, field, files, manifest)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens of positions `start` to `stop`, int32 [stop - start]."""
+        """Return the tokens of positions `start` to `stop`, int32 [stop - start]."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(
                 f"{self.path}: tokens {start} to {stop} are not within {self.num_tokens}"
             )
-        return self._ranges([start], [stop])[0].astype(np.int32)
+        return self.read_ranges([start], [stop])[0].astype(np.int32)
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Returns windows of `length` tokens at `starts`, int32 [B, length]; 0 beyond the end."""
+        """Return windows of `length` tokens at `starts`, int32 [B, length]; 0 beyond the end."""
         starts = np.asarray(starts, np.int64)
         if starts.size and starts.min() < 0:
             raise ValueError(f"{self.path}: a window cannot start at {int(starts.min())}")
         begins = np.minimum(starts, self.num_tokens).tolist()
         ends = np.minimum(starts + length, self.num_tokens).tolist()
         result = np.zeros((len(begins), length), np.int32)
-        for row, window in zip(result, self._ranges(begins, ends), strict=True):
+        for row, window in zip(result, self.read_ranges(begins, ends), strict=True):
             row[: len(window)] = window
         return result
 
     def document_ids(self, i: int) -> str:
-        """Returns the id of document `i`, bytes that are no UTF-8 as `os.fsdecode` gives them."""
+        """Return the id of document `i`, bytes that are no UTF-8 as `os.fsdecode` gives them."""
         start, stop = self._id_offsets[i], self._id_offsets[i + 1]
         content = self._id_ranges([int(start)], [int(stop)])[0].tobytes()
         return content.decode(errors="surrogateescape")
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Returns the tokenizer that made this store, from the copy inside it."""
+        """Return the tokenizer that made this store, from the copy inside it."""
         entry = self.manifest["tokenizer"]
         if not entry["file"]:
             return tokenizers.from_bytes(entry["name"], b"")
@@ -151,6 +151,11 @@ class TokenStore:
                     f"{entry['sha256']}; "
                     "the file is damaged: copy or prepare it again"
                 )
+
+    @property
+    def eos_id(self) -> int:
+        """The token that documents end with."""
+        return int(self.manifest["tokenizer"]["eos_id"])
 
     @functools.cached_property
     def _id_offsets(self) -> np.ndarray:
