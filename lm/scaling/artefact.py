@@ -146,7 +146,7 @@ class Result:
 
     @property
     def factor(self) -> float:
-        """FLOPs for each parameter and token in the table: the middle of least and most."""
+        """FLOPs for each parameter and token in the table: the geometric mean of the extremes."""
         least, most = self.data.flops_per_parameter_token
         return math.sqrt(least * most)
 

@@ -16,7 +16,7 @@ from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
 
 SECONDS_PER_DAY = 86400.0
 MAX_EXTRAPOLATION = 100.0  # times the largest FLOPs of the table
-FAR = 10.0  # from here on a plan says how far it is from what was measured
+FAR = 10.0  # the distance from which on a plan warns of it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ def fit_power(x: np.ndarray, y: np.ndarray) -> Power:
     return Power(float(np.exp(log_y.mean() - exponent * log_x.mean())), exponent)
 
 
-NEIGHBOURS = 2  # points on each side of the lowest that a parabola is laid through, at least
+NEIGHBOURS = 2  # least points on each side of the lowest that a parabola is fitted to
 REACH = 2.0  # and all points up to this factor from it
 
 
@@ -47,15 +47,15 @@ class Parabola:
         return np.polyval((self.square, self.slope, self.height), np.log(x) - self.middle)
 
     @property
-    def lowest(self) -> float:
-        """The x of its lowest point; NaN unless it opens upwards and has that point inside."""
-        place = -self.slope / (2 * self.square) if self.square > 0 else np.nan
-        x = float(np.exp(self.middle + place))
+    def minimum(self) -> float:
+        """The x of its minimum; NaN unless it opens upwards and has the minimum inside."""
+        offset = -self.slope / (2 * self.square) if self.square > 0 else np.nan
+        x = float(np.exp(self.middle + offset))
         return x if self.low <= x <= self.high else np.nan
 
 
 def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
-    """That of least squares through the lowest of the points [n], n >= 3, and those near it: far
+    """The least squares parabola of the lowest of the points [n], n >= 3, and those near it: far
     from the minimum a loss is no parabola. None where the lowest point is the first or the last.
     """
     order = np.argsort(x)
@@ -72,8 +72,6 @@ def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
 
 
 def parabola_minimum(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the lowest point of `parabola`; NaN where there is none inside."""
+    """(x, y) of the minimum of `parabola`; NaN where there is none inside."""
     found = parabola(x, y)
-    if found is None:
-        return np.nan, np.nan
-    return found.lowest, float(found.at(found.lowest))
+    return (np.nan, np.nan) if found is None else (found.minimum, float(found.at(found.minimum)))
