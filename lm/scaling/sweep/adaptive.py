@@ -52,7 +52,7 @@ class Search:
         )
         self._seen: dict[str, int] = {}  # run -> size of its metrics when last read
 
-    def runs(self) -> Iterator[Trial | None]:
+    def runs(self) -> Iterator[Trial]:
         """The trials: first those that had been proposed already."""
         from optuna.samplers import TPESampler
 

@@ -34,8 +34,8 @@ exit $code
 
 
 def write_slurm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Path:
-    """Writes ROOT/commands.txt, the flags of a run in each line, and ROOT/array.sbatch, a job array
-    of `scripts/launch/slurm.sbatch`, whose path it returns.
+    """Write ROOT/commands.txt, the flags of a run in each line, and ROOT/array.sbatch, a job array
+    of `scripts/launch/slurm.sbatch`, and return the path of the latter.
 
     home: folder of the runs' folders. A run leaves its exit code in ROOT/codes.
 
@@ -45,32 +45,30 @@ def write_slurm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pat
     if "\\" in str(root):
         raise ValueError(f"--workdir={root}: to SLURM a backslash in a log's name is no part of it")
     (root / CODES).mkdir(parents=True, exist_ok=True)
-    commands, path = root / "commands.txt", root / "array.sbatch"
+    commands = root / "commands.txt"
     commands.write_text("".join(_words(home, run) + "\n" for run in runs))
     script = Path(__file__).parents[3] / SLURM
     lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
-    # % begins what SLURM replaces
+    # SLURM replaces %x, %A, ... in the name of a log, and %% by %
     log = shlex.quote(f"{root}/".replace("%", "%%") + "%x-%A_%a.log")
     lines = [line.replace("%x-%j.log", log) for line in lines]
-    path.write_text(
-        _ARRAY.format(
-            count=len(runs),
-            last=len(runs) - 1,
-            slots=slots,
-            path=shlex.quote(str(path)),
-            options="\n".join(lines),
-            commands=shlex.quote(str(commands)),
-            codes=shlex.quote(str(root / CODES)),
-            script=SLURM,
-        )
+    path = root / "array.sbatch"
+    text = _ARRAY.format(
+        count=len(runs),
+        last=len(runs) - 1,
+        slots=slots,
+        path=shlex.quote(str(path)),
+        options="\n".join(lines),
+        commands=shlex.quote(str(commands)),
+        codes=shlex.quote(str(root / CODES)),
+        script=SLURM,
     )
-    path.chmod(path.stat().st_mode | 0o111)
-    return path
+    return _write_script(path, text)
 
 
 def write_tpu_vm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Path:
-    """Writes ROOT/tpu_vm.sh, which trains the runs one after the other on `slots` queued resources,
-    NAME-0 and so on, and returns its path.
+    """Write ROOT/tpu_vm.sh, which trains the runs one after the other on `slots` queued resources,
+    NAME-0 and so on, and return its path.
 
     home: URL of the runs' folders. A run leaves its exit code in ROOT/codes.
 
@@ -102,7 +100,11 @@ def write_tpu_vm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pa
         for run in runs[slot::slots]:
             lines.append(f"  train {shlex.quote(run.name)} {_words(home, run)}")
         lines.append(") &")
-    path.write_text("\n".join([*lines, "wait", ""]))
+    return _write_script(path, "\n".join([*lines, "wait", ""]))
+
+
+def _write_script(path: Path, text: str) -> Path:
+    path.write_text(text)
     path.chmod(path.stat().st_mode | 0o111)
     return path
 

@@ -118,29 +118,28 @@ class _Active:
         return True
 
     def _is_free(self) -> bool:
-        """True if nothing trains in the folder, started by hand say."""
+        """False if a run that was started by hand trains in the folder."""
         with (self.folder / LOCK_FILE).open("a") as lock:
             return _try_lock(lock)
 
     @property
     def code(self) -> int | None:
-        """The exit code as a shell shows it."""
+        """The exit code as a shell shows it; None while there is no process or it lives."""
         code = self.process.poll() if self.process is not None else None
         return 128 - code if code is not None and code < 0 else code
 
     def terminate(self) -> None:
         """Send SIGTERM, on which the process saves and ends."""
         if self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGTERM)
+            self.process.terminate()
             self.terminated_at = time.monotonic()
 
     def kill_if_overdue(self, grace: float) -> None:
         """Kill a process that got SIGTERM `grace` seconds ago, with all that it has started."""
-        if self.terminated_at is not None and time.monotonic() > self.terminated_at + grace:
+        overdue = self.terminated_at is not None and time.monotonic() > self.terminated_at + grace
+        if overdue and self.process is not None and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                if self.process is not None and self.process.poll() is None:
-                    os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def outcome(self, code: int) -> Outcome | None:
         """The end of the run; None if it is to be started again."""
@@ -153,6 +152,28 @@ class _Active:
         status = DIVERGED if code == Exit.DIVERGED else FAILED
         with (self.folder / "log.txt").open("rb") as log:
             return Outcome(status, code, last_error_line(log))
+
+    def poll(
+        self,
+        command: list[str],
+        should_prune: Callable[[Trial], bool],
+        say: Callable[[str], object],
+    ) -> Outcome | None:
+        """Start the run, or look after its process; its outcome once it has ended."""
+        if self.process is None:
+            if not self.start(command) and not self.is_announced:
+                say(f"{self.run.name}: runs already, started by another process; waiting for it")
+                self.is_announced = True
+            return None
+        if (code := self.code) is None:
+            if not self.is_pruned and should_prune(self.run):
+                self.is_pruned = True
+                self.terminate()
+            return None
+        if (outcome := self.outcome(code)) is None:
+            say(f"{self.run.name}: exit code {code}; started again")
+            self.process = None
+        return outcome
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -174,7 +195,7 @@ def last_error_line(log: IO[bytes]) -> str:
 
 def run_all(
     root: Path,
-    runs: Iterator[Trial | None],
+    runs: Iterator[Trial],
     *,
     slots: int,
     ended: Callable[[Trial, Outcome], object] = lambda run, outcome: None,
@@ -185,29 +206,23 @@ def run_all(
 ) -> signal.Signals | None:
     """Do all runs, `slots` at a time; return the signal that ended the sweep early.
 
-    runs: in the order in which they start; None means: not yet, ask again. ended: called for every
-    run with an outcome, old or new. should_prune: polled; True for a run to stop. grace: seconds
-    from SIGTERM to SIGKILL.
+    runs: in the order in which they start. ended: called for every run with an outcome, old or new.
+    should_prune: polled; True for a run to stop. grace: seconds from SIGTERM to SIGKILL.
     """
     command = command or [sys.executable, "scripts/train.py"]
     active: list[_Active] = []
-    is_over = False
     with StopSignals() as signals:
-        while not signals.received and (active or not is_over):
-            while not is_over and len(active) < slots:
-                run = next(runs, runs)
-                if run is runs:
-                    is_over = True
-                    break
-                if not isinstance(run, Trial):
-                    break
+        while not signals.received:
+            while len(active) < slots and (run := next(runs, None)) is not None:
                 if (outcome := read_outcome(root, run.name)) is not None:
                     ended(run, outcome)
-                    continue
-                active.append(_Active(root, run))
+                else:
+                    active.append(_Active(root, run))
+            if not active:
+                break
             for one in list(active):
                 one.kill_if_overdue(grace)
-                if (outcome := _poll(one, command, should_prune, say)) is not None:
+                if (outcome := one.poll(command, should_prune, say)) is not None:
                     record(root, one.run.name, outcome)
                     active.remove(one)
                     ended(one.run, outcome)
@@ -219,26 +234,3 @@ def run_all(
                 one.kill_if_overdue(grace)
             time.sleep(PAUSE)
     return signals.received
-
-
-def _poll(
-    one: _Active,
-    command: list[str],
-    should_prune: Callable[[Trial], bool],
-    say: Callable[[str], object],
-) -> Outcome | None:
-    """Start a run that has no process yet, or poll the one that it has."""
-    if one.process is None:
-        if not one.start(command) and not one.is_announced:
-            say(f"{one.run.name}: runs already, started by another process; waiting for it")
-            one.is_announced = True
-        return None
-    if (code := one.code) is not None:
-        if (outcome := one.outcome(code)) is None:
-            say(f"{one.run.name}: exit code {code}; started again")
-            one.process = None
-        return outcome
-    if not one.is_pruned and should_prune(one.run):
-        one.is_pruned = True
-        one.terminate()
-    return None
