@@ -6,7 +6,7 @@
 
 Compiles the actual train step (with --decode the decode step) from shapes alone, so neither data
 nor chips are needed, and reports memory by what it is for, collectives by mesh axis, the least time
-by what binds it, warnings, and what to try next. TPU topologies need libtpu, GPU topologies
+by what binds it, and warnings. TPU topologies need libtpu, GPU topologies
 jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
 
 --search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for

@@ -662,9 +662,6 @@ def test_a_plan_for_a_gpu_counts_what_jax_takes_of_it(small_plan, monkeypatch):
     )
     assert not of_gpu.fits
     assert "59.32 GiB  75% of 79.10 GiB: XLA_CLIENT_MEM_FRACTION" in report.page(of_gpu)
-    experiment = Experiment(plan.without_data(small_plan[1]), jax.devices())
-    flags = [a.flags for a in plan.advice.advice(of_gpu, experiment)]
-    assert "XLA_CLIENT_MEM_FRACTION=0.9" in flags
 
 
 @needs_tpu
@@ -826,8 +823,8 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_why(make_config):
     assert not made.fits and made.refusal
     assert made.headroom is not None and made.headroom < 0
     assert made.memory.largest[0].group in ("parameters", "optimizer", "gradients")
-    assert "DOES NOT FIT" in report.page(made)
-    assert made.advice
+    page = report.page(made)
+    assert "DOES NOT FIT" in page and page.endswith(f"{report.SEARCH}\n")
 
 
 @needs_tpu

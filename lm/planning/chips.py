@@ -1,4 +1,4 @@
-"""What the makers publish about chips: memory, bandwidth, links. FLOP/s are in lm/models/flops.py.
+"""Published figures of chips: memory, bandwidth, links. FLOP/s are in lm/models/flops.py.
 
 All figures are peaks, per jax device unless the name says otherwise; what a program reaches is
 less.
@@ -34,7 +34,7 @@ class Chip:
     wraps: int = 0  # a torus dimension closes to a ring where it is a multiple of this; 0: never
     devices: int = 1  # jax devices of a chip
     smallest: int = 1  # chips of the smallest slice on offer
-    tile: tuple[int, int] = (1, 1)  # what the last two dimensions of an array are padded to
+    tile: tuple[int, int] = (1, 1)  # the last two dimensions of an array are padded to it
     config: str = ""  # libtpu's chip_config_name, where its default is not what users get
 
     @property
@@ -64,75 +64,60 @@ def gpu_share() -> float:
     return 0.75
 
 
-_CLOUD = "https://cloud.google.com/tpu/docs"
-_LIBTPU = "usable HBM: what libtpu 0.0.42 says is available"
+def _tpu(
+    name: str, kind: str, gib: float, hbm: float, link: float, network: float | None, dims: int
+) -> Chip:
+    return Chip(
+        name,
+        "tpu",
+        kind,
+        int(gib * GIB),
+        hbm,
+        link,
+        network,
+        source=f"https://cloud.google.com/tpu/docs/{name}; usable HBM: what libtpu 0.0.42 says is "
+        "available",
+        dims=dims,
+        wraps=4 if dims == 3 else 16,
+        tile=(8, 128),
+    )
+
+
+def _gpu(name: str, gib: float, hbm: float, link: float, source: str) -> Chip:
+    kind, memory = f"NVIDIA {name.upper()}", int(gib * GIB)
+    return Chip(name, "gpu", kind, memory, hbm, link, 50e9, source, tile=(1, 8))
+
+
+# NVLink: half of the total that the data sheets print; one 400 Gbit/s port for each GPU, as in DGX
+# systems. Memory: the total that CUDA reports, which is less than the data sheets' 80, 141 and
+# 180 GB sound like (those are no decimal units of it either).
+_SHEETS = "NVIDIA {0} data sheet (SXM), DGX {0} data sheet; memory as PyTorch prints it"
+_B200 = (
+    "NVIDIA DGX B200 data sheet: 64 TB/s and 14.4 TB/s of NVLink for 8; memory: "
+    "https://github.com/pytorch/ao/pull/4002"
+)
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         # 32 GiB of HBM, 6 links of 50 GB/s (arXiv:2304.01433). Two cores are one device there,
         # as on Cloud TPUs ("megacore").
-        Chip(
-            *("v4", "tpu", "TPU v4", int(30.75 * GIB), 1200e9, 50e9, None),
-            f"{_CLOUD}/v4, arXiv:2304.01433; {_LIBTPU}",
-            dims=3,
-            wraps=4,
-            smallest=4,
-            tile=(8, 128),
-            config="megacore",
+        dataclasses.replace(
+            _tpu("v4", "TPU v4", 30.75, 1200e9, 50e9, None, dims=3), smallest=4, config="megacore"
         ),
         # 400 GB/s of ICI in both directions over 4 ports; 6.4 Tbit/s of network for 256 chips
-        Chip(
-            *("v5e", "tpu", "TPU v5 lite", int(15.75 * GIB), 819e9, 50e9, 3.125e9),
-            f"{_CLOUD}/v5e; {_LIBTPU}",
-            dims=2,
-            wraps=16,
-            tile=(8, 128),
-        ),
+        _tpu("v5e", "TPU v5 lite", 15.75, 819e9, 50e9, 3.125e9, dims=2),
         # 1200 GB/s of ICI in both directions over 6 ports; 50 Gbit/s of network a chip
-        Chip(
-            *("v5p", "tpu", "TPU v5", int(95.74 * GIB), 2765e9, 100e9, 6.25e9),
-            f"{_CLOUD}/v5p; {_LIBTPU}",
-            dims=3,
-            wraps=4,
-            tile=(8, 128),
-        ),
+        _tpu("v5p", "TPU v5", 95.74, 2765e9, 100e9, 6.25e9, dims=3),
         # 800 GB/s of ICI in both directions over 4 ports; 100 Gbit/s of network a chip
-        Chip(
-            *("v6e", "tpu", "TPU v6 lite", int(31.25 * GIB), 1638e9, 100e9, 12.5e9),
-            f"{_CLOUD}/v6e; {_LIBTPU}",
-            dims=2,
-            wraps=16,
-            tile=(8, 128),
-        ),
+        _tpu("v6e", "TPU v6 lite", 31.25, 1638e9, 100e9, 12.5e9, dims=2),
         # Per chip: 7380 GB/s, 1200 GB/s of ICI over 6 ports, 100 Gbit/s; a chip is two devices.
-        Chip(
-            *("tpu7x", "tpu", "TPU7x", int(94.75 * GIB), 7380e9 / 2, 100e9, 12.5e9),
-            f"{_CLOUD}/tpu7x; {_LIBTPU}",
-            dims=3,
-            wraps=4,
-            devices=2,
-            tile=(8, 128),
+        dataclasses.replace(
+            _tpu("tpu7x", "TPU7x", 94.75, 7380e9 / 2, 100e9, 12.5e9, dims=3), devices=2
         ),
-        # NVLink: half of the total that the data sheets print; one 400 Gbit/s port for each GPU,
-        # as in DGX systems. Memory: the total that CUDA reports, which is less than the data
-        # sheets' 80, 141 and 180 GB sound like (those are no decimal units of it either).
-        Chip(
-            *("h100", "gpu", "NVIDIA H100", int(79.1 * GIB), 3350e9, 450e9, 50e9),
-            "NVIDIA H100 data sheet (SXM), DGX H100 data sheet; memory as PyTorch prints it",
-            tile=(1, 8),
-        ),
-        Chip(
-            *("h200", "gpu", "NVIDIA H200", int(139.8 * GIB), 4800e9, 450e9, 50e9),
-            "NVIDIA H200 data sheet (SXM), DGX H200 data sheet; memory as PyTorch prints it",
-            tile=(1, 8),
-        ),
-        Chip(
-            *("b200", "gpu", "NVIDIA B200", int(178.35 * GIB), 8000e9, 900e9, 50e9),
-            "NVIDIA DGX B200 data sheet: 64 TB/s and 14.4 TB/s of NVLink for 8; memory: "
-            "https://github.com/pytorch/ao/pull/4002",
-            tile=(1, 8),
-        ),
+        _gpu("h100", 79.1, 3350e9, 450e9, _SHEETS.format("H100")),
+        _gpu("h200", 139.8, 4800e9, 450e9, _SHEETS.format("H200")),
+        _gpu("b200", 178.35, 8000e9, 900e9, _B200),
         # No accelerator and no published peaks: plans for it have no times.
         Chip("cpu", "cpu", "cpu", 0, 0.0, 0.0, None, "this machine"),
     )

@@ -67,7 +67,7 @@ def _doubled(collectives: Sequence[Collective]) -> list[str]:
     return [
         f"all-gathers over {axis} ({size} devices) are compiled as all-reduces of zeros: "
         f"{sum(c.bytes for c in found if c.axis == axis) / GIB:.2f} GiB a step, twice what gathers "
-        "would send"
+        "would send; groups of 32 stay gathers"
         for axis, size in dict.fromkeys((c.axis, c.size) for c in found)
     ]
 

@@ -21,7 +21,6 @@ from lm.config.tree import ConfigTree
 from lm.generation.decode import lower_decode
 from lm.models import flops
 from lm.planning import (
-    advice,
     compiling,
     costs,
     findings,
@@ -33,7 +32,6 @@ from lm.planning import (
     topology,
     traffic,
 )
-from lm.planning.advice import Advice
 from lm.planning.costs import Work
 from lm.planning.memory import Line, Memory
 from lm.planning.roofline import StepTimeBounds
@@ -85,7 +83,6 @@ class Plan:
     peak_flops: float | None  # of a device
     times: StepTimeBounds
     warnings: tuple[str, ...]
-    advice: tuple[Advice, ...]
     compile_seconds: float
     compile_cpu_seconds: float
 
@@ -128,7 +125,6 @@ def from_json(text: str) -> Plan:
     tree["transfers"] = tuple(Transfer(**t) for t in tree["transfers"])
     tree["work"] = Work(**_tuples(tree["work"]))
     tree["times"] = StepTimeBounds(**_tuples(tree["times"]))
-    tree["advice"] = tuple(Advice(**a) for a in tree["advice"])
     return Plan(**_tuples(tree))
 
 
@@ -240,15 +236,12 @@ def analyse(
         peak_flops=target.chip.peak_flops(c.model.dtype),
         times=needed,
         warnings=(),
-        advice=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
     )
     plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)
-    plan = dataclasses.replace(plan, warnings=warnings)
-    tries = advice.advice(plan, experiment) if decode is None else ()
-    return dataclasses.replace(plan, advice=tries)
+    return dataclasses.replace(plan, warnings=warnings)
 
 
 def _model_flops(experiment: Experiment, rows: int, length: int, decode: Decode | None) -> float:

@@ -12,6 +12,7 @@ from lm.planning.search import Found
 from lm.planning.sizing import Sizes
 
 WIDTH = 100
+SEARCH = "--search compiles other meshes, remat policies and micro-batches and finds what fits"
 BAR = 24
 GIB = 2**30
 
@@ -25,7 +26,7 @@ def page(plan: Plan) -> str:
         _traffic(plan),
         _time(plan),
         _list("warnings", plan.warnings),
-        _list("what to try next", [f"{a.why}\n{a.flags}" for a in plan.advice]),
+        SEARCH if plan.step == "train" and not plan.fits else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
