@@ -12,6 +12,7 @@ from lm.exit_codes import Exit
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 HELP = ("help", "-h", "--help")
+USAGE = "usage: lm COMMAND [FLAGS]\n\nlm COMMAND --help lists the flags of a command.\n\n"
 
 
 def main() -> int:
@@ -22,9 +23,9 @@ def main() -> int:
     scripts = {path.stem.replace("_", "-"): path for path in sorted(SCRIPTS.glob("*.py"))}
     name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "help"
     if name in HELP:
-        print("usage: lm COMMAND [FLAGS]\n\nlm COMMAND --help lists the flags of a command.\n")
-        for name, path in scripts.items():
-            print(f"  {name:<{max(map(len, scripts))}}  {summary(path)}")
+        width = max(map(len, scripts))
+        lines = [f"  {name:<{width}}  {summary(path)}\n" for name, path in scripts.items()]
+        print(USAGE + "".join(lines), end="")
         return Exit.SUCCESS
     if name not in scripts:
         near = difflib.get_close_matches(name, scripts, 1)
