@@ -1,4 +1,4 @@
-"""How a script starts and ends: settings that must precede JAX, and an error as one line."""
+"""Start and end of a script: settings that must precede JAX, flags, and errors as one line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(main: Callable[..., int], *args: Any) -> None:
 
 
 def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
-    """(exit code, what to tell the user) of `main(*args)`; a mistake of the user is one line."""
+    """(exit code, message) of `main(*args)`; a mistake of the user is one line."""
     try:
         with process_group.peer_errors():
             return main(*args), ""
@@ -115,7 +115,7 @@ def run_with_config(
 
 @contextlib.contextmanager
 def named_by_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Errors name the flag that the user gave, in place of the config path that it sets.
+    """Name in errors the flag that the user gave, in place of the config path that it sets.
 
     flags: {"config.data.validation": "--data", ...}, those that were given.
     """
@@ -192,7 +192,7 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> 
 
 
 def _use_huge_pages() -> None:
-    """Starts this program again with glibc's huge pages, unless it has them.
+    """Start this program again with glibc's huge pages, unless it has them.
 
     XLA's CPU client takes fresh memory for the temporaries of every step. Mapping it in pages of
     4 KiB nearly halves the speed of training on a CPU, and glibc reads its settings only when a
@@ -215,7 +215,7 @@ def _report(unraisable: Any) -> None:
 
 
 def skip_absent_tpu() -> None:
-    """Keeps jax from looking for a TPU where libtpu is installed for its compiler alone: it would
+    """Keep jax from looking for a TPU where libtpu is installed for its compiler alone: it would
     ask a metadata server that isn't there, and fill the screen.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
@@ -231,7 +231,7 @@ def skip_absent_tpu() -> None:
 
 
 def _set_up() -> None:
-    """Turns the persistent compilation cache on, and libraries' chatter off.
+    """Turn the persistent compilation cache on, and libraries' log lines off.
 
     The cache lies in ~/.cache/lm unless JAX_COMPILATION_CACHE_DIR names another place.
     """

@@ -1,4 +1,4 @@
-"""What the exit code of a run means, and the base of the errors that carry one.
+"""Exit codes of a run, and the base of the errors that carry one.
 
 Codes above 128 are 128 plus a signal's number, as a shell shows them; those of the project lie
 where neither shells nor sysexits.h have theirs. This is the one table of them: local.py and sweeps

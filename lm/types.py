@@ -46,9 +46,7 @@ class Tokens(Generic[ArrayT]):
 
 @flax.struct.dataclass
 class Batch(Generic[ArrayT]):
-    """What an objective makes of rows: inputs, what to predict at each of them, and how much each
-    counts.
-    """
+    """Inputs, targets and weights that an objective makes of rows."""
 
     inputs: Tokens[ArrayT]
     targets: ArrayT  # int32 [B, T]
@@ -64,7 +62,7 @@ HostBatch: TypeAlias = Batch[np.ndarray]
 
 @flax.struct.dataclass
 class Output:
-    """What a model returns."""
+    """Output of a model: hidden states, cache, auxiliary losses and statistics."""
 
     hidden: Array  # [B, T, D], before the vocabulary projection, so that the loss can chunk
     cache: Cache | None = None
