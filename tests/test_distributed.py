@@ -263,7 +263,7 @@ def meeting(members, *, timeout=10.0):
     def work(at, process_id, of):
         try:
             results[at] = connect_peers(
-                address, of, process_id, timeout=timeout, serve=lambda: None
+                address, of, process_id, timeout=timeout, serve=lambda: 1234
             )
         except (PeerLost, Mismatch) as error:
             results[at] = error
@@ -329,7 +329,7 @@ def test_a_stranger_on_the_port_and_a_process_started_again_do_no_harm():
 
     def work(process_id):
         results[process_id] = connect_peers(
-            f"localhost:{port}", 3, process_id, timeout=20, serve=lambda: None
+            f"localhost:{port}", 3, process_id, timeout=20, serve=lambda: 1234
         )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]

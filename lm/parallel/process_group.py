@@ -9,7 +9,6 @@ that this process announced, else with `Exit.PEER_LOST`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -22,32 +21,16 @@ from typing import Any
 
 from lm.exit_codes import Exit, RunError
 from lm.parallel.cluster_env import Environment, detect, gce_metadata
+from lm.parallel.coordination_service import HEARTBEAT, CoordinationService
 from lm.parallel.rendezvous import Mismatch, PeerConnections, PeerLost, connect_peers
-
-__all__ = [
-    "Environment",
-    "Mismatch",
-    "PeerLost",
-    "agree",
-    "define_flags",
-    "detect",
-    "differences",
-    "from_lead",
-    "initialize",
-    "leave",
-    "peer_errors",
-    "print_on_lead",
-]
 
 # Seconds that a process has to end by itself (an error in a collective, a save, evidence being
 # written) after another one is gone; then it is ended.
 GRACE = 30.0
-# JAX's own heartbeats would end a run for a process that is only stopped, before the watchdog has
-# written the stacks; dead processes and machines are found by their connections.
-HEARTBEAT = 600
 COMMUNICATION = ("gloo", "nccl", "coordination", "peer", "unavailable")  # in texts of errors
 
 _peers: PeerConnections | None = None
+_service: CoordinationService | None = None  # in process 0
 _peer_timeout = 300.0
 _count = itertools.count()
 
@@ -106,7 +89,6 @@ def initialize(
         for name in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
             jax.config.update(name, ",".join(map(str, found.gpus)))
     _peer_timeout = peer_timeout
-    _end_when_the_coordinator_fails()
     sys.excepthook = _report_and_leave
     _peers = _connect(found, peer_timeout)
     _peers.watch(lambda: threading.Thread(target=_end_later, daemon=True).start())
@@ -114,10 +96,7 @@ def initialize(
 
 
 def _connect(found: Environment, timeout: float) -> PeerConnections:
-    """Meets the others and then does what `jax.distributed.initialize` does.
-
-    That function offers no callback for errors of the coordinator, and without one they abort.
-    """
+    """Connect to the other processes, then do what `jax.distributed.initialize` does."""
     import jax
     from jax._src import distributed
     from jax._src.lib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
@@ -125,30 +104,28 @@ def _connect(found: Environment, timeout: float) -> PeerConnections:
     # its handler of SIGTERM would replace that of lm/reliability/stop_signals.py
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    state = distributed.global_state
-    state.coordinator_address = found.coordinator
-    state.process_id, state.num_processes = found.process_id, found.num_processes
     seconds = max(1, round(timeout))
 
-    def serve() -> None:
-        port = found.coordinator.rpartition(":")[2]
-        state.service = runtime.get_distributed_runtime_service(
-            f"[::]:{port}",
-            found.num_processes,
-            heartbeat_timeout=HEARTBEAT,
-            shutdown_timeout=seconds,
-        )
+    def serve() -> int:
+        global _service
+        _service = CoordinationService(found.num_processes, seconds)
+        return _service.port
 
     peers = connect_peers(
         found.coordinator, found.num_processes, found.process_id, timeout=timeout, serve=serve
     )
+    state = distributed.global_state
+    state.coordinator_address = f"{found.coordinator.rpartition(':')[0]}:{peers.service_port}"
+    state.process_id, state.num_processes = found.process_id, found.num_processes
     client = state.client = runtime.get_distributed_runtime_client(
-        found.coordinator,
+        state.coordinator_address,
         found.process_id,
         init_timeout=seconds,
         shutdown_timeout=seconds,
         heartbeat_timeout=HEARTBEAT,
-        missed_heartbeat_callback=lambda status: None,  # see _end_when_the_coordinator_fails
+        # called where the service is gone with its machine: the call fails in C++ and aborts, which
+        # launchers take for a crash and restart; without one the process would end with code 1
+        missed_heartbeat_callback=lambda status: None,
         shutdown_on_destruction=False,
         use_compression=True,
     )
@@ -298,6 +275,8 @@ def leave(code: int, message: str = "") -> int:
         _peers.announce_exit(code, "", wait=0.0)
         try:
             jax.distributed.shutdown()
+            if _service is not None:
+                _service.shutdown()
             return code
         except RuntimeError as error:
             loss = _peers.loss(wait=1.0)
@@ -323,38 +302,7 @@ def _end_later() -> None:
     time.sleep(GRACE)
     assert _peers is not None
     loss = _peers.loss()
-    why = loss.error() if loss else PeerLost("the coordinator, in process 0, failed")
-    print(f"error: {why} (ended {GRACE:g} s later)", file=sys.stderr, flush=True)
-    os._exit(why.code)
-
-
-def _end_when_the_coordinator_fails() -> None:
-    """Lets `_end_later` end this process where JAX's client of the coordinator would abort.
-
-    The client reports errors in a thread of its own, through `missed_heartbeat_callback`. A Python
-    callback never gets to run, since jaxlib 0.10 can't convert its argument: std::bad_cast, which
-    nobody catches, and std::terminate. So this is where we get hold of it.
-    """
-    try:
-        library = ctypes.CDLL("libstdc++.so.6")
-    except OSError:  # not Linux: it aborts
-        return
-    exception_type = library.__cxa_current_exception_type
-    exception_type.restype = ctypes.POINTER(ctypes.c_char_p)  # of {vtable, name}
-    set_terminate = library._ZSt13set_terminatePFvvE
-    set_terminate.restype = _HANDLER
-    set_terminate.argtypes = [_HANDLER]
-
-    @_HANDLER
-    def terminate() -> None:
-        thrown = exception_type()
-        if thrown and thrown[1] == b"St8bad_cast":
-            _end_later()
-        previous()
-
-    previous = set_terminate(terminate)
-    _kept.append(terminate)
-
-
-_HANDLER = ctypes.CFUNCTYPE(None)
-_kept: list[Any] = []  # C++ calls what would otherwise be collected
+    assert loss is not None, "called after a loss"
+    error = loss.error()
+    print(f"error: {error} (ended {GRACE:g} s later)", file=sys.stderr, flush=True)
+    os._exit(error.code)

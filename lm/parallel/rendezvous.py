@@ -59,8 +59,10 @@ class PeerLoss:
 class PeerConnections:
     """The connections of this process: to all others in process 0, to process 0 elsewhere."""
 
-    def __init__(self, process_id: int, links: Mapping[int, socket.socket]) -> None:
-        self.process_id = process_id
+    def __init__(
+        self, process_id: int, links: Mapping[int, socket.socket], service_port: int
+    ) -> None:
+        self.process_id, self.service_port = process_id, service_port
         self._links = dict(links)
         self._received = dict.fromkeys(links, b"")
         self._left: set[int] = set()  # processes that announced their exit or died
@@ -146,12 +148,13 @@ def connect_peers(
     process_id: int,
     *,
     timeout: float,
-    serve: Callable[[], None],
+    serve: Callable[[], int],
 ) -> PeerConnections:
     """Connect all processes of the run.
 
     coordinator: HOST:PORT of process 0. timeout: seconds to wait for the others. serve: called in
-    process 0 when all are connected and the port is free again, before they go on.
+    process 0 once all are connected; starts the coordination service and returns its port, which
+    the others receive.
 
     Raises:
         PeerLost: processes didn't come in time; lists them.
@@ -161,13 +164,13 @@ def connect_peers(
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
     if process_id:
-        link = _join((host, int(port)), num_processes, process_id, timeout)
-        return PeerConnections(process_id, {0: link})
+        link, service_port = _join((host, int(port)), num_processes, process_id, timeout)
+        return PeerConnections(process_id, {0: link}, service_port)
     links = _gather(int(port), num_processes, timeout)
-    serve()
+    service_port = serve()
     for link in links.values():
-        _send(link, {"go": True})
-    return PeerConnections(process_id, links)
+        _send(link, {"service_port": service_port})
+    return PeerConnections(process_id, links, service_port)
 
 
 def _gather(port: int, num_processes: int, timeout: float) -> dict[int, socket.socket]:
@@ -220,7 +223,8 @@ def _complete(links: dict[int, socket.socket], num_processes: int) -> bool:
 
 def _join(
     address: tuple[str, int], num_processes: int, process_id: int, timeout: float
-) -> socket.socket:
+) -> tuple[socket.socket, int]:
+    """(connection to process 0, port of the coordination service)."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
@@ -231,8 +235,8 @@ def _join(
         _keep_alive(link)
         _send(link, {"hello": process_id, "of": num_processes})
         answer = _receive(link, timeout + 10.0)  # process 0 itself waits as long for the others
-        if answer is not None and "go" in answer:
-            return link
+        if answer is not None and "service_port" in answer:
+            return link, answer["service_port"]
         link.close()
         if answer is not None and "refused" in answer:
             kind = Mismatch if answer["code"] == Exit.MISMATCH else PeerLost
