@@ -181,8 +181,8 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> 
             config.load(settings)
     except (ValueError, flags.Error) as error:
         text = str(error).replace("\n", " ")
-        if found := re.search(r"Unknown command line flag '(\w+\.[\w.]+)'", text):
-            text = f"{text.split('. Did')[0]}; did you mean --config.{found[1]}?"
+        if isinstance(error, flags.UnrecognizedFlagError) and "." in error.flagname:
+            text = f"{text.split('. Did')[0]}; did you mean --config.{error.flagname}?"
         print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
         sys.exit(2)
     if len(rest) > 1 and not allow_rest:
@@ -230,6 +230,13 @@ def skip_absent_tpu() -> None:
         jax.config.update("jax_platforms", platforms)  # jax has read its environment by now
 
 
+class _OneLine(stdlib_logging.Formatter):
+    """Warnings and errors that libraries log, one line each, without tracebacks."""
+
+    def format(self, record: stdlib_logging.LogRecord) -> str:
+        return f"{record.name}: {record.getMessage().partition(chr(10))[0]}"
+
+
 def _set_up() -> None:
     """Turn the persistent compilation cache on, and libraries' log lines off.
 
@@ -240,10 +247,9 @@ def _set_up() -> None:
     from absl import logging
 
     sys.unraisablehook = _report
-    # Orbax tells some thirty lines a save, and asyncio a page of stack about every error in one
-    logging.set_verbosity(logging.WARNING)
-    for logger in (logging.get_absl_logger(), stdlib_logging.getLogger("asyncio")):
-        logger.addFilter(lambda record: record.levelno >= stdlib_logging.CRITICAL)
+    logging.set_verbosity(logging.WARNING)  # Orbax logs some thirty lines a save
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(_OneLine())
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow tells us about it
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
