@@ -25,6 +25,18 @@ Cache: TypeAlias = Any  # a pytree of the model that made it
 Sums: TypeAlias = dict[str, Array]  # additive scalars: sums over tokens, and their counts
 StepInfo: TypeAlias = dict[str, Array]  # of one step, not additive: see lm/training/train_step.py
 
+
+class Device(Protocol):
+    """A device of JAX, or one of a topology that is only compiled for."""
+
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
+    @property
+    def process_index(self) -> int: ...
+
+
 # numpy arrays where data code makes `Tokens` and `Batch`, jax arrays everywhere else
 ArrayT = TypeVar("ArrayT", bound=jax.Array | np.ndarray, default=jax.Array)
 

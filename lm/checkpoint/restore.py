@@ -105,6 +105,7 @@ def _read_leaf(
     indices = {
         device: tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
         for device, index in layout.addressable_devices_indices_map(shape).items()
+        if index is not None
     }
     # replicas share one read; all reads of the leaf are under way before the first result
     reads = {str(index): array[index].read() for index in indices.values()}

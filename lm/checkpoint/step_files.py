@@ -170,12 +170,11 @@ def result(future: Future[T_co], name: str) -> T_co:
 
 def _chunks(array: ts.TensorStore, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(first index, values) of every chunk of a TensorStore, one at a time in memory."""
-    chunk = array.chunk_layout.read_chunk.shape or ()
+    chunk = [n or 1 for n in array.chunk_layout.read_chunk.shape or ()]
     ranges = [range(0, n, step) for n, step in zip(array.shape, chunk, strict=True)]
     for start in itertools.product(*ranges):
-        index = tuple(
-            slice(a, min(a + c, n)) for a, c, n in zip(start, chunk, array.shape, strict=True)
-        )
+        bounds = zip(start, chunk, array.shape, strict=True)
+        index = tuple(slice(a, min(a + c, n)) for a, c, n in bounds)
         yield start, np.asarray(result(array[index].read(), name))
 
 

@@ -50,7 +50,7 @@ class CoordinationService:
 
 def _serve(num_processes: int, shutdown_timeout: int) -> None:
     """Serve until a line comes from process 0, or until LINGER seconds after its death."""
-    from jaxlib import _jax as runtime  # pyright: ignore[reportPrivateImportUsage]
+    from jaxlib import _jax as runtime  # pyright: ignore[reportAttributeAccessIssue]
 
     for number in (signal.SIGINT, signal.SIGTERM):  # of a cluster, to all processes of a job
         signal.signal(number, signal.SIG_IGN)

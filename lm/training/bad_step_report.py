@@ -138,11 +138,11 @@ def diagnose(
     in_float32 = None
     if again.bad and experiment.config.model.dtype != "float32":
         in_float32 = _in_float32(experiment, state, batch, step)
-    cause = verdict(*outcomes, in_float32, repeats=is_repeatable(experiment))
+    cause = verdict(outcomes[0], outcomes[1], in_float32, repeats=is_repeatable(experiment))
 
     measure = jax.jit(_measure, static_argnums=(0, 1), out_shardings=experiment.rules.sharding())
     measured: Measurements = jax.device_get(measure(experiment, step, state, batch))
-    losses, scored, _ = measured.tokens
+    losses, scored = (np.asarray(x) for x in measured.tokens[:2])
     row_losses = losses.sum(1) / np.maximum(scored.sum(1), 1)
     # those that are not finite first, then the highest losses
     worst = np.argsort(-np.nan_to_num(row_losses, nan=np.inf), kind="stable")[:NUM_ROWS]

@@ -37,6 +37,7 @@ from lm.training.initialization import Initializer
 from lm.types import (
     Array,
     Batch,
+    Device,
     HostBatch,
     Model,
     Params,
@@ -53,7 +54,7 @@ Tree = TypeVar("Tree")
 class Experiment:
     """The objects of a config on some devices, each made when it is first used."""
 
-    def __init__(self, config: ConfigTree, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, config: ConfigTree, devices: Sequence[Device]) -> None:
         """Raises ValueError, before anything is compiled, where values are inconsistent."""
         if jax.config.jax_enable_x64:  # pyright: ignore
             raise ValueError(
@@ -379,7 +380,7 @@ def _shardings(abstract: Tree) -> Tree:
 
 
 def load(
-    workdir: str, devices: Sequence[jax.Device], changes: Mapping[str, Any] | None = None
+    workdir: str, devices: Sequence[Device], changes: Mapping[str, Any] | None = None
 ) -> Experiment:
     """The experiment of a run's folder on these devices, data-parallel unless `changes` say else.
 

@@ -38,7 +38,7 @@ from lm.training.session import (
     disk_errors_as_run_errors,
     not_finite_losses,
 )
-from lm.types import Batch, TrainState
+from lm.types import Batch, Device, TrainState
 
 Batches = Generator[tuple[int, Batch], None, None]
 
@@ -46,7 +46,7 @@ Batches = Generator[tuple[int, Batch], None, None]
 def train(
     config: ConfigTree,
     workdir: str,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Device],
     *,
     began: float | None = None,
 ) -> int:

@@ -22,10 +22,11 @@ from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.training.experiment import CONFIG_FILE, Experiment, load
 from lm.training.restore import restore_params
+from lm.types import Device
 
 
 def merge_run(
-    workdir: str, out: str, devices: Sequence[jax.Device], *, step: int | None = None
+    workdir: str, out: str, devices: Sequence[Device], *, step: int | None = None
 ) -> Experiment:
     """Write the run `out` from the adapters of `workdir` and their parent; return its experiment.
 
