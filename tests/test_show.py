@@ -13,6 +13,7 @@ from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import ByteTokenizer
 from lm.interpret import run_report
 from lm.interpret.attention_maps import TokenLosses
+from lm.interpret.markup import COLORS
 from lm.types import Batch
 
 TOKENIZER = ByteTokenizer()
@@ -61,7 +62,7 @@ def test_a_row_is_its_documents_each_in_its_colour(batch, explained):
     page = run_report.row_html(TOKENIZER, batch, 1, explained)
     text = TOKENIZER.decode(batch.targets[1])
     parts = re.findall(r'background: (#\w{6})90">([^<]*)<', page)
-    assert parts == list(zip(run_report.COLORS[:3], (text[:3], text[3:5], text[5:9]), strict=True))
+    assert parts == list(zip(COLORS[:3], (text[:3], text[3:5], text[5:9]), strict=True))
     assert re.findall(r"(\w)\.py", page) == ["a", "b", "c"]
 
 
@@ -102,7 +103,7 @@ def test_the_mask_is_drawn_in_the_colours_of_the_documents(batch, explained, win
     assert ((image < 1).any(-1) == seen).all()
     for number in (1, 2, 3):
         colors = {tuple(c) for c in image[seen & (segments == number)]}
-        wanted = tuple(int(run_report.COLORS[number - 1][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        wanted = tuple(int(COLORS[number - 1][i : i + 2], 16) / 255 for i in (1, 3, 5))
         assert len(colors) == 1 and colors.pop() == pytest.approx(wanted)
     assert [t.get_text().split()[0] for t in figure.legends[0].texts] == ["a.py", "b.py", "c.py"]
 

@@ -1,6 +1,6 @@
-"""A run from the inside: attention weights and losses, token by token, as arrays.
+"""Attention weights and losses of a run, token by token, as arrays.
 
-`lm.interpret.run_report` makes pictures of them.
+`lm.interpret.run_report` draws them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lm.types import Array, Batch, Model, Params, Tokens
 
 
 class TokenLosses(NamedTuple):
-    """What a model says about every target of a batch."""
+    """A model's predictions for every target, [B, T] each; of several layers, [L, B, T]."""
 
-    nll: np.ndarray  # float32 [B, T]: -log p(target)
-    guesses: np.ndarray  # int32 [B, T]: the most likely id
-    confidence: np.ndarray  # float32 [B, T]: the probability of the guess
+    nll: np.ndarray | jax.Array  # float32: -log p(target)
+    guesses: np.ndarray | jax.Array  # int32: the most likely id
+    confidence: np.ndarray | jax.Array  # float32: the probability of the guess
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -74,25 +74,30 @@ def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.
     return weights[0] if kind is None else jnp.stack(weights)[kind]
 
 
+def losses_of_logits(logits: jax.Array, targets: jax.Array) -> TokenLosses:
+    """The predictions of logits [..., V] for targets [...]."""
+    nll, log_z = token_nll(logits, targets)
+    guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return TokenLosses(nll, guesses, jnp.exp(jnp.max(logits, axis=-1) - log_z))
+
+
 def token_losses(model: Model, params: Params, batch: Batch) -> TokenLosses:
-    """The loss of every token of a batch, [B, T], and what the model would have said there."""
-    return TokenLosses(*jax.device_get(_token_losses(model, params, batch)))
+    """The predictions for the targets of a batch, [B, T]."""
+    return jax.device_get(_token_losses(model, params, batch))
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _token_losses(model: Model, params: Params, batch: Batch) -> list[jax.Array]:
+def _token_losses(model: Model, params: Params, batch: Batch) -> TokenLosses:
     variables = {"params": params}
     hidden = model.apply(variables, batch.inputs, encoder=batch.encoder).hidden
 
-    def column(x: tuple[Array, Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def column(x: tuple[jax.Array, jax.Array]) -> TokenLosses:
         h, targets = x  # [B, 1, D], [B, 1]
-        logits = model.apply(variables, h, method="logits")  # [B, 1, V]
-        nll, log_z = token_nll(logits, targets)
-        return nll, jnp.argmax(logits, axis=-1), jnp.exp(jnp.max(logits, axis=-1) - log_z)
+        return losses_of_logits(model.apply(variables, h, method="logits"), targets)
 
     # one column after the other, so that [B, T, V] logits never exist
     columns = (jnp.moveaxis(x, 1, 0)[:, :, None] for x in (hidden, jnp.asarray(batch.targets)))
-    return [x[..., 0].T for x in jax.lax.map(column, tuple(columns))]
+    return TokenLosses(*(x[..., 0].T for x in jax.lax.map(column, tuple(columns))))
 
 
 def held_out(
@@ -132,14 +137,14 @@ def most_packed(pipeline: Pipeline, num_steps: int = 100) -> tuple[int, int]:
 
 
 def mean_distances(maps: Array) -> np.ndarray:
-    """Tokens back that each head looks on average: [L, N], of one document's maps: [L, N, T, S]."""
-    places = np.arange(maps.shape[-1])
-    back = np.abs(places[:, None] - places)
+    """Mean distance in tokens of each head's keys, [L, N], of one document's maps [L, N, T, S]."""
+    positions = np.arange(maps.shape[-1])
+    back = np.abs(positions[:, None] - positions)
     return (np.asarray(maps) * back).sum(-1).mean(-1)
 
 
 def nearest_to_farthest(maps: Array, count: int = 4) -> list[tuple[int, int]]:
-    """`count` heads (layer, head), spread evenly from the nearest-looking to the farthest."""
+    """`count` heads (layer, head), spread evenly over the ranks of their mean distances."""
     distances = mean_distances(maps)
     order = np.argsort(distances, axis=None)
     chosen = order[np.linspace(0, order.size - 1, min(count, order.size)).round().astype(int)]
@@ -147,13 +152,13 @@ def nearest_to_farthest(maps: Array, count: int = 4) -> list[tuple[int, int]]:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token alone: special ids show their name, parts of characters U+FFFD."""
+    """The text of one token: special ids show their name, parts of characters U+FFFD."""
     names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.bos_id: "⟨bos⟩", tokenizer.eos_id: "⟨eos⟩"}
     return names.get(token) or tokenizer.decode([token])
 
 
 def token_texts(tokenizer: Tokenizer, ids: Array | np.ndarray) -> list[str]:
-    """The text of each token of a stream; a character made of several stands at the last one."""
+    """The texts of a stream's tokens; a character of several tokens is in the text of the last."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
     for token in np.asarray(ids).tolist():

@@ -1,4 +1,4 @@
-"""Pictures of the inside of a model: matplotlib figures that need no window, and HTML text."""
+"""Figures and HTML text of what `lm.interpret.logit_lens` computes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm.interpret.logit_lens import Lens, Norms
-from lm.interpret.run_report import visible
+from lm.interpret.attention_maps import TokenLosses
+from lm.interpret.logit_lens import Norms
+from lm.interpret.markup import blend, colored_text, visible
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
 from lm.types import Array
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE = (33, 102, 172), (214, 96, 19)  # for and against
 
 
-def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str]]) -> Figure:
-    """What every layer would say after each token of one row: its guess, and how sure it is.
+def lens_figure(
+    lens: TokenLosses, texts: Sequence[str], guesses: Sequence[Sequence[str]]
+) -> Figure:
+    """The guess of every layer after each token of one row, coloured by its probability.
 
     lens: [L, 1, T]; texts: [T], the inputs; guesses: [L][T], the text of `lens.guesses`.
     """
@@ -32,29 +35,28 @@ def lens_figure(lens: Lens, texts: Sequence[str], guesses: Sequence[Sequence[str
     figure, [[axis]] = make_figure(size=size, grid=False)
     image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for layer in range(layers):
-        for place in range(length):
-            sure = confidence[layer, place] > 0.6
+        for t in range(length):
             axis.text(
-                place,
+                t,
                 layer,
-                fonts.readable(visible(guesses[layer][place])[:7], families),
+                fonts.readable(visible(guesses[layer][t])[:7], families),
                 ha="center",
                 va="center",
                 fontsize=7,
                 family=families,
-                color="white" if sure else "black",
+                color="white" if confidence[layer, t] > 0.6 else "black",
             )
     names = [fonts.readable(visible(text)[:9], families) for text in texts]
     axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family=families)
     axis.set_yticks(range(layers), [f"after layer {i}" for i in range(layers)], fontsize=8)
-    axis.set_xlabel("the token that was read")
+    axis.set_xlabel("token that was read")
     axis.tick_params(length=0)
     figure.colorbar(image, ax=axis, shrink=0.7, label="probability of the guess")
     return figure
 
 
-def lens_loss_figure(lens: Lens, weights: Array) -> Figure:
-    """The mean loss after each layer, over scored tokens: how early the answer is there."""
+def lens_loss_figure(lens: TokenLosses, weights: Array) -> Figure:
+    """The mean loss after each layer, over scored tokens."""
     scored = np.asarray(weights) > 0
     nll = np.asarray(lens.nll)[:, scored].mean(axis=1)
     figure, [[axis]] = make_figure()
@@ -68,7 +70,7 @@ def lens_loss_figure(lens: Lens, weights: Array) -> Figure:
 
 
 def norms_figure(norms: Norms, weights: Array) -> Figure:
-    """Size of the residual stream and of what each layer adds: median, and the middle 80%."""
+    """Norms of the residual stream and of each layer's update: median, and the middle 80%."""
     scored = np.asarray(weights) > 0
     figure, [[axis]] = make_figure()
     for name, values in (("residual stream", norms.stream), ("update", norms.update)):
@@ -81,28 +83,25 @@ def norms_figure(norms: Norms, weights: Array) -> Figure:
     return figure
 
 
-def attributions_html(texts: Sequence[str], nats: Array, answer: str) -> str:
-    """Text coloured by how much each token speaks for (blue) or against (orange) `answer`.
+def attributions_html(texts: Sequence[str], values: Array, answer: str) -> str:
+    """HTML text coloured by the share of each token for (blue) or against (orange) `answer`.
 
-    texts: [T]; nats: [T]. Point at a token to read its number.
+    texts: [T]; values: [T], in nats, also in the tokens' hints.
     """
-    values = np.asarray(nats, np.float64)
-    largest = max(float(np.abs(values).max()), 1e-9)
-    spans = []
-    for text, value in zip(texts, values.tolist(), strict=True):
-        share, color = abs(value) / largest, _BLUE if value > 0 else _ORANGE
-        mixed = ", ".join(str(round(255 + share * 0.75 * (c - 255))) for c in color)
-        hint = html.escape(f"{visible(text)}: {value:+.2f} nats")
-        shown = html.escape(text).replace("\n", '<span style="color: #aaa">↵</span>\n')
-        spans.append(f'<span style="background: rgb({mixed})" title="{hint}">{shown}</span>')
-    box = "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222"
-    legend = (
+    shares = np.asarray(values, np.float64)
+    largest = max(float(np.abs(shares).max()), 1e-9)
+    tokens = [
+        (
+            text,
+            blend(_BLUE if value > 0 else _ORANGE, 0.75 * abs(value) / largest),
+            f"{visible(text)}: {value:+.2f} nats",
+        )
+        for text, value in zip(texts, shares.tolist(), strict=True)
+    ]
+    return colored_text(
+        tokens,
         f"for <b>{html.escape(visible(answer))}</b>: blue speaks for it, orange against; "
-        f"{values.sum():+.2f} nats in all, at most {largest:.2f} from one token"
-    )
-    return (
-        f'<div style="font: 12px sans-serif; margin: 4px 0">{legend}</div>'
-        f'<div style="{box}; border: 1px solid #ddd; padding: 8px 12px">{"".join(spans)}</div>'
+        f"{shares.sum():+.2f} nats in all, at most {largest:.2f} from one token",
     )
 
 
@@ -110,12 +109,12 @@ def pairs_figure(pairs: Sequence[tuple[str, str]], nats: Array) -> Figure:
     """Bars of log p(first) - log p(second) of minimal pairs. nats: [pairs, 2], their losses."""
     gains = np.asarray(nats)[:, 1] - np.asarray(nats)[:, 0]
     figure, [[axis]] = make_figure(size=(9.0, 1.2 + 0.34 * len(pairs)))
-    places = np.arange(len(pairs))[::-1]
+    heights = np.arange(len(pairs))[::-1]
     colors = ["C0" if gain > 0 else "C1" for gain in gains]
-    axis.barh(places, gains, color=colors, height=0.6)
+    axis.barh(heights, gains, color=colors, height=0.6)
     families = fonts.families("".join(text for pair in pairs for text in pair), "monospace")
     names = [fonts.readable(f"{visible(a)}  |  {visible(b)}", families) for a, b in pairs]
-    axis.set_yticks(places, names, fontsize=8, family=families)
+    axis.set_yticks(heights, names, fontsize=8, family=families)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_xlabel("nats by which the first is likelier than the second")
     return figure

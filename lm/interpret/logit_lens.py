@@ -1,6 +1,4 @@
-"""Between the layers of a model: what it would say there, how large the residual stream is, and
-which inputs an answer comes from.
-"""
+"""The residual stream between layers: its predictions and norms, and attributions to inputs."""
 
 from __future__ import annotations
 
@@ -13,17 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
+from lm.interpret.attention_maps import TokenLosses, losses_of_logits
 from lm.layers.cross_entropy import token_nll
 from lm.layers.embedding import Embedding
 from lm.types import Array, Model, Params, Tokens
-
-
-class Lens(NamedTuple):
-    """What each layer's residual stream says, if the rest of the layers is left out."""
-
-    guesses: jax.Array  # int32 [L, B, T]: the most likely id
-    confidence: jax.Array  # float32 [L, B, T]: its probability
-    nll: jax.Array  # float32 [L, B, T]: -log p(target)
 
 
 class Norms(NamedTuple):
@@ -42,25 +33,23 @@ def residual_streams(model: Model, params: Params, tokens: Tokens) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def logit_lens(model: Model, params: Params, tokens: Tokens, targets: Array) -> Lens:
-    """The model's own final norm and vocabulary projection, applied after every layer
-    (nostalgebraist 2020, "interpreting GPT: the logit lens"). targets: int32 [B, T].
+def logit_lens(model: Model, params: Params, tokens: Tokens, targets: Array) -> TokenLosses:
+    """The model's final norm and vocabulary projection, applied after every layer: [L, B, T].
 
-    One layer at a time, so that [L, B, T, V] logits never exist; the last is the model's answer.
+    nostalgebraist 2020, "interpreting GPT: the logit lens". targets: int32 [B, T]. One layer at a
+    time, so that [L, B, T, V] logits never exist; the last layer's are the model's answer.
     """
 
-    def of_layer(hidden: Array) -> Lens:
+    def of_layer(hidden: Array) -> TokenLosses:
         logits = model.apply({"params": params}, hidden, method=lambda m, h: m.logits(m.finish(h)))
-        nll, log_z = token_nll(logits, jnp.asarray(targets))
-        guess = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return Lens(guess, jnp.exp(jnp.max(logits, axis=-1) - log_z), nll)
+        return losses_of_logits(logits, jnp.asarray(targets))
 
     return jax.lax.map(of_layer, residual_streams(model, params, tokens))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def residual_norms(model: Model, params: Params, tokens: Tokens) -> Norms:
-    """How large the residual stream is, and how much of it each layer but the first has written."""
+    """Norms of the residual stream and of the update of each layer but the first."""
     hidden = residual_streams(model, params, tokens).astype(jnp.float32)
     before = jnp.concatenate([jnp.full_like(hidden[:1], jnp.nan), hidden[:-1]])
 
@@ -80,12 +69,12 @@ def attributions(
     *,
     num_steps: int = 64,
 ) -> jax.Array:
-    """How much each input token adds to log p(target) at the last place: float32 [B, T], in nats.
+    """The share of each input token in log p(target) at the last position: float32 [B, T], in nats.
 
-    Integrated gradients (arXiv:1703.01365) on the straight way from the embeddings of the ids
+    Integrated gradients (arXiv:1703.01365) on the straight line from the embeddings of the ids
     `baseline`, int32 [B, T], to those of the tokens: the sum over a row is what log p(target)
-    gains by the exchange, up to the error of `num_steps` midpoints. From zero vectors it would be
-    useless: a normalisation that only sees directions leaves those in one jump. target: int32 [B].
+    gains by the exchange, up to the error of `num_steps` midpoints. Zero vectors are no baseline:
+    a norm that only sees directions leaves them in one jump. target: int32 [B].
     """
 
     def rows(ids: Array) -> jax.Array:

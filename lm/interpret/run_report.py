@@ -1,4 +1,4 @@
-"""Pictures of a run for notebooks: HTML text, and matplotlib figures that need no window."""
+"""Views of a run for notebooks: HTML text and figures of its data, losses and attention."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ from lm.config import conversion
 from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
 from lm.interpret.attention_maps import TokenLosses, cut, mean_distances, token_text, token_texts
+from lm.interpret.markup import (
+    COLORS,
+    blend,
+    box,
+    colored_text,
+    mask_image,
+    paint,
+    table,
+    visible,
+)
 from lm.layers.attention.dot_product import self_mask
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
@@ -26,12 +36,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One colour after the other for the segments of a row, light enough for text on top.
-COLORS = ("#8ecae6", "#ffb775", "#a3d9a5", "#f4a6b8", "#c3b1e1", "#e9d985", "#9fd8cf", "#d3bba3")
-_BOX = (
-    "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222; "
-    "border: 1px solid #ddd; padding: 8px 12px; max-height: 460px; overflow: auto"
-)
 _GREYS = ("#dddddd", "#bbbbbb")
 _HOT = (240, 90, 60)  # the colour of the highest loss; zero is white
 
@@ -48,7 +52,7 @@ def overview(experiment: Experiment, step: int) -> str:
     """HTML tables: the size of the run, and every config value that is not the default."""
     c, count = experiment.config, format_quantity
     seen = step * experiment.batch_size * c.data.length
-    facts = [
+    run = [
         ("checkpoint", f"step {step:,} of {experiment.num_steps:,}"),
         ("parameters", count(sum(x.size for x in jax.tree.leaves(experiment.abstract_params)))),
         ("batch", f"{experiment.batch_size} rows of {c.data.length} tokens"),
@@ -59,46 +63,42 @@ def overview(experiment: Experiment, step: int) -> str:
         for path, value, default, sentence in conversion.explain(experiment.config_dict)
         if value != default
     ]
-    return _table((), facts) + _table(("config", "this run", "default", ""), values)
+    return table((), run) + table(("config", "this run", "default", ""), values)
 
 
 def row_html(tokenizer: Tokenizer, batch: Batch, row: int, explained: ExplainedRow) -> str:
-    """The text of a row as HTML, a colour for each document, whose name stands before it."""
-    segments, pieces = batch.inputs.segments[row], []
+    """The text of a row as HTML, a colour for each document, below the document's name."""
+    segments, documents = batch.inputs.segments[row], []
     for number, (name, color) in enumerate(_labels(explained), start=1):
-        texts = token_texts(tokenizer, batch.targets[row][segments == number])
-        shown = html.escape("".join(texts))
-        pieces.append(
+        text = "".join(token_texts(tokenizer, batch.targets[row][segments == number]))
+        documents.append(
             f'<div style="font: bold 12px sans-serif; margin-top: 6px">{html.escape(name)}</div>'
-            f'<span style="background: {color}90">{shown}</span>'
+            f'<span style="background: {color}90">{html.escape(text)}</span>'
         )
-    return f'<div style="{_BOX}">{"".join(pieces)}</div>'
+    return box("".join(documents))
 
 
 def losses_html(
     tokenizer: Tokenizer,
     ids: Array,
-    nats: Array,
+    nll: Array,
     guesses: Array | None = None,
     *,
     limit: float = 8.0,
 ) -> str:
-    """HTML text of ids: [T], coloured by nats: [T] up to `limit`; point at a token to read more."""
-    texts = token_texts(tokenizer, ids)
-    spans = []
-    for i, (text, loss) in enumerate(zip(texts, np.asarray(nats).tolist(), strict=True)):
-        hint = f"{visible(text)}: {loss:.2f} nats"
+    """HTML text of ids [T], coloured by their losses `nll` [T] up to `limit` nats.
+
+    The hint of a token has its loss, and the model's guess where `guesses` [T] are given.
+    """
+    tokens = []
+    for i, text in enumerate(token_texts(tokenizer, ids)):
+        hint = f"{visible(text)}: {nll[i]:.2f} nats"
         if guesses is not None:
             hint += f", guess {visible(token_text(tokenizer, int(guesses[i])))}"
-        shown = html.escape(text).replace("\n", '<span style="color: #aaa">↵</span>\n')
-        style = f"background: {_heat(loss / limit)}"
-        spans.append(f'<span style="{style}" title="{html.escape(hint)}">{shown}</span>')
-    bar = f"background: linear-gradient(to right, {_heat(0)}, {_heat(1)})"
-    legend = (
-        '<div style="font: 12px sans-serif; margin: 4px 0">0 <span style="display: inline-block; '
-        f'width: 160px; height: 10px; border: 1px solid #ddd; {bar}"></span> {limit:g} nats</div>'
-    )
-    return f'{legend}<div style="{_BOX}">{"".join(spans)}</div>'
+        tokens.append((text, blend(_HOT, float(nll[i]) / limit), hint))
+    bar = f"background: linear-gradient(to right, {blend(_HOT, 0)}, {blend(_HOT, 1)})"
+    style = f"display: inline-block; width: 160px; height: 10px; border: 1px solid #ddd; {bar}"
+    return colored_text(tokens, f'0 <span style="{style}"></span> {limit:g} nats')
 
 
 def hardest_html(
@@ -107,26 +107,16 @@ def hardest_html(
     """HTML table of the `count` tokens of highest loss, after the `context` tokens before them."""
     weighted = losses.nll * (batch.weights > 0)
     rows = []
-    for place in np.argsort(-weighted, axis=None)[:count]:
-        i, t = np.unravel_index(place, weighted.shape)
+    for index in np.argsort(-weighted, axis=None)[:count]:
+        i, t = np.unravel_index(index, weighted.shape)
         first = max(0, t - context, t - int(batch.inputs.positions[i, t]))
         before = visible("".join(token_texts(tokenizer, batch.targets[i, first:t])))[-60:]
         target, guess = (
             visible(token_text(tokenizer, int(x[i, t]))) for x in (batch.targets, losses.guesses)
         )
-        nats, confidence = losses.nll[i, t], losses.confidence[i, t]
-        rows.append((f"{nats:.1f}", before, target, f"{guess}  ({confidence:.0%})"))
-    return _table(("nats", "after", "comes", "the model's guess"), rows, right=(0, 1))
-
-
-def visible(text: str) -> str:
-    """Text with its white space made visible: `a·b↵`."""
-    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-
-
-def _heat(share: float) -> str:
-    share = min(max(share, 0.0), 1.0)
-    return f"rgb({', '.join(str(round(255 + share * (c - 255))) for c in _HOT)})"
+        nll, confidence = losses.nll[i, t], losses.confidence[i, t]
+        rows.append((f"{nll:.1f}", before, target, f"{guess}  ({confidence:.0%})"))
+    return table(("nats", "after", "comes", "the model's guess"), rows, right=(0, 1))
 
 
 def _labels(explained: ExplainedRow) -> list[tuple[str, str]]:
@@ -137,59 +127,34 @@ def _labels(explained: ExplainedRow) -> list[tuple[str, str]]:
     ]
 
 
-def _table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
-) -> str:
-    """HTML of a table whose columns `right` end, instead of begin, in one line."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        sides = ("right" if i in right else "left" for i in range(len(cells)))
-        parts = (
-            f'<{tag} style="text-align: {side}; font: 12px monospace; white-space: pre">'
-            f"{html.escape(cell)}</{tag}>"
-            for side, cell in zip(sides, cells, strict=True)
-        )
-        return f"<tr>{''.join(parts)}</tr>"
-
-    lines = [line("th", header)] if header else []
-    return f"<table>{''.join([*lines, *(line('td', row) for row in rows)])}</table>"
-
-
 def packing_figure(
     tokens: Tokens,
     row: int,
     explained: ExplainedRow,
     windows: Sequence[int | None] = (None,),
 ) -> Figure:
-    """A figure: a batch, a colour for each document, and the mask of one row for each window."""
-    from matplotlib.colors import to_rgb
+    """A batch with one row in the colours of its documents, and its mask for each window."""
     from matplotlib.patches import Patch
-
-    def paint(segments: Array, names: Sequence[str]) -> np.ndarray:  # [...] -> [..., 3]
-        colors, number = np.array([to_rgb(name) for name in names]), np.asarray(segments)
-        return np.where(number[..., None] > 0, colors[(number - 1) % len(colors)], 1.0)
 
     figure, axes = make_figure(1, 1 + len(windows), size=(5.0, 4.6), grid=False)
     left, *right = axes[0]
     image = paint(tokens.segments, _GREYS)
-    image[row] = paint(tokens.segments[row], COLORS)
+    image[row] = paint(tokens.segments[row])
     left.imshow(image, aspect="auto", interpolation="nearest")
     left.hlines(np.arange(len(image) - 1) + 0.5, -0.5, image.shape[1] - 0.5, "white", linewidth=1)
-    left.set(title="the batch", xlabel="place in the row", ylabel="row", yticks=[row])
+    left.set(title="the batch", xlabel="position in the row", ylabel="row", yticks=[row])
     one = cut(tokens, row, tokens.ids.shape[1])
     for axis, window in zip(right, windows, strict=True):
-        seen = np.asarray(self_mask(one).allowed(window))[0]
-        axis.imshow(np.where(seen[..., None], paint(one.segments[0], COLORS)[:, None], 1.0))
+        axis.imshow(mask_image(self_mask(one).allowed(window)[0], one.segments[0]))
         kind = "" if window is None else f", window {window}"
-        axis.set(title=f"who sees whom in row {row}{kind}", xlabel="seen (key)")
-        axis.set_ylabel("looks (query)")
+        axis.set(title=f"attention mask of row {row}{kind}", xlabel="key", ylabel="query")
     labels = [Patch(color=color, label=name) for name, color in _labels(explained)[:8]]
     figure.legend(handles=labels, loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
 def heads_figure(maps: Array) -> Figure:
-    """A figure of all heads, small: maps [L, N, T, S]."""
+    """The attention weights of all heads, small: maps [L, N, T, S]."""
     num_layers, num_heads = maps.shape[:2]
     figure, axes = make_figure(num_layers, num_heads, size=(1.5, 1.5), grid=False)
     for layer in range(num_layers):
@@ -206,7 +171,7 @@ def heads_figure(maps: Array) -> Figure:
 def attention_figure(
     maps: Array, texts: Sequence[str], heads: Sequence[tuple[int, int]], *, columns: int = 2
 ) -> Figure:
-    """A figure of chosen heads (layer, head) of maps: [L, N, T, S], tokens along both sides."""
+    """The attention weights of chosen heads (layer, head) of maps [L, N, T, S], with tokens."""
     size = 1.0 + 0.14 * len(texts)
     rows = -(-len(heads) // columns)
     figure, axes = make_figure(rows, columns, size=(size + 0.5, size), grid=False)
@@ -227,11 +192,11 @@ def attention_figure(
     return figure
 
 
-def position_figure(nats: Array, positions: Array, weights: Array) -> Figure:
-    """A figure of mean loss and its standard error by tokens of context, of arrays [B, T]."""
+def position_figure(nll: Array, positions: Array, weights: Array) -> Figure:
+    """Mean loss and its standard error by tokens of context, of arrays [B, T]."""
     scored = np.asarray(weights) > 0
-    values, places = np.asarray(nats)[scored], np.asarray(positions)[scored]
-    bins = np.ceil(np.log2(places + 1)).astype(int)  # 0, 1, 2 to 3, 4 to 7, ...
+    values, num_before = np.asarray(nll)[scored], np.asarray(positions)[scored]
+    bins = np.ceil(np.log2(num_before + 1)).astype(int)  # 0, 1, 2 to 3, 4 to 7, ...
     kinds = np.unique(bins)
     groups = [values[bins == k] for k in kinds]
     figure, [[axis]] = make_figure(size=(7.5, 3.6))
