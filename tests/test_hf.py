@@ -248,7 +248,7 @@ def test_export_of_an_import_has_the_same_bytes_and_loads_as_the_same_model(
         before = {key: x for key, x in before.items() if "seq_relationship" not in key}
     assert before.keys() == after.keys()
     assert all(before[key].numpy().tobytes() == after[key].numpy().tobytes() for key in before)
-    kind = getattr(transformers, structure.family(family).ARCHITECTURE)
+    kind = getattr(transformers, structure.family(family).architecture)
     loaded, log = kind.from_pretrained(
         tmp_path / "out", attn_implementation=attention(case.theirs), output_loading_info=True
     )

@@ -13,7 +13,7 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config import command_line, conversion
 from lm.config.schema import CheckpointConfig
 from lm.hf.exporting import export_folder
-from lm.hf.files import Reader, Writer
+from lm.hf.files import Reader, write_tensors
 from lm.hf.importing import import_folder
 from lm.training.experiment import load
 from lm.training.loop import train
@@ -70,9 +70,7 @@ def equal(a, b):
 
 
 def write(folder, tensors):
-    writer = Writer(folder, {name: x.shape for name, x in tensors.items()}, "float32")
-    for name, x in tensors.items():
-        writer.write(name, x)
+    write_tensors(folder, {n: x.shape for n, x in tensors.items()}, tensors.get, "float32")
 
 
 def read(folder):
@@ -112,9 +110,8 @@ def test_bfloat16_comes_in_exactly_and_goes_out_with_the_same_bytes(
     narrow = {name: x.astype(ml_dtypes.bfloat16) for name, x in read(folder).items()}
     (tmp_path / "narrow").mkdir()
     shutil.copy(folder / "config.json", tmp_path / "narrow")
-    writer = Writer(tmp_path / "narrow", {n: x.shape for n, x in narrow.items()}, "bfloat16")
-    for name, x in narrow.items():
-        writer.write(name, x)
+    shapes = {name: x.shape for name, x in narrow.items()}
+    write_tensors(tmp_path / "narrow", shapes, narrow.get, "bfloat16")
     found = bring(tmp_path / "narrow")
     assert all(
         np.array_equal(found[name], params[name].astype(ml_dtypes.bfloat16).astype(np.float32))

@@ -45,8 +45,8 @@ def test_shipped_configs_are_models_of_their_family_and_no_parameter_lacks_a_row
     resolved = structure.resolve(model)
     params = abstract_params(build(resolved))
     leaves = {path: leaf.shape for path, leaf in flat(params).items()}
-    where = table.places(structure.family(family).rows(resolved), leaves)
-    shapes = [table.tensor_shape(p) for p in table.tensors(where).values()]
+    slices = table.parameter_slices(structure.family(family).weight_map(resolved), leaves)
+    shapes = [table.tensor_shape(parts) for parts in table.by_tensor(slices).values()]
     assert sum(size_of(s) for s in shapes) == sum(size_of(s) for s in leaves.values())
 
 
@@ -136,7 +136,7 @@ def test_a_model_of_no_family_is_refused_with_a_reason_of_each():
 def test_rows_and_parameters_must_be_one_to_one():
     rows = [WeightMapping("a", "theirs.a", LINEAR), WeightMapping("b", "theirs.b", LINEAR)]
     with pytest.raises(ValueError) as error:
-        table.places(rows, {"b": (2, 3), "c": (4,)})
+        table.parameter_slices(rows, {"b": (2, 3), "c": (4,)})
     assert "parameters without a row: c\n" in str(error.value)
     assert "rows without a parameter: a" in str(error.value)
 

@@ -1,17 +1,16 @@
-"""From a run's folder to one in Hugging Face's layout: config.json, safetensors, tokenizer."""
+"""Export of a run to a folder in Hugging Face's layout: config.json, safetensors, tokenizer."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 from lm.hf import folding, structure, table, vocabulary
-from lm.hf.files import SHARD_BYTES, Writer
+from lm.hf.files import SHARD_BYTES, write_tensors
+from lm.hf.keys import Say
 from lm.layers import lora
 from lm.optim import param_tree
 from lm.training.experiment import Experiment
@@ -26,15 +25,15 @@ def export_folder(
     family: str | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
-    say: Callable[[str], Any] = print,
+    say: Say = print,
 ) -> str:
-    """Writes parameters as a folder that `transformers` loads, and returns the family.
+    """Write parameters as a folder that `transformers` loads, and return the family.
 
     family: a `model_type`; None: the first, by name, that can represent the model.
 
     Raises:
-        ValueError: `out` has such files, the run has adapters, or the model is not one of the
-        family.
+        ValueError: `out` is not empty, the run has adapters, or the family can't represent the
+        model.
     """
     if rank := getattr(experiment.config.model, "lora", lora.LoraConfig()).rank:
         raise ValueError(
@@ -45,36 +44,30 @@ def export_folder(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{out} is not empty; export into a new folder")
     model = experiment.config.model
-    section: Any
     section, leaves = folding.fold(experiment.config_dict.model, model, param_tree.flatten(params))
     name = family or structure.find_family(section)
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
     ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=model.takes_encoder)
-    where = table.places(
+    slices = table.parameter_slices(
         kind.weight_map(model), {name: leaf.shape for name, leaf in leaves.items()}
     )
-    held = table.tensors(where)
+    bare = "" if getattr(model, "has_head", True) else kind.prefix  # as that class names them
+    tensors = {n.removeprefix(bare): parts for n, parts in table.by_tensor(slices).items()}
+    shapes = {name: table.tensor_shape(parts) for name, parts in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
-    bare = "" if getattr(model, "has_head", True) else kind.PREFIX  # as that class names them
-    held = {name.removeprefix(bare): parts for name, parts in held.items()}
-    shapes = {name: table.tensor_shape(parts) for name, parts in held.items()}
-    writer = Writer(folder, shapes, dtype, shard_bytes=shard_bytes)
-    for tensor, parts in held.items():
-        pieces = [_piece(leaves[place.row.parameter], place) for place in parts]
-        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1)
-        writer.write(tensor, _cast(whole, dtype, tensor))
+
+    def make(name: str) -> np.ndarray:
+        arrays = [part.to_tensor(leaves[part.mapping.parameter]) for part in tensors[name]]
+        return _cast(np.concatenate(arrays, axis=-1), dtype, name)
+
+    write_tensors(folder, shapes, make, dtype, shard_bytes=shard_bytes)
     text = json.dumps(tree | ids | {"dtype": dtype, "torch_dtype": dtype}, indent=2)
     (folder / "config.json").write_text(text)
-    say(
-        f"{len(held)} tensors of {sum(np.prod(s) for s in shapes.values()):,} parameters, as {name}"
-    )
+    count = sum(map(math.prod, shapes.values()))
+    say(f"{len(tensors)} tensors of {count:,} parameters, as {name}")
     return name
-
-
-def _piece(leaf: jax.Array, place: table.Place) -> np.ndarray:
-    return place.row.layout.to_tensor(np.asarray(leaf[place.index]))
 
 
 def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, or PyTorch's `.bin`, in one piece or in several with an index."""
+"""Files of tensors: safetensors, or PyTorch's `.bin`, one or several with an index."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
-from lm.hf.table import Shape, some
+from lm.hf.table import Shape, shortened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {
@@ -21,19 +24,18 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 STEMS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 
 
 def check_pointer(file: Path) -> None:
-    """Raises ValueError where a file is what Git keeps in place of one that Git LFS has."""
+    """Raise ValueError where a file is the pointer that Git keeps to a file of Git LFS."""
     with open(file, "rb") as content:
-        begin = content.read(512)
-    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
-        size = re.search(rb"^size (\d+)$", begin, re.MULTILINE)
-        stands = f" of a file of {int(size[1]):,} bytes" if size else ""
+        head = content.read(512)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"^size (\d+)$", head, re.MULTILINE)
+        of_size = f" of a file of {int(size[1]):,} bytes" if size else ""
         raise ValueError(
-            f"{file} is a Git LFS pointer{stands}, not the file itself: get it by `git lfs pull` "
+            f"{file} is a Git LFS pointer{of_size}, not the file itself: get it by `git lfs pull` "
             f"in {file.parent}"
         )
 
@@ -58,12 +60,12 @@ class Reader:
     """The tensors of a folder, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FileNotFoundError unless there are files of tensors."""
+        """Raise FileNotFoundError unless there are files of tensors."""
         self.folder = folder
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, Tensor] = {}
         kind, files = _find(folder)
         for file in files:
             check_pointer(file)
@@ -111,15 +113,16 @@ class Reader:
         )
 
     def check_dtypes(self, names: Iterable[str]) -> None:
-        """Raises ValueError, listing them, where tensors are no floats of 16 or 32 bits."""
+        """Raise ValueError, listing them, where tensors are no floats of 16 or 32 bits."""
         wrong = [f"{n} ({self.dtypes[n]})" for n in names if self.dtypes[n] not in DTYPES]
         if wrong:
             raise ValueError(
-                f"tensors must be of the types {', '.join(DTYPES)}, and of others are {some(wrong)}"
+                f"tensors must be of the types {', '.join(DTYPES)}, and of others are "
+                f"{shortened(wrong)}"
             )
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor in the type that it has in the file, which `check_dtypes` lets pass."""
+        """A tensor in the type that it has in the file, one that passes `check_dtypes`."""
         if name in self._loaded:
             return _from_torch(self._loaded[name])
         from safetensors import safe_open
@@ -148,7 +151,7 @@ def _find(folder: Path) -> tuple[str, list[Path]]:
     )
 
 
-def _from_torch(tensor: Any) -> np.ndarray:
+def _from_torch(tensor: Tensor) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()
@@ -157,56 +160,37 @@ def _from_torch(tensor: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-class Writer:
-    """Safetensors files of a folder, with an index where there are several.
+def write_tensors(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    make: Callable[[str], np.ndarray],
+    dtype: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the tensors `make(name)` as safetensors, with an index where there are several files.
 
-    All shapes are known at the start, so that a tensor goes to its place in its file and none is
-    kept.
+    One file's tensors are in memory at a time.
     """
+    from safetensors.numpy import save_file
 
-    def __init__(
-        self,
-        folder: Path,
-        shapes: Mapping[str, Shape],
-        dtype: str,
-        *,
-        shard_bytes: int = SHARD_BYTES,
-    ) -> None:
-        self._dtype = np.dtype(dtype)
-        code, size = _CODES[self._dtype.name], self._dtype.itemsize
-        shards: list[dict[str, Any]] = [{}]
-        filled = 0
-        for name, shape in shapes.items():
-            length = math.prod(shape) * size
-            if filled and filled + length > shard_bytes:
-                shards.append({})
-                filled = 0
-            offsets = [filled, filled + length]
-            shards[-1][name] = {"dtype": code, "shape": list(shape), "data_offsets": offsets}
-            filled += length
-        self._places: dict[str, tuple[Path, int, Shape]] = {}
-        for i, shard in enumerate(shards):
-            number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = folder / f"model{number}.safetensors"
-            header = json.dumps({"__metadata__": {"format": "pt"}, **shard}).encode()
-            header += b" " * (-len(header) % 8)  # data begins at a multiple of 8
-            with open(file, "wb") as out:
-                out.write(len(header).to_bytes(8, "little") + header)
-            for name, entry in shard.items():
-                place = 8 + len(header) + entry["data_offsets"][0]
-                self._places[name] = file, place, tuple(entry["shape"])
-        if len(shards) > 1:
-            total = sum(math.prod(shape) for shape in shapes.values()) * size
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {name: file.name for name, (file, _, _) in self._places.items()},
-            }
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes a tensor to its place, in the type of the files."""
-        file, place, shape = self._places[name]
-        assert tensor.shape == shape, f"{name}: {tensor.shape} is not {shape}"
-        with open(file, "r+b") as out:
-            out.seek(place)
-            out.write(np.ascontiguousarray(tensor, self._dtype).reshape(-1).view(np.uint8).data)
+    itemsize = np.dtype(dtype).itemsize
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        length = math.prod(shape) * itemsize
+        if filled and filled + length > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += length
+    files = {}
+    for i, names in enumerate(shards, start=1):
+        number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        files |= dict.fromkeys(names, file := f"model{number}.safetensors")
+        tensors = {name: np.ascontiguousarray(make(name), dtype) for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(map(math.prod, shapes.values())) * itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,6 +1,4 @@
-"""A model of another parametrization as one of the standard one: the factors that it has beside its
-weights, inside of them.
-"""
+"""Conversion of other parametrizations to the standard one: factors are multiplied into weights."""
 
 from __future__ import annotations
 
@@ -9,21 +7,22 @@ from typing import Any
 
 import jax
 
-# What a factor on their output is put into, by the ends of names.
+from lm.config.tree import ConfigTree
+
+# modules whose output a factor scales, by the ends of their names
 BRANCHES = ("attention.out", "cross_attention.out", "mlp.down", "moe.shared.down", "moe.down")
 POST_NORMS = ("attention_post_norm", "cross_attention_post_norm", "mlp_post_norm")
 
 
 def fold(
-    section: Any, model: Any, leaves: Mapping[str, jax.Array]
-) -> tuple[Any, dict[str, jax.Array]]:
-    """(`config.model`, parameters by name) of the standard parametrization that compute the same,
-    up to the rounding of one product for each weight.
+    section: ConfigTree, model: Any, leaves: Mapping[str, jax.Array]
+) -> tuple[ConfigTree, dict[str, jax.Array]]:
+    """(`config.model`, parameters by name) of the same function in the standard parametrization.
 
-    model: the resolved section.
+    It is the same up to the rounding of one product for each weight. model: the resolved section.
 
     Raises:
-        ValueError: a factor has no weights to go into.
+        ValueError: there are no weights that a factor can be multiplied into.
     """
     leaves, scaling = dict(leaves), getattr(model, "scaling", None)
     if scaling is None or model.parametrization == "standard":
@@ -42,11 +41,11 @@ def fold(
     return section, leaves
 
 
-def _before_logits(model: Any, leaves: Mapping[str, Any]) -> tuple[str, ...]:
-    """The module whose output the logits are a linear function of."""
+def _before_logits(model: Any, leaves: Mapping[str, jax.Array]) -> tuple[str, ...]:
+    """The module of whose output the logits are a linear function."""
     if "head.weight" in leaves:
         return ("head",)
-    # what lies in `layers` is stacked, and was taken to be a block's
+    # norms inside `layers` are those of blocks
     for norm in ("transform_norm", "norm", "decoder.norm"):
         if f"{norm}.scale" in leaves:
             return (norm,)
@@ -60,7 +59,7 @@ def _before_logits(model: Any, leaves: Mapping[str, Any]) -> tuple[str, ...]:
 def _multiply(
     leaves: dict[str, jax.Array], modules: tuple[str, ...], factor: float, norm: str
 ) -> None:
-    """Multiplies what modules of these names return, by their parameters; in place."""
+    """Scale the output of modules with these names through their parameters; in place."""
     for name, leaf in leaves.items():
         module, _, last = name.rpartition(".")
         owners = (module, name)  # experts' matrices have no module of their own

@@ -4,26 +4,18 @@ five layers with a window for each without, rotary positions with a base for eac
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from lm.hf import llama, rotary, windows
+from lm.hf.family import Key, effective_value
 from lm.hf.keys import StrictConfigReader
-from lm.hf.llama import BUFFERS, LAYER, MODEL, PREFIX, RENAMED, aliases
-from lm.hf.table import VECTOR, WeightMapping
+from lm.hf.llama import LAYER
+from lm.hf.table import WeightMapping, norm
 
-__all__ = [
-    "ARCHITECTURE",
-    "BARE",
-    "BUFFERS",
-    "MODEL",
-    "PREFIX",
-    "RENAMED",
-    "aliases",
-    "from_hf",
-    "to_hf",
-    "weight_map",
-]
-ARCHITECTURE, BARE = "Gemma3ForCausalLM", "Gemma3TextModel"
+if TYPE_CHECKING:
+    from lm.models.decoder import Config
+
 # of Gemma3TextConfig: what the published text_config of a larger model leaves out
 DEFAULTS = {
     "vocab_size": 262_208,
@@ -38,62 +30,65 @@ DEFAULTS = {
 }
 
 
-def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
-    keys.fill(DEFAULTS)
-    bias = keys.take("attention_bias", False)
-    keys.expect("use_bidirectional_attention", False)
-    keys.expect("attn_logit_softcapping", None)  # transformers reads it and does nothing with it
-    fields = llama.shared_from_hf(keys, activation="hidden_activation", tie=True)
-    num_layers = fields["num_layers"]
-    every = keys.take("sliding_window_pattern", None)
-    every = keys.take("_sliding_window_pattern", 6) if every is None else every
-    usual = [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(num_layers)
+def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+    every = reader.take("sliding_window_pattern", None)
+    every = reader.take("_sliding_window_pattern", 6) if every is None else every
+    kinds = reader.take("layer_types", None) or [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+        for i in range(fields["num_layers"])
     ]
-    kinds = keys.take("layer_types", None) or usual
+    window = reader.take_or_none("sliding_window", 4096)
     return {
-        **fields,
-        **rotary.both(keys),
-        **windows.from_hf(kinds, keys.take_or_none("sliding_window", 4096), num_layers),
-        "norm": "rms_plus_one",
-        "norm_placement": "both",
-        "qk_norm": True,
-        "qkv_bias": bias,
-        "out_bias": bias,
-        "query_scale": keys.take("query_pre_attn_scalar", 256) ** -0.5,
-        "logit_softcap": keys.take("final_logit_softcapping", None),
+        **rotary.both_from_hf(reader),
+        **windows.from_hf(kinds, window, fields["num_layers"]),
+        "query_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
         "embed_scale": fields["embed_dim"] ** 0.5,
     }
 
 
-def to_hf(model: Any) -> dict[str, Any]:
-    scale = model.head_size**-0.5 if model.query_scale is None else model.query_scale
-    local = model.rotary.local_theta
+def _write(model: Config) -> dict[str, Any]:
+    scalar = effective_value(model, "query_scale") ** -2
+    is_whole = abs(scalar - round(scalar)) < 1e-9 * scalar  # but for rounding
     return {
-        "model_type": "gemma3_text",
-        **llama.shared_to_hf(model, activation="hidden_activation"),
         **rotary.to_hf(model),
-        "rope_local_base_freq": model.rotary.theta if local is None else local,
+        "rope_local_base_freq": effective_value(model, "rotary.local_theta"),
         "sliding_window": model.window,
-        "layer_types": windows.kinds(model),
-        "attention_bias": model.qkv_bias,
-        "query_pre_attn_scalar": _whole(scale**-2),
-        "final_logit_softcapping": model.logit_softcap,
+        "layer_types": windows.layer_types(model),
+        "query_pre_attn_scalar": round(scalar) if is_whole else scalar,
     }
 
 
-def _whole(x: float) -> float | int:
-    """The whole number that x is but for rounding, else x."""
-    return round(x) if abs(x - round(x)) < 1e-9 * x else x
-
-
-def weight_map(model: Any) -> list[WeightMapping]:
-    after = {"attention_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"}
+def _weight_map(model: Config) -> list[WeightMapping]:
     return [
-        *llama.shared_weight_map(model),
-        *llama.mlp_weight_map(model, norm="pre_feedforward_layernorm"),
-        *(
-            WeightMapping(f"layers.{name}.scale", f"{LAYER}.{hf_name}_layernorm.weight", VECTOR)
-            for name, hf_name in after.items()
-        ),
+        *llama.weight_map(model, mlp_norm="pre_feedforward_layernorm"),
+        *norm("layers.attention_post_norm", f"{LAYER}.post_attention_layernorm", bias=False),
+        *norm("layers.mlp_post_norm", f"{LAYER}.post_feedforward_layernorm", bias=False),
     ]
+
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    bare="Gemma3TextModel",
+    keys=(
+        *(key for key in llama.with_defaults(tie_embeddings=True) if key.field != "activation"),
+        Key("hidden_activation", "activation", "silu", llama.GATED),
+        llama.ATTENTION_BIAS,
+        Key("final_logit_softcapping", "logit_softcap", None),
+    ),
+    fields={
+        **llama.FIELDS,
+        "norm": "rms_plus_one",
+        "norm_placement": "both",
+        "qk_norm": True,
+    },
+    defaults=DEFAULTS,
+    expected={
+        "use_bidirectional_attention": False,
+        "attn_logit_softcapping": None,  # transformers reads it and does nothing with it
+    },
+    read=_read,
+    write=_write,
+    weight_map=_weight_map,
+)

@@ -1,117 +1,99 @@
-"""GPT-2 (github.com/openai/gpt-2): one matrix makes query, key and value, and weights are
-[in, out].
-"""
+"""GPT-2 (github.com/openai/gpt-2): one matrix for query, key and value, and weights [in, out]."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lm.hf.family import Family, Key
 from lm.hf.keys import ACTIVATIONS, StrictConfigReader
-from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, WeightMapping
+from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, WeightMapping, linear, norm
 
-MODEL = "decoder"
-ARCHITECTURE, BARE = "GPT2LMHeadModel", "GPT2Model"
-PREFIX = "transformer."
-BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks
-RENAMED = ()
+if TYPE_CHECKING:
+    from lm.models.decoder import Config
 
-
-def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
-    embed_dim = keys.take("n_embd")
-    dropout, of_embedding = keys.take("resid_pdrop", 0.1), keys.take("embd_pdrop", 0.1)
-    if dropout != of_embedding:
-        keys.say(
-            f"note: config.json has embd_pdrop ({of_embedding}) beside resid_pdrop ({dropout}); "
-            "config.model.dropout is the latter in both places, for training: nothing else reads it"
-        )
-    num_heads, num_layers = keys.take("n_head"), keys.take("n_layer")
-    length = keys.take("n_positions")
-    for name, value in (  # `transformers` takes them for the same sizes
-        ("hidden_size", embed_dim),
-        ("num_attention_heads", num_heads),
-        ("num_hidden_layers", num_layers),
-        ("max_position_embeddings", length),
-    ):
-        keys.expect(name, value)
-    tied = keys.take("tie_word_embeddings", True)
-    keys.expect("scale_attn_weights", True)
-    keys.expect("scale_attn_by_inverse_layer_idx", False)
-    keys.expect("add_cross_attention", False)
-    keys.ignore("reorder_and_upcast_attn")  # the same scores, with other rounding in float16
-    keys.ignore(*(f"summary_{n}" for n in _SUMMARY))
-    return {
-        "vocab_size": keys.take("vocab_size"),
-        "max_length": length,
-        "num_layers": num_layers,
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "mlp_dim": keys.take("n_inner", 4 * embed_dim),
-        "activation": keys.translate("activation_function", ACTIVATIONS, "gelu_new"),
-        "norm": "layer",
-        "norm_eps": keys.take("layer_norm_epsilon", 1e-5),
-        "norm_bias": True,
-        "positions": "learned",
-        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
-        "tie_embeddings": tied,
-        "has_head": tied or keys.has_head("lm_head."),
-        "dropout": dropout,
-        "attention_dropout": keys.take("attn_pdrop", 0.1),
-    }
-
-
+LAYER = "transformer.h.{layer}"
 _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 
 
-def to_hf(model: Any) -> dict[str, Any]:
-    names = {value: key for key, value in reversed(ACTIVATIONS.items())}
-    return {
-        "model_type": "gpt2",
-        "vocab_size": model.vocab_size,
-        "n_positions": model.max_length,
-        "n_embd": model.embed_dim,
-        "n_layer": model.num_layers,
-        "n_head": model.num_heads,
-        "n_inner": model.mlp_size,
-        "activation_function": names.get(model.activation, model.activation),
-        "layer_norm_epsilon": model.norm_eps,
-        "resid_pdrop": model.dropout,
-        "embd_pdrop": model.dropout,
-        "attn_pdrop": model.attention_dropout,
-        "tie_word_embeddings": model.tie_embeddings,
-    }
+def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+    dropout, of_embedding = fields["dropout"], reader.take("embd_pdrop", 0.1)
+    if dropout != of_embedding:
+        reader.say(
+            f"note: config.json has embd_pdrop ({of_embedding}) beside resid_pdrop ({dropout}); "
+            "config.model.dropout is the latter in both places, for training: nothing else reads it"
+        )
+    for name, field in (  # `transformers` takes them for the same sizes
+        ("hidden_size", "embed_dim"),
+        ("num_attention_heads", "num_heads"),
+        ("num_hidden_layers", "num_layers"),
+        ("max_position_embeddings", "max_length"),
+    ):
+        reader.expect(name, fields[field])
+    return {}
 
 
-def weight_map(model: Any) -> list[WeightMapping]:
-    layer = "transformer.h.{layer}"
+def _weight_map(model: Config) -> list[WeightMapping]:
     found = [
         WeightMapping("embedding.weight", "transformer.wte.weight", TABLE),
         WeightMapping("position.weight", "transformer.wpe.weight", TABLE),
+        *norm("layers.attention_norm", f"{LAYER}.ln_1"),
+        *norm("layers.mlp_norm", f"{LAYER}.ln_2"),
+        *linear("layers.attention.out", f"{LAYER}.attn.c_proj", TABLE_OUT),
+        *linear("layers.mlp.up", f"{LAYER}.mlp.c_fc", TABLE),
+        *linear("layers.mlp.down", f"{LAYER}.mlp.c_proj", TABLE),
+        *norm("norm", "transformer.ln_f"),
     ]
-    for name, hf_name in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        found += _norm(f"layers.{name}", f"{layer}.{hf_name}")
     for part, name in enumerate(("query", "key", "value")):
         for kind, layout in (("weight", TABLE), ("bias", VECTOR)):
             path = f"layers.attention.{name}.{kind}"
-            found.append(WeightMapping(path, f"{layer}.attn.c_attn.{kind}", layout, part, 3))
-    for path, name, layout in (
-        ("attention.out", "attn.c_proj", TABLE_OUT),
-        ("mlp.up", "mlp.c_fc", TABLE),
-        ("mlp.down", "mlp.c_proj", TABLE),
-    ):
-        found.append(WeightMapping(f"layers.{path}.weight", f"{layer}.{name}.weight", layout))
-        found.append(WeightMapping(f"layers.{path}.bias", f"{layer}.{name}.bias", VECTOR))
-    found += _norm("norm", "transformer.ln_f")
+            found.append(WeightMapping(path, f"{LAYER}.attn.c_attn.{kind}", layout, part, 3))
     if model.has_head and not model.tie_embeddings:
         found.append(WeightMapping("head.weight", "lm_head.weight", LINEAR))
     return found
 
 
-def _norm(name: str, hf_name: str) -> list[WeightMapping]:
-    return [
-        WeightMapping(f"{name}.scale", f"{hf_name}.weight", VECTOR),
-        WeightMapping(f"{name}.bias", f"{hf_name}.bias", VECTOR),
-    ]
-
-
-def aliases(model: Any) -> dict[str, str]:
+def _aliases(model: Config) -> dict[str, str]:
     return {"lm_head.weight": "transformer.wte.weight"} if model.tie_embeddings else {}
+
+
+FAMILY = Family(
+    model_type="gpt2",
+    model="decoder",
+    architecture="GPT2LMHeadModel",
+    bare="GPT2Model",
+    prefix="transformer.",
+    keys=(
+        Key("vocab_size", "vocab_size"),
+        Key("n_positions", "max_length"),
+        Key("n_embd", "embed_dim"),
+        Key("n_layer", "num_layers"),
+        Key("n_head", "num_heads"),
+        Key("n_inner", "mlp_dim", lambda fields: 4 * fields["embed_dim"]),
+        Key("activation_function", "activation", "gelu_new", ACTIVATIONS),
+        Key("layer_norm_epsilon", "norm_eps", 1e-5),
+        Key("resid_pdrop", "dropout", 0.1),
+        Key("attn_pdrop", "attention_dropout", 0.1),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+    ),
+    fields={
+        "norm": "layer",
+        "norm_bias": True,
+        "positions": "learned",
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
+    },
+    expected={
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    ignored=(
+        "reorder_and_upcast_attn",  # the same scores, with other rounding in float16
+        *(f"summary_{name}" for name in _SUMMARY),
+    ),
+    read=_read,
+    write=lambda model: {"embd_pdrop": model.dropout},
+    weight_map=_weight_map,
+    aliases=_aliases,
+    head="lm_head.",
+    buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",  # causal masks
+)

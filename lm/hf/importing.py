@@ -1,8 +1,8 @@
-"""From a folder in Hugging Face's layout to a run's folder: config, tokenizer, and a checkpoint of
-step 0 with parameters alone.
+"""Import of a folder in Hugging Face's layout as a run: config, tokenizer, and a checkpoint of step
+0 that holds only parameters.
 
-Tensors are read, turned and written one at a time. The run's folder is like any other: it is
-generated from, evaluated, exported, and trained on, for which a new optimizer state is made.
+Tensors are read, transposed and written one at a time. The run is like any other: it generates, is
+evaluated, exported, and trained on with a new optimizer state.
 """
 
 from __future__ import annotations
@@ -18,23 +18,26 @@ from etils import epath
 
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
+from lm.config.tree import ConfigTree, leaves
 from lm.data.run_tokenizer import FOLDER
 from lm.hf import structure, table, vocabulary
+from lm.hf.family import Family
 from lm.hf.files import Reader, read_json
 from lm.hf.keys import Say
 from lm.hf.nested import text_names
+from lm.hf.table import ParameterSlice
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.training.experiment import CONFIG_FILE, Experiment
 
-# of a model that the config is not for: what it was pretrained with
+# the objectives that models of each component were pretrained with
 OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
 
 
 def import_folder(
     source: str,
     workdir: str,
-    config: Any,
+    config: ConfigTree,
     devices: Sequence[Any],
     *,
     tokenizer: str | None = None,
@@ -43,18 +46,17 @@ def import_folder(
     allow_nonfinite: bool = False,
     say: Say = print,
 ) -> Experiment:
-    """Makes the run's folder `workdir` of the model in `source`, and returns its experiment.
+    """Write the model in the folder `source` as the run `workdir`, and return its experiment.
 
-    config: what config.json doesn't say: data, optimizer, and of the model how it is computed.
-    tokenizer: a file in place of that in `source`, or `bytes`. skip: regular expressions of
-    tensors that are left out. ignored: keys of config.json that are read as if they were not
-    there. allow_nonfinite: take tensors with entries that are NaN or infinite.
+    config: what config.json doesn't say: data, optimizer, and how the model is computed.
+    tokenizer: a file in place of that in `source`, or `bytes`. skip: regular expressions of names
+    of tensors to skip. ignored: keys of config.json that are read as if they were not there.
+    allow_nonfinite: accept tensors with entries that are NaN or infinite.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: `workdir` is in use; a file is a pointer of Git LFS; tensors hold entries that
-        are NaN or infinite; or config.json, tensors and table don't fit together, and the message
-        lists what.
+        ValueError: `workdir` holds a run; a file is a pointer of Git LFS; tensors hold entries
+        that are NaN or infinite; or config.json, tensors and the family's table don't match.
     """
     folder, out = Path(source), epath.Path(workdir)
     path = folder / "config.json"
@@ -64,7 +66,7 @@ def import_folder(
         raise ValueError(f"{workdir} holds a run already; use another --workdir")
     tree = read_json(path)
     reader = Reader(folder)
-    names = text_names(tree.get("model_type", ""), list(reader.shapes))
+    names = text_names(tree.get("model_type", ""), reader.shapes)
     if left := len(reader.shapes) - len(names):
         say(f"left out: {left} tensors beside those of the text model, for other kinds of input")
     section = structure.model_section(tree, names, ignored=ignored, say=say)
@@ -78,29 +80,30 @@ def import_folder(
             f"WARNING: the tokenizer has {known} tokens and the model {size}: most of what it says "
             "has no text here; give its own with --tokenizer=FILE"
         )
-    read_into(
-        workdir,
-        reader,
-        names,
-        structure.family(tree["model_type"]),
-        experiment,
-        skip=skip,
-        allow_nonfinite=allow_nonfinite,
-        say=say,
+    kind, options = structure.family(tree["model_type"]), {"skip": skip, "say": say}
+    write_checkpoint(
+        workdir, reader, names, kind, experiment, allow_nonfinite=allow_nonfinite, **options
     )
     (out / CONFIG_FILE).write_text(conversion.to_json(config))
     return experiment
 
 
-def with_model(config: Any, section: Any, say: Say) -> Any:
-    """`config` with the model of an import, but computed as `config` says; rows are no longer than
-    the model's longest.
+def with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree:
+    """`config` with the model of an import.
+
+    How the model is computed stays as in `config`, and rows are at most as long as the model's
+    longest.
     """
     config = config.copy_and_resolve_references()
     if config.model.name == section.name:
-        for path in structure.COMPUTE:
-            if configured := _find(config.model, path):
-                section.update_from_flattened_dict({path: configured[0]})
+        configured = dict(leaves(config.model.to_dict()))
+        section.update_from_flattened_dict(
+            {
+                path: value
+                for path, value in configured.items()
+                if path in structure.COMPUTE or path.partition(".")[0] in structure.COMPUTE
+            }
+        )
     else:
         config.objective = conversion.default(objective=OBJECTIVES[section.name]).objective
         config.data.encoder_length = None
@@ -115,61 +118,42 @@ def with_model(config: Any, section: Any, say: Say) -> Any:
     return config
 
 
-def _find(section: Any, path: str) -> list[Any]:
-    """The value at `path` of a section, in a list; [] if there is none."""
-    for key in path.split("."):
-        if key not in section:
-            return []
-        section = section[key]
-    return [section]
-
-
-def read_into(
+def write_checkpoint(
     workdir: str,
     reader: Reader,
-    there: Mapping[str, str],
-    family: structure.Family,
+    names: Mapping[str, str],
+    family: Family,
     experiment: Experiment,
     *,
     skip: Sequence[str] = (),
     allow_nonfinite: bool = False,
     say: Say = print,
 ) -> None:
-    """Writes the checkpoint of step 0 with the tensors of `reader`, of the names
-    {that of the model: that in the files}.
+    """Write the checkpoint of step 0 with the tensors of `reader`.
+
+    names: {name in the text model: name in the files}.
     """
-    model = experiment.config.model
     abstract = param_tree.flatten(experiment.abstract_params)
-    leaves = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    where = table.places(family.weight_map(model), leaves)
-    held = table.tensors(where)
-    names = {name: there[old] for name, old in structure.rename(list(there), family).items()}
-    wanted = {name: table.tensor_shape(parts) for name, parts in held.items()}
-    aliases = family.aliases(model)
-    shapes = {name: reader.shapes[file_name] for name, file_name in names.items()}
-    unread = table.match(wanted, shapes, aliases=aliases, buffers=family.BUFFERS, skip=skip)
-    reader.check_dtypes(names[name] for name in names if name in wanted or name in aliases)
-    for name in unread:
-        if name not in aliases:
-            say(f"left out: {name} {list(shapes[name])}")
-        elif not np.array_equal(reader.read(names[name]), reader.read(names[aliases[name]])):
-            raise ValueError(
-                f"config.json says that {name} and {aliases[name]} are one tensor, and they differ"
-            )
-    begun, count = time.monotonic(), sum(math.prod(shape) for shape in leaves.values())
+    shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+    slices = table.parameter_slices(family.weight_map(experiment.config.model), shapes)
+    tensors = table.by_tensor(slices)
+    files = {name: names[old] for name, old in structure.rename(names, family).items()}
+    _check(
+        tensors, files, reader, family.aliases(experiment.config.model), family.buffers, skip, say
+    )
+    started, count = time.monotonic(), sum(map(math.prod, shapes.values()))
     writer = ParamsWriter(workdir, step=0)
     nonfinite: dict[str, str] = {}
-    for place in where:
-        if not any(place.index):
-            writer.add(place.row.parameter, leaves[place.row.parameter], len(place.index))
-        tensor = reader.read(names[place.name])
+    for one in slices:
+        parameter = one.mapping.parameter
+        if not any(one.index):
+            writer.add(parameter, shapes[parameter], len(one.index))
+        tensor = reader.read(files[one.tensor])
         if bad := tensor.size - int(np.isfinite(tensor).sum()):
-            nonfinite[place.name] = f"{place.name} ({bad} of {tensor.size:,} entries)"
-        writer.write(
-            place.row.parameter, place.index, np.asarray(place.read(tensor), np.float32, "C")
-        )
+            nonfinite[one.tensor] = f"{one.tensor} ({bad} of {tensor.size:,} entries)"
+        writer.write(parameter, one.index, np.asarray(one.from_tensor(tensor), np.float32, "C"))
     if nonfinite:
-        listed = f"NaN or infinite: {table.some([*nonfinite.values()])}"
+        listed = f"NaN or infinite: {table.shortened([*nonfinite.values()])}"
         if not allow_nonfinite:
             raise ValueError(
                 f"the tensors have entries that are {listed}; get the files again, or take them "
@@ -179,7 +163,33 @@ def read_into(
     written = time.monotonic()
     writer.commit({"ledger": start_totals(), "config": experiment.config_dict.to_dict()})
     say(
-        f"{len(held)} tensors, {count:,} parameters, {reader.num_bytes / 1e9:.2f} GB as "
-        f"{4 * count / 1e9:.2f} GB in {written - begun:.1f} s, read back in "
+        f"{len(tensors)} tensors, {count:,} parameters, {reader.num_bytes / 1e9:.2f} GB as "
+        f"{4 * count / 1e9:.2f} GB in {written - started:.1f} s, read back in "
         f"{time.monotonic() - written:.1f} s"
     )
+
+
+def _check(
+    tensors: Mapping[str, Sequence[ParameterSlice]],
+    files: Mapping[str, str],
+    reader: Reader,
+    aliases: Mapping[str, str],
+    buffers: str,
+    skip: Sequence[str],
+    say: Say,
+) -> None:
+    """Check that the tensors of `reader` are those of the model, and that aliases repeat them.
+
+    files: {name in the family's table: name in the files}.
+    """
+    shapes = {name: reader.shapes[file_name] for name, file_name in files.items()}
+    wanted = {name: table.tensor_shape(parts) for name, parts in tensors.items()}
+    unread = table.check_tensors(shapes, wanted, aliases=aliases, buffers=buffers, skip=skip)
+    reader.check_dtypes(file for name, file in files.items() if name in wanted or name in aliases)
+    for name in unread:
+        if name not in aliases:
+            say(f"left out: {name} {list(shapes[name])}")
+        elif not np.array_equal(reader.read(files[name]), reader.read(files[aliases[name]])):
+            raise ValueError(
+                f"config.json says that {name} and {aliases[name]} are one tensor, and they differ"
+            )

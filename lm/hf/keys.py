@@ -1,8 +1,8 @@
-"""The keys of a config.json, every one of which somebody must read."""
+"""A reader of config.json that accepts no key that nothing reads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Keys that can't change a number that the model computes, by the reason.
@@ -38,11 +38,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
         *("exponential_decay_length_penalty",),
     ),
-    "heads for other tasks, whose tensors must be left out by name": (
+    "heads for other tasks, whose tensors must be skipped by name": (
         *("id2label", "label2id", "num_labels", "_num_labels", "problem_type"),
         *("classifier_dropout", "tf_legacy_loss"),
     ),
-    "random beginnings, before the stored tensors": ("initializer_range", "initializer_factor"),
+    "random initialization, before the stored tensors": ("initializer_range", "initializer_factor"),
     "lengths that nothing reads beside the model's own": (
         *("n_ctx", "max_sequence_length", "model_max_length"),
     ),
@@ -65,17 +65,17 @@ ACTIVATIONS = {
 }
 # ends of names of classes that predict tokens
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
-_MISSING = object()
+REQUIRED = object()  # in place of a default
 
-Say = Callable[[str], Any]
+Say = Callable[[str], object]
 
 
 def quiet(line: str) -> None:
-    """Says nothing."""
+    """Say nothing."""
 
 
 class StrictConfigReader:
-    """The content of a config.json: `take` and `expect` read a key, `finish` finds what is left.
+    """The content of a config.json: `take` and `expect` read a key, `finish` checks for the others.
 
     A key that is null is unset: it means what a missing key does. All errors are ValueErrors that
     name the key with its value.
@@ -89,63 +89,58 @@ class StrictConfigReader:
         say: Say = quiet,
         part: str = "",
     ) -> None:
-        """tensors: the names of those beside it, which say what some keys don't. say: takes notes
-        for the user. part: the key whose value `tree` is, of a whole config.json: "".
+        """tensors: the names of the checkpoint's, which say what some keys don't. say: takes notes
+        for the user. part: the key of config.json whose value `tree` is; "": the whole file.
         """
         self.tensors, self.say = frozenset(tensors), say
         self._part = part
-        self.architectures = tuple(tree.get("architectures") or ())
-        self._left = {key: value for key, value in tree.items() if not _is_without_effect(key)}
+        self._file = f"config.json, {part}," if part else "config.json"
+        self._architectures: tuple[str, ...] = tuple(tree.get("architectures") or ())
+        self._left = {
+            key: value
+            for key, value in tree.items()
+            if key not in _NAMES and not key.startswith(_PREFIXES)
+        }
 
-    @property
-    def _where(self) -> str:
-        return "config.json" + (f", {self._part}," if self._part else "")
-
-    def fill(self, defaults: dict[str, Any]) -> None:
-        """Gives keys that are unset the values of their class in `transformers`."""
+    def fill(self, defaults: Mapping[str, Any]) -> None:
+        """Set unset keys to the values that their class in `transformers` gives them."""
         self._left |= {k: v for k, v in defaults.items() if self._left.get(k) is None}
 
-    def take(self, name: str, default: Any = _MISSING) -> Any:
+    def take(self, name: str, default: Any = REQUIRED) -> Any:
         """The value of a key, or `default` where it is unset."""
         value = self._left.pop(name, None)
         if value is not None:
             return value
-        if default is _MISSING:
-            raise ValueError(f"{self._where} has no key {name}")
+        if default is REQUIRED:
+            raise ValueError(f"{self._file} has no key {name}")
         return default
 
     def take_or_none(self, name: str, default: Any) -> Any:
-        """As `take`, of a key that means something else by null than by being missing."""
+        """As `take`, of a key for which null and a missing key mean different things."""
         return self._left.pop(name, default)
 
-    def expect(self, name: str, *allowed: Any) -> Any:
-        """The value of a key that may be unset, else must be one of `allowed`; the first one is
-        what unset means.
-        """
-        value = self.take(name, allowed[0])
-        if value not in allowed:
-            raise ValueError(
-                f"{self._where} has {name} = {value!r}, of which there is only "
-                f"{', '.join(repr(a) for a in allowed)} here"
-            )
-        return value
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Check a key that may be unset, else must be one of `allowed`."""
+        if (value := self.take(name, allowed[0])) not in allowed:
+            raise self._refused(name, value, allowed)
 
-    def translate(self, name: str, table: dict[Any, str], default: Any = _MISSING) -> str:
-        """Our word for the value of a key."""
-        value = self.take(name, default)
-        if value not in table:
-            known = ", ".join(repr(key) for key in table)
-            raise ValueError(
-                f"{self._where} has {name} = {value!r}, of which there is only {known}"
-            )
+    def translate(self, name: str, table: Mapping[Any, str], default: Any = REQUIRED) -> str:
+        """The field's value for the value of a key."""
+        if (value := self.take(name, default)) not in table:
+            raise self._refused(name, value, table)
         return table[value]
 
+    def _refused(self, name: str, value: object, allowed: Iterable[object]) -> ValueError:
+        known = ", ".join(repr(one) for one in allowed)
+        return ValueError(f"{self._file} has {name} = {value!r}; only {known} can be represented")
+
     def has_head(self, *prefixes: str) -> bool:
-        """True if the model has a projection to the vocabulary of its own: its class has one, or
-        a tensor has one of these beginnings. Without tensors to look at, it has.
+        """True if the model has a projection to the vocabulary of its own.
+
+        Its class has one, or a tensor's name has one of the `prefixes`, or there are no tensors.
         """
         there = any(name.startswith(prefixes) for name in self.tensors)
-        named = any(name.endswith(_WITH_HEAD) for name in self.architectures)
+        named = any(name.endswith(_WITH_HEAD) for name in self._architectures)
         if there or named or not self.tensors:
             return True
         self.say(
@@ -155,12 +150,12 @@ class StrictConfigReader:
         return False
 
     def ignore(self, *names: str) -> None:
-        """Reads keys that make no difference to this family."""
+        """Drop keys that make no difference to this family."""
         for name in names:
             self._left.pop(name, None)
 
     def finish(self) -> None:
-        """Raises unless every key was read, is unset, or changes nothing with its value."""
+        """Check that every key was read, is unset, or has no effect with its value."""
         left = {
             key: value
             for key, value in self._left.items()
@@ -169,11 +164,11 @@ class StrictConfigReader:
         if left:
             listed = ", ".join(f"{key} = {value!r}" for key, value in sorted(left.items()))
             hint = "" if self._part else " (--ignore-key=KEY reads one as if it were not there)"
-            raise ValueError(f"{self._where} has keys that mean nothing here: {listed}{hint}")
+            raise ValueError(f"{self._file} has keys that mean nothing here: {listed}{hint}")
 
 
 def without(tree: dict[str, Any], ignored: Sequence[str], say: Say = quiet) -> dict[str, Any]:
-    """A config.json without the keys that the user says make no difference.
+    """A config.json without the keys `ignored` by the user.
 
     Raises:
         ValueError: one of them is not there.
@@ -183,7 +178,3 @@ def without(tree: dict[str, Any], ignored: Sequence[str], say: Say = quiet) -> d
             raise ValueError(f"--ignore-key={key}: config.json has no such key")
         say(f"ignored in config.json: {key} = {tree[key]!r}")
     return {key: value for key, value in tree.items() if key not in ignored}
-
-
-def _is_without_effect(key: str) -> bool:
-    return key in _NAMES or key.startswith(_PREFIXES)

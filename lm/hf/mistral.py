@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from lm.hf import llama, rotary, windows
 from lm.hf.keys import StrictConfigReader
-from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, weight_map
 
-__all__ = [
-    "ARCHITECTURE",
-    "BARE",
-    "BUFFERS",
-    "MODEL",
-    "PREFIX",
-    "RENAMED",
-    "aliases",
-    "from_hf",
-    "to_hf",
-    "weight_map",
-]
-ARCHITECTURE, BARE = "MistralForCausalLM", "MistralModel"
+if TYPE_CHECKING:
+    from lm.models.decoder import Config
 
 
-def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
-    fields = {**llama.shared_from_hf(keys), **rotary.from_hf(keys)}
-    return fields | windows.from_hf(
-        None, keys.take_or_none("sliding_window", 4096), fields["num_layers"]
-    )
+def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+    window = reader.take_or_none("sliding_window", 4096)
+    return rotary.from_hf(reader) | windows.from_hf(None, window, fields["num_layers"])
 
 
-def to_hf(model: Any) -> dict[str, Any]:
-    return {
-        "model_type": "mistral",
-        **llama.shared_to_hf(model),
-        **rotary.to_hf(model),
-        "sliding_window": model.window,
-    }
+def _write(model: Config) -> dict[str, Any]:
+    return {**rotary.to_hf(model), "sliding_window": model.window}
+
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    bare="MistralModel",
+    keys=llama.KEYS,
+    expected={},
+    read=_read,
+    write=_write,
+)

@@ -1,24 +1,23 @@
-"""The text model inside of a published model of several kinds of input: the vision beside it is
-left out.
-"""
+"""The text model inside a published model with several kinds of input; the others are skipped."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lm.hf.keys import StrictConfigReader
 
 
 class Nested(NamedTuple):
-    """Place of the text model in a model of another `model_type`."""
+    """The text model in a model of another `model_type`."""
 
     family: str  # of the text model
     section: str  # of config.json
     ignored: tuple[str, ...]  # keys beside that section, of the other kinds of input
     # (pattern, replacement) of names of the text model's tensors, of transformers 4 and 5
     renamed: tuple[tuple[str, str], ...]
-    left: str  # pattern of names of the other tensors
+    other_tensors: str  # pattern of names
 
 
 NESTED = {
@@ -39,36 +38,35 @@ NESTED = {
 
 
 def text_config(tree: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the text model alone, of one whose `model_type` is in `NESTED`; of any
-    other, itself.
+    """The text model's config.json, where the `model_type` is in `NESTED`; else `tree` itself.
 
     Raises:
-        ValueError: there are keys beside the text model's that nobody knows.
+        ValueError: unknown keys beside the text model's.
     """
     nested = NESTED.get(tree.get("model_type", ""))
     if nested is None:
         return tree
-    keys = StrictConfigReader(tree)
-    text = keys.take(nested.section)
-    keys.ignore(*nested.ignored)
-    tie = keys.take("tie_word_embeddings", None)
-    keys.finish()
+    reader = StrictConfigReader(tree)
+    text = reader.take(nested.section)
+    reader.ignore(*nested.ignored)
+    tie = reader.take("tie_word_embeddings", None)
+    reader.finish()
     if tie is not None:
         text = {"tie_word_embeddings": tie, **text}
     return {**text, "model_type": nested.family}
 
 
-def text_names(model_type: str, names: list[str]) -> dict[str, str]:
+def text_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
     """{name in the text model: name in the files} of its tensors."""
     nested = NESTED.get(model_type)
     if nested is None:
         return {name: name for name in names}
     found = {}
-    for there in names:
-        if re.fullmatch(nested.left, there):
+    for file_name in names:
+        if re.fullmatch(nested.other_tensors, file_name):
             continue
-        name = there
+        name = file_name
         for pattern, replacement in nested.renamed:
             name = re.sub(pattern, replacement, name)
-        found[name] = there
+        found[name] = file_name
     return found

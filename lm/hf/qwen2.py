@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from lm.hf import llama, rotary, windows
 from lm.hf.keys import StrictConfigReader
-from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, weight_map
 
-__all__ = [
-    "ARCHITECTURE",
-    "BARE",
-    "BUFFERS",
-    "MODEL",
-    "PREFIX",
-    "RENAMED",
-    "aliases",
-    "from_hf",
-    "to_hf",
-    "weight_map",
-]
-ARCHITECTURE, BARE = "Qwen2ForCausalLM", "Qwen2Model"
+if TYPE_CHECKING:
+    from lm.models.decoder import Config
 
 
-def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
-    keys.expect("use_mrope", False)
-    fields = {**llama.shared_from_hf(keys), **rotary.from_hf(keys), "qkv_bias": True}
-    return fields | windows.optional(keys, fields["num_layers"])
+def read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+    return rotary.from_hf(reader) | windows.optional_from_hf(reader, fields["num_layers"])
 
 
-def to_hf(model: Any) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2",
-        **llama.shared_to_hf(model),
-        **rotary.to_hf(model),
-        "use_sliding_window": model.window is not None,
-        "sliding_window": model.window,
-        "layer_types": windows.kinds(model),
-    }
+def write(model: Config) -> dict[str, Any]:
+    return rotary.to_hf(model) | windows.optional_to_hf(model)
+
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    bare="Qwen2Model",
+    keys=llama.KEYS,
+    fields={**llama.FIELDS, "qkv_bias": True},
+    expected={"use_mrope": False},
+    read=read,
+    write=write,
+)

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from lm.hf import llama, rotary, windows
-from lm.hf.keys import StrictConfigReader
-from lm.hf.llama import BUFFERS, MODEL, PREFIX, RENAMED, aliases, weight_map
+from lm.hf import llama, qwen2
 
-__all__ = [
-    "ARCHITECTURE",
-    "BARE",
-    "BUFFERS",
-    "MODEL",
-    "PREFIX",
-    "RENAMED",
-    "aliases",
-    "from_hf",
-    "to_hf",
-    "weight_map",
-]
-ARCHITECTURE, BARE = "Qwen3ForCausalLM", "Qwen3Model"
-
-
-def from_hf(keys: StrictConfigReader) -> dict[str, Any]:
-    bias = keys.take("attention_bias", False)
-    fields = {**llama.shared_from_hf(keys, head_dim=128), **rotary.from_hf(keys)}
-    fields |= {"qk_norm": True, "qkv_bias": bias, "out_bias": bias}
-    return fields | windows.optional(keys, fields["num_layers"])
-
-
-def to_hf(model: Any) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        **llama.shared_to_hf(model),
-        **rotary.to_hf(model),
-        "attention_bias": model.qkv_bias,
-        "use_sliding_window": model.window is not None,
-        "sliding_window": model.window,
-        "layer_types": windows.kinds(model),
-    }
+FAMILY = dataclasses.replace(
+    qwen2.FAMILY,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    bare="Qwen3Model",
+    keys=(*llama.with_defaults(head_dim=128), llama.ATTENTION_BIAS),
+    fields={**llama.FIELDS, "qk_norm": True},
+    expected={},
+)

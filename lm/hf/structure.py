@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import lm.hf
 from lm.config import conversion
+from lm.config.components import names_in
+from lm.config.fields import is_section
+from lm.config.tree import ConfigTree
+from lm.hf.family import Family, effective_value
 from lm.hf.keys import Say, StrictConfigReader, quiet, without
 from lm.hf.nested import NESTED, text_config
-from lm.hf.table import WeightMapping
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TRAINING = (
     *("dropout", "attention_dropout", "init_std", "embed_init_std"),
@@ -29,7 +33,7 @@ COMPUTE = (
     *("dtype", "remat", "attention_kernel", "sequence_parallel", "sequence_balance"),
     *("scan_unroll", "pipeline", "moe.dispatch", "moe.capacity_factor"),
 )
-# fields that mean something only where another one has one of these values
+# (field, another field, its values with which alone the first has an effect)
 _CONDITIONS = (
     ("rotary", "positions", ("rotary",)),
     ("rotary.factor", "rotary.scaling", ("linear", "llama3", "yarn")),
@@ -41,57 +45,26 @@ _CONDITIONS = (
     ("relative_buckets", "positions", ("relative",)),
     ("relative_max_distance", "positions", ("relative",)),
 )
-# fields that may be unset, and the property that then says what they are
-_RESOLVED = {
-    "num_kv_heads": "kv_heads",
-    "head_dim": "head_size",
-    "mlp_dim": "mlp_size",
-    "moe.mlp_dim": "expert_size",
-    "layer_pattern": "layer_kinds",
-}
-
-
-class Family(Protocol):
-    """What a module of a family has; see the package's docstring."""
-
-    MODEL: str
-    ARCHITECTURE: str
-    BARE: str
-    PREFIX: str
-    BUFFERS: str
-    RENAMED: tuple[tuple[str, str], ...]
-
-    @staticmethod
-    def from_hf(keys: StrictConfigReader) -> dict[str, Any]: ...
-    @staticmethod
-    def to_hf(model: Any) -> dict[str, Any]: ...
-    @staticmethod
-    def weight_map(model: Any) -> list[WeightMapping]: ...
-    @staticmethod
-    def aliases(model: Any) -> dict[str, str]: ...
 
 
 def names() -> list[str]:
-    """The families: their modules here have what `Family` lists."""
-    found = [module.name for module in pkgutil.iter_modules(lm.hf.__path__)]
-    return [
-        name for name in found if hasattr(importlib.import_module(f"lm.hf.{name}"), "weight_map")
-    ]
+    """The families: the modules of lm/hf with a `FAMILY`."""
+    modules = {name: importlib.import_module(f"lm.hf.{name}") for name in names_in("lm.hf")}
+    return [name for name, module in modules.items() if hasattr(module, "FAMILY")]
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`: of its text part where it has several.
+    """The family of a `model_type`; of a model with several kinds of input, that of its text part.
 
     Raises:
         ValueError: there is none; the message lists those that exist.
     """
     if model_type not in names() and model_type not in NESTED:
-        parts = [f"{name} (its text part)" for name in NESTED]
-        listed = ", ".join(sorted([*names(), *parts]))
+        nested = [f"{name} (its text part)" for name in NESTED]
+        listed = ", ".join(sorted([*names(), *nested]))
         raise ValueError(f"no family {model_type!r} in lm/hf; there are: {listed}")
     name = NESTED[model_type].family if model_type in NESTED else model_type
-    module: Any = importlib.import_module(f"lm.hf.{name}")
-    return module
+    return importlib.import_module(f"lm.hf.{name}").FAMILY
 
 
 def model_section(
@@ -100,9 +73,9 @@ def model_section(
     *,
     ignored: Sequence[str] = (),
     say: Say = quiet,
-) -> Any:
-    """`config.model` of a config.json beside these tensors: its structure, and defaults for all
-    else.
+) -> ConfigTree:
+    """`config.model` of a config.json beside these tensors; fields that it has no keys for have
+    their defaults.
 
     ignored: keys that are read as if they were not there. say: takes notes for the user.
 
@@ -110,47 +83,45 @@ def model_section(
         ValueError: an unknown family, or keys and values that can't be represented.
     """
     kind = family(tree.get("model_type", "none"))
-    keys = StrictConfigReader(text_config(without(tree, ignored, say)), tensors, say=say)
-    fields = kind.from_hf(keys)
-    keys.finish()
-    section: Any = conversion.default(model=kind.MODEL).model
+    reader = StrictConfigReader(text_config(without(tree, ignored, say)), tensors, say=say)
+    fields = kind.from_hf(reader)
+    reader.finish()
+    section: ConfigTree = conversion.default(model=kind.model).model
     section.update_from_flattened_dict(fields)
     return section
 
 
-def hf_config(kind: Family, section: Any) -> dict[str, Any]:
+def hf_config(kind: Family, section: ConfigTree) -> dict[str, Any]:
     """The config.json of a `config.model`.
 
     Raises:
         ValueError: it has values that this family can't represent; the message lists them.
     """
     model = resolve(section)
-    if section.name != kind.MODEL:
-        raise ValueError(f"config.model.name is {section.name!r}, this family is {kind.MODEL!r}")
+    if section.name != kind.model:
+        raise ValueError(f"config.model.name is {section.name!r}, this family is {kind.model!r}")
     tree = kind.to_hf(model)
-    here = _structure(model)
     try:
-        back = _structure(
-            resolve(model_section(tree, {row.tensor for row in kind.weight_map(model)}))
-        )
+        again = model_section(tree, {mapping.tensor for mapping in kind.weight_map(model)})
+        represented = _structure(resolve(again))
     except ValueError as error:
-        raise ValueError(f"no {kind.ARCHITECTURE} is like this model: {error}") from None
+        raise ValueError(f"no {kind.architecture} is like this model: {error}") from None
     wrong = [
-        f"config.model.{path} = {value!r}, {kind.ARCHITECTURE} has {back.get(path)!r}"
-        for path, value in here.items()
-        if not _same(value, back.get(path))
+        f"config.model.{path} = {value!r}, {kind.architecture} has {represented.get(path)!r}"
+        for path, value in _structure(model).items()
+        if not _is_same(value, represented.get(path))
     ]
     if wrong:
-        raise ValueError(f"no {kind.ARCHITECTURE} is like this model:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"no {kind.architecture} is like this model:\n  " + "\n  ".join(wrong))
     has_head = getattr(model, "has_head", True)
-    return {"architectures": [kind.ARCHITECTURE if has_head else kind.BARE], **tree}
+    return {"architectures": [kind.architecture if has_head else kind.bare], **tree}
 
 
-def find_family(section: Any) -> str:
+def find_family(section: ConfigTree) -> str:
     """The first family, by name, that can represent a `config.model`.
 
     Raises:
-        ValueError: none can; the message says for each of them why.
+        ValueError: none can; the message gives the reason for each.
     """
     reasons = []
     for name in names():
@@ -162,49 +133,36 @@ def find_family(section: Any) -> str:
     raise ValueError("no family can represent config.model:\n" + "\n".join(reasons))
 
 
-def resolve(section: Any) -> Any:
+def resolve(section: ConfigTree) -> Any:
     """The frozen config of a section `config.model`."""
     config = conversion.default(model=section.name)
     config.model = section
     return conversion.resolve(config).model
 
 
-def rename(names_there: list[str], kind: Family) -> dict[str, str]:
-    """{the name that the table has: the name in the files}, of all tensors."""
-    found = {}
-    bare = not any(name.startswith(kind.PREFIX) for name in names_there)
-    for there in names_there:
-        name = there
-        for pattern, replacement in kind.RENAMED:
+def rename(found: Iterable[str], kind: Family) -> dict[str, str]:
+    """{a tensor's name in the family's weight map: its name in the checkpoint}."""
+    names: dict[str, str] = {}
+    found = list(found)
+    bare = not any(name.startswith(kind.prefix) for name in found)
+    for original in found:
+        name = original
+        for pattern, replacement in kind.renamed:
             name = re.sub(pattern, replacement, name)
         if bare and not name.startswith(("lm_head.", "cls.")):
-            name = kind.PREFIX + name
-        if name in found:
-            raise ValueError(f"{there} and {found[name]} are the same tensor, {name}")
-        found[name] = there
-    return found
+            name = kind.prefix + name
+        if name in names:
+            raise ValueError(f"{original} and {names[name]} are the same tensor, {name}")
+        names[name] = original
+    return names
 
 
-def _structure(model: Any) -> dict[str, Any]:
+def _structure(model: DataclassInstance) -> dict[str, Any]:
     """{path: value} of the fields that make the function."""
-    flat = dict(_leaves(model, ""))
-    for path, name in _RESOLVED.items():
-        if path in flat and hasattr(model, name):
-            flat[path] = getattr(model, name)
-    if flat.get("query_scale", 0) is None:
-        flat["query_scale"] = model.head_size**-0.5
-    if flat.get("rotary.local_theta", 0) is None:
-        flat["rotary.local_theta"] = flat["rotary.theta"]
-    if flat.get("num_encoder_layers", 0) is None:
-        flat["num_encoder_layers"] = model.num_layers
+    flat = {path: effective_value(model, path) for path in _paths(model)}
     experts = flat.get("moe.num_experts", 0)
-    skipped = {
-        *TRAINING,
-        *COMPUTE,
-        *(() if experts else ("moe",)),
-        *(("mlp_dim",) if experts else ()),
-    }
-    skipped |= {path for path, where, values in _CONDITIONS if flat.get(where) not in values}
+    skipped = {*TRAINING, *COMPUTE, "mlp_dim" if experts else "moe"}
+    skipped |= {path for path, other, values in _CONDITIONS if flat.get(other) not in values}
     if "local" not in flat.get("layer_pattern", ()):
         skipped |= {"window", "rotary.local_theta"}
     return {
@@ -214,16 +172,16 @@ def _structure(model: Any) -> dict[str, Any]:
     }
 
 
-def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _paths(section: DataclassInstance, prefix: str = "") -> Iterator[str]:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{f.name}.")
+        if is_section(value):
+            yield from _paths(value, f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value
+            yield f"{prefix}{f.name}"
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_same(a: object, b: object) -> bool:
     """Equal, but for the rounding of x ** -0.5."""
     if isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= 1e-12 * max(abs(a), abs(b))

@@ -1,0 +1,106 @@
+"""A family of Hugging Face models: config.json beside `config.model`, tensors beside parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lm.hf.keys import REQUIRED, StrictConfigReader
+from lm.hf.table import WeightMapping
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# fields that may be unset, and the property that then has their value
+_PROPERTIES = {
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_size",
+    "mlp_dim": "mlp_size",
+    "moe.mlp_dim": "expert_size",
+    "layer_pattern": "layer_kinds",
+}
+
+
+def effective_value(model: Any, path: str) -> Any:
+    """The value of a field of a resolved `config.model`, and what an unset one amounts to."""
+    if hasattr(model, name := _PROPERTIES.get(path, "")):
+        return getattr(model, name)
+    value = functools.reduce(getattr, path.split("."), model)
+    if value is None and path == "query_scale":
+        return model.head_size**-0.5
+    if value is None and path == "rotary.local_theta":
+        return model.rotary.theta
+    if value is None and path == "num_encoder_layers":
+        return model.num_layers
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json that has the value of a field of `config.model`."""
+
+    name: str
+    field: str | tuple[str, ...]  # several: they have one value
+    default: Any = REQUIRED  # where the key is unset; a function: of the fields before this one
+    words: Mapping[str, str] | None = None  # {value of the key: value of the field}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,) if isinstance(self.field, str) else self.field
+
+    def read(self, reader: StrictConfigReader, before: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json. before: the fields that earlier keys gave."""
+        default = self.default(before) if callable(self.default) else self.default
+        if self.words is None:
+            return dict.fromkeys(self.fields, reader.take(self.name, default))
+        return dict.fromkeys(self.fields, reader.translate(self.name, self.words, default))
+
+    def value(self, model: DataclassInstance) -> Any:
+        """The key's value for a resolved `config.model`: the first of several words."""
+        value = effective_value(model, self.fields[0])
+        return next((word for word, ours in (self.words or {}).items() if ours == value), value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The conversion between the models of one `model_type` and a component of `lm.models`."""
+
+    model_type: str
+    model: str  # the component: decoder, encoder or encoder_decoder
+    architecture: str  # the class that `transformers` loads, for config.json
+    bare: str  # its class without the projection to the vocabulary
+    prefix: str  # of names of tensors, which a checkpoint of the bare class lacks
+    keys: tuple[Key, ...]
+    weight_map: Callable[[Any], list[WeightMapping]]  # of a resolved `config.model`
+    aliases: Callable[[Any], dict[str, str]]  # {name: name} of tensors that repeat another one
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of all its models
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of unset keys
+    expected: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value
+    ignored: tuple[str, ...] = ()  # keys that make no difference
+    # fields that follow from several keys: (config.json, the fields of `keys`) -> fields
+    read: Callable[[StrictConfigReader, dict[str, Any]], dict[str, Any]] = lambda *_: {}
+    write: Callable[[Any], dict[str, Any]] = lambda model: {}  # the keys that `read` reads
+    head: str = ""  # how names of the vocabulary projection's tensors start
+    buffers: str = ""  # pattern of names of tensors that hold no parameters
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names of old checkpoints
+
+    def from_hf(self, reader: StrictConfigReader) -> dict[str, Any]:
+        """The fields of `config.model`, {path: value}, of a config.json."""
+        reader.fill(self.defaults)
+        for name, value in self.expected.items():
+            reader.expect(name, value)
+        reader.ignore(*self.ignored)
+        fields = dict(self.fields)
+        for key in self.keys:
+            fields |= key.read(reader, fields)
+        fields |= self.read(reader, fields)
+        if self.head:
+            fields["has_head"] = fields.get("tie_embeddings") or reader.has_head(self.head)
+        return fields
+
+    def to_hf(self, model: DataclassInstance) -> dict[str, Any]:
+        """The config.json of a resolved `config.model`."""
+        tree = {key.name: key.value(model) for key in self.keys}
+        return {"model_type": self.model_type, **tree, **self.write(model)}
