@@ -5,10 +5,10 @@ The head for pairs of sentences, `cls.seq_relationship.*`, can't be represented:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf.family import Family, Key
-from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.keys import ACTIVATIONS, Fields, StrictConfigReader
 from lm.hf.table import LINEAR_OUT, TABLE, VECTOR, WeightMapping, linear, norm
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LAYER = "bert.encoder.layer.{layer}"
 _POOLER_KEYS = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     has_pooler = any(name.endswith(f"{POOLER}.weight") for name in reader.tensors)
     return {"pooler_dim": fields["embed_dim"] if has_pooler else 0}
 

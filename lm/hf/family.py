@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lm.hf.keys import REQUIRED, StrictConfigReader
+from lm.hf.keys import REQUIRED, Fields, Json, StrictConfigReader
 from lm.hf.table import WeightMapping
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Key:
     def fields(self) -> tuple[str, ...]:
         return (self.field,) if isinstance(self.field, str) else self.field
 
-    def read(self, reader: StrictConfigReader, before: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, reader: StrictConfigReader, before: Fields) -> Fields:
         """The fields of a config.json. before: the fields that earlier keys gave."""
         default = self.default(before) if callable(self.default) else self.default
         if self.words is None:
@@ -60,7 +60,7 @@ class Key:
     def value(self, model: DataclassInstance) -> Any:
         """The key's value for a resolved `config.model`: the first of several words."""
         value = effective_value(model, self.fields[0])
-        return next((word for word, ours in (self.words or {}).items() if ours == value), value)
+        return next((word for word, same in (self.words or {}).items() if same == value), value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Family:
     expected: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value
     ignored: tuple[str, ...] = ()  # keys that make no difference
     # fields that follow from several keys: (config.json, the fields of `keys`) -> fields
-    read: Callable[[StrictConfigReader, dict[str, Any]], dict[str, Any]] = lambda *_: {}
-    write: Callable[[Any], dict[str, Any]] = lambda model: {}  # the keys that `read` reads
+    read: Callable[[StrictConfigReader, Fields], Fields] = lambda *_: {}
+    write: Callable[[Any], Json] = lambda model: {}  # the keys that `read` reads
     head: str = ""  # how names of the vocabulary projection's tensors start
     buffers: str = ""  # pattern of names of tensors that hold no parameters
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names of old checkpoints
 
-    def from_hf(self, reader: StrictConfigReader) -> dict[str, Any]:
+    def from_hf(self, reader: StrictConfigReader) -> Fields:
         """The fields of `config.model`, {path: value}, of a config.json."""
         reader.fill(self.defaults)
         for name, value in self.expected.items():
@@ -100,7 +100,7 @@ class Family:
             fields["has_head"] = fields.get("tie_embeddings") or reader.has_head(self.head)
         return fields
 
-    def to_hf(self, model: DataclassInstance) -> dict[str, Any]:
+    def to_hf(self, model: DataclassInstance) -> Json:
         """The config.json of a resolved `config.model`."""
         tree = {key.name: key.value(model) for key in self.keys}
         return {"model_type": self.model_type, **tree, **self.write(model)}

@@ -5,11 +5,11 @@ five layers with a window for each without, rotary positions with a base for eac
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf import llama, rotary, windows
 from lm.hf.family import Key, effective_value
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 from lm.hf.llama import LAYER
 from lm.hf.table import WeightMapping, norm
 
@@ -30,7 +30,7 @@ DEFAULTS = {
 }
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     every = reader.take("sliding_window_pattern", None)
     every = reader.take("_sliding_window_pattern", 6) if every is None else every
     kinds = reader.take("layer_types", None) or [
@@ -46,7 +46,7 @@ def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(model: Config) -> dict[str, Any]:
+def _write(model: Config) -> Json:
     scalar = effective_value(model, "query_scale") ** -2
     is_whole = abs(scalar - round(scalar)) < 1e-9 * scalar  # but for rounding
     return {

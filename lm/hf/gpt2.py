@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf.family import Family, Key
-from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.keys import ACTIVATIONS, Fields, StrictConfigReader
 from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, WeightMapping, linear, norm
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ LAYER = "transformer.h.{layer}"
 _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     dropout, of_embedding = fields["dropout"], reader.take("embd_pdrop", 0.1)
     if dropout != of_embedding:
         reader.say(

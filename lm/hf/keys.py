@@ -65,6 +65,8 @@ ACTIVATIONS = {
 }
 # ends of names of classes that predict tokens
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+Json = dict[str, Any]  # an object of a JSON file
+Fields = dict[str, Any]  # {path: value} of `config.model`
 REQUIRED = object()  # in place of a default
 
 Say = Callable[[str], object]
@@ -83,7 +85,7 @@ class StrictConfigReader:
 
     def __init__(
         self,
-        tree: dict[str, Any],
+        tree: Json,
         tensors: Iterable[str] = (),
         *,
         say: Say = quiet,
@@ -167,7 +169,7 @@ class StrictConfigReader:
             raise ValueError(f"{self._file} has keys that mean nothing here: {listed}{hint}")
 
 
-def without(tree: dict[str, Any], ignored: Sequence[str], say: Say = quiet) -> dict[str, Any]:
+def without(tree: Json, ignored: Sequence[str], say: Say = quiet) -> Json:
     """A config.json without the keys `ignored` by the user.
 
     Raises:

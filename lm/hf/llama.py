@@ -4,12 +4,11 @@ tensors that other families share with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lm.hf import rotary
 from lm.hf.family import Family, Key
-from lm.hf.keys import ACTIVATIONS, StrictConfigReader
+from lm.hf.keys import ACTIVATIONS, Fields, StrictConfigReader
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, WeightMapping, linear, norm
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": 
 GATED = {"gelu_pytorch_tanh": "geglu_tanh"} | {k: _GATED[name] for k, name in ACTIVATIONS.items()}
 
 
-def _default_head_dim(fields: Mapping[str, Any]) -> int:
+def _default_head_dim(fields: Fields) -> int:
     return fields["embed_dim"] // fields["num_heads"]
 
 
@@ -78,7 +77,7 @@ def aliases(model: Config) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.tie_embeddings else {}
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     return rotary.from_hf(reader)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf import llama, rotary, windows
 from lm.hf.family import Key
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 from lm.hf.llama import LAYER
 from lm.hf.table import LINEAR, WeightMapping, norm
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lm.models.decoder import Config
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     window = reader.take("sliding_window", None)
     # at a balanced load the loss of `transformers` is the number of experts of a token, lm's is 1
     coefficient = reader.take("router_aux_loss_coef", 0.001)
@@ -28,7 +28,7 @@ def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(model: Config) -> dict[str, Any]:
+def _write(model: Config) -> Json:
     return {
         **rotary.to_hf(model),
         "intermediate_size": model.expert_size,

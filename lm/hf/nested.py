@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Json, StrictConfigReader
 
 
 class Nested(NamedTuple):
@@ -37,7 +37,7 @@ NESTED = {
 }
 
 
-def text_config(tree: dict[str, Any]) -> dict[str, Any]:
+def text_config(tree: Json) -> Json:
     """The text model's config.json, where the `model_type` is in `NESTED`; else `tree` itself.
 
     Raises:

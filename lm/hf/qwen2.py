@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf import llama, rotary, windows
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 
 if TYPE_CHECKING:
     from lm.models.decoder import Config
 
 
-def read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def read(reader: StrictConfigReader, fields: Fields) -> Fields:
     return rotary.from_hf(reader) | windows.optional_from_hf(reader, fields["num_layers"])
 
 
-def write(model: Config) -> dict[str, Any]:
+def write(model: Config) -> Json:
     return rotary.to_hf(model) | windows.optional_to_hf(model)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 
 if TYPE_CHECKING:
     from lm.models.decoder import Config
@@ -26,7 +26,7 @@ _NAMES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "ya
 _DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def from_hf(reader: StrictConfigReader, *, theta: float = 10_000.0) -> dict[str, Any]:
+def from_hf(reader: StrictConfigReader, *, theta: float = 10_000.0) -> Fields:
     """`max_length` and `config.model.rotary`; theta: the default of `rope_theta`."""
     length = reader.take("max_position_embeddings")
     tree = dict(reader.take("rope_parameters", None) or {})
@@ -35,7 +35,7 @@ def from_hf(reader: StrictConfigReader, *, theta: float = 10_000.0) -> dict[str,
     return {"max_length": length, **_fields(tree, length)}
 
 
-def _fields(tree: dict[str, Any], length: int) -> dict[str, Any]:
+def _fields(tree: Json, length: int) -> Fields:
     parameters = StrictConfigReader(tree, part="rope_parameters")
     old_name = parameters.take("type", "default")
     scaling = parameters.translate("rope_type", _NAMES, old_name)
@@ -54,7 +54,7 @@ def _fields(tree: dict[str, Any], length: int) -> dict[str, Any]:
     return fields
 
 
-def to_hf(model: Config) -> dict[str, Any]:
+def to_hf(model: Config) -> Json:
     """The keys that `from_hf` reads, as transformers 4 and 5 know them."""
     rotary, scaling = model.rotary, None
     if rotary.scaling != "none":
@@ -67,7 +67,7 @@ def to_hf(model: Config) -> dict[str, Any]:
     }
 
 
-def both_from_hf(reader: StrictConfigReader) -> dict[str, Any]:
+def both_from_hf(reader: StrictConfigReader) -> Fields:
     """As `from_hf`, for models whose local layers have a base of their own (Gemma 3)."""
     length = reader.take("max_position_embeddings")
     new = reader.take("rope_parameters", None) or {}

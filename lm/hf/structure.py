@@ -18,7 +18,7 @@ from lm.config.components import names_in
 from lm.config.fields import is_section
 from lm.config.tree import ConfigTree
 from lm.hf.family import Family, effective_value
-from lm.hf.keys import Say, StrictConfigReader, quiet, without
+from lm.hf.keys import Fields, Json, Say, StrictConfigReader, quiet, without
 from lm.hf.nested import NESTED, text_config
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def family(model_type: str) -> Family:
 
 
 def model_section(
-    tree: dict[str, Any],
+    tree: Json,
     tensors: Iterable[str] = (),
     *,
     ignored: Sequence[str] = (),
@@ -91,7 +91,7 @@ def model_section(
     return section
 
 
-def hf_config(kind: Family, section: ConfigTree) -> dict[str, Any]:
+def hf_config(kind: Family, section: ConfigTree) -> Json:
     """The config.json of a `config.model`.
 
     Raises:
@@ -157,7 +157,7 @@ def rename(found: Iterable[str], kind: Family) -> dict[str, str]:
     return names
 
 
-def _structure(model: DataclassInstance) -> dict[str, Any]:
+def _structure(model: DataclassInstance) -> Fields:
     """{path: value} of the fields that make the function."""
     flat = {path: effective_value(model, path) for path in _paths(model)}
     experts = flat.get("moe.num_experts", 0)

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf.family import Family, Key
 from lm.hf.keys import ACTIVATIONS as UNGATED
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 from lm.hf.table import LINEAR, LINEAR_OUT, TABLE, WeightMapping, linear, norm
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 HEAD = "lm_head.weight"
 
 
-def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     # transformers 5 says True for whatever it saves, and by the other key which release it is of
     tied = reader.take("tie_word_embeddings", True)
     scaled = reader.take("scale_decoder_outputs", tied)
@@ -33,7 +33,7 @@ def _read(reader: StrictConfigReader, fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(model: Config) -> dict[str, Any]:
+def _write(model: Config) -> Json:
     return {
         "tie_word_embeddings": model.tie_embeddings,
         "scale_decoder_outputs": model.logit_scale != 1.0,

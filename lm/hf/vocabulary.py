@@ -1,19 +1,17 @@
-"""Tokenizers of a folder in Hugging Face's layout: brought to a run, and written for
-`transformers`.
+"""Tokenizers of a folder in Hugging Face's layout: copied to a run, and written for `transformers`.
 
-A run's tokenizer is one file. What else tells `transformers` about it (chat templates, names of
-special tokens) lies beside that file and is handed on. A text begins with `bos_id` here, in
-training; a vocabulary without one (GPT-2, Qwen) begins it with the token that ends documents, as
-its own training did. Generation begins it with what the published files say: with nothing, where
-they say that there is no bos.
+A run's tokenizer is one file. The files beside it that `transformers` reads (chat templates, names
+of special tokens) are copied with it. A text starts with `bos_id` here, in training; a vocabulary
+without one (GPT-2, Qwen) starts it with the token that ends documents, as in its own training.
+Generation starts it as the published files say: with nothing, where they say that there is no bos.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -24,36 +22,23 @@ from lm.data.run_tokenizer import COMPANION_FILES
 from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
+from lm.hf.keys import Say
+
+if TYPE_CHECKING:
+    from tokenizers.processors import TemplateProcessing
 
 WHOLE = ("tokenizer.json", "tokenizer.model", "spiece.model")
 # A conversion must give the ids of the original on all of these; not on the names of special
 # tokens, which `transformers` never takes for text.
 PROBES = (
-    *(
-        "",
-        " ",
-        "  ",
-        "a",
-        " a",
-        "  a  b ",
-        "Hello world",
-        "Hello, y'all! How are you 😁 ?",
-        "\n\n\ta",
-    ),
-    *(
-        "don't 3.14159 == 10_000",
-        "ünïcödé naïve café",
-        "日本語の文 漢字",
-        "привет мир",
-        "🦙🚀 ok",
-        "x\r\ny",
-    ),
-    *("ﬁne ½ Ａ", "    indented\n        code", "\u0001"),
+    *("", " ", "  ", "a", " a", "  a  b ", "Hello world", "Hello, y'all! How are you 😁 ?"),
+    *("\n\n\ta", "don't 3.14159 == 10_000", "ünïcödé naïve café", "日本語の文 漢字", "привет мир"),
+    *("🦙🚀 ok", "x\r\ny", "ﬁne ½ Ａ", "    indented\n        code", "\u0001"),
 )
 
 
 def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
-    """The tokenizer's file in `to`, copied there from `folder`, or made of the files there.
+    """Copy the tokenizer of `folder`, or make it of the files there, and return the file in `to`.
 
     Raises:
         FileNotFoundError: `folder` has no tokenizer.
@@ -111,8 +96,8 @@ def _from_words(folder: Path) -> bytes:
     return made.to_str().encode()
 
 
-def compare(tokenizer: Tokenizer, tree: dict[str, Any], say: Callable[[str], Any]) -> None:
-    """Says where a config.json names other special tokens than the tokenizer has here."""
+def compare(tokenizer: Tokenizer, tree: Mapping[str, Any], say: Say) -> None:
+    """Note where a config.json names other special tokens than the tokenizer has."""
     for name in ("bos", "eos"):
         wanted, found = tree.get(f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
         wanted = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
@@ -131,9 +116,9 @@ def compare(tokenizer: Tokenizer, tree: dict[str, Any], say: Callable[[str], Any
         )
 
 
-def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> dict[str, Any]:
-    """The keys of config.json about special tokens: those that the published model's had, where the
-    tokenizer came with one.
+def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> dict[str, int]:
+    """The keys of config.json for special tokens, where the tokenizer came with a published model
+    that one's.
     """
     if tokenizer.file_name:
         published = special_tokens.read(epath.Path(tokenizer.name).parent).model
@@ -144,10 +129,10 @@ def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> dict[str, 
 
 
 def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Writes the files with which AutoTokenizer gives the ids of `tokenizer`.
+    """Write the files with which AutoTokenizer gives the ids of `tokenizer`.
 
     Raises:
-        ValueError: a SentencePiece model that the `tokenizers` library can't imitate.
+        ValueError: a SentencePiece model that the `tokenizers` library can't represent.
     """
     beside = {} if tokenizer.name == "bytes" else _beside(tokenizer.name)
     for name, content in beside.items():
@@ -190,12 +175,12 @@ def _from_bytes() -> bytes:
     )
     made.decoder = decoders.ByteLevel()  # pyright: ignore
     made.add_special_tokens(["<pad>", "<s>", "</s>"])  # 256, 257, 258
-    made.post_processor = _beginning("<s>", ByteTokenizer.bos_id)  # pyright: ignore
+    made.post_processor = _start_token("<s>", ByteTokenizer.bos_id)  # pyright: ignore
     return made.to_str().encode()
 
 
-def _beginning(token: str, i: int) -> Any:
-    """Puts a token before every text."""
+def _start_token(token: str, i: int) -> TemplateProcessing:
+    """A post-processor that puts a token before every text."""
     from tokenizers.processors import TemplateProcessing
 
     return TemplateProcessing(
@@ -204,7 +189,11 @@ def _beginning(token: str, i: int) -> Any:
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
-    """The tokenizer.json that gives the ids of a SentencePiece model."""
+    """The tokenizer.json that gives the ids of a SentencePiece model.
+
+    The converter of `transformers` does this too, but exporting must not need `transformers`;
+    `SentencePieceUnigramTokenizer.from_spm` of `tokenizers` knows no BPE.
+    """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
@@ -249,14 +238,14 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
     )
     made.add_tokens([AddedToken(p, normalized=False) for p, _ in pieces if kinds[p] == user])
     bos = pieces[tokenizer.bos_id][0]
-    made.post_processor = _beginning(bos, tokenizer.bos_id)  # pyright: ignore
+    made.post_processor = _start_token(bos, tokenizer.bos_id)  # pyright: ignore
     content = made.to_str().encode()
     _check(content, tokenizer)
     return content
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, the best first, as SentencePiece joins them."""
+    """Pairs of vocabulary entries whose concatenation is one, in SentencePiece's merge order."""
     found = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -268,12 +257,12 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _check(content: bytes, tokenizer: Tokenizer) -> None:
-    """Raises ValueError unless a tokenizer.json gives the ids of `tokenizer` on the probes."""
+    """Raise ValueError unless a tokenizer.json gives the ids of `tokenizer` on the probes."""
     made = tokenizers.from_bytes(WHOLE[0], content)
     for text in PROBES:
-        ours, theirs = tokenizer.encode(text).tolist(), made.encode(text).tolist()
-        if ours != theirs:
+        wanted, found = tokenizer.encode(text).tolist(), made.encode(text).tolist()
+        if wanted != found:
             raise ValueError(
-                f"{tokenizer.name} can't be written as tokenizer.json: {text!r} is {ours} in the "
-                f"one and {theirs} in the other"
+                f"{tokenizer.name} can't be written as tokenizer.json: {text!r} is {wanted} in the "
+                f"one and {found} in the other"
             )

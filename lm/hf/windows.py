@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lm.hf.keys import StrictConfigReader
+from lm.hf.keys import Fields, Json, StrictConfigReader
 
 if TYPE_CHECKING:
     from lm.models.decoder import Config
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _KINDS = {"full_attention": "global", "sliding_attention": "local"}
 
 
-def from_hf(layer_types: list[str] | None, window: int | None, num_layers: int) -> dict[str, Any]:
+def from_hf(layer_types: list[str] | None, window: int | None, num_layers: int) -> Fields:
     """`layer_pattern` and `window` for the `layer_types` of a config.json.
 
     Without layer types all layers are local where there is a window.
@@ -46,7 +46,7 @@ def layer_types(model: Config) -> list[str]:
     return [names[kind] for kind in model.layer_kinds]
 
 
-def optional_from_hf(reader: StrictConfigReader, num_layers: int) -> dict[str, Any]:
+def optional_from_hf(reader: StrictConfigReader, num_layers: int) -> Fields:
     """The same for Qwen 2 and 3: a window only with `use_sliding_window`, and in layers from
     `max_window_layers` on where no `layer_types` say otherwise.
     """
@@ -59,7 +59,7 @@ def optional_from_hf(reader: StrictConfigReader, num_layers: int) -> dict[str, A
     return from_hf(types, window, num_layers)
 
 
-def optional_to_hf(model: Config) -> dict[str, Any]:
+def optional_to_hf(model: Config) -> Json:
     """The keys that `optional_from_hf` reads."""
     return {
         "use_sliding_window": model.window is not None,
