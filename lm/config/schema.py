@@ -14,25 +14,28 @@ from lm.config.fields import field
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """What a run begins with, where not with random parameters. `new` and `skip` are exact: a
-    parameter without a source and a stored one without a place are errors unless listed here.
+    """Initialization from another run or from word vectors.
+
+    A parameter that is not stored, and a stored one that the model lacks, are errors unless `new`
+    or `skip` lists them.
     """
 
     from_: str = field(
-        "", "Run or import whose parameters this one begins with (a flag --config.init.from)."
+        "", "Run or import to restore the parameters from (flag: --config.init.from)."
     )
     step: int | None = field(None, "Checkpoint of that run; unset: the newest.", ge=0)
     branch_from: str = field(
         "",
-        "Run whose whole state at `step` this one goes on from, as if it had made those steps "
-        "itself: for cool-downs of a long run.",
+        "Run to fork: this one continues from its whole state at `step`, as for cool-downs of a "
+        "long run.",
     )
     new: tuple[str, ...] = field(
-        (), "Patterns, such as head.*, of parameters that begin at random all the same."
+        (), "Patterns, such as head.*, of parameters to initialize randomly although stored."
     )
-    skip: tuple[str, ...] = field((), "Patterns of stored parameters that are left out.")
+    skip: tuple[str, ...] = field((), "Patterns of stored parameters to ignore.")
     word_vectors: str = field(
-        "", "Text file (.gz too) of GloVe or word2vec vectors that embeddings of words begin with."
+        "",
+        "Text file (.gz too) of GloVe or word2vec vectors to initialize embeddings of words with.",
     )
 
 
@@ -72,7 +75,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoaderConfig:
-    """How batches reach the device; nothing here changes what is in them."""
+    """Loading of batches; nothing here changes their content."""
 
     kind: str = field(
         "tf.data", "tf.data, or thread (no TensorFlow needed).", choices=("tf.data", "thread")
@@ -115,9 +118,7 @@ class ScheduleConfig:
 class OptimizerConfig:
     name: str = field("adamw", "A module of lm.optim.optimizers, or a full module name.")
     learning_rate: float = field(3e-4, "Peak learning rate.", ge=0)
-    schedule: ScheduleConfig = field(
-        ScheduleConfig(), "How the learning rate changes over the run."
-    )
+    schedule: ScheduleConfig = field(ScheduleConfig(), "The learning rate over the run.")
     weight_decay: float = field(0.1, "Decoupled decay, multiplied by the learning rate.", ge=0)
     decay_roles: tuple[str, ...] = field(
         ("matrix",),
@@ -146,11 +147,11 @@ class OptimizerConfig:
     )
     memory: str = field(
         "device",
-        "Where the state lies between steps: device or host.",
+        "Memory of the state between steps: device or host.",
         choices=("device", "host"),
     )
     frozen: tuple[str, ...] = field(
-        (), "Patterns, such as embedding.*, of parameters that keep every bit."
+        (), "Patterns, such as embedding.*, of frozen parameters: they keep every bit."
     )
 
 
@@ -158,7 +159,7 @@ class OptimizerConfig:
 class MeshConfig:
     data: int = field(
         -1,
-        "Replicas; here or in one other axis -1: all devices that the others leave.",
+        "Replicas; -1, here or in one other axis: all remaining devices.",
         ge=1,
         also=(-1,),
     )
@@ -170,7 +171,7 @@ class MeshConfig:
     slices: int = field(1, "Slices joined by a slow network, over which `data` is spread.", ge=1)
     zero: int = field(
         3,
-        "ZeRO stage over fsdp: 3 shards parameters and optimizer state, 1 the latter alone.",
+        "ZeRO stage over fsdp: 3 shards parameters and optimizer state, 1 only the latter.",
         ge=3,
         le=3,
         also=(1,),
@@ -208,9 +209,7 @@ class CheckpointConfig:
     )
     keep_last: int = field(2, "Newest checkpoints to keep.", ge=1)
     keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.", ge=0)
-    at: tuple[int, ...] = field(
-        (), "Steps to save at and to keep, where other runs branch off.", ge=0
-    )
+    at: tuple[int, ...] = field((), "Steps to save at and to keep, to fork other runs from.", ge=0)
     allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
     verify: bool = field(True, "Check every bit after a save, from its files, and after a restore.")
 
@@ -220,8 +219,8 @@ class GuardConfig:
     policy: str = field(
         "stop",
         "At a loss or gradient that is not finite, or a spike: stop, skip the update, or rewind "
-        "to the last checkpoint, replay the step and say whose fault it was (on GPUs for certain "
-        "only with XLA_FLAGS=--xla_gpu_deterministic_ops=true).",
+        "to the last checkpoint, replay the step and report the cause (on GPUs for sure only "
+        "with XLA_FLAGS=--xla_gpu_deterministic_ops=true).",
         choices=("stop", "skip", "rewind"),
     )
     spike_factor: float = field(
@@ -230,7 +229,7 @@ class GuardConfig:
         gt=1,
         also=(0,),
     )
-    spike_warmup: int = field(100, "Steps that the running mean needs before it judges.", ge=0)
+    spike_warmup: int = field(100, "First steps of the mean, none of which is a spike.", ge=0)
     max_skips: int = field(
         10,
         "Bad steps, or disagreements of replicas, in a row after which every policy stops.",
@@ -243,7 +242,7 @@ class GuardConfig:
     watchdog: bool = field(True, "End a process that makes no progress, with all stacks written.")
     start_seconds: float = field(1800.0, "Budget of start, initialisation and restoring.", gt=0)
     compile_seconds: float = field(3600.0, "Budget of compiling, and of the first step.", gt=0)
-    step_seconds: float = field(120.0, "Least budget of a step.", gt=0)
+    step_seconds: float = field(120.0, "Smallest budget of a step.", gt=0)
     step_factor: float = field(
         20.0, "Budget of a step, in running medians of the steps before.", ge=1
     )
@@ -277,13 +276,15 @@ class Config:
     )
     model: Any = field(None, "The model: name, and the fields of that component.")
     objective: Any = field(None, "The objective: name, and the fields of that component.")
-    init: InitConfig = field(InitConfig(), "What parameters begin with.")
-    data: DataConfig = field(DataConfig(), "Where rows come from.")
-    loader: LoaderConfig = field(LoaderConfig(), "How batches reach the device.")
+    init: InitConfig = field(InitConfig(), "Initialization of the parameters.")
+    data: DataConfig = field(DataConfig(), "Token stores, tokenizer and batches.")
+    loader: LoaderConfig = field(LoaderConfig(), "Loading of batches.")
     loss: LossConfig = field(LossConfig(), "The token loss.")
     optimizer: OptimizerConfig = field(OptimizerConfig(), "The update rule.")
-    mesh: MeshConfig = field(MeshConfig(), "How devices are arranged; the product is their number.")
-    train: TrainConfig = field(TrainConfig(), "Length and rhythm of the run.")
-    checkpoint: CheckpointConfig = field(CheckpointConfig(), "When to save and what to keep.")
-    guard: GuardConfig = field(GuardConfig(), "What to do when something goes wrong.")
-    log: LogConfig = field(LogConfig(), "What is written and printed.")
+    mesh: MeshConfig = field(
+        MeshConfig(), "The device mesh; the product of its axes is the number of devices."
+    )
+    train: TrainConfig = field(TrainConfig(), "Length of the run, evaluation and logging.")
+    checkpoint: CheckpointConfig = field(CheckpointConfig(), "Saving and retention of checkpoints.")
+    guard: GuardConfig = field(GuardConfig(), "Bad steps, hangs and checks.")
+    log: LogConfig = field(LogConfig(), "Logs, metrics and profiles.")
