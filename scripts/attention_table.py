@@ -130,7 +130,7 @@ def main() -> int:
 
 
 def _write(topology: str, names: list[str], rows: list[str]) -> None:
-    """Puts the table at the head of its section, and leaves what people wrote below it."""
+    """Put the table at the head of its section, and leave what people wrote below it."""
     text = DOCS.read_text()
     start = text.index(HEADING)
     below = text.index("\n\n", text.index("\n|", start))

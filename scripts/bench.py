@@ -474,7 +474,7 @@ def machine() -> Figures:
 
 
 def show(title: str, figures: Figures) -> None:
-    """Prints a table: names, numbers on the right with their units, texts as they are."""
+    """Print a table: names, numbers on the right with their units, texts as they are."""
     rows = [_row(*item) for item in figures.items()]
     left = max(len(name) for name, _, _ in rows)
     right = max((len(value) for _, value, unit in rows if unit), default=0)

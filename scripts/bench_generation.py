@@ -48,7 +48,7 @@ def main() -> int:
         experiment = load(workdir, jax.devices())
         with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
             _, params = restore_params(experiment, checkpoints)
-    theirs = load_theirs(args.source, args.threads)
+    torch_model = load_torch(args.source, args.threads)
     print(
         f"{'rows':>4} {'lm':>18} {'transformers':>18} {'ratio':>6}   tokens/s (processor seconds)"
     )
@@ -57,7 +57,7 @@ def main() -> int:
         prompts = rng.integers(0, experiment.config.model.vocab_size, (rows, args.prompt))
         calls = [
             own_call(experiment.model, params, prompts, args.new),
-            their_call(theirs, prompts, args.new),
+            torch_call(torch_model, prompts, args.new),
         ]
         first, second = (call() for call in calls)
         same = int((first == second).all(axis=1).sum())
@@ -78,7 +78,7 @@ def silent(line: str) -> None:
     del line
 
 
-def load_theirs(source: str, threads: int | None) -> Any:
+def load_torch(source: str, threads: int | None) -> Any:
     import torch
     import transformers
 
@@ -104,7 +104,7 @@ def own_call(model: Any, params: Any, prompts: np.ndarray, new: int) -> Callable
     return call
 
 
-def their_call(model: Any, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
+def torch_call(model: Any, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
     import torch
 
     ids = torch.tensor(prompts)

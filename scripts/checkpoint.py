@@ -28,7 +28,7 @@ def main() -> int:
     ls.add_argument("workdir", type=cli.folder, help="folder of the run")
     verify = commands.add_parser("verify", help="read all files back and compare checksums")
     verify.add_argument("workdir", type=cli.folder, help="folder of the run")
-    verify.add_argument("--step", type=int, help="this one alone (default: all)")
+    verify.add_argument("--step", type=int, help="checkpoint to verify (default: all)")
     diff = commands.add_parser("diff", help="compare two checkpoints, leaf by leaf")
     diff.add_argument("a", metavar="A[@STEP]")
     diff.add_argument("b", metavar="B[@STEP]")

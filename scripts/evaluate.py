@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
-    """Prints the figures of every store, with the run's config changed so."""
+    """Print the figures of every store, with the run's config changed so."""
     import jax
 
     from lm.checkpoint.manager import Checkpoints

@@ -4,12 +4,12 @@
     python scripts/fill_rates.py --text=data/stdlib/train --pairs=data/translation/train \\
         --labels=data/topics/train --length=512 --packing=best_fit
 
-Prints a line for each objective and kind of model: the lengths of its rows, and the share of their
-places that hold a token, of the decoder's (or the only) stream and of the encoder's. --pairs is a
-store of two fields, `source` and `target`; --labels one whose target is a class.
+Prints a line for each objective and kind of model: the lengths of its rows, and the share of
+non-padding tokens in the decoder's (or the only) stream and in the encoder's. --pairs is a store of
+two fields, `source` and `target`; --labels one whose target is a class.
 
-Two fields that are apart, in an encoder and a decoder, are both full where the lengths of the rows
-are as the tokens of the fields: a second line for seq2seq takes the encoder's length from that.
+With one field in the encoder and one in the decoder, both are full where the lengths of the rows
+have the ratio of the fields' tokens: a second line for seq2seq takes the encoder's length from it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def num_tokens(pairs: str) -> tuple[int, int]:
 def targets_of_spans(length: int) -> int:
     """The decoder's length for the text that fills an encoder of `length` in span corruption."""
     module = component("lm.objectives", "span_corruption")
-    noise = module.Noise(module.Config().noise_density, module.Config().mean_span)
+    noise = module.make_noise(module.Config().noise_density, module.Config().mean_span)
     both = (noise.lengths(raw) for raw in range(2 * length, 1, -1))
     return next(targets for inputs, targets in both if inputs <= length)
 
@@ -90,7 +90,7 @@ def classes(path: str) -> dict[str, tuple[str, ...]]:
 
 
 def measure(case: Case, packing: str) -> str:
-    """The line of a case."""
+    """Measure a case; return its line."""
     fields = FIELDS if case.name in ("seq2seq", "classification") else ("text",)
     tokenizer = TokenStore.open(case.store, field=fields[0]).tokenizer()
     form = ModelInterface(
@@ -101,14 +101,14 @@ def measure(case: Case, packing: str) -> str:
     objective = module.build(module.Config(**config), tokenizer, form)
     data = DataConfig(packing=packing, too_long="cut")
     source = make_source(case.store, data, objective.layout, tokenizer)
-    held, places = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    filled, slots = np.zeros(2, np.int64), np.zeros(2, np.int64)
     for i, batch in enumerate(evaluation_batches(source, objective, batch_size=BATCH)):
         rows = min(BATCH, len(source) - i * BATCH)  # the last batch is made up of empty ones
         for at, stream in enumerate((batch.inputs, batch.encoder)):
             if stream is not None:
-                held[at] += np.count_nonzero(stream.segments)
-                places[at] += rows * stream.segments.shape[1]
-    fill = [f"{h / n:6.1%}" if n else " " * 6 for h, n in zip(held, places, strict=True)]
+                filled[at] += np.count_nonzero(stream.segments)
+                slots[at] += rows * stream.segments.shape[1]
+    fill = [f"{h / n:6.1%}" if n else " " * 6 for h, n in zip(filled, slots, strict=True)]
     kind = (
         "encoder and decoder" if case.encoder_length else "decoder" if case.is_causal else "encoder"
     )

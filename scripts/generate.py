@@ -191,12 +191,12 @@ def parse_args() -> argparse.Namespace:
         if args.chat and given:
             parser.error(f"--chat takes no {name}")
     if args.num_beams is not None and args.stop:
-        parser.error("a beam search ends texts at their eos alone: it takes no --stop")
+        parser.error("a beam search ends texts only at their eos: it takes no --stop")
     return args
 
 
 def _check_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses flags that others leave without effect, whatever their values."""
+    """Refuse flags that others leave without effect, whatever their values."""
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # which keeps defaults away
     given = {
         name
@@ -288,7 +288,7 @@ def _sampling(args: argparse.Namespace) -> Any:
 
 
 def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
-    """Prints every dialogue of a file with the assistant's next message, a line of JSON each.
+    """Print every dialogue of a file with the assistant's next message, a line of JSON each.
 
     A line that can't be answered is printed with its error in place of a reply, and named on the
     standard error. Returns 1 where that are all of them.

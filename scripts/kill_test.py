@@ -1,4 +1,4 @@
-"""Kill a run many times, and see that it ends with the bits of one that nobody touched.
+"""Kill a run many times, and compare its final bits with those of an undisturbed one.
 
     python scripts/kill_test.py --kills=20
     python scripts/kill_test.py --kills=50 --processes=2 --devices-per-process=2 --seed=1
@@ -54,18 +54,18 @@ SMOKE = (
 
 
 def main(argv: list[str]) -> int:
-    ours, theirs = argv, []
+    own, of_train = argv, []
     if "--" in argv:
         at = argv.index("--")
-        ours, theirs = argv[:at], argv[at + 1 :]
-    flags = _parser().parse_args(ours)
+        own, of_train = argv[:at], argv[at + 1 :]
+    flags = _parser().parse_args(own)
     rng = random.Random(flags.seed)
     folder = Path(flags.out or tempfile.mkdtemp(prefix="kill_test."))
     folder.mkdir(parents=True, exist_ok=True)
-    train = list(theirs or (*SMOKE, f"--config.train.num_steps={max(200, 30 * flags.kills)}"))
+    train = list(of_train or (*SMOKE, f"--config.train.num_steps={max(200, 30 * flags.kills)}"))
     train.append(f"--config.train.eval_every={EVAL_EVERY}")
     test = KillTest(folder, train, flags.devices_per_process)
-    if not theirs:
+    if not of_train:
         test.train.append(f"--config.data.train=('{prepare(folder, rng)}',)")
 
     print(f"in {folder}: the run that nobody touches", flush=True)
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(folder: Path, rng: random.Random) -> Path:
     """A token store of a part of the standard library, its preparation killed three times, that is
-    byte for byte that of a preparation left alone.
+    byte for byte that of an undisturbed preparation.
     """
     script = str(ROOT / "scripts" / "prepare_data.py")
     source = Path(json.__file__).parent.parent
@@ -165,7 +165,7 @@ class KillTest:
         return -1
 
     def kill(self, intent: str, processes: int, rng: random.Random) -> dict[str, Any] | None:
-        """Starts the killed run, kills it as intended, and says where it was; None if it ended."""
+        """Start the killed run, kill it as intended, and say where it was; None if it ended."""
         before, saved = self.last_step(), self._saved()
         began = time.monotonic()
         job = self.begin("killed", processes)
@@ -227,7 +227,7 @@ class KillTest:
         return list(folder.glob(f"*{step_files.TEMPORARY}*")) if folder.exists() else []
 
     def compare(self, killed: list[dict[str, Any]], wanted: int, *, same_mesh: bool) -> int:
-        """Prints what differs; 0 if nothing does that must not."""
+        """Print what differs; 0 if nothing does that must not."""
         whole, other = (self._last_manifest(name) for name in RUNS)
         differ = [p for p in whole.leaves if whole.leaves[p] != other.leaves.get(p)]
         chains = whole.ledger == other.ledger
@@ -299,7 +299,7 @@ class Job:
             return []
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Returns when the condition holds, or the job has ended."""
+        """Return when the condition holds, or the job has ended."""
         while self._process.poll() is None and not condition():
             time.sleep(0.002)
 

@@ -1,4 +1,4 @@
-"""Merge the adapters of a LoRA run into their base: a plain run that needs neither.
+"""Merge the adapters of a LoRA run into their base: a plain run.
 
     python scripts/train.py --config=configs/gpt2.py --workdir=runs/adapted \\
         --config.init.from=runs/base --config.model.lora.rank=8

@@ -1,13 +1,13 @@
-"""Know before you launch: the real compiler says what a run needs, on devices that aren't here.
+"""Plan a run with the real compiler for absent devices: memory, traffic, time, what to change.
 
     python scripts/plan.py --config=configs/llama3.py:70b --topology=v5p:8x8x8
     python scripts/plan.py --config=configs/gpt2.py:124m --topology=v5e:4x4 --json=plan.json \\
         --picture=plan.png --config.model.remat=full
 
-Compiles the actual train step (with --decode the decode step) from shapes alone, so neither data
-nor chips are needed, and reports memory by what it is for, collectives by mesh axis, the least time
-by what binds it, and warnings. TPU topologies need libtpu, GPU topologies
-jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
+Compiles the actual train step (with --decode the decode step) from shapes, so neither data nor
+chips are needed. Reports memory by purpose, collectives by mesh axis, bounds of the step's time
+with its bottleneck, and warnings. TPU topologies need libtpu, GPU topologies jax[cuda13]; see
+lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
 
 --search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for
 the most rows that fit, --fewest-chips for the smallest slice of this kind of chip, whatever shape
@@ -89,7 +89,7 @@ def _find(make: Any, decode: Any, show: Any) -> Any:
         raise app.UsageError("one of --search, --largest-batch and --fewest-chips")
     if _SEARCH.value:
         if decode is not None:
-            raise app.UsageError("--search knows the arithmetic of training alone, not --decode")
+            raise app.UsageError("--search ranks training steps only, not --decode")
         found = search.search(config, topology, make, num_compiled=_COMPILE.value, show=show)
         print(report.search_page(found))
     elif _LARGEST.value or _FEWEST.value:

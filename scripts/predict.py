@@ -163,7 +163,7 @@ def parse_args() -> argparse.Namespace:
     add("--references", metavar="FIELD", help="field with a reference in each of its lines")
     add("--task", help="of a run of several tasks: which one")
     add("--step", type=int, help="checkpoint to use (default: the newest)")
-    add("--limit", type=int, metavar="N", help="the first N records alone")
+    add("--limit", type=int, metavar="N", help="only the first N records")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="of a text; default: 64")
     add("--num-beams", type=int, default=0, metavar="N", help="beam search, not greedy")
     add("--length-penalty", type=float, default=1.0, metavar="P", help="of beams; default: 1")

@@ -1,4 +1,4 @@
-"""Text to token stores: reads, splits and tokenises documents into OUT/train and OUT/validation.
+"""Text to token stores: read, split and tokenize documents into OUT/train and OUT/validation.
 
     python scripts/prepare_data.py --data=stdlib --tokenizer=bytes --out=data/stdlib
     python scripts/prepare_data.py --data='books/**/*.txt.gz' --tokenizer=bpe.model --out=data/books

@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_field(given: Sequence[str]) -> None:
-    """Raises ValueError where --field makes a store without the field `text`, which is read."""
+    """Raise ValueError where --field makes a store without the field `text`, which is read."""
     fields = [field.partition("=")[::2] for field in given]
     if fields and "text" not in [name for name, _ in fields]:
         name, column = fields[0]
@@ -126,7 +126,7 @@ def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Token
     since and no store is begun with it.
 
     Raises:
-        ValueError: it is there, with another number of pieces than the model is to have.
+        ValueError: it is there, with another vocabulary size than the model is to have.
     """
     inputs, record = prepare.inputs_hash(corpus), file.with_suffix(".inputs")
     is_begun = (file.parent / "plan.json").exists()  # which is then held against the text itself
@@ -174,7 +174,7 @@ def _beginning(line: str, tokenizer: Tokenizer, most: int) -> str:
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> None:
-    """Raises ValueError where a prompt leaves no token of the model's length to sample."""
+    """Raise ValueError where a prompt leaves no token of the model's length to sample."""
     for prompt in prompts:
         length = 1 + len(tokenizer.encode(prompt))
         if length >= max_length:
@@ -211,7 +211,7 @@ def _last_name(spec: str) -> str:
 
 
 def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
-    """Writes samples.txt, loss.png and, last, summary.json.
+    """Write samples.txt, loss.png and, last, summary.json.
 
     text: what was held out, for the sizes that compressors give it; empty: nothing was.
     """
@@ -284,7 +284,7 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
 
 
 def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
-    """Prints samples, figures and the commands that a user may want next."""
+    """Print samples, figures and the commands that a user may want next."""
     from lm.telemetry.progress import format_duration
 
     summary = json.loads((workdir / "summary.json").read_text())

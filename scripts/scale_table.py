@@ -117,7 +117,7 @@ def _key(line: str) -> str:
 
 
 def _write(path: Path, head: str, made: list[str]) -> None:
-    """Puts the rows that were made in place of those there were, and leaves the others, and what
+    """Put the rows that were made in place of those there were, and leave the others, and what
     people wrote below the table.
     """
     text = path.read_text() if path.exists() else head

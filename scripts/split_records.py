@@ -1,4 +1,4 @@
-"""Records of a task, put apart into OUT/train.jsonl and OUT/test.jsonl by the hash of a key.
+"""Split the records of a task into OUT/train.jsonl and OUT/test.jsonl by the hash of a key.
 
     python scripts/split_records.py --data=pairs.tsv --field=source={1} --field=target={2} \\
         --key=source --out=data/translation
@@ -8,7 +8,7 @@
         --field=source=text --field=target=package --label=email --label=xml
 
 Records with one key are never in both, and the same key is always in the same one.
-scripts/prepare_data.py makes a store of train, scripts/predict.py judges a run on test.
+scripts/prepare_data.py makes a store of train, scripts/predict.py evaluates a run on test.
 """
 
 import sys

@@ -152,7 +152,7 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> None:
-    """Writes ROOT/sweep.json, or checks that the folder is that of the same sweep.
+    """Write ROOT/sweep.json, or check that the folder is that of the same sweep.
 
     Raises:
         ValueError: it is that of another one.
@@ -175,7 +175,7 @@ def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> Non
 
 
 def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
-    """Writes the tables and the picture, and prints the ranking; whether runs failed."""
+    """Write the tables and the picture, and print the ranking; True if runs failed."""
     from lm.scaling import run_table
     from lm.scaling.sweep import pool, report
 

@@ -1,4 +1,4 @@
-"""Train, or go on training, the model of a config in a folder.
+"""Train the model of a config in a folder, or resume its training.
 
     python scripts/train.py --config=configs/tiny.py --workdir=runs/tiny
     python scripts/train.py --config=configs/gpt2.py:124m --workdir=runs/gpt2 \\
@@ -6,7 +6,7 @@
 
 Every value of the config can be given as --config.SECTION.KEY=VALUE; --explain lists them all. The
 folder gets config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same command, run again,
-goes on where the last checkpoint is.
+resumes from the last checkpoint.
 
 On several machines start it once on each: SLURM, Kubernetes and Cloud TPUs are recognized (see
 scripts/launch), elsewhere say --coordinator=HOST:PORT --num-processes=N --process-id=I.

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer, or lists the words, of the train split of a corpus.
+"""Train a SentencePiece tokenizer, or list the words, of the train split of a corpus.
 
     python scripts/train_tokenizer.py --data=stdlib --vocab-size=4096 --out=data/stdlib.model
     python scripts/train_tokenizer.py --data=wiki.train.tokens.txt --validation-fraction=0 \\
