@@ -1,4 +1,4 @@
-"""Plan a run with the real compiler for absent devices: memory, traffic, time, what to change.
+"""Plan a run with the real compiler for absent devices: memory, traffic, time, mesh search.
 
     python scripts/plan.py --config=configs/llama3.py:70b --topology=v5p:8x8x8
     python scripts/plan.py --config=configs/gpt2.py:124m --topology=v5e:4x4 --json=plan.json \\
