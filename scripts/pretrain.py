@@ -38,7 +38,6 @@ from lm.telemetry import jsonl
 
 if TYPE_CHECKING:
     from lm.training.experiment import Experiment
-    from lm.training.restore import restore_params
     from lm.types import Params
 
 _CONFIG = command_line.ConfigFlag(
@@ -220,6 +219,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
     from lm.checkpoint.manager import Checkpoints
     from lm.telemetry import loss_curve, metrics
     from lm.training.experiment import load
+    from lm.training.restore import restore_params
 
     experiment = load(str(workdir), jax.devices())
     with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:

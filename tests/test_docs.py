@@ -188,7 +188,7 @@ def folder(tmp_path):
     for path in Path(sysconfig.get_path("stdlib"), "json").glob("*.py"):
         (tmp_path / "text" / path.name).write_text(path.read_text())
     sums = [(f"what is {i} + {i}?", str(2 * i)) for i in range(400)]
-    (tmp_path / "pairs.tsv").write_text("".join(f"x\t{q}\t{a}\n" for q, a in sums))
+    (tmp_path / "pairs.tsv").write_text("".join(f"{q}\t{a}\n" for q, a in sums))
     lines = (json.dumps({"text": f"user: {q}\nassistant: {a}"}) for q, a in sums)
     (tmp_path / "chat.jsonl").write_text("\n".join(lines))
     return tmp_path
