@@ -33,7 +33,7 @@ RowIndex = slice | np.ndarray  # a host's rows of the global batch
 
 ALL_ROWS = slice(None)
 PACKINGS = ("split", "best_fit")
-_EVALUATION_SEED = 2**32 - 1  # for objectives that are random: the same for every run
+_EVALUATION_SEED = 2**32 - 1  # of random objectives: the same for every run
 
 
 class OutOfData(RunError):

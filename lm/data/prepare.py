@@ -123,9 +123,9 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
         "fold": None if corpus.fold is None else list(corpus.fold),
         "num_units": len(units),
         "num_source_bytes": sum(unit.size for part in parts for _, unit in part),
-        "units": hashlib.sha256(json.dumps(units).encode()).hexdigest(),
+        "units": _hash(units),
     }
-    plan["hash"] = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    plan["hash"] = _hash(plan)
     plan["names"] = {"tokenizer": tokenizer.name, "data": list(corpus.data)}
     return plan
 
@@ -134,7 +134,7 @@ def inputs_hash(corpus: Corpus) -> str:
     """Return a hash of the documents of a corpus, by file sizes and times, and of their split."""
     units = [(i, *unit) for part in plan_parts(corpus.sources()) for i, unit in part]
     content = [dict(corpus.columns), corpus.separator, corpus.split, corpus.validation_fraction]
-    return hashlib.sha256(json.dumps([content, units]).encode()).hexdigest()
+    return _hash([content, units])
 
 
 def _parts_hash(plan: dict, corpus: Corpus) -> str:
@@ -142,7 +142,10 @@ def _parts_hash(plan: dict, corpus: Corpus) -> str:
     keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
     if corpus.cuts_documents:
         keys += ["split", "validation_fraction"]
-    content = [_PARTS_VERSION, [plan[key] for key in keys]]
+    return _hash([_PARTS_VERSION, [plan[key] for key in keys]])
+
+
+def _hash(content: dict | list) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

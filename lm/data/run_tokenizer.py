@@ -1,5 +1,5 @@
-"""The tokenizer that a run's folder keeps: RUN/tokenizer/, so that a folder that was moved or
-copied to another machine needs no other path.
+"""The copy of the tokenizer in a run's folder, RUN/tokenizer/: a folder that was moved or copied to
+another machine needs no other path.
 """
 
 from pathlib import PurePath
@@ -11,17 +11,21 @@ from lm.data import special_tokens
 from lm.data.tokenizer import Tokenizer
 
 FOLDER = "tokenizer"
-# what tells `transformers` and chat templates about a tokenizer, beside its own file
+# files beside the tokenizer's own, for `transformers` and chat templates
 COMPANION_FILES = (
-    *(special_tokens.TOKENIZER_FILE, "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", special_tokens.GENERATION_FILE, special_tokens.MODEL_FILE),
+    special_tokens.TOKENIZER_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    special_tokens.GENERATION_FILE,
+    special_tokens.MODEL_FILE,
 )
 
 
 def save(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
     """Copy the tokenizer's file, and the files that describe it, into the run's folder.
 
-    replace: another content may take the place of that which the folder has.
+    replace: overwrite another content of the file.
 
     Raises:
         ValueError: the run has been trained with another content of the file of this name.
@@ -44,6 +48,6 @@ def save(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
 
 
 def find(workdir: str, name: str) -> str:
-    """The run's own copy of the tokenizer `name`, or `name` where it keeps none."""
+    """Return the path of the run's copy of the tokenizer `name`, or `name` where it has none."""
     kept = epath.Path(workdir) / FOLDER / PurePath(name).name
     return str(kept) if name != "bytes" and kept.exists() else name

@@ -1,10 +1,8 @@
 """Special tokens as the published files beside a tokenizer declare them.
 
-A tokenizer.json does not say which of its tokens begins a text, ends it or pads it; these do:
-
-    tokenizer_config.json    their names, and whether a text begins with bos
-    generation_config.json   their ids, and those that end a reply: often several
-    config.json              the same, of the model; and the token that a decoder starts with
+tokenizer_config.json    their names, and whether a text begins with bos
+generation_config.json   their ids, and those that end a reply: often several
+config.json              the same, of the model; and the token that a decoder starts with
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
 
 TOKENIZER_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -23,24 +24,24 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 @dataclasses.dataclass(frozen=True)
 class DeclaredTokens:
-    """The contents of those files: {} of one that is not there."""
+    """The contents of those files: {} of one that is missing."""
 
-    tokenizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    model: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def named(self, vocab: Mapping[str, int], *keys: str) -> int | None:
-        """The id of the token under the first of `keys` that names one of `vocab`."""
+        """Return the id of the token under the first of `keys` that names one of `vocab`."""
         for key in keys:
             value = self.tokenizer.get(key)
             name = value.get("content") if isinstance(value, dict) else value
-            if name and name in vocab:
+            if isinstance(name, str) and name in vocab:
                 return vocab[name]
         return None
 
     def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """The ids of a key that generation_config.json, else config.json, gives; null, -1 and what
-        is no id of the vocabulary are unset.
+        """Return the ids of `key` in generation_config.json, else config.json; null, -1 and ids
+        outside the vocabulary count as unset.
         """
         for tree in (self.generation, self.model):
             value = tree.get(key)
@@ -50,7 +51,7 @@ class DeclaredTokens:
         return ()
 
     def first(self, key: str, vocab_size: int) -> int | None:
-        """The first of `ids`."""
+        """Return the first of `ids`."""
         return next(iter(self.ids(key, vocab_size)), None)
 
     def choose(
@@ -60,11 +61,11 @@ class DeclaredTokens:
         own: Mapping[str, int],
         usual: Mapping[str, int] = MappingProxyType({}),
     ) -> tuple[int, int, int]:
-        """(bos, eos, pad) of a vocabulary {token: id}; eos is -1 where nothing says it.
+        """Return (bos, eos, pad) of a vocabulary {token: id}; eos is -1 where nothing declares it.
 
-        By name, else `own`: those that the tokenizer's file says itself, else by id, else `usual`.
-        An encoder-decoder's bos is what its decoder starts with. What is missing is -1 in `own`
-        and `usual`; pad takes the place of a missing bos, eos that of pad.
+        By name, else `own` (declared by the tokenizer's own file), else by id, else `usual`; -1 in
+        `own` and `usual` is unset. An encoder-decoder's bos is the decoder's start token. pad
+        stands in for a missing bos, eos for a missing pad.
         """
 
         def one(kind: str, *names: str) -> int:
@@ -102,8 +103,8 @@ class DeclaredTokens:
 NO_DECLARATIONS = DeclaredTokens()
 
 
-def read(folder: Any) -> DeclaredTokens:
-    """Declarations of the files in `folder` (an epath.Path).
+def read(folder: epath.Path) -> DeclaredTokens:
+    """Return the declarations of the files in `folder`.
 
     Raises:
         ValueError: a file is no JSON object.
@@ -111,16 +112,17 @@ def read(folder: Any) -> DeclaredTokens:
     model = _read(folder / MODEL_FILE)
     if not is_published(model):  # of a run
         model = {}
-    model = {**(model.get("text_config") or {}), **model}
+    if isinstance(inner := model.get("text_config"), dict):
+        model = {**inner, **model}
     return DeclaredTokens(_read(folder / TOKENIZER_FILE), _read(folder / GENERATION_FILE), model)
 
 
-def is_published(tree: Mapping[str, Any]) -> bool:
+def is_published(tree: Mapping[str, object]) -> bool:
     """True if a config.json is that of a published model, and not of a run."""
     return isinstance(tree.get("model_type"), str)
 
 
-def _read(file: Any) -> dict[str, Any]:
+def _read(file: epath.Path) -> dict[str, object]:
     if not file.exists():
         return {}
     try:

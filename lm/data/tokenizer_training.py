@@ -1,6 +1,4 @@
-"""Train SentencePiece models that are lossless (what goes in comes out, byte for byte), and lists
-words for corpora that are words.
-"""
+"""Training of SentencePiece models that are lossless, byte for byte, and of word vocabularies."""
 
 import collections
 import hashlib
@@ -27,7 +25,6 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
     """Yield texts of the train split, without duplicates, about `sample_bytes` of them in all.
 
     The sample takes documents by a hash of their id, spread over the whole corpus.
-
     Raises ValueError where there is none, with the reasons why records were skipped.
     """
     parts = plan_parts(corpus.sources())
@@ -87,7 +84,7 @@ def train_sentencepiece(
     Normalisation is the identity, without dummy prefix; bytes stand in for characters outside the
     vocabulary; pieces may mix letters, digits and punctuation and may be white space.
 
-    piece_span: "word", a piece begins at a space or goes on a word; "line", it may span words of
+    piece_span: "word", a piece begins at a space or continues a word; "line", it may span words of
     a line, with the newlines and the indentation before it. Bytes per token of held-out files of
     Python's standard library, BPE of 4,096 pieces: 3.06 where newlines are cut off and pieces keep
     to one script (letters or punctuation), 3.19 with newlines, 3.67 "word", 4.35 "line".
@@ -125,7 +122,7 @@ def train_sentencepiece(
             split_by_unicode_script=False,
             max_sentencepiece_length=32,
             character_coverage=COVERAGE,
-            max_sentence_length=4 * LONG_TEXT,  # bytes; SentencePiece leaves out longer ones
+            max_sentence_length=4 * LONG_TEXT,  # bytes; SentencePiece drops longer ones
             num_threads=16,  # a constant: unigram's sums depend on it
             pad_id=PAD_ID,
             bos_id=BOS_ID,
@@ -147,7 +144,7 @@ def train_sentencepiece(
 
 
 def _rare_characters(texts: Iterable[str], room: int, most: int) -> dict[int, str]:
-    """A table for `str.translate` that makes "\\0" of all but the `most` most frequent characters;
+    """Return a table for `str.translate` from all but the `most` most frequent characters to "\\0";
     empty where `room` of them cover the texts.
     """
     counts: collections.Counter[str] = collections.Counter()
@@ -160,7 +157,7 @@ def _rare_characters(texts: Iterable[str], room: int, most: int) -> dict[int, st
 
 
 def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> Iterator[str]:
-    """Yield what SentencePiece counts pairs in; never across two of these, or a rare character."""
+    """Yield the parts of texts that no piece spans; they have no rare characters."""
     for text in texts:
         for line in [text] if piece_span == "word" else _LINE.split(text):
             for part in line.translate(rare).split("\0") if rare else [line]:
@@ -170,9 +167,9 @@ def _sentences(texts: Iterable[str], piece_span: str, rare: dict[int, str]) -> I
 def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """Return the `tokenizer.json` of the `vocab_size` most frequent words of `texts`, or of all.
 
-    A word is what stands between white space; every line ends with the token <eos>, as in the
-    language modelling benchmarks (Penn Treebank, WikiText), which is also what ends a document. The
-    words <unk> and <eos> of a text are these tokens; a word outside of the vocabulary is <unk>.
+    Words are separated by white space; every line and document ends with the token <eos>, as in the
+    language modelling benchmarks (Penn Treebank, WikiText). The words <unk> and <eos> of a text are
+    these tokens; a word outside of the vocabulary is <unk>.
     """
     import tokenizers
 
@@ -180,8 +177,8 @@ def train_words(texts: Iterable[str], *, vocab_size: int) -> bytes:
     split = tokenizers.pre_tokenizers.WhitespaceSplit()
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:
-        for piece in split_long_text(text):
-            words = split.pre_tokenize_str(eos.normalize_str(piece))
+        for part in split_long_text(text):
+            words = split.pre_tokenize_str(eos.normalize_str(part))
             counts.update(word for word, _ in words)
     special = [UNKNOWN_WORD, END_OF_LINE]
     frequent = sorted(counts.keys() - special, key=lambda word: (-counts[word], word))
@@ -205,9 +202,9 @@ def train_tokenizer(
     sample_bytes: int,
     vocab_flag: str = "--vocab-size",
 ) -> int:
-    """Write a model trained on the train split to `out`; returns the bytes it was given.
+    """Write a model trained on the train split to `out`; return the size of its texts in bytes.
 
-    model_type: bpe or unigram (SentencePiece), or word, which has no pieces to choose.
+    model_type: bpe or unigram (SentencePiece), or word, without subwords.
     """
     out = Path(storage.expand(os.fspath(out), "--out"))
     suffix = ".json" if model_type == "word" else ".model"

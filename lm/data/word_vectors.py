@@ -1,5 +1,5 @@
 """Word vectors from a text file, for the rows of an embedding: GloVe's format (`word v1 ... vD` in
-every line) and word2vec's (a first line with the numbers of words and of values).
+every line) and word2vec's (the same after a line with the numbers of words and of values).
 """
 
 from __future__ import annotations
@@ -7,8 +7,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,9 +37,9 @@ class WordVectors:
 def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
     """Return the vectors of the file `name` (.gz: compressed; local or `gs://`) for a vocabulary.
 
-    A word belongs to every id whose text is the word, white space around it left out; case counts.
-    Where a word comes twice the first counts. Vectors are taken as they are: GloVe's entries have a
-    deviation of about 0.4.
+    A word belongs to every id whose text is the word, without white space around it; case counts.
+    Of repeated words the first counts. Vectors are not scaled: GloVe's entries have a deviation of
+    about 0.4.
 
     Raises ValueError where vectors are not `embed_dim` wide, a line cannot be read, or no word is
     in the vocabulary.
@@ -59,7 +58,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
         raise ValueError(f"{PATH} ({name}): no such file")
     try:
         with path.open("rb") as file:
-            stream: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+            stream = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
             for number, word, values in _lines(name, stream, embed_dim):
                 num_words += 1
                 ids = wanted.pop(word, None)
@@ -78,7 +77,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
 
 
 def _lines(
-    name: str, stream: IO[bytes], embed_dim: int
+    name: str, stream: Iterable[bytes], embed_dim: int
 ) -> Iterator[tuple[int, bytes, list[bytes]]]:
     """Yield (number of the line, word, values); GloVe has words with spaces in them."""
     for number, line in enumerate(stream, start=1):

@@ -1,6 +1,4 @@
-"""Files on disk for `text`: which there are below a folder or of a pattern, and their content
-uncompressed. What is passed over is named with its reason.
-"""
+"""Files of a folder or pattern for `text`, and their uncompressed content."""
 
 import collections
 import fnmatch
@@ -11,7 +9,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lm import storage
 from lm.data.sources import Skipped
@@ -22,11 +20,11 @@ _MAX_WINDOW = 1 << 31  # bytes of memory that a zstd frame may ask for: `zstd --
 
 
 class DamagedFile(ValueError):
-    """The content of a compressed file is not what was compressed."""
+    """A compressed file that cannot be uncompressed."""
 
 
 class Listing(NamedTuple):
-    """names: of files, sorted, with / below `root`. skipped: the other entries, with the reason."""
+    """Sorted names of files relative to `root`, and the skipped entries."""
 
     root: Path
     names: list[str]
@@ -34,23 +32,23 @@ class Listing(NamedTuple):
 
 
 def find(spec: str) -> Listing:
-    """The files of a file, a folder or a pattern (`**` recurses).
+    """Return the files of a file, a folder or a pattern (`**` recurses).
 
-    A folder that is there is meant by its name, also where its name could be a pattern. Raises
-    ValueError where `spec` is neither a file nor a folder and no file matches it.
+    The name of an existing folder is not read as a pattern. Raises ValueError where `spec` is
+    neither a file nor a folder and no file matches it.
     """
     path = storage.expand(spec, "--data")
     if os.path.isdir(path):
         return list_folder(Path(path))
     if os.path.lexists(path):
-        if reason := _reason_against(path):
+        if reason := _skip_reason(path):
             raise ValueError(f"data {spec!r}: {_EXPLAINED[reason]}")
         return Listing(Path(path).parent, [os.path.basename(path)], [])
     root, pattern = _split_pattern(path)
     if "**" not in pattern:
         found = glob.glob(os.path.join(glob.escape(str(root)), *pattern))
         below = [Path(name).relative_to(root).as_posix() for name in found]
-        entries = [(n, _reason_against(os.path.join(root, n))) for n in below]
+        entries = [(n, _skip_reason(os.path.join(root, n))) for n in below]
     else:
         hidden = any(part.startswith(".") for part in pattern)
         entries = [
@@ -65,15 +63,15 @@ def find(spec: str) -> Listing:
 
 
 def list_folder(root: Path, excluded: frozenset[str] = frozenset()) -> Listing:
-    """The files below a folder, without what is hidden and folders of the names `excluded`.
+    """Return the files below a folder, without hidden ones and folders of the names `excluded`.
 
-    Links to folders are followed, each folder once, under its own name where it lies below `root`.
+    Links to folders are followed, each folder once, under its own name where it is below `root`.
     """
     return _listing(root, list(_walk(root, excluded)))
 
 
 def root_of(spec: str) -> Path:
-    """The folder that the names of `find(spec)` are below."""
+    """Return the folder that the names of `find(spec)` are relative to."""
     path = storage.expand(spec, "--data")
     if os.path.isdir(path):
         return Path(path)
@@ -81,12 +79,7 @@ def root_of(spec: str) -> Path:
 
 
 def blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """Yield the uncompressed content from `offset` on.
-
-    Raises:
-        DamagedFile: it cannot be uncompressed.
-        OSError: it cannot be read.
-    """
+    """Yield the uncompressed content from `offset` on; DamagedFile, OSError if it is unreadable."""
     if path.suffix == ".zst":
         yield from _zstandard_blocks(path)
         return
@@ -112,8 +105,8 @@ def _listing(root: Path, entries: list[tuple[str, str]]) -> Listing:
     return Listing(root, names, sorted(Skipped(n, reason) for n, reason in entries if reason))
 
 
-def _reason_against(path: str) -> str:
-    """Why a path is no file to read: "" if it is one, "folder" of a folder."""
+def _skip_reason(path: str) -> str:
+    """Return the reason why a path is no readable file: "" if it is one, "folder" of a folder."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -130,10 +123,10 @@ def _reason_against(path: str) -> str:
 def _walk(
     root: Path, excluded: frozenset[str], *, hidden: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, reason why it is passed over or "") of all below `root`, each folder once."""
+    """Yield (name, reason to skip it or "") of everything below `root`, each folder once."""
     seen: set[tuple[int, int]] = set()
     folders, links = collections.deque([""]), collections.deque[str]()
-    while folders or links:  # links last: what they lead to below `root` has been read by its name
+    while folders or links:  # links last: folders below `root` are read under their own names
         folder = folders.popleft() if folders else links.popleft()
         try:
             found = os.stat(root / folder)
@@ -149,14 +142,14 @@ def _walk(
             name = f"{folder}/{entry}" if folder else entry
             if entry.startswith(".") and not hidden:
                 yield name, "hidden"
-            elif (reason := _reason_against(os.path.join(root, name))) != "folder":
+            elif (reason := _skip_reason(os.path.join(root, name))) != "folder":
                 yield name, reason
             elif entry not in excluded:
                 (links if os.path.islink(root / name) else folders).append(name)
 
 
 def _split_pattern(path: str) -> tuple[Path, list[str]]:
-    """The folder that a pattern begins at, and its other parts."""
+    """Return the folder before the first wildcard of a pattern, and the other parts."""
     parts = Path(path).parts
     last = max(len(parts) - 1, 0)
     magic = (
@@ -169,7 +162,7 @@ def _split_pattern(path: str) -> tuple[Path, list[str]]:
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
-    """True if the parts of a name are of a pattern, by the rules of `glob`."""
+    """Return True if the parts of a name match a pattern, by the rules of `glob`."""
     if not pattern:
         return not parts
     if pattern[0] == "**" and _matches(parts, pattern[1:]):
@@ -182,19 +175,17 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _zstandard_blocks(path: Path) -> Iterator[bytes]:
-    """Yield the content of all frames; zstandard's own reader takes a cut one for a whole."""
+    """Yield the content of all frames; zstandard's own reader does not notice a truncated file."""
     import zstandard
 
-    def new() -> Any:
-        return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
-
-    decompressor, is_whole = new(), True
+    frames = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    decompressor, is_whole = frames.decompressobj(), True
     try:
         with open(path, "rb") as file:
             while compressed := file.read(1 << 16):
                 while compressed:
                     if decompressor.eof:
-                        decompressor = new()
+                        decompressor = frames.decompressobj()
                     yield decompressor.decompress(compressed)
                     compressed, is_whole = decompressor.unused_data, decompressor.eof
     except zstandard.ZstdError as error:

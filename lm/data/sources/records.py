@@ -18,17 +18,17 @@ _COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
 def column_names(columns: Mapping[str, str]) -> list[str]:
-    """Return the columns that the fields are made of: field -> column or template."""
+    """Return the columns in `columns`: field -> column or template."""
     return [name for spec in columns.values() for name in _COLUMN.findall(spec) or [spec]]
 
 
 def are_numbers(columns: Mapping[str, str]) -> bool:
-    """Return whether all columns are numbers: those of tab-separated lines."""
+    """Return True if all columns are numbers: those of tab-separated lines."""
     return all(name.isdecimal() for name in column_names(columns))
 
 
 def from_line(document_id: str, line: bytes, columns: Mapping[str, str]) -> Document | Skipped:
-    """Return the document of a line of tab-separated columns, or why it is none."""
+    """Return the document of a line of tab-separated columns, or the skipped line."""
     if not line.strip():
         return Skipped(document_id, "empty")
     try:
@@ -40,7 +40,7 @@ def from_line(document_id: str, line: bytes, columns: Mapping[str, str]) -> Docu
 
 
 def from_record(document_id: str, record: object, columns: Mapping[str, str]) -> Document | Skipped:
-    """Return the document of a record (a JSON object), or why it is none."""
+    """Return the document of a record (a JSON object), or the skipped record."""
     names = column_names(columns)
     if not isinstance(record, dict) or not all(name in record for name in names):
         fields = tuple(map(str, record)) if isinstance(record, dict) else ()

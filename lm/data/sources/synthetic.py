@@ -12,6 +12,8 @@ Documents have random lengths and end with their row. There are no special token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lm.data.packing import Span, check_rows
@@ -110,7 +112,7 @@ class _Field:
     def document_ids(self, i: int) -> str:
         return f"reverse/{i}"
 
-    def read_ranges(self, starts: list[int], stops: list[int]) -> list[np.ndarray]:
+    def read_ranges(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 

@@ -1,13 +1,13 @@
 """Documents from text files, and from Python's own standard library.
 
 One file is one document: `.txt`, `.md`, `.py`, and `.gz` or `.zst` of these. With a separator, a
-file holds several. A line of `.jsonl` is one document, and so is one of a table: of `.tsv`, or of
-`.txt` where the columns are numbers. Lines end at "\n". Ids are paths below the folder, the fixed
+file has several. A line of `.jsonl` is one document, and so is one of a table: of `.tsv`, or of
+`.txt` where the columns are numbers. Lines end at LF. Ids are paths below the folder, the fixed
 part of the pattern or beside the file, with `@offset` (bytes of uncompressed text) for a record of
-a file: they are the same wherever the folder lies, and so is the split by their hash.
+a file: they, and the split by their hash, do not depend on where the folder is.
 
-Text is UTF-8; a byte order mark at its beginning is left out. No file and no record ends a
-preparation: what cannot be read is a `Skipped` with its reason.
+Text is UTF-8; a byte order mark at its beginning is removed. No file and no record ends a
+preparation: unreadable ones are `Skipped` with the reason.
 """
 
 import codecs
@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,6 @@ _RANGE = 1 << 26  # bytes; a longer .jsonl file is read in ranges, by several wo
 _WHOLE = -1
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-Find = Callable[[bytearray, int], tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class TextSource:
@@ -45,8 +43,8 @@ class TextSource:
 
     columns: store field -> column or template (see `records`); files that are no tables have only
       the field "text".
-    separator: what stands between the documents of one file, where "\n" is also the "\r\n" of a
-      file; empty: a file is one document.
+    separator: between the documents of a file, where LF also matches CR LF; empty: a file is
+      one document.
     """
 
     spec: str
@@ -100,7 +98,7 @@ class TextSource:
             elif suffix in _LINES or self.separator:
                 yield from self._read_records(path, unit)
             else:
-                yield _document(unit.name, _without_mark(b"".join(files.blocks(path))))
+                yield _document(unit.name, _without_bom(b"".join(files.blocks(path))))
         except files.DamagedFile as error:
             yield Skipped(unit.name, "damaged_file", detail=str(error))
         except OSError as error:
@@ -108,15 +106,15 @@ class TextSource:
 
     def _read_records(self, path: Path, unit: Unit) -> Iterator[Document | Skipped]:
         suffix = self._kind(unit.name)
-        find, longest = (_find_newline, 1) if suffix in _LINES else _finder(self.separator)
+        separator = "" if suffix in _LINES else self.separator
         empty = True
-        for offset, record in _records(path, find, longest, unit.start, unit.stop):
+        for offset, record in _records(path, separator, unit.start, unit.stop):
             empty = False
             if not offset:
                 if record.startswith(_UTF16):
                     yield Skipped(unit.name, "utf_16")
                     return
-                record = _without_mark(record)
+                record = _without_bom(record)
             record_id = f"{unit.name}@{offset}"
             if suffix == ".jsonl":
                 yield _json_document(record_id, record, self.columns)
@@ -128,7 +126,7 @@ class TextSource:
             yield Skipped(unit.name, "empty")
 
     def _kind(self, name: str) -> str:
-        """Return the suffix that says how a file is read; "" if it is not a known one."""
+        """Return the suffix of the file's format; "" if it is unknown."""
         suffix = _suffix(name)
         return ".tsv" if suffix == ".txt" and are_numbers(self.columns) else suffix
 
@@ -158,39 +156,22 @@ def _root(spec: str) -> Path:
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix of the uncompressed file, "" if it is not a known one."""
+    """Return the suffix of the uncompressed file, "" if it is unknown."""
     for compressed in files.COMPRESSED:
         name = name.removesuffix(compressed)
     suffix = os.path.splitext(name)[1]
     return suffix if suffix in SUFFIXES else ""
 
 
-def _find_newline(buffer: bytearray, start: int) -> tuple[int, int]:
-    found = buffer.find(b"\n", start)
-    return found, found + 1
-
-
-def _finder(separator: str) -> tuple[Find, int]:
-    """A function that finds the separator, and the most bytes that it may take."""
-    lines = separator.replace("\r\n", "\n").encode()
-    pattern = re.compile(re.escape(lines).replace(b"\\\n", b"\r?\n"))
-
-    def find(buffer: bytearray, start: int) -> tuple[int, int]:
-        match = pattern.search(buffer, start)
-        return match.span() if match else (-1, -1)
-
-    return find, len(lines) + lines.count(b"\n")
-
-
-def _records(
-    path: Path, find: Find, longest: int, start: int, stop: int
-) -> Iterator[tuple[int, bytes]]:
+def _records(path: Path, separator: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, record) of the records that begin at offsets `start` to `stop`.
 
-    find: the place of the next separator, of at most `longest` bytes. The time is linear for a
-    record of any length. A separator at the end begins no record. Ranges need a separator of one
-    byte.
+    separator: "" is a line feed, the one that ranges can have; another one matches CR LF where it
+    has LF. Time is linear for a record of any length. A separator at the end begins no record.
     """
+    lines = separator.replace("\r\n", "\n").encode()
+    pattern = re.compile(re.escape(lines).replace(b"\\\n", b"\r?\n") or b"\n")
+    longest = len(lines) + lines.count(b"\n") or 1  # bytes of a separator
     offset = max(start - 1, 0)  # with the byte before, a record that begins at `start` is found
     skip = start > 0
     buffer = bytearray()
@@ -198,11 +179,11 @@ def _records(
     for block in files.blocks(path, offset):
         buffer += block
         begin = 0
-        while (found := find(buffer, max(begin, searched)))[0] >= 0:
+        while match := pattern.search(buffer, max(begin, searched)):
             if not skip:
-                yield offset + begin, bytes(buffer[begin : found[0]])
+                yield offset + begin, bytes(buffer[begin : match.start()])
             skip = False
-            begin = found[1]
+            begin = match.end()
             if stop != _WHOLE and offset + begin >= stop:
                 return
         del buffer[:begin]
@@ -212,7 +193,7 @@ def _records(
         yield offset, bytes(buffer)
 
 
-def _without_mark(content: bytes) -> bytes:
+def _without_bom(content: bytes) -> bytes:
     return content.removeprefix(codecs.BOM_UTF8)
 
 
@@ -231,7 +212,7 @@ def _json_document(document_id: str, line: bytes, columns: Mapping[str, str]) ->
     if not line.strip():
         return Skipped(document_id, "empty")
     try:
-        record = json.loads(_without_mark(line).decode())
+        record = json.loads(_without_bom(line).decode())
     except UnicodeDecodeError:
         return Skipped(document_id, "invalid_utf8")
     except (ValueError, RecursionError):  # also of integers of more than 4,300 digits

@@ -1,22 +1,21 @@
-"""Documents from a data set that tensorflow-datasets has prepared.
-
-TensorFlow is imported inside the functions: only a preparation from `tfds:` pays for it.
-"""
+"""Documents from a data set that tensorflow-datasets has prepared (imported only for `tfds:`)."""
 
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lm import storage
 from lm.data.sources import Document, Skipped, Unit
 from lm.data.sources.records import column_names, from_record
 
-# A shard of TFRecords is read from its start to get at any of its records: units are whole shards,
-# cut only where they are so large (TFDS's own are of 64 MiB to 1 GiB) that memory would be short.
+Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, whose own annotations are wrong
+
+# Shards of TFRecords have no random access: units are whole shards, cut only where they are so
+# large (TFDS's own are of 64 MiB to 1 GiB) that memory would be short.
 _UNIT_BYTES = 1 << 28
-_ARRAY_RECORD_UNIT_BYTES = 1 << 22  # these have random access
+_ARRAY_RECORD_UNIT_BYTES = 1 << 22  # with random access
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,9 @@ class TfdsSource:
                     "name one, or several joined by +"
                 )
             count, size = info.splits[split].num_examples, info.splits[split].num_bytes
+            stamp, name = f"{count}:{size}", f"{info.full_name}/{split}"
             units += [
-                Unit(
-                    f"{info.full_name}/{split}",
-                    start,
-                    stop,
-                    size * (stop - start) // count,
-                    f"{count}:{size}",
-                )
+                Unit(name, start, stop, size * (stop - start) // count, stamp)
                 for start, stop in _ranges(builder, split)
             ]
         return units
@@ -110,11 +104,11 @@ class TfdsSource:
             texts |= {name: labels[record[name]] for name, labels in names.items()}
             yield from_record(document_id, texts, self.columns)
 
-    def _builder(self, *, download: bool) -> Any:
-        """Return the builder of the data set on disk. Raises ValueError where there is none.
+    def _builder(self, *, download: bool) -> Builder:
+        """Return the builder of the data set on disk; ValueError where there is none.
 
-        `tfds.builder` and `tfds.load` would first look for the data set in the cloud, and without a
-        network retry for minutes; files are found without.
+        `tfds.builder` and `tfds.load` look for the data set in the cloud first, and without a
+        network retry for minutes.
         """
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import dataset_info, read_only_builder, registered
@@ -127,8 +121,7 @@ class TfdsSource:
             except dataset_info.DatasetInfoFileError as error:
                 raise ValueError(
                     f"tfds:{self.name}: a folder, but no data set that TFDS prepared (name the "
-                    "folder with "
-                    f"dataset_info.json): {error}"
+                    f"folder with dataset_info.json): {error}"
                 ) from error
         if name.startswith(("/", ".")) or name != self.name or os.path.exists(name):
             is_file = "a file" if os.path.exists(name) else "no such folder"
@@ -148,20 +141,19 @@ class TfdsSource:
         except (registered.DatasetNotFoundError, ValueError) as error:
             raise ValueError(
                 f"tfds:{self.name} is not prepared in {self.data_dir or 'the folder of TFDS'}: "
-                "name its "
-                "folder with --tfds-data-dir or as tfds:/path, or let it be downloaded with "
-                f"--tfds-download ({_first_line(error)})"
+                "name its folder with --tfds-data-dir or as tfds:/path, or let it be downloaded "
+                f"with --tfds-download ({_first_line(error)})"
             ) from error
 
 
-def _ranges(builder: Any, split: str) -> list[tuple[int, int]]:
-    """The first and one past the last record of every unit of a split."""
+def _ranges(builder: Builder, split: str) -> list[tuple[int, int]]:
+    """Return (start, stop) of every unit of a split, in records."""
     info = builder.info.splits[split]
     count, size = info.num_examples, info.num_bytes
     lengths, limit = info.shard_lengths, _UNIT_BYTES
     if _is_array_record(builder):
         lengths, limit = [count], _ARRAY_RECORD_UNIT_BYTES
-    elif sum(lengths or ()) != count:  # data sets of old have none
+    elif sum(lengths or ()) != count:  # old data sets have none
         lengths = [count]
     step = max(count * limit // max(size, 1), 1)
     ranges, begin = [], 0
@@ -172,7 +164,7 @@ def _ranges(builder: Any, split: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _is_array_record(builder: Any) -> bool:
+def _is_array_record(builder: Builder) -> bool:
     file_format = builder.info.file_format
     name = file_format.value if file_format is not None else "tfrecord"
     if name == "array_record":
@@ -190,8 +182,8 @@ def _is_array_record(builder: Any) -> bool:
     return False
 
 
-def _records(builder: Any, unit: Unit) -> Iterable[Mapping[str, Any]]:
-    """The records of a unit, in the order of the files."""
+def _records(builder: Builder, unit: Unit) -> Iterable[Mapping[str, Any]]:
+    """Return the records of a unit, in the order of the files."""
     import tensorflow_datasets as tfds
 
     split = unit.name.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Write token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
+"""Writer of token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _BATCH = 1 << 20  # characters handed to the tokenizer at once
 
 
 class RaggedArray(NamedTuple):
-    """Rows of different lengths: their values one after another, and the lengths, int64 [n]."""
+    """Rows of different lengths: their concatenated values, and the lengths, int64 [n]."""
 
     values: np.ndarray
     lengths: np.ndarray
@@ -89,10 +89,10 @@ def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
 
 
 class StoreWriter:
-    """Write a store beside `path` and moves it there, complete, in `close`.
+    """A writer of a store beside `path`, which `close` moves there, complete.
 
-    Blocks are appended in order; the same blocks give the same bytes. What an interrupted writer
-    left behind is removed by the next one.
+    Blocks are appended in order; the same blocks give the same bytes. The files of an interrupted
+    writer are removed by the next one.
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, *, fields: Sequence[str]):
@@ -128,28 +128,28 @@ class StoreWriter:
         skipped: Mapping[str, int],
         skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
-        """Write the rest, the manifest last, and moves the store to its place.
+        """Write the offsets and, last, the manifest, and move the store to its path.
 
-        skipped, skipped_examples: by reason, how many records are no documents, and the first ids.
+        skipped, skipped_examples: the number of skipped records by reason, and the first ids.
         """
-        id_lengths = np.concatenate([np.empty(0, np.int64), *self._id_lengths])
-        self._write("id_offsets.bin", _offsets(id_lengths))
+        id_offsets = _offsets(self._id_lengths)
+        self._write("id_offsets.bin", id_offsets)
         fields = {}
         for field, lengths in self._lengths.items():
-            offsets = _offsets(np.concatenate([np.empty(0, np.int64), *lengths]))
+            offsets = _offsets(lengths)
             num_bytes = np.concatenate([np.empty(0, np.int64), *self._num_bytes[field]])
             self._write(f"{field}/offsets.bin", offsets)
             self._write(f"{field}/bytes.bin", num_bytes)
             fields[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
-        if self._tokenizer.file_name:
-            self._write(self._tokenizer.file_name, np.frombuffer(self._tokenizer.model, np.uint8))
-        entries = {name: file.close() for name, file in sorted(self._files.items())}
         tokenizer = self._tokenizer
+        if tokenizer.file_name:
+            self._write(tokenizer.file_name, np.frombuffer(tokenizer.model, np.uint8))
+        entries = {name: file.close() for name, file in sorted(self._files.items())}
         manifest = {
             "format": FORMAT,
             "split": split,
             "source": list(source),
-            "num_documents": len(id_lengths),
+            "num_documents": len(id_offsets) - 1,
             "fields": fields,
             "skipped": dict(sorted(skipped.items())),
             "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
@@ -183,7 +183,7 @@ def write_store(
     *,
     fields: Sequence[str] = ("text",),
 ) -> None:
-    """Write a small store of `documents` in memory: for tests and experiments, without splits."""
+    """Write a small store of `documents`, without splits: for tests and experiments."""
     writer = StoreWriter(path, tokenizer, fields=fields)
     writer.add(encode_block(list(documents), tokenizer, fields=fields))
     writer.close(tokenizer_name=tokenizer.name, source=[], split="", skipped={})
@@ -210,5 +210,5 @@ class _HashedFile:
         return {"size": self._size, "sha256": self._hash.hexdigest()}
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]).astype("<i8")
+def _offsets(lengths: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum().astype("<i8")

@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from lm import storage
 from lm.data import tokenizer as tokenizers
 from lm.data.special_tokens import DeclaredTokens
 
+# (starts, stops) -> the ranges of an array
+ReadRanges = Callable[[Sequence[int], Sequence[int]], list[np.ndarray]]
 FORMAT = 1
 MANIFEST = "manifest.json"
 _INCOMPLETE = (
@@ -45,12 +47,11 @@ class TokenStore:
 
     num_documents, num_tokens, num_bytes: sizes of this field.
     offsets: int64 [num_documents + 1], document i is tokens offsets[i] to offsets[i + 1], eos
-    included.
-    document_bytes: int64 [num_documents], UTF-8 bytes of each document.
-    manifest: what is in manifest.json.
+    included. document_bytes: int64 [num_documents], UTF-8 bytes of each document.
+    manifest: the content of manifest.json.
     """
 
-    def __init__(self, path: str, field: str, files: "_Mapped | _Remote", manifest: dict):
+    def __init__(self, path: str, field: str, files: "_LocalFiles | _RemoteFiles", manifest: dict):
         self.path = path
         self.field = field
         self.manifest = manifest
@@ -69,7 +70,7 @@ class TokenStore:
         Raises NoStore if there is no complete store, ValueError if it has no such field.
         """
         path = storage.expand(os.fspath(path), "a token store")
-        files = _Remote(path) if storage.is_url(path) else _Mapped(path)
+        files = _RemoteFiles(path) if storage.is_url(path) else _LocalFiles(path)
         content = files.read(MANIFEST)
         if content is None:
             raise NoStore(f"{path}: {files.absence()}")
@@ -106,7 +107,7 @@ class TokenStore:
         return result
 
     def document_ids(self, i: int) -> str:
-        """Return the id of document `i`, bytes that are no UTF-8 as `os.fsdecode` gives them."""
+        """Return the id of document `i`, bytes that are no UTF-8 as surrogates (`os.fsdecode`)."""
         start, stop = self._id_offsets[i], self._id_offsets[i + 1]
         content = self._id_ranges([int(start)], [int(stop)])[0].tobytes()
         return content.decode(errors="surrogateescape")
@@ -124,9 +125,7 @@ class TokenStore:
         return tokenizer
 
     def check_tokenizer(self, tokenizer: tokenizers.Tokenizer) -> None:
-        """Raises ValueError unless `tokenizer` is the one that made this store, and ends documents
-        with the same token.
-        """
+        """Raise ValueError unless `tokenizer` made this store, with the same eos."""
         entry = self.manifest["tokenizer"]
         if tokenizer.fingerprint != entry["fingerprint"]:
             raise ValueError(
@@ -142,14 +141,13 @@ class TokenStore:
             )
 
     def verify(self) -> None:
-        """Raises ValueError unless every file has its content hash; reads everything."""
+        """Read everything; raise ValueError unless every file has its content hash."""
         for name, entry in self.manifest["files"].items():
             found = self._files.sha256(name)
             if found != entry["sha256"]:
                 raise ValueError(
                     f"{self.path}/{name}: content hash {found}, the manifest says "
-                    f"{entry['sha256']}; "
-                    "the file is damaged: copy or prepare it again"
+                    f"{entry['sha256']}; the file is damaged: copy or prepare it again"
                 )
 
     @property
@@ -162,18 +160,18 @@ class TokenStore:
         return self._files.array("id_offsets.bin", "<i8")
 
     @functools.cached_property
-    def _id_ranges(self):
+    def _id_ranges(self) -> ReadRanges:
         return self._files.ranges("ids.bin", "u1")
 
 
-class _Mapped:
-    """The files of a local store."""
+class _LocalFiles:
+    """Files of a local folder, memory-mapped."""
 
     def __init__(self, path: str):
         self._path = Path(path)
 
     def absence(self) -> str:
-        """Why there is no store."""
+        """Return the reason why there is no store."""
         if self._path.is_symlink() and not self._path.exists():
             return f"a link to {os.readlink(self._path)}, which is not there"
         if not self._path.exists():
@@ -199,13 +197,9 @@ class _Mapped:
             return np.empty(0, dtype)  # an empty file cannot be mapped
         return np.asarray(np.memmap(file, dtype, mode="r"))
 
-    def ranges(self, name: str, dtype: str):
+    def ranges(self, name: str, dtype: str) -> ReadRanges:
         array = self.array(name, dtype)
-
-        def read(starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
-            return [array[start:stop] for start, stop in zip(starts, stops, strict=True)]
-
-        return read
+        return lambda starts, stops: [array[a:b] for a, b in zip(starts, stops, strict=True)]
 
     def check_size(self, name: str, size: int) -> None:
         file = self._path / name
@@ -222,8 +216,8 @@ class _Mapped:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Remote:
-    """The files of a store behind a URL, read by byte range through TensorStore."""
+class _RemoteFiles:
+    """Files behind a URL, read by byte range through TensorStore."""
 
     def __init__(self, url: str):
         import tensorstore
@@ -244,31 +238,25 @@ class _Remote:
             raise ValueError(f"{self._url}/{name} is missing; copy or prepare the store again")
         return np.frombuffer(content, dtype)
 
-    def ranges(self, name: str, dtype: str):
+    def ranges(self, name: str, dtype: str) -> ReadRanges:
         width = np.dtype(dtype).itemsize
 
         def read(starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
             pending = [
-                self._store.read(name, byte_range=slice(start * width, stop * width))
-                if stop > start
-                else None
-                for start, stop in zip(starts, stops, strict=True)
+                self._store.read(name, byte_range=slice(a * width, b * width)) if b > a else None
+                for a, b in zip(starts, stops, strict=True)
             ]
-            return [
-                np.frombuffer(future.result().value if future else b"", dtype) for future in pending
-            ]
+            contents = (future.result().value if future else b"" for future in pending)
+            return [np.frombuffer(content, dtype) for content in contents]
 
         return read
 
     def check_size(self, name: str, size: int) -> None:
         # There is no call for the size of an object: its last byte must exist, and none after it.
-        if not size:
-            return
-        if not self._exists(name, size - 1) or self._exists(name, size):
+        if size and (not self._exists(name, size - 1) or self._exists(name, size)):
             raise ValueError(
                 f"{self._url}/{name} is missing or has not the {size} bytes that the manifest "
-                "says; "
-                "the store is damaged: copy or prepare it again"
+                "says; the store is damaged: copy or prepare it again"
             )
 
     def _exists(self, name: str, position: int) -> bool:
