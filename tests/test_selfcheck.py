@@ -17,8 +17,10 @@ from lm.exit_codes import Exit
 from lm.layers import cross_entropy
 from lm.layers.attention import attention
 from lm.layers.attention.dot_product import Mask
-from lm.reliability import kernel_check, reference
-from lm.reliability.kernel_check import SelfCheckFailed, check
+from lm.reliability import attention_check, kernel_check, reference
+from lm.reliability.attention_check import Heads
+from lm.reliability.kernel_check import check
+from lm.reliability.reference import SelfCheckFailed
 
 ROOT = Path(__file__).parents[1]
 SOFT = {"model.attention_softcap": 50.0, "model.logit_softcap": 30.0}
@@ -135,7 +137,7 @@ def test_a_leak_of_the_gradient_alone_is_refused(run, monkeypatch):
     def attend(q, k, v, mask, **options):
         return leak(attention.attend(q, k, v, mask, **options), v)
 
-    monkeypatch.setattr(kernel_check, "attend", attend)
+    monkeypatch.setattr(attention_check, "attend", attend)
     with pytest.raises(
         SelfCheckFailed, match=r"change 0 of .* gradients that must be zero are not"
     ):
@@ -157,7 +159,7 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
         q, k, v, options = WRONG[name](q, k, v, options)
         return attention.attend(q, k, v, mask, **options)
 
-    monkeypatch.setattr(kernel_check, "attend", attend)
+    monkeypatch.setattr(attention_check, "attend", attend)
     with pytest.raises(SelfCheckFailed, match=r"of attention .* differs from the reference by"):
         run({**SOFT, "model.positions": "alibi", "model.num_kv_heads": 2, "model.dtype": dtype})
 
@@ -230,7 +232,9 @@ def test_a_change_of_what_is_checked_is_checked(run, changes):
 FILES_OF_KERNELS = [
     "layers/attention/attention.py",
     "layers/cross_entropy.py",
+    "reliability/attention_check.py",
     "reliability/kernel_check.py",
+    "reliability/loss_check.py",
     "reliability/reference.py",
 ]
 
@@ -275,14 +279,14 @@ def test_decoder_lists_what_its_layers_call_attention_with(
         heads, size = q.shape[1], q.shape[3]
         assert q.dtype == k.dtype == jnp.dtype(model.config.dtype)
         options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(kernel_check.Heads(heads, k.shape[1], size, **options))
+        called.append(Heads(heads, k.shape[1], size, **options))
         return q
 
     inputs = packed_batch(2, 32, 264).inputs
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
     monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(lambda variables: model.apply(variables, inputs), variables)
-    listed = {kernel_check.Heads(**kind) for kind in model.config.attention_kinds}
+    listed = {Heads(**kind) for kind in model.config.attention_kinds}
     assert set(called) == listed and len(listed) == len(model.config.kinds)
 
 

@@ -152,7 +152,7 @@ class BlockConfig:
 
     @property
     def attention_kinds(self) -> tuple[dict[str, Any], ...]:
-        """Arguments of attention in each of `kinds`: the fields of `kernel_check.Heads`."""
+        """Arguments of attention in each of `kinds`: the fields of `attention_check.Heads`."""
         shared = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.kv_heads,

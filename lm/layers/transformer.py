@@ -145,7 +145,7 @@ class Transformer(nn.Module):
         if kind not in ("relative", "alibi"):
             return None
         if mask.order:  # inside a segment, distance in positions is distance in places
-            places = zigzag.places(mask.key_positions.shape[1], mask.order)
+            places = zigzag.positions(mask.key_positions.shape[1], mask.order)
             distance = jnp.asarray(places[None, :] - places[:, None])[None]
         else:
             distance = mask.key_positions[:, None, :] - mask.query_positions[:, :, None]

@@ -20,7 +20,7 @@ names its logical axes, as `lm.layers.linear.parameter` and flax's `nn.with_part
 its sharding, its learning rate and its FLOPs follow from them.
 
 A model with attention lists its kinds as `attention_kinds` (dicts of the fields of
-`lm.reliability.kernel_check.Heads`) and perhaps `logit_softcap`, which the start-up check then
+`lm.reliability.attention_check.Heads`) and perhaps `logit_softcap`, which the start-up check then
 covers, and as `attention_scores` (`lm.layers.attention.scores.AttentionScores`), whose FLOPs count.
 One with experts has `moe`, with `num_experts` and `num_experts_per_token`.
 

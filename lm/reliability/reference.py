@@ -1,22 +1,58 @@
-"""Attention and token loss by their equations in numpy, with gradients: what the start-up check
-compares with.
-"""
+"""Reference of the kernel check: attention and token loss with gradients, by their equations."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.config.schema import LossConfig
+from lm.exit_codes import Exit, RunError
 from lm.types import HostBatch, HostTokens
+
+
+class SelfCheckFailed(RunError):
+    """A kernel of the run computes something else than its equations."""
+
+    code = Exit.SELF_CHECK
+
+
+def matmul_precision() -> str | None:
+    return getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  (not in its stub)
+
+
+def compare(
+    name: str, actual: np.ndarray, expected: np.ndarray, dtype: jnp.dtype, platform: str
+) -> float:
+    """The largest difference, as a fraction of the one that rounding explains.
+
+    That is four spacings of the dtype that is multiplied and 32 of float32, the dtype of sums,
+    relative to the largest expected number. TPUs multiply float32 numbers as bfloat16 and GPUs as
+    TensorFloat-32, unless jax_default_matmul_precision is set.
+
+    Raises:
+        SelfCheckFailed: it is more than that.
+    """
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    exact = float(jnp.finfo(jnp.float32).eps)
+    spacing = float(jnp.finfo(dtype).eps)
+    if dtype == jnp.float32 and matmul_precision() is None:
+        spacing = {"tpu": 2.0**-7, "gpu": 2.0**-10}.get(platform, spacing)
+    allowed = (4 * spacing + 32 * exact) * float(np.max(np.abs(expected)))
+    difference = float(np.max(np.abs(actual - expected)))
+    if not difference <= allowed:  # nan is not
+        raise SelfCheckFailed(
+            f"self-check: {name} differs from the reference by {difference:.3g}, where rounding in "
+            f"{jnp.dtype(dtype).name} explains {allowed:.3g}"
+        )
+    return difference / allowed
 
 
 def attention(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    given: np.ndarray,
+    cotangent: np.ndarray,
     tokens: HostTokens,
     *,
     scale: float,
@@ -27,7 +63,7 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(output, gradients of q, k and v) of attention over one row of packed tokens [1, T].
 
-    q and `given`, the gradient of the output: [N, T, H]; k, v: [K, T, H]; bias: [N, T, T]; all
+    q and the cotangent of the output: [N, T, H]; k, v: [K, T, H]; bias: [N, T, T]; all
     float32.
     """
     group = len(q) // len(k)
@@ -43,11 +79,11 @@ def attention(
     if window is not None:
         seen &= np.abs(distance) < window
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)  # padding sees nothing
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)  # padding attends to nothing
     out = weights @ v
-    d_scores = weights * (given @ v.swapaxes(1, 2) - np.sum(given * out, -1, keepdims=True))
+    d_scores = weights * (cotangent @ v.swapaxes(1, 2) - np.sum(cotangent * out, -1, keepdims=True))
     d_scores *= scale * slope
-    dk, dv = d_scores.swapaxes(1, 2) @ q, weights.swapaxes(1, 2) @ given
+    dk, dv = d_scores.swapaxes(1, 2) @ q, weights.swapaxes(1, 2) @ cotangent
     return out, d_scores @ k, dk.reshape(shared).sum(1), dv.reshape(shared).sum(1)
 
 
@@ -57,7 +93,7 @@ def loss(
     batch: HostBatch,
     config: LossConfig,
     softcap: float | None,
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """The sums of the token loss, and the gradients of its objective, from all logits at once.
 
     hidden: float32 [B, T, D]; table: float32 [V, D].
@@ -79,8 +115,8 @@ def loss(
     }
 
 
-def _cap(x: np.ndarray, softcap: float | None) -> tuple[np.ndarray, Any]:
-    """(x below the soft cap, the slope of that)."""
+def _cap(x: np.ndarray, softcap: float | None) -> tuple[np.ndarray, np.ndarray | float]:
+    """(x with the soft cap, its derivative)."""
     if softcap is None:
         return x, 1.0
     tanh = np.tanh(x / softcap)

@@ -192,7 +192,7 @@ def _splash(
     q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
 ) -> jax.Array:
     shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
-    places = zigzag.places(length, order).reshape(shards, -1)
+    places = zigzag.positions(length, order).reshape(shards, -1)
     chunk = places.shape[1] // (2 if order > 1 else 1)
     sizes = splash.block_sizes(chunk, length)
     infos = splash.mask_infos(places, length, sizes, mask.causal, options["window"])
