@@ -52,7 +52,7 @@ def assert_is_the_equation(
         for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     ]
     options = {"scale": 0.5, **options}
-    places = zigzag.places(length, order)
+    places = zigzag.positions(length, order)
     back = np.argsort(places)
 
     def expected(q, k, v):

@@ -20,7 +20,7 @@ from lm.types import Tokens
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_block_is_visible_if_any_of_its_keys_is(shards, window, causal):
     length, block_q, block_kv = 48, 4, 6
-    places = zigzag.places(length, shards)
+    places = zigzag.positions(length, shards)
     distance = places[:, None] - np.arange(length)
     seen = distance >= 0 if causal else np.ones_like(distance, bool)
     if window is not None:
@@ -40,7 +40,7 @@ def test_a_schedule_visits_every_visible_block_once_and_waits_at_the_last():
 
 def test_a_window_takes_no_more_steps_than_it_has_blocks():
     infos = splash.mask_infos(
-        zigzag.places(8192, 1)[None], 8192, splash.block_sizes(8192, 8192), True, 1000
+        zigzag.positions(8192, 1)[None], 8192, splash.block_sizes(8192, 8192), True, 1000
     )
     forward, dq, dkv = infos
     assert forward.data_next.shape == (1, 8, 2)

@@ -8,13 +8,14 @@ from lm.parallel import zigzag
 
 
 def test_shards_hold_one_early_and_one_late_chunk():
-    assert zigzag.places(16, 4).tolist() == [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
-    assert zigzag.places(5, 1).tolist() == [0, 1, 2, 3, 4]
+    expected = [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9]
+    assert zigzag.positions(16, 4).tolist() == expected
+    assert zigzag.positions(5, 1).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
 def test_every_shard_has_the_same_share_of_a_causal_mask(shards):
-    work = (zigzag.places(12 * shards, shards) + 1).reshape(shards, -1).sum(axis=1)
+    work = (zigzag.positions(12 * shards, shards) + 1).reshape(shards, -1).sum(axis=1)
     assert len(set(work.tolist())) == 1
     natural = np.arange(1, 12 * shards + 1).reshape(shards, -1).sum(axis=1)
     assert len(set(natural.tolist())) == shards
@@ -25,7 +26,7 @@ def test_shuffle_moves_tokens_to_their_places_and_unshuffle_back(rules_on, shard
     rules = rules_on(sequence=shards)
     x = np.arange(2 * 4 * shards * 3).reshape(2, 4 * shards, 3)
     mixed = jax.jit(lambda x: zigzag.shuffle(x, rules))(x)
-    np.testing.assert_array_equal(mixed, x[:, zigzag.places(4 * shards, shards)])
+    np.testing.assert_array_equal(mixed, x[:, zigzag.positions(4 * shards, shards)])
     assert mixed.sharding.is_equivalent_to(rules.sharding("batch", "length", None), 3)
     np.testing.assert_array_equal(jax.jit(lambda x: zigzag.unshuffle(x, rules))(mixed), x)
     np.testing.assert_array_equal(zigzag.restore(np.asarray(mixed), shards, 1), x)

@@ -1,1 +1,1 @@
-"""Devices and processes: meshes, sharding rules, pipelines, and the processes of one run."""
+"""Devices and processes: meshes, sharding rules, pipelines, and the process group of a run."""

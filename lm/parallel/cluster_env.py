@@ -1,4 +1,4 @@
-"""Which launcher started this process, and as which of how many."""
+"""Cluster environment: the launcher of this process, its id, and the number of processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ PORT = 8476  # of the coordinator, where each job has its machines for itself
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What started this process."""
+    """The launcher of this process, and its place among the processes of the run."""
 
     launcher: str
     coordinator: str = ""  # HOST:PORT of process 0
     num_processes: int = 1
     process_id: int = 0
-    gpus: tuple[int, ...] | None = None  # this process's, of those that it sees; None: all
+    gpus: tuple[int, ...] | None = (
+        None  # of this process, by index among the visible ones; None: all
+    )
 
     def __str__(self) -> str:
         if self.num_processes == 1:
@@ -35,12 +37,12 @@ class Environment:
 def detect(
     environ: Mapping[str, str], *, metadata: Callable[[str], str | None] = lambda key: None
 ) -> Environment:
-    """The first of SLURM, Kubernetes, Cloud TPU and none that the environment shows.
+    """The environment of the first that applies: SLURM, Kubernetes, Cloud TPU, none.
 
     metadata: the attributes of a Cloud TPU VM by name, asked only if nothing else fits.
 
     Raises:
-        ValueError: a launcher is there but doesn't say enough.
+        ValueError: the launcher's variables are incomplete.
     """
     if "SLURM_STEP_NUM_TASKS" in environ:  # of the step: a shell inside an allocation is one task
         return _slurm(environ)
@@ -82,10 +84,10 @@ def _first_host(nodes: str) -> str:
 
 
 def _share_of_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The GPUs of this task, by their place among those that it sees; None: all of them.
+    """The GPUs of this task, by index among the visible ones; None: all of them.
 
-    A task sees all GPUs of its node unless SLURM binds them (--gpus-per-task, --gpu-bind) or
-    something else has set CUDA_VISIBLE_DEVICES: then it sees fewer than there are.
+    All GPUs of a node are visible to a task unless SLURM binds them (--gpus-per-task, --gpu-bind)
+    or something else has set CUDA_VISIBLE_DEVICES: then fewer than there are.
 
     Raises:
         ValueError: they don't divide among the tasks of the node.
@@ -94,8 +96,8 @@ def _share_of_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     platforms = environ.get("JAX_PLATFORMS", "cuda")
     if tasks == 1 or not re.search("cuda|gpu", platforms):
         return None
-    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    count = int(environ.get("SLURM_GPUS_ON_NODE") or there)
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    count = int(environ.get("SLURM_GPUS_ON_NODE") or present)
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if not count or (visible is not None and len(visible.split(",")) < count):
         return None
@@ -150,7 +152,7 @@ def _tpu(environ: Mapping[str, str], hosts: str, worker: str) -> Environment:
 
 
 def gce_metadata(key: str) -> str | None:
-    """An attribute of the Cloud TPU VM that this is, or None: it is none, or has no such."""
+    """An attribute of this Cloud TPU VM; None if it has no such attribute, or is no such VM."""
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     if not chips or "TPU_SKIP_MDS_QUERY" in os.environ:
         return None

@@ -1,4 +1,4 @@
-"""Exit codes for errors of the machine that JAX's runtime raises, apart from those of a program."""
+"""Exit codes for errors of the machine, as opposed to the program, that JAX's runtime raises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 
 from lm.exit_codes import Exit
 
-# The program is wrong on every device: a restart changes nothing, and the traceback says where.
+# Errors of the program on any device: a restart changes nothing, and the traceback locates them.
 PROGRAM_ERRORS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
 NO_MEMORY = ("resource_exhausted", "out of memory", "out_of_memory")
 ADVICE = {
@@ -20,7 +20,7 @@ KINDS = {Exit.OUT_OF_MEMORY: "out of memory", Exit.DEVICE_ERROR: "a device faile
 
 
 def exit_code(error: BaseException) -> Exit | None:
-    """OUT_OF_MEMORY (of a device or of the host) or DEVICE_ERROR; None of any other error."""
+    """OUT_OF_MEMORY (of a device or of the host) or DEVICE_ERROR; None for any other error."""
     if isinstance(error, MemoryError):
         return Exit.OUT_OF_MEMORY
     text = str(error)
@@ -32,5 +32,5 @@ def exit_code(error: BaseException) -> Exit | None:
 
 def describe(code: Exit, error: BaseException) -> str:
     """One line for the user about an error with this exit code."""
-    said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return f"{KINDS[code]}: {said}. {ADVICE[code]}"
+    text = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return f"{KINDS[code]}: {text}. {ADVICE[code]}"

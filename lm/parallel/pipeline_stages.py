@@ -1,19 +1,20 @@
-"""Pipeline parallelism: layers over the mesh axis `stage`, and micro-batches that flow through them
-inside one forward pass (GPipe, arXiv:1811.06965; circular, arXiv:2104.04473, section 2.2).
+"""Pipeline parallelism: layers over the mesh axis `stage`, micro-batches in one forward pass.
 
-All stages run one program. Each array of the schedule has a leading [S], sharded over `stage`; the
-layers of each stage run where their part of it lies, and collective-permutes along it hand
-activations on (arXiv:2105.04663, section 3.3). Inside the loop weights stay where they are. Its
-gradient is the pipeline backwards.
+GPipe (arXiv:1811.06965), and circular schedules (arXiv:2104.04473, section 2.2).
 
-With R repeats, group g of k = L / (S R) layers is on stage g mod S, and a micro-batch goes round R
-times. Iteration t has stage s work on micro-batch (t - s) mod M in repeat (t - s) // M:
+All stages run one program. Each array of the schedule has a leading [S], sharded over `stage`; each
+stage applies its layers to its shard, and collective-permutes pass the activations to the next
+stage (arXiv:2105.04663, section 3.3). Weights don't move inside the loop. The gradient of the loop
+is the pipeline backwards.
+
+With R repeats, group g of k = L / (S R) layers is on stage g mod S, and a micro-batch passes all
+stages R times. In iteration t stage s works on micro-batch (t - s) mod M in repeat (t - s) // M:
 
     S = 2, M = 2, R = 2     t =   0     1     2     3     4
     stage 0                       m0    m1    m0    m1    -      groups 0 and 2
     stage 1                       -     m0    m1    m0    m1     groups 1 and 3
 
-R M + S - 1 iterations, of which every stage is idle in S - 1.
+There are R M + S - 1 iterations; every stage is idle in S - 1 of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.config.fields import field
 from lm.parallel.sharding import Rules
 from lm.types import Array, Params
+
+Tree = TypeVar("Tree")
+PyTree: TypeAlias = Any
+Outputs: TypeAlias = Any  # a pytree that a layer returns
 
 STREAM = ("layers", None, "batch", "act_length", "act_embed")  # of [S, M / S, B / M, T, D]
 STATE = ("layers", "batch", "act_length", "act_embed")  # of [S, B / M, T, D]
@@ -52,7 +57,7 @@ class PipelineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Who does what when; counts of stages S, micro-batches M, repeats R and layers L."""
+    """Numbers of stages S, micro-batches M, repeats R and layers L; the work of each iteration."""
 
     num_stages: int
     num_microbatches: int
@@ -61,7 +66,7 @@ class Schedule:
 
     @property
     def group_size(self) -> int:
-        """Layers that a micro-batch passes on one stage in one repeat."""
+        """Layers that one stage applies in one repeat."""
         return self.num_layers // (self.num_stages * self.num_repeats)
 
     @property
@@ -74,8 +79,9 @@ class Schedule:
         return (self.num_stages - 1) / self.num_iterations
 
     def work(self, t: Array) -> tuple[jax.Array, jax.Array]:
-        """(micro-batch, repeat) of every stage in iteration t, [S] each; of one that is idle, those
-        of the work before or after: what it makes of it is dropped.
+        """(micro-batch, repeat) of every stage in iteration t, [S] each.
+
+        An idle stage repeats its first or last work, and the results are dropped.
         """
         turn = t - jnp.arange(self.num_stages)
         turn = jnp.clip(turn, 0, self.num_repeats * self.num_microbatches - 1)
@@ -83,7 +89,7 @@ class Schedule:
 
 
 def make_schedule(config: PipelineConfig, num_layers: int, rules: Rules) -> Schedule:
-    """The schedule on a mesh. Repeats mean nothing on a single stage.
+    """The schedule on a mesh. On a single stage repeats have no effect.
 
     Raises:
         ValueError: layers or micro-batches can't be divided among the stages.
@@ -106,9 +112,9 @@ def make_schedule(config: PipelineConfig, num_layers: int, rules: Rules) -> Sche
 # ---- rows ----
 
 
-def interleave(rules: Rules, num_microbatches: int, tree: Any) -> Any:
-    """Arrays [B, ...] with rows in the order in which `split` makes micro-batch m of rows
-    m, m + M, ... of the given ones: whatever the mesh, and without moving any between devices.
+def interleave(rules: Rules, num_microbatches: int, tree: Tree) -> Tree:
+    """Arrays [B, ...] reordered so that `split` makes micro-batch m of rows m, m + M, ... on any
+    mesh, without moving rows between devices.
     """
 
     def one(x: Array) -> jax.Array:
@@ -119,10 +125,10 @@ def interleave(rules: Rules, num_microbatches: int, tree: Any) -> Any:
 
 
 def split(rules: Rules, num_microbatches: int, x: Array) -> jax.Array:
-    """[B, ...] -> [M, B / M, ...]; each device's rows are cut in M parts, so that none moves.
+    """[B, ...] -> [M, B / M, ...]; each device splits its own rows, so that none moves.
 
     Raises:
-        ValueError: the rows of a device can't be cut so.
+        ValueError: the rows of a device don't divide among M micro-batches.
     """
     shards = rules.size("batch")
     if x.shape[0] % (shards * num_microbatches):
@@ -145,8 +151,8 @@ def merge(rules: Rules, x: Array) -> jax.Array:
 
 
 def _rounds(num_stages: int, num_repeats: int) -> list[list[tuple[int, int, int, int]]]:
-    """For each of R rounds, (stage that has a group, its place there, stage that needs it, its
-    place there): in every round each stage gives one group and gets one.
+    """For each of R rounds, (source stage, index there, target stage, index there) of the groups
+    that move: in every round each stage sends one group and receives one.
 
     Stored in the order of layers, groups s R ... s R + R - 1 are on stage s.
     """
@@ -155,10 +161,10 @@ def _rounds(num_stages: int, num_repeats: int) -> list[list[tuple[int, int, int,
     for first in range(num_repeats):
         moves = []
         for stage in range(num_stages):
-            # stages this far apart would send equal places to the same stage
-            place = (first + stage // (num_stages // common)) % num_repeats
-            group = stage * num_repeats + place
-            moves.append((stage, place, group % num_stages, group // num_stages))
+            # stages at this distance would send equal indices to the same stage
+            index = (first + stage // (num_stages // common)) % num_repeats
+            group = stage * num_repeats + index
+            moves.append((stage, index, group % num_stages, group // num_stages))
         rounds.append(moves)
     return rounds
 
@@ -176,24 +182,24 @@ def _exchange(params: Params, schedule: Schedule, rules: Rules) -> Params:
     rounds = _rounds(s, r)
 
     def local(weights: Params) -> Params:
-        me = jax.lax.axis_index(stage_axis)
+        stage = jax.lax.axis_index(stage_axis)
 
         def one(w: Array) -> jax.Array:
             groups = w.reshape(r, k, *w.shape[1:])
             out = jnp.zeros_like(groups)
             for moves in rounds:
-                give, get = np.zeros(s, int), np.zeros(s, int)
-                for source, place, target, repeat in moves:
-                    give[source], get[target] = place, repeat
-                sent = jax.lax.dynamic_index_in_dim(groups, jnp.asarray(give)[me], 0, False)
+                send, receive = np.zeros(s, int), np.zeros(s, int)
+                for source, index, target, repeat in moves:
+                    send[source], receive[target] = index, repeat
+                sent = jax.lax.dynamic_index_in_dim(groups, jnp.asarray(send)[stage], 0, False)
                 pairs = [(source, target) for source, _, target, _ in moves]
                 sent = jax.lax.ppermute(sent, stage_axis, pairs)
-                out = jax.lax.dynamic_update_index_in_dim(out, sent, jnp.asarray(get)[me], 0)
+                out = jax.lax.dynamic_update_index_in_dim(out, sent, jnp.asarray(receive)[stage], 0)
             return out[None]
 
         return jax.tree.map(one, weights)
 
-    # whatever else they are sharded over stays as it is
+    # other shardings of the parameters stay as they are
     spec = rules.spec("layers")
     mapped = jax.shard_map(
         local, mesh=rules.mesh, in_specs=spec, out_specs=spec, axis_names={stage_axis}
@@ -202,7 +208,7 @@ def _exchange(params: Params, schedule: Schedule, rules: Rules) -> Params:
 
 
 def _on_stages(params: Params, schedule: Schedule, rules: Rules) -> Params:
-    """[L, ...] -> [S, R, k, ...], on the stages that work on them."""
+    """[L, ...] -> [S, R, k, ...], on the stages that apply them."""
     s, r, k = schedule.num_stages, schedule.num_repeats, schedule.group_size
     if r > 1:
         return _exchange(params, schedule, rules)
@@ -218,32 +224,32 @@ def _on_stages(params: Params, schedule: Schedule, rules: Rules) -> Params:
 
 # ---- the loop ----
 
-# (parameters of a layer, x [b, T, D], what `prepare` made, key or None) -> (x, outputs)
-Layer = Callable[[Params, Any, Array, Any, Array | None], tuple[Array, Any]]
+# (parameters, per-layer arrays, x [b, T, D], result of `prepare`, key or None) -> (x, outputs)
+Layer = Callable[[Params, Any, Array, Any, Array | None], tuple[Array, Outputs]]
 
 
 def pipeline(
     layer: Layer,
     prepare: Callable[[Any, Any], Any],
     params: Params,
-    per_layer: Any,
+    per_layer: PyTree,
     x: Array,
-    rows: Any,
-    common: Any = None,
+    rows: PyTree,
+    common: PyTree = None,
     *,
     schedule: Schedule,
     rules: Rules,
     rng: Array | None = None,
     unroll: int = 1,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Outputs]:
     """(x after all layers [M, b, T, D], outputs of the layers [M, L, ...]) of x: [M, b, T, D].
 
     layer: one layer on the b rows of a micro-batch, inside a shard_map over the stages.
-    prepare: arrays of `rows` without their [M], and `common` -> what layers share on these rows.
+    prepare: (arrays of `rows` without their [M], `common`) -> values that the layers share.
     params: [L, ...] in the order of the layers.
     per_layer: [k, ...], the same for every group of k layers.
-    rows: a tree of [M, b, ...] that isn't differentiated and that every stage holds.
-    common: arrays that all micro-batches share, and that a gradient may flow to.
+    rows: a tree of [M, b, ...] that is not differentiated and that every stage holds.
+    common: arrays that all micro-batches share, with gradients.
     rng: the key of layer l on micro-batch m is fold_in(fold_in(rng, l), m), whatever the mesh.
     """
     s, m, r = schedule.num_stages, schedule.num_microbatches, schedule.num_repeats
@@ -252,12 +258,12 @@ def pipeline(
     first, last = (_along(jnp.arange(s) == i, x) for i in (0, s - 1))
 
     def stage(
-        common: Any, number: Array, weights: Params, x: Array, m: Array, r: Array
-    ) -> tuple[Array, Any]:
+        common: PyTree, number: Array, weights: Params, x: Array, m: Array, r: Array
+    ) -> tuple[Array, Outputs]:
         shared = prepare(jax.tree.map(lambda a: _at(a, m), rows), common)
         layers = (r * s + number) * k + jnp.arange(k)
 
-        def step(x: Array, own: Any) -> tuple[Array, Any]:
+        def step(x: Array, own: PyTree) -> tuple[Array, Outputs]:
             weights, each, number = own
             key = None if rng is None else jax.random.fold_in(jax.random.fold_in(rng, number), m)
             return layer(weights, each, x, shared, key)
@@ -265,12 +271,12 @@ def pipeline(
         own = jax.tree.map(lambda w: _at(w, r), weights)
         return jax.lax.scan(step, x, (own, per_layer, layers), unroll=min(unroll, k))
 
-    stages = _each_on_its_own(stage, rules)
+    stages = _map_stages(stage, rules)
 
-    def iteration(carry: Any, t: Array) -> tuple[Any, Any]:
+    def iteration(carry: PyTree, t: Array) -> tuple[PyTree, Outputs]:
         before, stream, waiting = carry
         microbatch, repeat = schedule.work(t)
-        # round the ring where nothing waits in between
+        # a ring where nothing waits in between
         arriving = again = _send(before, 1, rules, wrap=r > 1 and share == 1)
         if r > 1 and share > 1:  # M - S micro-batches wait for their next repeat
             slot = t % (share - 1)
@@ -281,7 +287,7 @@ def pipeline(
         now = rules.constrain(jnp.where(first, entering, arriving), *STATE)
         now, outputs = stages(common, jnp.arange(s), weights, now, microbatch, repeat)
         now = rules.constrain(now, *STATE)
-        # what stage 0 took makes place, on the way to it, for what the last one has finished
+        # the slot that stage 0 has read takes, moving towards it, the output of the last stage
         stream = _put(stream, jnp.where(last, now, _send(fresh, -1, rules)), t % share, 1)
         return (now, stream, waiting), outputs
 
@@ -298,22 +304,23 @@ def pipeline(
 
 
 def _in_order(outputs: Array, schedule: Schedule) -> jax.Array:
-    """[iterations, S, k, ...] -> [M, L, ...], without those of idle stages."""
+    """[iterations, S, k, ...] -> [M, L, ...], without the outputs of idle stages."""
     s, m, r = schedule.num_stages, schedule.num_microbatches, schedule.num_repeats
     busy = jnp.stack([outputs[i : i + r * m, i] for i in range(s)], axis=1)  # [R M, S, k, ...]
     by_repeat = jnp.moveaxis(busy.reshape(r, m, *busy.shape[1:]), 1, 0)  # [M, R, S, k, ...]
     return by_repeat.reshape(m, schedule.num_layers, *outputs.shape[3:])
 
 
-def _each_on_its_own(stage: Callable[..., Any], rules: Rules) -> Callable[..., Any]:
-    """`stage(common, *own)` of each entry of own: [S, ...], where it lies: as jax.vmap, but not
-    every kernel can be vmapped, and a conditional would run all of its branches. Other axes of the
-    mesh stay with the compiler.
+def _map_stages(stage: Callable[..., Outputs], rules: Rules) -> Callable[..., Outputs]:
+    """`stage(common, *own)` for each entry of own [S, ...], on its own stage.
+
+    As jax.vmap, but not every kernel can be vmapped, and a conditional would run all its branches.
+    Other axes of the mesh are left to the compiler.
     """
     if rules.size("layers") == 1:
         return lambda common, *args: jax.vmap(functools.partial(stage, common))(*args)
 
-    def local(common: Any, own: Any) -> Any:
+    def local(common: PyTree, own: PyTree) -> Outputs:
         result = stage(common, *jax.tree.map(lambda a: a[0], own))
         return jax.tree.map(lambda a: a[None], result)
 
@@ -324,13 +331,13 @@ def _each_on_its_own(stage: Callable[..., Any], rules: Rules) -> Callable[..., A
         in_specs=(PartitionSpec(), spec),
         out_specs=spec,
         axis_names=set(rules.axes("layers")),
-        check_vma=False,  # kernels don't say over which axes their results vary
+        check_vma=False,  # kernels don't declare over which axes their results vary
     )
     return lambda common, *own: mapped(common, own)
 
 
 def _send(x: Array, by: int, rules: Rules, wrap: bool = False) -> jax.Array:
-    """x: [S, b, T, D], every stage's moved to the stage `by` further on; zeros where none arrives.
+    """x: [S, b, T, D] of every stage, moved by `by` stages; zeros where none arrives.
 
     A roll left to the compiler is one collective-permute forwards and two backwards.
     """
@@ -345,7 +352,7 @@ def _send(x: Array, by: int, rules: Rules, wrap: bool = False) -> jax.Array:
 
 
 def _along(flags: Array, x: Array) -> jax.Array:
-    """[S] in the shape that selects among [S, ...] of as many dimensions as x."""
+    """[S] in a shape that broadcasts against x [S, ...]."""
     return flags.reshape(-1, *(1,) * (x.ndim - 1))
 
 

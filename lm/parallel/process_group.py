@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 from lm.exit_codes import Exit, RunError
 from lm.parallel.cluster_env import Environment, detect, gce_metadata
@@ -28,6 +28,9 @@ from lm.parallel.rendezvous import Mismatch, PeerConnections, PeerLost, connect_
 # written) after another one is gone; then it is ended.
 GRACE = 30.0
 COMMUNICATION = ("gloo", "nccl", "coordination", "peer", "unavailable")  # in texts of errors
+
+T = TypeVar("T")
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | bool | None"
 
 _peers: PeerConnections | None = None
 _service: CoordinationService | None = None  # in process 0
@@ -138,7 +141,7 @@ def _connect(found: Environment, timeout: float) -> PeerConnections:
     return peers
 
 
-def agree(name: str, value: Mapping[str, Any]) -> None:
+def agree(name: str, value: Mapping[str, Json]) -> None:
     """Return once all processes have called it with the same JSON value under the same name.
 
     Process 0 compares and the others read its result, so that thousands of processes may agree.
@@ -168,22 +171,22 @@ def agree(name: str, value: Mapping[str, Any]) -> None:
         )
 
 
-def differences(name: str, first: Any, others: Mapping[int, Any], *, most: int = 8) -> list[str]:
+def differences(name: str, first: Json, others: Mapping[int, Json], *, most: int = 8) -> list[str]:
     """Lines such as "config.seed: process 0 has 0, process 1 has 1", at most `most` of them."""
-    mine, lines = _flat(first, name), []
-    theirs = {process: _flat(value, name) for process, value in others.items()}
-    for path in sorted(set(mine).union(*theirs.values())):
-        wrong = [process for process, flat in theirs.items() if flat.get(path) != mine.get(path)]
+    lead, lines = _flat(first, name), []
+    rest = {process: _flat(value, name) for process, value in others.items()}
+    for path in sorted(set(lead).union(*rest.values())):
+        wrong = [process for process, flat in rest.items() if flat.get(path) != lead.get(path)]
         if wrong:
-            has = [f"process {p} has {theirs[p].get(path, 'nothing')}" for p in wrong[:2]]
+            has = [f"process {p} has {rest[p].get(path, 'nothing')}" for p in wrong[:2]]
             more = f", {len(wrong) - 2} more differ" if len(wrong) > 2 else ""
             lines.append(
-                f"{path}: process 0 has {mine.get(path, 'nothing')}, {', '.join(has)}{more}"
+                f"{path}: process 0 has {lead.get(path, 'nothing')}, {', '.join(has)}{more}"
             )
     return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
 
 
-def _flat(value: Any, path: str) -> dict[str, str]:
+def _flat(value: Json, path: str) -> dict[str, str]:
     """{dotted path: JSON} of every leaf; a list is one."""
     if not isinstance(value, dict) or not value:
         return {path: json.dumps(value)}
@@ -213,7 +216,7 @@ def _wait_for(key: str, process: int, name: str) -> str:
                 ) from error
 
 
-def from_lead(name: str, make: Callable[[], Any]) -> Any:
+def from_lead(name: str, make: Callable[[], T]) -> T:
     """The JSON value of `make` in process 0, in every process; all call it together.
 
     For decisions that each process would otherwise make by its own view of a file system.
@@ -252,9 +255,9 @@ def peer_errors() -> Iterator[None]:
         if _peers is None or isinstance(error, PeerLost):
             raise
         text = str(error).lower()
-        talk = not isinstance(error, RunError) and any(word in text for word in COMMUNICATION)
-        loss = _peers.loss(wait=2.0 if talk else 0.0)
-        if loss and (talk or loss.code is None):
+        is_communication = not isinstance(error, RunError) and any(w in text for w in COMMUNICATION)
+        loss = _peers.loss(wait=2.0 if is_communication else 0.0)
+        if loss and (is_communication or loss.code is None):
             raise loss.error() from error
         if "gloo" in text:
             raise PeerLost(f"a connection to another process failed: {error}") from error

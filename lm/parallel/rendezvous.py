@@ -285,7 +285,7 @@ def _keep_alive(link: socket.socket) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _send(link: socket.socket, message: Mapping[str, Any]) -> None:
+def _send(link: socket.socket, message: Mapping[str, object]) -> None:
     with contextlib.suppress(OSError):  # a process that doesn't listen any more will be lost
         link.sendall(json.dumps(message).encode() + b"\n")
 

@@ -1,4 +1,4 @@
-"""Code for one device, where the compiler's choice of collectives is not good enough."""
+"""Manual sharding, where the compiler's choice of collectives is not good enough."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import jax
 from lm.parallel.sharding import Rules
 
 
-def shard_map(f: Callable[..., Any], rules: Rules, *, in_specs: Any, out_specs: Any) -> Any:
-    """`f` of the shards that each device holds. Works inside of another `shard_map`, too, over the
-    axes that this one has left to the compiler.
+def shard_map(
+    f: Callable[..., Any], rules: Rules, *, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`f` of the shards that each device holds.
+
+    Inside another `shard_map` it covers the mesh axes that this one has left to the compiler.
     """
     context = jax.sharding.get_abstract_mesh()
     taken = set(context.manual_axes)
@@ -23,5 +26,5 @@ def shard_map(f: Callable[..., Any], rules: Rules, *, in_specs: Any, out_specs: 
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=set(rules.mesh.axis_names) - taken,
-        check_vma=False,  # kernels don't say over which axes their results vary
+        check_vma=False,  # kernels don't declare over which axes their results vary
     )

@@ -1,4 +1,4 @@
-"""Meshes, the table from logical axes to mesh axes, and host rows to global arrays.
+"""Meshes, sharding rules from logical axes to mesh axes, and global batches from host rows.
 
 Devices enter here once and travel as `Rules`, a frozen object that modules hold as a field: it
 needs no context manager, and it is part of jit's cache key. Collectives are left to the compiler
@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,14 +20,18 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config.schema import Config, MeshConfig
+from lm.types import Batch, Device, HostBatch, Params
+
+Tree = TypeVar("Tree")
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
 
 # FSDP shards parameters on `embed`; tensor parallelism shards heads, MLP width and vocabulary, and
 # between those the length of the residual stream (sequence parallelism of arXiv:2205.05198).
-DEFAULT_TABLE: dict[str, Any] = {
+DEFAULT_TABLE: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp", "expert"),
-    # outside of the pipeline, where the embedding and the loss are shared out among stages
+    # outside of the pipeline: the embedding and the loss are sharded over stages too
     "act_batch": ("data", "fsdp", "expert", "stage"),
     "length": "sequence",
     "act_length": ("sequence", "tensor"),
@@ -37,8 +41,8 @@ DEFAULT_TABLE: dict[str, Any] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "gates": None,  # the parts of a layer's product that gate each other
-    "taps": None,  # the tokens that a convolution reads
+    "gates": None,  # parts of one projection that gate each other
+    "taps": None,  # of a convolution
     "vocab": "tensor",
     "expert": "expert",
     "rank": None,  # of adapters
@@ -46,15 +50,14 @@ DEFAULT_TABLE: dict[str, Any] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """A mesh with all of `AXES` over `devices`; one axis may be -1 and takes what the others leave.
+def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
+    """A mesh with all of `AXES` over `devices`; one axis may be -1: the devices that others leave.
 
-    With several slices, the outer part of `data` crosses them, and every other axis stays inside
-    one.
+    With several slices, the outer part of `data` crosses them; every other axis stays inside one.
 
     Raises:
-        ValueError: the axes don't multiply to the number of devices, or the slices of the config
-            aren't those of the devices.
+        ValueError: the product of the axes is not the number of devices, or the config's slices
+            are not those of the devices.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -81,9 +84,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
     return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _slices(config: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each slice. Those that know no slice (GPU, CPU) are cut into equal runs."""
-    groups: dict[int, list[Any]] = {}
+def _slices(config: MeshConfig, devices: Sequence[Device]) -> list[list[Device]]:
+    """The devices of each slice; those without a slice index (GPU, CPU) in equal parts."""
+    groups: dict[int, list[Device]] = {}
     for device in devices:
         groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     n = config.slices
@@ -100,10 +103,10 @@ def _slices(config: MeshConfig, devices: Sequence[Any]) -> list[list[Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What each logical axis means on a mesh. Unknown axes and indivisible dimensions raise."""
+    """Mesh axes of each logical axis. Unknown axes and indivisible dimensions raise ValueError."""
 
     mesh: Mesh  # an AbstractMesh where nothing is computed
-    table: tuple[tuple[str, Any], ...]
+    table: tuple[tuple[str, MeshAxes], ...]
 
     @functools.cached_property
     def platform(self) -> str:
@@ -128,9 +131,7 @@ class Rules:
         return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
 
     def spec(self, *logical: str | None) -> PartitionSpec:
-        """The partition spec of an array whose dimensions have these logical names (None:
-        replicated).
-        """
+        """The partition spec of an array with these logical axes (None: replicated)."""
         entries, used = [], set()
         for name in logical:
             axes = (
@@ -145,8 +146,8 @@ class Rules:
     def sharding(self, *logical: str | None) -> NamedSharding:
         return NamedSharding(self.mesh, self.spec(*logical))
 
-    def constrain(self, x: Any, *logical: str | None) -> Any:
-        """`x`, pinned to the sharding of its logical axes."""
+    def constrain(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """`x` with a constraint on its sharding, that of its logical axes."""
         if x.ndim != len(logical):
             raise ValueError(
                 f"{len(logical)} logical axes {logical} for an array of shape {x.shape}"
@@ -155,14 +156,14 @@ class Rules:
         if self.mesh.size == 1:
             return x
         context = jax.sharding.get_abstract_mesh()
-        if context.manual_axes:  # inside shard_map: only the other axes are left to pin
+        if context.manual_axes:  # inside shard_map: only the other axes can be constrained
             sharding = NamedSharding(context, _without(sharding.spec, context.manual_axes))
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def collect(self, x: Any, *logical: str | None) -> Any:
-        """`x` with the shards of its `embed` dimension put together, one mesh axis after the other.
+    def collect(self, x: jax.Array, *logical: str | None) -> jax.Array:
+        """`x` with its `embed` dimension all-gathered, one mesh axis after the other.
 
-        Only where a config spreads `embed` over several: the TPU compiler gathers over an axis of
+        Only where a config shards `embed` over several: the TPU compiler gathers over an axis of
         32 chips, but adds zeros (twice the bytes) over 64 at once.
         """
         rest = [a for a in self.axes("embed") if self.mesh.shape[a] > 1]
@@ -175,7 +176,7 @@ class Rules:
         return x
 
     def check(self, path: str, shape: Sequence[int], logical: Sequence[str | None]) -> None:
-        """Raises ValueError unless all sharded dimensions divide evenly; `path` names the array."""
+        """Raises ValueError unless all sharded dimensions of the array at `path` divide evenly."""
         for dimension, name in zip(shape, logical, strict=True):
             if name is not None and dimension % self.size(name):
                 axes = "*".join(self.axes(name))
@@ -185,10 +186,10 @@ class Rules:
                     f"config.mesh.rules=(('{name}', None),)"
                 )
 
-    def shardings(self, boxed: Any) -> Any:
+    def shardings(self, boxed: Params) -> Params:
         """Shardings of a tree of boxes of `nn.with_partitioning`; other leaves are replicated."""
 
-        def one(path: Any, leaf: Any) -> NamedSharding:
+        def one(path: jax.tree_util.KeyPath, leaf: object) -> NamedSharding:
             if not isinstance(leaf, nn.Partitioned):
                 return NamedSharding(self.mesh, PartitionSpec())
             self.check(jax.tree_util.keystr(path), leaf.value.shape, leaf.names)
@@ -205,12 +206,12 @@ def _without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
     return PartitionSpec(*(entry or None for entry in kept))
 
 
-def on_device(tree: Any) -> Any:
-    """The same arrays in the memory of their devices, wherever they lie; for use inside jit."""
+def on_device(tree: Tree) -> Tree:
+    """Copies in device memory of arrays in any memory; for use inside jit."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
-def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
+def make_rules(config: MeshConfig, devices: Sequence[Device]) -> Rules:
     """The default table with the rows of `config.mesh.rules` replaced, on a mesh of `devices`."""
     table = dict(DEFAULT_TABLE)
     for row in config.rules:
@@ -224,8 +225,8 @@ def make_rules(config: MeshConfig, devices: Sequence[Any]) -> Rules:
 
 
 def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
-    """The rules of parameters: those of their optimizer state, without fsdp in ZeRO stage 1
-    (arXiv:1910.02054).
+    """Rules of parameters: those of their optimizer state, in ZeRO-1 (arXiv:1910.02054) without
+    fsdp.
     """
     if config.zero == 3:
         return rules
@@ -238,11 +239,10 @@ def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
 
 
 def batch_size(config: Config, rules: Rules, parts: int) -> int:
-    """Rows of a global batch, of which every device and each of `parts` micro-batches of a
-    pipeline gets equally many.
+    """Rows of a global batch.
 
     Raises:
-        ValueError: they don't.
+        ValueError: devices and micro-batches, of which a pipeline has `parts`, don't divide it.
     """
     d, k = config.data, config.train.num_microbatches
     if (d.batch_size is None) == (d.batch_size_per_device is None):
@@ -282,16 +282,15 @@ def local_rows(rules: Rules, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
-def make_global_batch(rules: Rules, tree: Any, batch_size: int) -> Any:
-    """Global arrays [B, ...] from this process's rows (those of `local_rows`) of every leaf of
-    `tree`.
-    """
+def make_global_batch(rules: Rules, batch: HostBatch, batch_size: int) -> Batch:
+    """Global arrays [B, ...] from this process's rows, those of `local_rows`, of all arrays."""
     rows = local_rows(rules, batch_size)
 
     def one(x: np.ndarray) -> jax.Array:
         logical = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
 
-        def shard(index: Any) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "asked for devices of this process alone"
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
             return x[first : first + stop - start][(slice(None), *index[1:])]
@@ -299,4 +298,4 @@ def make_global_batch(rules: Rules, tree: Any, batch_size: int) -> Any:
         shape = (batch_size, *x.shape[1:])
         return jax.make_array_from_callback(shape, rules.sharding(*logical), shard)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(one, batch)
