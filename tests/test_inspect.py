@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.data.tokenizer import ByteTokenizer
-from lm.interpret import attention_maps
+from lm.interpret import attention_maps, markup, token_losses
 from lm.training.evaluation import evaluate
 from lm.types import Tokens
 
@@ -89,7 +89,7 @@ def test_token_losses_add_up_to_the_evaluation(make_experiment, num_devices):
     changes = {"data.validation": ("synthetic:markov:21:7",)}  # the last batch has empty rows
     experiment = make_experiment(changes, data=num_devices)
     params = experiment.init_state().params
-    batch, losses = attention_maps.held_out(experiment, params, num_batches=100)
+    batch, losses = token_losses.held_out(experiment, params, num_batches=100)
     assert batch.targets.shape == losses.nll.shape == (32, 32)
     [expected] = evaluate(experiment, params).values()
     tokens = batch.weights.sum()
@@ -103,8 +103,8 @@ def test_confidence_is_the_probability_of_the_guess(make_experiment):
     experiment = make_experiment()
     params = experiment.init_state().params
     batch = experiment.train_data.batch_at(3)
-    first = attention_maps.token_losses(experiment.model, params, batch)
-    second = attention_maps.token_losses(
+    first = token_losses.token_losses(experiment.model, params, batch)
+    second = token_losses.token_losses(
         experiment.model, params, batch.replace(targets=first.guesses)
     )
     np.testing.assert_allclose(np.exp(-second.nll), first.confidence, rtol=1e-5)
@@ -113,7 +113,7 @@ def test_confidence_is_the_probability_of_the_guess(make_experiment):
 
 def test_held_out_needs_a_validation_source(make_experiment):
     with pytest.raises(ValueError, match=r"config\.data\.validation is empty"):
-        attention_maps.held_out(make_experiment(), {})
+        token_losses.held_out(make_experiment(), {})
 
 
 def test_cut_is_the_beginning_of_a_row(tokens):
@@ -145,6 +145,6 @@ def test_heads_are_ordered_by_how_far_they_look():
 def test_token_texts_join_to_the_text_with_special_tokens_named():
     tokenizer = ByteTokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode("aé↵"), tokenizer.eos_id]
-    texts = attention_maps.token_texts(tokenizer, np.array(ids))
+    texts = markup.token_texts(tokenizer, np.array(ids))
     assert texts == ["⟨bos⟩", "a", "", "é", "", "", "↵", "⟨eos⟩"]
-    assert attention_maps.token_text(tokenizer, ids[2]) == "\N{REPLACEMENT CHARACTER}"
+    assert markup.token_text(tokenizer, ids[2]) == "\N{REPLACEMENT CHARACTER}"

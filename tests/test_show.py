@@ -12,8 +12,8 @@ from lm.data.packing import Span
 from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import ByteTokenizer
 from lm.interpret import run_report
-from lm.interpret.attention_maps import TokenLosses
 from lm.interpret.markup import COLORS
+from lm.interpret.token_losses import TokenLosses
 from lm.types import Batch
 
 TOKENIZER = ByteTokenizer()

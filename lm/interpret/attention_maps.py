@@ -1,14 +1,9 @@
-"""Attention weights and losses of a run, token by token, as arrays.
-
-`lm.interpret.run_report` draws them.
-"""
+"""Attention weights of a model as arrays; `lm.interpret.run_report` draws them."""
 
 from __future__ import annotations
 
-import codecs
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,21 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.module import InterceptorContext
 
-from lm.data.pipeline import Pipeline, evaluation_batches
-from lm.data.tokenizer import Tokenizer
+from lm.data.pipeline import Pipeline
 from lm.layers.attention.attention import Attention, LayerInputs
 from lm.layers.attention.dot_product import attention_scores
-from lm.layers.cross_entropy import token_nll
-from lm.training.experiment import Experiment
-from lm.types import Array, Batch, Model, Params, Tokens
-
-
-class TokenLosses(NamedTuple):
-    """A model's predictions for every target, [B, T] each; of several layers, [L, B, T]."""
-
-    nll: np.ndarray | jax.Array  # float32: -log p(target)
-    guesses: np.ndarray | jax.Array  # int32: the most likely id
-    confidence: np.ndarray | jax.Array  # float32: the probability of the guess
+from lm.types import Array, Model, Params, Tokens
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -74,56 +58,6 @@ def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.
     return weights[0] if kind is None else jnp.stack(weights)[kind]
 
 
-def losses_of_logits(logits: jax.Array, targets: jax.Array) -> TokenLosses:
-    """The predictions of logits [..., V] for targets [...]."""
-    nll, log_z = token_nll(logits, targets)
-    guesses = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return TokenLosses(nll, guesses, jnp.exp(jnp.max(logits, axis=-1) - log_z))
-
-
-def token_losses(model: Model, params: Params, batch: Batch) -> TokenLosses:
-    """The predictions for the targets of a batch, [B, T]."""
-    return jax.device_get(_token_losses(model, params, batch))
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _token_losses(model: Model, params: Params, batch: Batch) -> TokenLosses:
-    variables = {"params": params}
-    hidden = model.apply(variables, batch.inputs, encoder=batch.encoder).hidden
-
-    def column(x: tuple[jax.Array, jax.Array]) -> TokenLosses:
-        h, targets = x  # [B, 1, D], [B, 1]
-        return losses_of_logits(model.apply(variables, h, method="logits"), targets)
-
-    # one column after the other, so that [B, T, V] logits never exist
-    columns = (jnp.moveaxis(x, 1, 0)[:, :, None] for x in (hidden, jnp.asarray(batch.targets)))
-    return TokenLosses(*(x[..., 0].T for x in jax.lax.map(column, tuple(columns))))
-
-
-def held_out(
-    experiment: Experiment, params: Params, *, num_batches: int = 8
-) -> tuple[Batch, TokenLosses]:
-    """The first `num_batches` batches of the first validation source, joined, and their losses.
-
-    Raises:
-        ValueError: the run has no validation source.
-    """
-    if not experiment.validation:
-        raise ValueError("config.data.validation is empty: name a token store that was held out")
-    name, source = next(iter(experiment.validation.items()))
-    batches, losses = [], []
-    size = experiment.batch_size
-    for _, batch in zip(
-        range(num_batches),
-        evaluation_batches(source, experiment.objective.for_source(name), batch_size=size),
-        strict=False,
-    ):
-        batches.append(batch)
-        losses.append(token_losses(experiment.model, params, experiment.make_global_batch(batch)))
-    join = functools.partial(jax.tree.map, lambda *x: np.concatenate(x))
-    return join(*batches), join(*losses)
-
-
 def cut(tokens: Tokens, row: int, length: int) -> Tokens:
     """The first `length` tokens of a row, as a stream of its own: [1, length]."""
     return jax.tree.map(lambda x: x[row : row + 1, :length], tokens)
@@ -149,19 +83,3 @@ def nearest_to_farthest(maps: Array, count: int = 4) -> list[tuple[int, int]]:
     order = np.argsort(distances, axis=None)
     chosen = order[np.linspace(0, order.size - 1, min(count, order.size)).round().astype(int)]
     return [(int(i // maps.shape[1]), int(i % maps.shape[1])) for i in chosen]
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of one token: special ids show their name, parts of characters U+FFFD."""
-    names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.bos_id: "⟨bos⟩", tokenizer.eos_id: "⟨eos⟩"}
-    return names.get(token) or tokenizer.decode([token])
-
-
-def token_texts(tokenizer: Tokenizer, ids: Array | np.ndarray) -> list[str]:
-    """The texts of a stream's tokens; a character of several tokens is in the text of the last."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = []
-    for token in np.asarray(ids).tolist():
-        data = tokenizer.decode_bytes([token])
-        texts.append(decoder.decode(data) if data else token_text(tokenizer, token))
-    return texts

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm.interpret.attention_maps import TokenLosses
 from lm.interpret.logit_lens import Norms
 from lm.interpret.markup import blend, colored_text, visible
+from lm.interpret.token_losses import TokenLosses
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
 from lm.types import Array

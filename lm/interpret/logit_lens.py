@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from lm.interpret.attention_maps import TokenLosses, losses_of_logits
+from lm.interpret.token_losses import TokenLosses, losses_of_logits
 from lm.layers.cross_entropy import token_nll
 from lm.layers.embedding import Embedding
 from lm.types import Array, Model, Params, Tokens

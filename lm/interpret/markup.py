@@ -1,12 +1,14 @@
-"""Coloured tokens: HTML text and tables, and images in the colours of documents."""
+"""Tokens to look at: their texts, HTML text and tables in colours, images of masks."""
 
 from __future__ import annotations
 
+import codecs
 import html
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lm.data.tokenizer import Tokenizer
 from lm.types import Array
 
 # The colours of the documents of a row, in turn; light enough for text on top.
@@ -15,6 +17,22 @@ _BOX = (
     "font: 13px/1.6 monospace; white-space: pre-wrap; background: white; color: #222; "
     "border: 1px solid #ddd; padding: 8px 12px; max-height: 460px; overflow: auto"
 )
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token: special ids show their name, parts of characters U+FFFD."""
+    names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.bos_id: "⟨bos⟩", tokenizer.eos_id: "⟨eos⟩"}
+    return names.get(token) or tokenizer.decode([token])
+
+
+def token_texts(tokenizer: Tokenizer, ids: Array | np.ndarray) -> list[str]:
+    """The texts of a stream's tokens; a character of several tokens is in the text of the last."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = []
+    for token in np.asarray(ids).tolist():
+        data = tokenizer.decode_bytes([token])
+        texts.append(decoder.decode(data) if data else token_text(tokenizer, token))
+    return texts
 
 
 def visible(text: str) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 from lm.config import conversion
 from lm.data.pipeline import ExplainedRow
 from lm.data.tokenizer import Tokenizer
-from lm.interpret.attention_maps import TokenLosses, cut, mean_distances, token_text, token_texts
+from lm.interpret.attention_maps import cut, mean_distances
 from lm.interpret.markup import (
     COLORS,
     blend,
@@ -23,8 +23,11 @@ from lm.interpret.markup import (
     mask_image,
     paint,
     table,
+    token_text,
+    token_texts,
     visible,
 )
+from lm.interpret.token_losses import TokenLosses
 from lm.layers.attention.dot_product import self_mask
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
