@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from etils import epath
 
 from lm.telemetry import fonts, metrics
+from lm.telemetry.figures import make_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,8 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
     title = epath.Path(workdir).resolve().name
     references = references or {}
     with fonts.fonts_for([title, *names.values(), *references]) as families:
-        figure, axes = _figure(1 + any("bits_per_byte" in r for r in evals))
+        columns = 1 + any("bits_per_byte" in r for r in evals)
+        figure, [axes] = make_figure(1, columns, size=(6.0, 4.4))
         losses = [r.get("loss", math.nan) for r in train]
         tokens = [tokens_at[r["step"]] for r in train]
         axes[0].plot(tokens, losses, color="0.6", linewidth=1, label="training")
@@ -98,7 +100,7 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
     low = min(range(len(smooth)), key=lambda i: smooth[i])
     title = epath.Path(workdir).resolve().name
     with fonts.fonts_for([title]) as families:
-        figure, [axis] = _figure(1)
+        figure, [[axis]] = make_figure(size=(6.0, 4.4))
         axis.plot(rates, losses, color="0.7", linewidth=1, label="each record")
         axis.plot(rates, smooth, label="running mean")
         label = f"lowest at {rates[low]:.2g}"
@@ -113,18 +115,7 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
         return _save(figure, workdir, "lr_range.png"), rates[low]
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * columns, 4.4), layout="constrained")
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend_below(figure: Figure, axes: list[Axes]) -> None:
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     """Draw one legend for all axes below them."""
     found = {}
     for axis in axes:
