@@ -150,6 +150,14 @@ def test_links_lead_to_files_and_headings():
                 assert heading in anchors, f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(r"`([\w/]+\.(?:py|sh|sbatch|yaml|csv))`", page.read_text())
+    own = {"mine.py", "lm/models/mine.py", "lm/objectives/mine.py", "lm/optim/optimizers/mine.py"}
+    homes = (ROOT, ROOT / "lm", ROOT / "configs", ROOT / "scripts" / "launch", ROOT / "scripts")
+    assert not [n for n in named if n not in own and not any((h / n).exists() for h in homes)]
+
+
 def test_every_page_is_reached_from_the_readme():
     seen, todo = set(), [ROOT / "README.md"]
     while todo:

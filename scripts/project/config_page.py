@@ -3,7 +3,7 @@
     python scripts/project/config_page.py
 
 The sections that all configs share come first, then those of the components. The first component of
-a kind is listed in full, each other one by what differs from it.
+a kind is listed in full, each other one by what differs from it, unless that is longer.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def sections() -> Iterator[str]:
                 continue
             own = [row for row in rows(**{kind: name}) if row[0].startswith(f"{kind}.")]
             missing = {row[0] for row in first} - {row[0] for row in own}
-            text = f"## {kind}: {name}\n\nAs {usual[kind]}, with\n\n"
-            text += table([row for row in own if row not in first])
+            heading = f"## {kind}: {name}\n\n"
+            if len(missing) > len(own):
+                yield heading + table(own)
+                continue
+            text = f"As {usual[kind]}, with\n\n" + table([row for row in own if row not in first])
             if missing:
                 text += f"\nand without {', '.join(f'`{path}`' for path in sorted(missing))}.\n"
-            yield text
+            yield heading + text
 
 
 def page() -> str:
