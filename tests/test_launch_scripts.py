@@ -1,6 +1,6 @@
 """The scripts for SLURM, Cloud TPUs and GKE: what they would run, and what they do in a fake cloud.
 
-`PYTHONPATH=. python tests/test_launch_scripts.py` writes the answers in tests/golden anew.
+`python tests/test_launch_scripts.py` writes the answers in tests/golden anew.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_a_dry_run_prints_the_commands_of_the_transcript(name):
     assert today == golden
 
 
-def test_bash_and_the_readme_have_the_table_of_exit_codes():
+def test_bash_and_the_docs_have_the_table_of_exit_codes():
     assert (FOLDER / "exit_codes.sh").read_text() == exit_codes.shell()
     assert exit_codes.table_in((ROOT / "docs/reliability.md").read_text()) == exit_codes.markdown()
     done = shell(
