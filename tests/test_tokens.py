@@ -150,16 +150,6 @@ def test_ids_may_hold_bytes_that_are_no_utf8(tmp_path):
     assert TokenStore.open(tmp_path / "store").document_ids(0) == name
 
 
-def test_gather_is_slicing_with_zeros_beyond_the_end(store):
-    padded = np.array(STREAM + [0] * 50)
-    starts = np.array([0, 3, 3, len(STREAM) - 5, len(STREAM), len(STREAM) + 40, 10**12])
-    windows = store.gather(starts, 9)
-    assert windows.dtype == np.int32
-    for start, window in zip(starts, windows, strict=True):
-        np.testing.assert_array_equal(window, padded[start : start + 9] if start < 10**9 else 0)
-    assert store.gather(np.empty(0, np.int64), 9).shape == (0, 9)
-
-
 @settings(deadline=None)
 @given(data=st.data())
 def test_tokens_are_slices_of_the_stream(folder, data):
@@ -173,8 +163,8 @@ def test_positions_outside_the_store_are_refused(folder):
     store = TokenStore.open(folder)
     with pytest.raises(ValueError, match=f"not within {len(STREAM)}"):
         store.tokens(0, len(STREAM) + 1)
-    with pytest.raises(ValueError, match="cannot start at -1"):
-        store.gather(np.array([0, -1]), 4)
+    with pytest.raises(ValueError, match="tokens -1 to 4"):
+        store.tokens(-1, 4)
 
 
 def test_two_fields_share_ids_and_have_their_own_streams(tmp_path):
@@ -208,7 +198,7 @@ def test_store_without_documents_opens(tmp_path):
     write_store(tmp_path / "s", [], ByteTokenizer())
     store = TokenStore.open(tmp_path / "s")
     assert (store.num_documents, store.num_tokens) == (0, 0)
-    assert store.gather(np.array([0]), 3).tolist() == [[0, 0, 0]]
+    assert store.tokens(0, 0).tolist() == []
 
 
 def _damaged(folder, tmp_path, name, change):

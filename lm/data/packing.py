@@ -74,10 +74,6 @@ class PackedRows:
         """UTF-8 bytes of the store's text per token, eos included."""
         return self.store.num_bytes / self.store.num_tokens
 
-    def fill_rate(self) -> float:
-        """Return the fraction of all positions that are not padding."""
-        return self.store.num_tokens / (self._num_rows * self.length)
-
     def read(self, rows: np.ndarray) -> Rows:
         """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, starts, stops = self._chunks_of(check_rows(rows, len(self), self.store.path))

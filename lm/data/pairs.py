@@ -103,11 +103,6 @@ class Pairs:
             f"{self.num_dropped:,} dropped, too long for rows of {self.layout.lengths}"
         )
 
-    def fill_rate(self) -> float:
-        """Return the fraction of all positions that are not padding."""
-        used = self._lengths[self._documents].sum()
-        return float(used) / (len(self) * self.layout.length)
-
     def read(self, rows: np.ndarray) -> Rows:
         """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
         counts, documents = self._documents_of(rows)
@@ -158,9 +153,9 @@ class Pairs:
 
 
 def _fits(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
-    if len(layout.lengths) == 1:
-        return (lengths[:, 0] >= 1) & (lengths.sum(1) <= layout.length)
-    return (lengths[:, 0] >= 1) & (lengths <= np.array(layout.lengths)).all(1)
+    one_stream = len(layout.lengths) == 1
+    used = lengths.sum(1, keepdims=True) if one_stream else lengths
+    return (lengths[:, 0] >= 1) & (used <= np.array(layout.lengths)).all(1)
 
 
 def _shorten(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:

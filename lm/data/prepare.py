@@ -98,8 +98,8 @@ def prepare(
         left = _missing(folder, parts)
         if left and not _is_complete(out, corpus):
             print(
-                f"{len(left)} of {len(parts)} parts are left to other shards; the last one joins "
-                "them"
+                f"{len(left)} of {len(parts)} parts are left to other shards; "
+                "the last one joins them"
             )
             return Prepared({}, was_complete=False)
         with _lock(out):
@@ -234,10 +234,15 @@ def _write_parts(
     """Write the `missing` ones of a shard's `own` parts, with a progress bar on stderr."""
     sizes = {i: sum(unit.size for _, unit in parts[i]) for i in own}
     total, left = sum(sizes.values()), sum(sizes[i] for i in missing)
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=total, initial=total - left, unit="B", unit_scale=True, mininterval=interval)
     num_tokens = 0
-    with bar:
+    with tqdm(
+        total=total,
+        initial=total - left,
+        unit="B",
+        unit_scale=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        disable=not missing,
+    ) as bar:
         calls = [(job, i, parts[i]) for i in missing]
         for position, count in run_in_processes(_write_part, calls, num_workers=num_workers):
             num_tokens += count

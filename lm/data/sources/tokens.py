@@ -94,18 +94,6 @@ class TokenStore:
             )
         return self.read_ranges([start], [stop])[0].astype(np.int32)
 
-    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return windows of `length` tokens at `starts`, int32 [B, length]; 0 beyond the end."""
-        starts = np.asarray(starts, np.int64)
-        if starts.size and starts.min() < 0:
-            raise ValueError(f"{self.path}: a window cannot start at {int(starts.min())}")
-        begins = np.minimum(starts, self.num_tokens).tolist()
-        ends = np.minimum(starts + length, self.num_tokens).tolist()
-        result = np.zeros((len(begins), length), np.int32)
-        for row, window in zip(result, self.read_ranges(begins, ends), strict=True):
-            row[: len(window)] = window
-        return result
-
     def document_ids(self, i: int) -> str:
         """Return the id of document `i`, bytes that are no UTF-8 as surrogates (`os.fsdecode`)."""
         start, stop = self._id_offsets[i], self._id_offsets[i + 1]
