@@ -1,7 +1,7 @@
-"""The door to storage: paths of runs, stores and checkpoints, as the libraries that open them want
-them spelled, and files written whole or not at all.
+"""The door to storage: paths of runs, stores and checkpoints in the spelling of the libraries that
+open them, and atomic writes.
 
-Every legal name means itself, whatever is special in it to URLs and patterns.
+Every legal name means itself, also with characters that are special in URLs and patterns.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import os
 import urllib.parse
 import uuid
-from typing import Any
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore
 _SCHEMES = (*_DRIVERS, "file", "http", "https", "memory")
 
 
 def is_url(path: str) -> bool:
-    """True if `path` is a URL: the path of a local folder may have `://` in it, too."""
+    """Return True if `path` is a URL: the path of a local folder may have `://` in it, too."""
     return path.partition("://")[0] in _SCHEMES and "://" in path
 
 
 def expand(path: str, name: str) -> str:
-    """The path with `~` expanded, as a shell would have.
+    """Return the path with `~` expanded, as a shell would.
 
-    name: the config path or flag that it was given for.
+    name: the config path or flag that gave it, for the error.
 
     Raises:
         ValueError: it is empty.
@@ -33,9 +32,9 @@ def expand(path: str, name: str) -> str:
     return path if is_url(path) else os.path.expanduser(path)
 
 
-def kvstore(folder: str) -> dict[str, Any]:
-    """TensorStore's spec of a folder: a local path, or `gs://`, `s3://` (both taken as they are),
-    `file://` or `http://` (both URLs, with %20 for a space).
+def kvstore(folder: str) -> dict[str, str]:
+    """Return TensorStore's spec of a folder: a local path, `gs://` or `s3://` (both without
+    escapes), `file://` or `http://` (both URLs, with %20 for a space).
     """
     folder = folder.rstrip("/") + "/"
     if not is_url(folder):
@@ -43,12 +42,10 @@ def kvstore(folder: str) -> dict[str, Any]:
     scheme, _, rest = folder.partition("://")
     if scheme == "file":
         return {"driver": "file", "path": urllib.parse.unquote(rest)}
+    if scheme == "memory":
+        return {"driver": "memory", "path": rest}
     if scheme not in _DRIVERS:
-        driver = "memory" if scheme == "memory" else "http"
-        return {
-            "driver": driver,
-            **({"path": rest} if driver == "memory" else {"base_url": folder}),
-        }
+        return {"driver": "http", "base_url": folder}
     bucket, _, path = rest.partition("/")
     return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
 
@@ -83,6 +80,6 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | memory
 
 
 def printable(name: str) -> str:
-    """A name for the screen: bytes that are no UTF-8 as \\xff, no line breaks."""
+    """Return a name for the screen: bytes that are no UTF-8 as \\xff, no line breaks."""
     text = os.fsencode(name).decode(errors="backslashreplace")
     return text.replace("\r", "\\r").replace("\n", "\\n")
