@@ -215,9 +215,8 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 
     def objective(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Any:
         weights, config = jnp.ones(targets.shape), LossConfig(chunk_size=chunk_size)
-        total: Any = cross_entropy.chunked_loss(
-            _project, config, None, [table], hidden, targets, weights
-        )
+        predictions = cross_entropy.Predictions(hidden, targets, weights)
+        total: Any = cross_entropy.chunked_loss(_project, config, None, [table], predictions)
         return total[0]
 
     rng = np.random.default_rng(0)

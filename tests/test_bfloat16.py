@@ -136,7 +136,7 @@ def test_the_gradient_of_a_table_is_the_sum_of_all_occurrences(rules_on, occurre
 
 
 def test_the_gradient_of_a_bias_is_the_sum_over_all_tokens(rules_on):
-    layer = Linear((2,), (4,), ("embed",), ("mlp",), rules_on(), bias=True, dtype=jnp.bfloat16)
+    layer = Linear({"embed": 2}, {"mlp": 4}, rules_on(), bias=True, dtype=jnp.bfloat16)
     given = cotangents(16, 512, 4)
     x = jnp.ones((16, 512, 2), jnp.bfloat16)
     params = {"params": {"weight": jnp.ones((2, 4)), "bias": jnp.ones(4)}}

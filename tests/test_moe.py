@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from environment import some
 
+from lm.layers.block_config import BlockConfig
 from lm.layers.moe.dispatch import ROOM
 from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.moe.moe import BIAS_GRADIENT, Moe, MoeConfig, route
@@ -44,7 +45,8 @@ def inputs():
 
 
 def make(config, rules):
-    return Moe(D, F, config, rules, init_std=0.3)
+    c = BlockConfig(embed_dim=D, mlp_dim=F, moe=config, activation="swiglu", init_std=0.3)
+    return Moe(c, rules)
 
 
 def init(config, rules):
@@ -461,8 +463,8 @@ def test_cached_decoding_is_the_whole_pass(tiny_decoder, pack):
             {"num_experts_per_token": 9},
             r"moe.num_experts_per_token \(9\) must be at most moe.num_experts \(8\)",
         ),
-        ({"router": "hash"}, "moe.router must be one of softmax_topk.*'hash'"),
-        ({"dispatch": "some"}, "moe.dispatch must be one of dropless, capacity"),
+        ({"router": "hash"}, r"moe\.router \('hash'\) must be one of softmax_topk"),
+        ({"dispatch": "some"}, r"moe\.dispatch \('some'\) must be one of dropless, capacity"),
         ({"capacity_factor": 0.0}, r"moe.capacity_factor \(0.0\) must be above 0"),
         ({"z_loss": -1.0}, r"moe.z_loss \(-1.0\) must be at least 0"),
     ],

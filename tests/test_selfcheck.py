@@ -168,9 +168,8 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
 
 
 def last_chunk_dropped(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
-    hidden, targets, weights, tasks = xs
-    last = weights.shape[1] - weights.shape[1] // num_chunks
-    return over(chunk, num_chunks, (hidden, targets, weights.at[:, last:].set(0), tasks))
+    last = xs.weights.shape[1] - xs.weights.shape[1] // num_chunks
+    return over(chunk, num_chunks, xs._replace(weights=xs.weights.at[:, last:].set(0)))
 
 
 def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
@@ -178,12 +177,12 @@ def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
     return carry, None if out is None else jnp.roll(out, out.shape[1] // num_chunks, axis=1)
 
 
-def all_weights_one(logits, targets, weights, tasks, config, statistics=cross_entropy._statistics):
-    return statistics(logits, targets, jnp.ones_like(weights), tasks, config)
+def all_weights_one(logits, x, config, statistics=cross_entropy._statistics):
+    return statistics(logits, x._replace(weights=jnp.ones_like(x.weights)), config)
 
 
-def without_z_loss(logits, targets, weights, log_z, config, gradient=cross_entropy._logit_gradient):
-    return gradient(logits, targets, weights, log_z, dataclasses.replace(config, z_loss=0.0))
+def without_z_loss(logits, x, log_z, config, gradient=cross_entropy._logit_gradient):
+    return gradient(logits, x, log_z, dataclasses.replace(config, z_loss=0.0))
 
 
 LOSSES = {

@@ -26,7 +26,7 @@ def attention_maps(model: Model, params: Params, tokens: Tokens) -> jax.Array:
     ) -> object:
         result, layer = call(*args, **kwargs), context.module
         if isinstance(layer, Attention) and context.method_name == "__call__":
-            weights = _weights(layer, args[1], kwargs["kind"])
+            weights = _weights(layer, args[1], args[2].kind)
             layer.sow("intermediates", "weights", weights)
         return result
 
@@ -42,19 +42,19 @@ def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.
     q, k = (layer.get_variable("intermediates", name)[-1] for name in ("queries", "keys"))
 
     def of_kind(i: int) -> jax.Array:
-        mask, window, bias = context.masks[i], layer.windows[i], context.biases[i]
+        mask, window, bias = context.masks[i], layer.config.windows[i], context.biases[i]
         scores = attention_scores(
             q,
             k,
             mask,
-            scale=layer.score_scale,
+            scale=layer.config.score_scale,
             window=window,
-            softcap=layer.softcap,
+            softcap=layer.config.attention_softcap,
             bias=bias,
         )
         return jnp.where(mask.allowed(window)[:, None], jax.nn.softmax(scores), 0.0)
 
-    weights = [of_kind(i) for i in range(len(layer.windows))]
+    weights = [of_kind(i) for i in range(len(layer.config.windows))]
     return weights[0] if kind is None else jnp.stack(weights)[kind]
 
 

@@ -1,9 +1,8 @@
 """Token cross-entropy as sums, in chunks, so that [B, T, V] logits never exist.
 
-The gradient with respect to a chunk's logits needs nothing but that chunk, so it is formed in the
-forward pass while they are
-there: three products with the vocabulary matrix instead of four with rematerialization, and one
-chunk of logits in memory.
+The gradient with respect to a chunk's logits needs that chunk only, so it is computed in the
+forward pass: three products with the vocabulary matrix instead of four with rematerialization, and
+one chunk of logits in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,19 @@ from lm.layers.chunking import join, num_chunks, split
 from lm.parallel.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 
+# (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
+Project: TypeAlias = Callable[..., Array]
+T = TypeVar("T")
+
+
+class Predictions(NamedTuple):
+    """Hidden states and the tokens that they are to predict."""
+
+    hidden: Array  # [B, T, D]
+    targets: Array  # int32 [B, T]
+    weights: Array  # float32 [B, T]
+    tasks: Array | None = None  # bool [B, T, K]: the tasks of each token
+
 
 def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     """(negative log-likelihood, log Z), float32 [...], of targets: int32 [...] by logits: float32
@@ -31,14 +43,12 @@ def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
-def _statistics(
-    logits: Array, targets: Array, weights: Array, tasks: Array | None, config: LossConfig
-) -> tuple[Sums, Array]:
+def _statistics(logits: Array, x: Predictions, config: LossConfig) -> tuple[Sums, Array]:
     """Sums over the tokens of logits: float32 [..., V], and log Z: float32 [...].
 
-    With tasks, bool [..., K], `task_loss` [K] is the loss of the tokens of each.
+    With tasks, `task_loss` [K] is the loss of the tokens of each.
     """
-    nll, log_z = token_nll(logits, targets)
+    nll, log_z = token_nll(logits, x.targets)
     loss = nll
     if config.label_smoothing:
         uniform = log_z - jnp.mean(logits, axis=-1)
@@ -46,31 +56,25 @@ def _statistics(
     if config.z_loss:
         loss = loss + config.z_loss * jnp.square(log_z)
     # only the target at the top: one that ties with another token has not been told from it
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    correct = jnp.sum(logits >= target, axis=-1) == 1
-    sums = {"objective": loss, "loss": nll, "accuracy": correct.astype(jnp.float32)}
-    sums = {name: jnp.sum(value * weights) for name, value in sums.items()}
-    if tasks is not None:
-        of_tasks = jnp.where(tasks, (nll * weights)[..., None], 0.0)
+    target = jnp.take_along_axis(logits, x.targets[..., None], axis=-1)
+    correct = (jnp.sum(logits >= target, axis=-1) == 1).astype(jnp.float32)
+    sums = {"objective": loss, "loss": nll, "accuracy": correct}
+    sums = {name: jnp.sum(value * x.weights) for name, value in sums.items()}
+    if x.tasks is not None:
+        of_tasks = jnp.where(x.tasks, (nll * x.weights)[..., None], 0.0)
         sums["task_loss"] = jnp.sum(of_tasks, axis=tuple(range(nll.ndim)))
     return sums, log_z
 
 
-def _logit_gradient(
-    logits: Array, targets: Array, weights: Array, log_z: Array, config: LossConfig
-) -> Array:
+def _logit_gradient(logits: Array, x: Predictions, log_z: Array, config: LossConfig) -> Array:
     """d objective / d logits, [..., V]."""
     probabilities = jnp.exp(logits - log_z[..., None])
     if config.z_loss:
         probabilities = probabilities * (1 + 2 * config.z_loss * log_z)[..., None]
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    hit = jnp.arange(logits.shape[-1]) == x.targets[..., None]
     smooth = config.label_smoothing
     wanted = jnp.where(hit, 1 - smooth, 0.0) + smooth / logits.shape[-1]
-    return (probabilities - wanted) * weights[..., None]
-
-
-Xs = tuple[Array, Array, Array, Array | None]  # hidden, targets, weights, tasks
-Project = Callable[..., Array]  # (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
+    return (probabilities - wanted) * x.weights[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -79,101 +83,91 @@ def chunked_loss(
     config: LossConfig,
     rules: Rules | None,
     parameters: list[Array],
-    hidden: Array,
-    targets: Array,
-    weights: Array,
-    tasks: Array | None = None,
+    predictions: Predictions,
 ) -> tuple[Array, Sums]:
-    """(objective, sums) of hidden: [B, T, D], in pieces of the length of `config.chunk_size` tokens
-    on each device. tasks: bool [B, T, K], which of K tasks a token is of; `task_loss` is theirs.
+    """(objective, sums) of predictions [B, T], in chunks of `config.chunk_size` tokens on each
+    device; `task_loss` [K] with tasks.
     """
 
-    def local(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
-        def chunk(sums: Sums | None, x: Xs) -> tuple[Sums, None]:
-            h, t, w, of_tasks = x
-            new, _ = _statistics(project(h, *parameters), t, w, of_tasks, config)
-            return _add(sums, new), None
+    def local(parameters: list[Array], xs: Predictions) -> tuple[Sums, list[Array], tuple[()]]:
+        def chunk(sums: Sums | None, x: Predictions) -> tuple[Sums, None]:
+            return _add(sums, _statistics(project(x.hidden, *parameters), x, config)[0]), None
 
-        sums, _ = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
-        return sums, [], ()
+        count = num_chunks(config.chunk_size, *xs.targets.shape)
+        return _over_chunks(chunk, count, xs)[0], [], ()
 
-    sums, _, _ = _on_each_device(rules, local, parameters, (hidden, targets, weights, tasks))
+    sums, _, _ = _on_each_device(rules, local, parameters, predictions)
     return sums["objective"], sums
 
 
 def _forward(
-    project: Project,
-    config: LossConfig,
-    rules: Rules | None,
-    parameters: list[Any],
-    hidden: Any,
-    targets: Any,
-    weights: Any,
-    tasks: Any = None,
-) -> tuple[tuple[Array, Sums], tuple[list[Any], Array]]:
+    project: Project, config: LossConfig, rules: Rules | None, parameters: Any, predictions: Any
+) -> tuple[tuple[Array, Sums], tuple[list[Array | None], Array]]:
     # the gradient of a frozen vocabulary matrix would be carried from chunk to chunk for nothing
     trained = [p.perturbed for p in parameters]
-    values = [p.value for p in parameters]
+    parameters, predictions = jax.tree.map(lambda p: p.value, (parameters, predictions))
 
-    def local(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
-        def chunk(carry: Any, x: Xs) -> tuple[Any, Array]:
-            h, t, w, of_tasks = x
+    def local(
+        parameters: list[Array], xs: Predictions
+    ) -> tuple[Sums, list[Array], tuple[Array | None]]:
+        def chunk(
+            carry: tuple[Sums, list[Array]] | None, x: Predictions
+        ) -> tuple[tuple[Sums, list[Array]], Array]:
+            def logits_of(h: Array, *chosen: Array) -> Array:
+                return project(h, *_merge(trained, chosen, parameters))
 
-            def logits_of(h: Array, *parameters_: Array) -> Array:
-                return project(h, *_merge(trained, parameters_, parameters))
-
-            vjp: Any = jax.vjp(logits_of, h, *_chosen(trained, parameters))
-            logits, pullback = vjp
-            new, log_z = _statistics(logits, t, w, of_tasks, config)
-            d_hidden, *d_parameters = pullback(_logit_gradient(logits, t, w, log_z, config))
+            logits, pullback = jax.vjp(logits_of, x.hidden, *_chosen(trained, parameters))
+            new, log_z = _statistics(logits, x, config)
+            d_hidden, *d_parameters = pullback(_logit_gradient(logits, x, log_z, config))
             d_parameters = [g.astype(jnp.float32) for g in d_parameters]
             return _add(carry, (new, d_parameters)), d_hidden
 
-        total, d_hidden = _over_chunks(chunk, num_chunks(config.chunk_size, *xs[1].shape), xs)
-        return (*total, (d_hidden,))
+        count = num_chunks(config.chunk_size, *xs.targets.shape)
+        (sums, d_parameters), d_hidden = _over_chunks(chunk, count, xs)
+        return sums, d_parameters, (d_hidden,)
 
-    xs = (hidden.value, targets.value, weights.value, None if tasks is None else tasks.value)
-    sums, found, (d_hidden,) = _on_each_device(rules, local, values, xs, trained)
-    kept = zip(found, _chosen(trained, values), strict=True)
-    d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(values))
+    sums, found, (d_hidden,) = _on_each_device(rules, local, parameters, predictions, trained)
+    kept = zip(found, _chosen(trained, parameters), strict=True)
+    d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(trained))
     # the TPU compiler would put their reduction off, and hold whole ones until the layers are done
-    d_parameters, d_hidden = jax.lax.optimization_barrier((d_parameters, d_hidden))
-    return (sums["objective"], sums), (d_parameters, d_hidden)
+    return (sums["objective"], sums), jax.lax.optimization_barrier((d_parameters, d_hidden))
 
 
 def _backward(
     project: Project,
     config: LossConfig,
     rules: Rules | None,
-    residuals: tuple[list[Array], Array],
+    residuals: tuple[list[Array | None], Array],
     cotangents: tuple[Array, Sums],
-) -> tuple[Any, ...]:
-    d_parameters, d_hidden = residuals
+) -> tuple[list[Array | None], tuple[Array, None, None, None]]:
     scale = cotangents[0]  # sums are for reading: their cotangents are zero
-    d_parameters = [None if g is None else (g * scale).astype(g.dtype) for g in d_parameters]
-    return d_parameters, (d_hidden * scale).astype(d_hidden.dtype), None, None, None
+    d_parameters, d_hidden = jax.tree.map(lambda g: (g * scale).astype(g.dtype), residuals)
+    return d_parameters, Predictions(d_hidden, None, None)  # pyright: ignore
 
 
 chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chosen(flags: list[bool], values: Sequence[Any]) -> list[Any]:
+def _chosen(flags: list[bool], values: Sequence[T]) -> list[T]:
     return [value for flag, value in zip(flags, values, strict=True) if flag]
 
 
-def _merge(flags: list[bool], chosen: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """`chosen` in the places of the flags, and `others` in the rest."""
+def _merge(flags: list[bool], chosen: Sequence[T], others: Sequence[T]) -> list[T]:
+    """`chosen` at the indices of the flags, and `others` at the rest."""
     left = iter(chosen)
     return [next(left) if flag else other for flag, other in zip(flags, others, strict=True)]
 
 
+Local: TypeAlias = Callable[[list[Array], Predictions], tuple[Sums, list[Array], tuple[Any, ...]]]
+
+
 def _on_each_device(
     rules: Rules | None,
-    local: Any,
+    local: Local,
     parameters: list[Array],
-    xs: Xs,
+    xs: Predictions,
     trained: list[bool] | None = None,
-) -> tuple[Any, ...]:
+) -> tuple[Sums, list[Array], tuple[Any, ...]]:
     """`local(parameters, xs) -> (sums, gradients of parameters, outputs like hidden)` of every
     device's own rows and part of the length.
 
@@ -183,29 +177,30 @@ def _on_each_device(
     devices. Axes that shard neither stay with the compiler.
     """
     # matrices are used in the compute type: collected in it, they are half as many bytes
-    hidden = xs[0]
-    parameters = [p.astype(hidden.dtype) if p.ndim > 1 else p for p in parameters]
-    rows = PartitionSpec() if rules is None else rules.spec("act_batch", "length")
-    axes = _axes(rows)
+    parameters = [p.astype(xs.hidden.dtype) if p.ndim > 1 else p for p in parameters]
+    axes = () if rules is None else rules.sharded_axes("act_batch", "length")
     if rules is None or not axes:
         return local(parameters, xs)
-    shards = math.prod(rules.mesh.shape[axis] for axis in axes)
+    rows = rules.spec("act_batch", "length")
+    shards, width = math.prod(rules.mesh.shape[axis] for axis in axes), xs.hidden.shape[-1]
     # with axes left to the compiler, jaxlib 0.10.2 ends the process at psum_scatter
-    width = hidden.shape[-1] if shards == rules.mesh.size and hidden.shape[-1] % shards == 0 else 0
+    scatters = shards == rules.mesh.size and width % shards == 0
     owners = [] if trained is None else _chosen(trained, parameters)  # of the gradients
-    kept = [p.shape.index(width) if width in p.shape else None for p in owners]
+    dims = [p.shape.index(width) if scatters and width in p.shape else None for p in owners]
 
-    def add_up(parameters: list[Array], xs: Xs) -> tuple[Any, ...]:
+    def add_up(
+        parameters: list[Array], xs: Predictions
+    ) -> tuple[Sums, list[Array], tuple[Any, ...]]:
         sums, gradients, outputs = local(parameters, xs)
         parts = [
             jax.lax.psum(g, axes)
             if dim is None
             else jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-            for g, dim in zip(gradients, kept, strict=True)
+            for g, dim in zip(gradients, dims, strict=True)
         ]
         return jax.lax.psum(sums, axes), parts, outputs
 
-    parts = [PartitionSpec() if d is None else PartitionSpec(*[None] * d, axes) for d in kept]
+    parts = [PartitionSpec() if d is None else PartitionSpec(*[None] * d, axes) for d in dims]
     mapped = jax.shard_map(
         add_up,
         mesh=rules.mesh,
@@ -217,28 +212,24 @@ def _on_each_device(
     return mapped(parameters, xs)
 
 
-def _axes(spec: PartitionSpec) -> tuple[str, ...]:
-    found: list[str] = []
-    for entry in spec:
-        found += [entry] if isinstance(entry, str) else entry or ()
-    return tuple(found)
-
-
-def _add(a: Any, b: Any) -> Any:
+def _add(a: T | None, b: T) -> T:
     return b if a is None else jax.tree.map(jnp.add, a, b)
 
 
-def _over_chunks(chunk: Any, num_chunks: int, xs: Xs) -> tuple[Any, Any]:
-    """`chunk` folded over pieces of dimension 1 of xs; its outputs [B, t, ...] joined to [B, T,
-    ...]. Padding of the last piece has no weight, and so neither loss nor gradient.
+def _over_chunks(
+    chunk: Callable[[Any, Predictions], tuple[T, Array | None]], count: int, xs: Predictions
+) -> tuple[T, Array | None]:
+    """`chunk` folded over `count` chunks of the length of xs; its outputs [B, t, ...] joined to
+    [B, T, ...]. Padding of the last chunk has no weight, and so neither loss nor gradient.
     """
-    if num_chunks == 1:
+    if count == 1:
         return chunk(None, xs)
-    pieces = split(xs, num_chunks)
-    shapes = jax.eval_shape(lambda p: chunk(None, p)[0], jax.tree.map(lambda p: p[0], pieces))
+    chunks = split(xs, count)
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shapes = jax.eval_shape(lambda x: chunk(None, x)[0], first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    carry, outputs = jax.lax.scan(chunk, zeros, pieces)
-    return carry, None if outputs is None else join(outputs, xs[0].shape[1])
+    carry, outputs = jax.lax.scan(chunk, zeros, chunks)
+    return carry, None if outputs is None else join(outputs, xs.targets.shape[1])
 
 
 def _projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
@@ -275,31 +266,22 @@ def lm_loss(
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
     project, parameters = _projection(model, params)
-    members: Any = None
+    members = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"
         members = batch.tasks[:, None, None] == jnp.arange(len(tasks))
         members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
-    result = chunked_loss(
-        project,
-        config,
-        model.rules,
-        parameters,
-        output.hidden,
-        batch.targets,
-        batch.weights,
-        members,
-    )
-    objective, sums = cast(tuple[Array, Sums], result)
-    sums = {**sums, "tokens": jnp.sum(batch.weights)}
-    for i, name in enumerate(tasks):
-        sums[f"loss/{name}"] = sums["task_loss"][i]
-        sums[f"tokens/{name}"] = jnp.sum(batch.weights * members[..., i])
-    sums.pop("task_loss", None)
-    for name, value in output.aux.items():  # the one division by tokens averages them too
+    predictions = Predictions(output.hidden, batch.targets, batch.weights, members)
+    total: tuple[Array, Sums]
+    total = chunked_loss(project, config, model.rules, parameters, predictions)  # pyright: ignore
+    objective, sums = total[0], {**total[1], "tokens": jnp.sum(batch.weights)}
+    if members is not None:
+        losses, weighted = sums.pop("task_loss"), batch.weights[..., None] * members
+        for i, name in enumerate(tasks):
+            sums |= {f"loss/{name}": losses[i], f"tokens/{name}": jnp.sum(weighted[..., i])}
+    for value in output.aux.values():  # the one division by tokens averages them too
         objective = objective + value * sums["tokens"]
-        sums[name] = value * sums["tokens"]
-    for name, value in output.stats.items():
+    for name, value in {**output.aux, **output.stats}.items():
         sums[name] = value * sums["tokens"]
     return objective, {**sums, "objective": objective}
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 
 from lm.layers.lora import LoraConfig
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
+if TYPE_CHECKING:
+    from lm.layers.block_config import BlockConfig
 
-def initializer(std: float | None, fan_in: int, scale: float = 1.0) -> Any:
+
+def initializer(std: float | None, fan_in: int, scale: float = 1.0) -> Initializer:
     """Normal weights of deviation `scale * std`, or `scale / sqrt(fan_in)` where `std` is None."""
     return nn.initializers.normal(scale * (fan_in**-0.5 if std is None else std))
 
 
 def parameter(
-    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
 ) -> jax.Array:
     """A parameter of `module` whose dimensions have the logical names `axes`."""
     value: Any = module.param(name, nn.with_partitioning(init, axes), shape)
@@ -107,56 +118,77 @@ def times(x: jax.Array, factor: float) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """y = x W (+ b) over the last `len(in_shape)` dimensions of x, which follow [B, T].
+    """y = x W (+ b) over the last dimensions of x, `inputs`, which follow [B, T].
 
-    Parameters: `weight` [*in_shape, *out_shape], `bias` [*out_shape], and, where `lora` has its
-    name among the targets, `lora_a` [*in_shape, rank], `lora_b` [rank, *out_shape]. The adapter's
-    dropout is on where there is a generator for `dropout`: in training.
+    inputs, outputs: the logical axes and sizes of these dimensions. Parameters: `weight`
+    [*inputs, *outputs], `bias` [*outputs], and, where `lora` has the module's name among its
+    targets, `lora_a` [*inputs, rank], `lora_b` [rank, *outputs]. The adapter's dropout is on where
+    there is a generator for `dropout`: in training.
 
     y has the type `dtype`, or, `unrounded`, the float32 that products are summed in.
     """
 
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    in_axes: tuple[str | None, ...]
-    out_axes: tuple[str | None, ...]
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
     rules: Rules
+    _: dataclasses.KW_ONLY
     bias: bool = False
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     init_std: float | None = None
     init_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
     unrounded: bool = False
 
-    def _project(self, x: jax.Array, weight: jax.Array, num_in: int = 1) -> jax.Array:
-        return project(x, weight, self.rules, num_in, self.unrounded)
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*self.in_shape, *self.out_shape)
-        init = initializer(self.init_std, math.prod(self.in_shape), self.init_scale)
-        axes = (*self.in_axes, *self.out_axes)
-        weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)
-        y = self._project(x, self.rules.collect(weight, *axes), len(self.in_shape))
+        init = initializer(self.init_std, math.prod(self.inputs.values()), self.init_scale)
+        weight = self._matrix("weight", init, self.inputs, self.outputs)
+        y = project(x, weight, self.rules, len(self.inputs), self.unrounded)
         if self.bias:
-            zeros = nn.initializers.zeros
-            bias = parameter(self, "bias", zeros, self.out_shape, self.out_axes)
-            y = y + broadcast_as(bias, y)
+            shape, axes = tuple(self.outputs.values()), tuple(self.outputs)
+            y = y + broadcast_as(parameter(self, "bias", nn.initializers.zeros, shape, axes), y)
         if self.lora.rank and self.name in self.lora.targets:
             y = y + self._adapter(x)
         return y
 
-    def _adapter(self, x: jax.Array) -> jax.Array:
-        rank, fan_in = self.lora.rank, math.prod(self.in_shape)
-        axes = (*self.in_axes, "rank"), ("rank", *self.out_axes)
-        wide = parameter(self, "lora_a", initializer(None, fan_in), (*self.in_shape, rank), axes[0])
-        # zero, so that training begins with the function of the base
-        zeros = nn.initializers.zeros
-        narrow = parameter(self, "lora_b", zeros, (rank, *self.out_shape), axes[1])
-        wide, narrow = (
-            self.rules.collect(w.astype(self.dtype), *names)
-            for w, names in zip((wide, narrow), axes, strict=True)
+    def _matrix(
+        self, name: str, init: Initializer, inputs: Mapping[str, int], outputs: Mapping[str, int]
+    ) -> jax.Array:
+        """A parameter in the compute type, collected from the devices that share it."""
+        shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
+        return self.rules.collect(
+            parameter(self, name, init, shape, axes).astype(self.dtype), *axes
         )
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        rank, fan_in = {"rank": self.lora.rank}, math.prod(self.inputs.values())
+        wide = self._matrix("lora_a", initializer(None, fan_in), self.inputs, rank)
+        # zero, so that training starts with the function of the base
+        narrow = self._matrix("lora_b", nn.initializers.zeros, rank, self.outputs)
         x = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
-        low = project(x, wide, self.rules, len(self.in_shape))  # [B, T, rank]
-        return times(self._project(low, narrow), self.lora.scale)
+        low = project(x, wide, self.rules, len(self.inputs))  # [B, T, rank]
+        return times(project(low, narrow, self.rules, 1, self.unrounded), self.lora.scale)
+
+
+def hidden_linear(
+    config: BlockConfig,
+    rules: Rules,
+    inputs: Mapping[str, int],
+    outputs: Mapping[str, int],
+    *,
+    bias: bool,
+    init_scale: float = 1.0,
+    name: str,
+) -> Linear:
+    """A linear map inside the layers of a transformer, by its config."""
+    return Linear(
+        inputs,
+        outputs,
+        rules,
+        bias=bias,
+        dtype=jnp.dtype(config.dtype),
+        init_std=config.init_std,
+        init_scale=config.scaling.init("hidden", config.init_std) * init_scale,
+        lora=config.lora,
+        name=name,
+    )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.layers.linear import Linear
-from lm.layers.lora import LoraConfig
+from lm.layers.linear import hidden_linear
 from lm.parallel.sharding import Rules
-from lm.types import Array
+
+if TYPE_CHECKING:
+    from lm.layers.block_config import BlockConfig
 
 
 @jax.custom_vjp
@@ -57,36 +58,27 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
 
 
 class Mlp(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)). Parameters: `up` `down`, and `gate` if
-    gated.
+    """down(act(up(x))), or, gated, down(act(gate(x)) * up(x)). Parameters: `up` `down`, and `gate`
+    where gated.
     """
 
-    embed_dim: int
-    mlp_dim: int
+    config: BlockConfig
     rules: Rules
-    activation: str = "gelu"
+    mlp_dim: int
     bias: bool = False
-    dtype: Any = jnp.float32
-    init_std: float | None = None
-    init_scale: float = 1.0
-    out_scale: float = 1.0
-    lora: LoraConfig = LoraConfig()
-
-    def _linear(self, name: str, out: bool = False) -> Linear:
-        shapes = (
-            ((self.mlp_dim,), (self.embed_dim,)) if out else ((self.embed_dim,), (self.mlp_dim,))
-        )
-        axes = (("mlp",), ("embed",)) if out else (("embed",), ("mlp",))
-        scale = self.init_scale * (self.out_scale if out else 1.0)
-        kept = (self.bias, self.dtype, self.init_std, scale, self.lora)
-        return Linear(*shapes, *axes, self.rules, *kept, name=name)
+    out_scale: float = 1.0  # factor on the initial weights of `down`
 
     @nn.compact
-    def __call__(self, x: Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """x: [B, T, D] -> [B, T, D]."""
-        act, gated = ACTIVATIONS[self.activation]
-        up = checkpoint_name(self._linear("up")(x), "up")  # [B, T, F]
-        gate = checkpoint_name(self._linear("gate")(x), "gate") if gated else None
-        h = act(up) if gate is None else act(gate) * up
+        c, narrow, wide = self.config, {"embed": self.config.embed_dim}, {"mlp": self.mlp_dim}
+        linear = functools.partial(hidden_linear, c, self.rules, bias=self.bias)
+
+        def widen(name: str) -> jax.Array:
+            return checkpoint_name(linear(narrow, wide, name=name)(x), name)  # [B, T, F]
+
+        act, gated = ACTIVATIONS[c.activation]
+        up = widen("up")
+        h = act(widen("gate")) * up if gated else act(up)
         h = self.rules.constrain(h, "batch", "length", "mlp")
-        return self._linear("down", out=True)(h)
+        return linear(wide, narrow, init_scale=self.out_scale, name="down")(h)

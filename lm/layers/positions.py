@@ -18,6 +18,7 @@ from lm.config.fields import field
 from lm.layers.linear import parameter
 from lm.types import Array
 
+SCALINGS = ("none", "linear", "llama3", "yarn")
 KINDS = ("rotary", "learned", "sinusoidal", "relative", "alibi", "none")
 
 
@@ -27,7 +28,7 @@ class RotaryConfig:
     local_theta: float | None = field(
         None, "Base in local layers, unscaled; unset: as in global ones.", gt=0
     )
-    scaling: str = field("none", "none, linear, llama3 or yarn.")
+    scaling: str = field("none", "Scaling beyond the original length.", choices=SCALINGS)
     factor: float = field(1.0, "How many times the original length is wanted.", gt=0)
     original_length: int = field(8192, "Length that the model was first trained on.", ge=1)
     low_frequency_factor: float = field(
@@ -40,9 +41,6 @@ class RotaryConfig:
         32.0, "yarn: rotations over the original length above which to keep.", gt=0
     )
     beta_slow: float = field(1.0, "yarn: rotations below which to interpolate fully.", gt=0)
-
-
-SCALINGS = ("none", "linear", "llama3", "yarn")
 
 
 def rotary_frequencies(

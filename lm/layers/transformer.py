@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,9 +9,11 @@ import jax.numpy as jnp
 from lm.layers import cache as kv_cache
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
-from lm.layers.attention.attention import EncoderStates, LayerInputs
+from lm.layers.attention.attention import EncoderStates, KeyValues, LayerInputs, PerLayer
 from lm.layers.attention.dot_product import Mask, self_mask
-from lm.layers.block import Block, BlockConfig
+from lm.layers.block import Block
+from lm.layers.block_config import BlockConfig
+from lm.layers.moe.moe import RouterReport
 from lm.layers.norm import Norm
 from lm.layers.stack import run, stack
 from lm.parallel import zigzag
@@ -52,40 +52,37 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         order: int = 1,
         train: bool = False,
-    ) -> tuple[jax.Array, Cache | None, Any]:
-        """(hidden states [B, T, D], cache, reports of experts [L, ...]) of embeddings x: [B, T, D].
+    ) -> tuple[jax.Array, Cache | None, RouterReport | None]:
+        """(hidden states [B, T, D], cache, reports of routers [L, ...]) of embeddings x: [B, T, D].
 
-        memory: what layers with cross-attention read; a cache keeps it for the calls that follow.
+        memory: states for cross-attention; a cache keeps them for the calls that follow.
         order: that of the length, as in `Mask`.
         """
-        if memory is None and cache is not None:
-            memory = cache.get("memory")
-        if cache is None:
-            marks, masks = None, self._masks(inputs, order)
-        else:
+        index = marks = layer_cache = None
+        masks = self._masks(inputs, order)
+        if cache is not None:
+            index, layer_cache = cache["index"], cache["layers"]
+            memory = cache.get("memory") if memory is None else memory
             marks, seen = kv_cache.mark(cache, inputs)
             masks = tuple(
                 Mask(inputs.segments, inputs.positions, s["segments"], s["positions"]) for s in seen
             )
         biases = tuple(self._bias(mask) for mask in masks)
-        context = self._context(inputs, masks, biases, train)
-        if cache is not None:
-            context = context.replace(index=cache["index"])  # pyright: ignore
-        per_layer = self._per_layer()
+        encoded = None
         if memory is not None:
-            context = context.replace(memory=EncoderStates(memory.segments, memory.hidden))  # pyright: ignore
             if memory.hidden is None:
-                per_layer["kept"] = {"key": memory.key, "value": memory.value}
-        layer_cache = None if cache is None else cache["layers"]
+                encoded = {"key": memory.key, "value": memory.value}
+            memory = EncoderStates(memory.segments, memory.hidden)
+        shared = self._shared(inputs, masks, biases, train=train, index=index, memory=memory)
         block = Block(self.config, self.rules, parent=None)
-        (x, layer_cache), (reports, kept) = run(
-            self.layers, block, (x, layer_cache), per_layer, context
+        (x, layer_cache), (reports, encoded) = run(
+            self.layers, block, (x, layer_cache), self._per_layer(encoded), shared
         )
         if cache is not None:
-            index = cache["index"] + inputs.ids.shape[1]
+            index = index + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
             if memory is not None:
-                cache["memory"] = EncoderStates(memory.segments, **kept)
+                cache["memory"] = EncoderStates(memory.segments, **encoded)
         return self.finish(x), cache, reports
 
     def finish(self, x: Array) -> jax.Array:
@@ -111,34 +108,34 @@ class Transformer(nn.Module):
             rules=self.rules,
         )
 
-    def _per_layer(self) -> dict[str, Any]:
+    def _per_layer(self, encoded: KeyValues | None = None) -> PerLayer:
         c = self.config
         kinds = [c.kinds.index(kind) for kind in c.layer_kinds]
-        places = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-        several = len(c.kinds) > 1
-        return {
-            "kind": jnp.asarray(kinds, jnp.int32) if several else None,
-            "layer": jnp.asarray(places, jnp.int32),
-        }
+        index = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        kind = jnp.asarray(kinds, jnp.int32) if len(c.kinds) > 1 else None
+        return PerLayer(kind, jnp.asarray(index, jnp.int32), encoded)
 
-    def _context(self, tokens: Tokens, masks: Any, biases: Any, train: bool) -> LayerInputs:
-        """What the layers share on tokens that continue nothing."""
-        cos, sin = self._rotary(tokens.positions)
-        return LayerInputs(masks, biases, cos, sin, index=None, train=train)
-
-    def _rotary(self, where: Array) -> tuple[Array | None, Array | None]:
-        c = self.config
-        if c.positions != "rotary":
-            return None, None
-        tables = [
-            pe.rotary_tables(
-                where,
-                *pe.rotary_frequencies(c.rotary, c.head_size, local=kind == "local"),
-            )
-            for kind in c.kinds
-        ]
-        cos, sin = zip(*tables, strict=True)
-        return jnp.stack(cos), jnp.stack(sin)
+    def _shared(
+        self,
+        tokens: Tokens,
+        masks: tuple[Mask, ...],
+        biases: tuple[Array | None, ...],
+        *,
+        train: bool,
+        index: Array | None = None,
+        memory: EncoderStates | None = None,
+    ) -> LayerInputs:
+        c, cos, sin = self.config, None, None
+        if c.positions == "rotary":
+            tables = [
+                pe.rotary_tables(
+                    tokens.positions,
+                    *pe.rotary_frequencies(c.rotary, c.head_size, local=kind == "local"),
+                )
+                for kind in c.kinds
+            ]
+            cos, sin = (jnp.stack(table) for table in zip(*tables, strict=True))
+        return LayerInputs(masks, biases, cos, sin, index, memory, train)
 
     def _bias(self, mask: Mask) -> jax.Array | None:
         kind = self.config.positions
@@ -155,8 +152,8 @@ class Transformer(nn.Module):
         return jnp.abs(distance)[:, None].astype(jnp.float32) * -slopes[:, None, None]
 
 
-def make_output(hidden: jax.Array, cache: Cache | None, reports: Any) -> Output:
-    """reports: of experts, stacked over layers; None without any."""
+def make_output(hidden: jax.Array, cache: Cache | None, reports: RouterReport | None) -> Output:
+    """reports: of routers, stacked over layers; None without any."""
     if reports is None:
         return Output(hidden=hidden, cache=cache)
     report = reports.mean()

@@ -131,10 +131,8 @@ class LanguageModel(nn.Module):
         self.norm = Norm("rms", c.norm_eps, dtype=dtype)
         if not c.tie_embeddings:
             self.head = Linear(
-                (c.embed_dim,),
-                (c.vocab_size,),
-                ("embed",),
-                ("vocab",),
+                {"embed": c.embed_dim},
+                {"vocab": c.vocab_size},
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from lm.config.fields import field
 from lm.layers import positions as pe
 from lm.layers.attention.attention import LayerInputs
-from lm.layers.block import Block, BlockConfig
+from lm.layers.block import Block
+from lm.layers.block_config import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
 from lm.layers.stack import REMAT
@@ -55,10 +56,8 @@ class Decoder(Transformer):
             self.position = Embedding(c.max_length, c.embed_dim, self.rules, None, dtype, std)
         if c.has_head and not c.tie_embeddings:
             self.head = Linear(
-                (c.embed_dim,),
-                (c.vocab_size,),
-                ("embed",),
-                ("vocab",),
+                {"embed": c.embed_dim},
+                {"vocab": c.vocab_size},
                 self.rules,
                 dtype=dtype,
                 init_std=c.init_std,
@@ -155,7 +154,7 @@ class Decoder(Transformer):
         per_layer = jax.tree.map(lambda a: a[: schedule.group_size], self._per_layer())
 
         def prepare(tokens: Tokens, biases: Any) -> LayerInputs:
-            return self._context(tokens, self._masks(tokens, order), biases, train)
+            return self._shared(tokens, self._masks(tokens, order), biases, train=train)
 
         def layer(params: Any, own: Any, x: Array, shared: LayerInputs, rng: Any) -> Any:
             rngs = {} if rng is None else {"dropout": rng}

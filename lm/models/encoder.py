@@ -5,6 +5,7 @@ those that came after it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.config.fields import field
 from lm.layers import positions as pe
-from lm.layers.block import BlockConfig
+from lm.layers.block_config import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter, times
 from lm.layers.mlp import ACTIVATIONS
@@ -48,7 +49,14 @@ class Encoder(Transformer):
         c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
         std = 0.02 if c.init_std is None else c.init_std
         std *= c.scaling.init("embedding", std)
-        init_scale = c.scaling.init("hidden", c.init_std)
+        linear = functools.partial(
+            Linear,
+            rules=rules,
+            bias=c.mlp_bias,
+            dtype=dtype,
+            init_std=c.init_std,
+            init_scale=c.scaling.init("hidden", c.init_std),
+        )
         self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, std)
         if c.positions == "learned":
             self.position = Embedding(c.max_length, c.embed_dim, rules, None, dtype, std)
@@ -57,23 +65,12 @@ class Encoder(Transformer):
         self.embedding_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
         self.dropout = nn.Dropout(c.dropout)
         if c.has_head:
-            self.transform = Linear(
-                (c.embed_dim,),
-                (c.embed_dim,),
-                ("embed",),
-                ("mlp",),
-                rules,
-                c.mlp_bias,
-                dtype,
-                c.init_std,
-                init_scale,
-            )
+            self.transform = linear({"embed": c.embed_dim}, {"mlp": c.embed_dim})
             self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
             zeros = nn.initializers.zeros
             self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
         if c.pooler_dim:
-            shape = ((c.embed_dim,), (c.pooler_dim,), ("embed",), ("mlp",))
-            self.pooler = Linear(*shape, rules, c.mlp_bias, dtype, c.init_std, init_scale)
+            self.pooler = linear({"embed": c.embed_dim}, {"mlp": c.pooler_dim})
 
     def __call__(
         self,

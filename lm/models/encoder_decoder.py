@@ -15,7 +15,7 @@ from lm.config.fields import field
 from lm.layers import positions as pe
 from lm.layers.attention.attention import EncoderStates
 from lm.layers.attention.scores import AttentionScores
-from lm.layers.block import BlockConfig
+from lm.layers.block_config import BlockConfig
 from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, times
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
@@ -107,10 +107,8 @@ class EncoderDecoder(nn.Module):
         self.decoder = Transformer(c, rules)
         if not c.tie_embeddings:
             self.head = Linear(
-                (c.embed_dim,),
-                (c.vocab_size,),
-                ("embed",),
-                ("vocab",),
+                {"embed": c.embed_dim},
+                {"vocab": c.vocab_size},
                 rules,
                 dtype=dtype,
                 init_std=c.init_std,

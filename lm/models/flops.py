@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lm.config.schema import OptimizerConfig
 from lm.layers.attention.scores import AttentionScores
-from lm.layers.block import BlockConfig
+from lm.layers.block_config import BlockConfig
 from lm.models import ModelConfig, check_axes, init_params
 from lm.optim import chain, param_tree, parametrization
 from lm.parallel.sharding import AXES, DEFAULT_TABLE, Rules

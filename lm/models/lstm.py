@@ -139,12 +139,12 @@ class LanguageModel(nn.Module):
         self.layers = stack(Layer, c.num_layers, unroll=unroll)(c, self.rules)
         shared = {"rules": self.rules, "dtype": dtype, "init_std": c.init_std}
         if c.hidden_size != c.embed_dim:
-            narrow, wide = (c.embed_dim,), (c.hidden_size,)
-            self.up = Linear(narrow, wide, ("embed",), ("mlp",), **shared)
-            self.down = Linear(wide, narrow, ("mlp",), ("embed",), **shared)
+            narrow, wide = {"embed": c.embed_dim}, {"mlp": c.hidden_size}
+            self.up = Linear(narrow, wide, **shared)
+            self.down = Linear(wide, narrow, **shared)
         if not c.tie_embeddings:
-            sizes = (c.embed_dim,), (c.vocab_size,)
-            self.head = Linear(*sizes, ("embed",), ("vocab",), **shared, unrounded=True)
+            sizes = {"embed": c.embed_dim}, {"vocab": c.vocab_size}
+            self.head = Linear(*sizes, **shared, unrounded=True)
         if c.head_bias:
             zeros = nn.initializers.zeros
             self.head_bias = parameter(self, "head_bias", zeros, (c.vocab_size,), ("vocab",))

@@ -126,6 +126,10 @@ class Rules:
         value = table[logical]
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
+    def sharded_axes(self, *logical: str) -> tuple[str, ...]:
+        """The mesh axes of logical axes that have more than one device."""
+        return tuple(a for name in logical for a in self.axes(name) if self.mesh.shape[a] > 1)
+
     def size(self, logical: str) -> int:
         """Number of shards of a logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes(logical))
@@ -134,9 +138,7 @@ class Rules:
         """The partition spec of an array with these logical axes (None: replicated)."""
         entries, used = [], set()
         for name in logical:
-            axes = (
-                () if name is None else tuple(a for a in self.axes(name) if self.mesh.shape[a] > 1)
-            )
+            axes = () if name is None else self.sharded_axes(name)
             if used & set(axes):
                 raise ValueError(f"config.mesh.rules shard two dimensions of {logical} over {axes}")
             used |= set(axes)

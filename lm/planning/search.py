@@ -14,7 +14,7 @@ from typing import Any
 from lm.config import conversion
 from lm.config import schema as configs
 from lm.config.tree import ConfigTree
-from lm.layers.block import BlockConfig
+from lm.layers.block_config import BlockConfig
 from lm.layers.stack import REMAT
 from lm.parallel import sharding
 from lm.planning import interconnect

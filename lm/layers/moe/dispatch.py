@@ -71,10 +71,10 @@ def _on_shards(
     """
     if rules.mesh.size == 1:
         return apply(x, chosen, weights, experts)
-    batch, length = _live(rules, "batch"), _length_axes(rules, x.shape[1])
+    batch, length = rules.sharded_axes("batch"), _length_axes(rules, x.shape[1])
     # which dimension of the tokens an axis shards; those that shard none hold the same ones
     place = {axis: 0 for axis in batch} | {axis: 1 for axis in length}
-    divided = dict.fromkeys(a for name in over for a in _live(rules, name))
+    divided = dict.fromkeys(a for name in over for a in rules.sharded_axes(name))
 
     def gather(a: Array) -> jax.Array:
         for axis in reversed(divided):
@@ -91,7 +91,7 @@ def _on_shards(
         return a
 
     def run(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
-        for axis in _live(rules, "embed"):
+        for axis in rules.sharded_axes("embed"):
             experts = {
                 name: jax.lax.all_gather(w, axis, axis=AXES[name].index("embed"), tiled=True)
                 for name, w in experts.items()
@@ -113,15 +113,10 @@ def _on_shards(
     )(x, chosen, weights, experts)
 
 
-def _live(rules: Rules, logical: str) -> tuple[str, ...]:
-    """The mesh axes of a logical axis that have more than one device."""
-    return tuple(axis for axis in rules.axes(logical) if rules.mesh.shape[axis] > 1)
-
-
 def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
     """The mesh axes of the length of the residual stream; one token isn't divided further."""
     divides = length % rules.size("act_length") == 0
-    return _live(rules, "act_length" if divides else "length")
+    return rules.sharded_axes("act_length" if divides else "length")
 
 
 # ---- dropless ----
@@ -131,7 +126,7 @@ def dropless(
     x: Array, chosen: Array, weights: Array, experts: Experts, act: Activation, rules: Rules
 ) -> jax.Array:
     """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
-    axes = _live(rules, "expert")
+    axes = rules.sharded_axes("expert")
 
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
         # of n = b t tokens: [n, D], [n, k], [n, k]
@@ -271,7 +266,7 @@ def with_capacity(
 
     Of each row, every expert takes the first `capacity` tokens that chose it.
     """
-    axes, length = _live(rules, "expert"), _live(rules, "length")
+    axes, length = rules.sharded_axes("expert"), rules.sharded_axes("length")
     num_experts = experts["up"].shape[0]
     # shards of the length divide the places: each fills its own from the whole row
     room = -(-capacity // rules.size("length"))

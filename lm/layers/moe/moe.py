@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import flax.struct
@@ -27,11 +27,13 @@ import jax.numpy as jnp
 
 from lm.config.fields import field
 from lm.layers.linear import initializer, parameter
-from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe.dispatch import AXES, dropless, with_capacity
 from lm.parallel.sharding import Rules
 from lm.types import Array
+
+if TYPE_CHECKING:
+    from lm.layers.block_config import BlockConfig
 
 ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
@@ -52,10 +54,11 @@ class MoeConfig:
         "softmax_topk",
         "softmax_topk: weights are probabilities of all experts; topk_softmax: of the chosen "
         "ones; sigmoid: each expert's own.",
+        choices=ROUTERS,
     )
     normalize: bool = field(True, "Divide the weights of a token's experts by their sum.")
     scale: float = field(1.0, "Factor on the weights.", gt=0)
-    dispatch: str = field("dropless", f"How tokens reach experts: {' or '.join(DISPATCHES)}.")
+    dispatch: str = field("dropless", "How tokens reach experts.", choices=DISPATCHES)
     capacity_factor: float = field(
         1.25, "capacity: places of an expert in a row, relative to a balanced load.", gt=0
     )
@@ -80,9 +83,6 @@ class MoeConfig:
             e == 0 or k <= e,
             f"moe.num_experts_per_token ({k}) must be at most moe.num_experts ({e})",
         )
-        for name, known in (("router", ROUTERS), ("dispatch", DISPATCHES)):
-            value = getattr(self, name)
-            need(value in known, f"moe.{name} must be one of {', '.join(known)}, got {value!r}")
 
     def capacity(self, length: int) -> int:
         """Places of each expert in a row of `length` tokens: C."""
@@ -112,10 +112,12 @@ class Routing:
     weights: Array  # float32 [B, T, k]
 
 
-def route(logits: Array, filled: Array, config: MoeConfig, bias: Array | None = None) -> Routing:
+def route(
+    logits: Array, non_padding: Array, config: MoeConfig, bias: Array | None = None
+) -> Routing:
     """The experts of each token and their weights, by its logits: float32 [B, T, E].
 
-    filled: bool [B, T], False at padding. bias: [E], added to the scores for the choice alone.
+    non_padding: bool [B, T], False at padding. bias: [E], added to the scores for the choice alone.
     """
     k = config.num_experts_per_token
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
@@ -129,7 +131,7 @@ def route(logits: Array, filled: Array, config: MoeConfig, bias: Array | None = 
         if config.normalize:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     nowhere = config.num_experts
-    chosen = jnp.where(filled[..., None], chosen, nowhere)
+    chosen = jnp.where(non_padding[..., None], chosen, nowhere)
     return Routing(logits, scores, chosen, config.scale * weights)
 
 
@@ -150,7 +152,7 @@ against_load.defvjp(
 
 
 def balance(
-    routing: Routing, filled: Array, config: MoeConfig, bias: Array | None = None
+    routing: Routing, non_padding: Array, config: MoeConfig, bias: Array | None = None
 ) -> RouterReport:
     """Terms of the loss and statistics of a layer, over the tokens of the whole (micro-)batch.
 
@@ -159,24 +161,24 @@ def balance(
     that accumulating over micro-batches averages their losses and is not the loss of the batch.
     """
     e, k = config.num_experts, config.num_experts_per_token
-    tokens = jnp.maximum(jnp.sum(filled, dtype=jnp.float32), 1.0)
+    tokens = jnp.maximum(jnp.sum(non_padding, dtype=jnp.float32), 1.0)
     chose = routing.chosen[..., None] == jnp.arange(e)  # [B, T, k, E]
     of_rows = jnp.sum(chose, axis=(1, 2), dtype=jnp.int32)  # [B, E]
     count = jnp.sum(of_rows, axis=0).astype(jnp.float32)  # [E]
     aux = {}
     if config.balance_loss:
         share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
-        share = jnp.sum(share * filled[..., None], axis=(0, 1)) / tokens  # [E]
+        share = jnp.sum(share * non_padding[..., None], axis=(0, 1)) / tokens  # [E]
         aux["balance_loss"] = config.balance_loss * e * jnp.sum(count * share) / (tokens * k)
     if config.z_loss:
         log_z = jax.nn.logsumexp(routing.logits, axis=-1)
-        aux["router_z_loss"] = config.z_loss * jnp.sum(jnp.square(log_z) * filled) / tokens
+        aux["router_z_loss"] = config.z_loss * jnp.sum(jnp.square(log_z) * non_padding) / tokens
     if bias is not None:
         excess = BIAS_GRADIENT * (count - jnp.sum(count) / e) / (tokens * k)
         aux["balance_loss"] = aux.get("balance_loss", 0.0) + against_load(bias, excess)
     stats = {"expert_imbalance": e * jnp.max(count) / (tokens * k)}  # largest load over the mean
     if config.dispatch == "capacity":
-        over = jnp.maximum(of_rows - config.capacity(filled.shape[1]), 0)
+        over = jnp.maximum(of_rows - config.capacity(non_padding.shape[1]), 0)
         stats["expert_dropped"] = jnp.sum(over).astype(jnp.float32) / (tokens * k)
     return RouterReport(aux, stats)
 
@@ -186,61 +188,46 @@ class Moe(nn.Module):
     `down` [E, F, D], `selection_bias` [E] and `shared` (an Mlp) where asked for.
     """
 
-    embed_dim: int
-    mlp_dim: int
-    config: MoeConfig
+    config: BlockConfig
     rules: Rules
-    activation: str = "swiglu"
-    dtype: Any = jnp.float32
-    init_std: float | None = None
-    init_scale: float = 1.0
-    router_scale: float = 1.0
-    out_scale: float = 1.0
-    lora: LoraConfig = LoraConfig()  # of the shared MLP; experts have none
+    out_scale: float = 1.0  # factor on the initial weights of `down`
 
     def _experts(self) -> dict[str, jax.Array]:
         """The stacked matrices, in the type of the computation."""
-        d, f, e = self.embed_dim, self.mlp_dim, self.config.num_experts
-        wide = initializer(self.init_std, d, self.init_scale)
-        narrow = initializer(self.init_std, f, self.init_scale * self.out_scale)
-        names = ("up", "gate") if ACTIVATIONS[self.activation][1] else ("up",)
+        c = self.config
+        d, f, e = c.embed_dim, c.expert_size, c.moe.num_experts
+        scale = c.scaling.init("hidden", c.init_std)
+        wide = initializer(c.init_std, d, scale)
+        narrow = initializer(c.init_std, f, scale * self.out_scale)
+        names = ("up", "gate") if ACTIVATIONS[c.activation][1] else ("up",)
         weights = {n: parameter(self, n, wide, (e, d, f), AXES[n]) for n in names}
         weights["down"] = parameter(self, "down", narrow, (e, f, d), AXES["down"])
-        return {name: weight.astype(self.dtype) for name, weight in weights.items()}
+        return {name: weight.astype(c.dtype) for name, weight in weights.items()}
 
     @nn.compact
-    def __call__(self, x: Array, filled: Array) -> tuple[jax.Array, RouterReport]:
-        """x: [B, T, D], filled: bool [B, T] -> ([B, T, D], report)."""
-        c, e = self.config, self.config.num_experts
-        self.rules.check("config.model.moe", (e, self.embed_dim, self.mlp_dim), AXES["up"])
-        init = initializer(self.init_std, self.embed_dim, self.router_scale)
-        router = parameter(self, "router", init, (self.embed_dim, e), ("embed", "expert"))
+    def __call__(self, x: jax.Array, non_padding: Array) -> tuple[jax.Array, RouterReport]:
+        """x: [B, T, D], non_padding: bool [B, T] -> ([B, T, D], report)."""
+        c, moe, d = self.config, self.config.moe, self.config.embed_dim
+        e = moe.num_experts
+        self.rules.check("config.model.moe", (e, d, c.expert_size), AXES["up"])
+        init = initializer(c.init_std, d, c.scaling.init("router", c.init_std))
+        router = parameter(self, "router", init, (d, e), ("embed", "expert"))
         router = self.rules.constrain(router, None, None)
         experts, bias = self._experts(), None
-        if c.selection_bias:
+        if moe.selection_bias:
             bias = parameter(self, "selection_bias", nn.initializers.zeros, (e,), (None,))
         # in float32, also where products of float32 default to less
         logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision="highest")
-        routing = route(logits, filled, c, bias)
-        report = balance(routing, filled, c, bias)
-        act, _ = ACTIVATIONS[self.activation]
+        routing = route(logits, non_padding, moe, bias)
+        report = balance(routing, non_padding, moe, bias)
+        act, _ = ACTIVATIONS[c.activation]
         inputs = (x, routing.chosen, routing.weights, experts, act, self.rules)
-        if c.dispatch == "dropless":
+        if moe.dispatch == "dropless":
             y = dropless(*inputs)
         else:
-            y = with_capacity(*inputs, capacity=c.capacity(x.shape[1]))
-        if c.shared_mlp_dim:
+            y = with_capacity(*inputs, capacity=moe.capacity(x.shape[1]))
+        if moe.shared_mlp_dim:
             whole = self.rules.constrain(x, "batch", "length", "act_embed")
-            y = y + Mlp(
-                embed_dim=self.embed_dim,
-                mlp_dim=c.shared_mlp_dim,
-                rules=self.rules,
-                activation=self.activation,
-                dtype=self.dtype,
-                init_std=self.init_std,
-                init_scale=self.init_scale,
-                out_scale=self.out_scale,
-                lora=self.lora,
-                name="shared",
-            )(whole)
+            shared = Mlp(c, self.rules, moe.shared_mlp_dim, out_scale=self.out_scale, name="shared")
+            y = y + shared(whole)
         return y, report

@@ -1,0 +1,254 @@
+"""The config that all transformers share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lm.config.fields import check_values, field
+from lm.layers import positions as pe
+from lm.layers.attention import kernels
+from lm.layers.attention.scores import AttentionScores
+from lm.layers.lora import LoraConfig
+from lm.layers.mlp import ACTIVATIONS
+from lm.layers.moe.moe import MoeConfig
+from lm.layers.norm import KINDS as NORMS
+from lm.layers.stack import REMAT
+from lm.optim.parametrization import STANDARD, TABLES, Scaling
+
+DTYPES = ("float32", "bfloat16")
+PLACEMENTS = ("pre", "post", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Config that all transformers share; each adds its own fields."""
+
+    vocab_size: int = field(
+        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+    )
+    max_length: int = field(1024, "Longest row; the table size of learned positions.", ge=1)
+    num_layers: int = field(12, "Blocks.", ge=1)
+    embed_dim: int = field(768, "Width of the residual stream.", ge=1)
+    num_heads: int = field(12, "Query heads.", ge=1)
+    num_kv_heads: int | None = field(None, "Key and value heads; unset: num_heads.", ge=1)
+    head_dim: int | None = field(None, "Width of a head; unset: embed_dim / num_heads.", ge=1)
+    mlp_dim: int | None = field(None, "Width of the MLP; unset: 4 * embed_dim.", ge=1)
+    moe: MoeConfig = field(MoeConfig(), "Mixture of experts in place of the MLP.")
+    activation: str = field("gelu", "Activation of the MLP.", choices=ACTIVATIONS)
+    norm: str = field("rms", "Normalization.", choices=NORMS)
+    norm_placement: str = field(
+        "pre", "pre, post (of 2017), or both (around each sublayer).", choices=PLACEMENTS
+    )
+    norm_eps: float = field(1e-6, "Added to the variance.", gt=0)
+    norm_bias: bool = field(False, "Norms have a bias.")
+    positions: str = field("rotary", "Positional encoding.", choices=pe.KINDS)
+    rotary: pe.RotaryConfig = field(pe.RotaryConfig(), "Rotary positions.")
+    relative_buckets: int = field(32, "relative: buckets of distance.", ge=2)
+    relative_max_distance: int = field(
+        128, "relative: distance from which all share a bucket.", ge=1
+    )
+    layer_pattern: tuple[str, ...] = field(
+        ("global",), "Kinds of layer, repeated over the depth.", choices=("global", "local")
+    )
+    window: int | None = field(None, "Keys that a local layer sees, itself included.", ge=1)
+    qk_norm: bool = field(False, "RMS norm on queries and keys of each head.")
+    qkv_bias: bool = field(False, "Biases on query, key and value.")
+    out_bias: bool = field(False, "Bias on the attention output.")
+    mlp_bias: bool = field(False, "Biases in the MLP.")
+    query_scale: float | None = field(None, "Factor on the scores; unset: head_dim ** -0.5.", gt=0)
+    attention_softcap: float | None = field(None, "Soft cap of the scores.", gt=0)
+    parallel_block: bool = field(False, "Attention and MLP read the same input (GPT-J, PaLM).")
+    dropout: float = field(0.0, "Dropout of embeddings and residual branches.", ge=0, lt=1)
+    attention_dropout: float = field(0.0, "Dropout of attention weights.", ge=0, lt=1)
+    attention_kernel: str = field(
+        "auto",
+        "xla, splash (TPU; interpreted on CPU) or cudnn (GPU, bfloat16); auto: splash on TPU where "
+        "it can do what is asked, else xla.",
+        choices=kernels.KERNELS,
+    )
+    sequence_parallel: str = field(
+        "gather",
+        "mesh.sequence > 1: gather all keys and values, or pass them on in a ring.",
+        choices=kernels.SEQUENCE_PARALLEL,
+    )
+    init_std: float | None = field(
+        0.02, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
+    )
+    parametrization: str = field(
+        "standard",
+        "How weights and steps change with the size; lm/optim/parametrization.py has the tables.",
+        choices=TABLES,
+    )
+    base_embed_dim: int | None = field(None, "mup: embed_dim of the tuned model.", ge=1)
+    base_num_layers: int | None = field(None, "mup: num_layers of the tuned model.", ge=1)
+    base_head_dim: int | None = field(None, "mup: head_dim of the tuned model.", ge=1)
+    lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
+    dtype: str = field("float32", "Compute type; parameters stay float32.", choices=DTYPES)
+    remat: str = field("none", "Activations saved for the backward pass.", choices=REMAT)
+    scan_unroll: int = field(
+        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
+    )
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
+    @property
+    def takes_encoder(self) -> bool:
+        return False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def expert_size(self) -> int:
+        return self.mlp_size if self.moe.mlp_dim is None else self.moe.mlp_dim
+
+    @property
+    def scaling(self) -> Scaling:
+        """The table of `parametrization` at the sizes of this model."""
+        base = self.base_embed_dim, self.base_num_layers, self.base_head_dim
+        if self.parametrization == "standard" or None in base:  # `check` wants them all
+            return STANDARD
+        sizes = self.embed_dim, self.num_layers, self.head_size
+        ratios = (size / (of_base or 1) for size, of_base in zip(sizes, base, strict=True))
+        return Scaling(self.parametrization, *ratios)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The distinct kinds of layer, in order of first use."""
+        return tuple(dict.fromkeys(self.layer_kinds))
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every layer: [L]."""
+        return tuple(
+            self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers)
+        )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each of `kinds`."""
+        return tuple(self.window if kind == "local" else None for kind in self.kinds)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys."""
+        usual = self.head_size**-0.5 if self.query_scale is None else self.query_scale
+        return self.scaling.scores * usual
+
+    @property
+    def attention_kinds(self) -> tuple[dict[str, Any], ...]:
+        """Arguments of attention in each of `kinds`: the fields of `attention_check.Heads`."""
+        shared = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "scale": self.score_scale,
+            "softcap": self.attention_softcap,
+            "bias": self.positions in ("relative", "alibi"),
+            "kernel": self.attention_kernel,
+            "causal": self.is_causal,
+        }
+        return tuple({**shared, "window": window} for window in self.windows)
+
+    @property
+    def attention_scores(self) -> tuple[AttentionScores, ...]:
+        """The scores of self-attention in the layers of each of `kinds`."""
+        size = self.num_heads, self.kv_heads, self.head_size
+        return tuple(
+            AttentionScores(self.layer_kinds.count(kind), *size, window, self.is_causal)
+            for kind, window in zip(self.kinds, self.windows, strict=True)
+        )
+
+    def check(self, length: int) -> None:
+        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
+        rows of `length`.
+        """
+        check_values(self, "config.model")
+
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"config.model.{message}")
+
+        need(
+            self.positions != "relative" or self.relative_buckets < 2 * self.relative_max_distance,
+            f"relative_buckets ({self.relative_buckets}) must be less than twice "
+            f"relative_max_distance ({self.relative_max_distance})",
+        )
+        need(
+            self.head_dim is not None or self.embed_dim % self.num_heads == 0,
+            f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads}), "
+            "or set head_dim",
+        )
+        need(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.kv_heads})",
+        )
+        need(
+            self.positions != "rotary" or self.head_size % 2 == 0,
+            f"head_dim ({self.head_size}) must be even for rotary positions",
+        )
+        need(
+            self.positions != "sinusoidal" or self.embed_dim % 2 == 0,
+            f"embed_dim ({self.embed_dim}) must be even for sinusoidal positions",
+        )
+        need(bool(self.layer_pattern), "layer_pattern must list global and local, got ()")
+        need(
+            ("local" in self.layer_pattern) == (self.window is not None),
+            f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
+            "local layers, and only they, need one",
+        )
+        self._check_parametrization(need)
+        self.moe.check(need)
+        self.lora.check()
+        need(
+            not (self.moe.num_experts and self.mlp_bias),
+            f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
+            "no biases",
+        )
+        need(
+            self.scan_unroll <= self.num_layers,
+            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
+        )
+        need(
+            length <= self.max_length,
+            f"max_length ({self.max_length}) must be at least config.data.length ({length})",
+        )
+
+    def _check_parametrization(self, need: Callable[[bool, str], None]) -> None:
+        name = self.parametrization
+        if name == "standard":
+            return
+        for base in ("base_embed_dim", "base_num_layers", "base_head_dim"):
+            need(
+                getattr(self, base) is not None, f"{base} must be given for parametrization={name}"
+            )
+        scaling = self.scaling
+        need(
+            self.query_scale is None or scaling.head == 1,
+            f"query_scale ({self.query_scale}) must be unset for parametrization={name} where "
+            f"head_dim ({self.head_size}) is not base_head_dim ({self.base_head_dim})",
+        )
+        need(
+            self.norm_placement != "post" or scaling.depth == 1,
+            f"num_layers ({self.num_layers}) must be base_num_layers ({self.base_num_layers}) for "
+            f"parametrization={name} and norm_placement=post: norms undo what depth does to "
+            "branches",
+        )
+        need(
+            not self.lora.rank,
+            f"lora.rank ({self.lora.rank}) must be 0 for parametrization={name}, whose table has "
+            "no row for adapters",
+        )
