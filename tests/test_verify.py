@@ -96,10 +96,10 @@ def test_a_mean_of_means_is_found(check, monkeypatch):
     real = cross_entropy._on_each_device
 
     def mean_of_means(rules, local, parameters, xs, trained=None):
-        axes = cross_entropy._axes(rules.spec("act_batch", "length"))
+        axes = rules.sharded_axes("act_batch", "length")
 
         def averaged(parameters, xs):
-            tokens = xs[2].sum()
+            tokens = xs.weights.sum()
             total, devices = jax.lax.psum((tokens, 1), axes)  # what the step divides by
             factor = total / (devices * tokens)
             return jax.tree.map(lambda x: x * factor, local(parameters, xs))

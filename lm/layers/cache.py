@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.parallel.sharding import Rules
 from lm.types import Array, Tokens
@@ -24,7 +25,7 @@ def init(
     length: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: Any,
+    dtype: DTypeLike,
     rules: Rules,
 ) -> dict[str, Any]:
     """An empty cache: `index` int32 [] counts tokens; per kind, key and value [L, B, K, S, H],

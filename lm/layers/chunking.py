@@ -1,18 +1,20 @@
-"""Pieces of the length of arrays [B, T, ...], for what needs much memory per token."""
+"""Chunks of the length of arrays [B, T, ...], for computations with much memory per token."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from lm.types import Array
 
+T = TypeVar("T")
+
 
 def num_chunks(chunk_size: int, rows: int, length: int) -> int:
-    """The fewest pieces of `length` with at most `chunk_size` tokens each, of `rows` rows, or up to
-    twice as many where those are equal; else the last one is padded. 0: one piece.
+    """The fewest chunks of `length` with at most `chunk_size` tokens each, of `rows` rows, or up to
+    twice as many where those are equal; else the last one is padded. 0: one chunk.
     """
     if chunk_size == 0:
         return 1
@@ -21,8 +23,8 @@ def num_chunks(chunk_size: int, rows: int, length: int) -> int:
     return next(equal, fewest)
 
 
-def split(tree: Any, num_chunks: int) -> Any:
-    """Pieces [n, B, t, ...] of arrays [B, T, ...], the last one filled up with zeros."""
+def split(tree: T, num_chunks: int) -> T:
+    """Chunks [n, B, t, ...] of arrays [B, T, ...], the last one padded with zeros."""
 
     def one(x: Array) -> jax.Array:
         padding = [(0, 0), (0, -x.shape[1] % num_chunks)] + [(0, 0)] * (x.ndim - 2)
@@ -32,7 +34,7 @@ def split(tree: Any, num_chunks: int) -> Any:
     return jax.tree.map(one, tree)
 
 
-def join(pieces: Array, length: int) -> jax.Array:
-    """The array [B, length, ...] of pieces [n, B, t, ...]."""
-    x = jnp.moveaxis(pieces, 0, 1)
+def join(chunks: Array, length: int) -> jax.Array:
+    """The array [B, length, ...] of chunks [n, B, t, ...]."""
+    x = jnp.moveaxis(chunks, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -4,11 +4,10 @@ rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
 from lm.parallel.sharding import Rules
@@ -26,7 +25,7 @@ class GatedConvolution(nn.Module):
     embed_dim: int
     kernel_size: int
     rules: Rules
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     init_std: float | None = None
 
     @nn.compact

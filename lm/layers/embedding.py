@@ -5,11 +5,11 @@ arXiv:1608.05859).
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.layers.linear import float32_product, initializer, parameter
 from lm.parallel.sharding import Rules
@@ -27,7 +27,7 @@ class Embedding(nn.Module):
     embed_dim: int
     rules: Rules
     axis: str | None = "vocab"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     init_std: float = 0.02
 
     def setup(self) -> None:
@@ -44,7 +44,7 @@ class Embedding(nn.Module):
         flat = x.reshape(-1, x.shape[-1]) if self.rules.size("length") == 1 else x  # as `project`
         # not a product with the transpose, which XLA's CPU compiler writes out for a single row
         table = _collect(self.rules, self.axis, self.weight.astype(self.dtype))
-        y: Any = float32_product(1, flat, table)
+        y: Array = float32_product(1, flat, table)  # pyright: ignore
         return y.reshape(*x.shape[:-1], self.size)
 
 
@@ -56,7 +56,7 @@ def _collect(rules: Rules, axis: str | None, table: Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _take(rules: Rules, axis: str | None, dtype: Any, weight: Array, ids: Array) -> jax.Array:
+def _take(rules: Rules, axis: str | None, dtype: DTypeLike, weight: Array, ids: Array) -> jax.Array:
     """Rows of weight: float32 [size, D], as `dtype` [B, T, D].
 
     Its own gradient: the table is rounded before it is collected, which moves half the bytes of a
@@ -66,13 +66,17 @@ def _take(rules: Rules, axis: str | None, dtype: Any, weight: Array, ids: Array)
 
 
 def _take_forward(
-    rules: Rules, axis: str | None, dtype: Any, weight: Array, ids: Array
+    rules: Rules, axis: str | None, dtype: DTypeLike, weight: Array, ids: Array
 ) -> tuple[jax.Array, tuple[Array, Array]]:
     return _take(rules, axis, dtype, weight, ids), (weight, ids)
 
 
 def _take_backward(
-    rules: Rules, axis: str | None, dtype: Any, residuals: tuple[Array, Array], d_rows: jax.Array
+    rules: Rules,
+    axis: str | None,
+    dtype: DTypeLike,
+    residuals: tuple[Array, Array],
+    d_rows: jax.Array,
 ) -> tuple[jax.Array, None]:
     del dtype
     weight, ids = residuals

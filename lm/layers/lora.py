@@ -7,7 +7,7 @@ size of W ever exists in training.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
@@ -40,12 +40,12 @@ class LoraConfig:
             )
 
 
-def adapters(names: Any) -> frozenset[str]:
-    """Those of the names of parameters that are adapters'."""
+def adapters(names: Iterable[str]) -> frozenset[str]:
+    """The names of adapters' parameters among `names`."""
     return frozenset(name for name in names if name.rsplit(".", 1)[-1] in NAMES)
 
 
-def check_targets(config: LoraConfig, names: Any) -> None:
+def check_targets(config: LoraConfig, names: Iterable[str]) -> None:
     """Raises ValueError unless each target has an adapter among the names of a model's
     parameters.
     """

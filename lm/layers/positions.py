@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -105,11 +105,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
-def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
+Tables: TypeAlias = tuple[jax.Array, jax.Array]  # cos and sin
+
+
+def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Tables]:
     return rotate(x, cos, sin), (cos, sin)
 
 
-def _rotate_backward(tables: Any, dy: jax.Array) -> tuple[Any, ...]:
+def _rotate_backward(tables: Tables, dy: jax.Array) -> tuple[jax.Array, None, None]:
     cos, sin = tables
     return rotate(dy, cos, -sin), None, None
 
@@ -127,7 +130,7 @@ def sinusoids(positions: jax.Array, embed_dim: int) -> jax.Array:
 def add_absolute(
     x: jax.Array, positions: jax.Array, kind: str, table: Callable[[Array], jax.Array] | None
 ) -> jax.Array:
-    """Embeddings x: [B, T, D] with where they stand added, for the kinds that say it there.
+    """Embeddings x: [B, T, D] with absolute positions added, for the kinds that add them there.
 
     positions: int32 [B, T]; table: from them to [B, T, D], where they are learned.
     """

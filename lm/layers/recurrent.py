@@ -10,12 +10,14 @@ product for all positions instead of a sum that the loop reads and writes at eve
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TypeAlias
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
 from lm.parallel.sharding import Rules
@@ -26,7 +28,7 @@ FORGET = 1  # of the gates input, forget, candidate, output
 
 @flax.struct.dataclass
 class State:
-    """What a layer knows of the tokens so far."""
+    """The state of a layer after the tokens so far."""
 
     hidden: Array  # [B, F], in the compute type
     memory: Array  # float32 [B, F]
@@ -34,11 +36,11 @@ class State:
 
 @flax.struct.dataclass
 class Marks:
-    """Where the state goes on; bool [B, T] each."""
+    """Segment boundaries and cuts of the gradient; bool [B, T] each."""
 
-    filled: Array  # False: padding, which leaves the state as it is
-    starts: Array  # the first token of a segment, which finds an empty state
-    cuts: Array  # no gradient goes back from this token
+    non_padding: Array  # padding leaves the state as it is
+    starts: Array  # the first token of a segment, with an empty state before it
+    cuts: Array  # no gradient flows back from this token
 
 
 def marks(inputs: Tokens, bptt: int | None) -> Marks:
@@ -47,13 +49,13 @@ def marks(inputs: Tokens, bptt: int | None) -> Marks:
     The row is cut where its index is a multiple of `bptt`, whatever segments it holds.
     """
     length = inputs.ids.shape[1]
-    filled = jnp.asarray(inputs.segments) != 0
+    non_padding = jnp.asarray(inputs.segments) != 0
     places = jnp.arange(length) % (length if bptt is None else bptt)
-    cuts = jnp.broadcast_to(places == 0, filled.shape) & (bptt is not None)
-    return Marks(filled, (jnp.asarray(inputs.positions) == 0) & filled, cuts)
+    cuts = jnp.broadcast_to(places == 0, non_padding.shape) & (bptt is not None)
+    return Marks(non_padding, (jnp.asarray(inputs.positions) == 0) & non_padding, cuts)
 
 
-def empty(shape: tuple[int, ...], dtype: Any, rules: Rules) -> State:
+def empty(shape: tuple[int, ...], dtype: DTypeLike, rules: Rules) -> State:
     """A State of zeros; shape: [..., B, F]."""
     lead = (None,) * (len(shape) - 2)
     hidden = rules.constrain(jnp.zeros(shape, dtype), *lead, "batch", None)
@@ -70,7 +72,7 @@ class Lstm(nn.Module):
     embed_dim: int
     hidden_dim: int
     rules: Rules
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     init_std: float | None = None
     forget_bias: float = 1.0
 
@@ -85,17 +87,14 @@ class Lstm(nn.Module):
             # collected before the loop, not by each of its steps
             return self.rules.constrain(weight.astype(self.dtype), None, "gates", "mlp")
 
-        def forget(key: Any, shape: tuple[int, ...]) -> jax.Array:
-            del key
-            return jnp.zeros(shape).at[FORGET].set(self.forget_bias)
-
+        gate = np.eye(4, dtype=np.float32)[FORGET]
+        forget = nn.initializers.constant(self.forget_bias * gate[:, None])
         bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
         inputs = project_gates(x, matrix("weight", self.embed_dim), self.rules)
         inputs = inputs + broadcast_as(bias, inputs)
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
         recurrent = matrix("recurrent", self.hidden_dim)
-        found: Any = recurrence(self.rules, inputs, recurrent, state, where)
-        hidden, state = found
+        hidden, state = recurrence(self.rules, inputs, recurrent, state, where)  # pyright: ignore
         return self.rules.constrain(hidden, "batch", None, "act_embed"), state
 
 
@@ -121,42 +120,48 @@ def recurrence(
     return hidden, last
 
 
+# gates [T, B, 4, F], memory and hidden before each token [T, B, F], weight, masks by time
+Residuals: TypeAlias = tuple[Array, Array, Array, Array, Marks]
+
+
 def _forward(
     rules: Rules, inputs: Array, weight: Array, state: State, where: Marks
-) -> tuple[tuple[jax.Array, State], Any]:
-    def step(old: State, x: Any) -> tuple[State, Any]:
-        inputs, filled, starts = x
+) -> tuple[tuple[jax.Array, State], Residuals]:
+    def step(old: State, x: tuple[Array, Array, Array]) -> tuple[State, tuple[Array, ...]]:
+        inputs, non_padding, starts = x
         hidden, memory = (jnp.where(starts, 0, a) for a in (old.hidden, old.memory))
         gates = inputs + project_gates(hidden, weight, rules)
         new = State(*cell(gates, memory))
-        new = jax.tree.map(lambda a, b: jnp.where(filled, a, b), new, old)
+        new = jax.tree.map(lambda a, b: jnp.where(non_padding, a, b), new, old)
         # the next product needs all of it on every device
         new = State(rules.constrain(new.hidden, "batch", None), new.memory)
         return new, (gates, memory, hidden, new.hidden)
 
     masks = _by_time(where)
-    xs = (jnp.swapaxes(inputs, 0, 1), masks.filled, masks.starts)
+    xs = (jnp.swapaxes(inputs, 0, 1), masks.non_padding, masks.starts)
     last, (gates, memory, before, hidden) = jax.lax.scan(step, state, xs)
     return (jnp.swapaxes(hidden, 0, 1), last), (gates, memory, before, weight, masks)
 
 
-def _backward(rules: Rules, saved: Any, cotangents: Any) -> tuple[Any, ...]:
-    gates, memory, befores, weight, masks = saved
+def _backward(
+    rules: Rules, residuals: Residuals, cotangents: tuple[Array, State]
+) -> tuple[Array, Array, State, None]:
+    gates, memory, befores, weight, masks = residuals
     d_hidden, d_last = cotangents
     before = d_last.hidden  # of its shape
 
-    def step(d_new: State, x: Any) -> tuple[State, jax.Array]:
+    def step(d_new: State, x: tuple[Array, Array, Array, Marks]) -> tuple[State, jax.Array]:
         gates, memory, d_output, masks = x
         d_new = State(d_new.hidden + d_output, d_new.memory)
         _, pullback = jax.vjp(cell, gates, memory)
         d_gates, d_memory = pullback((d_new.hidden, d_new.memory))
-        d_gates = jnp.where(masks.filled[..., None], d_gates, 0)
+        d_gates = jnp.where(masks.non_padding[..., None], d_gates, 0)
         [d_before] = jax.linear_transpose(lambda h: project_gates(h, weight, rules), before)(
             d_gates
         )
         d_before = rules.constrain(d_before, "batch", None)
         d_old = State(d_before, d_memory)
-        d_old = jax.tree.map(lambda a, b: jnp.where(masks.filled, a, b), d_old, d_new)
+        d_old = jax.tree.map(lambda a, b: jnp.where(masks.non_padding, a, b), d_old, d_new)
         stop = masks.starts | masks.cuts
         return jax.tree.map(lambda a: jnp.where(stop, 0, a), d_old), d_gates
 

@@ -1,19 +1,23 @@
-"""Layers stacked along a leading axis and scanned, so that compile time doesn't grow with depth."""
+"""Layers stacked along a leading axis and scanned: compile time doesn't grow with depth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 _policies = jax.checkpoint_policies
+Carry = TypeVar("Carry")
 PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
 
 
-def _on_host(*names: str) -> Any:
+Policy: TypeAlias = Callable[..., Any]  # of `jax.checkpoint`
+
+
+def _on_host(*names: str) -> Policy:
     return _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=names,
@@ -22,9 +26,9 @@ def _on_host(*names: str) -> Any:
     )
 
 
-# What the backward pass finds saved of each layer; everything else is computed again. `attended` is
-# what an attention kernel leaves for its gradient: without it the kernel runs twice.
-REMAT: dict[str, Any] = {
+# Rematerialization policies: which activations of a layer are saved for the backward pass; the rest
+# is computed again. `attended`: the residuals of the attention kernel, which else runs twice.
+REMAT: dict[str, Policy | None] = {
     "none": None,  # everything is saved
     "dots": _policies.dots_with_no_batch_dims_saveable,  # products with weights
     "projections": _policies.save_only_these_names(*PROJECTIONS),
@@ -60,20 +64,19 @@ def stack(
 
 
 def run(
-    layers: nn.Module, block: nn.Module, carry: Any, per_layer: Any, shared: Any
-) -> tuple[Any, Any]:
-    """(carry, outputs [L, ...]) of a stack of layers, each a `block` (one that is not bound).
+    layers: nn.Module, block: nn.Module, carry: Carry, per_layer: Any, shared: Any
+) -> tuple[Carry, Any]:
+    """(carry, outputs [L, ...]) of a stack of layers, each an unbound `block`.
 
-    With parameters of L layers, as `lm.optim.param_tree.unstack_layers` makes them of [L, ...]
-    ones, there is no loop, and nothing random.
+    Unstacked parameters, as of `lm.optim.param_tree.unstack_layers`, take a plain loop, and no
+    dropout.
     """
-    own = {} if layers.is_initializing() else layers.variables["params"]
-    if "0" not in own:
+    params = {} if layers.is_initializing() else layers.variables["params"]
+    if "0" not in params:
         return layers(carry, per_layer, shared)  # pyright: ignore
     outputs = []
-    for i in range(len(own)):
-        of_layer = jax.tree.map(lambda x, i=i: x[i], per_layer)
-        found: Any = block.apply({"params": own[str(i)]}, carry, of_layer, shared)
-        carry = found[0]
-        outputs.append(found[1])
+    for i in range(len(params)):
+        own = jax.tree.map(lambda x, i=i: x[i], per_layer)
+        carry, output = block.apply({"params": params[str(i)]}, carry, own, shared)  # pyright: ignore
+        outputs.append(output)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *outputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.layers import cache as kv_cache
 from lm.layers import positions as pe
-from lm.layers.attention import kernels
+from lm.layers.attention import kernels, splash
 from lm.layers.attention.attention import EncoderStates, KeyValues, LayerInputs, PerLayer
 from lm.layers.attention.dot_product import Mask, self_mask
 from lm.layers.block import Block
@@ -70,7 +72,7 @@ class Transformer(nn.Module):
         biases = tuple(self._bias(mask) for mask in masks)
         encoded = None
         if memory is not None:
-            if memory.hidden is None:
+            if memory.key is not None and memory.value is not None:
                 encoded = {"key": memory.key, "value": memory.value}
             memory = EncoderStates(memory.segments, memory.hidden)
         shared = self._shared(inputs, masks, biases, train=train, index=index, memory=memory)
@@ -79,7 +81,7 @@ class Transformer(nn.Module):
             self.layers, block, (x, layer_cache), self._per_layer(encoded), shared
         )
         if cache is not None:
-            index = index + inputs.ids.shape[1]
+            index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
             if memory is not None:
                 cache["memory"] = EncoderStates(memory.segments, **encoded)
@@ -161,17 +163,27 @@ def make_output(hidden: jax.Array, cache: Cache | None, reports: RouterReport | 
 
 
 def check_kernels(config: BlockConfig, rules: Rules) -> None:
-    """Raises ValueError where the mesh can't do the attention that the config asks for."""
-    kernels.check(
-        config.attention_kernel,
-        config.sequence_parallel,
+    """Raise ValueError unless a kernel has the features of the config, whatever the length."""
+    c, shards = config, rules.size("length")
+    asked = {"bias": c.positions in ("relative", "alibi"), "dropout": c.attention_dropout > 0}
+    shape = (1, 1, 2 * shards * splash.LANES, c.head_size)
+    none: Any = None
+    kernels.choose(
+        c.attention_kernel,
         rules,
-        head_dim=config.head_size,
-        dtype=jnp.dtype(config.dtype),
-        softcap=config.attention_softcap is not None,
-        bias=config.positions in ("relative", "alibi"),
-        dropout=config.attention_dropout > 0,
+        Mask(none, none, none, none, order=1),
+        jax.ShapeDtypeStruct(shape, jnp.dtype(c.dtype)),
+        sequence_parallel=c.sequence_parallel,
+        softcap=c.attention_softcap is not None,
+        **asked,
     )
+    if c.sequence_parallel == "ring" and shards > 1:
+        for feature, reason in (
+            ("bias", "adds no bias to scores, as model.positions asks for"),
+            ("dropout", "drops no weights, as model.attention_dropout asks for"),
+        ):
+            if asked[feature]:
+                raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
 
 
 def check_stages(name: str, rules: Rules) -> None:

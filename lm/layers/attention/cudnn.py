@@ -1,6 +1,6 @@
 """cuDNN's attention, through jax, for NVIDIA GPUs: it keeps no scores.
 
-Who sees whom goes in as a mask of all pairs, [B, 1, T, S], one for all heads: packing, windows and
+The mask is passed as all pairs, [B, 1, T, S], one for all heads: packing, windows and
 prefixes are exact, and a leak is not possible. cuDNN's own way to pack, by lengths and offsets of
 segments, would spare this mask, but needs a static bound on the segments of a row, beyond which it
 would be wrong, and jax computes its offsets of keys from the number of query heads.

@@ -1,4 +1,4 @@
-"""Who sees whom, and attention by the equation: scores, softmax, weighted sum, as plain XLA."""
+"""Masks, and attention by its equation: scores, softmax, weighted sum, as plain XLA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEGATIVE = -1e30  # finite, so that a row that sees nothing gives no NaN
 
 @flax.struct.dataclass
 class Mask:
-    """Who sees whom, from what is known of queries and keys: no [T, S] array is stored.
+    """The keys that each query sees, by segments and positions: no [T, S] array is stored.
 
     A key is seen from its own segment (never segment 0, padding): at positions up to the query's
     when `causal`, or anywhere in a bidirectional prefix; and only less than `window` away, where

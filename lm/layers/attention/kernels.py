@@ -1,7 +1,7 @@
-"""Which code computes attention: by the platform of the mesh, and by what is asked of it.
+"""The choice of the attention kernel, by the platform of the mesh and the features asked for.
 
-`auto` takes splash on TPUs where it can do exactly what is asked, and XLA's products everywhere
-else. A kernel that is named is that kernel, or an error.
+`auto` is splash on TPUs where it has all features, and XLA's products everywhere else. A kernel
+that is named is that kernel, or an error.
 
 Where the length is sharded, a device has its own queries, and reaches all keys in one of two ways:
 `gather` collects keys and values (arXiv:2407.21783, section 3.3.2), `ring` passes them on from
@@ -42,12 +42,12 @@ def choose(
     bias: bool = False,
     dropout: bool = False,
 ) -> str:
-    """`kernel`, or what `auto` means for queries like q: [B, N, T, H].
+    """The kernel for queries like q: [B, N, T, H]: `kernel`, or the best one for `auto`.
 
     Raises:
         ValueError: the kernel is named and cannot do it.
     """
-    if mask.order is None:  # a cache: few queries, of which kernels have nothing to gain
+    if mask.order is None:  # a cache: too few queries for a kernel to gain anything
         return "xla"
     wanted = _BY_PLATFORM.get(rules.platform, "xla") if kernel == "auto" else kernel
     if wanted == "xla":
@@ -87,34 +87,6 @@ def choose(
     raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
 
 
-def check(
-    kernel: str,
-    sequence_parallel: str,
-    rules: Rules,
-    *,
-    head_dim: int,
-    dtype: Any,
-    softcap: bool,
-    bias: bool,
-    dropout: bool,
-) -> None:
-    """Raises ValueError unless attention can be what a config says, whatever the length."""
-    shards = rules.size("length")
-    none: Any = None
-    q = jax.ShapeDtypeStruct((1, 1, 2 * shards * splash.LANES, head_dim), dtype)
-    asked: dict[str, Any] = {"sequence_parallel": sequence_parallel, "softcap": softcap}
-    choose(
-        kernel, rules, Mask(none, none, none, none, order=1), q, **asked, bias=bias, dropout=dropout
-    )
-    if sequence_parallel == "ring" and shards > 1:
-        for holds, reason in (
-            (bias, "adds no bias to scores, as model.positions asks for"),
-            (dropout, "drops no weights, as model.attention_dropout asks for"),
-        ):
-            if holds:
-                raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
-
-
 def attend(
     q: Array,
     k: Array,
@@ -134,7 +106,7 @@ def attend(
     """`dot_product.attend` by the chosen kernel: [B, N, T, H] of q: [B, N, T, H], k and
     v: [B, K, S, H].
 
-    What the backward pass needs of it is named "attended", for `jax.checkpoint`'s policies.
+    The residuals of its gradient are named "attended", for `jax.checkpoint`'s policies.
     """
     chosen = choose(
         kernel,
@@ -158,19 +130,30 @@ def attend(
     k, v, kv_axis = _spread(k, v, rules)
     queries = rules.spec("batch", "heads", "length", "head_dim")
     keys = rules.spec("batch", kv_axis, "length", "head_dim")
-    tokens = rules.spec("batch", "length")
     if chosen == "splash":
-        return _splash(q, k, v, mask, rules, (queries, keys, tokens), **options)
-    if chosen == "cudnn":
-        return _cudnn(q, k, v, mask, rules, (queries, keys, tokens), scale=scale, window=window)
-    if sequence_parallel == "ring":
-        assert bias is None, "refused by `check`"
-        return _ring(q, k, v, mask, rules, (queries, keys, tokens), **options)
-    return _gather(q, k, v, mask, bias, rules, (queries, keys, tokens), **options)
+        return _splash(q, k, v, mask, rules, queries, keys, **options)
+    is_ring = chosen == "xla" and sequence_parallel == "ring"
+
+    def local(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> jax.Array:
+        if chosen == "cudnn":
+            return cudnn.attend(q, k, v, mask, scale=scale, window=window)
+        if is_ring:
+            assert bias is None, "refused by `lm.layers.transformer.check_kernels`"
+            axes, shards = rules.axes("length"), rules.size("length")
+            return ring_attend(q, k, v, mask, axes=axes, shards=shards, **options)
+        k, v = (_collect(x, rules, 2) for x in (k, v))
+        return dot_product.attend(q, k, v, mask, bias=bias, **options)
+
+    key_length = "length" if chosen == "cudnn" or is_ring else None
+    rows = "batch" if bias is not None and bias.shape[0] > 1 else None
+    biases = None if bias is None else rules.spec(rows, "heads", "length", None)
+    in_specs = (queries, keys, keys, _mask_specs(mask, rules, key_length), biases)
+    y = shard_map(local, rules, in_specs=in_specs, out_specs=queries)(q, k, v, mask, bias)
+    return y if is_ring else checkpoint_name(y, "attended")
 
 
 def _spread(k: Array, v: Array, rules: Rules) -> tuple[Array, Array, str]:
-    """Keys, values and their logical axis, so that each shard of query heads finds its own."""
+    """Keys, values and their logical axis, copied so that each shard of query heads has its own."""
     shards = rules.size("heads")
     if rules.axes("kv_heads") == rules.axes("heads") or shards == 1:
         return k, v, "kv_heads"
@@ -178,96 +161,61 @@ def _spread(k: Array, v: Array, rules: Rules) -> tuple[Array, Array, str]:
     return jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1), "heads"
 
 
-Specs = tuple[PartitionSpec, PartitionSpec, PartitionSpec]  # of queries, of keys, of [B, T]
-
-
 def _collect(x: Array, rules: Rules, axis: int) -> Array:
-    """The whole length of `x`, of which each device holds a piece."""
+    """The whole length of `x`, of which each device holds a part."""
     if rules.size("length") == 1:
         return x
     return jax.lax.all_gather(x, rules.axes("length"), axis=axis, tiled=True)
 
 
+def _mask_specs(mask: Mask, rules: Rules, key_length: str | None) -> Mask:
+    """The specs of a mask's arrays, with the logical axis of the length of its keys."""
+    own: Any = rules.spec("batch", "length")
+    others: Any = rules.spec("batch", key_length)
+    marks = None if mask.key_bidirectional is None else others
+    return Mask(own, own, others, others, marks, mask.causal, mask.order)
+
+
 def _splash(
-    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    rules: Rules,
+    queries: PartitionSpec,
+    keys: PartitionSpec,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> jax.Array:
     shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
     places = zigzag.positions(length, order).reshape(shards, -1)
     chunk = places.shape[1] // (2 if order > 1 else 1)
     sizes = splash.block_sizes(chunk, length)
-    infos = splash.mask_infos(places, length, sizes, mask.causal, options["window"])
+    infos = splash.mask_infos(places, length, sizes, mask.causal, window)
 
-    def local(q: Array, k: Array, v: Array, segments: Array, infos: Any) -> jax.Array:
+    def local(q: Array, k: Array, v: Array, segments: Array, infos: splash.MaskInfos) -> jax.Array:
         k, v = (zigzag.restore(_collect(x, rules, 2), order, 2) for x in (k, v))
-        key_segments = zigzag.restore(_collect(segments, rules, 1), order, 1)
         return splash.attend(
-            *(q, k, v, segments, key_segments, infos),
+            q,
+            k,
+            v,
+            segments,
+            zigzag.restore(_collect(segments, rules, 1), order, 1),
+            infos,
             sizes=sizes,
+            scale=scale,
             causal=mask.causal,
+            window=window,
+            softcap=softcap,
             interpret=rules.platform == "cpu",
-            **options,
         )
 
     def spec(x: Array) -> PartitionSpec:
         return rules.spec("length", *(None,) * (x.ndim - 1))
 
-    queries, keys, tokens = specs
+    tokens = rules.spec("batch", "length")
     in_specs = (queries, keys, keys, tokens, jax.tree.map(spec, infos))
     run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
     return run(q, k, v, mask.query_segments, infos)
-
-
-def _cudnn(
-    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
-) -> jax.Array:
-    def local(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
-        return cudnn.attend(q, k, v, mask, **options)
-
-    queries, keys, _ = specs
-    in_specs = (queries, keys, keys, _mask_specs(mask, rules, "length", "length"))
-    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
-    return checkpoint_name(run(q, k, v, mask), "attended")
-
-
-def _mask_specs(mask: Mask, rules: Rules, queries: str | None, keys: str | None) -> Mask:
-    """The specs of a mask's arrays, with the logical axes of their lengths."""
-    own: Any = rules.spec("batch", queries)
-    others: Any = rules.spec("batch", keys)
-    marks = None if mask.key_bidirectional is None else others
-    return Mask(own, own, others, others, marks, mask.causal, mask.order)
-
-
-def _gather(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Mask,
-    bias: Array | None,
-    rules: Rules,
-    specs: Specs,
-    **options: Any,
-) -> jax.Array:
-    def local(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> jax.Array:
-        k, v = (_collect(x, rules, 2) for x in (k, v))
-        return dot_product.attend(q, k, v, mask, bias=bias, **options)
-
-    queries, keys, _ = specs
-    seen = _mask_specs(mask, rules, "length", None)
-    rows = "batch" if bias is not None and bias.shape[0] > 1 else None
-    of_bias = None if bias is None else rules.spec(rows, "heads", "length", None)
-    in_specs = (queries, keys, keys, seen, of_bias)
-    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
-    return checkpoint_name(run(q, k, v, mask, bias), "attended")
-
-
-def _ring(
-    q: Array, k: Array, v: Array, mask: Mask, rules: Rules, specs: Specs, **options: Any
-) -> jax.Array:
-    def local(q: Array, k: Array, v: Array, mask: Mask) -> jax.Array:
-        axes = rules.axes("length")
-        return ring_attend(q, k, v, mask, axes=axes, shards=rules.size("length"), **options)
-
-    queries, keys, _ = specs
-    seen = _mask_specs(mask, rules, "length", "length")
-    run = shard_map(local, rules, in_specs=(queries, keys, keys, seen), out_specs=queries)
-    return run(q, k, v, mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from lm.types import Array
 
 LANES = 128  # lengths are cut into multiples of it
 FORWARD, BACKWARD = 1024, 512  # largest blocks; those of the backward pass hold more at once
+MaskInfos: TypeAlias = tuple[MaskInfo, MaskInfo, MaskInfo]  # for the output, dq, and dk and dv
 
 
 def block_size(length: int, limit: int) -> int:
@@ -60,7 +61,7 @@ def _visible(causal: bool, window: int | None) -> Callable[[Array, Array], Array
 def visible_blocks(
     places: np.ndarray, length: int, block_q: int, block_kv: int, causal: bool, window: int | None
 ) -> np.ndarray:
-    """Which blocks hold anything to see: bool [n, blocks of queries, blocks of keys].
+    """The blocks with at least one visible pair: bool [n, blocks of queries, blocks of keys].
 
     places: [n, T / n], of the queries of each shard, consecutive in every block.
     """
@@ -87,15 +88,16 @@ def schedule(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_infos(
-    places: np.ndarray, length: int, sizes: Any, causal: bool, window: int | None
-) -> tuple[MaskInfo, MaskInfo, MaskInfo]:
-    """Of the kernels for the output, dq, and dk and dv. Arrays lead with [n], one per shard, except
+    places: np.ndarray, length: int, sizes: kernel.BlockSizes, causal: bool, window: int | None
+) -> MaskInfos:
+    """Schedules of the kernels. Arrays lead with [n], one per shard, except
     for the places of the queries, [T].
     """
     computed = _visible(causal, window) is not None
     q_sequence = places.reshape(-1).astype(np.int32) if computed else None
 
-    def info(block_q: Any, block_kv: Any, by_key: bool) -> MaskInfo:
+    def info(block_q: int | None, block_kv: int | None, by_key: bool) -> MaskInfo:
+        assert block_q is not None and block_kv is not None, "`block_sizes` gives all"
         seen = visible_blocks(places, length, block_q, block_kv, causal, window)
         load, work = schedule(np.swapaxes(seen, 1, 2) if by_key else seen)
         if by_key:
@@ -115,7 +117,7 @@ def attend(
     v: Array,
     query_segments: Array,
     key_segments: Array,
-    infos: tuple[MaskInfo, MaskInfo, MaskInfo],
+    infos: MaskInfos,
     *,
     sizes: kernel.BlockSizes,
     scale: float,

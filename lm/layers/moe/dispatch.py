@@ -1,6 +1,6 @@
-"""Tokens to the experts that a router chose, and their weighted results back.
+"""Dispatch of tokens to the experts that a router chose, and the sum of their weighted outputs.
 
-Both ways are explicit about devices; what each of them receives, in tokens of the residual stream:
+Both variants are explicit about devices. What a device receives, in tokens of the residual stream:
 
     dropless       Each shard of experts (and of their width) gathers the tokens of all the shards
                    beside it, applies the experts that are here to those tokens that chose them,
@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,13 @@ from jax.sharding import PartitionSpec
 
 from lm.layers.linear import broadcast_as
 from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
+from lm.parallel.shard_map import shard_map
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
 Experts = dict[str, jax.Array]  # up and, if gated, gate: [E, D, F], down: [E, F, D]
 Activation = Callable[[jax.Array], jax.Array]
+Apply = Callable[[Array, Array, Experts], jax.Array]  # experts to rows and their weights
 
 AXES = {
     "up": ("expert", "embed", "mlp"),
@@ -100,26 +101,14 @@ def _on_shards(
 
     spec = PartitionSpec(batch, length)
     layout = {name: rules.spec(*AXES[name]) for name in experts}
-    context = jax.sharding.get_abstract_mesh()
-    mesh = context if context.manual_axes else rules.mesh  # inside of another shard_map: its rest
-    # unchecked: kernels don't say over which axes their outputs vary
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        axis_names=set(mesh.axis_names) - set(context.manual_axes),
-        in_specs=(spec, spec, spec, layout),
-        out_specs=spec,
-        check_vma=False,
-    )(x, chosen, weights, experts)
+    in_specs = (spec, spec, spec, layout)
+    return shard_map(run, rules, in_specs=in_specs, out_specs=spec)(x, chosen, weights, experts)
 
 
 def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
     """The mesh axes of the length of the residual stream; one token isn't divided further."""
     divides = length % rules.size("act_length") == 0
     return rules.sharded_axes("act_length" if divides else "length")
-
-
-# ---- dropless ----
 
 
 def dropless(
@@ -138,7 +127,8 @@ def dropless(
         chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)
         tokens, k = chosen.shape
         size = min(math.ceil(ROOM * tokens * k / rules.size("expert")), tokens * min(k, here))
-        y: Any = _in_passes(act, rules.platform, size, flat, chosen, weights, experts)
+        y: Array
+        y = _in_passes(act, rules.platform, size, flat, chosen, weights, experts)  # pyright: ignore
         return y.reshape(x.shape)
 
     return _on_shards(apply, x, chosen, weights, experts, rules, over=("expert", "mlp"))
@@ -186,14 +176,18 @@ def _in_passes(
 
 
 def _in_passes_backward(
-    act: Activation, platform: str, size: int, residuals: Any, dy: jax.Array
+    act: Activation,
+    platform: str,
+    size: int,
+    residuals: tuple[Array, Array, Array, Experts],
+    dy: jax.Array,
 ) -> tuple[jax.Array, None, jax.Array, Experts]:
     x, chosen, weights, experts = residuals
     order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
     part = _passes(act, platform, size, order, sizes, chosen.shape[1])
     flat = weights.reshape(-1)
 
-    def body(i: Array, sums: Any) -> Any:
+    def body(i: Array, sums: tuple[Array, Array, Experts]) -> tuple[Array, Array, Experts]:
         dx, d_flat, d_experts = sums
         apply, token, assignment = part(i)
         _, pullback = jax.vjp(apply, _rows(x, token), _rows(flat, assignment), experts)
@@ -219,13 +213,13 @@ _in_passes.defvjp(
 
 def _passes(
     act: Activation, platform: str, size: int, order: Array, sizes: Array, k: int
-) -> Callable[[Array], tuple[Any, jax.Array, jax.Array]]:
-    """i -> (what pass i applies to its rows, their tokens [size], their assignments [size])."""
+) -> Callable[[Array], tuple[Apply, jax.Array, jax.Array]]:
+    """i -> (the function of pass i, its tokens [size], its assignments [size])."""
     none = order.shape[0]
     padded = jnp.pad(order, (0, -none % size), constant_values=none)
     ends = jnp.cumsum(sizes)
 
-    def part(i: Array) -> tuple[Any, jax.Array, jax.Array]:
+    def part(i: Array) -> tuple[Apply, jax.Array, jax.Array]:
         start = i * size
         assignment = jax.lax.dynamic_slice_in_dim(padded, start, size)
         within = [jnp.clip(edge, start, start + size) for edge in (ends, ends - sizes)]
@@ -247,9 +241,6 @@ def _count(sizes: Array, size: int) -> jax.Array:
 def _rows(a: Array, index: Array) -> jax.Array:
     """a[index], zeros beyond the end."""
     return jnp.take(a, index, axis=0, mode="fill", fill_value=0)
-
-
-# ---- capacity ----
 
 
 def with_capacity(

@@ -1,4 +1,4 @@
-"""Rows sorted by group, one matrix for each group, and the way there and back.
+"""Products of rows sorted by group with one matrix for each group, and the permutations.
 
 A grouped product multiplies every row of a sorted array by the matrix of its group. An assignment
 is one of the R = n k pairs of a token and a choice, numbered token * k + choice; the assignment of
@@ -8,7 +8,7 @@ row r is `order[r]` (n k: none), and the row of assignment a is `slots[a]` (R or
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,18 @@ def grouped_matmul(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.A
     return jax.lax.ragged_dot(x, weights, sizes)
 
 
-def _forward(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array) -> Any:
+Residuals: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(
+    platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, Residuals]:
     return grouped_matmul(platform, x, weights, sizes), (x, weights, sizes)
 
 
-def _backward(platform: str, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(
+    platform: str, residuals: Residuals, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, weights, sizes = residuals
     rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
     dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)
@@ -90,11 +97,15 @@ def collect(rows: jax.Array, order: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.sum(picked, axis=1, dtype=jnp.float32).astype(rows.dtype)
 
 
-def _spread_backward(plan: Any, d_rows: jax.Array) -> tuple[jax.Array, None, None]:
+def _spread_backward(
+    plan: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None, None]:
     return collect(d_rows, *plan), None, None
 
 
-def _collect_backward(plan: Any, d_x: jax.Array) -> tuple[jax.Array, None, None]:
+def _collect_backward(
+    plan: tuple[jax.Array, jax.Array], d_x: jax.Array
+) -> tuple[jax.Array, None, None]:
     return spread(d_x, *plan), None, None
 
 

@@ -1,7 +1,7 @@
 """Mixtures of experts: a router picks the few MLPs that each token passes (arXiv:1701.06538).
 
 Every layer of a model is one: the stack scans a single body (models that interleave dense layers,
-or begin with some, are not expressible). Two ways to bring tokens to their experts:
+or start with some, are not expressible). Two ways to dispatch tokens to their experts:
 
     dropless   sorted by expert and multiplied by grouped products (arXiv:2211.15841). No token is
                dropped, whatever the load, and none sees another.
@@ -75,9 +75,7 @@ class MoeConfig:
     )
 
     def check(self, need: Callable[[bool, str], None]) -> None:
-        """Calls `need(condition, message)` for all that must hold, paths relative to the model's
-        config.
-        """
+        """Call `need(condition, message)` on each condition, with paths relative to the model's."""
         e, k = self.num_experts, self.num_experts_per_token
         need(
             e == 0 or k <= e,
@@ -92,7 +90,7 @@ class MoeConfig:
 
 @flax.struct.dataclass
 class RouterReport:
-    """What a layer says beside its output, float32 scalars: terms of the loss, and statistics."""
+    """Terms of the loss and statistics of a layer, float32 scalars."""
 
     aux: dict[str, Array]
     stats: dict[str, Array]
@@ -104,7 +102,7 @@ class RouterReport:
 
 @flax.struct.dataclass
 class Routing:
-    """Where tokens go. Arrays follow [B, T]."""
+    """The experts of every token [B, T]."""
 
     logits: Array  # float32 [B, T, E]
     scores: Array  # float32 [B, T, E]
@@ -115,9 +113,9 @@ class Routing:
 def route(
     logits: Array, non_padding: Array, config: MoeConfig, bias: Array | None = None
 ) -> Routing:
-    """The experts of each token and their weights, by its logits: float32 [B, T, E].
+    """The experts of each token and their weights, by logits: float32 [B, T, E].
 
-    non_padding: bool [B, T], False at padding. bias: [E], added to the scores for the choice alone.
+    non_padding: bool [B, T], False at padding. bias: [E], added to the scores for the choice only.
     """
     k = config.num_experts_per_token
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
@@ -130,8 +128,7 @@ def route(
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if config.normalize:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    nowhere = config.num_experts
-    chosen = jnp.where(non_padding[..., None], chosen, nowhere)
+    chosen = jnp.where(non_padding[..., None], chosen, config.num_experts)
     return Routing(logits, scores, chosen, config.scale * weights)
 
 
