@@ -65,7 +65,7 @@ class Batch(Generic[ArrayT]):
     weights: ArrayT  # float32 [B, T]; 0 where nothing is scored
     encoder: Tokens[ArrayT] | None = None  # encoder-decoder models only
     records: ArrayT | None = None  # uint32 [B]; a hash of where each row comes from
-    tasks: ArrayT | None = None  # int32 [B]; which of several tasks, where losses are told apart
+    tasks: ArrayT | None = None  # int32 [B]; the task of each row, for losses by task
 
 
 HostTokens: TypeAlias = Tokens[np.ndarray]
@@ -78,14 +78,14 @@ class Output:
 
     hidden: Array  # [B, T, D], before the vocabulary projection, so that the loss can chunk
     cache: Cache | None = None
-    # scalars: terms of the loss per token, and what is reported beside it
+    # scalars: terms of the loss per token, and statistics to report
     aux: dict[str, Array] = flax.struct.field(default_factory=dict)
     stats: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training carries from one step to the next: the state before batch `step`."""
+    """State of training before batch `step`."""
 
     step: Array  # int32 []
     params: Params
@@ -123,11 +123,11 @@ class Model(Protocol):
 
 
 def check_head(config: Any) -> None:
-    """Raises ValueError where a model's config says that it has no projection to the vocabulary."""
+    """Raise ValueError where a model's config says that it has no projection to the vocabulary."""
     if not getattr(config, "has_head", True):
         raise ValueError(
             "config.model.has_head is False: the model has no projection to the vocabulary, and "
-            "gives hidden states alone. To train one, start a run with --config.init.from=RUN "
+            "gives only hidden states. To train one, start a run with --config.init.from=RUN "
             "--config.model.has_head=True and its parameters in --config.init.new"
         )
 

@@ -75,7 +75,9 @@ def by_hand(inputs, weight, state, where):
     """`recurrence` as plainly as it can be written, for jax to differentiate."""
     outputs = []
     for t in range(inputs.shape[1]):
-        filled, starts, cuts = (x[:, t, None] for x in (where.filled, where.starts, where.cuts))
+        filled, starts, cuts = (
+            x[:, t, None] for x in (where.non_padding, where.starts, where.cuts)
+        )
         stopped = jax.tree.map(
             lambda a, cuts=cuts: jnp.where(cuts, jax.lax.stop_gradient(a), a), state
         )
@@ -97,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_equation_written_as_a_loop(rules_
         for shape in ((batch, 9, 4, width), (width, 4, width), (batch, width), (batch, width))
     )
     where = Marks(*(rng.random((batch, 9)) < p for p in (0.7, 0.3, 0.3)))
-    where = where.replace(starts=where.starts & where.filled)
+    where = where.replace(starts=where.starts & where.non_padding)
     scale = rng.standard_normal((batch, 9, width)), rng.standard_normal((2, batch, width))
 
     def loss(function, inputs, weight, state):
@@ -120,7 +122,7 @@ def test_outputs_and_gradients_are_those_of_torch(rules_on):
     x = rng.standard_normal((batch, length, size)).astype(np.float32)
     layer = recurrent.Lstm(embed_dim=size, hidden_dim=width, rules=rules_on())
     where = Marks(*np.zeros((3, batch, length), bool)).replace(
-        filled=np.ones((batch, length), bool)
+        non_padding=np.ones((batch, length), bool)
     )
     state = State(*rng.standard_normal((2, batch, width)).astype(np.float32))
     params = nn.unbox(layer.init(jax.random.key(0), x, state, where))["params"]

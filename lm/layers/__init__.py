@@ -1,5 +1,4 @@
 """Building blocks of models: linen modules and the pure functions under them.
 
-Modules take plain values and `Rules`, never a config; the layer that needs a new equation is a new
-file.
+Those of transformers take a `BlockConfig`, all others plain values; a new equation is a new file.
 """

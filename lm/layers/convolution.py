@@ -32,8 +32,8 @@ class GatedConvolution(nn.Module):
     def __call__(
         self, x: Array, positions: Array, before: Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """x: [B, T, D]; before: [B, kernel_size - 1, D], what came before it, or None where x
-        begins rows -> ([B, T, D], the last kernel_size - 1 tokens or None).
+        """x: [B, T, D]; before: [B, kernel_size - 1, D], the tokens before it, or None where x
+        is the start of rows -> ([B, T, D], the last kernel_size - 1 tokens or None).
         """
         width, axes = self.embed_dim, ("embed", "taps", "gates", "mlp")
         init = initializer(self.init_std, width * self.kernel_size)

@@ -233,8 +233,8 @@ def _over_chunks(
 
 
 def _projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
-    """(logits as a function of hidden states and parameters, the parameters of the head), which
-    alone get a gradient that is carried from chunk to chunk.
+    """(logits as a function of hidden states and parameters, the parameters of the head). Only
+    these have a gradient that is carried from chunk to chunk.
     """
     leaves, structure = jax.tree.flatten({name: params[name] for name in model.head_params})
     others = dict.fromkeys(params)  # declared by the module, and not read

@@ -41,8 +41,8 @@ def parameter(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def float32_product(dim: int, x: Array, weight: Array) -> jax.Array:
-    """The float32 sums that the product of x and weight is made of, without rounding them to the
-    type of both: [..., D] with dimension `dim` of a matrix.
+    """The product of x: [..., D] with dimension `dim` of a matrix, in float32: its sums are not
+    rounded to the type of both.
 
     Its own gradient: the cotangent is rounded to the type of x, so that the two products of the
     backward pass are as fast as those of the same type, as they are for a rounded result.

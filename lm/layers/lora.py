@@ -32,7 +32,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
     def check(self) -> None:
-        """Raises ValueError, naming the config path, for adapters of nothing."""
+        """Raise ValueError, naming the config path, for a rank without targets."""
         if self.rank and not self.targets:
             raise ValueError(
                 f"config.model.lora.targets ({self.targets}) must be given with a rank "
@@ -46,7 +46,7 @@ def adapters(names: Iterable[str]) -> frozenset[str]:
 
 
 def check_targets(config: LoraConfig, names: Iterable[str]) -> None:
-    """Raises ValueError unless each target has an adapter among the names of a model's
+    """Raise ValueError unless each target has an adapter among the names of a model's
     parameters.
     """
     names = list(names)

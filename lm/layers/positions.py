@@ -1,4 +1,4 @@
-"""Where a token stands: rotary (arXiv:2104.09864), sinusoidal (arXiv:1706.03762), T5 relative
+"""Positional encodings: rotary (arXiv:2104.09864), sinusoidal (arXiv:1706.03762), T5 relative
 (arXiv:1910.10683), ALiBi (arXiv:2108.12409). Learned absolute positions are an `Embedding`.
 """
 
@@ -96,7 +96,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """x: [B, T, N, H] with its two halves turned by the angles of cos, sin: [B, T, H/2], which get
     no gradient.
 
-    The halves trade places in the type of x and nothing is cut: on TPU, half a head fills half a
+    The halves are swapped in the type of x, and nothing is cut: on TPU, half a head fills half a
     tile, and arrays of halves, in float32 for the gradient, were the largest of a layer.
     """
     cos = jnp.concatenate([cos, cos], axis=-1)[:, :, None]  # [B, T, 1, H]

@@ -1,10 +1,10 @@
 """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) over
 packed rows.
 
-What doesn't depend on the state is one product for all positions; the loop over time is left with
-the product of the state. Its gradient is written out for the same reason: of the two products of
-the backward pass only the one with the state needs the loop, and the gradient of the weight is one
-product for all positions instead of a sum that the loop reads and writes at every one.
+The products that don't depend on the state are one for all positions; only the product of the state
+is left in the loop over time. Its gradient is written out for the same reason: of the two products
+of the backward pass only the one with the state needs the loop, and the gradient of the weight is
+one product for all positions instead of a sum that the loop reads and writes at every one.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Marks:
 
 
 def marks(inputs: Tokens, bptt: int | None) -> Marks:
-    """The Marks of a row whose gradients reach back `bptt` tokens at most; None: to its start.
+    """The Marks of rows whose gradients reach back `bptt` tokens at most; None: to their starts.
 
     The row is cut where its index is a multiple of `bptt`, whatever segments it holds.
     """
     length = inputs.ids.shape[1]
     non_padding = jnp.asarray(inputs.segments) != 0
-    places = jnp.arange(length) % (length if bptt is None else bptt)
-    cuts = jnp.broadcast_to(places == 0, non_padding.shape) & (bptt is not None)
+    offset = jnp.arange(length) % (length if bptt is None else bptt)
+    cuts = jnp.broadcast_to(offset == 0, non_padding.shape) & (bptt is not None)
     return Marks(non_padding, (jnp.asarray(inputs.positions) == 0) & non_padding, cuts)
 
 

@@ -1,4 +1,4 @@
-"""A stack of blocks with what its layers share: masks, rotary tables, biases, cache, final norm."""
+"""A stack of blocks, with masks, rotary tables, biases, cache and final norm."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lm.types import Array, Cache, Output, Tokens
 
 
 class Transformer(nn.Module):
-    """From embedded tokens to hidden states. Parameters: `layers` (stacked), and `norm` and
+    """A map from embedded tokens to hidden states. Parameters: `layers` (stacked), and `norm` and
     `relative` where used.
 
-    causal: whether a token sees only itself and those before it (and a bidirectional prefix).
+    causal: a token sees only itself and those before it (and a bidirectional prefix).
     """
 
     config: BlockConfig
@@ -88,12 +88,12 @@ class Transformer(nn.Module):
         return self.finish(x), cache, reports
 
     def finish(self, x: Array) -> jax.Array:
-        """What the vocabulary projection reads of a residual stream x: [B, T, D]."""
+        """The input of the vocabulary projection, from a residual stream x: [B, T, D]."""
         x = x if self.config.norm_placement == "post" else self.norm(x)
         return self.rules.constrain(x, "act_batch", "length", "act_embed")
 
     def _masks(self, tokens: Tokens, order: int) -> tuple[Mask, ...]:
-        """Of a stream over itself, one for each kind of layer."""
+        """The masks of a stream over itself, one for each kind of layer."""
         return (self_mask(tokens, self.causal, order),) * len(self.config.kinds)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
@@ -143,9 +143,9 @@ class Transformer(nn.Module):
         kind = self.config.positions
         if kind not in ("relative", "alibi"):
             return None
-        if mask.order:  # inside a segment, distance in positions is distance in places
-            places = zigzag.positions(mask.key_positions.shape[1], mask.order)
-            distance = jnp.asarray(places[None, :] - places[:, None])[None]
+        if mask.order:  # inside a segment, positions differ as indices do
+            index = zigzag.positions(mask.key_positions.shape[1], mask.order)
+            distance = jnp.asarray(index[None, :] - index[:, None])[None]
         else:
             distance = mask.key_positions[:, None, :] - mask.query_positions[:, :, None]
         if kind == "relative":
@@ -187,7 +187,7 @@ def check_kernels(config: BlockConfig, rules: Rules) -> None:
 
 
 def check_stages(name: str, rules: Rules) -> None:
-    """Raises ValueError on a mesh with stages, for models that don't run in a pipeline."""
+    """Raise ValueError on a mesh with stages, for models that don't run in a pipeline."""
     if (stages := rules.size("layers")) > 1:
         raise ValueError(
             f"config.mesh.stage ({stages}) must be 1 for config.model.name={name}: the pipeline is "

@@ -18,7 +18,7 @@ LARGEST_HEAD = 128  # on every architecture that has the kernel
 
 
 def attend(q: Array, k: Array, v: Array, mask: Mask, *, scale: float, window: int | None) -> Array:
-    """[B, N, T, H] of q: [B, N, T, H], k and v: [B, K, T, H], in bfloat16, places as they came."""
+    """[B, N, T, H] of q: [B, N, T, H], k and v: [B, K, T, H], bfloat16, rows in order."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     y = jax.nn.dot_product_attention(
         q,

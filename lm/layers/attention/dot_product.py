@@ -19,9 +19,9 @@ class Mask:
     when `causal`, or anywhere in a bidirectional prefix; and only less than `window` away, where
     one is given.
 
-    order: queries and keys are the tokens of one stream, whose length stands in the zig-zag order
-    of so many shards (`lm.parallel.zigzag`; 1: as it came). None: they are not (a cache), so that
-    nothing is known from their places.
+    order: the number of shards whose zig-zag order (`lm.parallel.zigzag`) the length has, for
+    queries and keys of one stream (1: as it came). None: they are of two, as with a cache, so that
+    their indices say nothing.
     """
 
     query_segments: Array  # int32 [B, T]
@@ -56,8 +56,8 @@ def cross_mask(query_segments: Array, key_segments: Array) -> Mask:
     """The mask of one stream over another, of which it sees all tokens of the same segment number:
     int32 [B, T] and [B, S].
     """
-    places = (jnp.zeros_like(query_segments), jnp.zeros_like(key_segments))
-    return Mask(query_segments, places[0], key_segments, places[1], causal=False)
+    nowhere = jnp.zeros_like(query_segments), jnp.zeros_like(key_segments)
+    return Mask(query_segments, nowhere[0], key_segments, nowhere[1], causal=False)
 
 
 def capped_scores(q: Array, k: Array, *, scale: float, softcap: float | None) -> jax.Array:

@@ -190,10 +190,10 @@ def _splash(
     softcap: float | None,
 ) -> jax.Array:
     shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
-    places = zigzag.positions(length, order).reshape(shards, -1)
-    chunk = places.shape[1] // (2 if order > 1 else 1)
+    indices = zigzag.positions(length, order).reshape(shards, -1)
+    chunk = indices.shape[1] // (2 if order > 1 else 1)
     sizes = splash.block_sizes(chunk, length)
-    infos = splash.mask_infos(places, length, sizes, mask.causal, window)
+    infos = splash.mask_infos(indices, length, sizes, mask.causal, window)
 
     def local(q: Array, k: Array, v: Array, segments: Array, infos: splash.MaskInfos) -> jax.Array:
         k, v = (zigzag.restore(_collect(x, rules, 2), order, 2) for x in (k, v))

@@ -1,7 +1,7 @@
 """Splash attention, the Pallas kernel for TPUs that ships with jax: it keeps no scores.
 
-The kernel gets a schedule of blocks from here, computed from where queries and keys stand, instead
-of from jax's own mask classes: these evaluate every block of [T, S] in Python (minutes at 131,072
+The kernel gets a schedule of blocks from here, computed from the indices of queries and keys, and
+not by jax's own mask classes: these evaluate every block of [T, S] in Python (minutes at 131,072
 tokens), and don't know an order of the queries.
 """
 
@@ -29,7 +29,7 @@ def block_size(length: int, limit: int) -> int:
 
 
 def block_sizes(chunk: int, length: int) -> kernel.BlockSizes:
-    """Of queries in chunks of consecutive tokens, and `length` keys."""
+    """Block sizes for queries in chunks of consecutive tokens, and `length` keys."""
     q, kv = block_size(chunk, FORWARD), block_size(length, FORWARD)
     q_back, kv_back = block_size(chunk, BACKWARD), block_size(length, BACKWARD)
     return kernel.BlockSizes(
@@ -45,8 +45,8 @@ def block_sizes(chunk: int, length: int) -> kernel.BlockSizes:
 
 @functools.cache
 def _visible(causal: bool, window: int | None) -> Callable[[Array, Array], Array] | None:
-    """(places of queries, places of keys) -> bool; None: all of them. Cached, for the kernel's own
-    cache compares functions by identity.
+    """(indices of queries, indices of keys) -> bool; None: all of them. Cached, since the kernel's
+    own cache compares functions by identity.
     """
     if not causal and window is None:
         return None
@@ -59,13 +59,13 @@ def _visible(causal: bool, window: int | None) -> Callable[[Array, Array], Array
 
 
 def visible_blocks(
-    places: np.ndarray, length: int, block_q: int, block_kv: int, causal: bool, window: int | None
+    indices: np.ndarray, length: int, block_q: int, block_kv: int, causal: bool, window: int | None
 ) -> np.ndarray:
     """The blocks with at least one visible pair: bool [n, blocks of queries, blocks of keys].
 
-    places: [n, T / n], of the queries of each shard, consecutive in every block.
+    indices: [n, T / n], of the queries of each shard, consecutive in every block.
     """
-    first = places[:, ::block_q, None]  # [n, blocks of queries, 1]
+    first = indices[:, ::block_q, None]  # [n, blocks of queries, 1]
     start = np.arange(0, length, block_kv)
     nearest, farthest = first - (start + block_kv - 1), first + block_q - 1 - start
     seen = farthest >= 0 if causal else np.ones_like(farthest, bool)
@@ -88,17 +88,17 @@ def schedule(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_infos(
-    places: np.ndarray, length: int, sizes: kernel.BlockSizes, causal: bool, window: int | None
+    indices: np.ndarray, length: int, sizes: kernel.BlockSizes, causal: bool, window: int | None
 ) -> MaskInfos:
     """Schedules of the kernels. Arrays lead with [n], one per shard, except
-    for the places of the queries, [T].
+    for the indices of the queries, [T].
     """
     computed = _visible(causal, window) is not None
-    q_sequence = places.reshape(-1).astype(np.int32) if computed else None
+    q_sequence = indices.reshape(-1).astype(np.int32) if computed else None
 
     def info(block_q: int | None, block_kv: int | None, by_key: bool) -> MaskInfo:
         assert block_q is not None and block_kv is not None, "`block_sizes` gives all"
-        seen = visible_blocks(places, length, block_q, block_kv, causal, window)
+        seen = visible_blocks(indices, length, block_q, block_kv, causal, window)
         load, work = schedule(np.swapaxes(seen, 1, 2) if by_key else seen)
         if by_key:
             load, work = (np.swapaxes(x, 1, 2) for x in (load, work))

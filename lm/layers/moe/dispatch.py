@@ -7,7 +7,7 @@ Both variants are explicit about devices. What a device receives, in tokens of t
                    and adds the results up where the tokens came from: (s - 1) times its own tokens
                    over s shards, each way, whatever the load. Rows sent only where they are wanted
                    would be k (s - 1) / s times at a balanced load, which is less for s > k.
-    with_capacity  Rows of C places for every expert are exchanged by an all-to-all, each way:
+    with_capacity  Rows of C slots for every expert are exchanged by an all-to-all, each way:
                    capacity_factor * k * (s - 1) / s times its own tokens over s shards.
 
 The weights that FSDP divides are gathered before, and their gradients reduced and scattered after.
@@ -259,7 +259,7 @@ def with_capacity(
     """
     axes, length = rules.sharded_axes("expert"), rules.sharded_axes("length")
     num_experts = experts["up"].shape[0]
-    # shards of the length divide the places: each fills its own from the whole row
+    # shards of the length divide the slots: each fills its own from the whole row
     room = -(-capacity // rules.size("length"))
 
     def product(rows: Array, weight: Array) -> jax.Array:
@@ -268,8 +268,8 @@ def with_capacity(
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
         b, t, k = chosen.shape
         first = room * jax.lax.axis_index(length) if length else 0
-        places = functools.partial(_places, num_experts, capacity, first, room)
-        order, slots = jax.vmap(places)(chosen.reshape(b, -1))
+        permutation = functools.partial(_permutation, num_experts, capacity, first, room)
+        order, slots = jax.vmap(permutation)(chosen.reshape(b, -1))
         rows = jax.vmap(spread)(x, order, slots.reshape(b, t, k))
         rows = rows.reshape(b, num_experts, room, -1)
         if axes:
@@ -285,23 +285,22 @@ def with_capacity(
     return _on_shards(apply, x, chosen, weights, experts, rules, over=over)
 
 
-def _places(
+def _permutation(
     num_experts: int, capacity: int, first: Array | int, room: int, chosen: Array
 ) -> tuple[Array, Array]:
-    """(order [E * room], slots [T k]) of the choices of one row, int32 [T k], for the places first
-    .. first + room of all experts.
+    """(order [E * room], slots [T k]) of the choices of one row, int32 [T k], for slots first ..
+    first + room of all experts.
 
     By token first and choice second: that a later token is there changes nothing for an earlier.
     """
     count = chosen.shape[0]
     order, ranks, sizes = sort_by_group(chosen, num_experts)
     starts = jnp.cumsum(sizes) - sizes
-    place = ranks - jnp.take(starts, chosen, mode="fill", fill_value=0)
-    taken = (chosen < num_experts) & (place < capacity)
-    taken &= (place >= first) & (place < first + room)
-    slots = jnp.where(taken, chosen * room + place - first, num_experts * room)
-    place = first + jnp.arange(room)
-    filled = place < jnp.minimum(sizes, capacity)[:, None]  # [E, room]
-    where = jnp.where(filled, starts[:, None] + place, count)
+    slot = ranks - jnp.take(starts, chosen, mode="fill", fill_value=0)
+    taken = (chosen < num_experts) & (slot < capacity) & (slot >= first) & (slot < first + room)
+    slots = jnp.where(taken, chosen * room + slot - first, num_experts * room)
+    slot = first + jnp.arange(room)
+    filled = slot < jnp.minimum(sizes, capacity)[:, None]  # [E, room]
+    where = jnp.where(filled, starts[:, None] + slot, count)
     order = jnp.take(order, where, mode="fill", fill_value=count)
     return order.reshape(-1), slots

@@ -8,9 +8,9 @@ or start with some, are not expressible). Two ways to dispatch tokens to their e
     capacity   each expert takes up to C = capacity_factor * k * T / E tokens of a row of T, the
                earliest ones, and the rest pass it by (arXiv:2006.16668, with its groups being
                rows). Static shapes and an all-to-all of C tokens per expert and row; packed
-               neighbours do compete for places, but nobody with those that come later.
+               neighbours do compete for slots, but no token with later ones.
 
-Padding (segment 0) is routed to no expert: it takes no place and counts in no statistic.
+Padding (segment 0) is routed to no expert: it takes no slot and counts in no statistic.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid")
 DISPATCHES = ("dropless", "capacity")
 
 # The gradient of a selection bias is how far its expert's load is above the mean, times this. The
-# optimizer takes its sign alone; so small, it shows in no norm of the gradient, and float32 still
+# optimizer takes only its sign; so small, it shows in no norm of the gradient, and float32 still
 # holds it exactly.
 BIAS_GRADIENT = 2.0**-64
 
@@ -60,7 +60,7 @@ class MoeConfig:
     scale: float = field(1.0, "Factor on the weights.", gt=0)
     dispatch: str = field("dropless", "How tokens reach experts.", choices=DISPATCHES)
     capacity_factor: float = field(
-        1.25, "capacity: places of an expert in a row, relative to a balanced load.", gt=0
+        1.25, "capacity: slots of an expert in a row, relative to a balanced load.", gt=0
     )
     balance_loss: float = field(
         0.0, "Coefficient of the load-balance loss, 1 at a balanced load (arXiv:2101.03961).", ge=0
@@ -70,7 +70,7 @@ class MoeConfig:
     )
     selection_bias: bool = field(
         False,
-        "A bias for each expert, on the selection alone, that optimizer.bias_rate moves against "
+        "A bias for each expert, on the selection only, that optimizer.bias_rate moves against "
         "its load (arXiv:2408.15664).",
     )
 
@@ -83,7 +83,7 @@ class MoeConfig:
         )
 
     def capacity(self, length: int) -> int:
-        """Places of each expert in a row of `length` tokens: C."""
+        """Slots of each expert in a row of `length` tokens: C."""
         balanced = length * self.num_experts_per_token / self.num_experts
         return max(1, min(length, math.ceil(self.capacity_factor * balanced)))
 
