@@ -15,7 +15,7 @@ head_dim of 128.
 The report (section 2.2 and table 2) gives the tokens below (270m: its model card), rows of 32,768
 with the stretch at the end of training, and the chips (512 TPU v5e for 1b, 6,144 v5p for 27b).
 Learning rate and batch are not published, and the models were distilled from a larger one; plain
-training with 3e-4 (1.5e-4 from 12b on), 4M tokens and a cosine is ours. Not run here.
+training with 3e-4 (1.5e-4 from 12b on), 4M tokens and a cosine is chosen here. Not run here.
 
 With the release's `tokenizer.model` and a token store at the paths below:
 

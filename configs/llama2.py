@@ -3,7 +3,7 @@
     configs/llama2.py:7b    also 13b, 70b
 
 Shapes: table 1 and the published checkpoints, whose 6,738,415,616, 13,015,864,320 and
-68,976,648,192 parameters these are; 70b alone has fewer heads of keys and values (8). Recipe:
+68,976,648,192 parameters these are; only 70b has fewer heads of keys and values (8). Recipe:
 section 2.2: 2T tokens in batches of 4M, rows of 4,096, AdamW with 0.9, 0.95 and 1e-5, 2,000 steps
 of warm-up, a cosine to a tenth, weight decay 0.1, gradients clipped to 1. The 7b took 184,320 hours
 of A100 80GB, the 70b 1,720,320 (table 2). Initialisation is not published. Not run here.

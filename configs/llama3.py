@@ -6,7 +6,7 @@
 
 Shapes and learning rates: table 3; 8,030,261,248, 70,553,706,496 and 405,853,388,800 parameters,
 and 1,235,814,400 and 3,212,749,824, as in the published checkpoints. Recipe: section 3.4.1, of
-which the paper gives figures for 405b alone: 8,000 steps of warm-up, then a cosine to 1/100 over
+which the paper gives figures only for 405b: 8,000 steps of warm-up, then a cosine to 1/100 over
 1,200,000 steps. Its batch grows from 4M tokens in rows of 4,096 to 8M and 16M in rows of 8,192;
 here it is 4M up to 8b and 8M above, in rows of 8,192 throughout. It took 3.8e25 FLOPs on up to
 16,384 H100. Llama 3.2 was pruned and distilled from larger models; here it is trained from

@@ -5,8 +5,8 @@
 Shapes: table 1 and the released config.json files; 46,702,792,704 and 140,620,634,112 parameters,
 of which a token meets 12.9B and 39.2B. Each layer's router sends a token to 2 of 8 experts, with
 the softmax over those two as weights (section 2.1). No layer has a window. The coefficient of the
-load-balance loss is the releases' `router_aux_loss_coef`, 0.02 and 0.001, times 2: theirs is 2,
-ours 1, at a balanced load.
+load-balance loss is the releases' `router_aux_loss_coef`, 0.02 and 0.001, times 2: at a balanced
+load that loss is 2, this one 1.
 
 How it was trained is not published. This recipe is that of configs/mistral.py. Not run here.
 

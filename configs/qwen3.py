@@ -6,11 +6,11 @@ Shapes: table 1 and the released config.json files; 596,049,920, 1,720,574,976, 
 8,190,735,360, 14,768,307,200 and 32,762,123,264 parameters. Heads are 128 wide whatever embed_dim
 / num_heads is, with an RMS norm on queries and keys.
 
-Of the training, section 3.2 tells the stages alone: over 30T tokens in rows of 4,096 (this
+Of the training, section 3.2 tells only the stages: over 30T tokens in rows of 4,096 (this
 config), 5T better ones, and then rows of 32,768, for which the base of the rotary wavelengths was
 raised from 10,000 to the 1,000,000 that the release has and this config takes from the start.
 Batch, learning rate and schedule are not published: 4M tokens, 3e-4 (1.5e-4 from 14b on) and a
-cosine are ours, after Llama 3. Not run here.
+cosine follow Llama 3. Not run here.
 
 With the release's `tokenizer.json` and a token store at the paths below:
 

@@ -6,9 +6,9 @@ Shapes: table 2 and the released config.json files; 30,532,122,624 and 235,093,6
 of which a token meets 3.3B and 22.2B. Every layer has 128 experts and no shared one; its router
 sends a token to 8 of them, with their probabilities divided by their sum as weights. The
 load-balance loss is that of the global batch (section 2), as it is here; its coefficient is the
-release's `router_aux_loss_coef`, 0.001, times 8: its loss is 8, ours 1, at a balanced load.
+release's `router_aux_loss_coef`, 0.001, times 8: at a balanced load that loss is 8, this one 1.
 
-Of the training the stages alone are told: see configs/qwen3.py, whose batch and schedule these
+Of the training only the stages are told: see configs/qwen3.py, whose batch and schedule these
 are. Not run here.
 
 With the release's `tokenizer.json` and a token store at the paths below:

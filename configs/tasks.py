@@ -9,9 +9,9 @@ models are a flag away (`--config.model.num_layers=12 --config.model.embed_dim=7
 pretrained ones: with `--config.init.from=RUN` the sizes, the tokenizer and the vocabulary are to be
 those of that run.
 
-Every task reads a store of two fields, `source` and `target`, and is judged by scripts/predict.py
-on records that training never saw. scripts/split_records.py puts them apart by the hash of a key,
-so that records of one text, paragraph or file stay together:
+Every task reads a store of two fields, `source` and `target`; scripts/predict.py evaluates it on
+records that training never saw. scripts/split_records.py splits them by the hash of a key, so that
+records of one text, paragraph or file stay together:
 
     python scripts/split_records.py --data=DATA --field=source=SOURCE --field=target=TARGET \\
         --key=source --out=data/TASK
@@ -37,7 +37,7 @@ or TFDS has its own columns:
     sentiment      REVIEWS.jsonl            text                      label       classes
                    labels "negative" and "positive", or --config.objective.labels
 
-masked pretrains an encoder on the source of the standard library; topics begins with it by
+masked pretrains an encoder on the source of the standard library; topics starts from it by
 `--config.init.from=runs/masked`, and without it at random. dialogue answers in
 `scripts/generate.py --chat`, whose lines its template has. multitask has three tasks in one model;
 its stores are those of the tasks, made with one tokenizer, the task's name before each source.
@@ -93,7 +93,7 @@ def get_config(arg=None):
     config.loader.kind = "thread"
     data.too_long = "error" if name == "masked" else "cut"
 
-    if name == "topics":  # begins with the run `masked`, and so has its tokenizer
+    if name == "topics":  # starts from the run `masked`, with its tokenizer
         data.tokenizer = "data/stdlib/tokenizer.model"
         config.objective.labels = PACKAGES
         config.objective.verbalizers = tuple("ABCDEFGHIJ")

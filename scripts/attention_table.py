@@ -1,4 +1,4 @@
-"""Memory and time of attention alone on a TPU, by kernel and length; writes to docs/scale.md.
+"""Memory and time of attention by itself on a TPU, by kernel and length; writes to docs/scale.md.
 
     python scripts/attention_table.py                                   # about ten compiles
     python scripts/attention_table.py --lengths=4096 --kernels=splash   # one, printed alone
@@ -136,8 +136,8 @@ def _write(topology: str, names: list[str], rows: list[str]) -> None:
     below = text.index("\n\n", text.index("\n|", start))
     table = [
         f"{HEADING}\n",
-        "Made by `python scripts/attention_table.py`: attention alone, forward and backward, on "
-        f"{topology},\none row of 16 heads of 128 (4 of keys and values) on each shard of the "
+        "Made by `python scripts/attention_table.py`: attention by itself, forward and backward, "
+        f"on {topology},\none row of 16 heads of 128 (4 of keys and values) on each shard of the "
         "batch. Temporaries of a\ndevice; least time with everything overlapped and with nothing; "
         "what binds.\n",
         "| length | sequence | " + " | ".join(names) + " |",
