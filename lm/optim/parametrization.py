@@ -1,4 +1,4 @@
-"""How initial weights, steps and outputs change with width and depth, as tables of exponents.
+"""Exponents of initial weights, steps and outputs in the width and depth of a model, as tables.
 
 Hyper-parameters are tuned on a small model, the base, and mean the same on a wide and deep one:
 each number of the base is multiplied by powers of
@@ -42,7 +42,7 @@ ONE = Power()
 
 @dataclasses.dataclass(frozen=True)
 class RoleScaling:
-    """What a role's parameters have at other sizes than the base."""
+    """Powers by which a role's parameters scale at other sizes than the base."""
 
     init: Power | None  # deviation at the start; None: what the config says, at the size itself
     rate: Mapping[str, Power]  # learning rate, by kind of step; a kind that is missing is refused
@@ -120,7 +120,7 @@ class Scaling:
         return self.width**power.width * (self.depth**power.depth if in_block else 1.0)
 
     def has(self, rule: str) -> bool:
-        """Whether the table says how parameters learn by this kind of step."""
+        """True if the table has learning rates for this kind of step."""
         return rule in self._table.rows["hidden"].rate
 
     def init(self, role: str, init_std: float | None) -> float:

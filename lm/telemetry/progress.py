@@ -60,7 +60,7 @@ def _truncate(text: str, width: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """1h02m, 3m20s or 12s; ? for nan."""
+    """Seconds as 1h02m, 3m20s or 12s, and nan as `?`."""
     if math.isnan(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
