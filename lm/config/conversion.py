@@ -48,7 +48,7 @@ def default(
     return tree
 
 
-def task(name: str, sources: tuple[str, ...], **changes: Any) -> dict[str, Any]:
+def task(name: str, sources: tuple[str, ...], **changes: object) -> dict[str, object]:
     """A section of `config.objective.tasks`: an objective, its fields, and its token stores.
 
     changes: fields that differ from the objective's defaults.
@@ -197,7 +197,7 @@ def changed(
     }
 
 
-def explain(config: ConfigTree) -> Iterator[tuple[str, Any, Any, str]]:
+def explain(config: ConfigTree) -> Iterator[tuple[str, object, object, str]]:
     """(path, value, default, sentence with the range of numbers) of every key."""
     chosen = names(config)
     defaults = dict(leaves(default(**chosen).to_dict()))

@@ -26,7 +26,7 @@ class ConfigTree(ml_collections.ConfigDict):
 
         def __getattr__(self, attribute: str) -> Any: ...
         def __getitem__(self, key: str) -> Any: ...
-        def copy_and_resolve_references(self, visit_map: Any = None) -> ConfigTree: ...
+        def copy_and_resolve_references(self, visit_map: dict | None = None) -> ConfigTree: ...
 
     def __setitem__(self, key: str, value: Any) -> None:
         kind = self.get_type(key) if key in self else None
@@ -126,7 +126,7 @@ def hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def without_none(hint: Any) -> tuple[Any, bool]:
+def without_none(hint: object) -> tuple[Any, bool]:
     """(X, True) for `X | None`, else (hint, False)."""
     args = typing.get_args(hint)
     if isinstance(hint, types.UnionType) and type(None) in args:

@@ -57,7 +57,7 @@ class Key:
             return dict.fromkeys(self.fields, reader.take(self.name, default))
         return dict.fromkeys(self.fields, reader.translate(self.name, self.words, default))
 
-    def value(self, model: DataclassInstance) -> Any:
+    def value(self, model: DataclassInstance) -> object:
         """The key's value for a resolved `config.model`: the first of several words."""
         value = effective_value(model, self.fields[0])
         return next((word for word, same in (self.words or {}).items() if same == value), value)
@@ -75,9 +75,9 @@ class Family:
     keys: tuple[Key, ...]
     weight_map: Callable[[Any], list[WeightMapping]]  # of a resolved `config.model`
     aliases: Callable[[Any], dict[str, str]]  # {name: name} of tensors that repeat another one
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of all its models
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of unset keys
-    expected: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys with one value
+    fields: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of all its models
+    defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of unset keys
+    expected: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keys with one value
     ignored: tuple[str, ...] = ()  # keys that make no difference
     # fields that follow from several keys: (config.json, the fields of `keys`) -> fields
     read: Callable[[StrictConfigReader, Fields], Fields] = lambda *_: {}
@@ -92,7 +92,7 @@ class Family:
         for name, value in self.expected.items():
             reader.expect(name, value)
         reader.ignore(*self.ignored)
-        fields = dict(self.fields)
+        fields: Fields = dict(self.fields)
         for key in self.keys:
             fields |= key.read(reader, fields)
         fields |= self.read(reader, fields)

@@ -104,7 +104,7 @@ class StrictConfigReader:
             if key not in _NAMES and not key.startswith(_PREFIXES)
         }
 
-    def fill(self, defaults: Mapping[str, Any]) -> None:
+    def fill(self, defaults: Mapping[str, object]) -> None:
         """Set unset keys to the values that their class in `transformers` gives them."""
         self._left |= {k: v for k, v in defaults.items() if self._left.get(k) is None}
 
@@ -121,7 +121,7 @@ class StrictConfigReader:
         """As `take`, of a key for which null and a missing key mean different things."""
         return self._left.pop(name, default)
 
-    def expect(self, name: str, *allowed: Any) -> None:
+    def expect(self, name: str, *allowed: object) -> None:
         """Check a key that may be unset, else must be one of `allowed`."""
         if (value := self.take(name, allowed[0])) not in allowed:
             raise self._refused(name, value, allowed)

@@ -4,7 +4,7 @@ tensors that other families share with it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm.hf import rotary
 from lm.hf.family import Family, Key
@@ -40,7 +40,7 @@ ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "out_bias"), False)
 FIELDS = {"norm": "rms", "positions": "rotary"}
 
 
-def with_defaults(**defaults: Any) -> tuple[Key, ...]:
+def with_defaults(**defaults: object) -> tuple[Key, ...]:
     """`KEYS` with other defaults: {field: value}."""
     return tuple(
         Key(key.name, key.field, defaults.get(key.fields[0], key.default), key.words)

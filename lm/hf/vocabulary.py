@@ -9,7 +9,6 @@ Generation starts it as the published files say: with nothing, where they say th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from lm.data.run_tokenizer import COMPANION_FILES
 from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
-from lm.hf.keys import Say
+from lm.hf.keys import Json, Say
 
 if TYPE_CHECKING:
     from tokenizers.processors import TemplateProcessing
@@ -96,7 +95,7 @@ def _from_words(folder: Path) -> bytes:
     return made.to_str().encode()
 
 
-def compare(tokenizer: Tokenizer, tree: Mapping[str, Any], say: Say) -> None:
+def compare(tokenizer: Tokenizer, tree: Json, say: Say) -> None:
     """Note where a config.json names other special tokens than the tokenizer has."""
     for name in ("bos", "eos"):
         wanted, found = tree.get(f"{name}_token_id"), getattr(tokenizer, f"{name}_id")
@@ -116,10 +115,8 @@ def compare(tokenizer: Tokenizer, tree: Mapping[str, Any], say: Say) -> None:
         )
 
 
-def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> dict[str, int]:
-    """The keys of config.json for special tokens, where the tokenizer came with a published model
-    that one's.
-    """
+def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> Json:
+    """The keys of config.json for special tokens, those of the published model if there is one."""
     if tokenizer.file_name:
         published = special_tokens.read(epath.Path(tokenizer.name).parent).model
         if special_tokens.is_published(published):
