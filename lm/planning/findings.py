@@ -1,30 +1,34 @@
-"""What a plan shows that somebody should know."""
+"""The warnings of a plan."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
+from lm.planning.shards import shard_bytes, sharded_axes
 from lm.planning.topology import Topology
 from lm.planning.traffic import Collective
 from lm.training.experiment import Experiment
+
+if TYPE_CHECKING:
+    from lm.planning.plan import Plan
 
 MIB, GIB = 2**20, 2**30
 LARGE = 0.01  # of HBM: a tensor worth a warning
 
 
 def warnings(
-    plan: Any,
+    plan: Plan,
     experiment: Experiment,
     topology: Topology,
     collectives: Sequence[Collective],
     messages: Sequence[str],
 ) -> tuple[str, ...]:
-    """One sentence each, the gravest first."""
+    """One sentence each, the most serious first."""
     return (
         *_involuntary(messages),
         *_full(plan),
@@ -38,21 +42,21 @@ def warnings(
 
 
 def _involuntary(messages: Sequence[str]) -> list[str]:
-    """The partitioner gave up: it gathers a whole tensor on every device and cuts it again."""
-    found: dict[str, int] = {}
+    """Tensors that the partitioner gathers whole on every device and cuts again."""
+    found: dict[str, None] = {}
     for line in messages:
         if "nvoluntary full rematerialization" in line:
             op = re.search(r'op_name="([^"]*)"', line)
             shape = re.search(r"%[\w.\-]+ = (\w+\[[\d,]*\])", line)
             name = " ".join(m[1] for m in (shape, op) if m) or line.strip()[:160]
-            found[name] = found.get(name, 0) + 1
+            found[name] = None
     return [
         f"involuntary full rematerialization: the partitioner gathers {name} on every device"
         for name in found
     ]
 
 
-def _full(plan: Any) -> list[str]:
+def _full(plan: Plan) -> list[str]:
     if plan.capacity and plan.fits and plan.memory.total > 0.95 * plan.capacity:
         share = plan.memory.total / plan.capacity
         return [f"HBM is {share:.1%} full: fragmentation at run time may not leave that much"]
@@ -72,19 +76,13 @@ def _doubled(collectives: Sequence[Collective]) -> list[str]:
     ]
 
 
-def _replicated(plan: Any, experiment: Experiment) -> list[str]:
+def _replicated(plan: Plan, experiment: Experiment) -> list[str]:
     """Parameters that a mesh axis could shard and doesn't."""
     mesh = experiment.rules.mesh
     capacity = plan.capacity or 16 * GIB
     lost: dict[str, list[tuple[int, str]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(experiment.abstract_params):
-        used = {
-            axis
-            for entry in leaf.sharding.spec
-            if entry is not None
-            for axis in ((entry,) if isinstance(entry, str) else entry)
-        }
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        used, size = sharded_axes(leaf), shard_bytes(leaf)
         for axis, n in mesh.shape.items():
             if n > 1 and axis not in used and any(d % n == 0 for d in leaf.shape):
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -94,15 +92,14 @@ def _replicated(plan: Any, experiment: Experiment) -> list[str]:
         total = sum(size for size, _ in leaves)
         if total > LARGE * capacity:
             _, largest = max(leaves)
-            what = f"{total / GIB:.2f} GiB of parameters on each device"
             found.append(
-                f"replicated over {axis}={mesh.shape[axis]}: {what}, in {len(leaves)} tensors, the "
-                f"largest {largest}"
+                f"replicated over {axis}={mesh.shape[axis]}: {total / GIB:.2f} GiB of parameters "
+                f"on each device, in {len(leaves)} tensors, the largest {largest}"
             )
     return found
 
 
-def _unsharded(plan: Any, experiment: Experiment) -> list[str]:
+def _unsharded(plan: Plan, experiment: Experiment) -> list[str]:
     """Temporaries that hold a whole micro-batch though it is sharded.
 
     A dimension of as many elements may be another one, the length say: where a shard's rows or
@@ -119,8 +116,10 @@ def _unsharded(plan: Any, experiment: Experiment) -> list[str]:
         dims = {int(d) for d in re.findall(r"\d+", line.shape.partition("[")[2])}
         sharded = dims & {n // shards for n in whole}
         if dims & whole and not sharded and line.bytes > LARGE * capacity:
-            what = f"{line.shape} ({line.bytes / GIB:.2f} GiB) holds all {rows} rows of a batch"
-            found[f"{what} on each device, made by {line.op} {line.source}"] = None
+            found[
+                f"{line.shape} ({line.bytes / GIB:.2f} GiB) holds all {rows} rows of a batch on "
+                f"each device, made by {line.op} {line.source}"
+            ] = None
     return list(found)
 
 
@@ -143,8 +142,8 @@ def _in_loss(experiment: Experiment, collectives: Sequence[Collective]) -> list[
     ]
 
 
-def _padding(plan: Any, experiment: Experiment, topology: Topology) -> list[str]:
-    """Dimensions that are no multiple of what the chip's tiles hold."""
+def _padding(plan: Plan, experiment: Experiment, topology: Topology) -> list[str]:
+    """Dimensions that are no multiple of the chip's tiles."""
     rows, lanes = topology.chip.tile
     if lanes == 1:
         return []

@@ -102,13 +102,20 @@ class Plan:
             return None
         return self.model_flops / (seconds * self.peak_flops)
 
+    @property
+    def mfu_bounds(self) -> tuple[float, float] | None:
+        """MFU with nothing and with everything overlapped."""
+        bounds = self.times.upper_bound_s, self.times.lower_bound_s
+        low, high = (self.mfu(seconds) for seconds in bounds)
+        return None if low is None or high is None else (low, high)
+
     def to_json(self) -> str:
         tree = dataclasses.asdict(self)
         derived = {
             "fits": self.fits,
             "headroom": self.headroom,
             "step_seconds": [self.times.lower_bound_s, self.times.upper_bound_s],
-            "mfu": [self.mfu(self.times.upper_bound_s), self.mfu(self.times.lower_bound_s)],
+            "mfu": self.mfu_bounds or [None, None],
             "binding": self.times.bottleneck,
         }
         return json.dumps({**tree, "derived": derived}, indent=2)

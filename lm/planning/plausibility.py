@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,12 @@ import jax.numpy as jnp
 from lm.exit_codes import Exit, RunError
 from lm.models import flops
 from lm.optim import param_tree
+from lm.planning.shards import bytes_on_device, sharded_axes
 from lm.planning.traffic import Collective
 from lm.training.experiment import Experiment
+
+if TYPE_CHECKING:
+    from lm.planning.plan import Plan
 
 LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
 COMPILERS = LIBRARIES[:4]
@@ -27,11 +31,9 @@ TESTED = "jax 0.10.2 with libtpu 0.0.42, jax 0.12.0.1 with libtpu 0.0.52"
 # Of the model's FLOPs. A branch that data chooses counts in equal parts with the others, which of
 # attention in a ring may be a little less than what runs.
 LEAST_FLOPS = 0.9
-LEAST_PARAMETERS = (
-    0.9  # of the bytes of their shards: those that a step has no use for are left out
-)
-# What buffers may be off from the compiler's own total; seen: 0.02, and 99 MiB that libtpu 0.0.42
-# adds to small programs on several chips of v5e and v6e.
+LEAST_PARAMETERS = 0.9  # of the bytes of their shards, some of which a step may not use
+# Largest differences of the buffers from the compiler's own total; seen: 0.02, and 99 MiB that
+# libtpu 0.0.42 adds to small programs on several chips of v5e and v6e.
 BUFFERS, RESERVED = 0.1, 128 * 2**20
 
 
@@ -43,8 +45,8 @@ class ImplausiblePlan(RunError):
     code = Exit.ERROR
 
 
-def check(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) -> None:
-    """Raises ImplausiblePlan, with what is wrong and the versions, unless a plan can be true."""
+def check(plan: Plan, experiment: Experiment, collectives: Sequence[Collective]) -> None:
+    """Raise ImplausiblePlan, with its faults and the versions, unless a plan can be true."""
     wrong = [*_work(plan, experiment), *_memory(plan, experiment)]
     wrong += _gathers(plan, experiment, collectives)
     if wrong:
@@ -67,7 +69,7 @@ def versions() -> Mapping[str, str]:
     return found
 
 
-def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
+def _work(plan: Plan, experiment: Experiment) -> Iterator[str]:
     if not plan.model_flops:
         return
     needed = plan.model_flops * LEAST_FLOPS * _kept(experiment) * _in_products(plan, experiment)
@@ -83,7 +85,7 @@ def _work(plan: Any, experiment: Experiment) -> Iterator[str]:
         yield f"MFU would be up to {mfu:.1%}{kernels if plan.work.unknown else ''}"
 
 
-def _in_products(plan: Any, experiment: Experiment) -> float:
+def _in_products(plan: Plan, experiment: Experiment) -> float:
     """The part of the model's FLOPs that a compiler can only do as matrix products. Scores of the
     one query that a decode step has are vectors', and TPUs multiply and add them elementwise.
     """
@@ -105,25 +107,22 @@ def _kept(experiment: Experiment) -> float:
     return min(1.0, moe.capacity_factor)
 
 
-def _memory(plan: Any, experiment: Experiment) -> Iterator[str]:
+def _memory(plan: Plan, experiment: Experiment) -> Iterator[str]:
     memory = plan.memory
     stated = memory.stated
     if stated is not None and abs(memory.total - stated) > max(BUFFERS * stated, RESERVED):
         yield f"its buffers add up to {memory.total} bytes, the compiler says {memory.stated}"
     if plan.step != "train":
         return
-    leaves = jax.tree.leaves(experiment.abstract_params)
-    held = sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in leaves
-        if x.sharding.memory_kind != "pinned_host"
-    )
+    held = bytes_on_device(jax.tree.leaves(experiment.abstract_params))
     found = memory.groups.get("parameters", 0)
     if found < LEAST_PARAMETERS * held:
         yield f"parameters take {found} bytes, their shards {held}"
 
 
-def _gathers(plan: Any, experiment: Experiment, collectives: Sequence[Collective]) -> Iterator[str]:
+def _gathers(
+    plan: Plan, experiment: Experiment, collectives: Sequence[Collective]
+) -> Iterator[str]:
     """Layers of a scanned stack of which neither weights nor activations cross `fsdp`."""
     c, mesh = experiment.config, experiment.rules.mesh
     layers, n = getattr(c.model, "num_layers", 0), mesh.shape["fsdp"]
@@ -132,8 +131,7 @@ def _gathers(plan: Any, experiment: Experiment, collectives: Sequence[Collective
     itemsize = jnp.dtype(c.model.dtype).itemsize
     needed = 0.0  # bytes that a device takes in for one forward pass
     for name, leaf in param_tree.flatten(experiment.abstract_params).items():
-        axes = [a for e in leaf.sharding.spec if e for a in ((e,) if isinstance(e, str) else e)]
-        if "fsdp" in axes and "layers" in name.split("."):
+        if "fsdp" in sharded_axes(leaf) and "layers" in name.split("."):
             shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
             needed += shard * (n - 1) * itemsize
     over = [x for x in collectives if "fsdp" in x.axes]

@@ -10,6 +10,7 @@ from lm.planning.memory import GROUPS, Line
 from lm.planning.plan import Plan
 from lm.planning.search import Found
 from lm.planning.sizing import Sizes
+from lm.telemetry.progress import format_quantity
 
 WIDTH = 100
 SEARCH = "--search compiles other meshes, remat policies and micro-batches and finds what fits"
@@ -32,7 +33,7 @@ def page(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """One line: does it fit, by how much."""
+    """One line: whether it fits, and by how much."""
     if plan.capacity is None:
         return f"needs {_bytes(plan.memory.total)} on each device"
     used, capacity = _bytes(plan.memory.total), _bytes(plan.capacity)
@@ -44,7 +45,7 @@ def verdict(plan: Plan) -> str:
 
 
 def days(plan: Plan, tokens: float) -> str:
-    """How long a run of so many tokens takes."""
+    """The days of a run of so many tokens, and the tokens of a day."""
     if not plan.times.lower_bound_s or plan.step != "train":
         return f"no published peaks for {plan.topology}: no rate"
     fast, slow = (
@@ -52,12 +53,14 @@ def days(plan: Plan, tokens: float) -> str:
         for t in (plan.times.lower_bound_s, plan.times.upper_bound_s)
     )
     rate = (plan.tokens / t * 86400 for t in (plan.times.upper_bound_s, plan.times.lower_bound_s))
-    daily = " to ".join(_count(r) for r in rate)
-    return f"{daily} tokens a day: {_count(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
+    daily = " to ".join(format_quantity(r) for r in rate)
+    return (
+        f"{daily} tokens a day: {format_quantity(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
+    )
 
 
 def search_page(found: Found) -> str:
-    """What a search compiled, the winner first, and why the others lost."""
+    """The plans that a search compiled, the winner first, and why the others lost."""
     rows = []
     for candidate in found.compiled:
         plan, guess = candidate.plan, candidate.estimate
@@ -65,11 +68,10 @@ def search_page(found: Found) -> str:
         rows.append(f"{mark}{candidate.flags}")
         formula = f"by formula {_bytes(guess.memory)}, {duration(guess.seconds)}"
         if plan is not None and plan.fits:
-            low, high = plan.mfu(plan.times.upper_bound_s), plan.mfu(plan.times.lower_bound_s)
-            mfu = "" if low is None or high is None else f", MFU {low:.1%} to {high:.1%}"
+            low, high = plan.times.lower_bound_s, plan.times.upper_bound_s
             rows.append(
-                f"      {_bytes(plan.memory.total)}, step {duration(plan.times.lower_bound_s)} to "
-                f"{duration(plan.times.upper_bound_s)}{mfu} ({formula})"
+                f"      {_bytes(plan.memory.total)}, step {duration(low)} to {duration(high)}"
+                f"{_mfu(plan)} ({formula})"
             )
         if candidate.lost:
             rows.append(f"      {candidate.lost}" + ("" if plan and plan.fits else f" ({formula})"))
@@ -80,7 +82,7 @@ def search_page(found: Found) -> str:
 
 
 def sizes_page(found: Sizes) -> str:
-    """What was tried to find a size, from small to large, the winner marked."""
+    """The sizes that were tried, from small to large, the winner marked."""
     rows = []
     for trial in found.trials:
         rows.append(f"{'* ' if trial is found.winner else '  '}{trial.flags}")
@@ -94,8 +96,12 @@ def sizes_page(found: Sizes) -> str:
     return "\n".join([f"{found.wanted} (*)", *rows, *nothing, ""])
 
 
+def title(plan: Plan) -> str:
+    return f"{plan.name or 'plan'} on {plan.topology}: {verdict(plan)}"
+
+
 def subject(plan: Plan) -> str:
-    """What was planned: parameters, the step, devices and mesh."""
+    """The planned step: parameters, its rows, devices and mesh."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
     chips_of = f"{plan.num_chips} chip{'s' * (plan.num_chips > 1)}"
     if plan.num_devices != plan.num_chips:
@@ -105,17 +111,13 @@ def subject(plan: Plan) -> str:
         if plan.step == "train"
         else f"decode step of {plan.rows} rows, cache of {plan.length} tokens"
     )
-    return f"{_count(plan.parameters)} parameters, {what}; {chips_of}, mesh {mesh}"
+    return f"{format_quantity(plan.parameters)} parameters, {what}; {chips_of}, mesh {mesh}"
 
 
 def _title(plan: Plan) -> str:
-    return "\n".join(
-        [
-            f"{plan.name or 'plan'} on {plan.topology}: {verdict(plan)}",
-            subject(plan),
-            f"compiled in {plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} s of CPU)",
-        ]
-    )
+    seconds, cpu_seconds = plan.compile_seconds, plan.compile_cpu_seconds
+    compiled = f"compiled in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU)"
+    return "\n".join([title(plan), subject(plan), compiled])
 
 
 def _memory(plan: Plan) -> str:
@@ -179,10 +181,10 @@ def _traffic(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     parts = plan.times.parts()
-    flops = f"products of {_flop(plan.work.flops)} on each device"
+    flops = f"products of {format_quantity(plan.work.flops)}FLOP on each device"
     if plan.model_flops:
         ratio = plan.work.flops / plan.model_flops
-        flops += f", {ratio:.2f} times the model's {_flop(plan.model_flops)}"
+        flops += f", {ratio:.2f} times the model's {format_quantity(plan.model_flops)}FLOP"
     if not parts:
         return f"time: no published peaks for {plan.topology}\n  {flops}"
     longest = max(parts.values())
@@ -197,14 +199,17 @@ def _time(plan: Plan) -> str:
 
 def _rate(plan: Plan) -> str:
     """Step time, tokens a second and MFU, each from all overlapped to nothing overlapped."""
-    least, most = plan.times.lower_bound_s, plan.times.upper_bound_s
-    low, high = plan.mfu(most), plan.mfu(least)
-    known = low is not None and high is not None and high >= 5e-4
-    mfu = f", MFU {low:.1%} to {high:.1%}" if known else ""
+    low, high = plan.times.lower_bound_s, plan.times.upper_bound_s
     return (
-        f"step {duration(least)} (all overlaps) to {duration(most)} (nothing does): "
-        f"{_count(plan.tokens / most)} to {_count(plan.tokens / least)} tokens/s{mfu}"
+        f"step {duration(low)} (all overlaps) to {duration(high)} (nothing does): "
+        f"{format_quantity(plan.tokens / high)} to {format_quantity(plan.tokens / low)} tokens/s"
+        f"{_mfu(plan)}"
     )
+
+
+def _mfu(plan: Plan) -> str:
+    mfu = plan.mfu_bounds
+    return "" if mfu is None or mfu[1] < 5e-4 else f", MFU {mfu[0]:.1%} to {mfu[1]:.1%}"
 
 
 def _list(title: str, items: tuple[str, ...] | list[str]) -> str:
@@ -258,17 +263,3 @@ def duration(t: float) -> str:
     if t >= 1:
         return f"{t:.2f} s"
     return f"{t * 1e3:.2f} ms" if t >= 1e-3 else f"{t * 1e6:.1f} µs"
-
-
-def _flop(n: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
-        if n >= size:
-            return f"{n / size:.2f} {unit}FLOP"
-    return f"{n / 1e6:.2f} MFLOP"
-
-
-def _count(n: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.2f}{unit}"
-    return f"{n:.0f}"

@@ -1,4 +1,4 @@
-"""Two sizes that only plans can tell: the most rows that fit on a topology, and the smallest slice
+"""Sizes found by compiling plans: the largest batch that fits on a topology, and the smallest slice
 that a config fits on.
 """
 
@@ -15,6 +15,7 @@ from lm.config.tree import ConfigTree
 from lm.parallel import sharding
 from lm.planning import topology as topologies
 from lm.planning.plan import Decode, Make, Plan, with_changes, without_data
+from lm.planning.shards import bytes_on_device
 from lm.training.experiment import Experiment
 
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
@@ -23,7 +24,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class SizeAttempt:
-    """What was tried, as flags; its plan, or why there is none."""
+    """Flags that were tried; their plan, or the reason that there is none."""
 
     flags: str
     plan: Plan | None
@@ -134,11 +135,7 @@ def _held(experiment: Experiment, decode: Decode | None) -> int:
     """Bytes of a device that hold parameters and, in training, optimizer state."""
     state = experiment.abstract_state
     leaves = jax.tree.leaves(state.params if decode else (state.params, state.opt_state))
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in leaves
-        if x.sharding.memory_kind != "pinned_host"
-    )
+    return bytes_on_device(leaves)
 
 
 def _fits(trial: SizeAttempt) -> bool:

@@ -73,7 +73,7 @@ def format_duration(seconds: float) -> str:
 def format_quantity(value: float) -> str:
     """1234567 -> 1.23M."""
     value = float(f"{value:.3g}")  # 999,999 is 1M
-    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{letter}"
     return f"{value:.3g}"
