@@ -1,14 +1,15 @@
-"""Is training on a mesh the training on one device? Three steps of both, compared array by array.
+"""Equivalence of a mesh and one device: three training steps of both, compared array by array.
 
 In float32 and with plain SGD, whose updates are linear in the gradient: Adam would divide gradients
-that are nothing but rounding noise by their own size. Momentum is off, so that what the optimizer
-keeps after a step is that step's clipped gradient. Dropout is on where the model has it, rows are
-packed from uneven segments with padding, and tokens count unevenly: what goes wrong on a mesh goes
-wrong there.
+that are nothing but rounding noise by their own size. Momentum is off, so that the optimizer's
+state after a step is that step's clipped gradient. Dropout is on where the model has it, rows are
+packed from uneven segments with padding, and tokens have uneven weights, as these are the cases in
+which meshes go wrong.
 
-The first step of the mesh begins with the parameters that it makes itself, and each later one with
-the state of the one device: from equal states each step has to end in equal ones. Left to their own
-results, both would also show how much the loss's curvature makes of the rounding of earlier steps.
+The first step of the mesh starts from parameters initialized on it, and each later one from the
+state of the one device: equal states before a step must give equal states after it. Continued from
+their own results, the two would also differ by the rounding of earlier steps, amplified by the
+curvature of the loss.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from lm.config import conversion
@@ -28,22 +30,24 @@ from lm.config.tree import ConfigTree
 from lm.parallel.sharding import AXES
 from lm.planning import hlo
 from lm.training.experiment import Experiment
-from lm.types import Batch, HostBatch, HostTokens, TrainState
+from lm.types import Batch, HostBatch, HostTokens, StepInfo, Sums, TrainState
+
+Tree = TypeVar("Tree")
 
 STEPS = 3
 # Largest difference as a fraction of the largest entry of an array. Sums in another order differed
 # by up to 1.4e-6 on the meshes of tests/test_verify.py; the smallest seeded defect by 1e-2.
 TOLERANCE = 5e-6
 
-# What a model of any size is made small with; a config's structure (kinds of layer, ratios of
-# heads, biases, norms, experts) stays.
+# The sizes of a shrunk model; a config's structure (kinds of layer, ratios of heads, biases, norms,
+# experts) stays.
 SMALL = {"vocab_size": 256 + 8, "num_layers": 4, "embed_dim": 64, "mlp_dim": 96, "head_dim": 8}
 LENGTH, WINDOW, BATCH, HEADS, EXPERTS = 64, 9, 16, 16, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Of one array, or of the worst of a tree: |mesh - one device| / max |one device|."""
+    """|mesh - one device| / max |one device| of one array, or of the worst of a tree."""
 
     step: int
     what: str  # objective, gradient norm, gradients, parameters or counts
@@ -58,7 +62,7 @@ class Difference:
 @dataclasses.dataclass(frozen=True)
 class EquivalenceReport:
     differences: tuple[Difference, ...]
-    layout: tuple[str, ...]  # what lies where it shouldn't
+    layout: tuple[str, ...]  # arrays on devices that should not hold them
 
     @property
     def ok(self) -> bool:
@@ -97,7 +101,7 @@ def shrink(config: ConfigTree) -> ConfigTree:
 
 
 def prepare(config: ConfigTree) -> ConfigTree:
-    """The config as it is compared: float32, SGD, dropout, synthetic rows."""
+    """The config for the comparison: float32, SGD, dropout, synthetic rows."""
     config = config.copy_and_resolve_references()
     length = min(config.model.get("max_length") or LENGTH, LENGTH)
     changes: dict[str, Any] = {
@@ -124,7 +128,7 @@ def prepare(config: ConfigTree) -> ConfigTree:
         "train.max_epochs": None,
     }
     changes |= {"model.dropout": 0.1} if "dropout" in config.model else {}
-    if config.data.encoder_length is not None:  # where a text leaves as much to predict
+    if config.data.encoder_length is not None:  # shorter targets: a text leaves less to predict
         changes |= {"data.encoder_length": length, "data.length": length // 4}
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
@@ -141,8 +145,8 @@ class Step:
     batch: HostBatch
     before: TrainState
     after: TrainState
-    sums: Any
-    info: Any
+    sums: Sums
+    info: StepInfo
 
 
 def verify(
@@ -152,10 +156,10 @@ def verify(
     *,
     num_microbatches: int = 1,
 ) -> EquivalenceReport:
-    """Compares `mesh`, {axis: size} of `config.mesh`, over all `devices` with the first of them.
+    """Compare `mesh`, {axis: size} of `config.mesh`, over all `devices` with the first of them.
 
     They may be those of several processes: each then compares the shards that it holds with its own
-    first device, and all return what the worst of them found.
+    first device, and all return the largest differences of any.
 
     Raises:
         ValueError: the config or the mesh doesn't fit (see `Experiment`).
@@ -171,7 +175,7 @@ def on_mesh(
     *,
     num_microbatches: int = 1,
 ) -> Experiment:
-    """What is compared: `config`, prepared, on a mesh of `devices`."""
+    """The experiment of `config`, prepared, on a mesh of `devices`."""
     if unknown := set(mesh) - {*AXES, "slices"}:
         raise ValueError(f"config.mesh has no axis {sorted(unknown)}; there are {AXES} and slices")
     changes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
@@ -180,44 +184,43 @@ def on_mesh(
 
 
 def on_one_device(config: ConfigTree, devices: Sequence[Any]) -> tuple[Step, ...]:
-    """The steps of the first of `devices` that is of this process, with which meshes agree."""
-    alone = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
+    """The reference steps, on the first of `devices` that is of this process."""
+    changes = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
     first = [d for d in devices if d.process_index == jax.process_index()][:1]
-    one = _experiment(prepare(config), {**alone, "train.num_microbatches": 1}, first)
+    one = _experiment(prepare(config), {**changes, "train.num_microbatches": 1}, first)
     steps: list[Step] = []
     state = one.init_state()
     for number in range(STEPS):
         batch = _uneven(one.train_data.batch_at(number, np.arange(one.batch_size)), seed=number)
         before = _on_host(state)
         state, sums, info = one.train_step(state, _put(one, batch))
-        steps.append(Step(batch, before, *(_on_host(x) for x in (state, sums, info))))
+        steps.append(Step(batch, before, _on_host(state), _on_host(sums), _on_host(info)))
     return tuple(steps)
 
 
 def compare(many: Experiment, steps: Sequence[Step]) -> EquivalenceReport:
-    """The same steps on a mesh, and the layout."""
+    """The differences of the same steps on a mesh, and faults of the layout."""
     differences: list[Difference] = []
     for number, step in enumerate(steps):
-        # made there, or moved there
         state = many.init_state() if number == 0 else _place(step.before, many.abstract_state)
         differences += _compare(number, step, *many.train_step(state, _put(many, step.batch)))
     return EquivalenceReport(tuple(differences), tuple(_layout(many)))
 
 
-def _on_host(tree: Any) -> Any:
-    """Copies: what a step is given is donated to it."""
+def _on_host(tree: Tree) -> Tree:
+    """Copy to the host: the arguments of a step are donated to it."""
     return jax.tree.map(np.array, tree)
 
 
-def _place(tree: Any, like: Any) -> Any:
+def _place(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s.sharding, lambda at: x[at]), tree, like
     )
 
 
 def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[Any]:
-    """The devices in an order in which neighbours on any axis of the mesh are in different
-    processes, so that every collective goes from process to process.
+    """Order the devices so that neighbours on any axis of the mesh are in different processes and
+    every collective crosses processes.
 
     A checkerboard: a device's process is the sum of its coordinates, modulo processes. With slices,
     a slice is a run of processes, as on real ones: the order of the devices.
@@ -270,13 +273,15 @@ def _uneven(batch: HostBatch, seed: int) -> HostBatch:
     inputs = cut(batch.inputs)
     encoder = None if batch.encoder is None else cut(batch.encoder)
     weights = rng.choice([0, 0.25, 1, 3], batch.weights.shape) * (inputs.segments != 0)
-    # the rows of half of the devices score much less: a mean of their means is another number
+    # half of the rows score far fewer tokens: a mean of devices' means is another number
     weights[: len(weights) // 2] *= np.arange(weights.shape[1]) < 8
     weights = weights.astype(np.float32)
     return dataclasses.replace(batch, inputs=inputs, encoder=encoder, weights=weights)
 
 
-def _compare(number: int, step: Step, state: Any, sums: Any, info: Any) -> list[Difference]:
+def _compare(
+    number: int, step: Step, state: TrainState, sums: Sums, info: StepInfo
+) -> list[Difference]:
     compared = {
         "objective": (step.sums, sums),
         "gradient norm": (step.info["grad_norm"], info["grad_norm"]),
@@ -295,38 +300,38 @@ def _compare(number: int, step: Step, state: Any, sums: Any, info: Any) -> list[
     return differences
 
 
-def _trace(state: Any) -> Any:
+def _trace(state: TrainState) -> optax.Updates:
     [trace] = [s for s in state.opt_state if type(s).__name__ == "TraceState"]
     return trace.trace
 
 
-def _counts(tree: Any) -> dict[str, Any]:
-    """The leaves that are whole numbers or truths."""
+def _counts(tree: object) -> dict[str, jax.Array]:
+    """The integer and boolean leaves."""
     return {k: v for k, v in _named(tree).items() if v.dtype.kind in "iub"}
 
 
-def relative(one: Any, many: Any) -> np.ndarray:
-    """Of every array what `Difference` says, over all shards that this process holds: [arrays].
+def relative(one: object, many: object) -> np.ndarray:
+    """The difference of every array, as in `Difference`, over the shards of this process: [arrays].
 
-    Whole numbers and truths differ by 1 where they aren't equal.
+    Integers and booleans differ by 1 where they aren't equal.
     """
     leaves, found = _named(one), []
     for name, other in _named(many).items():
         a = np.asarray(leaves[name], np.float64)
         shards = [np.asarray(shard.data, np.float64) for shard in other.addressable_shards]
-        places = [shard.index for shard in other.addressable_shards]
-        most = np.max([np.abs(a[i] - x).max() for i, x in zip(places, shards, strict=True)])
+        indices = [shard.index for shard in other.addressable_shards]
+        largest = np.max([np.abs(a[i] - x).max() for i, x in zip(indices, shards, strict=True)])
         if other.dtype.kind in "iub":
-            found.append(most != 0)
+            found.append(largest != 0)
             continue
-        # A key's bias raises all scores of a query alike: but for rotary positions its gradient is
-        # zero, and what there is of it rounding of numbers of the size of the query's.
-        beside = np.asarray(leaves.get(name.replace("key.bias", "query.bias"), a))
-        found.append(most / np.max([np.abs(a).max(), np.abs(beside).max(), 1e-30]))
+        # A key's bias raises all scores of a query alike: without rotary positions its gradient is
+        # zero up to rounding, which has the scale of the query's bias.
+        scale = np.asarray(leaves.get(name.replace("key.bias", "query.bias"), a))
+        found.append(largest / np.max([np.abs(a).max(), np.abs(scale).max(), 1e-30]))
     return np.array(found, np.float64)
 
 
-def _named(tree: Any) -> dict[str, jax.Array]:
+def _named(tree: object) -> dict[str, jax.Array]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -334,9 +339,10 @@ def _named(tree: Any) -> dict[str, jax.Array]:
 
 
 def _layout(experiment: Experiment) -> list[str]:
-    """What a device holds or computes that others should."""
+    """Arrays that a device holds or computes and others should."""
     problems: list[str] = []
-    rules, compiled = experiment.rules, experiment.train_step
+    rules = experiment.rules
+    compiled = cast("jax.stages.Compiled", experiment.train_step)
     wanted = (experiment.abstract_state, experiment.abstract_batch)
     given = compiled.input_shardings[0]
     leaves = jax.tree_util.tree_leaves_with_path(wanted)
