@@ -91,9 +91,10 @@ def measure(
     module = hlo.read(made.program.hlo_module)
     mesh = rules.mesh
     found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
-    places = interconnect.places(target, mesh.devices.flatten().tolist())
+    coords = interconnect.chip_coords(target, mesh.devices.flatten().tolist())
     done = costs.count_flops_and_hbm_bytes(module)
-    times = roofline.times(target, done, found, places, "bfloat16")
+    sent = interconnect.transfers(found, target, coords)
+    times = roofline.times(target, done, sent, "bfloat16")
     held = made.sizes.get("temp", 0)
     return Needs(
         held,

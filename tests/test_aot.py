@@ -275,7 +275,7 @@ def test_a_loop_that_ends_on_data_is_named_and_counts_once():
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
     found = costs.count_flops_and_hbm_bytes(module)
     assert found.flops == 2 * B * D * D and len(found.loops) == 1 and "while" in found.loops[0]
-    times = roofline.times(topology.parse("v5e:2x2"), found, [], [], "bfloat16")
+    times = roofline.times(topology.parse("v5e:2x2"), found, [], "bfloat16")
     assert f"length of 1 loops, which count once: {found.loops[0]}" in times.unknown
 
 

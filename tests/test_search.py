@@ -70,7 +70,7 @@ def test_an_estimate_knows_bubbles_and_gathers_that_became_reductions(make_exper
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
         target = topology.parse(name)
         grid = [interconnect.ChipCoord(0, (i // 4, i % 4, 0), 0) for i in range(8)]
-        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid).parts
+        return estimating.estimate(e.config, e.batch_size, target, e.rules, coords=grid).parts
 
     staged = {"model.num_layers": 2, "model.pipeline.num_microbatches": 4}
     plain = of("v5p:2x4x1", {"model.num_layers": 2}, data=8)
@@ -88,7 +88,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
     def of(changes=None, **axes):
         e = make_experiment({"model.dtype": "bfloat16", **(changes or {})}, **axes)
         grid = [interconnect.ChipCoord(0, (i // 4, i % 4), 0) for i in range(8)]
-        return estimating.estimate(e.config, e.batch_size, target, e.rules, places=grid)
+        return estimating.estimate(e.config, e.batch_size, target, e.rules, coords=grid)
 
     saving = [of({"model.remat": r}, fsdp=8) for r in ("full", "projections", "none")]
     assert saving[0].memory < saving[1].memory < saving[2].memory

@@ -1,9 +1,9 @@
-"""What the values of a compiled program are for, and the lines of code that made them.
+"""The purpose of the values of a compiled program, and the lines of code that made them.
 
-Arguments are named by the state that they are. What is in the heap is told apart by what made it (a
-kernel, a cast or gather of parameters, the forward pass), by its shape (that of a parameter, or of
-a shard or a layer of one, and not made by the forward pass: a gradient) and by its life (from the
-forward into the backward pass: a saved activation).
+Arguments are named by the state that they are. Buffers in the heap are classified by their maker (a
+kernel, a cast or gather of parameters, the forward pass), by their shape (that of a parameter, or
+of a shard or a layer of one, and not made by the forward pass: a gradient) and by their lifetime
+(from the forward into the backward pass: a saved activation).
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from lm.planning import hlo
 from lm.planning.buffers import Allocation, Buffer
 
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
-_MOVES = ("copy", "bitcast", "convert", "copy-start", "copy-done", "transpose", "reshape", "slice")
-_MOVES = (*_MOVES, "all-gather", "all-gather-start", "all-gather-done", "dynamic-slice")
+_MOVE_OPCODES = """
+    copy bitcast convert copy-start copy-done transpose reshape slice dynamic-slice all-gather
+    all-gather-start all-gather-done
+"""
+_MOVES = frozenset(_MOVE_OPCODES.split())
+_ELEMENTWISE = ("mul", "add_any", "exp", "logistic", "div")
 _MODULE = re.compile(r"\bjvp\(|/layers/|\.run/")  # in the path of an operation of the model
 _HOLDERS = ("parameter", "while", "tuple", "get-tuple-element", "conditional", "call")
 
 
 class Attribution:
-    """What the values of a program are for."""
+    """The purpose of the values of a program."""
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class Attribution:
         return "batch", path
 
     def group(self, buffer: Buffer) -> str:
-        """Of a buffer in the heap."""
+        """The group of a buffer in the heap."""
         makers = self.makers(buffer)
         if any(m.opcode == "custom-call" and _is_kernel(m) for m in makers):
             return "kernels"
@@ -88,7 +92,7 @@ class Attribution:
 
     def describe(self, buffer: Buffer) -> tuple[str, str]:
         """(operation, FILE:LINE) that made a buffer: of several the one that updates it in a loop,
-        since the first only makes room.
+        since the first only allocates.
         """
         found = [n for m in self.makers(buffer) if (n := self._named(self._written(m)))]
         if not found:
@@ -100,8 +104,8 @@ class Attribution:
         return chosen.op_name, self.module.source(chosen.frame, "/lm/")
 
     def _written(self, instruction: hlo.Instruction) -> hlo.Instruction:
-        """What made the values that an instruction puts into its buffer, layer by layer say; itself
-        where it makes them.
+        """The maker of the values that an instruction puts into its buffer, for example layer by
+        layer; itself where it makes them.
         """
         instruction = instruction if instruction.op_name else self._maker(instruction.name)
         inside = self._inside(instruction)
@@ -115,21 +119,21 @@ class Attribution:
         return named if named and "dynamic_update" not in named.op_name else instruction
 
     def _named(self, instruction: hlo.Instruction) -> hlo.Instruction | None:
-        """An instruction with a path that says where a value is from."""
+        """The instruction whose path names the origin of a value."""
         for candidate in (instruction, *reversed(self._inside(instruction))):
             if candidate.op_name and not candidate.op_name.endswith("closed_call"):
                 return candidate
         return None
 
     def _inside(self, instruction: hlo.Instruction) -> list[hlo.Instruction]:
-        """What a fusion does; of anything else itself."""
+        """The instructions of a fusion; any other instruction by itself."""
         if instruction.opcode != "fusion":
             return [instruction]
         return list(self.module.computations[instruction.called[0]].instructions.values())
 
     def _is_older(self, instruction: hlo.Instruction) -> bool:
-        """Whether a value is a copy of the optimizer's state, or the forward pass made it, the
-        first time or once more for the backward pass.
+        """True if a value is a copy of the optimizer's state, or the forward pass made it, at first
+        or again for the backward pass.
 
         Zeros may be named by either pass, wherever they are added to.
         """
@@ -165,8 +169,8 @@ class Attribution:
         return self._maker(source, depth + 1)
 
     def _is_backward(self, instruction: hlo.Instruction) -> bool:
-        """A product of the backward pass. Not just any of its operations: zeros to add gradients
-        to, or an operand laid out another way, may be made at the very start.
+        """True for a product of the backward pass. Its other operations do not count: zeros to add
+        gradients to, or an operand in another layout, may be made at the very start.
         """
         return any(
             "transpose(jvp(" in i.op_name
@@ -176,7 +180,7 @@ class Attribution:
         ) or (_is_kernel(instruction) and "transpose(jvp(" in instruction.op_name)
 
     def _is_parameter(self, name: str, depth: int = 0) -> bool:
-        """Whether a value is a parameter, moved, gathered or cast."""
+        """True if a value is a parameter, moved, gathered or cast."""
         if name not in self.module.instructions or depth > 40:
             return False
         instruction, computation = self.module.instructions[name]
@@ -204,7 +208,7 @@ class Attribution:
         return False
 
     def _is_invariant(self, body: hlo.Computation, index: int) -> bool:
-        """Whether a loop hands part `index` of its carry on as it is."""
+        """True if a loop passes part `index` of its carry on unchanged."""
         if body.root.opcode != "tuple":
             return False
         handed = body.operand(body.root, index)
@@ -215,15 +219,9 @@ class Attribution:
 
 
 def _is_activation(instruction: hlo.Instruction) -> bool:
-    """Element-wise work inside of a module: of activations, whatever their shape."""
+    """True for an elementwise operation of a module: on activations, whatever their shape."""
     last = instruction.op_name.rpartition("/")[2]
-    return "/layers/" in instruction.op_name and last in (
-        "mul",
-        "add_any",
-        "exp",
-        "logistic",
-        "div",
-    )
+    return "/layers/" in instruction.op_name and last in _ELEMENTWISE
 
 
 def _is_kernel(instruction: hlo.Instruction) -> bool:
@@ -231,7 +229,7 @@ def _is_kernel(instruction: hlo.Instruction) -> bool:
 
 
 def _only_moves(instruction: hlo.Instruction) -> bool:
-    return instruction.opcode in (*_MOVES, "parameter", "constant", "fusion", "tuple", "iota")
+    return instruction.opcode in _MOVES | {"parameter", "constant", "fusion", "tuple", "iota"}
 
 
 def _elements(computation: hlo.Computation, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a device does in a step: FLOPs of its products, and bytes between HBM and the chip."""
+"""The work of a device in a step: FLOPs of its products, and bytes between HBM and the chip."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import math
 from lm.planning import hlo
 from lm.planning.hlo import Computation, Instruction, Module
 
-_FREE = (
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "copy-done", "async-done", "iota"),
-    *("all-gather-done", "all-reduce-done", "collective-permute-done", "async-start"),
-    *("async-update", "opt-barrier", "add-dependency", "send-done", "recv-done"),
-)
+_FREE_OPCODES = """
+    parameter constant tuple get-tuple-element bitcast while conditional call after-all
+    partition-id replica-id copy-done async-done iota all-gather-done all-reduce-done
+    collective-permute-done async-start async-update opt-barrier add-dependency send-done
+    recv-done
+"""
+_FREE = frozenset(_FREE_OPCODES.split())  # move no bytes
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -103,7 +104,7 @@ def _valid_window_positions(
 
 
 def _custom_call(instruction: Instruction, computation: Computation) -> float | None:
-    """Of a Pallas kernel what it declares; of cuBLAS and cuDNN what their shapes say."""
+    """FLOPs that a Pallas kernel declares, or that follow from the shapes of cuBLAS and cuDNN."""
     target = instruction.target
     declared = instruction.config.get("custom_call_config", {}).get("cost_estimate", {})
     if "flops" in declared:
@@ -129,9 +130,9 @@ _SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
 
 
 def _splash(instruction: Instruction, computation: Computation) -> float | None:
-    """Of the blocks that a splash attention kernel works on. Where a row of blocks may be as long
-    as the keys, attention is taken to be causal, and half of them are hidden. Of a single row the
-    compiler leaves out the first dimension.
+    """FLOPs of the blocks that a splash attention kernel works on. Where a row of blocks may be as
+    long as the keys, attention is taken to be causal, and half of them are masked. The compiler
+    omits the first dimension of a single row.
     """
     kinds = [kind for name, kind in _SPLASH.items() if name in instruction.name]
     operands = [computation.instructions[o].shapes[0] for o in instruction.operands]
@@ -154,8 +155,8 @@ def _splash(instruction: Instruction, computation: Computation) -> float | None:
 
 
 def _hbm_traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """Bytes that one run reads from and writes to HBM; of what it takes or changes a slice of, the
-    slice.
+    """Bytes that one run reads from and writes to HBM; only the slice where it reads or updates a
+    slice of an array.
     """
     opcode = instruction.opcode
     if opcode in _FREE or instruction.target == "AllocateBuffer":

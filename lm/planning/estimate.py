@@ -1,9 +1,9 @@
-"""Memory and time of a step by formula, in a millisecond: to leave out what isn't worth compiling.
+"""Memory and time of a step by formula, in a millisecond: to prune candidates before compiling.
 
-The arithmetic of a decoder: state in shards, what remat saves of each token and layer, two layers'
+The arithmetic of a decoder: state in shards, saved activations of each token and layer, two layers'
 gathered parameters, a chunk of logits; products at the peak and the bubble of a pipeline,
 parameters over `fsdp`, activations over `tensor` and `stage`, tokens over `expert`, keys and values
-over `sequence`, gradients over `data`. It knows no fusion, no fragmentation, no kernel.
+over `sequence`, gradients over `data`. Fusion, fragmentation and kernels are not modelled.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from lm.config.schema import Config
+from lm.layers.block import BlockConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.models import flops
 from lm.parallel import pipeline_stages, sharding
@@ -24,7 +24,7 @@ HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Chips of a 3D torus among which libtpu 0.0.42 gathers; among more it adds up zeros, in twice the
 # bytes (seen on v5p with 64 and more, never on the 2D tori of v5e and v6e).
 WIDEST_GATHER = 32
-# FLOPs of a step with each policy over the model's: what the backward pass computes again
+# FLOPs of a step with each policy over the model's: the backward pass recomputes activations.
 AGAIN = {"none": 1.0, "dots": 1.03, "projections": 1.05, "attended": 1.3, "full": 1.33}
 
 
@@ -39,8 +39,8 @@ class Estimate:
         return (max(self.parts.values()) + sum(self.parts.values())) / 2
 
 
-def saved(config: Any, remat: str) -> float:
-    """Values that the forward pass keeps of each token of a layer, by remat policy."""
+def saved(config: BlockConfig, remat: str) -> float:
+    """Values that the forward pass saves of each token of a layer, by remat policy."""
     c = config
     heads, kv, width = c.num_heads * c.head_size, c.kv_heads * c.head_size, c.embed_dim
     inner = (2 if ACTIVATIONS[c.activation][1] else 1) * c.mlp_size
@@ -60,9 +60,9 @@ def estimate(
     topology: Topology,
     rules: sharding.Rules,
     *,
-    places: Sequence[interconnect.ChipCoord],
+    coords: Sequence[interconnect.ChipCoord],
 ) -> Estimate:
-    """Of the train step of a config on the mesh of `rules`, with its devices at `places`."""
+    """The estimate of a train step on the mesh of `rules`, with its devices at `coords`."""
     mesh, c = rules.mesh.shape, config.model
     tensor, stage, fsdp = mesh["tensor"], mesh["stage"], mesh["fsdp"]
     count = flops.parameters(c)
@@ -98,7 +98,7 @@ def estimate(
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
     parts = {"compute": compute / (1 - pipeline.bubble)}
     turns = pipeline.num_iterations if stage > 1 else 1
-    runs = 3 + (c.remat == "full")  # of a layer's exchanges: forward, backward, what is done again
+    runs = 3 + (c.remat == "full")  # of a layer's exchanges: forward, backward, recomputation
     depth = c.num_layers / stage
     key_values = 2 * tokens * mesh["sequence"] * c.kv_heads * c.head_size / tensor
     routed = tokens * c.moe.num_experts_per_token * c.embed_dim if c.moe.num_experts else 0
@@ -116,7 +116,7 @@ def estimate(
         sent["fsdp"] *= 2
     for axis, size in sent.items():
         if mesh[axis] > 1:
-            path = interconnect.path(topology, [places[i] for i in group(rules, axis)])
+            path = interconnect.path(topology, [coords[i] for i in group(rules, axis)])
             moved = size * (1 if axis == "stage" else (mesh[axis] - 1) / mesh[axis])
             rate = path.exchange if axis == "expert" else path.bandwidth
             parts[axis] = moved / rate if rate else math.inf

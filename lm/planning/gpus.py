@@ -1,13 +1,16 @@
-"""GPUs that are not here, described for XLA's compiler."""
+"""Absent GPUs, described for XLA's compiler."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.planning import chips
+
+if TYPE_CHECKING:
+    from lm.planning.topology import Topology
 
 # From NVIDIA's data sheets and the tables of the CUDA programming guide (compute capability 9.0
 # and 10.0): multiprocessors, boost clock in GHz, L2 cache.
@@ -55,7 +58,7 @@ device_description_str: "{_NAMES[name]}"
 """
 
 
-def devices(topology: Any) -> Sequence[Any]:
+def devices(topology: Topology) -> Sequence[Any]:
     """The GPUs of a topology of `shape` (nodes, GPUs of a node); see `topology.devices`."""
     import jax
     from jax.experimental import topologies
@@ -65,7 +68,7 @@ def devices(topology: Any) -> Sequence[Any]:
             f"--topology={topology.name} needs the GPU compiler: pip install 'jax[cuda13]' "
             "(no GPU needed)"
         )
-    # Autotuning runs kernels, for which there is no GPU.
+    # Autotuning would run kernels on a GPU.
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_autotune_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()

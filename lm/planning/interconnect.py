@@ -1,11 +1,11 @@
-"""How long collectives take at least: which wires the devices of a group have between them.
+"""Lower bounds of the time of collectives, by the bandwidth between the devices of a group.
 
 A TPU slice is a torus. In each dimension that a group fills it has a ring (both directions of a
-link count) where the torus closes, or a line (one) where it doesn't; a group that takes every k-th
-chip shares its line with k - 1 others. Several dimensions work at once: of a gather or a sum each
-takes its part, so their links add up. In an all-to-all no dimension can take another's part: every
-byte has its own way to go in each, and the slowest dimension decides. Between slices, and between
-nodes of GPUs, there is the data centre's network; GPUs of a node share a switch. See
+link count) where the torus closes, or a line (one) where it doesn't; a group of every k-th chip
+shares its line with k - 1 others. In a gather or a sum the dimensions share the bytes, so their
+bandwidths add up. In an all-to-all every byte crosses each dimension that its source and target
+differ in, and the slowest dimension decides. Between slices, and between nodes of GPUs, there is
+the data centre's network; GPUs of a node share a switch. See
 https://jax-ml.github.io/scaling-book/sharding for the model.
 """
 
@@ -22,29 +22,43 @@ from lm.planning.traffic import Collective
 
 @dataclasses.dataclass(frozen=True)
 class ChipCoord:
-    """Where a device is: its slice or node, its chip in that, its number on the chip."""
+    """The coordinates of a device: its slice or node, its chip in that, its number on the chip."""
 
-    island: int
+    slice_or_node: int
     chip: tuple[int, ...]
     core: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """What a group of devices sends over: `network` or the links, and bytes/s of a device."""
+    """The connection of a group of devices: the network or links, and bytes/s of a device."""
 
     network: bool
     bandwidth: float | None  # of a gather or a sum; None: not published
     exchange: float | None  # of an all-to-all
 
 
-def places(topology: Topology, devices: Sequence[Any]) -> list[ChipCoord]:
-    """Of the devices in the order of a mesh."""
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """All collectives of one kind over the same mesh axes."""
+
+    kind: str
+    axis: str
+    size: int  # devices of a group
+    count: float  # in a step
+    bytes: float  # that a device sends in a step
+    seconds: float | None  # lower bound; None where bandwidth is not published
+    network: bool  # leaves the slice or the node
+    source: str  # of the largest
+
+
+def chip_coords(topology: Topology, devices: Sequence[Any]) -> list[ChipCoord]:
+    """The coordinates of devices in the order of a mesh."""
     found = []
     for i, device in enumerate(devices):
         if topology.chip.platform == "tpu":
-            island = int(getattr(device, "slice_index", None) or 0)
-            found.append(ChipCoord(island, tuple(device.coords), int(device.core_on_chip)))
+            number = int(getattr(device, "slice_index", None) or 0)
+            found.append(ChipCoord(number, tuple(device.coords), int(device.core_on_chip)))
         elif topology.chip.platform == "gpu":
             number = int(getattr(device, "id", i))
             per_node = topology.shape[1]
@@ -55,11 +69,11 @@ def places(topology: Topology, devices: Sequence[Any]) -> list[ChipCoord]:
 
 
 def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
-    """The wires that connect the members of one group."""
+    """The connection of the members of one group."""
     chip = topology.chip
-    islands = {m.island for m in members}
-    if len(islands) > 1:
-        inside = len(members) / len(islands)  # members of an island drive its ports together
+    groups = {m.slice_or_node for m in members}
+    if len(groups) > 1:
+        inside = len(members) / len(groups)  # members of one drive its ports together
         if chip.network is None:
             return Path(True, None, None)
         rate = chip.network * inside / chip.devices
@@ -94,6 +108,37 @@ def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
 
 
 def transfer_seconds(collective: Collective, path: Path) -> float | None:
-    """The least time of a collective over a whole step; None where bandwidth is not published."""
+    """Lower bound of a collective over a whole step; None where bandwidth is not published."""
     rate = path.exchange if collective.kind.endswith("all-to-all") else path.bandwidth
     return None if rate is None else collective.bytes / rate
+
+
+def transfers(
+    collectives: Sequence[Collective], topology: Topology, coords: Sequence[ChipCoord]
+) -> tuple[Transfer, ...]:
+    """The transfers of a step, the largest first.
+
+    coords: those of the devices in the order of the mesh.
+    """
+    groups: dict[tuple[str, str, bool], list[tuple[Collective, float | None]]] = {}
+    for collective in collectives:
+        found = path(topology, [coords[i] for i in collective.group])
+        seconds = transfer_seconds(collective, found)
+        key = (collective.kind, collective.axis, found.network)
+        groups.setdefault(key, []).append((collective, seconds))
+    result = []
+    for (kind, axis, network), pairs in groups.items():
+        members, times = zip(*pairs, strict=True)
+        result.append(
+            Transfer(
+                kind=kind,
+                axis=axis,
+                size=members[0].size,
+                count=sum(c.times for c in members),
+                bytes=sum(c.bytes for c in members),
+                seconds=None if None in times else sum(times),
+                network=network,
+                source=max(members, key=lambda c: c.bytes).source,
+            )
+        )
+    return tuple(sorted(result, key=lambda t: -t.bytes))

@@ -1,4 +1,4 @@
-"""The plan of a run: its real train step (or decode step), compiled for devices that are not here.
+"""The plan of a run: its real train step (or decode step), compiled for absent devices.
 
     plan = make(config, "v5p:4x4x4")
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from lm.planning import (
     traffic,
 )
 from lm.planning.costs import Work
+from lm.planning.interconnect import Transfer
 from lm.planning.memory import Line, Memory
 from lm.planning.roofline import StepTimeBounds
 from lm.planning.topology import Topology
@@ -46,20 +47,6 @@ class Decode:
 
     batch_size: int
     length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """All collectives of one kind over the same mesh axes."""
-
-    kind: str
-    axis: str
-    size: int  # devices of a group
-    count: float  # in a step
-    bytes: float  # that a device sends in a step
-    seconds: float | None  # at least
-    network: bool  # leaves the slice or the node
-    source: str  # of the largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +80,7 @@ class Plan:
 
     @property
     def headroom(self) -> int | None:
-        """Bytes of HBM that are left; negative: that are missing."""
+        """Free bytes of HBM; negative: missing ones."""
         return None if self.capacity is None else self.capacity - self.memory.total
 
     def mfu(self, seconds: float) -> float | None:
@@ -175,7 +162,7 @@ def make(
     decode: Decode | None = None,
     show: Progress | None = None,
 ) -> Plan:
-    """Compiles the step of `config` for the topology called `name`.
+    """Compile the step of `config` for the topology called `name`.
 
     Raises:
         ValueError: the config doesn't fit the mesh, or the topology or its compiler isn't there.
@@ -217,9 +204,9 @@ def analyse(
     used = memory.measure(compiled, module, shapes, platform=target.chip.platform)
     sizes = tuple(mesh.shape.values())
     found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
-    places = interconnect.places(target, mesh.devices.flatten().tolist())
+    coords = interconnect.chip_coords(target, mesh.devices.flatten().tolist())
+    sent = interconnect.transfers(found, target, coords)
     done = costs.count_flops_and_hbm_bytes(module)
-    needed = roofline.times(target, done, found, places, c.model.dtype)
     rows = experiment.batch_size if decode is None else decode.batch_size
     length = c.data.length if decode is None else decode.length
     tokens = rows * length if decode is None else rows
@@ -237,11 +224,11 @@ def analyse(
         capacity=compiled.available or target.chip.hbm or None,
         refusal=compiled.refusal,
         memory=used,
-        transfers=_transfers(found, target, places),
+        transfers=sent,
         work=done,
         model_flops=_model_flops(experiment, rows, length, decode),
         peak_flops=target.chip.peak_flops(c.model.dtype),
-        times=needed,
+        times=roofline.times(target, done, sent, c.model.dtype),
         warnings=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
@@ -259,31 +246,3 @@ def _model_flops(experiment: Experiment, rows: int, length: int, decode: Decode 
     # a new token attends to every slot of the cache
     one = flops.flops_per_token(model, length, training=False, full_square=True)
     return one * rows / size
-
-
-def _transfers(
-    found: Sequence[traffic.Collective], target: Topology, places: Sequence[interconnect.ChipCoord]
-) -> tuple[Transfer, ...]:
-    groups: dict[tuple[str, str, bool], list[tuple[traffic.Collective, float | None]]] = {}
-    for collective in found:
-        path = interconnect.path(target, [places[i] for i in collective.group])
-        key = (collective.kind, collective.axis, path.network)
-        groups.setdefault(key, []).append(
-            (collective, interconnect.transfer_seconds(collective, path))
-        )
-    transfers = []
-    for (kind, axis, network), members in groups.items():
-        seconds = [t for _, t in members]
-        transfers.append(
-            Transfer(
-                kind=kind,
-                axis=axis,
-                size=members[0][0].size,
-                count=sum(c.times for c, _ in members),
-                bytes=sum(c.bytes for c, _ in members),
-                seconds=None if None in seconds else sum(t or 0.0 for t in seconds),
-                network=network,
-                source=max((c for c, _ in members), key=lambda c: c.bytes).source,
-            )
-        )
-    return tuple(sorted(transfers, key=lambda t: -t.bytes))

@@ -1,20 +1,18 @@
-"""The least time of a step by what it needs: products, HBM, wires. And what that makes of MFU.
+"""Bounds of the time of a step: products, HBM traffic and transfers, each over a published peak.
 
-Each time is work over a published peak, so a real step takes longer. How much of them overlaps
-the compiler decides and the hardware shows; the step lies between all of them at once (the longest
-alone) and one after the other (their sum).
+A real step takes longer. The compiler and the hardware decide how much of them overlaps; the step
+lies between the longest of them, if all overlap, and their sum, if none do.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 
-from lm.planning import interconnect
 from lm.planning.costs import Work
-from lm.planning.interconnect import ChipCoord
+from lm.planning.interconnect import Transfer
 from lm.planning.topology import Topology
-from lm.planning.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,7 @@ class StepTimeBounds:
     hbm: float | None
     links: dict[str, float]  # by mesh axis, ICI or NVLink
     network: float | None  # between slices or nodes
-    unknown: tuple[str, ...]  # what is left out because nobody says how much it is
+    unknown: tuple[str, ...]  # left out, as their figures are not known
 
     def parts(self) -> dict[str, float]:
         """Every time that is known, by name."""
@@ -52,38 +50,33 @@ class StepTimeBounds:
 
 
 def times(
-    topology: Topology,
-    work: Work,
-    collectives: Sequence[Collective],
-    places: Sequence[ChipCoord],
-    dtype: str,
+    topology: Topology, work: Work, transfers: Sequence[Transfer], dtype: str
 ) -> StepTimeBounds:
-    """places: of the devices in the order of the mesh."""
+    """The bounds of a step by the published peaks of a topology's chips."""
     chip = topology.chip
     peak = chip.peak_flops(dtype)
-    unknown = []
+    unknown: dict[str, None] = {}
     if peak is None:
-        unknown.append(f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}")
+        unknown[f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}"] = None
     if work.unknown:
-        unknown.append(f"FLOPs of {len(work.unknown)} kernels that declare none")
+        unknown[f"FLOPs of {len(work.unknown)} kernels that declare none"] = None
     if work.loops:
-        unknown.append(f"length of {len(work.loops)} loops, which count once: {work.loops[0]}")
-    links: dict[str, float] = {}
+        loops = f"length of {len(work.loops)} loops, which count once: {work.loops[0]}"
+        unknown[loops] = None
+    links: dict[str, float] = defaultdict(float)
     network = 0.0
-    for collective in collectives:
-        path = interconnect.path(topology, [places[i] for i in collective.group])
-        t = interconnect.transfer_seconds(collective, path)
-        if t is None:
-            missing = f"bandwidth of {chip.name}'s {'network' if path.network else 'links'}"
-            unknown += [missing] if missing not in unknown else []
-        elif path.network:
-            network += t
+    for transfer in transfers:
+        if transfer.seconds is None:
+            kind = "network" if transfer.network else "links"
+            unknown[f"bandwidth of {chip.name}'s {kind}"] = None
+        elif transfer.network:
+            network += transfer.seconds
         else:
-            links[collective.axis] = links.get(collective.axis, 0.0) + t
+            links[transfer.axis] += transfer.seconds
     return StepTimeBounds(
         compute=work.flops / peak if peak else None,
         hbm=work.hbm_bytes / chip.hbm_bandwidth if chip.hbm_bandwidth else None,
-        links=links,
+        links=dict(links),
         network=network or None,
         unknown=tuple(unknown),
     )

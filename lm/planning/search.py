@@ -1,6 +1,6 @@
-"""Many plans compared: the fastest mesh, remat policy and micro-batch of a config on a topology.
+"""Search for the fastest mesh, remat policy and micro-batch of a config on a topology.
 
-Formulas (lm/planning/estimate.py) leave out what cannot fit or is far slower; the best few are
+Formulas (lm/planning/estimate.py) prune what cannot fit or is far slower; the best few are
 compiled, and the compiler's plans decide.
 """
 
@@ -17,6 +17,7 @@ from lm.config.tree import ConfigTree
 from lm.layers.block_config import BlockConfig
 from lm.layers.stack import REMAT
 from lm.parallel import sharding
+from lm.parallel.sharding import AXES
 from lm.planning import interconnect
 from lm.planning import topology as topologies
 from lm.planning.estimate import Estimate, estimate
@@ -28,12 +29,12 @@ SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs mor
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Changes to a config, what formulas say of them, and what became of it."""
+    """Changes to a config, their estimate, and their plan or the reason that it lost."""
 
     changes: dict[str, Any]
     estimate: Estimate
     plan: Plan | None = None
-    lost: str = ""  # why; "" for the winner
+    lost: str = ""  # the reason; "" for the winner
 
     @property
     def flags(self) -> str:
@@ -44,11 +45,11 @@ class Candidate:
 class Found:
     winner: Candidate | None
     compiled: tuple[Candidate, ...]  # the winner first
-    pruned: dict[str, int]  # how many were left out, by reason
+    pruned: dict[str, int]  # number of candidates, by reason
 
 
 def estimated_step_seconds(plan: Plan) -> float:
-    """What plans are compared by: the middle between all overlapped and nothing overlapped."""
+    """The middle between all overlapped and nothing overlapped, by which plans are compared."""
     return (plan.times.lower_bound_s + plan.times.upper_bound_s) / 2
 
 
@@ -104,10 +105,8 @@ def meshes(c: configs.Config, num_devices: int) -> Iterator[dict[str, int]]:
             and model.vocab_size % tensor == 0
             and length % (tensor * sequence) == 0
         ):
-            yield {
-                **{"data": data, "fsdp": fsdp, "expert": expert},
-                **{"tensor": tensor, "sequence": sequence, "stage": stage},
-            }
+            sizes = (data, fsdp, expert, tensor, sequence, stage)
+            yield dict(zip(AXES, sizes, strict=True))
 
 
 def _powers(limit: int) -> list[int]:
@@ -133,7 +132,7 @@ def search(
     model = asked.model
     if not isinstance(model, BlockConfig):
         raise ValueError(
-            f"--search knows the arithmetic of transformers alone; config.model is one of "
+            f"--search has estimates of transformers only; config.model is one of "
             f"{type(model).__module__}: plan its meshes one by one"
         )
     pruned: dict[str, int] = {}
@@ -143,11 +142,11 @@ def search(
         c = _replaced(asked, changes)
         if c.mesh not in rules_of:
             rules = sharding.make_rules(c.mesh, devices)
-            places = interconnect.places(target, rules.mesh.devices.flatten().tolist())
-            rules_of[c.mesh] = (rules, places)
+            coords = interconnect.chip_coords(target, rules.mesh.devices.flatten().tolist())
+            rules_of[c.mesh] = (rules, coords)
         batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * len(devices)
-        rules, places = rules_of[c.mesh]
-        guess = estimate(c, batch, target, rules, places=places)
+        rules, coords = rules_of[c.mesh]
+        guess = estimate(c, batch, target, rules, coords=coords)
         if target.chip.hbm and guess.memory > target.chip.hbm:
             pruned["do not fit, by formula"] = pruned.get("do not fit, by formula", 0) + 1
         else:
@@ -182,8 +181,8 @@ def _replaced(section: Any, changes: dict[str, Any]) -> Any:
 
 
 def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
-    """The best first, one of each mesh and remat policy before a second of any: neighbours share
-    their faults.
+    """The best first, one of each mesh and remat policy before a second of any: neighbours fail for
+    the same reasons.
     """
     seen: dict[tuple[Any, ...], int] = {}
     rounds: list[list[Candidate]] = []
@@ -206,7 +205,7 @@ def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
 
 
 def judge(tried: list[Candidate], pruned: dict[str, int]) -> Found:
-    """The winner, and why each of the others lost."""
+    """The winner, and the reason why each of the others lost."""
     fitting = [t for t in tried if t.plan is not None and t.plan.fits]
     if not fitting:
         return Found(None, tuple(_with_reason(t, None) for t in tried), pruned)
@@ -227,12 +226,12 @@ def _with_reason(candidate: Candidate, best: Plan | None) -> Candidate:
     elif best is None:
         lost = ""
     else:
-        mine, its = plan.times.parts(), best.times.parts()
-        extra = {n: t - its.get(n, 0.0) for n, t in mine.items()}
+        parts, fastest = plan.times.parts(), best.times.parts()
+        extra = {n: t - fastest.get(n, 0.0) for n, t in parts.items()}
         worst = max(extra, key=lambda n: extra[n])
         slower = estimated_step_seconds(plan) / estimated_step_seconds(best) - 1
         lost = (
-            f"{slower:+.0%} time: {worst} takes {mine[worst]:.3f} s, not "
-            f"{its.get(worst, 0.0):.3f} s"
+            f"{slower:+.0%} time: {worst} takes {parts[worst]:.3f} s, not "
+            f"{fastest.get(worst, 0.0):.3f} s"
         )
     return dataclasses.replace(candidate, lost=lost)

@@ -25,30 +25,17 @@ from lm.planning.chips import Chip
 GPUS_PER_NODE = 8
 # Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,
 # ct5p-hightpu-1t, ct6e-standard-1t and tpu7x-standard-1t), and numbers of GPUs: powers of two.
-SLICES = {
-    3: (
-        *(
-            "1x1x1",
-            "2x2x1",
-            "2x2x2",
-            "2x2x4",
-            "2x4x4",
-            "4x4x4",
-            "4x4x8",
-            "4x8x8",
-            "8x8x8",
-            "8x8x16",
-        ),
-        *("8x16x16", "16x16x16", "16x16x24"),
-    ),
-    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    1: tuple(str(2**i) for i in range(13)),
+_SLICES = {
+    3: "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24",
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    1: " ".join(str(2**i) for i in range(13)),
 }
+SLICES = {dims: shapes.split() for dims, shapes in _SLICES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of chips and how they are wired."""
+    """A number of chips and their interconnect."""
 
     name: str
     chip: Chip
@@ -73,7 +60,11 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-    """Raises ValueError, with the forms that exist, for a name that is none."""
+    """The topology of a name.
+
+    Raises:
+        ValueError: the name has none of the forms above.
+    """
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if not found or found[2] not in chips.CHIPS:
         raise ValueError(
@@ -118,7 +109,7 @@ def devices(topology: Topology) -> Sequence[Any]:
     if topology.chip.platform == "cpu":
         return _cpus(topology.num_chips)
     with contextlib.suppress(RuntimeError):  # jax has started: its platform stays
-        jax.config.update("jax_platforms", "cpu")  # a chip that is here is not to be taken
+        jax.config.update("jax_platforms", "cpu")  # leave a chip of this machine to others
     describe = {"tpu": _tpus, "gpu": gpus.devices}[topology.chip.platform]
     found = describe(topology)
     assert len(found) == topology.num_devices, (topology, len(found))

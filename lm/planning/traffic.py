@@ -1,9 +1,8 @@
-"""Every collective of a compiled program: its mesh axes, and the bytes that a device sends in a
-step.
+"""Collectives of a compiled program: their mesh axes, and the bytes that a device sends in a step.
 
 A device sends, with S bytes of the whole array over n devices: S (n - 1) / n in an all-gather,
-reduce-scatter or all-to-all, twice that in an all-reduce, and its S in a permutation. A step waits
-for no less, whatever algorithm moves them.
+reduce-scatter or all-to-all, twice that in an all-reduce, and its S in a permutation: lower bounds
+for any algorithm.
 """
 
 from __future__ import annotations
@@ -19,8 +18,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from lm.planning import hlo
 
 KINDS = (
-    *("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
 )
 _TRANSFER = "_xla_megascale_transfer_type"
 
@@ -46,7 +50,7 @@ class Collective:
 
     @property
     def bytes(self) -> float:
-        """That a device sends in a step."""
+        """Bytes that a device sends in a step."""
         share = (self.size - 1) / self.size
         factor = {
             "all-reduce": 2 * share,
@@ -66,10 +70,10 @@ def collectives(
     module: hlo.Module, axis_names: Sequence[str], axis_sizes: Sequence[int], *, slices: int = 1
 ) -> list[Collective]:
     """The collectives that a step runs, over a mesh of these axes; starts without their dones. One
-    that libtpu spreads over products stands in the fusions of its start, its end and of each of
-    those products, and counts in the first.
+    that libtpu overlaps with products is in the fusions of its start, its end and each of those
+    products, and counts in the first.
 
-    The outermost axis of the mesh crosses its `slices`; what goes between those is a transfer of
+    The outermost axis of the mesh crosses its `slices`; a collective between those is a transfer of
     hosts, which libtpu (megascale) writes as a send.
     """
     found = []
@@ -79,7 +83,7 @@ def collectives(
         between = kind == "send" and _TRANSFER in instruction.attributes
         if between:
             kind = instruction.attributes[_TRANSFER].lower().replace("_", "-")
-        if kind not in KINDS or not visit.times or _goes_on(visit):
+        if kind not in KINDS or not visit.times or _is_continuation(visit):
             continue
         inputs = [
             sum(s.bytes for s in visit.computation.instructions[o].shapes)
@@ -118,7 +122,7 @@ def collectives(
     return found
 
 
-def _goes_on(visit: hlo.Visit) -> bool:
+def _is_continuation(visit: hlo.Visit) -> bool:
     """True if a collective of a chain has started in another fusion."""
     if "chain_id" not in visit.instruction.attributes:
         return False
@@ -134,7 +138,7 @@ def _keeps_a_slice(computation: hlo.Computation) -> bool:
 
 
 def _pads(visit: hlo.Visit, module: hlo.Module) -> bool:
-    """Whether an all-reduce adds shards that were put among zeros."""
+    """True if an all-reduce adds shards padded with zeros."""
     for name in visit.instruction.operands:
         operand = visit.computation.instructions.get(name)
         while operand is not None and operand.opcode in ("copy-done", "copy-start", "bitcast"):
