@@ -1,14 +1,15 @@
-"""XLA's buffer assignment, read from its proto: what lies where, and when.
+"""XLA's buffer assignment, read from its proto: offsets and lifetimes of arrays.
 
 An allocation holds values; the large one for temporaries is a heap in which values that do not
-live at the same time share bytes. Values that follow each other in one place with one shape are
-one buffer here: what a loop carries and updates in place has a value for every step of that.
+live at the same time share bytes. Values of one shape that follow each other at one offset are one
+buffer here: a loop's carry, updated in place, has a value for each instruction that updates it.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from typing import Any
 
 from lm.planning import hlo, protos
@@ -22,7 +23,7 @@ class Value:
     size: int
     offset: int
     shape: hlo.Shape | None  # None: a table of pointers
-    start: int  # position in the schedule where it comes to life, and where it ends
+    start: int  # first and last position in the schedule at which it is live
     stop: int
 
 
@@ -52,7 +53,7 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The moment when most bytes of a heap are in use."""
+    """The moment of the largest use of a heap."""
 
     position: int
     buffers: tuple[tuple[Buffer, int], ...]  # with the bytes that no larger one of them covers
@@ -89,8 +90,8 @@ def _kind(allocation: Any) -> str:
 
 
 def _lives(assignment: Any, module: hlo.Module) -> dict[int, tuple[int, int]]:
-    """Positions in the schedule from which and to which the values of heaps are kept, by number:
-    a value is let go after all those that start at its last position.
+    """First and last positions in the schedule of the values of heaps, by number: a value is freed
+    after all those that start at its last position.
     """
     found: dict[int, tuple[int, int]] = {}
     for trace in assignment.heap_simulator_traces:
@@ -105,12 +106,12 @@ def _lives(assignment: Any, module: hlo.Module) -> dict[int, tuple[int, int]]:
 
 
 def _buffers(values: list[Value]) -> tuple[Buffer, ...]:
-    """Values in one place with one shape, joined where one ends as the next begins."""
-    places: dict[tuple[int, int, str], list[Value]] = {}
+    """Values of one shape at one offset, joined where one ends as the next begins."""
+    groups: dict[tuple[int, int, str], list[Value]] = {}
     for value in values:
-        places.setdefault((value.offset, value.size, str(value.shape)), []).append(value)
+        groups.setdefault((value.offset, value.size, str(value.shape)), []).append(value)
     buffers = []
-    for found in places.values():
+    for found in groups.values():
         run: list[Value] = []
         stop = 0
         for value in sorted(found, key=lambda v: (v.start, v.stop)):
@@ -144,16 +145,12 @@ def peak(buffers: tuple[Buffer, ...], *, least: int = 0) -> Peak:
 
 
 def _upper_bounds(buffers: list[Buffer], events: list[int]) -> list[int]:
-    """At each event the sizes of the live buffers, without regard to bytes that they share."""
+    """The sum of the sizes of live buffers at each event; bytes that they share count twice."""
     change = [0] * (len(events) + 1)
     for b in buffers:
         change[bisect.bisect_left(events, b.start)] += b.size
         change[bisect.bisect_right(events, b.stop)] -= b.size
-    total, bounds = 0, []
-    for c in change[:-1]:
-        total += c
-        bounds.append(total)
-    return bounds
+    return list(itertools.accumulate(change[:-1]))
 
 
 def _cover(live: list[Buffer]) -> tuple[int, list[tuple[Buffer, int]]]:

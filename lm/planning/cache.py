@@ -1,4 +1,4 @@
-"""Plans that are kept in a folder and found again: by config, topology, code and versions."""
+"""A cache of plans in a folder, by config, topology, code and versions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
-from typing import Any
 
+from lm import storage
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.planning import chips, plausibility
@@ -26,23 +25,20 @@ def cached(
     show: Progress | None = None,
     folder: Path | None = None,
 ) -> tuple[Plan, bool]:
-    """(the plan of `make`, whether it was found in the folder)."""
+    """(the plan of `make`, True if it was found in the folder)."""
     folder = folder or _folder()
     path = folder / f"{key(config, name, decode)}.json"
     if path.exists():
         return dataclasses.replace(from_json(path.read_text()), name=config_name), True
     plan = make(config, name, config_name=config_name, decode=decode, show=show)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
-    part.write_text(plan.to_json())
-    part.replace(path)  # whole or not at all, however many write it
+    storage.write_atomically(path, plan.to_json())
     return plan, False
 
 
 def key(config: ConfigTree, name: str, decode: Decode | None = None) -> str:
-    """What a plan depends on, as a hash."""
-    conversion.resolve(config)  # a mistake in it is told before anything is looked up
-    parts: dict[str, Any] = {
+    """A hash of all that a plan depends on."""
+    conversion.resolve(config)  # raises for a mistake before anything is looked up
+    parts = {
         "config": json.loads(conversion.to_json(without_data(config))),
         "topology": name,
         "decode": None if decode is None else dataclasses.asdict(decode),

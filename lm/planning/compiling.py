@@ -1,4 +1,4 @@
-"""One compilation with everything that the compiler leaves behind: program, buffers, complaints."""
+"""One compilation with all its outputs: the program, its buffers, and the compiler's messages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.planning import protos
 from lm.telemetry.progress import Progress
+
+if TYPE_CHECKING:
+    import jax
 
 FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What is known of a program. One that does not fit has buffers, but no `sizes`."""
+    """A compiled program. One that does not fit has buffers, but no `sizes`."""
 
     program: Any  # HloProto: the optimized module and the assignment of its buffers
     sizes: dict[str, int]  # bytes by field of memory_analysis()
@@ -35,8 +38,10 @@ class Compiled:
     cpu_seconds: float  # of all threads, which other work on the machine lengthens less
 
 
-def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None) -> Compiled:
-    """Compiles a lowered step; `show` says how long it has taken so far.
+def compile_step(
+    lowered: jax.stages.Lowered, *, label: str = "", show: Progress | None = None
+) -> Compiled:
+    """Compile a lowered step; `show` draws the time so far.
 
     Raises:
         ValueError: the compiler refuses the program for another reason than memory.
@@ -52,6 +57,7 @@ def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None)
         try:
             with _ticking(label, start, show):
                 stats = lowered.compile(compiler_options=options).memory_analysis()
+            assert stats is not None, "every compiler that plans use has an analysis"
             sizes = {n: int(getattr(stats, f"{n}_size_in_bytes")) for n in FIELDS}
             host = {n: int(getattr(stats, f"host_{n}_size_in_bytes")) for n in FIELDS}
             peak = int(stats.peak_memory_in_bytes)
@@ -80,7 +86,7 @@ def compile_step(lowered: Any, *, label: str = "", show: Progress | None = None)
 
 
 def _use_cache(wanted: bool) -> None:
-    """Turns jax's persistent cache on or off. It looks at its setting once, until it is reset."""
+    """Turn jax's persistent cache on or off. It reads its setting once, until it is reset."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -103,8 +109,8 @@ def _available(refusal: str) -> int | None:
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
-    """Takes what libraries write to file descriptor 2; yields a function that returns the lines so
-    far.
+    """Capture file descriptor 2, to which libraries write; yield a function that returns the lines
+    so far.
     """
     sys.stderr.flush()
     original = os.dup(2)
@@ -124,7 +130,7 @@ def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
 
 @contextlib.contextmanager
 def _ticking(label: str, start: float, show: Progress | None) -> Iterator[None]:
-    """Keeps `show` saying how long it has taken."""
+    """Draw the time so far every second."""
     if show is None:
         yield
         return

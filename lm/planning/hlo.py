@@ -11,18 +11,23 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.planning import protos
 
-BITS = {
-    **{"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16},
-    **{"f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64},
-    **{"c64": 64, "c128": 128, "token": 0, "opaque": 0, "f4e2m1fn": 4, "f8e8m0fnu": 8},
-}
+if TYPE_CHECKING:
+    import jax
+
 HBM, HOST = 0, 5  # memory spaces of a layout: everything else is on the chip
 _CALLS = ("call", "async-start", "fusion")
+
+
+def _bits(dtype: str) -> int:
+    """The bits of an element: the first number of its type's name, as in bf16 and f8e4m3fn."""
+    number = re.search(r"\d+", dtype)
+    return int(number[0]) if number else {"pred": 8}.get(dtype, 0)  # token, opaque
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +41,7 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Without the padding of its tiles."""
-        bits = BITS.get(self.dtype, 8)  # the float8 kinds
-        return -(-math.prod(self.dims) * bits // 8)
+        return math.ceil(math.prod(self.dims) * _bits(self.dtype) / 8)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -69,28 +73,28 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """What a custom call calls."""
+        """The target of a custom call."""
         return self.proto.custom_call_target
 
     @property
     def index(self) -> int:
-        """Of a get-tuple-element."""
+        """The index of a get-tuple-element."""
         return self.proto.tuple_index
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What a compiler notes for its backend: XLA's own are JSON."""
+        """The backend config of a compiler that writes JSON, as XLA's own do."""
         text = self.proto.backend_config
         return json.loads(text) if text.startswith(b"{") else {}
 
     @functools.cached_property
     def attributes(self) -> dict[str, str]:
-        """What JAX and the compiler note of an instruction."""
+        """The frontend attributes, set by JAX and the compiler."""
         return {entry.key: entry.value for entry in self.proto.frontend_attributes.map}
 
     @property
     def value(self) -> int | None:
-        """Of a constant integer."""
+        """The value of a constant integer."""
         literal = self.proto.literal
         for held in (literal.s32s, literal.u32s, literal.s64s, literal.u64s):
             if self.opcode == "constant" and len(held) == 1:
@@ -129,7 +133,7 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """An instruction in the place where it runs, and how many times a step runs it."""
+    """An instruction in its computation, and how many times a step runs it."""
 
     instruction: Instruction
     computation: Computation
@@ -198,9 +202,7 @@ class Module:
         return found
 
     def walk(self) -> Iterator[Visit]:
-        """Every instruction that a step runs. Branches count in equal parts: which one runs is
-        data.
-        """
+        """Every instruction that a step runs. Branches count in equal parts, as data choose one."""
         yield from self._walk(self.entry, 1.0, None)
 
     def _walk(
@@ -223,8 +225,8 @@ class Module:
                 yield from self._walk(self.computations[called], times_inside, within)
 
     def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often the body of a while loop runs: what the compiler noted, or the bound of its
-        counter; None where neither is known (a loop that ends on data).
+        """The trip count of a while loop: the compiler's annotation, or the bound of its counter;
+        None where neither is known (a loop that ends on data).
         """
         if "known_trip_count" in loop.config:
             return int(loop.config["known_trip_count"]["n"])
@@ -259,7 +261,7 @@ class Module:
         return self._resolve(computation.operand(initial, index), computation).value
 
     def _resolve(self, instruction: Instruction, computation: Computation) -> Instruction:
-        """What copies and bitcasts of one value are copies of."""
+        """The source of a value's copies and bitcasts."""
         while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
             instruction = computation.operand(instruction)
         return instruction
@@ -304,8 +306,10 @@ def read(proto: Any) -> Module:
     return Module(proto, computations, computations[proto.entry_computation_name])
 
 
-def of_compiled(compiled: Any) -> Module:
-    """The optimized module of a `jax.stages.Compiled`."""
-    [module] = compiled.runtime_executable().hlo_modules()
+def of_compiled(compiled: jax.stages.Compiled) -> Module:
+    """The optimized module of a compiled function."""
+    executable = compiled.runtime_executable()
+    assert executable is not None, "XLA compiled it"
+    [module] = executable.hlo_modules()
     serialized = module.as_serialized_hlo_module_proto()
     return read(protos.message("HloModuleProto").FromString(serialized))

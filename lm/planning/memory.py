@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from lm.planning import buffers as xla_buffers
-from lm.planning import hlo
+from lm.planning import buffers, hlo
 from lm.planning.attribution import Attribution
 from lm.planning.buffers import Allocation
 from lm.planning.compiling import Compiled
@@ -19,7 +18,7 @@ GROUPS = {
     "batch": "inputs of the step",
     "outputs": "results that share no memory with arguments",
     "gradients": "gradients, whole or in part",
-    "saved activations": "what the forward pass keeps for the backward pass",
+    "saved activations": "what the forward pass saves for the backward pass",
     "parameter copies": "parameters gathered from other devices, or cast to the compute type",
     "kernels": "results and scratch of custom kernels",
     "temporaries": "everything else that is live at the peak",
@@ -43,7 +42,7 @@ class Line:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     groups: dict[str, int]  # bytes of a device's HBM by group; absent where none
-    total: int  # their sum, which the compiler holds against the capacity
+    total: int  # their sum, which the compiler compares with the capacity
     stated: int | None  # the same by memory_analysis(); None where the program doesn't fit
     host: int  # bytes of the host's memory for a device
     largest: tuple[Line, ...]  # the ten largest buffers
@@ -58,7 +57,7 @@ def measure(
     platform: str,
 ) -> Memory:
     """The memory of a compiled step."""
-    allocations = xla_buffers.read(compiled.program.buffer_assignment, module)
+    allocations = buffers.read(compiled.program.buffer_assignment, module)
     attribution = Attribution(module, parameters)
     groups = dict.fromkeys(GROUPS, 0)
     lines: list[Line] = []
@@ -112,7 +111,7 @@ def _heap(allocation: Allocation, attribution: Attribution) -> Iterable[Line]:
     """The buffers of a heap at its peak; those below a ten-thousandth of it as one."""
     least = allocation.size // 10_000
     small = 0
-    for buffer, size in xla_buffers.peak(allocation.buffers, least=least).buffers:
+    for buffer, size in buffers.peak(allocation.buffers, least=least).buffers:
         if buffer.shape is None or size < least:
             small += size
             continue

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -130,19 +130,19 @@ def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
 Make = Callable[[ConfigTree, str, Decode | None], Plan]
 
 
-def with_changes(config: ConfigTree, changes: dict[str, Any]) -> ConfigTree:
+def with_changes(config: ConfigTree, changes: Mapping[str, object]) -> ConfigTree:
     """A copy of the config with changes by path."""
     copy = config.copy_and_resolve_references()
-    copy.update_from_flattened_dict(changes)
+    copy.update_from_flattened_dict(dict(changes))
     return copy
 
 
 def without_data(config: ConfigTree) -> ConfigTree:
-    """The config with made-up rows of the same shapes: a plan needs no data and no tokenizer."""
+    """The config with synthetic rows of the same shapes: a plan needs no data and no tokenizer."""
     c = conversion.resolve(config)
-    # objectives that read two texts of a record; of a text and its label no made-up kind has rows
+    # objectives that read two texts of a record; no synthetic source has a text and its label
     of_pairs = hasattr(c.objective, "fields") and not hasattr(c.objective, "labels")
-    changes: dict[str, Any] = {
+    changes: dict[str, object] = {
         "data.tokenizer": "bytes",
         "data.train": ("synthetic:reverse" if of_pairs else "synthetic:random",),
         "data.weights": (),

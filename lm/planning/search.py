@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 from lm.config import conversion
 from lm.config import schema as configs
@@ -24,6 +24,7 @@ from lm.planning.estimate import Estimate, estimate
 from lm.planning.plan import Make, Plan, with_changes
 from lm.telemetry.progress import Progress
 
+Section = TypeVar("Section", bound=Any)  # a frozen config or a section of one
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 
 
@@ -31,7 +32,7 @@ SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs mor
 class Candidate:
     """Changes to a config, their estimate, and their plan or the reason that it lost."""
 
-    changes: dict[str, Any]
+    changes: dict[str, object]
     estimate: Estimate
     plan: Plan | None = None
     lost: str = ""  # the reason; "" for the winner
@@ -53,7 +54,7 @@ def estimated_step_seconds(plan: Plan) -> float:
     return (plan.times.lower_bound_s + plan.times.upper_bound_s) / 2
 
 
-def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, Any]]:
+def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, object]]:
     """Every mesh, remat policy and number of micro-batches that divides the sizes of a config.
 
     Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
@@ -171,7 +172,7 @@ def search(
     return judge(tried, pruned)
 
 
-def _replaced(section: Any, changes: dict[str, Any]) -> Any:
+def _replaced(section: Section, changes: Mapping[str, object]) -> Section:
     """A resolved config with changes by path: a hundredth of the time of resolving it again."""
     for path, value in changes.items():
         name, _, rest = path.partition(".")
@@ -184,7 +185,7 @@ def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
     """The best first, one of each mesh and remat policy before a second of any: neighbours fail for
     the same reasons.
     """
-    seen: dict[tuple[Any, ...], int] = {}
+    seen: dict[tuple[object, ...], int] = {}
     rounds: list[list[Candidate]] = []
     for candidate in ranked:
         kind = tuple(v for k, v in candidate.changes.items() if k != "train.num_microbatches")
