@@ -75,7 +75,10 @@ def program_of(f, mesh, **arrays):
 
 
 def sums(collectives):
-    return traffic.by_kind_and_axis(collectives)
+    totals = collections.Counter()
+    for c in collectives:
+        totals[c.kind, c.axis] += c.bytes
+    return dict(totals)
 
 
 # ---- traffic ----

@@ -211,11 +211,3 @@ def _axes(
     differ = [i for i in range(len(names)) if len(set(places[i].tolist())) > 1]
     whole = math.prod(sizes[i] for i in differ) == len(group) or kind == "collective-permute"
     return tuple(names[i] for i in differ), whole
-
-
-def by_kind_and_axis(found: Sequence[Collective]) -> dict[tuple[str, str], float]:
-    """Bytes that a device sends in a step, by (kind, axis)."""
-    totals: dict[tuple[str, str], float] = {}
-    for c in found:
-        totals[c.kind, c.axis] = totals.get((c.kind, c.axis), 0.0) + c.bytes
-    return totals
