@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from lm.checkpoint.checksums import PyTree, hexadecimal
 from lm.config import conversion
 from lm.config.tree import ConfigTree
+from lm.optim.param_tree import named_leaves
 
 FORMAT = 1
 
@@ -39,12 +39,12 @@ def leaves(tree: PyTree, sums: np.ndarray | None = None) -> dict[str, Leaf]:
 
     sums: the checksums of the leaves in the tree's order, uint32 [leaves, 2].
     """
-    described = {}
-    for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        checksum = "" if sums is None else hexadecimal(sums[i])
-        described[name] = Leaf(tuple(x.shape), str(np.dtype(x.dtype)), checksum)
-    return described
+    return {
+        name: Leaf(
+            tuple(x.shape), str(np.dtype(x.dtype)), "" if sums is None else hexadecimal(sums[i])
+        )
+        for i, (name, x) in enumerate(named_leaves(tree).items())
+    }
 
 
 def differences(stored: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,14 @@ def is_box(x: object) -> bool:
 def flatten(tree: Params) -> dict:
     """{name: leaf}; everything but a dict is a leaf, boxes and shardings too."""
     return traverse_util.flatten_dict(dict(tree), sep=".")
+
+
+def named_leaves(tree: object, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """{name: leaf} of any pytree, in its order; names as those of `flatten`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    }
 
 
 def unflatten(leaves: Mapping[str, T]) -> Params:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import jax
-
+from lm.optim.param_tree import named_leaves
 from lm.planning.shards import shard_bytes, sharded_axes
 from lm.planning.topology import Topology
 from lm.planning.traffic import Collective
@@ -81,11 +80,10 @@ def _replicated(plan: Plan, experiment: Experiment) -> list[str]:
     mesh = experiment.rules.mesh
     capacity = plan.capacity or 16 * GIB
     lost: dict[str, list[tuple[int, str]]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(experiment.abstract_params):
+    for name, leaf in named_leaves(experiment.abstract_params).items():
         used, size = sharded_axes(leaf), shard_bytes(leaf)
         for axis, n in mesh.shape.items():
             if n > 1 and axis not in used and any(d % n == 0 for d in leaf.shape):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 lost.setdefault(axis, []).append((size, name))
     found = []
     for axis, leaves in lost.items():

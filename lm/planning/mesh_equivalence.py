@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from lm.config import conversion
 from lm.config.tree import ConfigTree
+from lm.optim.param_tree import named_leaves
 from lm.parallel.sharding import AXES
 from lm.planning import hlo
 from lm.training.experiment import Experiment
@@ -295,7 +296,7 @@ def _compare(
     for what in compared:
         values = np.max(gathered[what], axis=0)  # nan is the largest
         worst = int(np.argmax(values))
-        name = list(_named(compared[what][0]))[worst]
+        name = list(named_leaves(compared[what][0]))[worst]
         differences.append(Difference(number, what, name, float(values[worst])))
     return differences
 
@@ -307,7 +308,7 @@ def _trace(state: TrainState) -> optax.Updates:
 
 def _counts(tree: object) -> dict[str, jax.Array]:
     """The integer and boolean leaves."""
-    return {k: v for k, v in _named(tree).items() if v.dtype.kind in "iub"}
+    return {k: v for k, v in named_leaves(tree).items() if v.dtype.kind in "iub"}
 
 
 def relative(one: object, many: object) -> np.ndarray:
@@ -315,8 +316,8 @@ def relative(one: object, many: object) -> np.ndarray:
 
     Integers and booleans differ by 1 where they aren't equal.
     """
-    leaves, found = _named(one), []
-    for name, other in _named(many).items():
+    leaves, found = named_leaves(one), []
+    for name, other in named_leaves(many).items():
         a = np.asarray(leaves[name], np.float64)
         shards = [np.asarray(shard.data, np.float64) for shard in other.addressable_shards]
         indices = [shard.index for shard in other.addressable_shards]
@@ -329,13 +330,6 @@ def relative(one: object, many: object) -> np.ndarray:
         scale = np.asarray(leaves.get(name.replace("key.bias", "query.bias"), a))
         found.append(largest / np.max([np.abs(a).max(), np.abs(scale).max(), 1e-30]))
     return np.array(found, np.float64)
-
-
-def _named(tree: object) -> dict[str, jax.Array]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _layout(experiment: Experiment) -> list[str]:

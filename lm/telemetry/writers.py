@@ -79,7 +79,7 @@ class MetricsWriter:
         first_step: int,
         num_steps: int,
         every: int,
-        flops_per_token: float | None,
+        flops_per_token: float,
         peak_flops: float | None,
         tensorboard: bool,
         active: bool = True,
@@ -153,7 +153,7 @@ class MetricsWriter:
         record |= extra | {"seconds": sum(r.seconds or 0.0 for r in window)}
         if throughput is not None:
             record["tokens_per_second"] = throughput.tokens_per_second
-            if self._flops_per_token is not None and self._peak_flops:
+            if self._peak_flops:
                 flops = throughput.tokens_per_second * self._flops_per_token
                 record["mfu"] = flops / self._peak_flops
         self._write({"step": step, "kind": "train", **record}, "train")
@@ -177,7 +177,7 @@ class MetricsWriter:
         parts.append(f"grad norm {float(window[-1].info['grad_norm']):.3g}")
         if self._learning_rate is not None:
             parts.append(f"lr {self._learning_rate:.2g}")
-        if throughput is not None and self._flops_per_token is not None:
+        if throughput is not None:
             flops = throughput.tokens_per_second * self._flops_per_token
             peak = self._peak_flops
             mfu = f"{100 * flops / peak:.1f}% MFU" if peak else f"{format_quantity(flops)}FLOP/s"

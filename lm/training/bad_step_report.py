@@ -27,6 +27,7 @@ from lm import storage
 from lm.layers import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.optim import optimizer_state
+from lm.optim.param_tree import named_leaves
 from lm.telemetry.deferred import StepResult
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, StepInfo, Sums, TrainState
@@ -146,10 +147,11 @@ def diagnose(
     row_losses = losses.sum(1) / np.maximum(scored.sum(1), 1)
     # those that are not finite first, then the highest losses
     worst = np.argsort(-np.nan_to_num(row_losses, nan=np.inf), kind="stable")[:NUM_ROWS]
+    optimizer = named_leaves(measured.optimizer)
     not_finite = {
         "gradients": _not_finite(measured.gradients),
         "parameters": _not_finite(measured.parameters),
-        "optimizer": {name: int(count) for name, count in _named(measured.optimizer) if count},
+        "optimizer": {name: int(count) for name, count in optimizer.items() if count},
     }
     return {
         "step": step,
@@ -244,20 +246,19 @@ def _mean_loss(sums: dict[str, float]) -> float:
     return sums["loss"] / max(sums["tokens"], 1.0)
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Size))
-    return [(jax.tree_util.keystr(p, simple=True, separator="."), x) for p, x in leaves]
+def _named(sizes: Params) -> dict[str, Size]:
+    return named_leaves(sizes, is_leaf=lambda x: isinstance(x, Size))
 
 
 def _not_finite(sizes: Params) -> Evidence:
-    counts = {name: int(np.sum(size.not_finite)) for name, size in _named(sizes)}
+    counts = {name: int(np.sum(size.not_finite)) for name, size in _named(sizes).items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def _per_layer(sizes: Params) -> Evidence:
     return {
         name: {key: np.asarray(value).tolist() for key, value in size._asdict().items()}
-        for name, size in _named(sizes)
+        for name, size in _named(sizes).items()
     }
 
 

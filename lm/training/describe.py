@@ -9,6 +9,7 @@ import ml_collections
 
 from lm.checkpoint.parent import ParentCheckpoint
 from lm.config import conversion
+from lm.optim.param_tree import named_leaves
 from lm.parallel.process_group import print_on_lead
 from lm.telemetry.progress import format_quantity
 from lm.training import bad_step_report
@@ -62,8 +63,7 @@ def _parameter_table(experiment: Experiment) -> Iterator[str]:
     """Lines of name, shape and partition spec of every parameter."""
     is_sharded = experiment.rules.mesh.size > 1
     rows = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(experiment.abstract_params):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, leaf in named_leaves(experiment.abstract_params).items():
         spec = str(leaf.sharding.spec).removeprefix("PartitionSpec") if is_sharded else ""
         mark = "  frozen" if name in experiment.initializer.frozen else ""
         rows.append((name, str(leaf.shape), spec + mark))

@@ -30,6 +30,7 @@ from lm.layers import cross_entropy
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
+from lm.optim.param_tree import named_leaves
 from lm.parallel import pipeline_stages, sharding
 from lm.training import run_length, train_step
 from lm.training.fork import Fork
@@ -318,11 +319,8 @@ class Experiment:
         return jitted.lower(self.abstract_state, self.abstract_batch)
 
     @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums, StepInfo]]:
-        """(state, batch) -> (state, sums, step info), compiled once, when it is first used.
-
-        Other shapes are an error, not another compilation.
-        """
+    def train_step(self) -> jax.stages.Compiled:
+        """(state, batch) -> (state, sums, step info); other shapes are an error, not recompiled."""
         return self.lower_train_step().compile()
 
     @functools.cached_property
@@ -345,12 +343,8 @@ class Experiment:
         """Names of the leaves whose replicas hold different bits."""
         if self.rules.mesh.size == 1:
             return []
-        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(self.compare_replicas(state)))
-        return [
-            jax.tree_util.keystr(path, simple=True, separator=".")
-            for path, differs in leaves
-            if differs
-        ]
+        differs = named_leaves(jax.device_get(self.compare_replicas(state)))
+        return [name for name, flag in differs.items() if flag]
 
     @functools.cached_property
     def flops_per_token(self) -> float:

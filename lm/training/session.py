@@ -154,8 +154,7 @@ class TrainingSession:
         peak = self.experiment.config.optimizer.learning_rate
         values = {"learning_rate": peak * float(jnp.asarray(self._schedule(step)))}
         values["tokens_seen"] = self.ledger.totals()["filled"]
-        if self.experiment.flops_per_token is not None:
-            values["flops_seen"] = values["tokens_seen"] * self.experiment.flops_per_token
+        values["flops_seen"] = values["tokens_seen"] * self.experiment.flops_per_token
         values["goodput"] = self._goodput.write(step + 1)
         return values
 
