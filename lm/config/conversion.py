@@ -198,7 +198,7 @@ def changed(
 
 
 def explain(config: ConfigTree) -> Iterator[tuple[str, object, object, str]]:
-    """(path, value, default, sentence with the range of numbers) of every key."""
+    """(path, value, default, sentence with the valid values) of every key."""
     chosen = names(config)
     defaults = dict(leaves(default(**chosen).to_dict()))
     sentences = {
@@ -215,8 +215,12 @@ def _sentences(config: DataclassInstance, prefix: str = "") -> Iterator[tuple[st
         if is_section(value):
             yield from _sentences(value, f"{prefix}{f.name}.")
         else:
-            end = f" Must be {bounds}." if bounds else ""
-            yield f"{prefix}{f.name}", f.metadata["help"] + end
+            sentence, choices = f.metadata["help"], f.metadata.get("choices", ())
+            if bounds:
+                sentence += f" Must be {bounds}."
+            if any(choice not in sentence for choice in choices):
+                sentence += f" One of {', '.join(choices)}."
+            yield f"{prefix}{f.name}", sentence
 
 
 def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> None:
