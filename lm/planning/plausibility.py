@@ -1,5 +1,5 @@
-"""A plan held against what must be true of it: figures are read from a compiler's output whose form
-no version promises, and one that is read wrongly looks like any other.
+"""Plausibility of a plan: its figures are read from a compiler's output whose form no version
+promises, and a figure that is misread looks like any other.
 
 A step multiplies no less than its model, no device exceeds its peak, layers whose weights are
 sharded have them gathered, and the buffers add up to what the compiler says of its memory.

@@ -92,7 +92,7 @@ def fewest_chips(
     """The smallest slice of the kind of chip in `name` that the step fits on, as it is or with one
     row at a time on each shard of the batch.
 
-    The mesh must have an axis of -1. What cannot hold the state alone is not compiled.
+    The mesh must have an axis of -1. A slice that cannot hold the state is not compiled.
     """
     target = topologies.parse(name)
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""

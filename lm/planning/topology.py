@@ -52,7 +52,7 @@ class Topology:
 
     def closes(self, dimension: int) -> bool:
         """True if a dimension of a slice's torus is a ring. In three dimensions optical switches
-        join whole cubes of 4 x 4 x 4 alone, and a slice smaller than one has no ring.
+        join whole cubes of 4 x 4 x 4 only, and a slice smaller than one has no ring.
         """
         wraps = self.chip.wraps
         lengths = self.shape if self.chip.dims == 3 else (self.shape[dimension],)

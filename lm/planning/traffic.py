@@ -90,7 +90,7 @@ def collectives(
             for o in instruction.operands
             if o in visit.computation.instructions
         ]
-        if between:  # a host sends for its chips to the same place in every other slice
+        if between:  # a host sends for its chips to their counterparts in the other slices
             group = tuple(range(0, math.prod(axis_sizes), math.prod(axis_sizes) // slices))
             payload = inputs[0] * (slices if kind == "all-gather" else 1)
         elif kind == "collective-permute":
@@ -206,8 +206,8 @@ def _mesh_group(groups: Any) -> tuple[int, ...]:
 def _axes(
     group: tuple[int, ...], names: Sequence[str], sizes: Sequence[int], kind: str
 ) -> tuple[tuple[str, ...], bool]:
-    """(mesh axes along which a group's positions differ, whether it is all of them)."""
-    places = np.array(np.unravel_index(np.array(group), tuple(sizes)))  # [axes, group]
-    differ = [i for i in range(len(names)) if len(set(places[i].tolist())) > 1]
+    """(mesh axes along which a group's positions differ, True if the group spans them whole)."""
+    coords = np.array(np.unravel_index(np.array(group), tuple(sizes)))  # [axes, group]
+    differ = [i for i in range(len(names)) if len(set(coords[i].tolist())) > 1]
     whole = math.prod(sizes[i] for i in differ) == len(group) or kind == "collective-permute"
     return tuple(names[i] for i in differ), whole
