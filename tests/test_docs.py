@@ -207,7 +207,7 @@ def run(words, folder):
     program = {"lm": [sys.executable, "-m", "lm"], "python": [sys.executable]}[words[0]]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("=8", "=2")}
     done = subprocess.run(
-        [*program, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
+        [*program, *words[1:]], cwd=folder, env=environment, capture_output=True, errors="replace"
     )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 

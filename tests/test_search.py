@@ -100,9 +100,7 @@ def test_an_estimate_grows_with_what_is_saved_and_what_is_sent(make_experiment):
 
 def test_the_search_refuses_a_model_whose_step_it_cannot_estimate():
     config = conversion.default(model="lstm")
-    with pytest.raises(
-        ValueError, match=r"transformers only; config\.model is .*lm\.models\.lstm"
-    ):
+    with pytest.raises(ValueError, match=r"transformers only; config\.model is .*lm\.models\.lstm"):
         search.search(config, "cpu:8", lambda *_: None)
 
 
