@@ -69,11 +69,11 @@ class ParentCheckpoint:
         if lines:
             hint = ""
             if any(".lora_" in name for name in stored):
-                hint = "\nit holds adapters alone: merge them first, with scripts/merge_lora.py"
+                hint = "\nit holds only adapters: merge them first, with scripts/merge_lora.py"
             raise ValueError(
                 f"config.init.from: {self._folder} has other parameters than this run; list in "
-                "config.init.skip what this run has no place for, and in config.init.new what "
-                "begins at random:\n  " + "\n  ".join(lines) + hint
+                "config.init.skip what this run should ignore, and in config.init.new what is "
+                "initialized randomly:\n  " + "\n  ".join(lines) + hint
             )
 
     def read(self, abstract: Params, skip: Sequence[str] = ()) -> Params:

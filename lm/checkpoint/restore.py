@@ -39,7 +39,7 @@ def restore(
     """(the restored tree, the manifest) of a step's folder.
 
     abstract: {item: abstract arrays with shardings}; of an import, which has only parameters, the
-    item `params` alone is restored. verify: compare the checksum of every leaf, computed on the
+    only the item `params` is restored. verify: compare the checksum of every leaf, computed on the
     devices, with the manifest's. leave_out: names of stored leaves that `abstract` lacks.
 
     Raises:

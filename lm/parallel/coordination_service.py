@@ -3,7 +3,7 @@
 A client of the service aborts its process, with SIGABRT and a page of stack, when the service is
 gone; jaxlib has no callback for that which works in Python. The other processes learn of the loss
 of process 0 from their connections (rendezvous.py), and this process gives them the time to end in
-order. It needs jaxlib alone.
+order. It needs only jaxlib.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ ADVICE = {
         "Lower config.data.batch_size or data.length, raise config.train.num_microbatches, set "
         "config.model.remat, or use more devices; scripts/plan.py says what fits"
     ),
-    Exit.DEVICE_ERROR: "The same command goes on from the last checkpoint",
+    Exit.DEVICE_ERROR: "The same command resumes from the last checkpoint",
 }
 KINDS = {Exit.OUT_OF_MEMORY: "out of memory", Exit.DEVICE_ERROR: "a device failed"}
 

@@ -235,7 +235,7 @@ def from_lead(name: str, make: Callable[[], T]) -> T:
 
 
 def print_on_lead(text: str) -> None:
-    """Print `text` in process 0 alone."""
+    """Print `text` in process 0 only."""
     import jax
 
     if jax.process_index() == 0:

@@ -292,7 +292,7 @@ def make_global_batch(rules: Rules, batch: HostBatch, batch_size: int) -> Batch:
         logical = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None, "asked for devices of this process alone"
+            assert index is not None, "called for this process's devices only"
             start, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, start)
             return x[first : first + stop - start][(slice(None), *index[1:])]

@@ -27,7 +27,7 @@ def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
     if is_new and initializer.parent is not None:
         yield from _parent_lines(experiment, initializer.parent)
     if is_new and experiment.fork is not None:
-        yield f"goes on from {experiment.fork}"
+        yield f"forked from {experiment.fork}"
     if is_new and initializer.word_vectors is not None:
         yield initializer.word_vectors.describe()
     if c.log.parameter_table:
@@ -50,7 +50,7 @@ def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
     if not (c.checkpoint.every or c.checkpoint.every_seconds or early):
         yield (
             "no checkpoint before the end (config.checkpoint.every=0, every_seconds=0): a run that "
-            "is killed begins again"
+            "is killed starts again"
         )
     if c.guard.policy == "rewind" and not bad_step_report.is_repeatable(experiment):
         yield (
@@ -74,10 +74,10 @@ def _parameter_table(experiment: Experiment) -> Iterator[str]:
 
 def _parent_lines(experiment: Experiment, parent: ParentCheckpoint) -> Iterator[str]:
     """The parent of a warm start, and the values of its model and tokenizer that differ."""
-    yield f"begins with the parameters of {parent.workdir} at step {parent.step}"
+    yield f"warm start: parameters of {parent.workdir} at step {parent.step}"
     old, new = parent.manifest.config, experiment.config_dict.to_dict()
     for section in ("model", "data"):
         keys = ("tokenizer",) if section == "data" else tuple(new[section])
         a, b = ({k: tree.get(section, {}).get(k) for k in keys} for tree in (old, new))
         for path, (was, now) in conversion.changed(*map(ml_collections.ConfigDict, (a, b))).items():
-            yield f"unlike there: config.{section}.{path}: {was!r} -> {now!r}"
+            yield f"unlike the parent: config.{section}.{path}: {was!r} -> {now!r}"

@@ -60,7 +60,7 @@ def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
             raise
         raise CannotWrite(
             f"{workdir} can't be written: {error.strerror}; make space, and run the same command: "
-            "it goes on from the last checkpoint"
+            "it resumes from the last checkpoint"
         ) from error
 
 
