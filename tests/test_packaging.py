@@ -30,8 +30,8 @@ def _imported():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module.split(".")[0])
     return (
-        names - set(sys.stdlib_module_names) - {"lm", "_typeshed"}
-    )  # the latter is for types alone
+        names - set(sys.stdlib_module_names) - {"lm", "_typeshed", "jaxlib"}
+    )  # _typeshed is for types alone, jaxlib a part of jax
 
 
 def _normal(name):
