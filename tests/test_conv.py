@@ -187,7 +187,7 @@ def test_pipeline_stages_are_refused(rules_on):
     [
         ({"kernel_size": 13}, r"kernel_size \(13\) must be at most config\.data\.length \(12\)"),
         ({"kernel_size": 0}, r"config\.model\.kernel_size \(0\) must be at least 1"),
-        ({"remat": "all"}, r"config\.model\.remat must be one of none, dots, full, got 'all'"),
+        ({"remat": "all"}, r"config\.model\.remat \('all'\) must be one of none, dots, full"),
         ({"scan_unroll": 9}, r"scan_unroll \(9\) must be at most num_layers \(8\)"),
     ],
 )

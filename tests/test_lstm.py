@@ -299,7 +299,10 @@ def test_a_mesh_that_would_cut_time_or_depth_is_refused(rules_on, axes, message)
         ({"hidden_dim": 0}, r"config\.model\.hidden_dim \(0\) must be at least 1"),
         ({"scan_unroll": 3}, r"scan_unroll \(3\) must be at most num_layers \(2\)"),
         ({"dropout": 1.0}, r"config\.model\.dropout \(1\.0\) must be in \[0, 1\)"),
-        ({"dtype": "float16"}, r"config\.model\.dtype must be one of float32, bfloat16"),
+        (
+            {"dtype": "float16"},
+            r"config\.model\.dtype \('float16'\) must be one of float32, bfloat16",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -17,14 +17,11 @@ import jax.numpy as jnp
 
 from lm.config.fields import check_values, field
 from lm.layers.convolution import GatedConvolution
-from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear
 from lm.layers.norm import Norm
 from lm.layers.stack import run, stack
+from lm.models.vocabulary import VocabularyModel, check_left_to_right, check_scan_unroll
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
-
-REMAT = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +38,12 @@ class Config:
     init_std: float | None = field(
         None, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
     )
-    dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
-    remat: str = field("none", f"What the backward pass finds saved: {', '.join(REMAT)}.")
+    dtype: str = field(
+        "float32", "Compute type; parameters stay float32.", choices=("float32", "bfloat16")
+    )
+    remat: str = field(
+        "none", "Activations saved for the backward pass.", choices=("none", "dots", "full")
+    )
     scan_unroll: int = field(
         1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
     )
@@ -61,32 +62,21 @@ class Config:
         return 2**31 - 1
 
     def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
         rows of `length`.
         """
-
         check_values(self, "config.model")
-
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(f"config.model.{message}")
-
-        for name, known in (("dtype", ("float32", "bfloat16")), ("remat", REMAT)):
-            value = getattr(self, name)
-            need(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}")
-        need(
-            self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
-        )
-        need(
-            self.kernel_size <= length,
-            f"kernel_size ({self.kernel_size}) must be at most config.data.length ({length})",
-        )
+        check_scan_unroll(self.scan_unroll, self.num_layers)
+        if self.kernel_size > length:
+            raise ValueError(
+                f"config.model.kernel_size ({self.kernel_size}) must be at most "
+                f"config.data.length ({length})"
+            )
 
 
 @flax.struct.dataclass
 class Shared:
-    """What all blocks are called with."""
+    """Inputs of all blocks."""
 
     positions: Array  # int32 [B, T]
     train: bool = flax.struct.field(pytree_node=False)
@@ -116,28 +106,19 @@ class Block(nn.Module):
         return x, last
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(VocabularyModel):
     """The model. Parameters: `embedding`, `layers` (stacked), `norm`, and `head` where used."""
 
-    config: Config
-    rules: Rules
+    config: Config  # pyright: ignore
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        std = 0.02 if c.init_std is None else c.init_std
-        self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
+        self.embedding = self.make_table(c.vocab_size, "vocab")
         unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
         self.layers = stack(Block, c.num_layers, remat=c.remat, unroll=unroll)(c, self.rules)
         self.norm = Norm("rms", c.norm_eps, dtype=dtype)
         if not c.tie_embeddings:
-            self.head = Linear(
-                {"embed": c.embed_dim},
-                {"vocab": c.vocab_size},
-                self.rules,
-                dtype=dtype,
-                init_std=c.init_std,
-                unrounded=True,
-            )
+            self.head = self.make_head()
         self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
@@ -151,13 +132,7 @@ class LanguageModel(nn.Module):
         """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it
         holds.
         """
-        if encoder is not None:
-            raise ValueError("config.model.name=conv takes no encoder tokens")
-        if inputs.bidirectional is not None:
-            raise ValueError(
-                "config.model.name=conv reads from left to right: it can't see a bidirectional "
-                "prefix as a whole; choose another config.objective.name"
-            )
+        check_left_to_right("conv", inputs, encoder)
         x = self.embedding(inputs.ids)
         x = self.rules.constrain(x, "act_batch", "length", "act_embed")
         x = self.dropout(x, deterministic=not train)
@@ -166,23 +141,8 @@ class LanguageModel(nn.Module):
         return Output(hidden=self.finish(x), cache=cache)
 
     def finish(self, x: Array) -> jax.Array:
-        """What the vocabulary projection reads of a residual stream x: [B, T, D]."""
+        """The hidden states that `logits` reads, of a residual stream x: [B, T, D]."""
         return self.rules.constrain(self.norm(x), "act_batch", "length", "act_embed")
-
-    def logits(self, hidden: Array) -> jax.Array:
-        """hidden: [B, T, D] -> float32 [B, T, V]."""
-        c = self.config
-        x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
-        return self.rules.constrain(x, "act_batch", "length", "vocab")
-
-    @property
-    def head_params(self) -> tuple[str, ...]:
-        return ("embedding",) if self.config.tie_embeddings else ("head",)
-
-    @property
-    def num_microbatches(self) -> int:
-        """Parts that the rows of a forward pass are cut into."""
-        return 1
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """The inputs of each layer before the next token, [L, B, kernel_size - 1, D]: none yet.
@@ -197,7 +157,7 @@ class LanguageModel(nn.Module):
 
 
 def build(config: Config, rules: Rules) -> LanguageModel:
-    """Raises ValueError where the mesh can't do what the config says."""
+    """Raise ValueError where the mesh can't do what the config asks for."""
     stages = rules.mesh.shape["stage"]
     if stages > 1:
         raise ValueError(

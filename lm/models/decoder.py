@@ -16,10 +16,10 @@ from lm.layers import positions as pe
 from lm.layers.attention.attention import LayerInputs
 from lm.layers.block import Block
 from lm.layers.block_config import BlockConfig
-from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear, times
+from lm.layers.linear import times
 from lm.layers.stack import REMAT
 from lm.layers.transformer import Transformer, check_kernels, make_output
+from lm.models.vocabulary import VocabularyModel
 from lm.parallel import pipeline_stages, zigzag
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
@@ -39,7 +39,7 @@ class Config(BlockConfig):
     )
 
 
-class Decoder(Transformer):
+class Decoder(VocabularyModel, Transformer):
     """The model. Parameters: those of `Transformer`, `embedding`, and `position` and `head` where
     used.
     """
@@ -48,23 +48,12 @@ class Decoder(Transformer):
 
     def setup(self) -> None:
         super().setup()
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        std = 0.02 if c.init_std is None else c.init_std
-        std *= c.scaling.init("embedding", std)
-        self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
+        c = self.config
+        self.embedding = self.make_table(c.vocab_size, "vocab")
         if c.positions == "learned":
-            self.position = Embedding(c.max_length, c.embed_dim, self.rules, None, dtype, std)
+            self.position = self.make_table(c.max_length)
         if c.has_head and not c.tie_embeddings:
-            self.head = Linear(
-                {"embed": c.embed_dim},
-                {"vocab": c.vocab_size},
-                self.rules,
-                dtype=dtype,
-                init_std=c.init_std,
-                unrounded=True,
-                init_scale=c.scaling.init("head", c.init_std),
-                lora=c.lora,
-            )
+            self.head = self.make_head()
         self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
@@ -109,14 +98,8 @@ class Decoder(Transformer):
         """
         c = self.config
         check_head(c)
-        x = times(hidden, c.scaling.logits)
-        x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
-        x = self.rules.constrain(x, "act_batch", "length", "vocab")
+        x = self.project(times(hidden, c.scaling.logits))
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
-
-    @property
-    def head_params(self) -> tuple[str, ...]:
-        return ("embedding",) if self.config.tie_embeddings else ("head",)
 
     @property
     def num_microbatches(self) -> int:
@@ -124,8 +107,8 @@ class Decoder(Transformer):
         return self.config.pipeline.num_microbatches
 
     def _is_pipelined(self, cache: Cache | None, train: bool) -> bool:
-        """Whether micro-batches make a difference: on several stages, and to what is drawn or
-        averaged for each in training. What layers `sow` is kept by the plain loop over layers.
+        """True if micro-batches make a difference: on several stages, and to what is drawn or
+        averaged for each in training. The plain loop over layers keeps what they `sow`.
         """
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return False
@@ -140,7 +123,7 @@ class Decoder(Transformer):
     def _pipelined(
         self, x: Array, inputs: Tokens, train: bool, order: int
     ) -> tuple[jax.Array, Any]:
-        """(what the layers make of x: [B, T, D], micro-batch by micro-batch, the means over
+        """(x: [B, T, D] after the layers, micro-batch by micro-batch, and the means over
         micro-batches of the layers' outputs, [L, ...]).
         """
         c, rules, m = self.config, self.rules, self.num_microbatches
@@ -150,7 +133,7 @@ class Decoder(Transformer):
         first = jax.tree.map(lambda a: a[0], rows)
         biases = tuple(self._bias(mask) for mask in self._masks(first, order))
         block = Block(c, rules, parent=None)
-        # groups have the same kinds in the same places, and nothing else tells layers apart
+        # groups have the same kinds at the same index, and layers differ in nothing else
         per_layer = jax.tree.map(lambda a: a[: schedule.group_size], self._per_layer())
 
         def prepare(tokens: Tokens, biases: Any) -> LayerInputs:
@@ -182,9 +165,9 @@ class Decoder(Transformer):
         return pipeline_stages.merge(rules, x), outputs
 
     def _balances(self, inputs: Tokens, cache: Cache | None, train: bool) -> bool:
-        """Whether the length stands in zig-zag order inside of the model.
+        """True if the length stands in zig-zag order inside of the model.
 
-        Not where bits of a dropout are drawn by place, nor where states are sown for others.
+        Not where bits of a dropout are drawn by position, nor where states are sown for others.
         """
         c = self.config
         random = train and max(c.dropout, c.attention_dropout, c.lora.dropout) > 0
@@ -194,7 +177,7 @@ class Decoder(Transformer):
 
 
 def build(config: Config, rules: Rules) -> Decoder:
-    """Raises ValueError where the mesh can't do what the config says."""
+    """Raise ValueError where the mesh can't do what the config asks for."""
     schedule = pipeline_stages.make_schedule(config.pipeline, config.num_layers, rules)
     period = len(config.layer_pattern) if len(config.kinds) > 1 else 1
     if schedule.num_stages > 1 and schedule.group_size % period:

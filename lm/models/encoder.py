@@ -5,7 +5,6 @@ those that came after it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 from lm.config.fields import field
 from lm.layers import positions as pe
 from lm.layers.block_config import BlockConfig
-from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter, times
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
+from lm.models.vocabulary import VocabularyModel
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
 
@@ -34,7 +33,7 @@ class Config(BlockConfig):
         return False
 
 
-class Encoder(Transformer):
+class Encoder(VocabularyModel, Transformer):
     """The model. Parameters: those of `Transformer`; `embedding` and `embedding_norm`; `position`,
     `type` and `pooler` where used; with a head, `transform`, `transform_norm` and `logit_bias` [V]
     between the hidden states and the projection by the embedding.
@@ -42,35 +41,32 @@ class Encoder(Transformer):
 
     config: Config  # pyright: ignore
     causal: bool = False
-    head_params = ("embedding", "transform", "transform_norm", "logit_bias")
 
     def setup(self) -> None:
         super().setup()
         c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
-        std = 0.02 if c.init_std is None else c.init_std
-        std *= c.scaling.init("embedding", std)
-        linear = functools.partial(
-            Linear,
-            rules=rules,
-            bias=c.mlp_bias,
-            dtype=dtype,
-            init_std=c.init_std,
-            init_scale=c.scaling.init("hidden", c.init_std),
-        )
-        self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, std)
+        scale = c.scaling.init("hidden", c.init_std)
+
+        def linear(width: int) -> Linear:
+            shape = {"embed": c.embed_dim}, {"mlp": width}
+            return Linear(
+                *shape, rules, bias=c.mlp_bias, dtype=dtype, init_std=c.init_std, init_scale=scale
+            )
+
+        self.embedding = self.make_table(c.vocab_size, "vocab")
         if c.positions == "learned":
-            self.position = Embedding(c.max_length, c.embed_dim, rules, None, dtype, std)
+            self.position = self.make_table(c.max_length)
         if c.num_types:
-            self.type = Embedding(c.num_types, c.embed_dim, rules, None, dtype, std)
+            self.type = self.make_table(c.num_types)
         self.embedding_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
         self.dropout = nn.Dropout(c.dropout)
         if c.has_head:
-            self.transform = linear({"embed": c.embed_dim}, {"mlp": c.embed_dim})
+            self.transform = linear(c.embed_dim)
             self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
             zeros = nn.initializers.zeros
             self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
         if c.pooler_dim:
-            self.pooler = linear({"embed": c.embed_dim}, {"mlp": c.pooler_dim})
+            self.pooler = linear(c.pooler_dim)
 
     def __call__(
         self,
@@ -119,25 +115,22 @@ class Encoder(Transformer):
         check_head(self.config)
         act, _ = ACTIVATIONS[self.config.activation]
         x = self.transform_norm(act(self.transform(hidden)))
-        x = self.embedding.attend(times(x, self.config.scaling.logits))
-        x = self.rules.constrain(x, "act_batch", "length", "vocab")
-        return x + self.logit_bias
+        return self.project(times(x, self.config.scaling.logits)) + self.logit_bias
+
+    @property
+    def head_params(self) -> tuple[str, ...]:
+        return "embedding", "transform", "transform_norm", "logit_bias"
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
-        """Raises ValueError: what comes later changes what a token sees."""
+        """Raise ValueError: what comes later changes what a token sees."""
         raise ValueError(
             "config.model.name=encoder cannot generate, whose tokens see those that come after "
             "them: take a decoder or an encoder_decoder"
         )
 
-    @property
-    def num_microbatches(self) -> int:
-        """Parts that the rows of a forward pass are cut into."""
-        return 1
-
 
 def build(config: Config, rules: Rules) -> Encoder:
-    """Raises ValueError where the mesh can't do what the config says."""
+    """Raise ValueError where the mesh can't do what the config asks for."""
     check_stages("encoder", rules)
     check_kernels(config, rules)
     return Encoder(config, rules)

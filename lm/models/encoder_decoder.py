@@ -16,9 +16,9 @@ from lm.layers import positions as pe
 from lm.layers.attention.attention import EncoderStates
 from lm.layers.attention.scores import AttentionScores
 from lm.layers.block_config import BlockConfig
-from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear, times
+from lm.layers.linear import times
 from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
+from lm.models.vocabulary import VocabularyModel
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -39,7 +39,7 @@ class Config(BlockConfig):
 
     @property
     def encoder(self) -> BlockConfig:
-        """Of the encoder's blocks, which differ from the decoder's in their number alone."""
+        """The config of the encoder's blocks, which differ from the decoder's only in number."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(BlockConfig)}
         return BlockConfig(**{**shared, "num_layers": self.num_encoder_layers or self.num_layers})
 
@@ -62,7 +62,7 @@ class Config(BlockConfig):
         return (*encoder, *super().attention_scores, cross)
 
     def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
         rows of `length`.
         """
         super().check(length)
@@ -85,36 +85,23 @@ class Config(BlockConfig):
             )
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(VocabularyModel):
     """The model. Parameters: `embedding`, of both streams; `encoder` and `decoder`, those of
     `Transformer`; `encoder_position`, `decoder_position` and `head` where used.
     """
 
-    config: Config
-    rules: Rules
+    config: Config  # pyright: ignore
 
     def setup(self) -> None:
-        c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
-        std = 0.02 if c.init_std is None else c.init_std
-        embed_std = std if c.embed_init_std is None else c.embed_init_std
-        std *= c.scaling.init("embedding", std)
-        embed_std *= c.scaling.init("embedding", embed_std)
-        self.embedding = Embedding(c.vocab_size, c.embed_dim, rules, "vocab", dtype, embed_std)
+        c, rules = self.config, self.rules
+        self.embedding = self.make_table(c.vocab_size, "vocab", c.embed_init_std)
         if c.positions == "learned":
-            table = (c.max_length, c.embed_dim, rules, None, dtype, std)
-            self.encoder_position, self.decoder_position = Embedding(*table), Embedding(*table)
+            self.encoder_position = self.make_table(c.max_length)
+            self.decoder_position = self.make_table(c.max_length)
         self.encoder = Transformer(c.encoder, rules, causal=False)
         self.decoder = Transformer(c, rules)
         if not c.tie_embeddings:
-            self.head = Linear(
-                {"embed": c.embed_dim},
-                {"vocab": c.vocab_size},
-                rules,
-                dtype=dtype,
-                init_std=c.init_std,
-                unrounded=True,
-                init_scale=c.scaling.init("head", c.init_std),
-            )
+            self.head = self.make_head()
         self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
@@ -166,27 +153,17 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
         c = self.config
-        x = times(hidden * jnp.asarray(c.logit_scale, hidden.dtype), c.scaling.logits)
-        x = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
-        return self.rules.constrain(x, "act_batch", "length", "vocab")
+        scaled = hidden * jnp.asarray(c.logit_scale, hidden.dtype)
+        return self.project(times(scaled, c.scaling.logits))
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `length` tokens of the decoder, of `batch_size` streams."""
         decoder = Transformer(self.config, self.rules, parent=None)
         return decoder.init_cache(batch_size, length)
 
-    @property
-    def head_params(self) -> tuple[str, ...]:
-        return ("embedding",) if self.config.tie_embeddings else ("head",)
-
-    @property
-    def num_microbatches(self) -> int:
-        """Parts that the rows of a forward pass are cut into."""
-        return 1
-
 
 def build(config: Config, rules: Rules) -> EncoderDecoder:
-    """Raises ValueError where the mesh can't do what the config says."""
+    """Raise ValueError where the mesh can't do what the config asks for."""
     check_stages("encoder_decoder", rules)
     check_kernels(config, rules)
     return EncoderDecoder(config, rules)

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from lm.config.fields import check_values, field
 from lm.layers import recurrent
-from lm.layers.embedding import Embedding
 from lm.layers.linear import Linear, parameter
 from lm.layers.recurrent import Lstm, Marks, State
 from lm.layers.stack import run, stack
+from lm.models.vocabulary import VocabularyModel, check_left_to_right, check_scan_unroll
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -51,7 +51,9 @@ class Config:
     init_std: float | None = field(
         0.05, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
     )
-    dtype: str = field("float32", "Compute type: float32 or bfloat16; parameters stay float32.")
+    dtype: str = field(
+        "float32", "Compute type; parameters stay float32.", choices=("float32", "bfloat16")
+    )
     scan_unroll: int = field(
         1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
     )
@@ -74,29 +76,16 @@ class Config:
         return 2**31 - 1
 
     def check(self, length: int) -> None:
-        """Raises ValueError, naming config paths and numbers, unless the sizes fit together for
+        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
         rows of `length`.
         """
-
         check_values(self, "config.model")
-
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(f"config.model.{message}")
-
-        need(
-            self.dtype in ("float32", "bfloat16"),
-            f"dtype must be one of float32, bfloat16, got {self.dtype!r}",
-        )
-        need(
-            self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
-        )
-        need(
-            self.bptt is None or self.bptt <= length,
-            f"bptt ({self.bptt}) must be at most config.data.length ({length}): no state is "
-            "carried from row to row",
-        )
+        check_scan_unroll(self.scan_unroll, self.num_layers)
+        if self.bptt is not None and self.bptt > length:
+            raise ValueError(
+                f"config.model.bptt ({self.bptt}) must be at most config.data.length ({length}): "
+                "no state is carried from row to row"
+            )
 
 
 class Layer(nn.Module):
@@ -123,18 +112,17 @@ class Layer(nn.Module):
         return nn.Dropout(c.dropout, deterministic=not train)(x), state
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(VocabularyModel):
     """The model. Parameters: `embedding`, `layers` (stacked), and `up`, `down`, `head`,
     `head_bias` where used.
     """
 
-    config: Config
-    rules: Rules
+    config: Config  # pyright: ignore
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         std = 0.05 if c.init_std is None else c.init_std
-        self.embedding = Embedding(c.vocab_size, c.embed_dim, self.rules, "vocab", dtype, std)
+        self.embedding = self.make_table(c.vocab_size, "vocab", std)
         unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
         self.layers = stack(Layer, c.num_layers, unroll=unroll)(c, self.rules)
         shared = {"rules": self.rules, "dtype": dtype, "init_std": c.init_std}
@@ -143,8 +131,7 @@ class LanguageModel(nn.Module):
             self.up = Linear(narrow, wide, **shared)
             self.down = Linear(wide, narrow, **shared)
         if not c.tie_embeddings:
-            sizes = {"embed": c.embed_dim}, {"vocab": c.vocab_size}
-            self.head = Linear(*sizes, **shared, unrounded=True)
+            self.head = self.make_head()
         if c.head_bias:
             zeros = nn.initializers.zeros
             self.head_bias = parameter(self, "head_bias", zeros, (c.vocab_size,), ("vocab",))
@@ -161,13 +148,7 @@ class LanguageModel(nn.Module):
         """Hidden states [B, T, D] of inputs [B, T]; with a cache, of tokens that continue what it
         holds.
         """
-        if encoder is not None:
-            raise ValueError("config.model.name=lstm takes no encoder tokens")
-        if inputs.bidirectional is not None:
-            raise ValueError(
-                "config.model.name=lstm reads from left to right: it can't see a bidirectional "
-                "prefix as a whole; choose another config.objective.name"
-            )
+        check_left_to_right("lstm", inputs, encoder)
         c = self.config
         x = self.embedding(inputs.ids)
         x = self.rules.constrain(x, "act_batch", "length", "act_embed")
@@ -182,26 +163,18 @@ class LanguageModel(nn.Module):
         return Output(hidden=self.finish(x), cache=None if cache is None else state)
 
     def finish(self, x: Array) -> jax.Array:
-        """What the vocabulary projection reads of a layer's output x: [B, T, F]."""
+        """The hidden states that `logits` reads, of a layer's output x: [B, T, F]."""
         x = x if self.config.hidden_size == self.config.embed_dim else self.down(x)
         return self.rules.constrain(x, "act_batch", "length", "act_embed")
 
-    def logits(self, hidden: Array) -> jax.Array:
-        """hidden: [B, T, D] -> float32 [B, T, V]."""
-        c = self.config
-        x = self.embedding.attend(hidden) if c.tie_embeddings else self.head(hidden)
-        x = x + self.head_bias if c.head_bias else x
-        return self.rules.constrain(x, "act_batch", "length", "vocab")
+    def project(self, x: Array) -> jax.Array:
+        logits = super().project(x)
+        return logits + self.head_bias if self.config.head_bias else logits
 
     @property
     def head_params(self) -> tuple[str, ...]:
-        table = "embedding" if self.config.tie_embeddings else "head"
-        return (table, "head_bias") if self.config.head_bias else (table,)
-
-    @property
-    def num_microbatches(self) -> int:
-        """Parts that the rows of a forward pass are cut into."""
-        return 1
+        own = ("head_bias",) if self.config.head_bias else ()
+        return (*super().head_params, *own)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """Empty states, [L, B, F], of `batch_size` streams of any length."""
@@ -212,7 +185,7 @@ class LanguageModel(nn.Module):
 
 
 def build(config: Config, rules: Rules) -> LanguageModel:
-    """Raises ValueError where the mesh can't do what the config says."""
+    """Raise ValueError where the mesh can't do what the config asks for."""
     for axis, reason in (
         ("sequence", "a token's state waits for that of the token before"),
         ("stage", "its layers are few; use data, fsdp or tensor"),
