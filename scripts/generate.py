@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from lm import cli
 
 if TYPE_CHECKING:
-    from lm.generation.text import Piece
+    from lm.generation.text import TextChunk
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def main() -> int:
     from lm.checkpoint.manager import Checkpoints
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
-    from lm.generation.text import Piece
+    from lm.generation.text import TextChunk
     from lm.training.experiment import load
     from lm.training.restore import restore_params
 
@@ -80,14 +80,14 @@ def main() -> int:
         inputs = [_without(tokenizer.encode_special(text), ends["start"]) for text in prompts]
     start, tokens = time.perf_counter(), 0
     if args.stream and args.num_beams is None:
-        pieces = generator.stream(inputs, **request)
+        chunks = generator.stream(inputs, **request)
     else:
         made = generator.generate(inputs, **request)
-        pieces = [Piece(whole.prompt, whole.sample, whole.data, whole) for whole in made]
+        chunks = [TextChunk(whole.prompt, whole.sample, whole.data, whole) for whole in made]
     printer = Printer(prompts, args.num_samples)
-    for piece in pieces:
-        printer.show(piece)
-        tokens += 0 if piece.generation is None else len(piece.generation.ids)
+    for chunk in chunks:
+        printer.show(chunk)
+        tokens += 0 if chunk.generation is None else len(chunk.generation.ids)
     seconds = time.perf_counter() - start
     print(f"{tokens} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
     return 0
@@ -420,7 +420,7 @@ class Printer:
             self._waiting[i, j] = [(heading + prompts[i]).encode()]
         self._flush()
 
-    def show(self, piece: Piece) -> None:
+    def show(self, piece: TextChunk) -> None:
         row = (piece.prompt, piece.sample)
         self._waiting[row].append(piece.data)
         if piece.generation is not None:

@@ -12,7 +12,7 @@ from lm.data.tokenizer import ByteTokenizer
 from lm.generation.chat import DEFAULT, Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
-from lm.generation.text import Piece
+from lm.generation.text import TextChunk
 from scripts import generate as script
 from tests.test_generate import model_and_params
 
@@ -184,8 +184,8 @@ class Parrot:
 
     def stream(self, prompts, *, max_new_tokens, sampling):
         said = bytes(prompts[0].tolist()[-11 - 8 : -11])  # before "\nassistant:"
-        yield Piece(0, 0, b" " + said[:3])
-        yield Piece(0, 0, said[3:])
+        yield TextChunk(0, 0, b" " + said[:3])
+        yield TextChunk(0, 0, said[3:])
 
 
 def test_a_dialogue_goes_on_with_what_was_said_and_forgets_the_oldest(monkeypatch, capfdbinary):

@@ -2,7 +2,8 @@
 
 A model passes a pair if it gives the acceptable sentence a higher probability than the other one,
 both whole and after bos. There are 67 paradigms of 1,000 pairs, in 12 phenomena; the published
-overall accuracy is the mean over paradigms.
+overall accuracy is the mean over paradigms. (The task of lm-eval downloads its data, counts a tie
+as passed, and has neither phenomena nor the published figures.)
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from lm.generation.score import Scorer
+from lm.generation.score import Report, Scorer
 
 # The files give these two paradigms a term of their own; the paper and its results don't.
 MERGED = {"s-selection": "argument_structure"}
@@ -69,7 +70,7 @@ def _files(path: str) -> list[tuple[str, str]]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip file")
     with zipfile.ZipFile(path) as archive:
-        # a Mac leaves shadows of files, __MACOSX/._name, in its archives
+        # macOS adds metadata of files, __MACOSX/._name, to its archives
         names = sorted(n for n in archive.namelist() if n.endswith(".jsonl") and "/._" not in n)
         return [(name, archive.read(name).decode()) for name in names]
 
@@ -78,7 +79,7 @@ def evaluate(
     scorer: Scorer,
     pairs: Sequence[Pair],
     *,
-    report: Callable[[int, int], Any] = lambda done, count: None,
+    report: Report = lambda done, count: None,
 ) -> Accuracy:
     """The accuracy on pairs; equal probabilities count as half. report: called with sentences done,
     and their count.
@@ -89,16 +90,12 @@ def evaluate(
     for pair, good, bad in zip(pairs, sums[::2], sums[1::2], strict=True):
         own = passed.setdefault((pair.phenomenon, pair.paradigm), [])
         own.append(0.5 if good == bad else float(good > bad))
-    paradigms = {name: _mean(own) for (_, name), own in sorted(passed.items())}
+    paradigms = {name: fmean(own) for (_, name), own in sorted(passed.items())}
     phenomena = {
-        term: _mean([paradigms[name] for other, name in passed if other == term])
+        term: fmean(paradigms[name] for other, name in passed if other == term)
         for term in sorted({term for term, _ in passed})
     }
-    return Accuracy(paradigms, phenomena, _mean(list(paradigms.values())), len(pairs))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return Accuracy(paradigms, phenomena, fmean(paradigms.values()), len(pairs))
 
 
 def read_published(path: str) -> dict[str, dict[str, float]]:
@@ -114,7 +111,7 @@ def read_published(path: str) -> dict[str, dict[str, float]]:
 
 
 def table(accuracy: Accuracy, published: Mapping[str, Mapping[str, float]]) -> str:
-    """Accuracies in percent by phenomenon, beside those of other models."""
+    """A table of accuracies in percent by phenomenon, beside those of other models."""
     rows = [*accuracy.phenomena.items(), ("overall", accuracy.overall)]
     width = max(len(name) for name, _ in rows)
     lines = [" ".join([" " * width, f"{'this':>6}", *(f"{name:>6}" for name in published)])]

@@ -1,18 +1,23 @@
-"""A model for EleutherAI's lm-evaluation-harness (the package `lm_eval`), on any mesh."""
+"""Models for EleutherAI's lm-evaluation-harness (the package `lm_eval`), on any mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.generation.beam import BeamSearch
+from lm.generation.chat import Chat
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
-from lm.generation.score import Scorer
+from lm.generation.score import Report, Scorer
 from lm.telemetry.progress import Progress
 
-MAX_NEW_TOKENS = 256  # where a task doesn't say
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
+MAX_NEW_TOKENS = 256  # unless a task gives it
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names that tasks use for it
 
 
@@ -20,13 +25,13 @@ def make_model(
     scorer: Scorer,
     generator: Generator,
     *,
-    chat: Any = None,
+    chat: Chat | None = None,
     batch_size: int = 16,
     progress: Progress | None = None,
-) -> Any:
+) -> LM:
     """An `lm_eval.api.model.LM` that can do all three kinds of request.
 
-    chat: `lm.generation.chat.Chat`, for tasks that are asked in a dialogue. batch_size: prompts
+    chat: for tasks that are asked in a dialogue. batch_size: prompts
     that are continued together; scoring fills batches by tokens.
 
     Every stream begins as those of `scorer` do, with bos. Where they begin with nothing, a request
@@ -50,15 +55,19 @@ def make_model(
         def tokenizer_name(self) -> str:  # of caches of requests
             return tokenizer.fingerprint
 
-        def tok_encode(self, string: str, add_special_tokens: Any = None, **kwargs: Any) -> Any:
+        def tok_encode(  # pyright: ignore
+            self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        ) -> list[int]:
             encode = tokenizer.encode if chat is None else tokenizer.encode_special
             ids = encode(string).tolist()
             is_start = chat is not None and scorer.start.tolist() == ids[:1] != []
             return ids[1:] if is_start else ids  # the scorer puts it first
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        def loglikelihood(
+            self, requests: list[Instance], disable_tqdm: bool = False
+        ) -> list[tuple[float, bool]]:
             pairs = []
-            for context, continuation in (request.args for request in requests):
+            for context, continuation in (request.args for request in requests):  # pyright: ignore
                 if context:
                     pairs.append(self._encode_pair(context, continuation))
                 else:
@@ -71,28 +80,37 @@ def make_model(
             prefix = tokenizer.bos_id
             return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
 
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        def _loglikelihood_tokens(  # pyright: ignore
+            self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
+        ) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            return self._score(pairs, kwargs.get("disable_tqdm", False))
+            return self._score(pairs, disable_tqdm)
 
-        def _score(self, pairs: Sequence[tuple[Any, Any]], quiet: bool) -> Any:
+        def _score(
+            self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool
+        ) -> list[tuple[float, bool]]:
             contexts, continuations = zip(*pairs, strict=True) if pairs else ((), ())
             report = _reporter(progress, "scored", quiet)
             scores = scorer.score(contexts, continuations, report=report)
             return [(score.logprob, score.is_greedy) for score in scores]
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        def loglikelihood_rolling(
+            self, requests: list[Instance], disable_tqdm: bool = False
+        ) -> list[float]:
             texts = [self.tok_encode(request.args[0]) for request in requests]
             if not len(scorer.start):
-                texts = [[tokenizer.bos_id, *ids] for ids in texts]  # scored is what follows it
+                texts = [
+                    [tokenizer.bos_id, *ids] for ids in texts
+                ]  # the tokens after it are scored
             report = _reporter(progress, "scored windows", disable_tqdm)
             return [score.logprob for score in scorer.rolling(texts, report=report)]
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
             report = _reporter(progress, "generated", disable_tqdm)
-            groups: dict[Any, list[int]] = {}
+            groups: dict[tuple, list[int]] = {}
             for i, request in enumerate(requests):
-                groups.setdefault(continue_by(request.args[1]), []).append(i)
+                arguments: Any = request.args[1]  # pyright: ignore
+                groups.setdefault(continue_by(arguments), []).append(i)
             texts, done = [""] * len(requests), 0
             for (count, sampling, until), members in groups.items():
                 room = limit if scorer.takes_encoder else limit - count
@@ -153,11 +171,11 @@ def continue_by(arguments: dict[str, Any]) -> tuple[int, Sampling | BeamSearch, 
 
 
 def _before(text: str, until: Sequence[str]) -> str:
-    """What stands before the first stop string: beams don't stop at them."""
+    """The text before the first stop string: beams don't stop at them."""
     return text[: min((text.index(stop) for stop in until if stop in text), default=len(text))]
 
 
-def _reporter(progress: Progress, verb: str, quiet: bool) -> Any:
+def _reporter(progress: Progress, verb: str, quiet: bool) -> Report:
     def report(done: int, count: int) -> None:
         if not quiet:
             progress.show(f"{verb} {done}/{count}", final=done == count)
@@ -166,7 +184,7 @@ def _reporter(progress: Progress, verb: str, quiet: bool) -> Any:
 
 
 def evaluate(
-    model: Any, tasks: Sequence[str], *, num_fewshot: int | None = None, limit: int | None = None
+    model: LM, tasks: Sequence[str], *, num_fewshot: int | None = None, limit: int | None = None
 ) -> dict[str, Any]:
     """The results of the harness for a model of `make_model`.
 
@@ -192,7 +210,7 @@ def evaluate(
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
-        apply_chat_template=model.has_chat,
+        apply_chat_template=getattr(model, "has_chat", False),
         bootstrap_iters=1000,
     )
     assert results is not None, "of the first process"

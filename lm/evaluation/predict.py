@@ -1,11 +1,10 @@
-"""A run's answers to the records of a task: texts that it generates, or labels by likelihood."""
+"""Predictions of a run for the records of a task: generated texts, or labels by likelihood."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ import numpy as np
 
 from lm.data.sources import RowLayout, Rows
 from lm.generation.beam import BeamSearch
+from lm.generation.buckets import power_of_two
 from lm.generation.generator import Generator
-from lm.generation.rows import power_of_two
 from lm.generation.sampling import Sampling
+from lm.generation.score import Report
 from lm.objectives import classification, seq2seq
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Model, Params
 
-Report = Callable[[int, int], Any]  # called with the records done, and their count
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -30,25 +29,21 @@ class Prediction:
 
     text: str
     probability: float | None  # of the label, among all labels
-    is_cut: bool  # the model saw the beginning of the source alone: no more fits in its rows
+    is_cut: bool  # the model saw only the beginning of the source, which is longer than its rows
 
 
 class Predictor:
     """Predicts targets from sources, as the run's objective is trained to."""
 
     def __init__(self, experiment: Experiment, params: Params, task: str | None = None) -> None:
-        """task: which of its tasks, where the objective is multitask.
+        """task: one of those of a multitask objective.
 
-        Raises ValueError for an objective that predicts no target from a source.
+        Raises:
+            ValueError: an objective that predicts no target from a source.
         """
         self._experiment, self._params = experiment, params
         self._tokenizer = experiment.tokenizer
-        self.config: Any = _objective(experiment, task)
-        if not isinstance(self.config, classification.Config | seq2seq.Config):
-            raise ValueError(
-                "config.objective must be seq2seq or classification, or multitask with such a "
-                f"task, to predict a target; it is {type(self.config).__module__}"
-            )
+        self.config = _objective(experiment, task)
         if self._is_decoder and getattr(self.config, "bidirectional", False):
             raise ValueError(
                 "config.objective.bidirectional: a decoder that sees the whole source cannot "
@@ -78,11 +73,9 @@ class Predictor:
 
         max_new_tokens, search, batch_size: of texts. Labels need none of them.
         """
-        if self.is_classifier:
-            return self._classify(sources, report)
+        if isinstance(self.config, classification.Config):
+            return self._classify(self.config, sources, report)
         return self._generate(sources, max_new_tokens, search, batch_size, report)
-
-    # ---- texts ----
 
     def _generate(
         self,
@@ -118,13 +111,15 @@ class Predictor:
             report(done, len(sources))
         return [Prediction(text, None, c) for text, c in zip(texts, cut, strict=True)]
 
-    # ---- labels ----
-
-    def _classify(self, sources: Sequence[str], report: Report) -> list[Prediction]:
-        experiment, config = self._experiment, self.config
+    def _classify(
+        self, config: classification.Config, sources: Sequence[str], report: Report
+    ) -> list[Prediction]:
+        experiment = self._experiment
         verbalizers = classification.label_tokens(config, self._tokenizer)
         eos = self._tokenizer.eos_id
-        label = np.append(self._tokenizer.encode(config.labels[0]), eos)  # what it is isn't read
+        label = np.append(
+            self._tokenizer.encode(config.labels[0]), eos
+        )  # any label: its value is not read
         form = experiment.model_interface
         room = (form.encoder_length or form.length - len(label)) - 1
         encoded = [self._tokenizer.encode(source) for source in sources]
@@ -153,7 +148,7 @@ class Predictor:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _label_probabilities(model: Model, params: Params, batch: Batch, verbalizers: Array) -> Array:
-    """float32 [B, labels]: at the one place that a row scores."""
+    """float32 [B, labels], at the one position that a row scores."""
     variables = {"params": params}
     hidden = model.apply(variables, batch.inputs, encoder=batch.encoder).hidden
     at = jnp.argmax(batch.weights, axis=1)
@@ -162,21 +157,26 @@ def _label_probabilities(model: Model, params: Params, batch: Batch, verbalizers
     return jax.nn.softmax(logits[:, verbalizers].astype(jnp.float32), axis=1)
 
 
-def _objective(experiment: Experiment, task: str | None) -> Any:
+def _objective(experiment: Experiment, task: str | None) -> classification.Config | seq2seq.Config:
     """The config of the objective, or of one of its tasks."""
-    config: Any = experiment.config.objective
+    config = experiment.config.objective
     tasks = getattr(config, "tasks", {})
-    if task is None and not tasks:
-        return config
-    if task not in tasks:
+    if tasks or task is not None:
+        if task not in tasks:
+            raise ValueError(
+                f"task {task!r} must be one of config.objective.tasks: {', '.join(tasks) or 'none'}"
+            )
+        config = tasks[task].config
+    if not isinstance(config, classification.Config | seq2seq.Config):
         raise ValueError(
-            f"task {task!r} must be one of config.objective.tasks: {', '.join(tasks) or 'none'}"
+            "config.objective must be seq2seq or classification, or multitask with such a task, to "
+            f"predict a target; it is {type(config).__module__}"
         )
-    return tasks[task].config
+    return config
 
 
 def _by_length(texts: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
-    """Numbers of texts, those of similar length together, `size` at a time."""
+    """Indices of texts, those of similar length together, `size` at a time."""
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -189,11 +189,11 @@ def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> 
     for row, pair in enumerate(pairs):
         start = 0
         for field, part in enumerate(pair):
-            apart = len(layout.lengths) > 1
-            begin = sum(layout.lengths[:field]) if apart else start
+            own_rows = len(layout.lengths) > 1  # of the encoder and of the decoder
+            begin = sum(layout.lengths[:field]) if own_rows else start
             at = slice(begin, begin + len(part))
             ids[row, at], segments[row, at], fields[row, at] = part, 1, field
-            positions[row, at] = np.arange(len(part)) + (0 if apart else start)
+            positions[row, at] = np.arange(len(part)) + (0 if own_rows else start)
             start += len(part)
     return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
 
@@ -201,9 +201,10 @@ def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> 
 def _padded(rows: Rows, count: int) -> Rows:
     """The rows, and rows of padding up to `count`."""
 
-    def more(x: np.ndarray | None) -> Any:
-        if x is None:
-            return None
-        return np.concatenate([x, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
-
-    return Rows(**{f.name: more(getattr(rows, f.name)) for f in dataclasses.fields(rows)})
+    arrays = {f.name: getattr(rows, f.name) for f in dataclasses.fields(rows)}
+    padded = {
+        name: np.concatenate([x, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
+        for name, x in arrays.items()
+        if x is not None
+    }
+    return Rows(**padded)

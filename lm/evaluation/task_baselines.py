@@ -1,4 +1,4 @@
-"""What a task's figures mean nothing without: predictions that need no model.
+"""Baselines of tasks: predictions that need no model.
 
 Each baseline takes the pairs (source, target) of train and the sources to predict for.
 """
@@ -14,10 +14,10 @@ from lm.evaluation.task_metrics import CJK, words
 
 Pairs = Sequence[tuple[str, str]]
 
-_PIECES = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[^\w\s]")
+_UNITS = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[^\w\s]")
 _ENDS = re.compile(rf"(?<=[.!?])\s+|(?<=[。！？；])|(?<=[{CJK}][.!?])|\n+")
 PHRASE = 3  # words of a phrase at most
-MIN_COUNT = 2  # how often a phrase, and it with its translation, must occur
+MIN_COUNT = 2  # occurrences that a phrase, and it with its translation, must have
 
 
 def copy(pairs: Pairs, sources: Sequence[str]) -> list[str]:
@@ -35,7 +35,7 @@ def majority(pairs: Pairs, sources: Sequence[str]) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text. A point ends one before a space or after a Chinese character, so
-    that those inside of numbers and words end none.
+    that those within numbers and words end none.
     """
     found = (part.strip() for part in _ENDS.split(text))
     return [part for part in found if part]
@@ -48,8 +48,8 @@ def lead(pairs: Pairs, sources: Sequence[str]) -> list[str]:
 
 
 def overlap(pairs: Pairs, sources: Sequence[str]) -> list[str]:
-    """Of the source's sentences after the first (the question), the one that shares most words with
-    it, for its length.
+    """The sentence of the source that shares most words, for its length, with the first one (the
+    question).
     """
     del pairs
     return [_overlap(source) for source in sources]
@@ -90,7 +90,7 @@ def _grams(text: str) -> list[str]:
 
 
 def lookup(pairs: Pairs, sources: Sequence[str]) -> list[str]:
-    """Translations put together from phrases.
+    """Translations composed of phrases.
 
     A source that train has gets its commonest target. Any other is cut from the left into the
     longest known phrases of up to three words, and each is replaced by the phrase of train's
@@ -107,47 +107,49 @@ def lookup(pairs: Pairs, sources: Sequence[str]) -> list[str]:
     ]
 
 
-def _pieces(text: str) -> list[str]:
-    return _PIECES.findall(text.lower())
+def _units(text: str) -> list[str]:
+    return _UNITS.findall(text.lower())
 
 
-def _spans(pieces: Sequence[str]) -> set[tuple[str, ...]]:
+def _spans(units: Sequence[str]) -> set[tuple[str, ...]]:
     """Phrases; a mark of punctuation is one by itself."""
     spans = {
-        tuple(pieces[i : i + n]) for n in range(1, PHRASE + 1) for i in range(len(pieces) - n + 1)
+        tuple(units[i : i + n]) for n in range(1, PHRASE + 1) for i in range(len(units) - n + 1)
     }
     return {span for span in spans if len(span) == 1 or all(x[0].isalnum() for x in span)}
 
 
 def _phrases(pairs: Pairs) -> dict[tuple[str, ...], tuple[str, ...]]:
     """{phrase of the source: the one of the target that goes with it}."""
-    split = [(_spans(_pieces(s)), _spans(_pieces(t))) for s, t in pairs]
-    ours = Counter(span for spans, _ in split for span in spans)
-    theirs = Counter(span for _, spans in split for span in spans)
+    split = [(_spans(_units(s)), _spans(_units(t))) for s, t in pairs]
+    sources = Counter(span for spans, _ in split for span in spans)
+    targets = Counter(span for _, spans in split for span in spans)
     both: Counter = Counter()
     for spans, others in split:
-        often = [span for span in others if theirs[span] >= MIN_COUNT]
-        both.update((span, other) for span in spans if ours[span] >= MIN_COUNT for other in often)
+        often = [span for span in others if targets[span] >= MIN_COUNT]
+        both.update(
+            (span, other) for span in spans if sources[span] >= MIN_COUNT for other in often
+        )
     best: dict[tuple[str, ...], tuple[float, int, tuple[str, ...]]] = {}
     for (span, other), count in both.items():
         if count >= MIN_COUNT:
-            dice = 2 * count / (ours[span] + theirs[other])
+            dice = 2 * count / (sources[span] + targets[other])
             best[span] = max(best.get(span, (0.0, 0, ())), (dice, len(other), other))
     return {span: other for span, (_, _, other) in best.items()}
 
 
 def _translate(source: str, table: dict[tuple[str, ...], tuple[str, ...]]) -> str:
-    pieces, found = _pieces(source), []
-    while pieces:
-        size = next((n for n in range(PHRASE, 0, -1) if tuple(pieces[:n]) in table), 0)
-        found += table[tuple(pieces[:size])] if size else pieces[:1]
-        del pieces[: max(size, 1)]
+    units, found = _units(source), []
+    while units:
+        size = next((n for n in range(PHRASE, 0, -1) if tuple(units[:n]) in table), 0)
+        found += table[tuple(units[:size])] if size else units[:1]
+        del units[: max(size, 1)]
     return _join(found)
 
 
-def _join(pieces: Sequence[str]) -> str:
+def _join(units: Sequence[str]) -> str:
     """Words with spaces between them, none beside Chinese characters and before punctuation."""
-    text = " ".join(pieces)
+    text = " ".join(units)
     text = re.sub(rf"(?<=[{CJK}]) (?=\S)|(?<=\S) (?=[{CJK}])", "", text)
     return re.sub(r" (?=[^\w\s])", "", text)
 
@@ -161,7 +163,7 @@ BASELINES: dict[str, Callable[[Pairs, Sequence[str]], list[str]]] = {
     "nearest": nearest,
 }
 NEED_TRAIN = ("majority", "lookup", "nearest")
-# Those that say something beside each of the metrics.
+# The baselines that are informative beside each metric.
 OF_METRIC = {
     "bleu": ("copy", "lookup", "nearest"),
     "rouge": ("copy", "lead", "nearest"),

@@ -1,5 +1,5 @@
-"""How good predicted texts and labels are, by the field's own libraries: sacrebleu, rouge-score and
-scikit-learn, and SQuAD's exact match and F1.
+"""Metrics of predicted texts and labels: those of sacrebleu, rouge-score and scikit-learn, and
+SQuAD's exact match and F1.
 
 All figures are percentages. Every function takes predictions and, for each of them, one reference
 or several, of which the best counts.
@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-# Chinese characters and kana, which no space parts: each is a word of its own.
+# Chinese characters and kana, without spaces between words: each is a word.
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _CJK = re.compile(f"([{CJK}])")
 _WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
@@ -42,7 +42,7 @@ def exact_match(prediction: str, reference: str) -> float:
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The F1 of SQuAD: of the words that two answers share, each as often as both have it."""
+    """The F1 of SQuAD, of the multisets of words of two answers."""
     found, wanted = normalize(prediction).split(), normalize(reference).split()
     if not found or not wanted:
         return float(found == wanted)
@@ -78,7 +78,7 @@ def bleu(predictions: Sequence[str], references: References) -> dict[str, float]
 
 
 class _Words:
-    """rouge-score's view of a tokenizer."""
+    """A tokenizer for rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)

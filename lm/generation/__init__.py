@@ -1,3 +1,3 @@
 """Text from a model: `generator` continues prompts, with the loops of `decode` (sampling) and
-`beam`; `score` says how likely given texts are; `chat` turns messages into prompts.
+`beam`; `score` gives the log-probabilities of texts; `chat` turns messages into prompts.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -22,12 +22,12 @@ from lm.generation.decode import is_any, mark_seen, next_logits, prefill_cache, 
 from lm.generation.sampling import penalize
 from lm.types import Array, Cache, Model, Params, Tokens
 
-LOW = -1e9  # of what must not be chosen, yet stays ordered
+LOW = -1e9  # added to scores that must not be chosen, yet stay ordered
 
 
 @dataclasses.dataclass(frozen=True)
 class BeamSearch:
-    """How prompts are continued by the likeliest texts that a search finds."""
+    """Continuation of prompts by the likeliest texts that a search finds."""
 
     num_beams: int = 4
     # -1 to 5; above 0: for longer texts; 0: by log-probability alone
@@ -55,15 +55,15 @@ class BeamSearch:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
 
     def divisors(self, limit: int, size: int) -> np.ndarray:
-        """float32 [2, size]: what a log-probability is divided by when n tokens are there, if it
-        ends there, and if it goes on and is judged by the best that may become of it.
+        """float32 [2, size]: divisors of the log-probability of n tokens, if it ends there, and of
+        its best possible score if it goes on.
         """
         lengths = np.arange(size, dtype=np.float64).clip(1)
-        best = np.full(size, limit) if self._hopes else lengths
+        best = np.full(size, limit) if self._scores_at_limit else lengths
         return np.stack([lengths, best]).astype(np.float64) ** self.length_penalty
 
     @property
-    def _hopes(self) -> bool:
+    def _scores_at_limit(self) -> bool:
         return self.early_stopping == "never" and self.length_penalty > 0
 
 
@@ -85,7 +85,7 @@ class _State:
     seen: Array | None  # bool [B, K, V]
     running: Hypotheses
     ended: Hypotheses
-    has_ended: Array  # bool [B, K]: entries of `ended` that are not just room
+    has_ended: Array  # bool [B, K]: entries of `ended` that are in use
     open: Array  # bool [B, 1]: something that goes on may still get among the ended
 
 
@@ -131,9 +131,9 @@ def beam_search(
         scores = own if state.seen is None else penalize(own, state.seen, penalty)
         scores = jnp.where(valid_token_mask(vocab_size, logits), scores, -jnp.inf)
         total = (state.running.scores[:, :, None] + scores).reshape(batch_size, -1)
-        best, place = jax.lax.top_k(total, 2 * k)  # [B, 2 K]
-        beam, token = place // own.shape[2], (place % own.shape[2]).astype(jnp.int32)
-        logprob = jnp.take_along_axis(own.reshape(batch_size, -1), place, axis=1)
+        best, index = jax.lax.top_k(total, 2 * k)  # [B, 2 K]
+        beam, token = index // own.shape[2], (index % own.shape[2]).astype(jnp.int32)
+        logprob = jnp.take_along_axis(own.reshape(batch_size, -1), index, axis=1)
         extended = _pick(state.running, beam)
         extended = Hypotheses(
             ids=jax.lax.dynamic_update_index_in_dim(extended.ids, token, state.count, 2),
@@ -160,9 +160,9 @@ def beam_search(
         has_ended = jnp.take_along_axis(has_ended, kept, axis=1)
         ended = _pick(merged, kept)
 
-        hope = running.scores[:, :1] / divisors[1, count]
+        potential = running.scores[:, :1] / divisors[1, count]
         worst = jnp.min(ended.scores, axis=1, keepdims=True)
-        still = jnp.any(hope > jnp.where(has_ended, worst, LOW), axis=1, keepdims=True)
+        still = jnp.any(potential > jnp.where(has_ended, worst, LOW), axis=1, keepdims=True)
         seen = state.seen
         if seen is not None:
             seen = jnp.take_along_axis(seen, beam[:, :, None], axis=1)
@@ -210,18 +210,20 @@ def beam_search(
     return jax.tree.map(lambda x: rules.constrain(x, *(None,) * x.ndim), found)
 
 
-def row_axes(start: Any, prompts: Tokens, encoder: Tokens | None) -> Any:
+def row_axes(
+    start: Callable[[Tokens, Tokens | None], Cache], prompts: Tokens, encoder: Tokens | None
+) -> Cache:
     """For every leaf of the cache that `start` makes, the axis that rows stand along: the one that
     is twice as long for twice as many rows. -1: a leaf that all rows share.
     """
 
-    def shapes(times: int) -> Any:
+    def shapes(times: int) -> Cache:
         def more(x: Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((times * x.shape[0], *x.shape[1:]), x.dtype)
 
         return jax.eval_shape(start, *jax.tree.map(more, (prompts, encoder)))
 
-    def axis(one: Any, two: Any) -> int:
+    def axis(one: jax.ShapeDtypeStruct, two: jax.ShapeDtypeStruct) -> int:
         grown = [i for i in range(one.ndim) if one.shape[i] != two.shape[i]]
         assert len(grown) < 2, f"a cache leaf has rows along several axes: {one.shape}"
         return grown[0] if grown else -1
@@ -229,12 +231,12 @@ def row_axes(start: Any, prompts: Tokens, encoder: Tokens | None) -> Any:
     return jax.tree.map(axis, shapes(1), shapes(2))
 
 
-def _expand(cache: Cache, axes: Any, k: int) -> Cache:
+def _expand(cache: Cache, axes: Cache, k: int) -> Cache:
     """Every row k times, side by side."""
     return jax.tree.map(lambda x, a: x if a < 0 else jnp.repeat(x, k, axis=a), cache, axes)
 
 
-def _reorder(cache: Cache, axes: Any, beam: Array) -> Cache:
+def _reorder(cache: Cache, axes: Cache, beam: Array) -> Cache:
     """Streams replaced by those of beam: int32 [B, K], a beam of the same row: every device keeps
     its rows.
     """

@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
+from lm.data.tokenizer import Tokenizer
+
 # role (system, user or assistant), and content: a text, or a list of {"type": "text", "text": ...}
-Message: TypeAlias = Mapping[str, Any]
+Message: TypeAlias = Mapping[str, object]
 
 _PRIVATE = 0xF0000  # the first character of a plane that no text uses
 
@@ -32,10 +34,10 @@ DEFAULT = """\
 
 
 class Chat:
-    """A template, and the tokenizer that reads what it writes."""
+    """A template, and the tokenizer of the texts that it renders."""
 
-    def __init__(self, tokenizer: Any, template: str = DEFAULT) -> None:
-        """Raises ValueError where `template` is none."""
+    def __init__(self, tokenizer: Tokenizer, template: str = DEFAULT) -> None:
+        """Raise ValueError where `template` is no Jinja2."""
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -57,7 +59,7 @@ class Chat:
         }
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text of a dialogue; with what the assistant's next message begins with.
+        """The text of a dialogue, and with add_generation_prompt the start of the next message.
 
         Raises:
             ValueError: a message has no role or content, or writes out a special token, which would
@@ -146,7 +148,7 @@ def read(path: str) -> str | None:
     return template
 
 
-def _plain(i: int, message: Any) -> dict[str, str]:
+def _plain(i: int, message: object) -> dict[str, str]:
     """Message number `i` with a text as its content: that of its parts, "" for null."""
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         got = [*message] if isinstance(message, Mapping) else message
@@ -172,5 +174,5 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)

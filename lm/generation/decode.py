@@ -1,10 +1,10 @@
-"""The device's side of generation: one prefill, then a loop of cached steps."""
+"""Generation on the device: one prefill, then a loop of cached steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import flax.struct
 import jax
@@ -15,7 +15,7 @@ from lm.generation.sampling import choose, penalize
 from lm.layers.cross_entropy import token_nll
 from lm.types import Array, Cache, Model, Params, Tokens
 
-CHUNK = 8  # tokens between two looks of the host: a stream's latency, a stop string's overshoot
+CHUNK = 8  # tokens between two transfers to the host: a stream's latency, a stop's overshoot
 
 
 def prefill_cache(
@@ -55,7 +55,7 @@ def valid_token_mask(vocab_size: int, logits: Array) -> jax.Array:
 
 
 def is_any(token: Array, ids: tuple[int, ...]) -> jax.Array:
-    """bool of token's shape: whether it is one of a few ids."""
+    """bool of token's shape: True for one of a few ids."""
     return functools.reduce(jnp.logical_or, (token == i for i in ids), jnp.zeros(token.shape, bool))
 
 
@@ -69,7 +69,7 @@ def mark_seen(prompts: Tokens, vocab_size: int) -> jax.Array:
 
 @flax.struct.dataclass
 class State:
-    """What one step leaves to the next."""
+    """The state between two steps."""
 
     cache: Cache
     token: Array  # int32 [B]: the next input, which the cache doesn't hold yet
@@ -107,6 +107,10 @@ def prefill(
     )
 
 
+# (steps done, state, done [B], ids [B, chunk], log-probabilities [B, chunk])
+Carry: TypeAlias = tuple[Array | int, State, Array, Array, Array]
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("model", "chunk", "top_k", "nucleus", "stop_ids", "vocab_size"),
@@ -130,13 +134,13 @@ def decode(
     """(state, ids, log-probabilities) after `limit` steps, or when all rows are done.
 
     done: bool [B]; values: those of `choose`; penalty: of repetition, read where the state keeps
-    what was seen; ids and log-probabilities: [B, chunk], of which the first `limit` columns count,
-    and in a row those up to one of `stop_ids`.
+    the tokens seen; ids and log-probabilities: [B, chunk], of which the first `limit` columns
+    count, and in a row those up to one of `stop_ids`.
     """
     rules = model.rules
     batch_size = state.token.shape[0]
 
-    def step(carry: Any) -> Any:
+    def step(carry: Carry) -> Carry:
         i, state, done, ids, logprobs = carry
         cache, logits = next_logits(model, params, state.cache, state.token, state.position)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.count)
@@ -152,7 +156,7 @@ def decode(
         state = State(cache, token, state.position + 1, state.count + 1, state.keys, seen)
         return i + 1, state, done | is_any(token, stop_ids), ids, logprobs
 
-    def unfinished(carry: Any) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         return (carry[0] < limit) & ~jnp.all(carry[2])
 
     shape = (batch_size, chunk)
@@ -161,14 +165,16 @@ def decode(
     return state, rules.constrain(ids, None, None), rules.constrain(logprobs, None, None)
 
 
-def lower_decode(model: Model, params: Params, *, batch_size: int, length: int) -> Any:
+def lower_decode(
+    model: Model, params: Params, *, batch_size: int, length: int
+) -> jax.stages.Lowered:
     """The loop of cached steps that `Generator` runs, greedy, lowered and ready to compile.
 
     params: shapes with shardings. batch_size: rows; length: slots of their cache.
     """
     model = without_length(model)
     ids, names = np.zeros((batch_size, 1), np.int32), np.zeros((2, batch_size), np.uint32)
-    # A prefill of nothing: its compiler says where the state lies.
+    # a prefill of no tokens, for the shardings of the state
     arguments = (params, Tokens(ids, ids, ids), None, np.uint32(0), names)
     empty = prefill.lower(model, *arguments, length=length, penalized=False)
     state = jax.tree.map(

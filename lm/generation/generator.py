@@ -1,37 +1,36 @@
 """Continuations of prompts by a model and its parameters.
 
 The first inputs of a prompt are `tokenizer.start_ids`: bos, since training shifts every document
-right, unless published files say that a text begins with nothing.
+right, or nothing where published files say so.
 Prompts of different lengths are padded on the left, in segment 0, so that the rows of a batch end
 in the same slot. All inputs but the last go into the cache in one call, which computes no logits;
 then each step feeds one token and samples the next.
 
 An encoder-decoder reads prompts, and the eos after them, in its encoder. Its decoder begins with
-bos; the call that fills its cache brings a slot of padding there.
+bos, after a slot of padding in the call that fills its cache.
 
 Shapes are rounded up to buckets, so that one compilation serves many prompts. Temperature, top_p,
-min_p, penalties and the rules of ending are arguments of it; top_k, num_beams, and whether there is
-a top_p or a penalty at all, are compiled in.
+min_p, penalties and the rules of ending are arguments of it; top_k, num_beams, and the use of top_p
+or a penalty at all, are compiled in.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 
+from lm.data.tokenizer import Tokenizer
 from lm.generation.beam import BeamSearch, beam_search
+from lm.generation.buckets import Prompt, batch_size, bucket, encode, pad
 from lm.generation.decode import CHUNK, decode, prefill, without_length
-from lm.generation.rows import batch_size, bucket, pad
 from lm.generation.sampling import Sampling
-from lm.generation.text import Generation, Piece, TextStream
+from lm.generation.text import Generation, TextChunk, TextStream
 from lm.optim.param_tree import unstack_layers
 from lm.types import HostTokens, Model, Params, check_head
 
 DEFAULT = Sampling()
-Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos
 
 
 class Generator:
@@ -41,16 +40,17 @@ class Generator:
         self,
         model: Model,
         params: Params,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         start: Sequence[int] | None = None,
         stop_ids: Sequence[int] | None = None,
     ) -> None:
-        """start: ids that every stream of the (de)coder begins with; unset: the tokenizer's
-        start_ids. stop_ids: tokens that end a continuation; unset: the tokenizer's.
+        """start: the first ids of every stream of the (de)coder; unset: the tokenizer's start_ids.
+        stop_ids: tokens that end a continuation; unset: the tokenizer's.
 
-        Raises ValueError where the model sees what comes later, has no head, or has no row for an
-        id of the tokenizer.
+        Raises:
+            ValueError: the model sees later tokens, has no head, or no row for an id of the
+                tokenizer.
         """
         check_head(model.config)
         if not model.config.is_causal:
@@ -64,8 +64,8 @@ class Generator:
         self.model = without_length(model)  # whatever training did
         self.params, self.tokenizer = params, tokenizer
         rules = model.rules
-        is_alone = rules.platform == "cpu" and rules.mesh.size == 1
-        self._params = unstack_layers(params) if is_alone else params
+        on_one_cpu = rules.platform == "cpu" and rules.mesh.size == 1
+        self._params = unstack_layers(params) if on_one_cpu else params
         self.takes_encoder = model.config.takes_encoder
         self._start = np.array(tokenizer.start_ids if start is None else start, np.int32)
         self._stop_ids = tuple(tokenizer.stop_ids if stop_ids is None else stop_ids)
@@ -93,10 +93,10 @@ class Generator:
         inputs = self._inputs(prompts, max_new_tokens)
         if isinstance(sampling, BeamSearch):
             return self._beam_search(inputs, max_new_tokens, sampling)
-        # The host has to look in between only for what the device can't see.
+        # The device ends rows at stop ids; only stop strings need the host in between.
         chunk = CHUNK if sampling.stop else max_new_tokens
-        pieces = self._stream(inputs, max_new_tokens, sampling, chunk)
-        found = [piece.generation for piece in pieces if piece.generation is not None]
+        chunks = self._stream(inputs, max_new_tokens, sampling, chunk)
+        found = [text.generation for text in chunks if text.generation is not None]
         return sorted(found, key=lambda g: (g.prompt, g.sample))
 
     def stream(
@@ -106,8 +106,8 @@ class Generator:
         max_new_tokens: int,
         sampling: Sampling = DEFAULT,
         chunk: int = CHUNK,
-    ) -> Iterator[Piece]:
-        """What `generate` returns, in pieces as they come: the host looks every `chunk` tokens."""
+    ) -> Iterator[TextChunk]:
+        """The continuations of `generate` while they grow: new bytes after every `chunk` tokens."""
         if chunk < 1:
             raise ValueError(f"chunk ({chunk}) must be positive")
         inputs = self._inputs(prompts, max_new_tokens)
@@ -128,14 +128,7 @@ class Generator:
 
     def _input(self, i: int, prompt: Prompt, max_new_tokens: int) -> np.ndarray:
         limit = self.model.config.max_length
-        ids = np.asarray(
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int64
-        )
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
-            raise ValueError(
-                f"prompt {i}: id {wrong[0]} is not in the vocabulary (size {self.vocab_size})"
-            )
+        ids = encode(self.tokenizer, prompt, self.vocab_size, f"prompt {i}: ")
         rest = len(self._start) - 1 + max_new_tokens  # the last new token is not fed
         if self.takes_encoder:
             if len(ids) + 1 > limit or rest > limit:
@@ -153,10 +146,10 @@ class Generator:
             raise ValueError(
                 f"prompt {i} is empty, and there is no token to begin with: give a start"
             )
-        return ids.astype(np.int32)
+        return ids
 
     def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[HostTokens, HostTokens | None]:
-        """(what the (de)coder reads, what the encoder reads), one row for each of prompts."""
+        """(the tokens of the (de)coder, those of the encoder), one row for each of prompts."""
         rows = batch_size(len(prompts), self.model.rules.size("batch"))
         if not self.takes_encoder:
             streams = [np.concatenate([self._start, x]) for x in prompts]
@@ -198,13 +191,13 @@ class Generator:
                 made.append(row.generation(float(scores[i, j])))
         return made
 
-    def _name(self, ids: np.ndarray) -> int:
-        """A number for a prompt, which decides its samples."""
+    def _hash(self, ids: np.ndarray) -> int:
+        """The hash of a prompt, which seeds its samples."""
         return zlib.crc32(np.concatenate([self._start, ids]).tobytes())
 
     def _stream(
         self, inputs: list[np.ndarray], limit: int, sampling: Sampling, chunk: int
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextChunk]:
         if not inputs:
             return
         model, tokenizer = self.model, self.tokenizer
@@ -216,7 +209,7 @@ class Generator:
         prompts, encoder = self._rows([inputs[row.prompt] for row in rows])
         names = np.zeros((2, len(prompts.ids)), np.uint32)
         names[:, : len(rows)] = np.transpose(
-            [(self._name(inputs[r.prompt]), r.sample) for r in rows]
+            [(self._hash(inputs[r.prompt]), r.sample) for r in rows]
         )
         state = prefill(
             model,
@@ -255,6 +248,6 @@ class Generator:
                 data = row.flush_safe_bytes()
                 if data or row.finished:
                     whole = row.generation() if row.finished else None
-                    yield Piece(row.prompt, row.sample, data, whole)
+                    yield TextChunk(row.prompt, row.sample, data, whole)
             if done.all():
                 return

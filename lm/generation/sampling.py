@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, and filters that keep the likeliest tokens."""
+"""Sampling of the next token: temperature, and filters that keep the likeliest tokens."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 
 from lm.types import Array
 
-# Of what divides or multiplies logits. Beyond some 1e38 either way it is 0 or infinite in float32,
-# and makes NaN of logits that are masked.
+# Bounds of factors on logits. Beyond some 1e38 either way they are 0 or infinite in float32, and
+# make NaN of masked logits.
 SMALLEST, LARGEST = 1e-6, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How prompts are continued.
+    """Continuation of prompts by sampling.
 
-    The filters apply in the order top_k, top_p, min_p, each to what the one before has left. top_p
-    keeps the smallest set of most likely tokens with this probability (arXiv:1904.09751), and all
-    that are as likely as its last; min_p keeps those at least this many times as likely as the best
-    (arXiv:2407.01082).
+    The filters apply in the order top_k, top_p, min_p, each to the tokens left by the one before.
+    top_p keeps the smallest set of most likely tokens with this probability (arXiv:1904.09751), and
+    all that are as likely as its last; min_p keeps those at least this many times as likely as
+    the best (arXiv:2407.01082).
     """
 
     temperature: float = 1.0  # divides the logits, 1e-6 to 1e6; 0: greedy

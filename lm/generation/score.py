@@ -1,7 +1,7 @@
-"""How likely given texts are: log-probabilities of continuations, and of long texts in windows.
+"""Log-probabilities of given texts: of continuations, and of long texts in windows.
 
-Rows are padded on the left, so that what is scored stands in the last columns of a batch, and
-logits are computed for those alone, a few columns at a time. Rows of similar length share a batch.
+Rows are padded on the left, so that scored tokens are the last columns of a batch, and logits are
+computed only for those, a few columns at a time. Rows of similar length share a batch.
 """
 
 from __future__ import annotations
@@ -9,25 +9,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.data.tokenizer import Tokenizer
+from lm.generation.buckets import Prompt, batch_size, bucket, encode, pad, power_of_two
 from lm.generation.decode import valid_token_mask, without_length
-from lm.generation.generator import Prompt
-from lm.generation.rows import batch_size, bucket, pad, power_of_two
 from lm.layers import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.types import Array, Model, Params, Tokens, check_head
 
-CHUNK_LOGITS = 1 << 24  # numbers that are there at once: 64 MiB
+CHUNK_LOGITS = 1 << 24  # logits in memory at once: 64 MiB
+Report: TypeAlias = Callable[[int, int], object]  # called with the rows done, and their count
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one continuation, or of one text."""
+    """The score of one continuation, or of one text."""
 
     logprob: float  # sum over its tokens, in nats
     tokens: int
@@ -40,7 +41,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """What the (de)coder reads, what follows it and is scored, and what the encoder reads."""
+    """Inputs of the (de)coder, the scored tokens after them, and inputs of the encoder."""
 
     inputs: np.ndarray  # int32 [n]
     targets: np.ndarray  # int32 [m]: those of the last m inputs
@@ -54,7 +55,7 @@ class Scorer:
         self,
         model: Model,
         params: Params,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         start: Sequence[int] | None = None,
         max_batch_tokens: int = 4096,
@@ -62,7 +63,8 @@ class Scorer:
         """start: as of `Generator`. max_batch_tokens: on each device, padding included; a longer
         row is a batch of its own.
 
-        Raises ValueError where the model sees what comes later, or has no head.
+        Raises:
+            ValueError: the model sees later tokens, or has no head.
         """
         check_head(model.config)
         if not model.config.is_causal:
@@ -79,13 +81,13 @@ class Scorer:
         prompts: Sequence[Prompt],
         continuations: Sequence[Prompt],
         *,
-        report: Callable[[int, int], Any] = lambda done, count: None,
+        report: Report = lambda done, count: None,
     ) -> list[Score]:
         """The log-probability of every continuation after its prompt; ends of texts are not scored.
 
-        Of a text after a text, what is scored are the tokens by which encoding both together is
+        Of a text after a text, the scored tokens are those by which encoding both together is
         longer than encoding the prompt. A row that is longer than `config.model.max_length` loses
-        the beginning of its prompt. report: called with rows done, and their count.
+        the beginning of its prompt.
 
         Raises:
             ValueError: nothing comes before an empty prompt's continuation, or a continuation is
@@ -99,7 +101,7 @@ class Scorer:
         texts: Sequence[Prompt],
         *,
         context: int = 1,
-        report: Callable[[int, int], Any] = lambda done, count: None,
+        report: Report = lambda done, count: None,
     ) -> list[Score]:
         """The log-probability of every text, each token given those before it.
 
@@ -129,12 +131,7 @@ class Scorer:
         return sums
 
     def _ids(self, text: Prompt) -> np.ndarray:
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else text
-        ids = np.asarray(ids, np.int64)
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
-            raise ValueError(f"id {wrong[0]} is not in the vocabulary (size {self.vocab_size})")
-        return ids.astype(np.int32)
+        return encode(self.tokenizer, text, self.vocab_size)
 
     def _row(self, i: int, prompt: Prompt, continuation: Prompt) -> _Row:
         limit = self.model.config.max_length
@@ -160,30 +157,32 @@ class Scorer:
             )
         return _Row(inputs, targets, source)
 
-    def _run(self, rows: list[_Row], report: Callable[[int, int], Any]) -> list[Score]:
+    def _run(self, rows: list[_Row], report: Report) -> list[Score]:
         shards, done = self.model.rules.size("batch"), 0
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(_shape(row), []).append(i)
         scores: dict[int, Score] = {}
-        for shape, members in sorted(groups.items(), reverse=True):  # what needs most comes first
+        for shape, members in sorted(groups.items(), reverse=True):  # the largest first
             fits = max(1, self._max_batch_tokens // (shape[0] + sum(shape[2:])))
             size = shards * (power_of_two(fits + 1) // 2)  # the largest power of two that fits
             pending = None
             for start in range(0, len(members), size):
                 chosen = members[start : start + size]
-                # the last one takes as many rows as the others: another size is another compilation
-                places = size if len(members) > size else len(members)
-                new = chosen, self._batch([rows[i] for i in chosen], shape, places)
+                # the last one has as many rows as the others: another size is another compilation
+                num_rows = size if len(members) > size else len(members)
+                new = chosen, self._batch([rows[i] for i in chosen], shape, num_rows)
                 scores |= self._collect(rows, pending)  # of the batch before: no device waits
                 pending, done = new, done + len(chosen)
                 report(done, len(rows))
             scores |= self._collect(rows, pending)
         return [scores[i] for i in range(len(rows))]
 
-    def _batch(self, rows: list[_Row], shape: tuple[int, ...], places: int) -> tuple[Array, Array]:
+    def _batch(
+        self, rows: list[_Row], shape: tuple[int, ...], num_rows: int
+    ) -> tuple[Array, Array]:
         width, scored, *source = shape
-        size = batch_size(places, self.model.rules.size("batch"))
+        size = batch_size(num_rows, self.model.rules.size("batch"))
         encoder = [row.source for row in rows if row.source is not None]
         return _score(
             self.model,
@@ -194,7 +193,9 @@ class Scorer:
             vocab_size=self.vocab_size,
         )
 
-    def _collect(self, rows: list[_Row], pending: Any) -> dict[int, Score]:
+    def _collect(
+        self, rows: list[_Row], pending: tuple[list[int], tuple[Array, Array]] | None
+    ) -> dict[int, Score]:
         if pending is None:
             return {}
         members, (logprobs, likeliest) = pending
@@ -211,11 +212,11 @@ def windows(
     """[(inputs, targets)] that together score every one of `ids` once, after `start`.
 
     The first window scores `length` of them (less one for each of `start` beyond the first), each
-    later one the next `length - context + 1`; what is left at the end is seen after as much of what
-    came before as fits. Without a start the first token has nothing before it, and is not scored.
+    later one the next `length - context + 1`; the rest at the end follows as many earlier tokens as
+    fit. Without a start the first token has nothing before it, and is not scored.
     """
     stream = np.concatenate([start, ids]).astype(np.int32)
-    first = max(len(start), 1)  # place of the first target
+    first = max(len(start), 1)  # index of the first target
     found, at = [], first
     while at < len(stream):
         count = length - context + 1 if found else length - first + 1
@@ -227,7 +228,7 @@ def windows(
 
 
 def _shape(row: _Row) -> tuple[int, ...]:
-    """Widths of the batch that a row belongs to: of inputs, of what is scored, of the encoder."""
+    """Widths of the batch that a row belongs to: of inputs, of scored tokens, of the encoder."""
     scored = bucket(len(row.targets))
     width = max(bucket(len(row.inputs)), scored)
     return (width, scored) if row.source is None else (width, scored, bucket(len(row.source)))
@@ -243,21 +244,21 @@ def _score(
     *,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(float32 [B] sums of log-probabilities, bool [B] whether all were the likeliest) of targets:
+    """(float32 [B] sums of log-probabilities, bool [B], True if all were the likeliest) of targets:
     [B, W], those of the last W of inputs: [B, T].
     """
     rules, variables = model.rules, {"params": params}
 
-    def spread(tokens: Tokens | None) -> Any:
+    def shard(tokens: Tokens | None) -> Tokens | None:
         return jax.tree.map(lambda x: rules.constrain(x, "batch", None), tokens)
 
-    hidden = model.apply(variables, spread(inputs), encoder=spread(encoder)).hidden
+    hidden = model.apply(variables, shard(inputs), encoder=shard(encoder)).hidden
     rows, scored = targets.ids.shape
     hidden = hidden[:, -scored:]
     size = CHUNK_LOGITS * rules.size("batch") // model.config.vocab_size
     count = chunking.num_chunks(max(1, size), rows, scored)
 
-    def chunk(part: Any) -> tuple[jax.Array, jax.Array]:
+    def chunk(part: tuple[Array, Array]) -> tuple[jax.Array, jax.Array]:
         hidden, ids = part
         logits = model.apply(variables, hidden, method="logits")  # [B, W / count, V]
         best = jnp.argmax(jnp.where(valid_token_mask(vocab_size, logits), logits, -jnp.inf), axis=2)

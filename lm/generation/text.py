@@ -1,12 +1,13 @@
-"""The host's side of a continuation: its bytes, where it ends, and what may be shown of it."""
+"""Continuations on the host: their bytes, their ends, and the bytes that are safe to show."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from lm.data.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """The next bytes of a continuation, of whole characters; the last piece brings the whole."""
+class TextChunk:
+    """The next bytes of a continuation, of whole characters; the last ones with the whole."""
 
     prompt: int
     sample: int
@@ -42,7 +43,7 @@ class Piece:
 
 
 class TextStream:
-    """The host's side of one continuation: what came, where it ends, which bytes may be shown."""
+    """One continuation while it grows: its tokens, its end, and the bytes that are safe to show."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class TextStream:
         sample: int,
         limit: int,
         stop: Sequence[str],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop_ids: tuple[int, ...],
     ) -> None:
         self.prompt, self.sample, self.finished = prompt, sample, ""
@@ -63,7 +64,7 @@ class TextStream:
         self._released = 0
 
     def add(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Takes tokens up to the one that ends the text: the same one however they are grouped."""
+        """Append tokens up to the one that ends the text: the same one however they are grouped."""
         for i, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True):
             before = len(self._data)
             self._ids.append(i)
@@ -90,7 +91,7 @@ class TextStream:
         return min(found)[1] if found else None
 
     def flush_safe_bytes(self) -> bytes:
-        """The bytes not shown yet, without half a character or what may begin a stop string."""
+        """The new bytes, without half a character or a possible beginning of a stop string."""
         fresh = bytes(self._data[self._released :])
         if not self.finished:
             for held in range(min(len(fresh), self._longest - 1), 0, -1):
@@ -114,7 +115,7 @@ class TextStream:
 
 
 def _whole_characters(data: bytes) -> int:
-    """Number of bytes before a UTF-8 character that `data` begins but doesn't end."""
+    """Number of bytes before an incomplete UTF-8 character at the end of `data`."""
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:  # a first byte; its high bits count the bytes of the character

@@ -1,12 +1,31 @@
-"""Rows for the device: lengths rounded up to buckets, so that one compilation serves many."""
+"""Batches of prompts: ids, padded to lengths rounded up to buckets, so that one compilation serves
+many.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
+from lm.data.tokenizer import Tokenizer
 from lm.types import HostTokens, Tokens
+
+Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, name: str = "") -> np.ndarray:
+    """The ids of a prompt, int32 [n].
+
+    Raises:
+        ValueError: an id outside of the vocabulary; `name` is that of the prompt.
+    """
+    ids = np.asarray(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{name}id {wrong[0]} is not in the vocabulary (size {vocab_size})")
+    return ids.astype(np.int32)
 
 
 def power_of_two(n: int) -> int:
