@@ -40,7 +40,7 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check lm scripts configs tests
 	$(BIN)/ruff check lm scripts configs tests
-	$(BIN)/python scripts/project/lint_prose.py scripts configs tests
+	$(BIN)/python scripts/project/lint_prose.py lm scripts configs tests
 	$(BIN)/pyright
 
 docs: $(VENV)/ok

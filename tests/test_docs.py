@@ -251,7 +251,7 @@ def test_the_lint_of_prose_finds_what_it_names(source, complaints):
     ]
 
 
-@pytest.mark.parametrize("room", ["scripts", "configs", "tests"])
+@pytest.mark.parametrize("room", ["lm", "scripts", "configs", "tests"])
 def test_prose_reads_like_a_manual(room):
     found = [
         f"{path.relative_to(ROOT)}:{line}: {complaint}"
