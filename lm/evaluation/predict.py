@@ -25,7 +25,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of one source: a text that was generated, or a label."""
+    """Prediction for one source: a generated text, or a label."""
 
     text: str
     probability: float | None  # of the label, among all labels
