@@ -128,15 +128,15 @@ def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
         assert not (tmp_path / "disk/run/bad_checkpoints").exists()
 
 
-def two(commands):
-    """(exit code, output) of two processes that meet on a port."""
+def two(commands, roots=(ROOT, ROOT)):
+    """(exit code, output) of two processes that meet on a port, each with the code below a root."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     given = [f"--coordinator=localhost:{port}", "--num-processes=2"]
     started = [
         subprocess.Popen(
             [sys.executable, *command, *given, f"--process-id={i}"],
-            env=fake_devices(1),
+            env=fake_devices(1) | {"PYTHONPATH": str(roots[i])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -227,6 +227,6 @@ def test_processes_with_different_code_refuse_to_train_and_say_so(tmp_path):
         file.write("\n# another version\n")
     given = [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'run'}"]
     commands = [[str(root / "scripts" / "train.py"), *given] for root in (ROOT, copy)]
-    for code, output in two(commands):
+    for code, output in two(commands, (ROOT, copy)):
         assert code == Exit.MISMATCH, output
         assert "code.source: process 0 has" in output and "Traceback" not in output
