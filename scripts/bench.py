@@ -56,7 +56,7 @@ from lm.data.pipeline import Pipeline
 from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
-from lm.data.tokenizer import ByteTokenizer
+from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.generation.generator import Generator
 from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
@@ -316,20 +316,15 @@ def _gemms(experiment: Experiment) -> dict[str, list[float]]:
     return rates
 
 
-@dataclasses.dataclass(frozen=True)
-class Ids:
+class Ids(Tokenizer):
     """A tokenizer whose ids stand for no text and never end it."""
 
-    vocab_size: int
-    name: str = "ids"
-    start_ids: tuple[int, ...] = (0,)
-    stop_ids: tuple[int, ...] = ()
+    name, start_ids, stop_ids = "ids", (0,), ()
 
-    @property
-    def used_vocab_size(self) -> int:
-        return self.vocab_size
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = self.used_vocab_size = vocab_size
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         return b"." * len(ids)  # a stream reports what has bytes
 
 
