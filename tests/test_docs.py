@@ -77,6 +77,11 @@ def parse(script, arguments, monkeypatch):
             raise Parsed
         return found, rest
 
+    # flags of scripts that other tests have imported make room for the script's
+    module_of = flags.FLAGS.find_module_defining_flag
+    others = {n: flags.FLAGS[n] for n in flags.FLAGS if not str(module_of(n)).startswith("absl")}
+    for name in others:
+        delattr(flags.FLAGS, name)
     known = set(flags.FLAGS)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
@@ -90,6 +95,8 @@ def parse(script, arguments, monkeypatch):
         finally:
             for name in set(flags.FLAGS) - known:
                 delattr(flags.FLAGS, name)
+            for name, flag in others.items():
+                flags.FLAGS[name] = flag
             flags.FLAGS.unparse_flags()
 
 
