@@ -261,7 +261,7 @@ def test_a_factor_without_weights_to_go_into_is_refused():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"parametrization": "ntk"}, r"parametrization must be one of standard, mup, got 'ntk'"),
+        ({"parametrization": "ntk"}, r"parametrization \('ntk'\) must be one of standard, mup"),
         ({**MUP, "base_embed_dim": 8, "base_num_layers": 2}, r"base_head_dim must be given"),
         ({**MUP, **BASE, "base_embed_dim": 0}, r"base_embed_dim \(0\) must be at least 1"),
         ({**MUP, **WIDE, "query_scale": 0.3}, r"query_scale \(0.3\) .*head_dim \(4\).*\(1\)"),
