@@ -308,14 +308,14 @@ def test_reference_of_the_loss_has_the_gradient_of_its_objective(packed_batch):
 @pytest.mark.parametrize("causal", [True, False])
 def test_reference_of_attention_has_the_gradient_of_its_output(pack, causal):
     rng, tokens = np.random.default_rng(0), pack([[3, 1, 4]], length=9, vocab_size=9)
-    q, given = rng.normal(size=(2, 4, 9, 3))
+    q, cotangent = rng.normal(size=(2, 4, 9, 3))
     k, v = rng.normal(size=(2, 2, 9, 3))
     bias = rng.normal(size=(4, 9, 9))
 
     def run(**x):
         return reference.attention(
             **x,
-            given=given,
+            cotangent=cotangent,
             tokens=tokens,
             scale=0.7,
             window=3,
@@ -330,4 +330,4 @@ def test_reference_of_attention_has_the_gradient_of_its_output(pack, causal):
         step = 1e-5 * rng.normal(size=x.shape)
         up, down = (run(**{**inputs, name: x + s})[0] for s in (step, -step))
         along = np.sum(gradient * 2 * step)
-        np.testing.assert_allclose(np.sum((up - down) * given), along, rtol=1e-6)
+        np.testing.assert_allclose(np.sum((up - down) * cotangent), along, rtol=1e-6)
