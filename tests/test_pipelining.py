@@ -276,7 +276,7 @@ def test_every_kind_of_layer_passes_the_stages(make_experiment, packed_batch, na
     for axes in ({}, {"stage": 2, "fsdp": 2}):
         experiment = make_experiment(changes, **axes)
         params, global_batch = experiment.init_state().params, experiment.make_global_batch(batch)
-        step = jax.jit(functools.partial(experiment.gradients, at=0))
+        step = jax.jit(functools.partial(experiment.gradients, step=0))
         found.append(
             jax.device_get((step(params, global_batch), experiment.eval_step(params, global_batch)))
         )
