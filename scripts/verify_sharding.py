@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     number = math.prod(size for name, size in sizes.items() if name != "slices")
     if _PROCESSES.value > 1:
         _launch(_PROCESSES.value, number)
-    processes = flags.FLAGS.num_processes or 1
+    processes = flags.FLAGS["num-processes"].value or 1
     os.environ["JAX_PLATFORMS"] = "cpu"
     # collectives of fake devices wait in threads of XLA's pool, as many as it believes cores to be
     os.environ.setdefault("NPROC", "64")
