@@ -652,7 +652,7 @@ def test_a_gpu_has_three_quarters_of_its_memory_unless_jax_is_told(monkeypatch, 
     assert chip.hbm / 2**30 == pytest.approx(0.75 * total)
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert chip.hbm / 2**30 == pytest.approx(0.9 * total)
-    assert f"device_memory_size: {chip.memory}\n" in gpus.target_config(name)
+    assert f"device_memory_size: {chip.memory}\n" in gpus.target_config(chip)
 
 
 def test_a_plan_for_a_gpu_counts_what_jax_takes_of_it(small_plan, monkeypatch):

@@ -19,8 +19,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lm.planning import chips, gpus
-from lm.planning.chips import Chip
+import jax
+from jax.experimental import topologies
+
+from lm.planning import gpus
+from lm.planning.chips import CHIPS, Chip
+from lm.types import Device
 
 GPUS_PER_NODE = 8
 # Shapes of slices that Cloud TPU offers (of one chip: machine types ct5lp-hightpu-1t,
@@ -52,11 +56,12 @@ class Topology:
 
     def closes(self, dimension: int) -> bool:
         """True if a dimension of a slice's torus is a ring. In three dimensions optical switches
-        join whole cubes of 4 x 4 x 4 only, and a slice smaller than one has no ring.
+        join whole cubes of 4 x 4 x 4 only, and a slice smaller than one has no ring; in two a ring
+        is 16 chips long.
         """
-        wraps = self.chip.wraps
-        lengths = self.shape if self.chip.dims == 3 else (self.shape[dimension],)
-        return wraps > 0 and all(n % wraps == 0 for n in lengths)
+        if self.chip.dims == 3:
+            return all(n % 4 == 0 for n in self.shape)
+        return self.chip.dims == 2 and self.shape[dimension] % 16 == 0
 
 
 def parse(name: str) -> Topology:
@@ -66,13 +71,13 @@ def parse(name: str) -> Topology:
         ValueError: the name has none of the forms above.
     """
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
-    if not found or found[2] not in chips.CHIPS:
+    if not found or found[2] not in CHIPS:
         raise ValueError(
-            f"--topology={name} is unknown: KIND:SHAPE with KIND of {', '.join(chips.CHIPS)}, as "
+            f"--topology={name} is unknown: KIND:SHAPE with KIND of {', '.join(CHIPS)}, as "
             "v5p:4x4x4, 2xv5e:16x16 (slices), h100:64 (in nodes of 8), h100:8x4 (nodes x GPUs), "
             "cpu:8"
         )
-    slices, chip = int(found[1] or 1), chips.CHIPS[found[2]]
+    slices, chip = int(found[1] or 1), CHIPS[found[2]]
     shape = tuple(int(n) for n in found[3].split("x"))
     if chip.platform == "tpu":
         if len(shape) != chip.dims:
@@ -95,7 +100,7 @@ def parse(name: str) -> Topology:
     return Topology(name, chip, shape, slices)
 
 
-def devices(topology: Topology) -> Sequence[Any]:
+def devices(topology: Topology) -> Sequence[Device]:
     """The devices of a topology, for meshes and for compiling, not for running.
 
     Call it before anything else asks jax for devices: fake CPU devices and the quiet settings of
@@ -104,70 +109,78 @@ def devices(topology: Topology) -> Sequence[Any]:
     Raises:
         ValueError: the compiler is not installed, or knows no such topology.
     """
-    import jax
-
-    if topology.chip.platform == "cpu":
-        return _cpus(topology.num_chips)
-    with contextlib.suppress(RuntimeError):  # jax has started: its platform stays
+    flag, platform = f"--topology={topology.name}", topology.chip.platform
+    with contextlib.suppress(RuntimeError):  # jax has started: its platform and devices stay
         jax.config.update("jax_platforms", "cpu")  # leave a chip of this machine to others
-    describe = {"tpu": _tpus, "gpu": gpus.devices}[topology.chip.platform]
-    found = describe(topology)
+        if platform == "cpu":
+            jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    if platform == "cpu":
+        count, found = topology.num_chips, jax.devices("cpu")
+        if len(found) < count:
+            raise ValueError(
+                f"{flag} needs {count} fake devices and jax has started with {len(found)}: set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        return found[:count]
+    module, compiler, package = {
+        "tpu": ("libtpu", "TPU", "libtpu"),
+        "gpu": ("jax_cuda13_plugin", "GPU", "'jax[cuda13]'"),
+    }[platform]
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"{flag} needs the {compiler} compiler: pip install {package} (no {compiler} needed)"
+        )
+    options = _describe_tpus(topology) if platform == "tpu" else _describe_gpus(topology)
+    try:
+        found = topologies.get_topology_desc(**options).devices
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error)
+        if platform == "tpu" and _shape(topology) not in SLICES[topology.chip.dims]:
+            reason = f"no slice has this shape; nearby are {', '.join(_nearby(topology))}"
+        raise ValueError(f"{flag}: {reason}") from None
     assert len(found) == topology.num_devices, (topology, len(found))
     return found
 
 
-def _cpus(count: int) -> Sequence[Any]:
-    import jax
-
-    with contextlib.suppress(RuntimeError):  # jax has started: there are as many as there are
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    found = jax.devices("cpu")
-    if len(found) < count:
-        raise ValueError(
-            f"--topology=cpu:{count} needs {count} fake devices and jax has started with "
-            f"{len(found)}: set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
-    return found[:count]
+def _shape(topology: Topology) -> str:
+    return "x".join(map(str, topology.shape))
 
 
-def _tpus(topology: Topology) -> Sequence[Any]:
-    import jax
-    from jax.experimental import topologies
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"--topology={topology.name} needs the TPU compiler: pip install libtpu (no TPU needed)"
-        )
-    # What libtpu would ask the machine for, and complain about, where there is no TPU.
-    for name, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", "v5p-128"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
+def _describe_tpus(topology: Topology) -> dict[str, Any]:
+    """The arguments of jax's description of a topology."""
+    # what libtpu would ask the machine for, and complain about, where there is no TPU
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-128",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in quiet.items():
         os.environ.setdefault(name, value)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "platform": "tpu",
+        "topology_name": f"{topology.chip.name}:{_shape(topology)}",
+    }
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     if topology.num_chips == topology.slices:  # else libtpu wants whole hosts of 2 x 2
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.config:
         options["chip_config_name"] = topology.chip.config
-    try:
-        described = topologies.get_topology_desc(
-            topology_name=f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}",
-            platform="tpu",
-            **options,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        if "x".join(map(str, topology.shape)) in SLICES[topology.chip.dims]:
-            raise ValueError(f"--topology={topology.name}: {error}") from None
-        nearby = ", ".join(_nearby(topology))
-        raise ValueError(
-            f"--topology={topology.name}: no slice has this shape; nearby are {nearby}"
-        ) from None
-    return described.devices
+    return options
+
+
+def _describe_gpus(topology: Topology) -> dict[str, Any]:
+    # autotuning would run kernels on a GPU
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_autotune_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+    return {
+        "platform": "cuda",
+        "topology_name": "",
+        "target_config": gpus.target_config(topology.chip),
+        "topology": f"1x{_shape(topology)}",
+    }
 
 
 def _nearby(topology: Topology) -> list[str]:
