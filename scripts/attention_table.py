@@ -89,13 +89,12 @@ def measure(
     arrays = (of(HEADS), of(KV_HEADS), of(KV_HEADS), Tokens(stream, stream, stream), of(HEADS))
     made = compiling.compile_step(jax.jit(both).lower(*arrays))
     module = hlo.read(made.program.hlo_module)
-    mesh = rules.mesh
-    found = traffic.collectives(module, mesh.axis_names, tuple(mesh.shape.values()))
-    coords = interconnect.chip_coords(target, mesh.devices.flatten().tolist())
+    found = traffic.collectives(module, rules.mesh.shape)
+    coords = interconnect.chip_coords(target, rules.mesh)
     done = costs.count_flops_and_hbm_bytes(module)
     sent = interconnect.transfers(found, target, coords)
     times = roofline.times(target, done, sent, "bfloat16")
-    held = made.sizes.get("temp", 0)
+    held = made.size("temp_size")
     return Needs(
         held,
         not made.refusal,

@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     del argv
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
-    from lm.planning import cache, report
     from lm.planning import plan as plans
+    from lm.planning import report
     from lm.telemetry import progress
 
     decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
@@ -59,10 +59,14 @@ def main(argv: Sequence[str]) -> int:
     show = progress.Progress(os.fdopen(os.dup(2), "w"), pause=30)
 
     def make(config: Any, topology: str, decode: plans.Decode | None) -> plans.Plan:
-        options: dict[str, Any] = {"config_name": name, "decode": decode, "show": show}
-        if _FRESH.value:
-            return plans.make(config, topology, **options)
-        return cache.cached(config, topology, **options)[0]
+        return plans.make(
+            config,
+            topology,
+            config_name=name,
+            decode=decode,
+            show=show,
+            folder=None if _FRESH.value else plans.cache_folder(),
+        )
 
     plan = _find(make, decode, show)
     if plan is None:
@@ -91,13 +95,12 @@ def _find(make: Any, decode: Any, show: Any) -> Any:
         if decode is not None:
             raise app.UsageError("--search ranks training steps only, not --decode")
         found = search.search(config, topology, make, num_compiled=_COMPILE.value, show=show)
-        print(report.search_page(found))
     elif _LARGEST.value or _FEWEST.value:
         look = sizing.largest_batch if _LARGEST.value else sizing.fewest_chips
         found = look(config, topology, make, decode=decode)
-        print(report.sizes_page(found))
     else:
         return make(config, topology, decode)
+    print((report.search_page if _SEARCH.value else report.sizes_page)(found))
     return found.winner.plan if found.winner else None
 
 

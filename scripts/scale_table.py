@@ -103,12 +103,13 @@ def line(row: Row, plan: Any) -> str:
 
 
 def _make(row: Row) -> Any:
-    from lm.planning import cache
+    from lm.planning import plan
 
     file, *arg = row.config.split(":")
     config: Any = command_line.load(":".join([str(ROOT / "configs" / f"{file}.py"), *arg]))
     config.update_from_flattened_dict(dict(row.changes))
-    return cache.cached(config, row.topology, config_name=f"configs/{row.config}")[0]
+    name, folder = f"configs/{row.config}", plan.cache_folder()
+    return plan.make(config, row.topology, config_name=name, folder=folder)
 
 
 def _key(line: str) -> str:

@@ -1,6 +1,6 @@
 """XLA's buffer assignment, read from its proto: offsets and lifetimes of arrays.
 
-An allocation holds values; the large one for temporaries is a heap in which values that do not
+An allocation holds buffers; the large one for temporaries is a heap in which buffers that do not
 live at the same time share bytes. Values of one shape that follow each other at one offset are one
 buffer here: a loop's carry, updated in place, has a value for each instruction that updates it.
 """
@@ -10,57 +10,34 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Iterable
 
 from lm.planning import hlo, protos
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """A result, or a part of one, of an instruction."""
-
-    name: str  # of the instruction
-    size: int
-    offset: int
-    shape: hlo.Shape | None  # None: a table of pointers
-    start: int  # first and last position in the schedule at which it is live
-    stop: int
+from lm.planning.protos import Proto
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """Bytes that one array holds from `start` to `stop`."""
+    """Bytes that one array holds from `start` to `stop`, positions in the schedule."""
 
-    values: tuple[Value, ...]
+    writers: tuple[hlo.Instruction, ...]  # whose results it holds, one after the other
+    shape: hlo.Shape | None  # None: a table of pointers
     size: int
     offset: int
     start: int
     stop: int
 
-    @property
-    def shape(self) -> hlo.Shape | None:
-        return self.values[0].shape
-
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
     size: int
-    space: int  # hlo.HBM, hlo.HOST, ...
+    space: int  # as in `hlo.Shape`
     kind: str  # parameter, output, constant, temporary, or thread: inside of an operation
-    parameter: int | None  # number of the entry's parameter
-    buffers: tuple[Buffer, ...]
+    parameter: int  # of the kind parameter: its number in the entry computation
+    buffers: list[Buffer]
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
-    """The moment of the largest use of a heap."""
-
-    position: int
-    buffers: tuple[tuple[Buffer, int], ...]  # with the bytes that no larger one of them covers
-    used: int
-
-
-def read(assignment: Any, module: hlo.Module) -> list[Allocation]:
+def read(assignment: Proto, module: hlo.Module) -> list[Allocation]:
     """All allocations of a program, from the BufferAssignmentProto of its module."""
     lives = _lives(assignment, module)
     defined = {b.id: b.defined_at for b in assignment.logical_buffers}
@@ -69,27 +46,24 @@ def read(assignment: Any, module: hlo.Module) -> list[Allocation]:
         values = []
         for part in a.assigned:
             at = defined[part.logical_buffer_id]
-            instruction = module.by_id[at.instruction_id]
-            shape = hlo.shape_at(instruction.proto.shape, at.shape_index)
+            writer = module.instructions[at.instruction_id]
+            shape = hlo.shape_at(writer.proto.shape, at.shape_index)
             array = None if shape.tuple_shapes else next(iter(hlo.shapes(shape)), None)
             live = lives.get(part.logical_buffer_id, (0, 0))
-            values.append(Value(instruction.name, part.size, part.offset, array, *live))
-        parameter = a.parameter_number if a.is_entry_computation_parameter else None
-        allocations.append(Allocation(a.size, a.color, _kind(a), parameter, _buffers(values)))
+            values.append(Buffer((writer,), array, part.size, part.offset, *live))
+        kinds = {
+            "thread": a.is_thread_local,
+            "constant": a.is_constant,
+            "parameter": a.is_entry_computation_parameter,
+            "output": a.maybe_live_out,
+            "temporary": True,
+        }
+        kind = next(name for name, holds in kinds.items() if holds)
+        allocations.append(Allocation(a.size, a.color, kind, a.parameter_number, _joined(values)))
     return allocations
 
 
-def _kind(allocation: Any) -> str:
-    if allocation.is_thread_local:
-        return "thread"
-    if allocation.is_constant:
-        return "constant"
-    if allocation.is_entry_computation_parameter:
-        return "parameter"
-    return "output" if allocation.maybe_live_out else "temporary"
-
-
-def _lives(assignment: Any, module: hlo.Module) -> dict[int, tuple[int, int]]:
+def _lives(assignment: Proto, module: hlo.Module) -> dict[int, tuple[int, int]]:
     """First and last positions in the schedule of the values of heaps, by number: a value is freed
     after all those that start at its last position.
     """
@@ -105,43 +79,40 @@ def _lives(assignment: Any, module: hlo.Module) -> dict[int, tuple[int, int]]:
     return found
 
 
-def _buffers(values: list[Value]) -> tuple[Buffer, ...]:
+def _joined(values: Iterable[Buffer]) -> list[Buffer]:
     """Values of one shape at one offset, joined where one ends as the next begins."""
-    groups: dict[tuple[int, int, str], list[Value]] = {}
+    groups: dict[tuple[int, int, str], list[Buffer]] = {}
     for value in values:
         groups.setdefault((value.offset, value.size, str(value.shape)), []).append(value)
-    buffers = []
-    for found in groups.values():
-        run: list[Value] = []
-        stop = 0
-        for value in sorted(found, key=lambda v: (v.start, v.stop)):
-            if run and value.start > stop + 1:
-                buffers.append(_buffer(run, stop))
-                run = []
-            stop = value.stop if not run else max(stop, value.stop)
-            run.append(value)
-        buffers.append(_buffer(run, stop))
-    return tuple(buffers)
+    joined: list[Buffer] = []
+    for group in groups.values():
+        runs: list[Buffer] = []
+        for value in sorted(group, key=lambda v: (v.start, v.stop)):
+            if not runs or value.start > runs[-1].stop + 1:
+                runs.append(value)
+                continue
+            writers, stop = runs[-1].writers + value.writers, max(runs[-1].stop, value.stop)
+            runs[-1] = dataclasses.replace(runs[-1], writers=writers, stop=stop)
+        joined += runs
+    return joined
 
 
-def _buffer(run: list[Value], stop: int) -> Buffer:
-    return Buffer(tuple(run), run[0].size, run[0].offset, run[0].start, stop)
-
-
-def peak(buffers: tuple[Buffer, ...], *, least: int = 0) -> Peak:
-    """The peak of buffers that share a heap; those smaller than `least` are left out."""
-    large = [b for b in buffers if b.size >= least]
-    best = Peak(0, (), 0)
+def peak(buffers: Iterable[Buffer], *, min_size: int = 0) -> list[tuple[Buffer, int]]:
+    """The buffers that share a heap at its largest use, with the bytes of each that no larger one
+    of them covers. Those smaller than `min_size` are left out.
+    """
+    large = [b for b in buffers if b.size >= min_size]
     events = sorted({b.start for b in large})
+    most, found = 0, []
     bounds = _upper_bounds(large, events)
     for bound, position in sorted(zip(bounds, events, strict=True), reverse=True):
-        if bound <= best.used:
+        if bound <= most:
             break
-        live = [b for b in large if b.start <= position <= b.stop]
-        used, covered = _cover(live)
-        if used > best.used:
-            best = Peak(position, tuple(covered), used)
-    return best
+        covered = _cover([b for b in large if b.start <= position <= b.stop])
+        used = sum(size for _, size in covered)
+        if used > most:
+            most, found = used, covered
+    return found
 
 
 def _upper_bounds(buffers: list[Buffer], events: list[int]) -> list[int]:
@@ -153,26 +124,18 @@ def _upper_bounds(buffers: list[Buffer], events: list[int]) -> list[int]:
     return list(itertools.accumulate(change[:-1]))
 
 
-def _cover(live: list[Buffer]) -> tuple[int, list[tuple[Buffer, int]]]:
-    """(bytes in use, each buffer with its own part of them): an update in place has two buffers in
-    the same bytes for a moment; they count once, for the larger.
+def _cover(live: list[Buffer]) -> list[tuple[Buffer, int]]:
+    """Each buffer with its own part of the bytes in use: an update in place has two buffers in the
+    same bytes for a moment; they count once, for the larger.
     """
-    taken: list[tuple[int, int]] = []  # disjoint, ascending
+    taken: list[tuple[int, int]] = []  # disjoint
     covered = []
     for b in sorted(live, key=lambda b: -b.size):
         low, high = b.offset, b.offset + b.size
-        free = high - low - sum(max(0, min(high, y) - max(low, x)) for x, y in taken)
+        free = b.size - sum(max(0, min(high, y) - max(low, x)) for x, y in taken)
         if free:
             covered.append((b, free))
-            taken = _union([*taken, (low, high)])
-    return sum(y - x for x, y in taken), covered
-
-
-def _union(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(intervals):
-        if merged and low <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    return merged
+            touching = [(x, y) for x, y in taken if x <= high and low <= y]
+            ends = [low, high, *itertools.chain(*touching)]
+            taken = [t for t in taken if t not in touching] + [(min(ends), max(ends))]
+    return covered

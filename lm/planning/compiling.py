@@ -8,34 +8,41 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lm.planning import protos
+from lm.planning.protos import Proto
 from lm.telemetry.progress import Progress
-
-if TYPE_CHECKING:
-    import jax
-
-FIELDS = ("argument", "output", "alias", "temp", "generated_code")  # of memory_analysis()
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program. One that does not fit has buffers, but no `sizes`."""
+    """A compiled program. One that does not fit has buffers, but no `stats`."""
 
-    program: Any  # HloProto: the optimized module and the assignment of its buffers
-    sizes: dict[str, int]  # bytes by field of memory_analysis()
-    host_sizes: dict[str, int]  # the same for memory of the host
-    peak: int | None  # bytes in use at once, by memory_analysis()
+    program: Proto  # HloProto: the optimized module and the assignment of its buffers
+    stats: object | None  # of memory_analysis()
     refusal: str  # the compiler's words where the program doesn't fit
-    available: int | None  # bytes of memory that the refusal speaks of
     messages: tuple[str, ...]  # what the compiler wrote while it ran
     seconds: float
     cpu_seconds: float  # of all threads, which other work on the machine lengthens less
+
+    def size(self, name: str) -> int:
+        """Bytes by the name in memory_analysis() less its `_in_bytes`; 0 where it doesn't fit."""
+        return 0 if self.stats is None else int(getattr(self.stats, f"{name}_in_bytes"))
+
+    @property
+    def available(self) -> int | None:
+        """Bytes of HBM that the refusal names, as "exceeds available HBM (15.75G)", "of 15.75G"."""
+        found = re.search(r"(?:available HBM \(|of )([\d.]+)([KMGT])", self.refusal)
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        return int(float(found[1]) * scale[found[2]]) if found else None
 
 
 def compile_step(
@@ -46,105 +53,58 @@ def compile_step(
     Raises:
         ValueError: the compiler refuses the program for another reason than memory.
     """
-    import jax
-
     start, busy = time.monotonic(), time.process_time()
-    with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as messages:
+    stats, refusal = None, ""
+    with tempfile.TemporaryDirectory(prefix="lm-plan-") as folder, _captured_stderr() as stderr:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_proto": True}
-        sizes, host, peak, refusal = {}, {}, None, ""
-        cache = bool(jax.config.values["jax_enable_compilation_cache"])
-        _use_cache(False)  # a program from the cache of compilations comes without its dump
+        with _without_cache(), futures.ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(lowered.compile, compiler_options=options)
+            while show is not None and not futures.wait([compiling], timeout=1.0).done:
+                show.show(f"{label}: compiling, {time.monotonic() - start:.0f} s")
+        if show is not None:
+            show.clear()
         try:
-            with _ticking(label, start, show):
-                stats = lowered.compile(compiler_options=options).memory_analysis()
+            stats = compiling.result().memory_analysis()
             assert stats is not None, "every compiler that plans use has an analysis"
-            sizes = {n: int(getattr(stats, f"{n}_size_in_bytes")) for n in FIELDS}
-            host = {n: int(getattr(stats, f"host_{n}_size_in_bytes")) for n in FIELDS}
-            peak = int(stats.peak_memory_in_bytes)
         except jax.errors.JaxRuntimeError as error:
             refusal = str(error)
             if "RESOURCE_EXHAUSTED" not in refusal:
                 raise ValueError(f"the compiler refuses this program: {refusal}") from None
-        finally:
-            _use_cache(cache)
         seconds, cpu_seconds = time.monotonic() - start, time.process_time() - busy
-        program = protos.message("HloProto").FromString(_dumped(folder))
-        written = messages()
+        # the largest is the step, beside which small programs may be compiled
+        dumps = [path.read_bytes() for path in Path(folder).glob("*after_optimizations.hlo.pb")]
+        stderr.seek(0)
+        messages = tuple(stderr.read().decode(errors="replace").splitlines())
+    program = protos.message("HloProto").FromString(max(dumps, key=len, default=b""))
     if not program.buffer_assignment.buffer_allocations:
         raise ValueError(f"the compiler left no program to look at: {refusal or 'no dump'}")
-    return Compiled(
-        program,
-        sizes,
-        host,
-        peak,
-        refusal,
-        _available(refusal),
-        tuple(written),
-        seconds,
-        cpu_seconds,
-    )
-
-
-def _use_cache(wanted: bool) -> None:
-    """Turn jax's persistent cache on or off. It reads its setting once, until it is reset."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    jax.config.update("jax_enable_compilation_cache", wanted)
-    compilation_cache.reset_cache()
-
-
-def _dumped(folder: str) -> bytes:
-    """The largest program: the step, beside which small ones may be compiled."""
-    found = Path(folder).glob("*after_optimizations.hlo.pb")
-    return max((path.read_bytes() for path in found), key=len, default=b"")
-
-
-def _available(refusal: str) -> int | None:
-    """Bytes of HBM that a program may use, from "exceeds available HBM (15.75G)" or "of 15.75G"."""
-    found = re.search(r"(?:available HBM \(|of )([\d.]+)([KMGT])", refusal)
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return int(float(found[1]) * scale[found[2]]) if found else None
+    return Compiled(program, stats, refusal, messages, seconds, cpu_seconds)
 
 
 @contextlib.contextmanager
-def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
-    """Capture file descriptor 2, to which libraries write; yield a function that returns the lines
-    so far.
+def _without_cache() -> Iterator[None]:
+    """Turn jax's persistent cache of compilations off: a program from it comes without its dump.
+    jax reads the setting once, until it is reset.
     """
-    sys.stderr.flush()
-    original = os.dup(2)
-    with tempfile.TemporaryFile() as taken:
-        os.dup2(taken.fileno(), 2)
-
-        def lines() -> list[str]:
-            taken.seek(0)
-            return taken.read().decode(errors="replace").splitlines()
-
-        try:
-            yield lines
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
-
-
-@contextlib.contextmanager
-def _ticking(label: str, start: float, show: Progress | None) -> Iterator[None]:
-    """Draw the time so far every second."""
-    if show is None:
-        yield
-        return
-    ended = threading.Event()
-
-    def tick() -> None:
-        while not ended.wait(1.0):
-            show.show(f"{label}: compiling, {time.monotonic() - start:.0f} s")
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
+    was_enabled = bool(jax.config.values["jax_enable_compilation_cache"])
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
-        show.clear()
+        jax.config.update("jax_enable_compilation_cache", was_enabled)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[IO[bytes]]:
+    """A file in place of file descriptor 2, to which libraries write."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            yield file
+    finally:
+        os.dup2(original, 2)
+        os.close(original)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from lm.planning import hlo
-from lm.planning.hlo import Computation, Instruction, Module
+from lm.planning.hlo import Instruction, Module
 
-_FREE_OPCODES = """
-    parameter constant tuple get-tuple-element bitcast while conditional call after-all
-    partition-id replica-id copy-done async-done iota all-gather-done all-reduce-done
+_FREE_OPCODES = """parameter constant tuple get-tuple-element bitcast while conditional call
+    after-all partition-id replica-id copy-done async-done iota all-gather-done all-reduce-done
     collective-permute-done async-start async-update opt-barrier add-dependency send-done
-    recv-done
-"""
+    recv-done"""
 _FREE = frozenset(_FREE_OPCODES.split())  # move no bytes
 _SLICES = ("dynamic-slice", "slice", "gather")
+# Of each splash attention kernel: products of [T, H] and [T, S] matrices, suffix of block sizes.
+_SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,52 +35,51 @@ def count_flops_and_hbm_bytes(module: Module) -> Work:
     total, moved = 0.0, 0.0
     unknown: dict[str, None] = {}
     loops: dict[str, None] = {}
-    for visit in module.walk():
+    for visit in hlo.walk(module.entry):
+        instruction = visit.instruction
         if not visit.times:
             continue
-        instruction, computation = visit.instruction, visit.computation
-        if instruction.opcode == "while" and module.trip_count(instruction, computation) is None:
+        if instruction.opcode == "while" and hlo.trip_count(instruction) is None:
             loops[visit.op_name or instruction.name] = None
-        count = flops(instruction, computation)
+        count = flops(instruction)
         if count is None:
             unknown[visit.op_name or instruction.target] = None
         else:
             total += visit.times * count
         if visit.outer is None:
-            moved += visit.times * _hbm_traffic(instruction, computation, module)
+            moved += visit.times * _hbm_traffic(instruction)
     return Work(total, tuple(unknown), moved, tuple(loops))
 
 
-def flops(instruction: Instruction, computation: Computation) -> float | None:
+def flops(instruction: Instruction) -> float | None:
     """FLOPs of one run of an instruction, 2 for a product and its addition; None: a kernel that
     doesn't say.
     """
-    opcode = instruction.opcode
-    if opcode == "dot":
-        left = computation.operand(instruction).shapes[0]
-        inner = instruction.proto.dot_dimension_numbers.lhs_contracting_dimensions
-        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left.dims[i] for i in inner)
-    if opcode == "convolution":
-        return _convolution(instruction, computation)
-    if opcode == "custom-call":
-        return _custom_call(instruction, computation)
-    return 0.0
+    if instruction.opcode == "dot":
+        dimensions = instruction.proto.dot_dimension_numbers
+        return _product(instruction, dimensions.lhs_contracting_dimensions)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction)
+    return _custom_call(instruction) if instruction.opcode == "custom-call" else 0.0
 
 
-def _convolution(instruction: Instruction, computation: Computation) -> float:
+def _product(instruction: Instruction, contracted: Sequence[int]) -> float:
+    left = instruction.operands[0].shapes[0].dims
+    return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[int(i)] for i in contracted)
+
+
+def _convolution(instruction: Instruction) -> float:
     """The TPU compiler writes products as convolutions, with batch dimensions as space in which
     most taps of the window meet padding: only those that meet an element count.
     """
     labels = instruction.proto.convolution_dimension_numbers
-    left = computation.operand(instruction, 0).shapes[0].dims
-    right = computation.operand(instruction, 1).shapes[0].dims
-    out = instruction.shapes[0].dims
+    left, right = (operand.shapes[0].dims for operand in instruction.operands)
     valid = 1
     for i, window in enumerate(instruction.proto.window.dimensions):
         valid *= _valid_window_positions(
             left[labels.input_spatial_dimensions[i]],
             right[labels.kernel_spatial_dimensions[i]],
-            out[labels.output_spatial_dimensions[i]],
+            instruction.shapes[0].dims[labels.output_spatial_dimensions[i]],
             stride=window.stride,
             low=window.padding_low,
             spread=window.base_dilation,
@@ -92,50 +94,35 @@ def _valid_window_positions(
     size: int, kernel: int, out: int, *, stride: int, low: int, spread: int, dilate: int
 ) -> int:
     """Pairs of an output and a tap of the window that meet an element of the input."""
-    if (stride, low, spread, dilate) == (1, 0, 1, 1) and out + kernel - 1 <= size:
-        return out * kernel
-    reach = (size - 1) * spread
-    count = 0
-    for tap in range(kernel):
-        for o in range(out):
-            at = o * stride + tap * dilate - low
-            count += 0 <= at <= reach and at % spread == 0
-    return count
+    at = np.arange(out)[:, None] * stride + np.arange(kernel) * dilate - low
+    return int(np.sum((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)))
 
 
-def _custom_call(instruction: Instruction, computation: Computation) -> float | None:
+def _custom_call(instruction: Instruction) -> float | None:
     """FLOPs that a Pallas kernel declares, or that follow from the shapes of cuBLAS and cuDNN."""
-    target = instruction.target
-    declared = instruction.config.get("custom_call_config", {}).get("cost_estimate", {})
+    target, config = instruction.target, instruction.config
+    declared = config.get("custom_call_config", {}).get("cost_estimate", {})
     if "flops" in declared:
         return float(declared["flops"])
     if target.startswith("__cublas"):
-        dims = instruction.config["gemm_backend_config"]["dot_dimension_numbers"]
-        left = computation.operand(instruction).shapes[0].dims
-        inner = [int(i) for i in dims["lhs_contracting_dimensions"]]
-        return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[i] for i in inner)
+        dimensions = config["gemm_backend_config"]["dot_dimension_numbers"]
+        return _product(instruction, dimensions["lhs_contracting_dimensions"])
     if target.startswith("__cudnn$fmha"):
         # q and k: [B, T, N, H] in the layout of cuDNN; scores and values, each 2 B N T S H
-        q = computation.operand(instruction, 0).shapes[0].dims
-        k = computation.operand(instruction, 1).shapes[0].dims
-        scores = 2.0 * math.prod(q) * k[-3]
-        return scores * (5 if "Backward" in target else 2)
+        q, k = (operand.shapes[0].dims for operand in instruction.operands[:2])
+        return 2.0 * math.prod(q) * k[-3] * (5 if "Backward" in target else 2)
     if target == "tpu_custom_call" and instruction.name.startswith("splash_"):
-        return _splash(instruction, computation)
+        return _splash(instruction)
     return None if any(n in target for n in ("tpu_custom_call", "triton")) else 0.0
 
 
-# Products of [T, H] and [T, S] matrices of each kernel; the suffix of its block sizes.
-_SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
-
-
-def _splash(instruction: Instruction, computation: Computation) -> float | None:
+def _splash(instruction: Instruction) -> float | None:
     """FLOPs of the blocks that a splash attention kernel works on. Where a row of blocks may be as
     long as the keys, attention is taken to be causal, and half of them are masked. The compiler
     omits the first dimension of a single row.
     """
     kinds = [kind for name, kind in _SPLASH.items() if name in instruction.name]
-    operands = [computation.instructions[o].shapes[0] for o in instruction.operands]
+    operands = [operand.shapes[0] for operand in instruction.operands]
     streams = [s.dims for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")]
     tables = [s.dims for s in operands if len(s.dims) == 3 and s.dtype in ("s8", "s16", "s32")]
     if len(kinds) != 1 or len(streams) < 2 or not tables:
@@ -154,74 +141,56 @@ def _splash(instruction: Instruction, computation: Computation) -> float | None:
     return 2.0 * products * math.prod(heads) * size * seen * block_q * block_kv
 
 
-def _hbm_traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
+def _hbm_traffic(instruction: Instruction) -> int:
     """Bytes that one run reads from and writes to HBM; only the slice where it reads or updates a
     slice of an array.
     """
-    opcode = instruction.opcode
+    opcode, operands, written = instruction.opcode, instruction.operands, instruction.hbm_bytes
     if opcode in _FREE or instruction.target == "AllocateBuffer":
-        return 0.0
+        return 0
     if opcode == "dynamic-update-slice":
-        update = computation.operand(instruction, 1)
-        return float(_hbm(update) + (update.bytes if _hbm(instruction) else 0))
+        return operands[1].hbm_bytes + (operands[1].bytes if written else 0)
     if opcode in _SLICES:
-        source = computation.operand(instruction)
-        return float((instruction.bytes if _hbm(source) else 0) + _hbm(instruction))
+        return (instruction.bytes if operands[0].hbm_bytes else 0) + written
     if opcode == "copy-start":  # (destination, source, a flag)
-        return float(sum(s.bytes for s in instruction.shapes[:2] if s.space == hlo.HBM))
-    if opcode != "fusion":
-        read = sum(
-            _hbm(computation.instructions[o])
-            for o in instruction.operands
-            if o in computation.instructions
-        )
-        out = _hbm(instruction)
-        # what starts a collective returns its input beside its result
-        return float(out if opcode.endswith("-start") and out > read else read + out)
-    inner = module.computations[instruction.called[0]]
-    moved = 0.0
-    for i, name in enumerate(instruction.operands):
-        operand = computation.instructions[name]
-        if _hbm(operand) and i in inner.parameters:
-            moved += min(_hbm(operand), _read(inner.parameters[i], inner, module))
-    return moved + _written(instruction, inner)
+        return sum(s.bytes for s in instruction.shapes[:2] if s.space == hlo.HBM)
+    if opcode == "fusion":
+        inner = instruction.called[0].parameters
+        sizes = [(operand.hbm_bytes, inner[i]) for i, operand in enumerate(operands)]
+        return _written(instruction) + sum(min(n, _read(p)) for n, p in sizes if n)
+    read = sum(operand.hbm_bytes for operand in operands)
+    # what starts a collective returns its input beside its result
+    return written if opcode.endswith("-start") and written > read else read + written
 
 
-def _hbm(instruction: Instruction) -> int:
-    return sum(s.bytes for s in instruction.shapes if s.space == hlo.HBM)
-
-
-def _read(parameter: Instruction, inner: Computation, module: Module) -> float:
-    """Bytes of its parameter that a fused computation reads."""
-    total = 0.0
-    for user in inner.users[parameter.name]:
-        if user.opcode in _SLICES and user.operands[0] == parameter.name:
+def _read(value: Instruction) -> int:
+    """Bytes that a fused computation reads of its parameter, or of a bitcast of that."""
+    total = 0
+    for user in value.users:
+        is_first = user.operands[0] is value
+        if user.opcode in _SLICES and is_first:
             total += user.bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode == "dynamic-update-slice" and is_first:
             continue  # in place
         elif user.opcode == "bitcast":
-            total += _read(user, inner, module)
+            total += _read(user)
         elif user.opcode == "fusion":
-            nested = module.computations[user.called[0]]
-            for i, name in enumerate(user.operands):
-                if name == parameter.name:
-                    total += _read(nested.parameters[i], nested, module)
+            inner = user.called[0].parameters
+            total += sum(_read(inner[i]) for i, o in enumerate(user.operands) if o is value)
         else:
-            return parameter.bytes
+            return value.bytes
     return total
 
 
-def _written(instruction: Instruction, inner: Computation) -> float:
+def _written(fusion: Instruction) -> int:
     """Bytes that a fusion writes."""
-    roots = [inner.root]
-    if inner.root.opcode == "tuple":
-        roots = [inner.instructions[o] for o in inner.root.operands]
-    total = 0.0
-    for root, shape in zip(roots, instruction.shapes, strict=False):
+    root, total = fusion.called[0].root, 0
+    parts = root.operands if root.opcode == "tuple" else (root,)
+    for part, shape in zip(parts, fusion.shapes, strict=False):
         if shape.space != hlo.HBM:
             continue
-        while root.opcode == "bitcast":
-            root = inner.operand(root)
-        update = root.opcode == "dynamic-update-slice"
-        total += inner.operand(root, 1).bytes if update else shape.bytes
+        while part.opcode == "bitcast":
+            part = part.operands[0]
+        is_update = part.opcode == "dynamic-update-slice"
+        total += part.operands[1].bytes if is_update else shape.bytes
     return total

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+
+from jax.sharding import Mesh
 
 from lm.planning.topology import Topology
 from lm.planning.traffic import Collective
@@ -26,7 +27,7 @@ class ChipCoord:
 
     slice_or_node: int
     chip: tuple[int, ...]
-    core: int
+    core: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +53,18 @@ class Transfer:
     source: str  # of the largest
 
 
-def chip_coords(topology: Topology, devices: Sequence[Any]) -> list[ChipCoord]:
-    """The coordinates of devices in the order of a mesh."""
-    found = []
-    for i, device in enumerate(devices):
-        if topology.chip.platform == "tpu":
-            number = int(getattr(device, "slice_index", None) or 0)
-            found.append(ChipCoord(number, tuple(device.coords), int(device.core_on_chip)))
-        elif topology.chip.platform == "gpu":
-            number = int(getattr(device, "id", i))
-            per_node = topology.shape[1]
-            found.append(ChipCoord(number // per_node, (number % per_node,), 0))
-        else:
-            found.append(ChipCoord(0, (i,), 0))
-    return found
+def chip_coords(topology: Topology, mesh: Mesh) -> list[ChipCoord]:
+    """The coordinates of the devices of a mesh, in its order."""
+    devices, platform = mesh.devices.flat, topology.chip.platform
+    if platform == "tpu":
+        return [
+            ChipCoord(getattr(d, "slice_index", None) or 0, tuple(d.coords), d.core_on_chip)
+            for d in devices
+        ]
+    if platform == "gpu":
+        nodes = (divmod(d.id, topology.shape[1]) for d in devices)
+        return [ChipCoord(node, (number,)) for node, number in nodes]
+    return [ChipCoord(0, (i,)) for i in range(mesh.size)]
 
 
 def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
@@ -73,25 +72,23 @@ def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
     chip = topology.chip
     groups = {m.slice_or_node for m in members}
     if len(groups) > 1:
-        inside = len(members) / len(groups)  # members of one drive its ports together
         if chip.network is None:
             return Path(True, None, None)
-        rate = chip.network * inside / chip.devices
-        if chip.platform == "gpu":
-            rate = min(rate, chip.link)
+        # members of one slice or node drive its ports together
+        rate = chip.network * (len(members) / len(groups)) / chip.devices
+        rate = min(rate, chip.link) if chip.platform == "gpu" else rate
         return Path(True, rate, rate)
     if chip.platform != "tpu":
         return Path(False, chip.link or None, chip.link or None)
     chips = len({m.chip for m in members})
     links, slowest = 0.0, 0.0
-    for dimension in range(len(topology.shape)):
+    for dimension, length in enumerate(topology.shape):
         at = sorted({m.chip[dimension] for m in members})
         n = len(at)
         if n < 2:
             continue
         stride = min(b - a for a, b in itertools.pairwise(at))
-        ring = n == topology.shape[dimension] and topology.closes(dimension)
-        here = 2.0 if ring else 1.0 / stride
+        here = 2.0 if n == length and topology.closes(dimension) else 1.0 / stride
         links += here
         # Of what a chip sends to all, itself included, the fullest link of the dimension passes
         # n / 4 (n odd: (n^2 - 1) / 4n) in the direction of a line, half of that in each of a ring.
@@ -100,10 +97,9 @@ def path(topology: Topology, members: Sequence[ChipCoord]) -> Path:
     if not links:  # two cores of one chip: inside of the package, faster than any link
         inside = chip.link * 2 * chip.dims
         return Path(False, inside, inside)
-    cores = len({m.core for m in members})
     # cores in different groups share the chip's links; those of one group take in the same bytes,
     # except in an all-to-all
-    shared = chip.devices / cores
+    shared = chip.devices / len({m.core for m in members})
     return Path(False, chip.link * links / shared, chip.link / slowest / chip.devices)
 
 
@@ -123,9 +119,9 @@ def transfers(
     groups: dict[tuple[str, str, bool], list[tuple[Collective, float | None]]] = {}
     for collective in collectives:
         found = path(topology, [coords[i] for i in collective.group])
-        seconds = transfer_seconds(collective, found)
         key = (collective.kind, collective.axis, found.network)
-        groups.setdefault(key, []).append((collective, seconds))
+        pair = (collective, transfer_seconds(collective, found))
+        groups.setdefault(key, []).append(pair)
     result = []
     for (kind, axis, network), pairs in groups.items():
         members, times = zip(*pairs, strict=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from lm.planning import buffers, hlo
-from lm.planning.attribution import Attribution
+from lm.planning.attribution import Attribution, argument_group
 from lm.planning.buffers import Allocation
 from lm.planning.compiling import Compiled
 
@@ -35,8 +35,8 @@ class Line:
     shape: str
     group: str
     op: str  # the path of an argument, or of the operation that made it
-    source: str  # FILE:LINE of the project
-    padding: int  # bytes of these that hold no element
+    source: str = ""  # FILE:LINE of the project
+    padding: int = 0  # bytes of these that hold no element
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,67 +56,72 @@ def measure(
     *,
     platform: str,
 ) -> Memory:
-    """The memory of a compiled step."""
-    allocations = buffers.read(compiled.program.buffer_assignment, module)
+    """The memory of a compiled step. parameters: as of `Attribution`."""
     attribution = Attribution(module, parameters)
-    groups = dict.fromkeys(GROUPS, 0)
-    lines: list[Line] = []
+    arguments: list[Line] = []
     heap: list[Line] = []
-    for allocation in allocations:
+    groups = dict.fromkeys(GROUPS, 0)
+    for allocation in buffers.read(compiled.program.buffer_assignment, module):
         if allocation.space != hlo.HBM or allocation.kind == "thread":
             continue
         if allocation.kind == "temporary":
             found = list(_heap(allocation, attribution))
-            heap += found
-            for line in found:
-                groups[line.group] += line.bytes
             groups["fragmentation"] += allocation.size - sum(line.bytes for line in found)
-            continue
-        group, op = "temporaries", "constant"
-        if allocation.kind == "parameter":
-            group, op = attribution.argument(allocation)
-        elif allocation.kind == "output":
-            group, op = "outputs", "output"
-        groups[group] += allocation.size
-        shape = next((b.shape for b in allocation.buffers if b.size == allocation.size), None)
-        padding = allocation.size - shape.bytes if shape else 0
-        lines.append(Line(allocation.size, str(shape or ""), group, op, "", max(0, padding)))
+            heap += found
+        else:
+            arguments.append(_argument(allocation, module))
+    for line in (*arguments, *heap):
+        groups[line.group] += line.bytes
     stated = None
-    if compiled.sizes:
-        s = compiled.sizes
-        groups["code"] = s["generated_code"]
-        stated = s["argument"] + s["output"] - s["alias"] + s["temp"] + s["generated_code"]
+    if compiled.stats is not None:
+        groups["code"] = compiled.size("generated_code_size")
+        stated = _in_use(compiled, "") + groups["code"]
         if platform == "tpu":
             # libtpu's temporaries are no heap that it assigned: up to half as much again. Its peak
             # is, without gaps and code, but with what is in the chip's own memory at that moment.
-            assert compiled.peak is not None
-            stated = compiled.peak + groups["fragmentation"] + groups["code"]
-    h = compiled.host_sizes
-    host = h["argument"] + h["output"] - h["alias"] + h["temp"] if h else 0
+            stated = compiled.size("peak_memory") + groups["fragmentation"] + groups["code"]
     return Memory(
         groups={name: size for name, size in groups.items() if size},
         total=sum(groups.values()),
         stated=stated,
-        host=host,
-        largest=_ten([*lines, *heap]),
+        host=_in_use(compiled, "host_"),
+        largest=_ten([*arguments, *heap]),
         largest_temporary=_ten(heap),
     )
+
+
+def _in_use(compiled: Compiled, space: str) -> int:
+    """Bytes of arguments, results and temporaries, by the compiler's analysis."""
+    parts = {"argument": 1, "output": 1, "alias": -1, "temp": 1}
+    return sum(sign * compiled.size(f"{space}{name}_size") for name, sign in parts.items())
 
 
 def _ten(lines: list[Line]) -> tuple[Line, ...]:
     return tuple(sorted(lines, key=lambda line: -line.bytes)[:10])
 
 
-def _heap(allocation: Allocation, attribution: Attribution) -> Iterable[Line]:
+def _argument(allocation: Allocation, module: hlo.Module) -> Line:
+    """The line of an argument, a result or a constant."""
+    size = allocation.size
+    group, op = {"output": ("outputs", "output")}.get(allocation.kind, ("temporaries", "constant"))
+    if allocation.kind == "parameter":
+        op = module.entry.parameters[allocation.parameter].op_name
+        group = argument_group(op)
+    shape = next((b.shape for b in allocation.buffers if b.size == size), None)
+    padding = max(0, size - shape.bytes) if shape else 0
+    return Line(size, str(shape or ""), group, op, padding=padding)
+
+
+def _heap(allocation: Allocation, attribution: Attribution) -> Iterator[Line]:
     """The buffers of a heap at its peak; those below a ten-thousandth of it as one."""
-    least = allocation.size // 10_000
+    min_size = allocation.size // 10_000
     small = 0
-    for buffer, size in buffers.peak(allocation.buffers, least=least).buffers:
-        if buffer.shape is None or size < least:
+    for buffer, size in buffers.peak(allocation.buffers, min_size=min_size):
+        if buffer.shape is None or size < min_size:
             small += size
             continue
         op, source = attribution.describe(buffer)
         padding = max(0, buffer.size - buffer.shape.bytes)
         yield Line(size, str(buffer.shape), attribution.group(buffer), op, source, padding)
     if small:
-        yield Line(small, "", "temporaries", "small buffers", "", 0)
+        yield Line(small, "", "temporaries", "small buffers")

@@ -2,14 +2,12 @@
 
 In float32 and with plain SGD, whose updates are linear in the gradient: Adam would divide gradients
 that are nothing but rounding noise by their own size. Momentum is off, so that the optimizer's
-state after a step is that step's clipped gradient. Dropout is on where the model has it, rows are
-packed from uneven segments with padding, and tokens have uneven weights, as these are the cases in
-which meshes go wrong.
+state after a step is that step's clipped gradient. Dropout, padding, uneven segments and uneven
+weights are on, as these are the cases in which meshes go wrong.
 
-The first step of the mesh starts from parameters initialized on it, and each later one from the
-state of the one device: equal states before a step must give equal states after it. Continued from
-their own results, the two would also differ by the rounding of earlier steps, amplified by the
-curvature of the loss.
+The first step of the mesh starts from parameters initialized on it, each later one from the state
+of the one device: continued from its own results it would also differ by the rounding of earlier
+steps, amplified by the curvature of the loss.
 """
 
 from __future__ import annotations
@@ -17,33 +15,46 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, cast
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
 from lm.config import conversion
-from lm.config.tree import ConfigTree
-from lm.optim.param_tree import named_leaves
+from lm.config.tree import ConfigTree, leaves
+from lm.optim.param_tree import is_box, named_leaves
 from lm.parallel.sharding import AXES
 from lm.planning import hlo
+from lm.planning.plan import with_changes, without_data
 from lm.training.experiment import Experiment
-from lm.types import Batch, HostBatch, HostTokens, StepInfo, Sums, TrainState
-
-Tree = TypeVar("Tree")
+from lm.types import Device, HostBatch, HostTokens, TrainState
 
 STEPS = 3
 # Largest difference as a fraction of the largest entry of an array. Sums in another order differed
 # by up to 1.4e-6 on the meshes of tests/test_verify.py; the smallest seeded defect by 1e-2.
 TOLERANCE = 5e-6
 
+BATCH, LENGTH, HEADS = 16, 64, 16
 # The sizes of a shrunk model; a config's structure (kinds of layer, ratios of heads, biases, norms,
 # experts) stays.
-SMALL = {"vocab_size": 256 + 8, "num_layers": 4, "embed_dim": 64, "mlp_dim": 96, "head_dim": 8}
-LENGTH, WINDOW, BATCH, HEADS, EXPERTS = 64, 9, 16, 16, 8
+SIZES = {
+    "vocab_size": 256 + 8,
+    "num_layers": 4,
+    "embed_dim": 64,
+    "mlp_dim": 96,
+    "head_dim": 8,
+    "max_length": LENGTH,
+}
+SIZES_WHERE_SET = {
+    "num_encoder_layers": 3,
+    "pooler_dim": SIZES["embed_dim"],
+    "num_heads": HEADS,
+    "window": 9,
+    "moe.num_experts": 8,
+    "moe.mlp_dim": 48,
+    "moe.shared_mlp_dim": 48,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,44 +83,25 @@ class EquivalenceReport:
 
 def shrink(config: ConfigTree) -> ConfigTree:
     """The same structure in small: a few layers, narrow, short rows of synthetic data."""
-    config = config.copy_and_resolve_references()
-    model = config.model
-    heads, kv_heads = model.get("num_heads"), model.get("num_kv_heads")
-    changes: dict[str, Any] = {f"model.{k}": v for k, v in SMALL.items() if k in model}
-    changes |= {"model.max_length": LENGTH} if "max_length" in model else {}
-    if heads is not None:
-        changes["model.num_heads"] = HEADS
-        if kv_heads is not None:
-            changes["model.num_kv_heads"] = max(1, HEADS * kv_heads // heads)
-    if model.get("window") is not None:
-        changes["model.window"] = WINDOW
-    if model.get("num_encoder_layers") is not None:
-        changes["model.num_encoder_layers"] = SMALL["num_layers"] - 1
-    if model.get("pooler_dim"):
-        changes["model.pooler_dim"] = SMALL["embed_dim"]
-    pattern = model.get("layer_pattern") or ()
-    if len(pattern) > SMALL["num_layers"]:  # both kinds, in the order of their first use
-        changes["model.layer_pattern"] = tuple(dict.fromkeys(pattern))
-    moe = model.get("moe")
-    if moe is not None and moe.num_experts:
-        changes["model.moe.num_experts"] = EXPERTS
-        changes["model.moe.num_experts_per_token"] = min(2, moe.num_experts_per_token)
-    for name in ("moe.mlp_dim", "moe.shared_mlp_dim"):
-        if moe is not None and moe.get(name.split(".")[1]):
-            changes[f"model.{name}"] = SMALL["mlp_dim"] // 2
-    config.update_from_flattened_dict(changes)
-    return config
+    given = dict(leaves(config.model.to_dict()))
+    sizes: dict[str, object] = {name: size for name, size in SIZES.items() if name in given}
+    sizes |= {name: size for name, size in SIZES_WHERE_SET.items() if given.get(name)}
+    if given.get("num_kv_heads"):
+        sizes["num_kv_heads"] = max(1, HEADS * given["num_kv_heads"] // given["num_heads"])
+    pattern = given.get("layer_pattern") or ()
+    if len(pattern) > SIZES["num_layers"]:  # both kinds, in the order of their first use
+        sizes["layer_pattern"] = tuple(dict.fromkeys(pattern))
+    if given.get("moe.num_experts"):
+        sizes["moe.num_experts_per_token"] = min(2, given["moe.num_experts_per_token"])
+    return with_changes(config, {f"model.{name}": size for name, size in sizes.items()})
 
 
 def prepare(config: ConfigTree) -> ConfigTree:
     """The config for the comparison: float32, SGD, dropout, synthetic rows."""
     config = config.copy_and_resolve_references()
     length = min(config.model.get("max_length") or LENGTH, LENGTH)
-    changes: dict[str, Any] = {
+    changes: dict[str, object] = {
         "model.dtype": "float32",
-        "data.tokenizer": "bytes",
-        "data.train": ("synthetic:random",),
-        "data.weights": (),
         "data.length": length,
         "data.batch_size": BATCH * config.train.num_microbatches,
         "data.batch_size_per_device": None,
@@ -125,8 +117,6 @@ def prepare(config: ConfigTree) -> ConfigTree:
         "guard.spike_factor": 0.0,
         "train.num_steps": STEPS,
         "train.num_tokens": None,
-        "train.num_epochs": None,
-        "train.max_epochs": None,
     }
     changes |= {"model.dropout": 0.1} if "dropout" in config.model else {}
     if config.data.encoder_length is not None:  # shorter targets: a text leaves less to predict
@@ -135,25 +125,22 @@ def prepare(config: ConfigTree) -> ConfigTree:
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
         config.objective = conversion.default(objective=objective).objective
     config.optimizer.name = "sgd"
-    config.update_from_flattened_dict(changes)
-    return config
+    return with_changes(without_data(config), changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of one device, on the host: its batch, the states around it, sums and info."""
+    """A step of one device, on the host."""
 
     batch: HostBatch
-    before: TrainState
-    after: TrainState
-    sums: Sums
-    info: StepInfo
+    state: TrainState  # after it
+    arrays: dict[str, object]  # that must agree, by `Difference.what`
 
 
 def verify(
     config: ConfigTree,
     mesh: Mapping[str, int],
-    devices: Sequence[Any],
+    devices: Sequence[Device],
     *,
     num_microbatches: int = 1,
 ) -> EquivalenceReport:
@@ -172,7 +159,7 @@ def verify(
 def on_mesh(
     config: ConfigTree,
     mesh: Mapping[str, int],
-    devices: Sequence[Any],
+    devices: Sequence[Device],
     *,
     num_microbatches: int = 1,
 ) -> Experiment:
@@ -181,21 +168,22 @@ def on_mesh(
         raise ValueError(f"config.mesh has no axis {sorted(unknown)}; there are {AXES} and slices")
     changes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
     changes["train.num_microbatches"] = num_microbatches
-    return _experiment(prepare(config), changes, across_processes(mesh, devices))
+    return Experiment(with_changes(prepare(config), changes), across_processes(mesh, devices))
 
 
-def on_one_device(config: ConfigTree, devices: Sequence[Any]) -> tuple[Step, ...]:
+def on_one_device(config: ConfigTree, devices: Sequence[Device]) -> tuple[Step, ...]:
     """The reference steps, on the first of `devices` that is of this process."""
-    changes = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")} | {"mesh.rules": ()}
+    changes = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")}
+    changes |= {"mesh.rules": (), "train.num_microbatches": 1}
     first = [d for d in devices if d.process_index == jax.process_index()][:1]
-    one = _experiment(prepare(config), {**changes, "train.num_microbatches": 1}, first)
+    one = Experiment(with_changes(prepare(config), changes), first)
     steps: list[Step] = []
     state = one.init_state()
     for number in range(STEPS):
         batch = _uneven(one.train_data.batch_at(number, np.arange(one.batch_size)), seed=number)
-        before = _on_host(state)
-        state, sums, info = one.train_step(state, _put(one, batch))
-        steps.append(Step(batch, before, _on_host(state), _on_host(sums), _on_host(info)))
+        state, arrays = _run(one, state, batch)
+        # copies: the arguments of the next step are donated to it
+        steps.append(Step(batch, *jax.tree.map(np.array, (state, arrays))))
     return tuple(steps)
 
 
@@ -203,23 +191,44 @@ def compare(many: Experiment, steps: Sequence[Step]) -> EquivalenceReport:
     """The differences of the same steps on a mesh, and faults of the layout."""
     differences: list[Difference] = []
     for number, step in enumerate(steps):
-        state = many.init_state() if number == 0 else _place(step.before, many.abstract_state)
-        differences += _compare(number, step, *many.train_step(state, _put(many, step.batch)))
+        state = many.init_state() if number == 0 else _placed(steps[number - 1].state, many)
+        _, arrays = _run(many, state, step.batch)
+        found = {what: relative(tree, arrays[what]) for what, tree in step.arrays.items()}
+        gathered = multihost_utils.process_allgather(found)
+        for what, tree in step.arrays.items():
+            values = np.max(gathered[what], axis=0)  # nan is the largest
+            worst = int(np.argmax(values))
+            name = list(named_leaves(tree))[worst]
+            differences.append(Difference(number, what, name, float(values[worst])))
     return EquivalenceReport(tuple(differences), tuple(_layout(many)))
 
 
-def _on_host(tree: Tree) -> Tree:
-    """Copy to the host: the arguments of a step are donated to it."""
-    return jax.tree.map(np.array, tree)
+def _run(
+    experiment: Experiment, state: TrainState, batch: HostBatch
+) -> tuple[TrainState, dict[str, object]]:
+    """(the state after a step, the arrays to compare)."""
+    local = jax.tree.map(lambda x: x[experiment.rows], batch)
+    state, sums, info = experiment.train_step(state, experiment.make_global_batch(local))
+    [momentum] = [s for s in state.opt_state if isinstance(s, optax.TraceState)]
+    counts = {k: v for k, v in named_leaves((state, info)).items() if v.dtype.kind in "iub"}
+    arrays = {
+        "objective": sums,
+        "gradient norm": info["grad_norm"],
+        "gradients": momentum.trace,
+        "parameters": state.params,
+        "counts": counts,
+    }
+    return state, arrays
 
 
-def _place(tree: Tree, like: Tree) -> Tree:
+def _placed(state: TrainState, experiment: Experiment) -> TrainState:
     return jax.tree.map(
-        lambda x, s: jax.make_array_from_callback(x.shape, s.sharding, lambda at: x[at]), tree, like
+        lambda x, like: jax.make_array_from_callback(x.shape, like.sharding, lambda at: x[at]),
+        *(state, experiment.abstract_state),
     )
 
 
-def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[Any]:
+def across_processes(mesh: Mapping[str, int], devices: Sequence[Device]) -> list[Device]:
     """Order the devices so that neighbours on any axis of the mesh are in different processes and
     every collective crosses processes.
 
@@ -229,7 +238,7 @@ def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[An
     Raises:
         ValueError: no axis is divisible by the number of processes.
     """
-    groups: dict[int, list[Any]] = {}
+    groups: dict[int, list[Device]] = {}
     for device in devices:
         groups.setdefault(device.process_index, []).append(device)
     if mesh.get("slices", 1) > 1 or len(groups) == 1:
@@ -242,18 +251,6 @@ def across_processes(mesh: Mapping[str, int], devices: Sequence[Any]) -> list[An
         )
     waiting = [iter(groups[process]) for process in sorted(groups)]
     return [next(waiting[sum(at) % len(groups)]) for at in np.ndindex(*sizes)]
-
-
-def _experiment(
-    config: ConfigTree, changes: Mapping[str, Any], devices: Sequence[Any]
-) -> Experiment:
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(changes))
-    return Experiment(config, devices)
-
-
-def _put(experiment: Experiment, batch: HostBatch) -> Batch:
-    return experiment.make_global_batch(jax.tree.map(lambda x: x[experiment.rows], batch))
 
 
 def _uneven(batch: HostBatch, seed: int) -> HostBatch:
@@ -280,37 +277,6 @@ def _uneven(batch: HostBatch, seed: int) -> HostBatch:
     return dataclasses.replace(batch, inputs=inputs, encoder=encoder, weights=weights)
 
 
-def _compare(
-    number: int, step: Step, state: TrainState, sums: Sums, info: StepInfo
-) -> list[Difference]:
-    compared = {
-        "objective": (step.sums, sums),
-        "gradient norm": (step.info["grad_norm"], info["grad_norm"]),
-        "gradients": (_trace(step.after), _trace(state)),
-        "parameters": (step.after.params, state.params),
-        "counts": ((_counts(step.after), _counts(step.info)), (_counts(state), _counts(info))),
-    }
-    found = {what: relative(*trees) for what, trees in compared.items()}
-    differences = []
-    gathered = multihost_utils.process_allgather(found)
-    for what in compared:
-        values = np.max(gathered[what], axis=0)  # nan is the largest
-        worst = int(np.argmax(values))
-        name = list(named_leaves(compared[what][0]))[worst]
-        differences.append(Difference(number, what, name, float(values[worst])))
-    return differences
-
-
-def _trace(state: TrainState) -> optax.Updates:
-    [trace] = [s for s in state.opt_state if type(s).__name__ == "TraceState"]
-    return trace.trace
-
-
-def _counts(tree: object) -> dict[str, jax.Array]:
-    """The integer and boolean leaves."""
-    return {k: v for k, v in named_leaves(tree).items() if v.dtype.kind in "iub"}
-
-
 def relative(one: object, many: object) -> np.ndarray:
     """The difference of every array, as in `Difference`, over the shards of this process: [arrays].
 
@@ -319,9 +285,8 @@ def relative(one: object, many: object) -> np.ndarray:
     leaves, found = named_leaves(one), []
     for name, other in named_leaves(many).items():
         a = np.asarray(leaves[name], np.float64)
-        shards = [np.asarray(shard.data, np.float64) for shard in other.addressable_shards]
-        indices = [shard.index for shard in other.addressable_shards]
-        largest = np.max([np.abs(a[i] - x).max() for i, x in zip(indices, shards, strict=True)])
+        shards = [(s.index, np.asarray(s.data, np.float64)) for s in other.addressable_shards]
+        largest = np.max([np.abs(a[index] - shard).max() for index, shard in shards])
         if other.dtype.kind in "iub":
             found.append(largest != 0)
             continue
@@ -334,26 +299,21 @@ def relative(one: object, many: object) -> np.ndarray:
 
 def _layout(experiment: Experiment) -> list[str]:
     """Arrays that a device holds or computes and others should."""
-    problems: list[str] = []
-    rules = experiment.rules
-    compiled = cast("jax.stages.Compiled", experiment.train_step)
-    wanted = (experiment.abstract_state, experiment.abstract_batch)
-    given = compiled.input_shardings[0]
-    leaves = jax.tree_util.tree_leaves_with_path(wanted)
-    for (path, leaf), got in zip(leaves, jax.tree.leaves(given), strict=True):
-        if not got.is_equivalent_to(leaf.sharding, leaf.ndim):
-            problems.append(f"{jax.tree_util.keystr(path)} is {got}, not {leaf.sharding}")
-    shards = experiment.rules.mesh.shape["fsdp"]
+    rules, compiled = experiment.rules, experiment.train_step
+    wanted = named_leaves((experiment.abstract_state, experiment.abstract_batch))
+    given = jax.tree.leaves(compiled.input_shardings[0])
+    problems = [
+        f"{name} is {got}, not {leaf.sharding}"
+        for (name, leaf), got in zip(wanted.items(), given, strict=True)
+        if not got.is_equivalent_to(leaf.sharding, leaf.ndim)
+    ]
+    params = named_leaves(experiment.abstract_params)
     owners = jax.tree.leaves(rules.shardings(experiment.boxed_params))
-    boxes = jax.tree.leaves(
-        experiment.boxed_params, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    )
-    params = jax.tree_util.tree_leaves_with_path(experiment.abstract_params)
-    for (path, leaf), owner, box in zip(params, owners, boxes, strict=True):
+    boxes = jax.tree.leaves(experiment.boxed_params, is_leaf=is_box)
+    for (name, leaf), owner, box in zip(params.items(), owners, boxes, strict=True):
         # biases by distance have no such dimension, and a few numbers for each head
-        matrix = leaf.ndim >= 2 + ("layers" in box.names) and "embed" in box.names
-        if shards > 1 and matrix and owner.is_fully_replicated:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+        is_matrix = leaf.ndim >= 2 + ("layers" in box.names) and "embed" in box.names
+        if rules.mesh.shape["fsdp"] > 1 and is_matrix and owner.is_fully_replicated:
             problems.append(f"parameter {name} {leaf.shape} and its moments are on every device")
     return problems + _whole_activations(experiment, hlo.of_compiled(compiled))
 
@@ -366,7 +326,7 @@ def _whole_activations(experiment: Experiment, program: hlo.Module) -> list[str]
         return []
     rows = experiment.batch_size // experiment.config.train.num_microbatches
     seen: dict[str, str] = {}
-    for instruction, _ in program.instructions.values():
+    for instruction in program.instructions.values():
         for shape in instruction.shapes:  # [B, T, D], [B, N, T, H]
             inner = set(shape.dims[1:-1])
             if shape.dtype in ("f32", "bf16") and shape.dims[:1] == (rows,) and lengths & inner:

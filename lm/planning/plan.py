@@ -3,24 +3,28 @@
     plan = make(config, "v5p:4x4x4")
 
 A Plan holds numbers and names only, and goes to JSON and back: `lm.planning.report` makes a page of
-it, `lm.planning.picture` a picture, `lm.planning.search` compares many.
+it, `lm.planning.picture` a picture, `lm.planning.search` and `sizing` compare many.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 
+from lm import storage
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.generation.decode import lower_decode
 from lm.models import flops
 from lm.planning import (
+    chips,
     compiling,
     costs,
     findings,
@@ -74,14 +78,13 @@ class Plan:
     compile_cpu_seconds: float
 
     @property
-    def fits(self) -> bool:
-        room = self.capacity is None or self.memory.total <= self.capacity
-        return room and not self.refusal
-
-    @property
     def headroom(self) -> int | None:
         """Free bytes of HBM; negative: missing ones."""
         return None if self.capacity is None else self.capacity - self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return not self.refusal and (self.headroom is None or self.headroom >= 0)
 
     def mfu(self, seconds: float) -> float | None:
         """Model FLOPs of a step of this length, as a part of the peak."""
@@ -92,12 +95,10 @@ class Plan:
     @property
     def mfu_bounds(self) -> tuple[float, float] | None:
         """MFU with nothing and with everything overlapped."""
-        bounds = self.times.upper_bound_s, self.times.lower_bound_s
-        low, high = (self.mfu(seconds) for seconds in bounds)
+        low, high = self.mfu(self.times.upper_bound_s), self.mfu(self.times.lower_bound_s)
         return None if low is None or high is None else (low, high)
 
     def to_json(self) -> str:
-        tree = dataclasses.asdict(self)
         derived = {
             "fits": self.fits,
             "headroom": self.headroom,
@@ -105,29 +106,52 @@ class Plan:
             "mfu": self.mfu_bounds or [None, None],
             "binding": self.times.bottleneck,
         }
-        return json.dumps({**tree, "derived": derived}, indent=2)
+        return json.dumps({**dataclasses.asdict(self), "derived": derived}, indent=2)
 
 
 def from_json(text: str) -> Plan:
     """The Plan that `to_json` wrote."""
-    tree = json.loads(text)
+    tree = json.loads(text, object_hook=_with_tuples)
     del tree["derived"]
-    m = tree["memory"]
-    m["largest"] = tuple(Line(**line) for line in m["largest"])
-    m["largest_temporary"] = tuple(Line(**line) for line in m["largest_temporary"])
-    tree["memory"] = Memory(**m)
-    tree["transfers"] = tuple(Transfer(**t) for t in tree["transfers"])
-    tree["work"] = Work(**_tuples(tree["work"]))
-    tree["times"] = StepTimeBounds(**_tuples(tree["times"]))
-    return Plan(**_tuples(tree))
+    largest = {
+        name: tuple(Line(**line) for line in tree["memory"][name])
+        for name in ("largest", "largest_temporary")
+    }
+    tree["memory"] = Memory(**tree["memory"] | largest)
+    tree["transfers"] = tuple(Transfer(**transfer) for transfer in tree["transfers"])
+    tree |= {"work": Work(**tree["work"]), "times": StepTimeBounds(**tree["times"])}
+    return Plan(**tree)
 
 
-def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+def _with_tuples(tree: dict) -> dict:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in tree.items()}
 
 
 # (config, topology, None for the train step) -> its plan, from a cache or not
 Make = Callable[[ConfigTree, str, Decode | None], Plan]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Flags that were tried, their plan, and remarks: why there is none, or why it lost."""
+
+    flags: str
+    plan: Plan | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """The plans that a search made."""
+
+    wanted: str
+    winner: Trial | None
+    trials: Sequence[Trial]
+    pruned: Mapping[str, int] = dataclasses.field(default_factory=dict)  # not tried, by reason
 
 
 def with_changes(config: ConfigTree, changes: Mapping[str, object]) -> ConfigTree:
@@ -161,27 +185,55 @@ def make(
     config_name: str = "",
     decode: Decode | None = None,
     show: Progress | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Compile the step of `config` for the topology called `name`.
+
+    folder: a cache of plans, by config, topology, code and versions.
 
     Raises:
         ValueError: the config doesn't fit the mesh, or the topology or its compiler isn't there.
     """
+    if folder is not None:
+        path = folder / f"{key(config, name, decode)}.json"
+        if not path.exists():
+            plan = make(config, name, config_name=config_name, decode=decode, show=show)
+            storage.write_atomically(path, plan.to_json())
+        return dataclasses.replace(from_json(path.read_text()), name=config_name)
     target = topology.parse(name)
-    devices = topology.devices(target)
-    experiment = Experiment(without_data(config), devices)
-    label = f"{config_name or 'step'} on {name}"
+    experiment = Experiment(without_data(config), topology.devices(target))
     if decode is None:
         lowered = experiment.lower_train_step()
     else:
-        lowered = lower_decode(
-            experiment.model,
-            experiment.abstract_params,
-            batch_size=decode.batch_size,
-            length=decode.length,
-        )
+        sizes = dataclasses.asdict(decode)
+        lowered = lower_decode(experiment.model, experiment.abstract_params, **sizes)
+    label = f"{config_name or 'step'} on {name}"
     compiled = compiling.compile_step(lowered, label=label, show=show)
     return analyse(experiment, target, compiled, config_name=config_name, decode=decode)
+
+
+def cache_folder() -> Path:
+    """The user's cache of plans."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "lm" / "plan"
+
+
+def key(config: ConfigTree, name: str, decode: Decode | None = None) -> str:
+    """A hash of all that a plan depends on."""
+    conversion.resolve(config)  # raises for a mistake before anything is looked up
+    root, code = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        code.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    parts = {
+        "config": json.loads(conversion.to_json(without_data(config))),
+        "topology": name,
+        "decode": None if decode is None else dataclasses.asdict(decode),
+        "code": code.hexdigest(),
+        "versions": plausibility.versions(),
+        "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
+        "gpu_share": chips.gpu_share(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def analyse(
@@ -201,15 +253,12 @@ def analyse(
     module = hlo.read(compiled.program.hlo_module)
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
-    used = memory.measure(compiled, module, shapes, platform=target.chip.platform)
-    sizes = tuple(mesh.shape.values())
-    found = traffic.collectives(module, mesh.axis_names, sizes, slices=c.mesh.slices)
-    coords = interconnect.chip_coords(target, mesh.devices.flatten().tolist())
-    sent = interconnect.transfers(found, target, coords)
-    done = costs.count_flops_and_hbm_bytes(module)
-    rows = experiment.batch_size if decode is None else decode.batch_size
-    length = c.data.length if decode is None else decode.length
-    tokens = rows * length if decode is None else rows
+    found = traffic.collectives(module, mesh.shape, slices=c.mesh.slices)
+    sent = interconnect.transfers(found, target, interconnect.chip_coords(target, mesh))
+    work = costs.count_flops_and_hbm_bytes(module)
+    rows, length = experiment.batch_size, c.data.length
+    if decode is not None:
+        rows, length = decode.batch_size, decode.length
     plan = Plan(
         name=config_name,
         topology=target.name,
@@ -219,16 +268,16 @@ def analyse(
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         rows=rows,
         length=length,
-        tokens=tokens,
+        tokens=rows * length if decode is None else rows,
         parameters=sum(math.prod(x.shape) for x in leaves),
         capacity=compiled.available or target.chip.hbm or None,
         refusal=compiled.refusal,
-        memory=used,
+        memory=memory.measure(compiled, module, shapes, platform=target.chip.platform),
         transfers=sent,
-        work=done,
+        work=work,
         model_flops=_model_flops(experiment, rows, length, decode),
         peak_flops=target.chip.peak_flops(c.model.dtype),
-        times=roofline.times(target, done, sent, c.model.dtype),
+        times=roofline.times(target, work, sent, c.model.dtype),
         warnings=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,

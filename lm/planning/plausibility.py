@@ -7,6 +7,8 @@ sharded have them gathered, and the buffers add up to what the compiler says of 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +52,7 @@ def check(plan: Plan, experiment: Experiment, collectives: Sequence[Collective])
     wrong = [*_work(plan, experiment), *_memory(plan, experiment)]
     wrong += _gathers(plan, experiment, collectives)
     if wrong:
-        found = versions()
-        named = ", ".join(f"{name} {found[name]}" for name in COMPILERS if name in found)
+        named = ", ".join(f"{name} {v}" for name, v in versions().items() if name in COMPILERS)
         raise ImplausiblePlan(
             f"the plan for {plan.topology} cannot be right: {'; '.join(wrong)}. The output of this "
             f"compiler is not understood ({named}); tested are {TESTED}"
@@ -62,10 +63,8 @@ def versions() -> Mapping[str, str]:
     """Versions of the installed libraries that a plan depends on."""
     found = {}
     for library in LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -92,11 +91,8 @@ def _in_products(plan: Plan, experiment: Experiment) -> float:
     if plan.step == "train":
         return 1.0
     model = experiment.config.model
-    one, all_keys = (
-        flops.flops_per_token(model, length, training=False, full_square=True)
-        for length in (1, plan.length)
-    )
-    return one / all_keys
+    count = functools.partial(flops.flops_per_token, model, training=False, full_square=True)
+    return count(length=1) / count(length=plan.length)
 
 
 def _kept(experiment: Experiment) -> float:
@@ -108,15 +104,12 @@ def _kept(experiment: Experiment) -> float:
 
 
 def _memory(plan: Plan, experiment: Experiment) -> Iterator[str]:
-    memory = plan.memory
-    stated = memory.stated
-    if stated is not None and abs(memory.total - stated) > max(BUFFERS * stated, RESERVED):
-        yield f"its buffers add up to {memory.total} bytes, the compiler says {memory.stated}"
-    if plan.step != "train":
-        return
+    total, stated = plan.memory.total, plan.memory.stated
+    if stated is not None and abs(total - stated) > max(BUFFERS * stated, RESERVED):
+        yield f"its buffers add up to {total} bytes, the compiler says {stated}"
     held = bytes_on_device(jax.tree.leaves(experiment.abstract_params))
-    found = memory.groups.get("parameters", 0)
-    if found < LEAST_PARAMETERS * held:
+    found = plan.memory.groups.get("parameters", 0)
+    if plan.step == "train" and found < LEAST_PARAMETERS * held:
         yield f"parameters take {found} bytes, their shards {held}"
 
 
@@ -128,12 +121,13 @@ def _gathers(
     layers, n = getattr(c.model, "num_layers", 0), mesh.shape["fsdp"]
     if plan.step != "train" or n == 1 or mesh.shape["stage"] > 1:
         return
-    itemsize = jnp.dtype(c.model.dtype).itemsize
-    needed = 0.0  # bytes that a device takes in for one forward pass
-    for name, leaf in param_tree.flatten(experiment.abstract_params).items():
-        if "fsdp" in sharded_axes(leaf) and "layers" in name.split("."):
-            shard = math.prod(leaf.sharding.shard_shape(leaf.shape))
-            needed += shard * (n - 1) * itemsize
+    shards = [
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for name, leaf in param_tree.flatten(experiment.abstract_params).items()
+        if "fsdp" in sharded_axes(leaf) and "layers" in name.split(".")
+    ]
+    # bytes that a device takes in for one forward pass
+    needed = sum(shards) * (n - 1) * jnp.dtype(c.model.dtype).itemsize
     over = [x for x in collectives if "fsdp" in x.axes]
     count, sent = sum(x.times for x in over), sum(x.bytes for x in over)
     if count < layers and sent < needed:

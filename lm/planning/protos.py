@@ -8,9 +8,11 @@ seconds to import and drops what compilers newer than itself write, such as `Mes
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+Proto: TypeAlias = Any  # a message, whose class is made at run time
 
 # NAME=NUMBER, an integer unless :TYPE follows, repeated where a * does. Enums are integers, the
 # entries of maps are messages.
@@ -79,7 +81,7 @@ DTYPES = _DTYPES.split()  # names of PrimitiveType in the order of their numbers
 
 
 @functools.cache
-def message(name: str) -> Any:
+def message(name: str) -> Proto:
     """The class of a message."""
     return message_factory.GetMessageClass(_pool().FindMessageTypeByName(f"lm.xla.{name}"))
 

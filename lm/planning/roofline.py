@@ -27,9 +27,8 @@ class StepTimeBounds:
 
     def parts(self) -> dict[str, float]:
         """Every time that is known, by name."""
-        named = {"compute": self.compute, "HBM": self.hbm}
-        named |= {f"links, {axis}": t for axis, t in self.links.items()}
-        named["network"] = self.network
+        links = {f"links, {axis}": t for axis, t in self.links.items()}
+        named = {"compute": self.compute, "HBM": self.hbm, **links, "network": self.network}
         return {name: t for name, t in named.items() if t}
 
     @property
@@ -43,10 +42,15 @@ class StepTimeBounds:
         return sum(self.parts().values())
 
     @property
+    def midpoint_s(self) -> float:
+        """The middle between the bounds, by which plans are compared."""
+        return (self.lower_bound_s + self.upper_bound_s) / 2
+
+    @property
     def bottleneck(self) -> str:
         """The name of the longest."""
         parts = self.parts()
-        return max(parts, key=lambda name: parts[name]) if parts else ""
+        return max(parts, key=lambda name: parts[name], default="")
 
 
 def times(
@@ -55,20 +59,18 @@ def times(
     """The bounds of a step by the published peaks of a topology's chips."""
     chip = topology.chip
     peak = chip.peak_flops(dtype)
-    unknown: dict[str, None] = {}
-    if peak is None:
-        unknown[f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}"] = None
-    if work.unknown:
-        unknown[f"FLOPs of {len(work.unknown)} kernels that declare none"] = None
-    if work.loops:
-        loops = f"length of {len(work.loops)} loops, which count once: {work.loops[0]}"
-        unknown[loops] = None
     links: dict[str, float] = defaultdict(float)
-    network = 0.0
+    network, unknown = 0.0, []
+    if peak is None:
+        unknown.append(f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}")
+    if work.unknown:
+        unknown.append(f"FLOPs of {len(work.unknown)} kernels that declare none")
+    if work.loops:
+        unknown.append(f"length of {len(work.loops)} loops, which count once: {work.loops[0]}")
     for transfer in transfers:
         if transfer.seconds is None:
             kind = "network" if transfer.network else "links"
-            unknown[f"bandwidth of {chip.name}'s {kind}"] = None
+            unknown.append(f"bandwidth of {chip.name}'s {kind}")
         elif transfer.network:
             network += transfer.seconds
         else:
@@ -78,5 +80,5 @@ def times(
         hbm=work.hbm_bytes / chip.hbm_bandwidth if chip.hbm_bandwidth else None,
         links=dict(links),
         network=network or None,
-        unknown=tuple(unknown),
+        unknown=tuple(dict.fromkeys(unknown)),
     )

@@ -143,7 +143,7 @@ def search(
         c = _replaced(asked, changes)
         if c.mesh not in rules_of:
             rules = sharding.make_rules(c.mesh, devices)
-            coords = interconnect.chip_coords(target, rules.mesh.devices.flatten().tolist())
+            coords = interconnect.chip_coords(target, rules.mesh)
             rules_of[c.mesh] = (rules, coords)
         batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * len(devices)
         rules, coords = rules_of[c.mesh]

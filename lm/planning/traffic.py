@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from lm.planning import hlo
+from lm.planning.protos import Proto
 
-KINDS = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+# The share of S (n - 1) / n that a device sends; None: S itself.
+KINDS = {
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-reduce": 2,
+    "all-to-all": 1,
+    "ragged-all-to-all": 1,
+    "collective-permute": None,
+    "collective-broadcast": None,
+}
 _TRANSFER = "_xla_megascale_transfer_type"
 
 
@@ -39,7 +40,6 @@ class Collective:
     group: tuple[int, ...]  # positions in the mesh of one group
     payload: int  # bytes of the whole array, S above
     times: float  # in a step
-    op: str
     source: str
     shape: str
     unsliced: bool = False  # an all-gather that the compiler wrote as an all-reduce of zeros
@@ -51,13 +51,9 @@ class Collective:
     @property
     def bytes(self) -> float:
         """Bytes that a device sends in a step."""
-        share = (self.size - 1) / self.size
-        factor = {
-            "all-reduce": 2 * share,
-            "collective-permute": 1.0,
-            "collective-broadcast": 1.0,
-        }.get(self.kind, share)
-        return self.times * self.payload * factor
+        factor = KINDS[self.kind]
+        share = 1.0 if factor is None else factor * ((self.size - 1) / self.size)
+        return self.times * self.payload * share
 
     @property
     def axis(self) -> str:
@@ -67,17 +63,17 @@ class Collective:
 
 
 def collectives(
-    module: hlo.Module, axis_names: Sequence[str], axis_sizes: Sequence[int], *, slices: int = 1
+    module: hlo.Module, mesh: Mapping[str, int], *, slices: int = 1
 ) -> list[Collective]:
-    """The collectives that a step runs, over a mesh of these axes; starts without their dones. One
+    """The collectives that a step runs, over a mesh {axis: size}; starts without their dones. One
     that libtpu overlaps with products is in the fusions of its start, its end and each of those
     products, and counts in the first.
 
     The outermost axis of the mesh crosses its `slices`; a collective between those is a transfer of
     hosts, which libtpu (megascale) writes as a send.
     """
-    found = []
-    for visit in module.walk():
+    num_devices, found = math.prod(mesh.values()), []
+    for visit in hlo.walk(module.entry):
         instruction = visit.instruction
         kind = instruction.opcode.removesuffix("-start")
         between = kind == "send" and _TRANSFER in instruction.attributes
@@ -85,69 +81,53 @@ def collectives(
             kind = instruction.attributes[_TRANSFER].lower().replace("_", "-")
         if kind not in KINDS or not visit.times or _is_continuation(visit):
             continue
-        inputs = [
-            sum(s.bytes for s in visit.computation.instructions[o].shapes)
-            for o in instruction.operands
-            if o in visit.computation.instructions
-        ]
+        inputs = [operand.bytes for operand in instruction.operands]
         if between:  # a host sends for its chips to their counterparts in the other slices
-            group = tuple(range(0, math.prod(axis_sizes), math.prod(axis_sizes) // slices))
+            group = tuple(range(0, num_devices, num_devices // slices))
             payload = inputs[0] * (slices if kind == "all-gather" else 1)
         elif kind == "collective-permute":
             pairs = instruction.proto.source_target_pairs
             group = _longest_cycle({pair.source: pair.target for pair in pairs})
             payload = inputs[0]
         else:
-            group = _first_group(instruction.proto, math.prod(axis_sizes))
+            group = _first_group(instruction.proto, num_devices)
             payload = sum(inputs) * (len(group) if kind == "all-gather" else 1)
         if len(group) < 2:
             continue
-        if kind == "all-reduce" and visit.outer and _keeps_a_slice(visit.computation):
+        if kind == "all-reduce" and visit.outer and _keeps_a_slice(instruction.computation):
             kind = "reduce-scatter"  # how the TPU compiler writes it
-        axes, whole = _axes(group, axis_names, axis_sizes, kind)
-        found.append(
-            Collective(
-                kind,
-                axes,
-                whole,
-                group,
-                payload,
-                visit.times,
-                visit.op_name,
-                module.source(visit.frame, "/lm/"),
-                ", ".join(str(s) for s in instruction.shapes[:2]),
-                kind == "all-reduce" and _pads(visit, module),
-            )
-        )
+        axes, whole = _axes(group, mesh)
+        whole = whole or kind == "collective-permute"
+        source = module.source(visit.frame)
+        shape = ", ".join(str(s) for s in instruction.shapes[:2])
+        sum_of_zeros = kind == "all-reduce" and all(map(_is_padded, instruction.operands))
+        sent = payload, visit.times
+        found.append(Collective(kind, axes, whole, group, *sent, source, shape, sum_of_zeros))
     return found
 
 
 def _is_continuation(visit: hlo.Visit) -> bool:
     """True if a collective of a chain has started in another fusion."""
-    if "chain_id" not in visit.instruction.attributes:
+    if visit.outer is None or "chain_id" not in visit.instruction.attributes:
         return False
-    targets = [i.target for i in visit.computation.instructions.values()]
-    return visit.outer is not None and "AsyncCollectiveStart" not in targets
+    targets = [i.target for i in visit.instruction.computation.instructions]
+    return "AsyncCollectiveStart" not in targets
 
 
 def _keeps_a_slice(computation: hlo.Computation) -> bool:
     root = computation.root
     while root.opcode in ("bitcast", "copy", "convert", "reshape"):
-        root = computation.operand(root)
+        root = root.operands[0]
     return root.opcode == "dynamic-slice"
 
 
-def _pads(visit: hlo.Visit, module: hlo.Module) -> bool:
-    """True if an all-reduce adds shards padded with zeros."""
-    for name in visit.instruction.operands:
-        operand = visit.computation.instructions.get(name)
-        while operand is not None and operand.opcode in ("copy-done", "copy-start", "bitcast"):
-            operand = visit.computation.operand(operand)
-        if operand is not None and operand.opcode == "fusion":
-            operand = module.computations[operand.called[0]].root
-        if operand is None or operand.opcode != "dynamic-update-slice":
-            return False
-    return bool(visit.instruction.operands)
+def _is_padded(operand: hlo.Instruction) -> bool:
+    """True for a shard padded with zeros."""
+    while operand.opcode in ("copy-done", "copy-start", "bitcast"):
+        operand = operand.operands[0]
+    if operand.opcode == "fusion":
+        operand = operand.called[0].root
+    return operand.opcode == "dynamic-update-slice"
 
 
 def _longest_cycle(following: dict[int, int]) -> tuple[int, ...]:
@@ -159,7 +139,7 @@ def _longest_cycle(following: dict[int, int]) -> tuple[int, ...]:
     return tuple(sorted(seen))
 
 
-def _first_group(proto: Any, num_devices: int) -> tuple[int, ...]:
+def _first_group(proto: Proto, num_devices: int) -> tuple[int, ...]:
     """Positions of the first of an instruction's replica groups, in any of the forms that they
     have: lists, an iota that is reshaped and transposed, or axes of a mesh.
     """
@@ -183,15 +163,11 @@ def _iota(dims: Sequence[int], order: Sequence[int]) -> np.ndarray:
     return (ids.transpose(tuple(order)) if order else ids).reshape(-1)
 
 
-def _mesh_group(groups: Any) -> tuple[int, ...]:
+def _mesh_group(groups: Proto) -> tuple[int, ...]:
     assert not len(UnknownFieldSet(groups.mesh)), "a MeshProto with other fields than those read"
     sizes = [axis.size for axis in groups.mesh.axes]
     order = groups.mesh.iota
-    if groups.mesh.device_ids:
-        ids = np.array(groups.mesh.device_ids)
-    else:
-        ids = _iota(order.reshape_dims or sizes, order.transpose_perm)
-    ids = ids.reshape(sizes)
+    ids = groups.mesh.device_ids or _iota(order.reshape_dims or sizes, order.transpose_perm)
     index: list[slice | int] = [0] * len(sizes)
     for axis in groups.axes:
         size = sizes[axis.mesh_axis_index]
@@ -200,14 +176,11 @@ def _mesh_group(groups: Any) -> tuple[int, ...]:
             count = axis.sub_axis_info.size
             step = size // (axis.sub_axis_info.pre_size * count)
         index[axis.mesh_axis_index] = slice(0, step * count, step)
-    return tuple(ids[tuple(index)].reshape(-1).tolist())
+    return tuple(np.reshape(ids, sizes)[tuple(index)].reshape(-1).tolist())
 
 
-def _axes(
-    group: tuple[int, ...], names: Sequence[str], sizes: Sequence[int], kind: str
-) -> tuple[tuple[str, ...], bool]:
+def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[tuple[str, ...], bool]:
     """(mesh axes along which a group's positions differ, True if the group spans them whole)."""
-    coords = np.array(np.unravel_index(np.array(group), tuple(sizes)))  # [axes, group]
-    differ = [i for i in range(len(names)) if len(set(coords[i].tolist())) > 1]
-    whole = math.prod(sizes[i] for i in differ) == len(group) or kind == "collective-permute"
-    return tuple(names[i] for i in differ), whole
+    coords = np.unravel_index(np.array(group), tuple(mesh.values()))
+    axes = tuple(axis for axis, at in zip(mesh, coords, strict=True) if np.ptp(at))
+    return axes, math.prod(mesh[axis] for axis in axes) == len(group)
