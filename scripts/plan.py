@@ -100,7 +100,7 @@ def _find(make: Any, decode: Any, show: Any) -> Any:
         found = look(config, topology, make, decode=decode)
     else:
         return make(config, topology, decode)
-    print((report.search_page if _SEARCH.value else report.sizes_page)(found))
+    print(report.trials_page(found))
     return found.winner.plan if found.winner else None
 
 

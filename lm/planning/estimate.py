@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lm.config.schema import Config
 from lm.layers.block import BlockConfig
@@ -61,18 +61,24 @@ def estimate(
     rules: sharding.Rules,
     *,
     coords: Sequence[interconnect.ChipCoord],
+    frozen: Collection[str] = (),
 ) -> Estimate:
-    """The estimate of a train step on the mesh of `rules`, with its devices at `coords`."""
+    """The estimate of a train step on the mesh of `rules`, with its devices at `coords`.
+
+    frozen: names of the parameters without a gradient and an optimizer state.
+    """
     mesh, c = rules.mesh.shape, config.model
     tensor, stage, fsdp = mesh["tensor"], mesh["stage"], mesh["fsdp"]
     count = flops.parameters(c)
     tokens = batch_size * config.data.length / rules.size("batch") / mesh["sequence"]
     micro = tokens / config.train.num_microbatches
+    kept = sum(p.size for p in flops.abstract_parameters(c) if p.name in frozen)
+    trained = 1 - kept / count.total  # as a part of every shard
     experts = count.groups.get("experts", 0)
     # of a device with all shards of fsdp; embedding and head are on every stage
     layers = (count.non_embedding - experts + experts / mesh["expert"]) / stage
     whole = (count.embedding + layers) / tensor
-    moments = flops.optimizer_bytes(c, config.optimizer) / count.total
+    moments = trained * flops.optimizer_bytes(c, config.optimizer) / count.total
     held = whole / fsdp * FULL
     layer = layers * stage / c.num_layers / tensor
     table = c.vocab_size * c.embed_dim / tensor
@@ -80,7 +86,7 @@ def estimate(
     memory = (
         (held if config.mesh.zero == 3 else held * fsdp)
         + (moments * whole / fsdp if config.optimizer.memory == "device" else 0.0)
-        + held * (2 if config.train.num_microbatches > 1 else 1)
+        + trained * held * (2 if config.train.num_microbatches > 1 else 1)
         + micro * saved(c, c.remat) / tensor * c.num_layers / stage * HALF
         + 4 * layer * HALF
         + table * (HALF + FULL)
@@ -92,7 +98,8 @@ def estimate(
             f"config.model.dtype ({c.dtype}): no published peak for {topology.chip.name} in it"
             f"{topology.chip.dtype_with_peak()}"
         )
-    one = flops.flops_per_token(c, config.data.length, config.data.encoder_length)
+    lengths = config.data.length, config.data.encoder_length
+    one = flops.flops_per_token(c, *lengths, frozen=frozen)
     done = one * batch_size * config.data.length
     pipeline = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
@@ -104,28 +111,22 @@ def estimate(
     routed = tokens * c.moe.num_experts_per_token * c.embed_dim if c.moe.num_experts else 0
     sent = {
         # gathered for the forward and the backward pass, and gradients scattered, per micro-batch
-        "fsdp": 3 * config.train.num_microbatches * turns * whole * HALF,
-        "data": 2 * held,
+        "fsdp": (2 + trained) * config.train.num_microbatches * turns * whole * HALF,
+        "data": 2 * trained * held,
         # gather and scatter around attention and MLP
         "tensor": 4 * runs * depth * tokens * c.embed_dim * HALF,
-        "sequence": runs * depth * key_values * HALF + 2 * held,
+        "sequence": runs * depth * key_values * HALF + 2 * trained * held,
         "expert": 2 * runs * depth * routed * HALF,
         "stage": 2 * turns / pipeline.num_microbatches * tokens * c.embed_dim * HALF,
     }
     if fsdp > WIDEST_GATHER and topology.chip.dims == 3:
         sent["fsdp"] *= 2
+    sizes = list(mesh.values())
     for axis, size in sent.items():
         if mesh[axis] > 1:
-            path = interconnect.path(topology, [coords[i] for i in group(rules, axis)])
+            stride = math.prod(sizes[list(mesh).index(axis) + 1 :])
+            path = interconnect.path(topology, coords[: stride * mesh[axis] : stride])
             moved = size * (1 if axis == "stage" else (mesh[axis] - 1) / mesh[axis])
             rate = path.exchange if axis == "expert" else path.bandwidth
             parts[axis] = moved / rate if rate else math.inf
     return Estimate(memory, parts)
-
-
-def group(rules: sharding.Rules, axis: str) -> Sequence[int]:
-    """Positions in the mesh of the first group along one axis."""
-    sizes = list(rules.mesh.shape.values())
-    at = list(rules.mesh.shape).index(axis)
-    stride = math.prod(sizes[at + 1 :])
-    return range(0, stride * sizes[at], stride)

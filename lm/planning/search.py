@@ -7,73 +7,59 @@ compiled, and the compiler's plans decide.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from lm.config import conversion
-from lm.config import schema as configs
+from lm.config.schema import Config, MeshConfig
 from lm.config.tree import ConfigTree
+from lm.data import tokenizer
 from lm.layers.block_config import BlockConfig
 from lm.layers.stack import REMAT
+from lm.models import flops
+from lm.optim import param_tree
 from lm.parallel import sharding
 from lm.parallel.sharding import AXES
-from lm.planning import interconnect
+from lm.planning import interconnect, report
 from lm.planning import topology as topologies
 from lm.planning.estimate import Estimate, estimate
-from lm.planning.plan import Make, Plan, with_changes
+from lm.planning.plan import Make, Plan, Trial, Trials, with_changes
 from lm.telemetry.progress import Progress
+from lm.training.initialization import Initializer
 
-Section = TypeVar("Section", bound=Any)  # a frozen config or a section of one
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Section = TypeVar("Section", bound=DataclassInstance)  # a frozen config or a section of one
+
+Changes: TypeAlias = dict[str, object]  # of a config, by path
 SHORTEST = 2048  # tokens of a row's shard: with less, exchanging keys costs more than it spares
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Changes to a config, their estimate, and their plan or the reason that it lost."""
-
-    changes: dict[str, object]
-    estimate: Estimate
-    plan: Plan | None = None
-    lost: str = ""  # the reason; "" for the winner
-
-    @property
-    def flags(self) -> str:
-        return " ".join(f"--config.{path}={value}" for path, value in self.changes.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    winner: Candidate | None
-    compiled: tuple[Candidate, ...]  # the winner first
-    pruned: dict[str, int]  # number of candidates, by reason
-
-
-def estimated_step_seconds(plan: Plan) -> float:
-    """The middle between all overlapped and nothing overlapped, by which plans are compared."""
-    return (plan.times.lower_bound_s + plan.times.upper_bound_s) / 2
-
-
-def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, object]]:
+def candidates(config: ConfigTree, num_devices: int) -> Iterator[Changes]:
     """Every mesh, remat policy and number of micro-batches that divides the sizes of a config.
 
     Axes count where the model has use for them: `expert` with experts, `sequence` for rows of
     which a shard keeps `SHORTEST` tokens, `stage` with a pipeline of 2 or 4 micro-batches a stage.
     """
     c = conversion.resolve(config)
-    batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
     # host offload and the like are asked for, not found
     policies = [name for name in REMAT if "offload" not in name and "host" not in name]
     for mesh in meshes(c, num_devices):
-        shards = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-        rows, rest = divmod(batch, shards)
+        rows, rest = divmod(
+            _batch_size(c, num_devices), mesh["data"] * mesh["fsdp"] * mesh["expert"]
+        )
         if rest:
             continue
-        named = {
+        named: Changes = {
             f"mesh.{axis}": size
             for axis, size in mesh.items()
             if axis in ("data", "fsdp", "tensor") or size != getattr(c.mesh, axis)
         }
+        ways: list[Changes]
         if mesh["stage"] > 1:
             parts = [m for m in (2 * mesh["stage"], 4 * mesh["stage"]) if rows % m == 0]
             ways = [
@@ -85,14 +71,17 @@ def candidates(config: ConfigTree, num_devices: int) -> Iterator[dict[str, objec
             yield {**named, "model.remat": remat, **way}
 
 
-def meshes(c: configs.Config, num_devices: int) -> Iterator[dict[str, int]]:
+def _batch_size(c: Config, num_devices: int) -> int:
+    return c.data.batch_size or (c.data.batch_size_per_device or 1) * num_devices
+
+
+def meshes(c: Config, num_devices: int) -> Iterator[dict[str, int]]:
     """Sizes of the mesh axes that multiply to `num_devices` and divide a model's dimensions."""
     model, length = c.model, c.data.length
-    experts, layers = model.moe.num_experts, model.num_layers
+    experts, repeats = model.moe.num_experts, model.pipeline.num_repeats
     tensors = [n for n in _powers(16) if model.kv_heads % n == 0 and model.mlp_size % n == 0]
     sequences = [1] + [n for n in (2, 4, 8, 16) if length % n == 0 and length // n >= SHORTEST]
-    repeats = model.pipeline.num_repeats
-    stages = [1] + [n for n in (2, 4, 8, 16) if layers % (n * repeats) == 0]
+    stages = [1] + [n for n in (2, 4, 8, 16) if model.num_layers % (n * repeats) == 0]
     expert_axes = [n for n in _powers(experts) if experts % n == 0] if experts else [1]
     for tensor, sequence, stage, expert, data in itertools.product(
         tensors, sequences, stages, expert_axes, _powers(num_devices)
@@ -111,7 +100,7 @@ def meshes(c: configs.Config, num_devices: int) -> Iterator[dict[str, int]]:
 
 
 def _powers(limit: int) -> list[int]:
-    return [2**i for i in range(max(1, limit).bit_length()) if 2**i <= limit]
+    return [2**i for i in range(max(1, limit).bit_length())]
 
 
 def search(
@@ -121,7 +110,7 @@ def search(
     *,
     num_compiled: int = 4,
     show: Progress | None = None,
-) -> Found:
+) -> Trials:
     """The fastest candidate that fits, after compiling `num_compiled` and more until one fits.
 
     Raises:
@@ -136,38 +125,42 @@ def search(
             f"--search has estimates of transformers only; config.model is one of "
             f"{type(model).__module__}: plan its meshes one by one"
         )
-    pruned: dict[str, int] = {}
-    ranked: list[Candidate] = []
-    rules_of: dict[configs.MeshConfig, tuple[sharding.Rules, list[interconnect.ChipCoord]]] = {}
+    names = param_tree.unflatten({p.name: p for p in flops.abstract_parameters(model)})
+    load = functools.partial(tokenizer.load, asked.data.tokenizer)
+    frozen = Initializer(asked, names, load).frozen
+
+    @functools.cache
+    def placed(mesh: MeshConfig) -> tuple[sharding.Rules, list[interconnect.ChipCoord]]:
+        rules = sharding.make_rules(mesh, devices)
+        return rules, interconnect.chip_coords(target, rules.mesh)
+
+    pruned = Counter[str]()
+    ranked: list[tuple[Changes, Estimate]] = []
     for changes in candidates(config, len(devices)):
         c = _replaced(asked, changes)
-        if c.mesh not in rules_of:
-            rules = sharding.make_rules(c.mesh, devices)
-            coords = interconnect.chip_coords(target, rules.mesh)
-            rules_of[c.mesh] = (rules, coords)
-        batch = c.data.batch_size or (c.data.batch_size_per_device or 1) * len(devices)
-        rules, coords = rules_of[c.mesh]
-        guess = estimate(c, batch, target, rules, coords=coords)
+        rules, coords = placed(c.mesh)
+        rows = _batch_size(c, len(devices))
+        guess = estimate(c, rows, target, rules, coords=coords, frozen=frozen)
         if target.chip.hbm and guess.memory > target.chip.hbm:
-            pruned["do not fit, by formula"] = pruned.get("do not fit, by formula", 0) + 1
+            pruned["do not fit, by formula"] += 1
         else:
-            ranked.append(Candidate(changes, guess))
-    ranked.sort(key=lambda r: r.estimate.seconds)
-    tried: list[Candidate] = []
-    for candidate in _spread(ranked):
-        enough = len(tried) >= num_compiled and any(t.plan and t.plan.fits for t in tried)
+            ranked.append((changes, guess))
+    ranked.sort(key=lambda candidate: candidate[1].seconds)
+    tried: list[Trial] = []
+    for changes, guess in _spread(ranked):
+        enough = len(tried) >= num_compiled and any(trial.fits for trial in tried)
         if enough or len(tried) >= 3 * num_compiled:
             break
+        flags = " ".join(f"--config.{path}={value}" for path, value in changes.items())
         if show is not None:
-            show.note(f"{len(tried) + 1}: {candidate.flags}")
+            show.note(f"{len(tried) + 1}: {flags}")
+        memory, seconds = report.format_bytes(guess.memory), report.duration(guess.seconds)
+        formula = f"by formula {memory}, {seconds}"
         try:
-            made = make(with_changes(config, candidate.changes), name, None)
+            tried.append(Trial(flags, make(with_changes(config, changes), name, None), (formula,)))
         except ValueError as error:
-            tried.append(dataclasses.replace(candidate, lost=f"refused: {error}"))
-            continue
-        tried.append(dataclasses.replace(candidate, plan=made))
-    left = len(ranked) - len(tried)
-    if left:
+            tried.append(Trial(flags, None, (f"refused: {error}", formula)))
+    if left := len(ranked) - len(tried):
         pruned["slower, by formula"] = left
     return judge(tried, pruned)
 
@@ -181,58 +174,38 @@ def _replaced(section: Section, changes: Mapping[str, object]) -> Section:
     return section
 
 
-def _spread(ranked: list[Candidate]) -> Iterator[Candidate]:
-    """The best first, one of each mesh and remat policy before a second of any: neighbours fail for
-    the same reasons.
+def _spread(ranked: Sequence[tuple[Changes, Estimate]]) -> list[tuple[Changes, Estimate]]:
+    """The best first, one of each mesh and remat policy before a second of any, as neighbours fail
+    for the same reasons; those that are far slower last.
     """
-    seen: dict[tuple[object, ...], int] = {}
-    rounds: list[list[Candidate]] = []
-    for candidate in ranked:
-        kind = tuple(v for k, v in candidate.changes.items() if k != "train.num_microbatches")
-        number = seen[kind] = seen.get(kind, -1) + 1
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(candidate)
-    best = ranked[0].estimate.seconds if ranked else 0.0
-    later: list[Candidate] = []
-    for members in rounds:
-        for candidate in members:
-            near = candidate.estimate.seconds < 1.5 * best
-            if near:
-                yield candidate
-            else:
-                later.append(candidate)
-    yield from later
+    seen = Counter[tuple[object, ...]]()
+    order = []
+    for changes, guess in ranked:
+        kind = tuple(v for k, v in changes.items() if k != "train.num_microbatches")
+        order.append((guess.seconds >= 1.5 * ranked[0][1].seconds, seen[kind], len(order)))
+        seen[kind] += 1
+    return [ranked[i] for *_, i in sorted(order)]
 
 
-def judge(tried: list[Candidate], pruned: dict[str, int]) -> Found:
-    """The winner, and the reason why each of the others lost."""
-    fitting = [t for t in tried if t.plan is not None and t.plan.fits]
-    if not fitting:
-        return Found(None, tuple(_with_reason(t, None) for t in tried), pruned)
-    winner = min(fitting, key=lambda t: estimated_step_seconds(t.plan))  # pyright: ignore
-    others = [_with_reason(t, winner.plan) for t in tried if t is not winner]
-    others.sort(
-        key=lambda t: estimated_step_seconds(t.plan) if t.plan and t.plan.fits else float("inf")
-    )
-    return Found(winner, (winner, *others), pruned)
+def judge(tried: Sequence[Trial], pruned: Mapping[str, int]) -> Trials:
+    """The winner first, and the reason why each of the others that fit lost."""
+
+    def seconds(trial: Trial) -> float:
+        return trial.plan.times.midpoint_s if trial.plan and trial.plan.fits else float("inf")
+
+    ordered = sorted(tried, key=seconds)
+    winner = ordered[0] if ordered and ordered[0].fits else None
+    if winner is not None and winner.plan is not None:
+        ordered[1:] = [_with_reason(trial, winner.plan) for trial in ordered[1:]]
+    return Trials("the fastest that fits, by the middle of its interval", winner, ordered, pruned)
 
 
-def _with_reason(candidate: Candidate, best: Plan | None) -> Candidate:
-    plan = candidate.plan
-    if plan is None:
-        return candidate
-    if not plan.fits:
-        lost = f"does not fit: {-(plan.headroom or 0) / 2**30:.2f} GiB too much"
-    elif best is None:
-        lost = ""
-    else:
-        parts, fastest = plan.times.parts(), best.times.parts()
-        extra = {n: t - fastest.get(n, 0.0) for n, t in parts.items()}
-        worst = max(extra, key=lambda n: extra[n])
-        slower = estimated_step_seconds(plan) / estimated_step_seconds(best) - 1
-        lost = (
-            f"{slower:+.0%} time: {worst} takes {parts[worst]:.3f} s, not "
-            f"{fastest.get(worst, 0.0):.3f} s"
-        )
-    return dataclasses.replace(candidate, lost=lost)
+def _with_reason(trial: Trial, best: Plan) -> Trial:
+    plan = trial.plan
+    if plan is None or not plan.fits:
+        return trial
+    parts, fastest = plan.times.parts(), best.times.parts()
+    worst = max(parts, key=lambda name: parts[name] - fastest.get(name, 0.0))
+    slower, other = plan.times.midpoint_s / best.times.midpoint_s - 1, fastest.get(worst, 0.0)
+    reason = f"{slower:+.0%} time: {worst} takes {parts[worst]:.3f} s, not {other:.3f} s"
+    return dataclasses.replace(trial, remarks=(reason, *trial.remarks))

@@ -14,33 +14,18 @@ from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.parallel import sharding
 from lm.planning import topology as topologies
-from lm.planning.plan import Decode, Make, Plan, with_changes, without_data
+from lm.planning.plan import Decode, Make, Trial, Trials, with_changes, without_data
 from lm.planning.shards import bytes_on_device
+from lm.planning.topology import Topology
 from lm.training.experiment import Experiment
 
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class SizeAttempt:
-    """Flags that were tried; their plan, or the reason that there is none."""
-
-    flags: str
-    plan: Plan | None
-    refused: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    wanted: str
-    winner: SizeAttempt | None
-    trials: tuple[SizeAttempt, ...]
-
-
 def largest_batch(
     config: ConfigTree, name: str, make: Make, *, decode: Decode | None = None
-) -> Sizes:
+) -> Trials:
     """The most rows in one micro-batch of a training step, or of a decode step, that fit: a power
     of two on each shard of the batch, a multiple of what a pipeline divides.
 
@@ -53,28 +38,28 @@ def largest_batch(
     unit = rules.size("batch")
     if decode is None and rules.size("layers") > 1:
         unit *= c.model.pipeline.num_microbatches
-    trials: dict[int, SizeAttempt] = {}
+    trials: dict[int, Trial] = {}
     best, worst, rows = 0, 2 * MOST_ROWS, 1
     while rows > best:
         trials[rows] = _with_rows(config, name, make, rows * unit, decode)
-        best, worst = (rows, worst) if _fits(trials[rows]) else (best, rows)
+        best, worst = (rows, worst) if trials[rows].fits else (best, rows)
         rows = min(max(2 * best, _reach(trials)), worst // 2)
-    ordered = tuple(trials[n] for n in sorted(trials))
-    return Sizes(f"the most rows that fit on {name}", trials.get(best), ordered)
+    ordered = [trials[n] for n in sorted(trials)]
+    return Trials(f"the most rows that fit on {name}", trials.get(best), ordered)
 
 
 def _with_rows(
     config: ConfigTree, name: str, make: Make, rows: int, decode: Decode | None
-) -> SizeAttempt:
+) -> Trial:
     if decode is not None:
         plan = make(config, name, dataclasses.replace(decode, batch_size=rows))
-        return SizeAttempt(f"--decode-batch={rows}", plan)
+        return Trial(f"--decode-batch={rows}", plan)
     changes = {"data.batch_size": rows, "data.batch_size_per_device": None}
     plan = make(with_changes(config, {**changes, "train.num_microbatches": 1}), name, None)
-    return SizeAttempt(f"--config.data.batch_size={rows}", plan)
+    return Trial(f"--config.data.batch_size={rows}", plan)
 
 
-def _reach(trials: dict[int, SizeAttempt]) -> int:
+def _reach(trials: dict[int, Trial]) -> int:
     """The power of two at or below what the line through the two largest plans that fit allows; 0
     with fewer.
     """
@@ -88,7 +73,7 @@ def _reach(trials: dict[int, SizeAttempt]) -> int:
 
 def fewest_chips(
     config: ConfigTree, name: str, make: Make, *, decode: Decode | None = None
-) -> Sizes:
+) -> Trials:
     """The smallest slice of the kind of chip in `name` that the step fits on, as it is or with one
     row at a time on each shard of the batch.
 
@@ -97,46 +82,35 @@ def fewest_chips(
     target = topologies.parse(name)
     kind, count = target.chip, f"{target.slices}x" if target.slices > 1 else ""
     conversion.resolve(config)  # a mistake in it is told before any slice is refused
-    trials: list[SizeAttempt] = []
-    for shape in topologies.SLICES[kind.dims]:
-        at = f"{count}{kind.name}:{shape}"
-        if topologies.parse(at).num_chips < target.slices * kind.smallest:
-            continue
-        for trial in _on(config, at, make, decode):
-            trials.append(trial)
-            if _fits(trial):
-                return Sizes(f"the smallest slice of {kind.name}", trial, tuple(trials))
-    return Sizes(f"the smallest slice of {kind.name}", None, tuple(trials))
+    named = (topologies.parse(f"{count}{kind.name}:{s}") for s in topologies.SLICES[kind.dims])
+    offered = (target for target in named if math.prod(target.shape) >= kind.smallest)
+    trials: list[Trial] = []
+    for trial in (t for target in offered for t in _on(config, target, make, decode)):
+        trials.append(trial)
+        if trial.fits:
+            break
+    winner = trials[-1] if trials[-1].fits else None
+    return Trials(f"the smallest slice of {kind.name}", winner, trials)
 
 
-def _on(config: ConfigTree, name: str, make: Make, decode: Decode | None) -> Iterator[SizeAttempt]:
-    flags = f"--topology={name}"
-    target = topologies.parse(name)
+def _on(config: ConfigTree, target: Topology, make: Make, decode: Decode | None) -> Iterator[Trial]:
+    flags, hbm = f"--topology={target.name}", target.chip.hbm
     try:
         experiment = Experiment(without_data(config), topologies.devices(target))
-        held = _held(experiment, decode)
-        if target.chip.hbm and held > target.chip.hbm:
+        state = experiment.abstract_state
+        kept = state.params if decode else (state.params, state.opt_state)
+        held = bytes_on_device(jax.tree.leaves(kept))
+        if hbm and held > hbm:
             what = "parameters and optimizer state" if decode is None else "parameters"
-            reason = f"{what} alone take {held / GIB:.1f} of {target.chip.hbm / GIB:.1f} GiB"
-            yield SizeAttempt(flags, None, reason)
+            reason = f"{what} alone take {held / GIB:.1f} of {hbm / GIB:.1f} GiB"
+            yield Trial(flags, None, (reason,))
             return
-        plan = make(config, name, decode)
+        plan = make(config, target.name, decode)
     except ValueError as error:  # its sizes don't divide, or there is no such slice
-        yield SizeAttempt(flags, None, str(error))
+        yield Trial(flags, None, (str(error),))
         return
-    yield SizeAttempt(flags, plan)
+    yield Trial(flags, plan)
     parts = plan.rows // experiment.rules.size("batch")
     if decode is None and not plan.fits and parts > experiment.config.train.num_microbatches:
-        less = make(with_changes(config, {"train.num_microbatches": parts}), name, None)
-        yield SizeAttempt(f"{flags} --config.train.num_microbatches={parts}", less)
-
-
-def _held(experiment: Experiment, decode: Decode | None) -> int:
-    """Bytes of a device that hold parameters and, in training, optimizer state."""
-    state = experiment.abstract_state
-    leaves = jax.tree.leaves(state.params if decode else (state.params, state.opt_state))
-    return bytes_on_device(leaves)
-
-
-def _fits(trial: SizeAttempt) -> bool:
-    return trial.plan is not None and trial.plan.fits
+        less = make(with_changes(config, {"train.num_microbatches": parts}), target.name, None)
+        yield Trial(f"{flags} --config.train.num_microbatches={parts}", less)
