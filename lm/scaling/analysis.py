@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,10 +24,9 @@ from lm.scaling.artefact import (
     disagreement,
     rounded,
 )
-from lm.scaling.frontier import Frontier
 from lm.scaling.parametric import NAMES, Fit, Law
-from lm.scaling.powers import Power
-from lm.scaling.table import Source, Table, check, groups, means
+from lm.scaling.powers import Power, fit_power
+from lm.scaling.table import Points, Source, Table, check, groups, means
 
 NATS_PER_BIT = math.log(2)
 OUTLYING = 6  # times the spread of runs, beyond which a run is no noise
@@ -51,11 +50,9 @@ def analyse(table: Table, source: Source, options: Options | None = None) -> Res
         name: intervals.estimate(getattr(fit.law, name), getattr(laws, name), o.level)
         for name in (*names, "parameters_exponent", "tokens_exponent")
     }
-    losses = intervals.wild(best, fit, o.num_replicates, rng)
-    envelope, isoflop = (
-        _frontier(approach, best, losses, fit.law, o.level)
-        for approach in (frontier.envelope, frontier.isoflop)
-    )
+    tables = [best, *intervals.wild(best, fit, o.num_replicates, rng)]
+    envelope = _frontier([frontier.envelope(each) for each in tables], o.level)
+    isoflop = _frontier([frontier.isoflop(each, fit.law) for each in tables], o.level)
     exponents = {"a": estimates["parameters_exponent"], "b": estimates["tokens_exponent"]}
     return Result(
         counting=table.counting,
@@ -121,55 +118,44 @@ def _hold_out(table: Table, o: Options, rng: np.random.Generator) -> HeldOut | N
         predicted=predicted,
         mean_error=float(errors.mean()),
         largest_error=float(errors[np.argmax(np.abs(errors))]),
-        num_inside=int(
-            np.sum([p.low <= v <= p.high for p, v in zip(predicted, held.loss, strict=True)])
+        num_inside=sum(
+            bool(p.low <= v <= p.high) for p, v in zip(predicted, held.loss, strict=True)
         ),
     )
 
 
-def _frontier(
-    approach: Callable[[Table, np.ndarray | None, Law], Frontier],
-    table: Table,
-    losses: np.ndarray,
-    law: Law,
-    level: float,
-) -> FrontierEstimate:
-    found, again = approach(table, None, law), [approach(table, loss, law) for loss in losses]
+def _frontier(found: Sequence[Points], level: float) -> FrontierEstimate:
     columns = ("flops", "parameters", "tokens", "loss")
     return FrontierEstimate(
-        points={name: rounded(getattr(found, name)) for name in columns},
-        parameters=_estimate(found.parameters_law, [f.parameters_law for f in again], level),
-        tokens=_estimate(found.tokens_law, [f.tokens_law for f in again], level),
+        points={name: rounded(getattr(found[0], name)) for name in columns},
+        parameters=_law([fit_power(f.flops, f.parameters) for f in found], level),
+        tokens=_law([fit_power(f.flops, f.tokens) for f in found], level),
     )
 
 
 def _settings(
     table: Table, noise: float, o: Options, rng: np.random.Generator
 ) -> dict[str, Setting]:
-    losses = intervals.draw(table.loss, noise, o.num_replicates, rng)
+    tables = [table, *intervals.draw(table, noise, o.num_replicates, rng)]
     result = {}
     for name in ("learning_rate", "batch_size"):
-        if getattr(table, name) is None:
-            continue
-        found = settings.optima(table, name, o.variable)
-        again = [settings.optima(table, name, o.variable, loss).law for loss in losses]
-        result[name] = Setting(
-            kind=found.kind,
-            variable=o.variable,
-            points={"x": rounded(found.x), "best": rounded(found.best)},
-            at_edge=found.at_edge,
-            law=_estimate(found.law, again, o.level),
-        )
+        if getattr(table, name) is not None:
+            found = [settings.optima(each, name, o.variable) for each in tables]
+            result[name] = Setting(
+                kind=found[0].kind,
+                variable=o.variable,
+                points={"x": rounded(found[0].x), "best": rounded(found[0].best)},
+                at_edge=found[0].at_edge,
+                law=_law([fit_power(f.x, f.best) for f in found], o.level),
+            )
     return result
 
 
-def _estimate(found: Power, replicates: Sequence[Power], level: float) -> LawEstimate:
-    pairs = np.array([(p.coefficient, p.exponent) for p in replicates])
-    coefficient, exponent = (
-        intervals.estimate(float(value), values, level)
-        for value, values in zip((found.coefficient, found.exponent), pairs.T, strict=True)
-    )
-    return LawEstimate(coefficient, exponent, rounded(pairs))
+def _law(found: Sequence[Power], level: float) -> LawEstimate:
+    """The first of the laws, with intervals by the others."""
+    pairs = np.array(found)  # [1 + R, 2]
+    coefficient, exponent = (intervals.estimate(x[0], x[1:], level) for x in pairs.T)
+    return LawEstimate(coefficient, exponent, rounded(pairs[1:]))
 
 
 def _check_units(table: Table, fit: Fit) -> None:

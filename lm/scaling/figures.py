@@ -15,9 +15,9 @@ from lm.scaling import frontier, intervals
 from lm.scaling.artefact import LawEstimate, Result, Setting
 from lm.scaling.intervals import Estimate
 from lm.scaling.powers import parabola
-from lm.scaling.report import format_estimate
+from lm.scaling.report import format_estimate, parameters_label
 from lm.scaling.table import Table, means
-from lm.telemetry.figures import make_figure
+from lm.telemetry.figures import make_figure, shades
 from lm.telemetry.progress import format_quantity
 
 if TYPE_CHECKING:
@@ -54,13 +54,11 @@ def loss_figure(table: Table, result: Result) -> Figure:
 
     figure, [[axis]] = make_figure(size=(7.6, 4.8))
     dots = _scatter_by_size(axis, table, table.flops, table.loss)
-    sizes = table.sizes()
-    for curve in frontier.curves(table) if table.unique_tokens is None else []:
-        of_size = table.tokens[sizes == curve.number]
-        tokens = np.geomspace(of_size.min(), of_size.max(), 50)
-        flops = np.exp(np.interp(np.log(tokens), curve.log_tokens, curve.log_flops))
-        color = dots.cmap(curve.number)
-        axis.plot(flops, result.law.loss(curve.parameters, tokens), color=color, linewidth=1)
+    for number, curve in frontier.curves(table).items() if table.unique_tokens is None else []:
+        tokens = np.geomspace(curve.tokens[0], curve.tokens[-1], 50)
+        flops = np.exp(np.interp(np.log(tokens), np.log(curve.tokens), np.log(curve.flops)))
+        loss = result.law.loss(curve.parameters[0], tokens)
+        axis.plot(flops, loss, color=dots.cmap(number), linewidth=1)
     points = result.envelope.points
     if points["flops"]:
         axis.plot(points["flops"], points["loss"], ".", color="0.3", markersize=3, label="envelope")
@@ -81,19 +79,19 @@ def isoflop_figure(table: Table, result: Result) -> Figure:
     cuts = frontier.slices(table, law=result.law)
     sizes, losses = (np.concatenate([getattr(c, n) for c in cuts]) for n in ("parameters", "loss"))
     numbers = np.repeat(np.arange(len(cuts)), [len(cut.loss) for cut in cuts])
-    names = [f"{cut.flops:.2g}" for cut in cuts]
+    names = [f"{cut.flops[0]:.2g}" for cut in cuts]
     dots = _scatter(axis, sizes, losses, numbers, names, "FLOPs")
     top = losses.min()
     for number, cut in enumerate(cuts):
         found = parabola(cut.parameters, cut.loss)
         if found is not None:
-            line = np.geomspace(found.low, found.high, 60)
-            axis.plot(line, found.at(line), color=dots.cmap(number), linewidth=1)
-            top = max(top, np.max(found.at(line)))
+            log_size, height = found.linspace(60)
+            axis.plot(np.exp(log_size), height, color=dots.cmap(number), linewidth=1)
+            top = max(top, height.max())
     points = result.isoflop.points
     stars = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 0.8}
     axis.plot(points["parameters"], points["loss"], "k*", label="minimum of a budget", **stars)
-    axis.set(xscale="log", xlabel=_parameters(result), ylabel="loss (nats per token)")
+    axis.set(xscale="log", xlabel=parameters_label(result), ylabel="loss (nats per token)")
     axis.legend(**_BELOW)
     top += 0.1 * (top - losses.min())  # the parabolas fill the picture
     if losses.min() < top < losses.max():
@@ -117,7 +115,7 @@ def law_figure(table: Table, result: Result) -> Figure:
     left.plot(flops, best, color="C0", linewidth=2, label="best size")
     left.plot(table.flops, table.parameters, "o", color="0.2", markersize=3, label="runs")
     left.set(xscale="log", yscale="log", ylim=(sizes[0], sizes[-1]), title="lines of equal loss")
-    left.set(xlabel="training FLOPs", ylabel=_parameters(result))
+    left.set(xlabel="training FLOPs", ylabel=parameters_label(result))
     left.legend(**_BELOW, ncols=2)
     predicted = law.loss(table.parameters, table.tokens, table.unique_tokens)
     _scatter_by_size(right, table, table.tokens, 100 * np.log(table.loss / predicted))
@@ -146,7 +144,7 @@ def optimum_figure(result: Result) -> Figure:
         values = [result.optimum(c)[index] for c in flops]
         _band(axis, flops, values, _APPROACHES["parametric"], label)
         axis.axvline(high, color="0.7", linewidth=0.8, linestyle=":", label="end of the table")
-        label = _parameters(result) if name == "parameters" else name
+        label = parameters_label(result) if name == "parameters" else name
         axis.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"best {label}")
         axis.legend(**_BELOW)
     return figure
@@ -218,10 +216,6 @@ def _interval(found: Estimate) -> str:
     return format_estimate(found, ".3f")
 
 
-def _parameters(result: Result) -> str:
-    return f"{result.counting.replace('_', '-')} parameters"
-
-
 def _scatter_by_size(axis: Axes, table: Table, x: np.ndarray, y: np.ndarray) -> PathCollection:
     names = [format_quantity(size) for size in means(table.parameters, table.sizes())]
     return _scatter(axis, x, y, table.sizes(), names, "parameters")
@@ -238,10 +232,9 @@ def _scatter(
     """Draw points [n] in the colour of their group, numbers [n], from dark to light, and the names
     of up to ten groups on a scale beside the axis.
     """
-    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    colors = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, len(names))))
+    colors = ListedColormap(shades(len(names)))
     dots = axis.scatter(x, y, 16, numbers, cmap=colors, vmin=-0.5, vmax=len(names) - 0.5)
     ticks = np.unique(np.linspace(0, len(names) - 1, 10).round().astype(int))
     scale = axis.figure.colorbar(dots, ax=axis, ticks=ticks, label=title, aspect=40)

@@ -53,17 +53,20 @@ def bootstrap(
     ], noise
 
 
-def wild(table: Table, fit: Fit, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Losses [num, n] around those of the table, by the residuals of `fit`."""
+def wild(table: Table, fit: Fit, num: int, rng: np.random.Generator) -> list[Table]:
+    """`num` tables with losses around those of the table, by the residuals of `fit`."""
     freedom = np.sqrt(len(table) / (len(table) - 5))  # of residuals around five constants
-    return draw(table.loss, freedom * np.abs(fit.residuals), num, rng)
+    return draw(table, freedom * np.abs(fit.residuals), num, rng)
 
 
 def draw(
-    centre: np.ndarray, deviation: float | np.ndarray, num: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Losses [num, n] around centre: [n]; deviation of their logarithm: one, or [n]."""
-    return centre * np.exp(deviation * rng.standard_normal((num, len(centre))))
+    table: Table, deviation: float | np.ndarray, num: int, rng: np.random.Generator
+) -> list[Table]:
+    """`num` tables with losses around those of the table; deviation of their logarithm: one, or
+    [n].
+    """
+    losses = table.loss * np.exp(deviation * rng.standard_normal((num, len(table))))
+    return [dataclasses.replace(table, loss=loss) for loss in losses]
 
 
 def estimate(value: float, replicates: np.ndarray, level: float) -> Estimate:

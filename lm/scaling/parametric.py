@@ -118,7 +118,7 @@ def fit(
     repeats: R* of the law; None fits it where the table has unique_tokens, and takes every token
     as new where it has not. starts: a grid like `starts_grid`'s, or a Law near the minimum.
     """
-    problem = _Problem.of(table, repeats)
+    problem = _Problem(table, repeats)
     if isinstance(starts, Law):
         num_starts, thetas = 1, [problem.encode(starts)]
     else:
@@ -142,7 +142,6 @@ def repeat_decay(repeated: np.ndarray, R: np.ndarray) -> np.ndarray:
         return np.where(np.isinf(R), repeated, -R * np.expm1(-repeated / R))
 
 
-@dataclasses.dataclass(frozen=True)
 class _Problem:
     """The least squares problem in theta [P] = (log E, log A', log B', alpha, beta[, log R*]).
 
@@ -150,40 +149,24 @@ class _Problem:
     nearly independent, and a step in one needs no step in the other.
     """
 
-    log_loss: np.ndarray  # [n]
-    x: np.ndarray  # [n] log N, less its mean
-    y: np.ndarray  # [n] log of distinct tokens, less the mean of log D
-    again: np.ndarray  # [n] times that they are seen again
-    x_mean: float
-    y_mean: float
-    repeats: float | None  # R*; None: the last entry of theta
-    low: np.ndarray  # [P]
-    high: np.ndarray  # [P]
-
-    @classmethod
-    def of(cls, table: Table, repeats: float | None) -> _Problem:
+    def __init__(self, table: Table, repeats: float | None) -> None:
+        """repeats: R*; None: the last entry of theta."""
         log_N, log_D = np.log(table.parameters), np.log(table.tokens)
-        again = np.zeros(len(table))
-        if table.unique_tokens is None:
-            repeats = np.inf
-        else:
-            again = table.tokens / np.minimum(table.unique_tokens, table.tokens) - 1
-        least = np.log(table.loss.min())
-        low = [least - 14, least - 30, least - 30, SMALLEST_EXPONENT, SMALLEST_EXPONENT]
-        high = [least + 5, least + 10, least + 10, LARGEST_EXPONENT, LARGEST_EXPONENT]
-        if repeats is None:
-            low, high = [*low, np.log(1e-2)], [*high, np.log(1e4)]
-        return cls(
-            log_loss=np.log(table.loss),
-            x=log_N - log_N.mean(),
-            y=log_D - np.log1p(again) - log_D.mean(),
-            again=again,
-            x_mean=float(log_N.mean()),
-            y_mean=float(log_D.mean()),
-            repeats=repeats,
-            low=np.array(low),
-            high=np.array(high),
-        )
+        unique = table.tokens
+        if table.unique_tokens is not None:
+            unique = np.minimum(table.unique_tokens, table.tokens)
+        self.repeats = np.inf if table.unique_tokens is None else repeats
+        self.again = table.tokens / unique - 1  # [n] times that tokens are seen again
+        self.x_mean, self.y_mean = float(log_N.mean()), float(log_D.mean())
+        self.x = log_N - self.x_mean  # [n]
+        self.y = log_D - np.log1p(self.again) - self.y_mean  # [n], of distinct tokens
+        self.log_loss = np.log(table.loss)  # [n]
+        least, exponents = self.log_loss.min(), (SMALLEST_EXPONENT, LARGEST_EXPONENT)
+        terms = (least - 30, least + 10)
+        bounds = [(least - 14, least + 5), terms, terms, exponents, exponents]
+        if self.repeats is None:
+            bounds.append((np.log(1e-2), np.log(1e4)))
+        self.low, self.high = np.array(bounds).T  # [P]
 
     def encode(self, law: Law) -> np.ndarray:
         """theta [P] of a law."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
+from numpy.polynomial import Polynomial
 
 
-@dataclasses.dataclass(frozen=True)
-class Power:
+class Power(NamedTuple):
     """Constants, each a number or, for many fits at once, an array [R]."""
 
     coefficient: np.ndarray | float
@@ -19,11 +19,11 @@ class Power:
 
 
 def fit_power(x: np.ndarray, y: np.ndarray) -> Power:
-    """Least squares in logarithms, x and y: [n]; NaN for fewer than two different x."""
-    log_x, log_y = np.log(x), np.log(y)
-    if len(x) < 2 or np.ptp(log_x) == 0:
+    """Least squares in logarithms, x and y: [n]; NaN unless two x differ and all y are positive."""
+    log_x = np.log(x)
+    if len(x) < 2 or np.ptp(log_x) == 0 or not np.all(np.isfinite(y) & (y > 0)):
         return Power(np.nan, np.nan)
-    centred = log_x - log_x.mean()
+    log_y, centred = np.log(y), log_x - log_x.mean()
     exponent = float(centred @ log_y / (centred @ centred))
     return Power(float(np.exp(log_y.mean() - exponent * log_x.mean())), exponent)
 
@@ -32,31 +32,10 @@ NEIGHBOURS = 2  # least points on each side of the lowest that a parabola is fit
 REACH = 2.0  # and all points up to this factor from it
 
 
-@dataclasses.dataclass(frozen=True)
-class Parabola:
-    """y = square (log x - middle)^2 + slope (log x - middle) + height, for low <= x <= high."""
-
-    square: float
-    slope: float
-    height: float
-    middle: float
-    low: float
-    high: float
-
-    def at(self, x: np.ndarray | float) -> np.ndarray | float:
-        return np.polyval((self.square, self.slope, self.height), np.log(x) - self.middle)
-
-    @property
-    def minimum(self) -> float:
-        """The x of its minimum; NaN unless it opens upwards and has the minimum inside."""
-        offset = -self.slope / (2 * self.square) if self.square > 0 else np.nan
-        x = float(np.exp(self.middle + offset))
-        return x if self.low <= x <= self.high else np.nan
-
-
-def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
-    """The least squares parabola of the lowest of the points [n], n >= 3, and those near it: far
-    from the minimum a loss is no parabola. None where the lowest point is the first or the last.
+def parabola(x: np.ndarray, y: np.ndarray) -> Polynomial | None:
+    """The least squares parabola in log x of the lowest of the points [n], n >= 3, and those near
+    it: far from the minimum a loss is no parabola. Its domain are the logarithms of the first and
+    last of them. None where the lowest point is the first or the last of all.
     """
     order = np.argsort(x)
     x, y = x[order], y[order]
@@ -65,13 +44,17 @@ def parabola(x: np.ndarray, y: np.ndarray) -> Parabola | None:
         return None
     near = np.abs(np.log(x / x[i])) <= np.log(REACH) + 1e-9
     near[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1] = True
-    log_x = np.log(x[near])
-    middle = float(log_x.mean())
-    square, slope, height = (float(v) for v in np.polyfit(log_x - middle, y[near], 2))
-    return Parabola(square, slope, height, middle, float(x[near][0]), float(x[near][-1]))
+    return Polynomial.fit(np.log(x[near]), y[near], 2)
 
 
 def parabola_minimum(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """(x, y) of the minimum of `parabola`; NaN where there is none inside."""
+    """(x, y) of the minimum of `parabola`; NaN unless it opens upwards and has it in its domain."""
     found = parabola(x, y)
-    return (np.nan, np.nan) if found is None else (found.minimum, float(found.at(found.minimum)))
+    if found is None:
+        return np.nan, np.nan
+    _, slope, square = found.coef  # over the domain as -1 ... 1
+    if square <= 0 or abs(slope) > 2 * square:
+        return np.nan, np.nan
+    offset, scale = found.mapparms()
+    log_x = (-slope / (2 * square) - offset) / scale
+    return float(np.exp(log_x)), float(found(log_x))

@@ -39,7 +39,7 @@ def plan_page(
     """
     data, epochs = result.data, f", {plan.epochs:.3g} epochs" if plan.epochs > 1 else ""
     rows = [
-        (f"{_counting(result)} parameters", format_estimate(plan.parameters)),
+        (parameters_label(result), format_estimate(plan.parameters)),
         ("tokens", format_estimate(plan.tokens) + epochs),
         ("tokens per parameter", f"{plan.tokens.value / plan.parameters.value:.3g}"),
         ("loss of one run, nats per token", format_estimate(plan.loss, ".4f")),
@@ -82,7 +82,7 @@ def _title(result: Result) -> str:
     out = f" (left out: {words})" if words else ""
     return (
         f"{d.path}, sha256 {d.sha256[:12]}: {d.num_fitted} of {d.num_rows} runs{out}\n"
-        f"{len(d.parameters)} sizes, {_ends(d.parameters)} {_counting(result)} parameters; "
+        f"{len(d.parameters)} sizes, {_ends(d.parameters)} {parameters_label(result)}; "
         f"{len(d.tokens)} token counts, {_ends(d.tokens)}; {d.flops[0]:.3g} to {d.flops[1]:.3g} "
         "FLOPs"
     )
@@ -103,23 +103,18 @@ def _constants(result: Result) -> str:
 
 
 def _frontiers(result: Result) -> str:
-    exponents = {
-        name: (found.parameters.exponent, found.tokens.exponent, len(found.points["flops"]))
-        for name, found in result.approaches.items()
-    }
+    rows = [
+        (name, x.parameters.exponent, x.tokens.exponent, f"{len(x.points['flops'])} budgets")
+        for name, x in result.approaches.items()
+    ]
+    rows.append(("law", result.exponents["a"], result.exponents["b"], ""))
     lines = [f"  {'approach':11} {'N_opt ~ C^a':24} {'D_opt ~ C^b':24}"]
-    for number, (name, (a, b, num_budgets)) in enumerate(exponents.items(), 1):
-        label, budgets = f"  {number} {name:9}", f"{num_budgets} budgets"
+    for number, (name, a, b, budgets) in enumerate(rows, 1):
+        found = f"no: {budgets} with a minimum inside their sizes"
         if np.isfinite(a.value):
-            lines.append(_exponents(label, a, b) + budgets)
-        else:
-            lines.append(f"{label} no: {budgets} with a minimum inside their sizes")
-    law = _exponents(f"  3 {'law':9}", result.exponents["a"], result.exponents["b"])
-    return "\n".join([*lines, law])
-
-
-def _exponents(label: str, a: Estimate, b: Estimate) -> str:
-    return f"{label} {format_estimate(a, '.3f'):24} {format_estimate(b, '.3f'):24} "
+            found = f"{format_estimate(a, '.3f'):24} {format_estimate(b, '.3f'):24} {budgets}"
+        lines.append(f"  {number} {name:9} {found}")
+    return "\n".join(lines)
 
 
 def _setting(name: str, setting: Setting) -> str:
@@ -152,8 +147,9 @@ def _warnings(warnings: Iterable[str]) -> str:
     return "\n".join(["warnings", *lines]) if lines else ""
 
 
-def _counting(result: Result) -> str:
-    return result.counting.replace("_", "-")
+def parameters_label(result: Result) -> str:
+    """The name of N: total parameters, or non-embedding ones."""
+    return f"{result.counting.replace('_', '-')} parameters"
 
 
 def format_estimate(e: Estimate, form: str = "") -> str:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.scaling.powers import Power, fit_power, parabola_minimum
+from lm.scaling.powers import parabola_minimum
 from lm.scaling.table import Table
 
 
@@ -19,21 +19,15 @@ class Optima:
     best: np.ndarray  # float64 [m]
     at_edge: int  # pairs left out: the best value is the smallest or largest that was tried
 
-    @property
-    def law(self) -> Power:
-        return fit_power(self.x, self.best)
 
-
-def optima(table: Table, name: str, variable: str, loss: np.ndarray | None = None) -> Optima:
-    """Optima of the setting `name` over a variable, a column of the table; loss: [n], in place of
-    the table's.
+def optima(table: Table, name: str, variable: str) -> Optima:
+    """Optima of the setting `name` over a variable, a column of the table.
 
     A pair of parameters and tokens with at least three values of the setting gives the minimum of a
     parabola of loss over its logarithm, fitted to the best value and its neighbours; other settings
     are at their best for each value, seeds are averaged. Where no pair was swept, the values that
     were run are all there is.
     """
-    loss = table.loss if loss is None else loss
     setting, variables = getattr(table, name), getattr(table, variable)
     cells, kinds = table.cells(), table.settings()
     swept, used = [], []  # pairs (x, best)
@@ -43,7 +37,7 @@ def optima(table: Table, name: str, variable: str, loss: np.ndarray | None = Non
         least: dict[float, float] = {}  # loss of each value, at the best of the other settings
         for kind in np.unique(kinds[inside]):
             runs = inside[kinds[inside] == kind]
-            value, mean = float(setting[runs[0]]), float(loss[runs].mean())
+            value, mean = float(setting[runs[0]]), float(table.loss[runs].mean())
             least[value] = min(mean, least.get(value, np.inf))
         values, losses = np.array(sorted(least.items())).T
         used.append((x, values[losses.argmin()]))

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -34,27 +35,34 @@ Record = Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Columns of equal length; `rows` are their positions in the file, from 1, for messages."""
+class Points:
+    """Columns of equal length n: runs, or what is read between runs."""
 
-    parameters: np.ndarray  # float64 [n], counted as `counting` says
+    parameters: np.ndarray  # float64 [n]
     tokens: np.ndarray  # float64 [n]
     flops: np.ndarray  # float64 [n], of the whole run
     loss: np.ndarray  # float64 [n], nats per token
-    rows: np.ndarray  # int [n]
-    counting: str  # a key of COUNTING
-    learning_rate: np.ndarray | None = None
-    batch_size: np.ndarray | None = None
-    unique_tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
 
-    def take(self, which: np.ndarray) -> Table:
-        """The rows at these positions, or where this mask is True."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        columns = {k: v[which] for k, v in values.items() if isinstance(v, np.ndarray)}
-        return Table(**{**values, **columns})
+    def take(self, which: np.ndarray | tuple[np.ndarray, np.ndarray | int]) -> Self:
+        """The rows at these positions, or where this mask is True; of columns with two axes, the
+        pairs of positions.
+        """
+        columns = {k: v[which] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Points):
+    """Runs, with their parameters counted as `counting` says."""
+
+    rows: np.ndarray  # int [n], positions in the file, from 1, for messages
+    counting: str  # a key of COUNTING
+    learning_rate: np.ndarray | None = None
+    batch_size: np.ndarray | None = None
+    unique_tokens: np.ndarray | None = None
 
     def sizes(self) -> np.ndarray:
         """The number of each row's size, from the smallest: int [n]. Parameters that were read from
@@ -77,13 +85,13 @@ class Table:
         A law of the loss is one of well-chosen learning rates and batches. Seeds of one setting all
         stay.
         """
-        cells, settings = self.cells(), self.settings()
-        keep = np.zeros(len(self), bool)
-        for cell in np.unique(cells):
-            inside = cells == cell
-            kinds = [inside & (settings == kind) for kind in np.unique(settings[inside])]
-            keep |= kinds[int(np.argmin([self.loss[kind].mean() for kind in kinds]))]
-        return self.take(keep)
+        cells = self.cells()
+        kinds = _numbers(cells, self.settings())
+        mean, best = means(self.loss, kinds), []
+        for cell in range(cells.max() + 1):
+            of_cell = np.unique(kinds[cells == cell])
+            best.append(of_cell[mean[of_cell].argmin()])
+        return self.take(np.isin(kinds, best))
 
     def flops_ratio(self) -> np.ndarray:
         """FLOPs for each parameter and token: float64 [n]."""

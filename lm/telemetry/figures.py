@@ -26,3 +26,10 @@ def make_figure(
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def shades(count: int) -> np.ndarray:
+    """Colors from dark to light: float [count, 4]."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.9, count))
