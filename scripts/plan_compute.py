@@ -72,7 +72,7 @@ def main() -> int:
     )
     print(report.plan_page(plan, result, machine=machine, price=args.price_per_chip_hour), end="")
     if args.json:
-        Path(args.json).write_text(plan.to_json())
+        Path(args.json).write_text(artefact.to_json(plan, indent=2))
     return 0
 
 

@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from lm.scaling.intervals import Estimate
 from lm.scaling.parametric import Constant, Law
 from lm.scaling.powers import Power
 from lm.scaling.table import Source
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 # The bootstrap behind the intervals of the constants.
@@ -55,11 +58,9 @@ class LawEstimate:
 
     def at(self, x: float, level: float) -> Estimate:
         """The law's value at x with its interval."""
-        coefficients, exponents = np.array(self.replicates).T
         value = Power(self.coefficient.value, self.exponent.value).at(x)
-        return intervals.estimate(
-            float(value), np.asarray(Power(coefficients, exponents).at(x)), level
-        )
+        replicates = Power(*np.array(self.replicates).T).at(x)
+        return intervals.estimate(float(value), np.asarray(replicates), level)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,16 +189,14 @@ def disagreement(found: Mapping[str, FrontierEstimate], law: Estimate) -> list[s
     return warnings
 
 
-def to_json(result: Result) -> str:
-    return json.dumps(with_nulls(dataclasses.asdict(result)), allow_nan=False) + "\n"
+def to_json(value: DataclassInstance, indent: int | None = None) -> str:
+    """JSON of a result or a plan, with null for what JSON has no number for."""
+    tree = _with_nulls(dataclasses.asdict(value))
+    return json.dumps(tree, indent=indent, allow_nan=False) + "\n"
 
 
 def from_json(text: str, name: str = "the file") -> Result:
-    """The Result that `to_json` wrote.
-
-    Raises:
-        ValueError: it is something else, or of another format.
-    """
+    """The Result that `to_json` wrote; ValueError if it is something else, or of another format."""
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -229,10 +228,9 @@ def rounded(values: np.ndarray) -> list:
     return np.vectorize(lambda x: float(f"{x:.{NUM_DIGITS}g}"), otypes=[float])(values).tolist()
 
 
-def with_nulls(tree: JsonTree) -> JsonTree:
-    """The tree with null for what JSON has no number for."""
+def _with_nulls(tree: JsonTree) -> JsonTree:
     if isinstance(tree, dict):
-        return {key: with_nulls(value) for key, value in tree.items()}
+        return {key: _with_nulls(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [with_nulls(value) for value in tree]
+        return [_with_nulls(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree

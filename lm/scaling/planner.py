@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from lm.scaling import intervals
-from lm.scaling.artefact import Result, disagreement, with_nulls
+from lm.scaling.artefact import Result, disagreement
 from lm.scaling.intervals import Estimate
 from lm.scaling.parametric import Law
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
@@ -51,9 +50,6 @@ class RunPlan:
     other: dict[str, tuple[Estimate, Estimate]]  # parameters and tokens by approaches 1 and 2
     warnings: list[str]
 
-    def to_json(self) -> str:
-        return json.dumps(with_nulls(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
-
 
 def plan(
     result: Result,
@@ -62,7 +58,6 @@ def plan(
     unique_tokens: float | None = None,
     factor: float = FLOPS_PER_PARAMETER_TOKEN,
     max_extrapolation: float = MAX_EXTRAPOLATION,
-    seed: int = 0,
 ) -> RunPlan:
     """The run of least loss with factor * parameters * tokens = flops.
 
@@ -94,7 +89,7 @@ def plan(
     each = [_best(law, flops, factor, unique_tokens) for law in laws.unstack()]
     sizes, counts = np.array(each).T
     losses = laws.loss(size, tokens, unique_tokens)[:, 0]
-    noise = np.random.default_rng(seed).standard_normal(len(losses))
+    noise = np.random.default_rng(0).standard_normal(len(losses))
     losses = losses * np.exp(result.noise * noise)
     at = {"flops": flops, "parameters": size, "tokens": tokens}
     return RunPlan(
