@@ -74,4 +74,5 @@ def test_curves_are_drawn(tmp_path):
     runs = curve("mup", 64, -7) + curve("standard", 64, -7) + curve("standard", 128, -8)
     lr_transfer.draw(runs, str(tmp_path / "transfer.png"))
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
-    assert np.isinf(lr_transfer.mean_losses([TrainedPoint("mup", 64, 0.5, 0, None, 1.0)])[0.5])
+    diverged = lr_transfer.curves([TrainedPoint("mup", 64, 0.5, 0, None, 1.0)])
+    assert diverged["mup", 64] == ([0.5], [[np.inf]])

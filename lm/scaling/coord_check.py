@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -18,10 +19,9 @@ from flax.traverse_util import flatten_dict
 
 from lm.config.tree import ConfigTree
 from lm.scaling.powers import fit_power
-from lm.telemetry.figures import make_figure
-from lm.training import train_step
+from lm.telemetry.figures import make_figure, shades
 from lm.training.experiment import Experiment
-from lm.types import Batch, Params, TrainState
+from lm.types import Batch, Device, Params
 
 # The fields of `config.model` that grow in proportion to each kind of size.
 WIDTHS = ("embed_dim", "mlp_dim", "moe.mlp_dim", "moe.shared_mlp_dim")
@@ -38,15 +38,14 @@ Activations: TypeAlias = dict[str, jax.Array]
 def resized(config: ConfigTree, along: str, size: int) -> dict[str, object]:
     """{config path: value} of the model with `size` as its embed_dim (along width or head_dim) or
     num_layers (along depth), and all that grows with it; the config's own sizes are the base where
-    it names none.
-
-    Raises:
-        ValueError: a number would not be whole.
+    it names none. ValueError where a number would not be whole.
     """
     flat = cast("dict[str, Any]", flatten_dict(config.model.to_dict(), sep="."))
     flat["head_dim"] = flat["head_dim"] or flat["embed_dim"] // flat["num_heads"]
     old = flat["num_layers" if along == "depth" else "embed_dim"]
-    changes = {"head_dim": flat["head_dim"]}
+    bases = ("embed_dim", "num_layers", "head_dim")
+    changes = {f"base_{name}": flat[name] for name in bases if flat[f"base_{name}"] is None}
+    changes["head_dim"] = flat["head_dim"]
     for name in GROWING[along]:
         if (value := flat.get(name)) is None:
             continue  # what is unset follows
@@ -56,11 +55,20 @@ def resized(config: ConfigTree, along: str, size: int) -> dict[str, object]:
                 f"that are multiples of {old}"
             )
         changes[name] = value * size // old
-    bases = [
-        name for name in ("embed_dim", "num_layers", "head_dim") if flat[f"base_{name}"] is None
-    ]
-    changes |= {f"base_{name}": flat[name] for name in bases}
     return {f"model.{name}": value for name, value in changes.items()}
+
+
+def sized_experiment(
+    config: ConfigTree,
+    devices: Sequence[Device],
+    along: str,
+    size: int,
+    changes: Mapping[str, object],
+) -> Experiment:
+    """The experiment of a config with `resized` and other values changed, {config path: value}."""
+    sized = config.copy_and_resolve_references()
+    sized.update_from_flattened_dict({**changes, **resized(config, along, size)})
+    return Experiment(sized, devices)
 
 
 def activations(experiment: Experiment, params: Params, batch: Batch) -> Activations:
@@ -97,41 +105,19 @@ def measure(experiment: Experiment, num_steps: int) -> dict[str, dict[str, list[
     Every step takes the same batch: the effect of a step on other batches is another question,
     which depends on how much they share.
     """
-
-    def advance(
-        state: TrainState, batch: Batch, first: Activations
-    ) -> tuple[TrainState, dict[str, dict[str, jax.Array]], Activations]:
-        """(state after `batch`, root mean squares before it, the activations before it)."""
-        now = activations(experiment, state.params, batch)
-        sizes = {n: {"size": _rms(x), "change": _rms(x - first[n])} for n, x in now.items()}
-        state, _, _ = train_step.train_step(
-            state, batch, loss_fn=experiment.loss_fn, tx=experiment.tx, rng=jax.random.key(0)
-        )
-        return state, sizes, now
-
     batch = experiment.make_global_batch(experiment.train_data.batch_at(0, experiment.rows))
-    state, rows = experiment.init_state(), []
-    everywhere = experiment.rules.sharding()
-    outputs = (jax.tree.map(lambda x: x.sharding, state), everywhere, everywhere)
-    compiled = jax.jit(advance, out_shardings=outputs)
-    shapes = jax.eval_shape(functools.partial(activations, experiment), state.params, batch)
-    first = jax.tree.map(lambda s: np.full(s.shape, np.nan, s.dtype), shapes)
-    first = jax.device_put(first, everywhere)
-    for at in range(num_steps + 1):  # one update more than is measured: one program is enough
-        state, sizes, now = compiled(state, batch, first)
-        first = now if at == 0 else first
-        rows.append(sizes)
-    host = jax.device_get(rows)
-    return {
-        name: {kind: [float(row[name][kind]) for row in host] for kind in KINDS} for name in host[0]
-    }
-
-
-def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent a of values ~ sizes ** a, by least squares of logarithms; nan at zeros."""
-    if min(values) <= 0 or not np.all(np.isfinite(values)):
-        return float("nan")
-    return float(fit_power(np.array(sizes), np.array(values)).exponent)
+    observe = jax.jit(
+        functools.partial(activations, experiment), out_shardings=experiment.rules.sharding()
+    )
+    state = experiment.init_state()
+    first = observe(state.params, batch)
+    found = {name: {"size": [float(_rms(x))], "change": [math.nan]} for name, x in first.items()}
+    for _ in range(num_steps):
+        state, _, _ = experiment.train_step(state, batch)
+        for name, x in observe(state.params, batch).items():
+            found[name]["size"].append(float(_rms(x)))
+            found[name]["change"].append(float(_rms(x - first[name])))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +131,9 @@ class Check:
 
     def slopes(self, kind: str, step: int = -1) -> dict[str, float]:
         """The exponent of each activation in the size, after a step."""
-        return {
-            name: slope(self.sizes, [steps[step] for steps in of_kind[kind]])
-            for name, of_kind in self.values.items()
-        }
+        values = {name: np.array(found[kind])[:, step] for name, found in self.values.items()}
+        sizes = np.array(self.sizes)
+        return {name: float(fit_power(sizes, x).exponent) for name, x in values.items()}
 
     def to_json(self) -> dict[str, object]:
         num_measured = len(next(iter(self.values.values()))["size"][0])
@@ -159,7 +144,7 @@ class Check:
 
 def check(
     config: ConfigTree,
-    devices: Sequence[Any],
+    devices: Sequence[Device],
     *,
     parametrization: str,
     sizes: Sequence[int],
@@ -170,17 +155,16 @@ def check(
     """Train a model of each size for `num_steps` at the peak learning rate, and measure it after
     each of them.
     """
+    changes = {
+        "model.parametrization": parametrization,
+        "optimizer.schedule.kind": "constant",
+        "optimizer.schedule.warmup_steps": 0,
+        "train.num_steps": num_steps,
+    }
     found = []
     for size in sizes:
-        changes = {
-            "model.parametrization": parametrization,
-            "optimizer.schedule.kind": "constant",
-            "optimizer.schedule.warmup_steps": 0,
-            "train.num_steps": num_steps,
-        }
-        of_size = config.copy_and_resolve_references()
-        of_size.update_from_flattened_dict(changes | resized(config, along, size))
-        found.append(measure(Experiment(of_size, devices), num_steps))
+        experiment = sized_experiment(config, devices, along, size, changes)
+        found.append(measure(experiment, num_steps))
         say(f"{parametrization}, {along} {size}: logits {found[-1]['logits']['size'][-1]:.4g}")
     values = {
         name: {kind: [of_size[name][kind] for of_size in found] for kind in KINDS}
@@ -206,8 +190,6 @@ def draw(checks: Sequence[Check], path: str) -> None:
     """Write a picture: a row for each parametrization and kind, a column for each activation, a
     line for each step; the exponent after the last step is in each title.
     """
-    from matplotlib import colormaps
-
     rows = [(found, kind) for found in checks for kind in KINDS]
     names = list(checks[0].values)
     figure, axes = make_figure(len(rows), len(names), size=(2.6, 2.3))
@@ -215,8 +197,7 @@ def draw(checks: Sequence[Check], path: str) -> None:
         slopes = found.slopes(kind)
         for name, axis in zip(names, line, strict=True):
             curves = list(zip(*found.values[name][kind], strict=True))  # [step][size]
-            for at, values in enumerate(curves):
-                color = colormaps["viridis"](at / max(1, len(curves) - 1) * 0.9)
+            for at, (values, color) in enumerate(zip(curves, shades(len(curves)), strict=True)):
                 axis.plot(found.sizes, values, marker="o", markersize=3, color=color, label=at)
             axis.set_xscale("log", base=2)
             axis.set_xticks(found.sizes, [str(size) for size in found.sizes])

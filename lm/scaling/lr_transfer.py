@@ -5,11 +5,12 @@ seeds, with one compiled step for each width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,14 @@ import numpy as np
 import optax
 
 from lm.config.tree import ConfigTree
-from lm.scaling.coord_check import resized
+from lm.scaling.coord_check import sized_experiment
 from lm.scaling.powers import parabola_minimum
 from lm.telemetry import jsonl
-from lm.telemetry.figures import make_figure
+from lm.telemetry.figures import make_figure, shades
 from lm.training import train_step
 from lm.training.experiment import Experiment
-from lm.types import Batch, TrainState
+from lm.types import Batch, Device, TrainState
 
-Key: TypeAlias = tuple[str, int, float, int]  # parametrization, width, learning rate, seed
 Step: TypeAlias = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, jax.Array, jax.Array]]
 
 
@@ -43,18 +43,13 @@ class TrainedPoint:
     seconds: float
 
     @property
-    def key(self) -> Key:
+    def key(self) -> tuple[str, int, float, int]:
         return self.parametrization, self.width, self.learning_rate, self.seed
-
-
-def read(path: Path) -> list[TrainedPoint]:
-    """The runs of a file, without a last line that a kill has cut."""
-    return [TrainedPoint(**record) for record in jsonl.read(path)]
 
 
 def sweep(
     config: ConfigTree,
-    devices: Sequence[Any],
+    devices: Sequence[Device],
     path: Path,
     *,
     parametrizations: Sequence[str],
@@ -64,53 +59,44 @@ def sweep(
     say: Callable[[str], object] = print,
 ) -> list[TrainedPoint]:
     """Do all runs that the file has not, and append each when it is done."""
-    found = read(path)
+    found = [TrainedPoint(**record) for record in jsonl.read(path)]
     done = {run.key for run in found}
     path.parent.mkdir(parents=True, exist_ok=True)
     with jsonl.reopen(path, map(dataclasses.asdict, found)) as file:
-        for name in parametrizations:
-            for width in widths:
-                keys = [(name, width, r, seed) for seed in seeds for r in rates]
-                for run in _runs(config, devices, [key for key in keys if key not in done]):
-                    file.write(jsonl.line(dataclasses.asdict(run)))
-                    file.flush()
-                    found.append(run)
-                    loss = "diverged" if run.loss is None else f"{run.loss:.4f}"
-                    say(
-                        f"{name} {width}: rate 2^{math.log2(run.learning_rate):g}, seed {run.seed}:"
-                        f" {loss} ({run.seconds:.1f} s)"
-                    )
+        for name, width in itertools.product(parametrizations, widths):
+            advance: Step | None = None
+            for seed in seeds:
+                rest = [rate for rate in rates if (name, width, rate, seed) not in done]
+                if not rest:
+                    continue
+                changes = {"model.parametrization": name, "seed": seed}
+                changes |= {"optimizer.learning_rate": 1.0}
+                experiment = sized_experiment(config, devices, "width", width, changes)
+                first = experiment.init_state()
+                advance = advance or _make_step(experiment, first)
+                for rate in rest:
+                    start = time.monotonic()
+                    loss = _train(experiment, advance, first, rate)
+                    seconds = time.monotonic() - start
+                    found.append(TrainedPoint(name, width, rate, seed, loss, seconds))
+                    jsonl.append(file, dataclasses.asdict(found[-1]))
+                    shown = "diverged" if loss is None else f"{loss:.4f}"
+                    power = f"2^{math.log2(rate):g}"
+                    say(f"{name} {width}: rate {power}, seed {seed}: {shown} ({seconds:.1f} s)")
     return found
 
 
-def _runs(
-    config: ConfigTree, devices: Sequence[Any], keys: Iterable[Key]
-) -> Iterator[TrainedPoint]:
-    """The runs of one parametrization and width."""
-    advance: Step | None = None
-    states: dict[int, tuple[Experiment, TrainState]] = {}
-    for name, width, rate, seed in keys:
-        if seed not in states:
-            changes = resized(config, "width", width)
-            changes |= {"model.parametrization": name, "seed": seed, "optimizer.learning_rate": 1.0}
-            of_width = config.copy_and_resolve_references()
-            of_width.update_from_flattened_dict(changes)
-            experiment = Experiment(of_width, devices)
-            states = {seed: (experiment, experiment.init_state())}
-        experiment, first = states[seed]
-        advance = advance or _make_step(experiment, first)
-        start, state = time.monotonic(), jax.tree.map(jnp.copy, first)
-        losses, bad = [], []
-        for at in range(experiment.num_steps):
-            batch = experiment.train_data.batch_at(at, experiment.rows)
-            state, loss, was_bad = advance(
-                state, experiment.make_global_batch(batch), jnp.float32(rate)
-            )
-            losses.append(loss)
-            bad.append(was_bad)
-        last = np.asarray(losses[-max(1, len(losses) // 4) :])
-        loss = None if np.any(bad) else float(np.mean(last))
-        yield TrainedPoint(name, width, rate, seed, loss, time.monotonic() - start)
+def _train(experiment: Experiment, advance: Step, first: TrainState, rate: float) -> float | None:
+    """The loss of a run as of a TrainedPoint."""
+    state, losses, bad = jax.tree.map(jnp.copy, first), [], []
+    for at in range(experiment.num_steps):
+        batch = experiment.train_data.batch_at(at, experiment.rows)
+        batch = experiment.make_global_batch(batch)
+        state, loss, was_bad = advance(state, batch, jnp.float32(rate))
+        losses.append(loss)
+        bad.append(was_bad)
+    last = np.asarray(losses[-max(1, len(losses) // 4) :])
+    return None if np.any(bad) else float(np.mean(last))
 
 
 def _make_step(experiment: Experiment, like: TrainState) -> Step:
@@ -125,10 +111,10 @@ def _make_step(experiment: Experiment, like: TrainState) -> Step:
         state: TrainState, batch: Batch, rate: jax.Array
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         def update(
-            updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+            grads: optax.Updates, opt_state: optax.OptState, params: optax.Params | None = None
         ) -> tuple[optax.Updates, optax.OptState]:
-            updates, state = tx.update(updates, state, params)
-            return jax.tree.map(lambda u: rate * u, updates), state
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.tree.scale(rate, updates), opt_state
 
         state, sums, info = train_step.train_step(
             state,
@@ -161,36 +147,33 @@ class Best:
         return not math.isnan(self.fitted)
 
 
-def best(runs: Sequence[TrainedPoint]) -> list[Best]:
-    """The best rate of every parametrization and width, in the order of the runs."""
-    found = []
-    for name, width in dict.fromkeys((r.parametrization, r.width) for r in runs):
-        of_width = [r for r in runs if (r.parametrization, r.width) == (name, width)]
-        curve = mean_losses(of_width)
-        rates, losses = (np.array(values) for values in (list(curve), list(curve.values())))
-        i = int(losses.argmin())
-        around = slice(max(0, i - 1), i + 2)
-        fitted = np.nan
-        if np.isfinite(losses[around]).all():
-            fitted, _ = parabola_minimum(rates[around], losses[around])
-        of_seeds = tuple(
-            min((r for r in of_width if r.seed == seed), key=_loss).learning_rate
-            for seed in sorted({r.seed for r in of_width})
-        )
-        found.append(Best(name, width, float(rates[i]), fitted, float(losses[i]), of_seeds))
+def curves(runs: Sequence[TrainedPoint]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """{(parametrization, width): (rates [R], losses [seeds, R])}, in the order of the runs. Losses
+    are infinite where a run diverged, NaN where it is not done.
+    """
+    found = {}
+    for key in dict.fromkeys((r.parametrization, r.width) for r in runs):
+        of_width = [r for r in runs if (r.parametrization, r.width) == key]
+        rates, columns = np.unique([r.learning_rate for r in of_width], return_inverse=True)
+        seeds, rows = np.unique([r.seed for r in of_width], return_inverse=True)
+        losses = np.full((len(seeds), len(rates)), np.nan)
+        losses[rows, columns] = [np.inf if r.loss is None else r.loss for r in of_width]
+        found[key] = rates, losses
     return found
 
 
-def _loss(run: TrainedPoint) -> float:
-    return math.inf if run.loss is None else run.loss
-
-
-def mean_losses(runs: Sequence[TrainedPoint]) -> dict[float, float]:
-    """{learning rate: mean over seeds}, ascending, infinite where one diverged."""
-    rates = sorted({r.learning_rate for r in runs})
-    return {
-        rate: float(np.mean([_loss(r) for r in runs if r.learning_rate == rate])) for rate in rates
-    }
+def best(runs: Sequence[TrainedPoint]) -> list[Best]:
+    """The best rate of every parametrization and width, in the order of the runs."""
+    found = []
+    for (name, width), (rates, losses) in curves(runs).items():
+        mean = np.nanmean(losses, axis=0)
+        i, fitted = int(mean.argmin()), np.nan
+        around = slice(max(0, i - 1), i + 2)
+        if np.isfinite(mean[around]).all():
+            fitted, _ = parabola_minimum(rates[around], mean[around])
+        of_seeds = tuple(rates[np.nanargmin(losses, axis=1)].tolist())
+        found.append(Best(name, width, float(rates[i]), fitted, float(mean[i]), of_seeds))
+    return found
 
 
 def table(found: Sequence[Best]) -> str:
@@ -217,27 +200,25 @@ def draw(runs: Sequence[TrainedPoint], path: str) -> None:
     """Write a picture: loss against learning rate, a panel for each parametrization and a line for
     each width, with a star at its minimum and a dot for each seed.
     """
-    from matplotlib import colormaps
-
     names = list(dict.fromkeys(r.parametrization for r in runs))
     figure, [axes] = make_figure(columns=len(names), size=(5.5, 4.2))
-    widths = sorted({r.width for r in runs})
-    losses = sorted(r.loss for r in runs if r.loss is not None)
-    top = losses[int(0.95 * (len(losses) - 1))]
+    found, widths = curves(runs), sorted({r.width for r in runs})
+    drawn = sorted(r.loss for r in runs if r.loss is not None)
+    top = drawn[int(0.95 * (len(drawn) - 1))]
     for name, axis in zip(names, axes, strict=True):
-        for i, width in enumerate(widths):
-            of_width = [r for r in runs if (r.parametrization, r.width) == (name, width)]
-            color = colormaps["viridis"](i / max(1, len(widths) - 1) * 0.9)
-            curve = {r: loss for r, loss in mean_losses(of_width).items() if math.isfinite(loss)}
-            if curve:
-                axis.plot(list(curve), list(curve.values()), color=color, label=width, zorder=2)
-                low = min(curve, key=lambda r: curve[r])
-                axis.scatter([low], [curve[low]], color=color, s=70, marker="*", zorder=3)
-            dots = [(r.learning_rate, _loss(r)) for r in of_width]
-            axis.plot(*np.array(dots).reshape(-1, 2).T, ".", color=color, alpha=0.5)
+        for width, color in zip(widths, shades(len(widths)), strict=True):
+            if (name, width) not in found:
+                continue
+            rates, losses = found[name, width]
+            mean = np.nanmean(losses, axis=0)
+            if (shown := np.isfinite(mean)).any():
+                axis.plot(rates[shown], mean[shown], color=color, label=width, zorder=2)
+                low = mean.argmin()
+                axis.scatter(rates[low], mean[low], color=color, s=70, marker="*", zorder=3)
+            axis.plot(rates, losses.T, ".", color=color, alpha=0.5)
         axis.set_xscale("log", base=2)
         axis.set(title=name, xlabel="learning rate of the base")
-        axis.set_ylim(losses[0] - 0.05 * (top - losses[0]), top)
+        axis.set_ylim(drawn[0] - 0.05 * (top - drawn[0]), top)
     axes[0].set_ylabel("loss at the end (nats per token)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", title="width", frameon=False)
