@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm import cli
-from lm.config import command_line
 
 if TYPE_CHECKING:
     from lm.scaling.sweep.adaptive import Search
@@ -48,7 +47,6 @@ def main() -> int:
     root, home = Path(args.workdir), args.runs or args.workdir
     grid = [space.parse(text) for text in args.grid]
     ranges = [space.parse(text) for text in args.range]
-    space.check_keys([*grid, *ranges])
     if bool(ranges) != bool(args.random or args.adaptive) or (args.random and args.adaptive):
         raise ValueError("--range needs one of --random=COUNT and --adaptive=COUNT, and they it")
     if args.adaptive and (grid or args.seeds > 1 or args.folds > 1 or args.write or args.collect):
@@ -60,7 +58,7 @@ def main() -> int:
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
     if args.runs and not (args.write or args.collect):
         raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
-    space.check_config(args.config, [*grid, *ranges], settings, read=command_line.read)
+    space.check_config(args.config, [*grid, *ranges], settings)
     _claim(root, args, settings)
 
     search: Search | None = None
@@ -75,7 +73,7 @@ def main() -> int:
         if args.random:
             found = space.random_points(ranges, args.random, args.search_seed)
             points = [point | more for point in points for more in found]
-        points = list(space.with_seeds_and_folds(points, args.seeds, args.folds))
+        points = space.with_seeds_and_folds(points, args.seeds, args.folds)
         runs = [Trial(space.name(p), p, space.arguments(args.config, p, settings)) for p in points]
         source = iter(runs)
     if args.write:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from environment import fake_devices
 
-from lm.config import command_line, conversion
+from lm.config import conversion
 from lm.reliability import data_ledger, workdir_lock
 from lm.scaling import run_table
 from lm.scaling.sweep import cluster, pool, report, space
@@ -53,7 +53,7 @@ def test_what_is_no_axis_is_refused(text):
 def test_a_grid_has_every_combination_with_every_seed_and_fold():
     points = space.grid([space.parse("a=1,2"), space.parse("b=x,y,z")])
     assert [(p["a"], p["b"]) for p in points] == list(itertools.product((1, 2), "xyz"))
-    full = list(space.with_seeds_and_folds(points, 2, 3))
+    full = space.with_seeds_and_folds(points, 2, 3)
     assert len(full) == len({space.name(p) for p in full}) == 36
     assert {(p["seed"], p["fold"]) for p in full} == set(itertools.product(range(2), range(3)))
 
@@ -75,11 +75,11 @@ def test_axes_are_held_against_the_config_before_any_run():
     axes = [space.parse(t) for t in ("optimizer.learing_rate=1e-3,1e-2", "model.num_layers=2,x")]
     config = str(ROOT / "configs" / "smoke.py")
     with pytest.raises(ValueError, match=r"(?s)did you mean .*learning_rate\?.*must be int, got"):
-        space.check_config(config, axes, [], read=command_line.read)
+        space.check_config(config, axes, [])
     models = [space.parse(t) for t in ("model.name=decoder,lstm", "model.num_kv_heads=1,2")]
-    space.check_config(config, models, ["--config.seed=1"], read=command_line.read)
+    space.check_config(config, models, ["--config.seed=1"])
     with pytest.raises(ValueError, match=r"config\.sede is not a config key"):
-        space.check_config(config, models, ["--config.sede=1"], read=command_line.read)
+        space.check_config(config, models, ["--config.sede=1"])
 
 
 def test_names_are_short_and_tell_keys_apart():
@@ -153,12 +153,12 @@ def test_failed_and_diverged_runs_are_recorded_and_the_others_done(tmp_path, fak
 
 def test_a_run_that_an_earlier_sweep_left_alive_is_waited_for(tmp_path, fake):
     [run] = make_runs([0.1], "--config.sleep=1.5")
-    orphan = pool._Active(tmp_path, run)
-    assert orphan.start(fake)  # and that sweep is killed: nobody waits for the process
+    orphan = pool._start(tmp_path, run, fake)
+    # and that sweep is killed: nobody waits for the process
     said = []
     pool.run_all(tmp_path, iter([run]), slots=1, command=fake, say=said.append)
     assert "waiting for it" in said[0]
-    assert orphan.process.wait() == 0
+    assert orphan.wait() == 0
     assert len(starts(tmp_path, run)) == 2  # the second start finds the run finished
     assert pool.read_outcome(tmp_path, run.name).status == "finished"
 

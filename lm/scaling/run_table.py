@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from etils import epath
 
 from lm import storage
@@ -47,12 +48,10 @@ class Result:
 COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "step")
 
 
-def read(workdir: str, name: str | None = None) -> Result | None:
+def read(workdir: str) -> Result | None:
     """The result of a run at its last evaluation; None before its first, and before the first log
-    line of a fork, whose ledger starts where its parent's ends.
-
-    Raises:
-        FileNotFoundError: the folder holds no run.
+    line of a fork, whose ledger starts where its parent's ends. FileNotFoundError where the folder
+    holds no run.
     """
     config = _config(workdir)
     if config is None:
@@ -66,10 +65,9 @@ def read(workdir: str, name: str | None = None) -> Result | None:
     tokens = _tokens_seen(records, entries, step)
     if tokens is None:
         return None
-    count = flops.parameters(config.model)
-    entry = entries[-1]
+    count, entry = flops.parameters(config.model), entries[-1]
     return Result(
-        run=name or epath.Path(workdir).name,
+        run=epath.Path(workdir).name,
         parameters=count.total,
         non_embedding_parameters=count.non_embedding,
         tokens=tokens,
@@ -103,12 +101,11 @@ def mean_losses(records: Iterable[Row]) -> dict[int, float]:
     """{step: the mean loss over the scored tokens of all validation stores}, by the evaluations
     among the records of a run's metrics.
     """
-    by_step = defaultdict(list)
+    sums: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for record in records:
         if record["kind"] == "eval":
-            by_step[record["step"]].append((record["loss"] * record["tokens"], record["tokens"]))
-    sums = {step: map(sum, zip(*pairs, strict=True)) for step, pairs in by_step.items()}
-    return {step: loss / tokens for step, (loss, tokens) in sums.items()}
+            sums[record["step"]] += record["tokens"] * np.array([record["loss"], 1.0])
+    return {step: float(loss / tokens) for step, (loss, tokens) in sums.items()}
 
 
 def _tokens_seen(records: Sequence[Row], entries: Sequence[Row], step: int) -> int | None:
@@ -157,6 +154,6 @@ def write(path: str | Path, table: Sequence[Row]) -> None:
 
 
 def _cell(value: object) -> object:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value

@@ -108,8 +108,10 @@ class Search:
         return trial
 
     def ended(self, run: Trial, outcome: Outcome) -> None:
-        """Report the outcome of a run to the study."""
-        loss = math.nan
+        """Report a new outcome to the study; a diverged run is worse than all others."""
+        number, loss = _number(run), math.inf
+        if self._study.trials[number].state.is_finished():
+            return
         if outcome.status == pool.FINISHED:
             result = run_table.read(str(self._root / run.name))
             if result is None:
@@ -117,18 +119,15 @@ class Search:
                     f"{run.name} has no evaluation to compare: set config.data.validation"
                 )
             loss = result.loss
-            if not self._study.trials[_number(run)].state.is_finished():
-                self._report(run)  # the median is taken over those that finished
-        self.tell(_number(run), outcome.status, loss)
+            self._report(run)  # the median is taken over those that finished
+        self.tell(number, outcome.status, loss)
 
     def tell(self, number: int, status: str, loss: float) -> None:
-        """End a trial, if it has not ended yet; a diverged one is worse than all others."""
+        """End a trial."""
         from optuna.trial import TrialState
 
-        if self._study.trials[number].state.is_finished():
-            return
         if status in (pool.FINISHED, pool.DIVERGED):
-            self._study.tell(number, loss if status == pool.FINISHED else math.inf)
+            self._study.tell(number, loss)
         else:
             pruned = status == pool.PRUNED
             self._study.tell(number, state=TrialState.PRUNED if pruned else TrialState.FAIL)

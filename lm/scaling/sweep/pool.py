@@ -17,12 +17,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -34,8 +35,9 @@ from lm.scaling import run_table
 from lm.scaling.sweep.space import Point
 
 CODES = "codes"  # folder of exit codes, a file for each run, that a cluster's commands write
-OUTCOME_FILE, SWEEP_LOCK_FILE = "outcome.json", "sweep.lock"
+LOG_FILE, OUTCOME_FILE, SWEEP_LOCK_FILE = "log.txt", "outcome.json", "sweep.lock"
 FINISHED, DIVERGED, FAILED, PRUNED = "finished", "diverged", "failed", "pruned"
+STATUSES: dict[int, str] = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}  # else failed
 RETRIES = 2  # after exit codes that ask for it
 PAUSE = 0.2  # seconds between polls of the processes
 GRACE = 300.0  # seconds from SIGTERM to SIGKILL: a save may take as long
@@ -80,8 +82,7 @@ def _cluster_outcome(code: int) -> Outcome | None:
     """Outcome of a run whose last process ended with `code`; None if it may go on."""
     if restarts(code) or code == Exit.INTERRUPTED:
         return None
-    statuses: dict[int, str] = {Exit.SUCCESS: FINISHED, Exit.DIVERGED: DIVERGED}
-    status = statuses.get(code, FAILED)
+    status = STATUSES.get(code, FAILED)
     return Outcome(status, code, "" if status == FINISHED else f"exit code {code}, on a cluster")
 
 
@@ -90,90 +91,25 @@ def record(root: Path, name: str, outcome: Outcome) -> None:
     storage.write_atomically(root / name / OUTCOME_FILE, text)
 
 
-class _Active:
-    """A run in a slot: waiting for its lock, or with a process."""
-
-    def __init__(self, root: Path, run: Trial) -> None:
-        self.run, self.folder = run, root / run.name
-        self.process: subprocess.Popen[bytes] | None = None
-        self.tries, self.is_pruned, self.is_announced = 0, False, False
-        self.terminated_at: float | None = None  # when SIGTERM was sent
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def start(self, command: list[str]) -> bool:
-        """Start the process; False if another one has the run."""
-        with (self.folder / SWEEP_LOCK_FILE).open("w") as lock:
-            if not _try_lock(lock) or not self._is_free():
-                return False
-            with (self.folder / "log.txt").open("ab") as log:
-                self.process = subprocess.Popen(
-                    [*command, *self.run.arguments, f"--workdir={self.folder}"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno()],  # the lock lives as long as the process
-                    start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
-                )
-        self.tries += 1
-        return True
-
-    def _is_free(self) -> bool:
-        """False if a run that was started by hand trains in the folder."""
-        with (self.folder / LOCK_FILE).open("a") as lock:
-            return _try_lock(lock)
-
-    @property
-    def code(self) -> int | None:
-        """The exit code as a shell shows it; None while there is no process or it lives."""
-        code = self.process.poll() if self.process is not None else None
-        return 128 - code if code is not None and code < 0 else code
-
-    def terminate(self) -> None:
-        """Send SIGTERM, on which the process saves and ends."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.terminated_at = time.monotonic()
-
-    def kill_if_overdue(self, grace: float) -> None:
-        """Kill a process that got SIGTERM `grace` seconds ago, with all that it has started."""
-        overdue = self.terminated_at is not None and time.monotonic() > self.terminated_at + grace
-        if overdue and self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-
-    def outcome(self, code: int) -> Outcome | None:
-        """The end of the run; None if it is to be started again."""
-        if code == Exit.SUCCESS:
-            return Outcome(FINISHED, code)
-        if self.is_pruned:
-            return Outcome(PRUNED, code)
-        if restarts(code) and self.tries <= RETRIES:
+def _start(root: Path, run: Trial, command: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    """Start the process of a run; None if another process has it."""
+    folder = root / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as lock:
+        if not _try_lock(lock):  # started by hand
             return None
-        status = DIVERGED if code == Exit.DIVERGED else FAILED
-        with (self.folder / "log.txt").open("rb") as log:
-            return Outcome(status, code, last_error_line(log))
-
-    def poll(
-        self,
-        command: list[str],
-        should_prune: Callable[[Trial], bool],
-        say: Callable[[str], object],
-    ) -> Outcome | None:
-        """Start the run, or look after its process; its outcome once it has ended."""
-        if self.process is None:
-            if not self.start(command) and not self.is_announced:
-                say(f"{self.run.name}: runs already, started by another process; waiting for it")
-                self.is_announced = True
+    with (folder / SWEEP_LOCK_FILE).open("w") as lock:
+        if not _try_lock(lock):
             return None
-        if (code := self.code) is None:
-            if not self.is_pruned and should_prune(self.run):
-                self.is_pruned = True
-                self.terminate()
-            return None
-        if (outcome := self.outcome(code)) is None:
-            say(f"{self.run.name}: exit code {code}; started again")
-            self.process = None
-        return outcome
+        with (folder / LOG_FILE).open("ab") as log:
+            return subprocess.Popen(
+                [*command, *run.arguments, f"--workdir={folder}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],  # the lock lives as long as the process
+                start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on
+            )
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -185,10 +121,11 @@ def _try_lock(file: IO[str]) -> bool:
     return True
 
 
-def last_error_line(log: IO[bytes]) -> str:
-    """The last line with an error, else the last line."""
-    log.seek(max(0, os.fstat(log.fileno()).st_size - 20_000))
-    lines = [x for x in log.read().decode(errors="replace").splitlines() if x.strip()]
+def last_error_line(path: Path) -> str:
+    """The last line of a log with an error, else the last line."""
+    with path.open("rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - 20_000))
+        lines = [x for x in log.read().decode(errors="replace").splitlines() if x.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1].removeprefix("error: ")
 
@@ -200,7 +137,7 @@ def run_all(
     slots: int,
     ended: Callable[[Trial, Outcome], object] = lambda run, outcome: None,
     should_prune: Callable[[Trial], bool] = lambda run: False,
-    command: list[str] | None = None,
+    command: Sequence[str] = (sys.executable, "scripts/train.py"),
     grace: float = GRACE,
     say: Callable[[str], object] = print,
 ) -> signal.Signals | None:
@@ -209,28 +146,55 @@ def run_all(
     runs: in the order in which they start. ended: called for every run with an outcome, old or new.
     should_prune: polled; True for a run to stop. grace: seconds from SIGTERM to SIGKILL.
     """
-    command = command or [sys.executable, "scripts/train.py"]
-    active: list[_Active] = []
     with StopSignals() as signals:
-        while not signals.received:
-            while len(active) < slots and (run := next(runs, None)) is not None:
+
+        def train(run: Trial) -> Iterator[bool]:
+            """Train a run in processes, one after the other; yield True at each poll until the run
+            has ended, or the process of a sweep that is stopped.
+            """
+            is_announced, tries = False, 0
+            while True:
+                while (process := _start(root, run, command)) is None:
+                    if not is_announced:
+                        say(f"{run.name}: runs already, started by another process; waiting for it")
+                        is_announced = True
+                    yield True
+                    if signals.received:
+                        return
+                is_pruned, deadline = False, math.inf
+                while (code := process.poll()) is None:
+                    if time.monotonic() > deadline:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+                    elif deadline == math.inf and (signals.received or should_prune(run)):
+                        is_pruned = not signals.received
+                        process.terminate()  # on which it saves
+                        deadline = time.monotonic() + grace
+                    yield True
+                if signals.received:
+                    return
+                tries += 1
+                code = 128 - code if code < 0 else code  # as a shell shows it
+                if code == Exit.SUCCESS or is_pruned or not restarts(code) or tries > RETRIES:
+                    break
+                say(f"{run.name}: exit code {code}; started again")
+            status = PRUNED if is_pruned and code else STATUSES.get(code, FAILED)
+            failed = status in (DIVERGED, FAILED)
+            message = last_error_line(root / run.name / LOG_FILE) if failed else ""
+            outcome = Outcome(status, code, message)
+            record(root, run.name, outcome)
+            ended(run, outcome)
+
+        active: list[Iterator[bool]] = []
+        while True:
+            while not signals.received and len(active) < slots:
+                if (run := next(runs, None)) is None:
+                    break
                 if (outcome := read_outcome(root, run.name)) is not None:
                     ended(run, outcome)
                 else:
-                    active.append(_Active(root, run))
+                    active.append(train(run))
             if not active:
-                break
-            for one in list(active):
-                one.kill_if_overdue(grace)
-                if (outcome := one.poll(command, should_prune, say)) is not None:
-                    record(root, one.run.name, outcome)
-                    active.remove(one)
-                    ended(one.run, outcome)
+                return signals.received
+            active = [training for training in active if next(training, False)]
             time.sleep(PAUSE)
-        for one in active:
-            one.terminate()
-        while any(one.process is not None and one.code is None for one in active):
-            for one in active:
-                one.kill_if_overdue(grace)
-            time.sleep(PAUSE)
-    return signals.received

@@ -42,13 +42,10 @@ def collect(root: Path, runs: Sequence[Trial], home: str = "") -> list[Row]:
         status = outcome.status if outcome is not None else UNFINISHED
         folder = os.path.join(home or root, run.name)
         result = run_table.read(folder) if status == pool.FINISHED else None
-        values = {name: getattr(result, name, None) for name in run_table.COLUMNS if name != "run"}
-        point = {key: run.point.get(key) for key in keys}
-        message = outcome.message if outcome is not None else ""
-        head = {"run": run.name, "status": status, **point}
-        table.append(
-            {**head, **{k: v for k, v in values.items() if k not in head}, "message": message}
-        )
+        row = {"run": run.name, "status": status, **{key: run.point.get(key) for key in keys}}
+        for name in run_table.COLUMNS:
+            row.setdefault(name, getattr(result, name, None))
+        table.append({**row, "message": outcome.message if outcome is not None else ""})
     return table
 
 
@@ -126,10 +123,8 @@ def summary(table: Sequence[Row]) -> str:
 
 def plot(ranks: Sequence[Rank], path: Path) -> None:
     """Draw the loss against every key: dots are runs, bars reach over a point's spread, and a line
-    joins the best at each value. Runs without a loss are crosses at the top.
-
-    Raises:
-        ValueError: no run has a loss.
+    joins the best at each value. Runs without a loss are crosses at the top; ValueError where none
+    has one.
     """
     means = sorted(r.mean for r in ranks if r.losses)
     if not means:

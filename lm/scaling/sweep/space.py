@@ -13,13 +13,13 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from lm.config import conversion
-from lm.config.tree import ConfigTree
+from lm.config import command_line, conversion
 from lm.telemetry.metrics import short_names
 
 LONGEST = 200  # bytes of a folder's name: file systems take 255, and a search puts a number first
@@ -83,11 +83,7 @@ def round_to_4_significant(x: float) -> float:
 
 
 def parse(text: str) -> Axis:
-    """The axis that KEY=VALUES names.
-
-    Raises:
-        ValueError: it names none.
-    """
+    """The axis that KEY=VALUES names; ValueError if it names none."""
     key, equals, values = text.partition("=")
     key = key if key == CONFIG else key.removeprefix("config.")
     if not (key and equals and values):
@@ -128,36 +124,25 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def check_keys(axes: Sequence[Axis]) -> None:
-    """Raise ValueError where two axes have the same key."""
-    keys = [axis.key for axis in axes]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"two axes are of the key {key}")
-
-
-def check_config(
-    config: str,
-    axes: Sequence[Axis],
-    settings: Sequence[str],
-    *,
-    read: Callable[[str, Sequence[str]], ConfigTree],
-) -> None:
+def check_config(config: str, axes: Sequence[Axis], settings: Sequence[str]) -> None:
     """Set every value of every axis in the configs of the sweep, before any run starts.
 
-    read: (file, settings KEY=VALUE) -> its config: `lm.config.command_line.read`.
     A key may be one of a component that only some runs have: one config that has it is enough.
 
     Raises:
-        ValueError: a config can't be read, or values can't be set, with all of them.
+        ValueError: two axes have the same key, a config can't be read, or values can't be set, with
+            all of them.
     """
+    for key, count in Counter(axis.key for axis in axes).items():
+        if count > 1:
+            raise ValueError(f"two axes are of the key {key}")
     named = [a for a in axes if a.key == CONFIG or conversion.is_name(a.key)]
     values = [(a.key, value) for a in axes if a not in named for value in a.values]
     faults: list[dict[str, str]] = []  # of each config, by setting
     for point in grid(named):
         given = [s.removeprefix("--config.").replace("{fold}", "0") for s in settings]
         given += [f"{key}={value}" for key, value in point.items() if key != CONFIG]
-        tree = read(str(point.get(CONFIG, config)), given)
+        tree = command_line.read(str(point.get(CONFIG, config)), given)
         faults.append({})
         for key, value in values:
             try:
@@ -171,11 +156,7 @@ def check_config(
 
 
 def grid(axes: Sequence[Axis]) -> list[Point]:
-    """Every combination of the values; one empty point without axes.
-
-    Raises:
-        ValueError: an axis is a range.
-    """
+    """Every combination of the values, one empty point without axes; ValueError for a range."""
     for axis in axes:
         if isinstance(axis, Range):
             raise ValueError(f"a grid needs the values of {axis.key}, not a range")
@@ -185,10 +166,8 @@ def grid(axes: Sequence[Axis]) -> list[Point]:
 
 
 def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
-    """`count` different points; the first n are the same for every larger count.
-
-    Raises:
-        ValueError: there are not so many.
+    """`count` different points, the first n the same for every larger count; ValueError where there
+    are not so many.
     """
     points: list[Point] = []
     for index in range(100 * count):
@@ -201,13 +180,11 @@ def random_points(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
     raise ValueError(f"only {len(points)} of {count} random points differ: give a larger space")
 
 
-def with_seeds_and_folds(points: Sequence[Point], seeds: int, folds: int) -> Iterator[Point]:
+def with_seeds_and_folds(points: Sequence[Point], seeds: int, folds: int) -> list[Point]:
     """Every point with each seed and fold (keys `seed` and `fold`), where there are several."""
-    for point in points:
-        for fold in range(folds) if folds > 1 else [None]:
-            for seed in range(seeds) if seeds > 1 else [None]:
-                extra = {"fold": fold, "seed": seed}
-                yield point | {key: value for key, value in extra.items() if value is not None}
+    counts = {"fold": folds, "seed": seeds}
+    axes = [Choice(key, tuple(range(count))) for key, count in counts.items() if count > 1]
+    return [point | more for point in points for more in grid(axes)]
 
 
 def name(point: Mapping[str, object]) -> str:
