@@ -24,7 +24,7 @@ from lm.telemetry import jsonl
 def main() -> int:
     args = parse_args()
     import jax
-    import lm_eval  # noqa: F401 (before the run is read: it may not be installed)
+    from lm_eval.utils import make_table  # before the run is read: it may not be installed
 
     from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import lm_eval_adapter
@@ -54,7 +54,7 @@ def main() -> int:
     results = lm_eval_adapter.evaluate(
         model, args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit
     )
-    print(lm_eval_adapter.table(results))
+    print(make_table(results))
     if args.json:
         kept = {"step": step, "results": results["results"], "n-samples": results["n-samples"]}
         if args.samples:

@@ -40,7 +40,7 @@ def main() -> int:
 
     from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import task_baselines, task_metrics
-    from lm.evaluation.predict import GREEDY, Predictor
+    from lm.evaluation.predict import GREEDY, predict, task_config
     from lm.generation.beam import BeamSearch
     from lm.telemetry.progress import Progress
     from lm.training.experiment import load
@@ -49,8 +49,7 @@ def main() -> int:
     experiment = load(args.workdir, jax.devices())
     with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
         step, params = restore_params(experiment, checkpoints, args.step)
-    predictor = Predictor(experiment, params, args.task)
-    source, target = predictor.config.fields
+    source, target = task_config(experiment, args.task).fields
     if not args.field:
         args.field = [source, target]
     names = [source, target, args.references or target]
@@ -67,8 +66,11 @@ def main() -> int:
     search = GREEDY
     if args.num_beams:
         search = BeamSearch(args.num_beams, length_penalty=args.length_penalty)
-    found = predictor.predict(
+    found = predict(
+        experiment,
+        params,
         sources,
+        task=args.task,
         max_new_tokens=args.max_new_tokens,
         search=search,
         batch_size=args.batch_size,

@@ -15,7 +15,7 @@ from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer
 from tests.test_chat import tokenizer_json  # noqa: F401 - a fixture
 
-pytest.importorskip("lm_eval")
+make_table = pytest.importorskip("lm_eval.utils").make_table
 pytest.importorskip("accelerate", reason="the harness's own model class needs it: lm_eval[hf]")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -128,7 +128,7 @@ def test_documents_and_figures_are_those_of_the_harness(sides, tasks):
     ]
     assert figures[0] == figures[1] and 0 < figures[0]["acc,none"] < 1
     assert len({str(s["filtered_resps"]) for s in ours["samples"]["free_of_tests"]}) > 6
-    assert lm_eval_adapter.table(ours).startswith("choice_of_tests  acc  ")
+    assert "|choice_of_tests|" in make_table(ours).replace(" ", "")  # as the script prints it
 
 
 def test_requests_without_a_context_or_with_one_too_long_are_scored_alike(sides):

@@ -17,7 +17,7 @@ from lm.data.pairs import Pairs
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.evaluation.predict import GREEDY, Predictor
+from lm.evaluation.predict import GREEDY, predict, task_config
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.layers.cross_entropy import lm_loss
@@ -81,7 +81,7 @@ def batch_of(experiment, source, target, folder):
 )
 def test_texts_go_on_where_the_objective_begins_to_score(model, search, seq2seq, tmp_path):
     experiment, params = seq2seq(model)
-    found = Predictor(experiment, params).predict(SOURCES, max_new_tokens=8, search=search)
+    found = predict(experiment, params, SOURCES, max_new_tokens=8, search=search)
     generator = Generator(experiment.model, params, experiment.tokenizer)
 
     def texts_after(prompts):
@@ -109,7 +109,7 @@ def test_sources_that_are_too_long_are_cut_and_said_to_be(model, seq2seq):
     experiment, params = seq2seq(model)
     room = 47 if model == "encoder_decoder" else 48 - 8 - 1
     sources = ["a" * room, "a" * (room + 1), "a" * 200]
-    found = Predictor(experiment, params).predict(sources, max_new_tokens=8)
+    found = predict(experiment, params, sources, max_new_tokens=8)
     assert [p.is_cut for p in found] == [False, True, True]
     assert len({p.text for p in found}) == 1
 
@@ -118,7 +118,7 @@ def test_sources_that_are_too_long_are_cut_and_said_to_be(model, seq2seq):
 def test_probabilities_of_labels_are_those_that_the_loss_has(model, devices, tmp_path):
     experiment = experiment_of(model, "classification", devices, **LABELS)
     params = experiment.init_state().params
-    found = Predictor(experiment, params).predict(SOURCES)
+    found = predict(experiment, params, SOURCES)
 
     @jax.jit
     def loss(batch):
@@ -133,7 +133,7 @@ def test_probabilities_of_labels_are_those_that_the_loss_has(model, devices, tmp
         best = int(likelihoods.argmax())
         assert prediction.text == labels[best]
         assert prediction.probability == pytest.approx(likelihoods[best] / likelihoods.sum(), 1e-4)
-    long = Predictor(experiment, params).predict(["a" * 100, "a" * 10])
+    long = predict(experiment, params, ["a" * 100, "a" * 10])
     assert [p.is_cut for p in long] == [True, False]
 
 
@@ -146,27 +146,27 @@ def test_a_task_of_several_is_named(devices):
         "text": task("causal", stores[1:]),
     }
     experiment = Experiment(config, devices[:1])
-    params = experiment.init_state().params
-    assert not Predictor(experiment, params, "back").is_classifier
+    tasks = experiment.config.objective.tasks
+    assert task_config(experiment, "back") == tasks["back"].config
     for name, message in (
         (None, "task None must be one of config.objective.tasks: back, text"),
         ("bcak", "task 'bcak' must be one of"),
         ("text", "must be seq2seq or classification"),
     ):
         with pytest.raises(ValueError, match=message):
-            Predictor(experiment, params, name)
+            task_config(experiment, name)
 
 
 def test_what_cannot_be_predicted_is_refused(seq2seq, devices):
     experiment, params = seq2seq("decoder")
     with pytest.raises(ValueError, match=r"task .x. must be one of .*\.tasks: none"):
-        Predictor(experiment, params, "x")
+        predict(experiment, params, ["a"], task="x")
     with pytest.raises(ValueError, match=r"max_new_tokens \(47\) leaves no room .* \(48\)"):
-        Predictor(experiment, params).predict(["a"], max_new_tokens=47)
+        predict(experiment, params, ["a"], max_new_tokens=47)
     changes = {"objective.bidirectional": True}
     experiment = experiment_of("decoder", "seq2seq", devices, **changes)
     with pytest.raises(ValueError, match="cannot generate token by token"):
-        Predictor(experiment, params)
+        predict(experiment, params, ["a"])
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
     monkeypatch.setattr(jax, "devices", lambda: devices[:1])
     assert script.main() == 0
     written = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    found = Predictor(experiment, state.params).predict([t for t, _ in texts])
+    found = predict(experiment, state.params, [t for t, _ in texts])
     assert [(w["source"], w["target"]) for w in written] == texts
     assert [w["prediction"] for w in written] == [p.text for p in found]
     assert [w["probability"] for w in written] == pytest.approx([p.probability for p in found])

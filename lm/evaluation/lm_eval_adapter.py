@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm.evaluation.predict import continuations
 from lm.generation.beam import BeamSearch
 from lm.generation.chat import Chat
 from lm.generation.generator import Generator
@@ -27,12 +28,11 @@ def make_model(
     *,
     chat: Chat | None = None,
     batch_size: int = 16,
-    progress: Progress | None = None,
 ) -> LM:
     """An `lm_eval.api.model.LM` that can do all three kinds of request.
 
-    chat: for tasks that are asked in a dialogue. batch_size: prompts
-    that are continued together; scoring fills batches by tokens.
+    chat: for tasks that are asked in a dialogue. batch_size: prompts that are continued together;
+    scoring fills batches by tokens.
 
     Every stream begins as those of `scorer` do, with bos. Where they begin with nothing, a request
     without a context is scored after bos all the same. Contexts that are too long lose their
@@ -40,7 +40,7 @@ def make_model(
     """
     from lm_eval.api.model import TemplateLM
 
-    tokenizer, progress = scorer.tokenizer, progress or Progress()
+    tokenizer, progress = scorer.tokenizer, Progress()
     limit = scorer.model.config.max_length
 
     class Model(TemplateLM):
@@ -50,6 +50,10 @@ def make_model(
         @property
         def eot_token_id(self) -> int:
             return tokenizer.eos_id
+
+        @property
+        def prefix_token_id(self) -> int:  # before a request without a context
+            return tokenizer.bos_id
 
         @property
         def tokenizer_name(self) -> str:  # of caches of requests
@@ -63,34 +67,16 @@ def make_model(
             is_start = chat is not None and scorer.start.tolist() == ids[:1] != []
             return ids[1:] if is_start else ids  # the scorer puts it first
 
-        def loglikelihood(
-            self, requests: list[Instance], disable_tqdm: bool = False
-        ) -> list[tuple[float, bool]]:
-            pairs = []
-            for context, continuation in (request.args for request in requests):  # pyright: ignore
-                if context:
-                    pairs.append(self._encode_pair(context, continuation))
-                else:
-                    pairs.append(self._after_nothing(self.tok_encode(continuation)))
-            return self._score(pairs, disable_tqdm)
-
-        def _after_nothing(self, ids: list[int]) -> tuple[list[int], list[int]]:
-            if len(scorer.start) or scorer.takes_encoder:
-                return [], ids
-            prefix = tokenizer.bos_id
-            return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
-
         def _loglikelihood_tokens(  # pyright: ignore
-            self, requests: list[Any], disable_tqdm: bool = False, **kwargs: Any
+            self,
+            requests: list[tuple[tuple[str, str], list[int], list[int]]],
+            disable_tqdm: bool = False,
+            **kwargs: Any,
         ) -> list[tuple[float, bool]]:
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            return self._score(pairs, disable_tqdm)
-
-        def _score(
-            self, pairs: Sequence[tuple[list[int], list[int]]], quiet: bool
-        ) -> list[tuple[float, bool]]:
-            contexts, continuations = zip(*pairs, strict=True) if pairs else ((), ())
-            report = _reporter(progress, "scored", quiet)
+            begins = scorer.takes_encoder or len(scorer.start) > 0  # no request needs the prefix
+            contexts = [[] if begins and not text else ids for (text, _), ids, _ in requests]
+            continuations = [ids for _, _, ids in requests]
+            report = _reporter(progress, "scored", disable_tqdm)
             scores = scorer.score(contexts, continuations, report=report)
             return [(score.logprob, score.is_greedy) for score in scores]
 
@@ -98,10 +84,8 @@ def make_model(
             self, requests: list[Instance], disable_tqdm: bool = False
         ) -> list[float]:
             texts = [self.tok_encode(request.args[0]) for request in requests]
-            if not len(scorer.start):
-                texts = [
-                    [tokenizer.bos_id, *ids] for ids in texts
-                ]  # the tokens after it are scored
+            if not len(scorer.start):  # the tokens after bos are scored
+                texts = [[tokenizer.bos_id, *ids] for ids in texts]
             report = _reporter(progress, "scored windows", disable_tqdm)
             return [score.logprob for score in scorer.rolling(texts, report=report)]
 
@@ -111,7 +95,7 @@ def make_model(
             for i, request in enumerate(requests):
                 arguments: Any = request.args[1]  # pyright: ignore
                 groups.setdefault(continue_by(arguments), []).append(i)
-            texts, done = [""] * len(requests), 0
+            texts: dict[int, str] = {}
             for (count, sampling, until), members in groups.items():
                 room = limit if scorer.takes_encoder else limit - count
                 if room < 1:
@@ -119,18 +103,11 @@ def make_model(
                         f"a task asks for {count} tokens: config.model.max_length ({limit}) must "
                         "be larger"
                     )
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in members}
-                order = sorted(members, key=lambda i: -len(prompts[i]))
-                for start in range(0, len(order), batch_size):
-                    chosen = order[start : start + batch_size]
-                    made = generator.generate(
-                        [prompts[i] for i in chosen], max_new_tokens=count, sampling=sampling
-                    )
-                    for whole in made:
-                        texts[chosen[whole.prompt]] = _before(whole.text, until)
-                    done += len(chosen)
-                    report(done, len(requests))
-            return texts
+                prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+                for found in continuations(generator, prompts, batch_size, count, sampling):
+                    texts |= {members[i]: _before(text, until) for i, text in found.items()}
+                    report(len(texts), len(requests))
+            return [texts[i] for i in range(len(requests))]
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -146,10 +123,8 @@ def make_model(
 
 
 def continue_by(arguments: dict[str, Any]) -> tuple[int, Sampling | BeamSearch, tuple[str, ...]]:
-    """(most new tokens, how to continue, stop strings) of the generation_kwargs of a task.
-
-    Raises:
-        ValueError: an argument is unknown.
+    """(most new tokens, how to continue, stop strings) of a task's generation_kwargs; ValueError
+    where one is unknown.
     """
     rest = dict(arguments)
     lengths = [rest.pop(name) for name in LENGTHS if name in rest]
@@ -188,10 +163,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The results of the harness for a model of `make_model`.
 
-    tasks: names, or YAML files. With files alone the harness's own tasks are not even looked up.
-
-    Raises:
-        ValueError: a task is neither.
+    tasks: names, or YAML files; ValueError where one is neither. With files alone the harness's own
+    tasks are not even looked up.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -215,17 +188,3 @@ def evaluate(
     )
     assert results is not None, "of the first process"
     return dict(results)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Metrics and their standard errors, a line each."""
-    lines = []
-    for task, values in results["results"].items():
-        for name, value in values.items():
-            metric, _, kind = name.partition(",")
-            if metric == "alias" or metric.endswith("_stderr") or not isinstance(value, float):
-                continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            after = f" ± {error:.4f}" if isinstance(error, float) else ""
-            lines.append(f"{task}  {metric}  {value:.4f}{after}")
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.data.sources import RowLayout, Rows
 from lm.generation.beam import BeamSearch
-from lm.generation.buckets import power_of_two
+from lm.generation.buckets import Prompt, power_of_two
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Report
@@ -32,118 +32,77 @@ class Prediction:
     is_cut: bool  # the model saw only the beginning of the source, which is longer than its rows
 
 
-class Predictor:
-    """Predicts targets from sources, as the run's objective is trained to."""
+def predict(
+    experiment: Experiment,
+    params: Params,
+    sources: Sequence[str],
+    *,
+    task: str | None = None,
+    max_new_tokens: int = 64,
+    search: Sampling | BeamSearch = GREEDY,
+    batch_size: int = 32,
+    report: Report = lambda done, count: None,
+) -> list[Prediction]:
+    """The prediction for each source, in their order. Sources too long for the rows of training are
+    cut at their end, as data.too_long=cut does.
 
-    def __init__(self, experiment: Experiment, params: Params, task: str | None = None) -> None:
-        """task: one of those of a multitask objective.
+    max_new_tokens, search, batch_size: of texts. Labels need none of them.
 
-        Raises:
-            ValueError: an objective that predicts no target from a source.
-        """
-        self._experiment, self._params = experiment, params
-        self._tokenizer = experiment.tokenizer
-        self.config = _objective(experiment, task)
-        if self._is_decoder and getattr(self.config, "bidirectional", False):
-            raise ValueError(
-                "config.objective.bidirectional: a decoder that sees the whole source cannot "
-                "generate token by token yet"
-            )
+    Raises:
+        ValueError: as `task_config`, or no room is left for a source.
+    """
+    config = task_config(experiment, task)
+    if isinstance(config, classification.Config):
+        return _classify(experiment, params, config, sources, report)
+    form, tokenizer = experiment.model_interface, experiment.tokenizer
+    is_decoder = form.encoder_length is None
+    room = (form.encoder_length or form.length - max_new_tokens) - 1  # without its eos
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) leaves no room for a source in rows of "
+            f"config.data.length ({form.length})"
+        )
+    encoded = [tokenizer.encode(source) for source in sources]
+    prompts = [ids[:room] for ids in encoded]
+    if is_decoder:  # else the eos of the source is the generator's
+        prompts = [np.append(ids, tokenizer.eos_id) for ids in prompts]
+    generator = Generator(experiment.model, params, tokenizer)
+    texts: dict[int, str] = {}
+    for found in continuations(generator, prompts, batch_size, max_new_tokens, search):
+        texts |= found
+        report(len(texts), len(sources))
+    return [Prediction(texts[i].strip(), None, len(x) > room) for i, x in enumerate(encoded)]
 
-    @property
-    def is_classifier(self) -> bool:
-        return isinstance(self.config, classification.Config)
 
-    @property
-    def _is_decoder(self) -> bool:
-        form = self._experiment.model_interface
-        return form.is_causal and form.encoder_length is None
-
-    def predict(
-        self,
-        sources: Sequence[str],
-        *,
-        max_new_tokens: int = 64,
-        search: Sampling | BeamSearch = GREEDY,
-        batch_size: int = 32,
-        report: Report = lambda done, count: None,
-    ) -> list[Prediction]:
-        """The prediction for each source, in their order. Sources too long for the rows of
-        training are cut at their end, as data.too_long=cut does.
-
-        max_new_tokens, search, batch_size: of texts. Labels need none of them.
-        """
-        if isinstance(self.config, classification.Config):
-            return self._classify(self.config, sources, report)
-        return self._generate(sources, max_new_tokens, search, batch_size, report)
-
-    def _generate(
-        self,
-        sources: Sequence[str],
-        max_new_tokens: int,
-        search: Sampling | BeamSearch,
-        batch_size: int,
-        report: Report,
-    ) -> list[Prediction]:
-        form = self._experiment.model_interface
-        room = form.length - max_new_tokens if self._is_decoder else (form.encoder_length or 0)
-        if room < 2:
-            raise ValueError(
-                f"max_new_tokens ({max_new_tokens}) leaves no room for a source in rows of "
-                f"config.data.length ({form.length})"
-            )
-        encoded = [self._tokenizer.encode(source) for source in sources]
-        prompts = [ids[: room - 1] for ids in encoded]
-        cut = [len(ids) > room - 1 for ids in encoded]
-        if self._is_decoder:  # else the eos of the source is the generator's
-            prompts = [np.append(ids, self._tokenizer.eos_id) for ids in prompts]
-        generator = Generator(self._experiment.model, self._params, self._tokenizer)
-        texts = [""] * len(sources)
-        done = 0
-        for members in _by_length(prompts, batch_size):
-            made = generator.generate(
-                [prompts[i] for i in members], max_new_tokens=max_new_tokens, sampling=search
-            )
-            for generation in made:
-                if generation.sample == 0:
-                    texts[members[generation.prompt]] = generation.text.strip()
-            done += len(members)
-            report(done, len(sources))
-        return [Prediction(text, None, c) for text, c in zip(texts, cut, strict=True)]
-
-    def _classify(
-        self, config: classification.Config, sources: Sequence[str], report: Report
-    ) -> list[Prediction]:
-        experiment = self._experiment
-        verbalizers = classification.label_tokens(config, self._tokenizer)
-        eos = self._tokenizer.eos_id
-        label = np.append(
-            self._tokenizer.encode(config.labels[0]), eos
-        )  # any label: its value is not read
-        form = experiment.model_interface
-        room = (form.encoder_length or form.length - len(label)) - 1
-        encoded = [self._tokenizer.encode(source) for source in sources]
-        texts = [np.append(ids[:room], eos) for ids in encoded]
-        found: list[Prediction | None] = [None] * len(sources)
-        done = 0
-        for members in _by_length(texts, experiment.batch_size):
-            width = power_of_two(max(len(texts[i]) for i in members) + len(label))
-            if form.encoder_length is None:
-                narrow = dataclasses.replace(form, length=min(width, form.length))
-            else:
-                narrow = dataclasses.replace(form, encoder_length=min(width, form.encoder_length))
-            objective = classification.build(config, self._tokenizer, narrow)
-            rows = _rows([(texts[i], label) for i in members], objective.layout)
-            batch = objective(_padded(rows, experiment.batch_size), np.random.default_rng)
-            probabilities = _label_probabilities(
-                experiment.model, self._params, experiment.make_global_batch(batch), verbalizers
-            )
-            for i, row in zip(members, np.asarray(probabilities), strict=False):
-                best = int(row.argmax())
-                found[i] = Prediction(config.labels[best], float(row[best]), len(encoded[i]) > room)
-            done += len(members)
-            report(done, len(sources))
-        return [prediction for prediction in found if prediction is not None]
+def _classify(
+    experiment: Experiment,
+    params: Params,
+    config: classification.Config,
+    sources: Sequence[str],
+    report: Report,
+) -> list[Prediction]:
+    form, tokenizer = experiment.model_interface, experiment.tokenizer
+    verbalizers = classification.label_tokens(config, tokenizer)
+    label = tokenizer.encode(config.labels[0])  # any one: its value is not read
+    label = np.append(label, tokenizer.eos_id)
+    room = (form.encoder_length or form.length - len(label)) - 1
+    encoded = [tokenizer.encode(source) for source in sources]
+    texts = [np.append(ids[:room], tokenizer.eos_id) for ids in encoded]
+    found: dict[int, Prediction] = {}
+    for members in _by_length(texts, experiment.batch_size):
+        width = power_of_two(max(len(texts[i]) for i in members) + len(label))
+        field = "length" if form.encoder_length is None else "encoder_length"
+        narrow = dataclasses.replace(form, **{field: min(width, getattr(form, field))})
+        objective = classification.build(config, tokenizer, narrow)
+        pairs = [(texts[i], label) for i in members]
+        rows = _rows(pairs, objective.layout, experiment.batch_size)
+        batch = experiment.make_global_batch(objective(rows, np.random.default_rng))
+        probabilities = _label_probabilities(experiment.model, params, batch, verbalizers)
+        for i, row in zip(members, np.asarray(probabilities), strict=False):
+            best = int(row.argmax())
+            found[i] = Prediction(config.labels[best], float(row[best]), len(encoded[i]) > room)
+        report(len(found), len(sources))
+    return [found[i] for i in range(len(sources))]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -157,8 +116,12 @@ def _label_probabilities(model: Model, params: Params, batch: Batch, verbalizers
     return jax.nn.softmax(logits[:, verbalizers].astype(jnp.float32), axis=1)
 
 
-def _objective(experiment: Experiment, task: str | None) -> classification.Config | seq2seq.Config:
-    """The config of the objective, or of one of its tasks."""
+def task_config(
+    experiment: Experiment, task: str | None = None
+) -> classification.Config | seq2seq.Config:
+    """The config of the run's objective, or of a task of a multitask one; ValueError where that
+    predicts no target from a source.
+    """
     config = experiment.config.objective
     tasks = getattr(config, "tasks", {})
     if tasks or task is not None:
@@ -172,39 +135,44 @@ def _objective(experiment: Experiment, task: str | None) -> classification.Confi
             "config.objective must be seq2seq or classification, or multitask with such a task, to "
             f"predict a target; it is {type(config).__module__}"
         )
+    if isinstance(config, seq2seq.Config) and config.bidirectional:
+        raise ValueError(
+            "config.objective.bidirectional: a decoder that sees the whole source cannot "
+            "generate token by token yet"
+        )
     return config
 
 
-def _by_length(texts: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
+def continuations(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling | BeamSearch,
+) -> Iterator[dict[int, str]]:
+    """{index of a prompt: its first continuation} of batches of prompts of similar length."""
+    for members in _by_length(prompts, batch_size):
+        made = generator.generate(
+            [prompts[i] for i in members], max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        yield {members[found.prompt]: found.text for found in made if found.sample == 0}
+
+
+def _by_length(texts: Sequence[Prompt], size: int) -> Iterator[list[int]]:
     """Indices of texts, those of similar length together, `size` at a time."""
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> Rows:
-    """One document of two fields in each row, as a store of pairs would have it."""
-    shape = (len(pairs), layout.length)
-    ids, segments, positions, fields = (np.zeros(shape, np.int32) for _ in range(4))
-    for row, pair in enumerate(pairs):
-        start = 0
-        for field, part in enumerate(pair):
-            own_rows = len(layout.lengths) > 1  # of the encoder and of the decoder
-            begin = sum(layout.lengths[:field]) if own_rows else start
-            at = slice(begin, begin + len(part))
-            ids[row, at], segments[row, at], fields[row, at] = part, 1, field
-            positions[row, at] = np.arange(len(part)) + (0 if own_rows else start)
-            start += len(part)
+def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout, num_rows: int) -> Rows:
+    """Rows of one document of two fields, as a store of pairs would have them, then of padding."""
+    ids, segments, positions, fields = np.zeros((4, num_rows, layout.length), np.int32)
+    own_rows = len(layout.lengths) > 1  # of the encoder and of the decoder
+    for row, (source, target) in enumerate(pairs):
+        begin, first = (layout.lengths[0], 0) if own_rows else (len(source), len(source))
+        at = np.r_[: len(source), begin : begin + len(target)]
+        ids[row, at], segments[row, at] = np.concatenate([source, target]), 1
+        positions[row, at] = np.r_[: len(source), first : first + len(target)]
+        fields[row, begin : begin + len(target)] = 1
     return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
-
-
-def _padded(rows: Rows, count: int) -> Rows:
-    """The rows, and rows of padding up to `count`."""
-
-    arrays = {f.name: getattr(rows, f.name) for f in dataclasses.fields(rows)}
-    padded = {
-        name: np.concatenate([x, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
-        for name, x in arrays.items()
-        if x is not None
-    }
-    return Rows(**padded)

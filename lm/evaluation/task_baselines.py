@@ -52,20 +52,18 @@ def overlap(pairs: Pairs, sources: Sequence[str]) -> list[str]:
     question).
     """
     del pairs
-    return [_overlap(source) for source in sources]
 
+    def best(source: str) -> str:
+        first, *rest = sentences(source) or [source]
+        asked = set(words(first))
 
-def _overlap(source: str) -> str:
-    first, *rest = sentences(source) or [source]
-    asked = set(words(first))
-    if not rest:
-        return first
+        def shared(sentence: str) -> float:
+            there = set(words(sentence))
+            return len(asked & there) / max(len(there), 1) ** 0.5
 
-    def shared(sentence: str) -> float:
-        there = set(words(sentence))
-        return len(asked & there) / max(len(there), 1) ** 0.5
+        return max(rest, key=shared, default=first)
 
-    return max(rest, key=shared)
+    return [best(source) for source in sources]
 
 
 def nearest(pairs: Pairs, sources: Sequence[str]) -> list[str]:

@@ -7,10 +7,12 @@ or several, of which the best counts.
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 # Chinese characters and kana, without spaces between words: each is a word.
 CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -61,27 +63,17 @@ def answers(predictions: Sequence[str], references: References) -> dict[str, flo
 
 def bleu(predictions: Sequence[str], references: References) -> dict[str, float]:
     """{BLEU, chrF} of the corpus. BLEU is of characters for Chinese (`tok:zh`), else of words."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu import corpus_bleu, corpus_chrf
 
     pairs = _pairs(predictions, references)
     is_chinese = any(_CJK.search(text) for _, refs in pairs for text in refs)
-    most = max(len(refs) for _, refs in pairs)
-    # a record with fewer references has its first one again, which changes neither figure
-    streams = [[refs[i] if i < len(refs) else refs[0] for _, refs in pairs] for i in range(most)]
-    metric = BLEU(tokenize="zh" if is_chinese else "13a")
-    found = [p for p, _ in pairs]
+    # the first reference of every record, the second ones, ...; None where a record has fewer
+    streams = [list(stream) for stream in itertools.zip_longest(*(refs for _, refs in pairs))]
+    tokenize = "zh" if is_chinese else "13a"
     return {
-        "BLEU": metric.corpus_score(found, streams).score,
-        "chrF": CHRF().corpus_score(found, streams).score,
+        "BLEU": corpus_bleu(predictions, streams, tokenize=tokenize).score,
+        "chrF": corpus_chrf(predictions, streams).score,
     }
-
-
-class _Words:
-    """A tokenizer for rouge-score."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
 
 
 def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
@@ -91,7 +83,7 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, float
     from rouge_score.rouge_scorer import RougeScorer
 
     names = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-    scorer = RougeScorer(list(names), tokenizer=_Words())
+    scorer = RougeScorer(list(names), tokenizer=SimpleNamespace(tokenize=words))
     pairs = _pairs(predictions, references)
     scores = [scorer.score_multi(list(refs), prediction) for prediction, refs in pairs]
     return {
@@ -104,18 +96,17 @@ def classes(predictions: Sequence[str], references: References) -> dict[str, flo
     """{accuracy, balanced, macro-F1}. The last two weigh every class of the references alike: the
     mean recall, and the mean F1 with 0 for a class that is never predicted.
     """
-    from sklearn.metrics import accuracy_score, f1_score, recall_score
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     pairs = _pairs(predictions, references)
     if any(len(refs) != 1 for _, refs in pairs):
         raise ValueError("a text has one class, and some have several references")
     truth, found = [refs[0] for _, refs in pairs], [p for p, _ in pairs]
-    over = {"labels": sorted(set(truth)), "average": "macro", "zero_division": 0}
-    return {
-        "accuracy": 100 * float(accuracy_score(truth, found)),
-        "balanced": 100 * float(recall_score(truth, found, **over)),
-        "macro-F1": 100 * float(f1_score(truth, found, **over)),
-    }
+    _, recall, f1, _ = precision_recall_fscore_support(
+        truth, found, labels=sorted(set(truth)), average="macro", zero_division=0
+    )
+    accuracy = accuracy_score(truth, found)
+    return {"accuracy": 100 * accuracy, "balanced": 100 * recall, "macro-F1": 100 * f1}
 
 
 METRICS: dict[str, Callable[[Sequence[str], References], dict[str, float]]] = {
