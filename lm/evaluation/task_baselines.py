@@ -153,12 +153,7 @@ def _join(units: Sequence[str]) -> str:
 
 
 BASELINES: dict[str, Callable[[Pairs, Sequence[str]], list[str]]] = {
-    "copy": copy,
-    "lead": lead,
-    "overlap": overlap,
-    "majority": majority,
-    "lookup": lookup,
-    "nearest": nearest,
+    baseline.__name__: baseline for baseline in (copy, lead, overlap, majority, lookup, nearest)
 }
 NEED_TRAIN = ("majority", "lookup", "nearest")
 # The baselines that are informative beside each metric.

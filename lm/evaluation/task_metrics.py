@@ -110,10 +110,7 @@ def classes(predictions: Sequence[str], references: References) -> dict[str, flo
 
 
 METRICS: dict[str, Callable[[Sequence[str], References], dict[str, float]]] = {
-    "bleu": bleu,
-    "rouge": rouge,
-    "answers": answers,
-    "classes": classes,
+    metric.__name__: metric for metric in (bleu, rouge, answers, classes)
 }
 
 
