@@ -39,7 +39,7 @@ def checks(base, devices):
     """{parametrization: the check of it}; at the base they are the same program."""
 
     def check(name, sizes):
-        options = {"sizes": sizes, "num_steps": 3, "say": lambda _: None}
+        options = {"sizes": sizes, "num_steps": 3}
         return coord_check.check(base, devices[:1], parametrization=name, **options)
 
     mup, wide = check("mup", WIDTHS), check("standard", WIDTHS[1:])

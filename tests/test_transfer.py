@@ -28,7 +28,7 @@ def test_a_rate_that_is_an_argument_is_the_rate_of_a_run(
     state = experiment.init_state()
     for _, batch in experiment.batches(0, 4):
         state, sums, _ = experiment.train_step(state, batch)
-    sweep = {"parametrizations": ["standard"], "widths": [16], "seeds": [0], "say": lambda _: None}
+    sweep = {"parametrizations": ["standard"], "widths": [16], "seeds": [0]}
     path = tmp_path / "runs.jsonl"
     runs = lr_transfer.sweep(config, devices[:1], path, rates=RATES, **sweep)
     assert [r.learning_rate for r in runs] == RATES and runs[0].loss != runs[1].loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -150,7 +150,6 @@ def check(
     sizes: Sequence[int],
     num_steps: int,
     along: str = "width",
-    say: Callable[[str], object] = print,
 ) -> Check:
     """Train a model of each size for `num_steps` at the peak learning rate, and measure it after
     each of them.
@@ -165,7 +164,7 @@ def check(
     for size in sizes:
         experiment = sized_experiment(config, devices, along, size, changes)
         found.append(measure(experiment, num_steps))
-        say(f"{parametrization}, {along} {size}: logits {found[-1]['logits']['size'][-1]:.4g}")
+        print(f"{parametrization}, {along} {size}: logits {found[-1]['logits']['size'][-1]:.4g}")
     values = {
         name: {kind: [of_size[name][kind] for of_size in found] for kind in KINDS}
         for name in found[-1]

@@ -56,7 +56,6 @@ def sweep(
     widths: Sequence[int],
     rates: Sequence[float],
     seeds: Sequence[int],
-    say: Callable[[str], object] = print,
 ) -> list[TrainedPoint]:
     """Do all runs that the file has not, and append each when it is done."""
     found = [TrainedPoint(**record) for record in jsonl.read(path)]
@@ -82,7 +81,7 @@ def sweep(
                     jsonl.append(file, dataclasses.asdict(found[-1]))
                     shown = "diverged" if loss is None else f"{loss:.4f}"
                     power = f"2^{math.log2(rate):g}"
-                    say(f"{name} {width}: rate {power}, seed {seed}: {shown} ({seconds:.1f} s)")
+                    print(f"{name} {width}: rate {power}, seed {seed}: {shown} ({seconds:.1f} s)")
     return found
 
 
