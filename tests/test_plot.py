@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_tokens_of_other_scripts_are_drawn_without_boxes(matplotlib_fonts, han_f
 
 def test_values_of_a_sweep_are_drawn_without_boxes(matplotlib_fonts, han_font, recwarn, tmp_path):
     ranks = [
-        report.Rank({"data.train": f"/数据/{name}"}, (loss,), {})
+        report.Rank({"data.train": f"/数据/{name}"}, [loss], Counter())
         for name, loss in (("红", 2.0), ("$x$", 3.0))
     ]
     report.plot(ranks, tmp_path / "sweep.png")

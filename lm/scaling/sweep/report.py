@@ -54,8 +54,8 @@ class Rank:
     """A point, the losses of its finished runs, and the number of the others by status."""
 
     point: Point
-    losses: tuple[float, ...]
-    others: dict[str, int]
+    losses: list[float]
+    others: Counter[str]
 
     @property
     def mean(self) -> float:
@@ -74,16 +74,15 @@ class Rank:
 
 def rank(runs: Sequence[Trial], table: Sequence[Row]) -> list[Rank]:
     """The points, the lowest mean loss first; those of which a run is missing come last."""
-    groups: dict[str, tuple[Point, list[Row]]] = {}
+    ranks: dict[str, Rank] = {}
     for run, row in zip(runs, table, strict=True):
         point = {key: value for key, value in run.point.items() if key not in REPEATS}
-        groups.setdefault(repr(point), (point, []))[1].append(row)
-    ranks = []
-    for point, rows in groups.values():
-        losses = tuple(row["loss"] for row in rows if row["loss"] is not None)
-        others = Counter(row["status"] for row in rows if row["loss"] is None)
-        ranks.append(Rank(point, losses, dict(others)))
-    return sorted(ranks, key=lambda r: (bool(r.others), r.mean))
+        found = ranks.setdefault(repr(point), Rank(point, [], Counter()))
+        if row["loss"] is None:
+            found.others[row["status"]] += 1
+        else:
+            found.losses.append(row["loss"])
+    return sorted(ranks.values(), key=lambda r: (bool(r.others), r.mean))
 
 
 def ranking(ranks: Sequence[Rank], limit: int = 20) -> str:
@@ -142,11 +141,10 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
         position = _positions(axis, [r.point.get(key) for r in ranks])
         best: dict[float, float] = {}
         for r in ranks:
-            x, count = position(r.point.get(key)), sum(r.others.values())
+            x = position(r.point.get(key))
             axis.plot([x] * len(r.losses), r.losses, ".", color="0.6", zorder=1)
-            axis.plot(
-                [x] * count, [ceiling] * count, "x", color="C3", clip_on=False, in_layout=False
-            )
+            if r.others:
+                axis.plot(x, ceiling, "x", color="C3", clip_on=False, in_layout=False)
             if r.losses:
                 spread = r.spread if len(r.losses) > 1 else 0.0
                 axis.errorbar(x, r.mean, spread, fmt="C0o", alpha=0.6, capsize=3, zorder=2)
@@ -158,7 +156,7 @@ def plot(ranks: Sequence[Rank], path: Path) -> None:
     for axis in axes.flat[len(keys) :]:
         axis.remove()
     figure.supylabel("final validation loss (nats per token)", fontsize=10)
-    counts = sum((Counter(r.others) for r in ranks), Counter())
+    counts = sum((r.others for r in ranks), Counter[str]())
     hidden = sum(loss > ceiling for loss in losses)
     notes = [f"{len(losses)} finished runs", *(f"{n} {s} (×)" for s, n in counts.items())]
     notes += [f"{hidden} above the picture"] * bool(hidden)
