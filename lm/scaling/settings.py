@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lm.scaling.powers import parabola_minimum
-from lm.scaling.table import Table
+from lm.scaling.table import Table, means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,12 @@ def optima(table: Table, name: str, variable: str) -> Optima:
     cells, kinds = table.cells(), table.settings()
     swept, used = [], []  # pairs (x, best)
     for cell in range(cells.max() + 1):
-        inside = np.flatnonzero(cells == cell)
-        x = float(np.exp(np.log(variables[inside]).mean()))
-        least: dict[float, float] = {}  # loss of each value, at the best of the other settings
-        for kind in np.unique(kinds[inside]):
-            runs = inside[kinds[inside] == kind]
-            value, mean = float(setting[runs[0]]), float(table.loss[runs].mean())
-            least[value] = min(mean, least.get(value, np.inf))
-        values, losses = np.array(sorted(least.items())).T
+        runs = np.flatnonzero(cells == cell)
+        x = np.exp(np.log(variables[runs]).mean())
+        _, first, kind = np.unique(kinds[runs], return_index=True, return_inverse=True)
+        values, of_kind = np.unique(setting[runs[first]], return_inverse=True)
+        losses = np.full(len(values), np.inf)  # of each value, at the best of the other settings
+        np.minimum.at(losses, of_kind, means(table.loss[runs], kind))
         used.append((x, values[losses.argmin()]))
         if len(values) >= 3:
             swept.append((x, parabola_minimum(values, losses)[0]))
