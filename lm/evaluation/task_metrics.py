@@ -102,9 +102,8 @@ def classes(predictions: Sequence[str], references: References) -> dict[str, flo
     if any(len(refs) != 1 for _, refs in pairs):
         raise ValueError("a text has one class, and some have several references")
     truth, found = [refs[0] for _, refs in pairs], [p for p, _ in pairs]
-    _, recall, f1, _ = precision_recall_fscore_support(
-        truth, found, labels=sorted(set(truth)), average="macro", zero_division=0
-    )
+    over = {"labels": sorted(set(truth)), "average": "macro", "zero_division": 0}
+    _, recall, f1, _ = precision_recall_fscore_support(truth, found, **over)
     accuracy = accuracy_score(truth, found)
     return {"accuracy": 100 * accuracy, "balanced": 100 * recall, "macro-F1": 100 * f1}
 

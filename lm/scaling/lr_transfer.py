@@ -110,10 +110,10 @@ def _make_step(experiment: Experiment, like: TrainState) -> Step:
         state: TrainState, batch: Batch, rate: jax.Array
     ) -> tuple[TrainState, jax.Array, jax.Array]:
         def update(
-            grads: optax.Updates, opt_state: optax.OptState, params: optax.Params | None = None
+            updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
         ) -> tuple[optax.Updates, optax.OptState]:
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.tree.scale(rate, updates), opt_state
+            updates, state = tx.update(updates, state, params)
+            return optax.tree.scale(rate, updates), state
 
         state, sums, info = train_step.train_step(
             state,
