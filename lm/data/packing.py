@@ -18,29 +18,44 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lm import storage
-from lm.data.sources import Rows
+from lm.data.sources import RowLayout, Rows
 from lm.data.sources.tokens import TokenStore
 
 _PLAN_VERSION = 2
 
 
+class FieldStore(Protocol):
+    """The part of a `TokenStore` that rows are read from: one field of its documents."""
+
+    path: str
+    offsets: np.ndarray
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def document_ids(self, i: int) -> str: ...
+
+    def read_ranges(self, starts: Sequence[int], stops: Sequence[int], /) -> list[np.ndarray]: ...
+
+
 class Chunks(NamedTuple):
-    """The chunks of B rows, row after row: token positions in the store, int64."""
+    """The chunks of B rows, row after row, all int64: ranges of a document in each of F stores."""
 
     counts: np.ndarray  # [B], at least 1
-    starts: np.ndarray  # [sum of counts]
-    stops: np.ndarray  # [sum of counts]
+    documents: np.ndarray  # [sum of counts]
+    starts: np.ndarray  # [sum of counts, F], token positions in the stores
+    stops: np.ndarray  # [sum of counts, F]
 
 
 class Span(NamedTuple):
-    """A part of a row: tokens `start` to `stop` of a document."""
+    """A part of a row: tokens `start` to `stop` of a document, of all its fields together."""
 
     document: int
     id: str
@@ -49,92 +64,105 @@ class Span(NamedTuple):
 
 
 class PackedRows:
-    """The rows of a packed token store; a `RowSource`."""
+    """The rows of packed documents; a `RowSource`.
+
+    bytes_per_token: UTF-8 bytes of the text per token, eos included; None where a row is not all
+    of the text.
+    """
 
     truncation_summary = ""  # no token is dropped
 
     def __init__(
         self,
-        store: TokenStore,
-        length: int,
-        *,
+        stores: Sequence[FieldStore],
+        layout: RowLayout,
         num_rows: int,
         chunks_of: Callable[[np.ndarray], Chunks],
+        bytes_per_token: float | None = None,
     ):
-        self.store = store
-        self.length = length
+        self.stores = tuple(stores)
+        self.layout = layout
+        self.path = stores[0].path
+        self.bytes_per_token = bytes_per_token
         self._num_rows = num_rows
         self._chunks_of = chunks_of
 
     def __len__(self) -> int:
         return self._num_rows
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of the store's text per token, eos included."""
-        return self.store.num_bytes / self.store.num_tokens
-
     def read(self, rows: np.ndarray) -> Rows:
         """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
-        counts, starts, stops = self._chunks_of(check_rows(rows, len(self), self.store.path))
-        tokens, is_rest, before = self._fetch(starts, stops)
-        numbers = (ranges(np.ones_like(counts), counts)).astype(np.int32)
-        lengths = stops - starts
-        shape = (len(counts), self.length)
-        previous = np.full(shape, -1, np.int32)
-        if len(before):
-            begins = np.cumsum(lengths) - lengths
-            row = np.repeat(np.arange(len(counts)), counts)
-            column = begins - begins[np.cumsum(counts) - counts][row]
-            previous[row[is_rest], column[is_rest]] = before
-        padded = len(tokens) < shape[0] * shape[1]
-        if padded:  # one more chunk for every row, of segment 0
-            ends = np.cumsum(counts)
-            used = np.add.reduceat(lengths, ends - counts)
-            lengths = np.insert(lengths, ends, self.length - used)
-            numbers = np.insert(numbers, ends, 0)
-        segments = np.repeat(numbers, lengths)
-        begins = (np.cumsum(lengths) - lengths).astype(np.int32)
-        positions = np.arange(len(segments), dtype=np.int32)
-        positions -= np.repeat(begins, lengths)
-        if padded:
-            scored = segments > 0
-            positions *= scored
-            ids = np.zeros(len(segments), np.int32)
-            ids[scored] = tokens
+        counts, documents, starts, stops = self._chunks_of(check_rows(rows, len(self), self.path))
+        field, capacities = np.arange(len(self.stores)), self.layout.lengths
+        # the part of the row that a piece, a field of a chunk, is in, and its first position there
+        part = np.repeat(np.arange(len(counts)) * len(capacities), counts)[:, None]
+        if len(capacities) == 1:  # the fields of a document follow each other
+            position = np.cumsum(stops - starts, 1) - (stops - starts)
         else:
-            ids = tokens
-        return Rows(ids.reshape(shape), segments.reshape(shape), positions.reshape(shape), previous)
+            part, position = part + field, 0
+        segment = ranges(np.ones_like(counts), counts)[:, None]
+        limits = np.stack([store.offsets[[documents, documents + 1]] for store in self.stores], -1)
+        columns = (field, segment, position, starts, stops, *limits, part)
+        pieces = np.stack(np.broadcast_arrays(*columns)).reshape(len(columns), -1)
+        free = np.tile(capacities, len(counts))
+        free -= np.bincount(pieces[-1], pieces[4] - pieces[3], minlength=len(free)).astype(int)
+        unfilled = np.flatnonzero(free)  # one more piece each: padding, of segment 0
+        columns = (len(self.stores), 0, 0, 0, free[unfilled], 0, free[unfilled], unfilled)
+        pieces = np.append(pieces, np.stack(np.broadcast_arrays(*columns)), 1)
+        order = np.argsort(pieces[-1], kind="stable")
+        field, segment, position, start, stop, first, last, _ = pieces[:, order]
+
+        is_rest = start > first  # of a document; the tokens before are read with the others
+        before = start[is_rest]
+        tokens = self._fetch(
+            np.append(field, field[is_rest]),
+            np.append(start, before - 1),
+            np.append(stop, before),
+        )
+        lengths, ends = stop - start, np.cumsum(stop - start)
+        shape = (len(counts), self.layout.length)
+        num_tokens = shape[0] * shape[1]
+        ids, previous = tokens[:num_tokens], np.full(num_tokens, -1, np.int32)
+        previous[(ends - lengths)[is_rest]] = tokens[num_tokens:]
+        segments, begins = (
+            np.repeat(values.astype(np.int32), lengths)
+            for values in (segment, ends - lengths - position)
+        )
+        positions = np.arange(num_tokens, dtype=np.int32) - begins
+        if len(unfilled):
+            positions *= segments > 0
+        arrays = (x.reshape(shape) for x in (ids, segments, positions, previous))
+        if len(self.stores) == 1:
+            return Rows(*arrays)
+        ids[ends[stop < last] - 1] = self.stores[0].eos_id  # a field that was cut keeps its eos
+        fields = np.repeat((field * (segment > 0)).astype(np.int32), lengths)
+        return Rows(*arrays, fields.reshape(shape))
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
         """Return for each row the documents that it holds, in the order of its segments."""
-        counts, starts, stops = self._chunks_of(check_rows(rows, len(self), self.store.path))
-        documents = self._documents_at(starts)
-        begins = self.store.offsets[documents]
-        chunks = np.stack([documents, starts - begins, stops - begins], 1).tolist()
-        spans = [Span(n, self.store.document_ids(n), start, stop) for n, start, stop in chunks]
-        return by_row(spans, counts)
-
-    def _documents_at(self, positions: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.store.offsets, positions, "right") - 1
-
-    def _fetch(
-        self, starts: np.ndarray, stops: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the tokens of all chunks, bool [P]: True where a chunk is the rest of a document,
-        and the tokens just before those chunks.
-        """
-        is_rest = self.store.offsets[self._documents_at(starts)] < starts
-        before = starts[is_rest] - 1
-        new = np.ones(len(starts) + 1, bool)  # adjacent chunks are one read
-        new[1:-1] = starts[1:] != stops[:-1]
-        ranges = self.store.read_ranges(
-            np.concatenate([starts[new[:-1]], before]).tolist(),
-            np.concatenate([stops[new[1:]], before + 1]).tolist(),
+        counts, documents, *ranges = self._chunks_of(check_rows(rows, len(self), self.path))
+        begins = np.stack([store.offsets[documents] for store in self.stores], 1)
+        starts, stops = ((positions - begins).sum(1).tolist() for positions in ranges)
+        spans = (
+            Span(n, self.stores[0].document_ids(n), start, stop)
+            for n, start, stop in zip(documents.tolist(), starts, stops, strict=True)
         )
-        tokens = np.concatenate([np.empty(0, np.int32), *ranges], dtype=np.int32, casting="unsafe")
-        num_tokens = len(tokens) - len(before)
-        return tokens[:num_tokens], is_rest, tokens[num_tokens:]
+        return [list(itertools.islice(spans, count)) for count in counts.tolist()]
+
+    def _fetch(self, field: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Return the tokens of all ranges, joined; those of field F are zeros."""
+        is_new = (field[1:] != field[:-1]) | (starts[1:] != stops[:-1])
+        first = np.flatnonzero(np.append(True, is_new)[: len(field)])
+        stops = np.append(stops[first[1:] - 1], stops[-1:])  # adjacent ranges are one read
+        field, starts = field[first], starts[first]
+        arrays = [np.empty(0)] * len(first)
+        for number, store in enumerate((*self.stores, None)):
+            chosen = np.flatnonzero(field == number)
+            limits = starts[chosen].tolist(), stops[chosen].tolist()
+            found = store.read_ranges(*limits) if store else map(np.zeros, limits[1])
+            for i, tokens in zip(chosen.tolist(), found, strict=True):
+                arrays[i] = tokens
+        return np.concatenate([np.empty(0, np.int32), *arrays], dtype=np.int32, casting="unsafe")
 
 
 def split(store: TokenStore, length: int) -> PackedRows:
@@ -150,10 +178,9 @@ def split(store: TokenStore, length: int) -> PackedRows:
         documents = ranges(first, counts)
         starts = np.maximum(offsets[documents], np.repeat(begin, counts))
         stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
-        return Chunks(counts, starts, stops)
+        return Chunks(counts, documents, starts[:, None], stops[:, None])
 
-    num_rows = -(-store.num_tokens // length)
-    return PackedRows(store, length, num_rows=num_rows, chunks_of=chunks_of)
+    return _single_field(store, length, -(-store.num_tokens // length), chunks_of)
 
 
 def best_fit(
@@ -171,11 +198,18 @@ def best_fit(
     )
 
     def chunks_of(rows: np.ndarray) -> Chunks:
-        counts = row_offsets[rows + 1] - row_offsets[rows]
-        chosen = ranges(row_offsets[rows], counts)
-        return Chunks(counts, starts[chosen], stops[chosen])
+        counts, chosen = items_of_rows(row_offsets, rows)
+        documents = np.searchsorted(store.offsets, starts[chosen], "right") - 1
+        return Chunks(counts, documents, starts[chosen, None], stops[chosen, None])
 
-    return PackedRows(store, length, num_rows=len(row_offsets) - 1, chunks_of=chunks_of)
+    return _single_field(store, length, len(row_offsets) - 1, chunks_of)
+
+
+def _single_field(
+    store: TokenStore, length: int, num_rows: int, chunks_of: Callable[[np.ndarray], Chunks]
+) -> PackedRows:
+    ratio = store.num_bytes / store.num_tokens
+    return PackedRows([store], RowLayout((length,)), num_rows, chunks_of, bytes_per_token=ratio)
 
 
 def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
@@ -184,12 +218,6 @@ def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
     if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
         raise IndexError(f"{path}: no rows {rows.min()} to {rows.max()} in {num_rows} rows")
     return rows
-
-
-def by_row(spans: Iterable[Span], counts: np.ndarray) -> list[list[Span]]:
-    """Return the spans of each row; counts: int [B]."""
-    spans = iter(spans)
-    return [list(itertools.islice(spans, count)) for count in counts.tolist()]
 
 
 def _check(store: TokenStore, length: int) -> None:
@@ -202,6 +230,15 @@ def _check(store: TokenStore, length: int) -> None:
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def items_of_rows(row_offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of items of each row [B], and their indices, row after row.
+
+    row_offsets: int64 [R + 1], row r has the items row_offsets[r] to row_offsets[r + 1] of a plan.
+    """
+    counts = row_offsets[rows + 1] - row_offsets[rows]
+    return counts, ranges(row_offsets[rows], counts)
 
 
 def cached_plan(
@@ -244,16 +281,19 @@ def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.n
     begins = np.repeat(offsets[:-1], num_chunks)
     starts = begins + length * ranges(np.zeros_like(num_chunks), num_chunks)
     stops = np.minimum(starts + length, np.repeat(offsets[1:], num_chunks))
-    bins = in_order_of_first(assign_bins(stops - starts, length))
-    order = np.argsort(2 * bins + (starts == begins), kind="stable")
-    row_offsets = np.concatenate([[0], np.cumsum(np.bincount(bins))])
+    row_offsets, order = rows_of_bins(assign_bins(stops - starts, length), starts == begins)
     return row_offsets, starts[order], stops[order]
 
 
-def in_order_of_first(bins: np.ndarray) -> np.ndarray:
-    """Return the bins numbered in the order of their first items."""
+def rows_of_bins(bins: np.ndarray, is_late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return row_offsets int64 [R + 1] and the items row after row [P], for the bin of each item.
+
+    Rows are in the order of their first items; is_late: bool [P], items behind others of the row.
+    """
     _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[bins]
+    bins = np.argsort(np.argsort(first))[bins]
+    order = np.argsort(2 * bins + is_late, kind="stable")
+    return np.concatenate([[0], np.cumsum(np.bincount(bins))]), order
 
 
 def assign_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:

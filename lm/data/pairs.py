@@ -9,45 +9,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from lm.data.packing import (
-    Span,
+    Chunks,
+    FieldStore,
+    PackedRows,
     assign_bins,
-    by_row,
     cached_plan,
-    check_rows,
-    in_order_of_first,
-    ranges,
+    items_of_rows,
+    rows_of_bins,
 )
-from lm.data.sources import RowLayout, Rows
+from lm.data.sources import RowLayout
 
 TOO_LONG = ("error", "cut", "drop")
 
 
-class FieldStore(Protocol):
-    """The part of a `TokenStore` that `Pairs` reads: one field of its documents."""
-
-    path: str
-    offsets: np.ndarray
-
-    @property
-    def eos_id(self) -> int: ...
-
-    def document_ids(self, i: int) -> str: ...
-
-    def read_ranges(self, starts: Sequence[int], stops: Sequence[int], /) -> list[np.ndarray]: ...
-
-
-class Pairs:
+class Pairs(PackedRows):
     """The rows of the fields of a token store; a `RowSource`.
 
     num_cut: documents whose first field was cut to fit. num_dropped: documents that are in no row.
     """
-
-    bytes_per_token = None  # what is scored is not the whole text
 
     def __init__(
         self,
@@ -65,91 +48,34 @@ class Pairs:
         """
         if too_long not in TOO_LONG:
             raise ValueError(f"data.too_long ({too_long!r}) must be one of {', '.join(TOO_LONG)}")
-        self.stores = tuple(stores)
-        self.layout = layout
-        self.path = stores[0].path
-        self._eos = stores[0].eos_id
+        path = stores[0].path
         lengths = np.stack([np.diff(store.offsets) for store in stores], 1)  # [documents, fields]
         wanted = _shorten(lengths, layout) if too_long == "cut" else lengths
         fits = _fits(wanted, layout)
-        if too_long == "error" and not fits.all():
-            raise ValueError(_too_long(self.path, lengths, fits, layout))
         self.num_cut = int((fits & (wanted < lengths).any(1)).sum())
         self.num_dropped = int((~fits).sum())
-        if not fits.any():
-            raise ValueError(
-                f"{self.path}: none of its {len(lengths)} documents fits; "
-                + _too_long(self.path, lengths, fits, layout)
+        if (too_long == "error" and self.num_dropped) or not fits.any():
+            none = "" if fits.any() else f"none of its {len(lengths)} documents fits; "
+            raise ValueError(f"{path}: {none}{_too_long(lengths, fits, layout)}")
+        if self.num_cut or self.num_dropped:
+            self.truncation_summary = (
+                f"{path}: of {len(lengths):,} documents {self.num_cut:,} were cut and "
+                f"{self.num_dropped:,} dropped, too long for rows of {layout.lengths}"
             )
-        name = f"pairs-{too_long}-" + "-".join(map(str, layout.lengths))
-        self._row_offsets, self._documents = cached_plan(
+        row_offsets, placed = cached_plan(
             lambda: plan(np.flatnonzero(fits), wanted[fits], layout.lengths),
-            name,
+            f"pairs-{too_long}-" + "-".join(map(str, layout.lengths)),
             [store.offsets for store in stores],
             cache,
         )
-        self._lengths = wanted
 
-    def __len__(self) -> int:
-        return len(self._row_offsets) - 1
+        def chunks_of(rows: np.ndarray) -> Chunks:
+            counts, chosen = items_of_rows(row_offsets, rows)
+            documents = placed[chosen]
+            starts = np.stack([store.offsets[documents] for store in stores], 1)
+            return Chunks(counts, documents, starts, starts + wanted[documents])
 
-    @property
-    def truncation_summary(self) -> str:
-        """The numbers of documents that are cut or dropped, in a sentence; "" if none is."""
-        if not self.num_cut and not self.num_dropped:
-            return ""
-        return (
-            f"{self.path}: of {len(self._lengths):,} documents {self.num_cut:,} were cut and "
-            f"{self.num_dropped:,} dropped, too long for rows of {self.layout.lengths}"
-        )
-
-    def read(self, rows: np.ndarray) -> Rows:
-        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
-        counts, documents = self._documents_of(rows)
-        lengths = self._lengths[documents]  # [P, fields]
-        width, capacities = self.layout.length, self.layout.lengths
-        row = np.repeat(np.arange(len(counts)), counts)
-        first = np.cumsum(counts) - counts
-        if len(capacities) == 1:  # the fields of a document follow each other
-            offsets = np.cumsum(lengths, 1) - lengths  # of a field in its document
-            total = lengths.sum(1)
-            begins = np.cumsum(total) - total
-            begins = (begins - begins[first][row])[:, None] + offsets
-        else:
-            offsets = np.zeros_like(lengths)
-            begins = np.cumsum(lengths, 0) - lengths
-            begins = begins - begins[first][row] + (np.cumsum(capacities) - capacities)
-        begins = begins + width * row[:, None]
-        shape = (len(counts), width)
-        ids, segments, positions, fields = (np.zeros(shape, np.int32) for _ in range(4))
-        numbers = ranges(np.ones_like(counts), counts)
-        for field, store in enumerate(self.stores):
-            size, start = lengths[:, field], store.offsets[documents]
-            tokens = store.read_ranges(start.tolist(), (start + size).tolist())
-            at = ranges(begins[:, field], size)
-            ids.flat[at] = np.concatenate([np.empty(0, np.int32), *tokens], dtype=np.int32)
-            ends = begins[:, field] + size - 1
-            ids.flat[np.asarray(ends, np.int64)] = self._eos  # also of a field that was cut
-            segments.flat[at] = np.repeat(numbers, size)
-            positions.flat[at] = ranges(offsets[:, field], size)
-            fields.flat[at] = field
-        return Rows(ids, segments, positions, np.full_like(ids, -1), fields)
-
-    def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        """Return for each row its documents; their tokens are those of all fields together."""
-        counts, documents = self._documents_of(rows)
-        total = self._lengths[documents].sum(1).tolist()
-        spans = (
-            Span(document, self.stores[0].document_ids(document), 0, size)
-            for document, size in zip(documents.tolist(), total, strict=True)
-        )
-        return by_row(spans, counts)
-
-    def _documents_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of documents of each row, and their numbers, row after row."""
-        rows = check_rows(rows, len(self), self.path)
-        counts = self._row_offsets[rows + 1] - self._row_offsets[rows]
-        return counts, self._documents[ranges(self._row_offsets[rows], counts)]
+        super().__init__(stores, layout, len(row_offsets) - 1, chunks_of)
 
 
 def _fits(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
@@ -170,7 +96,7 @@ def _shorten(lengths: np.ndarray, layout: RowLayout) -> np.ndarray:
     return result
 
 
-def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: RowLayout) -> str:
+def _too_long(lengths: np.ndarray, fits: np.ndarray, layout: RowLayout) -> str:
     longest = ", ".join(
         f"{name} {size}" for name, size in zip(layout.fields, lengths.max(0).tolist(), strict=True)
     )
@@ -180,7 +106,7 @@ def _too_long(path: str, lengths: np.ndarray, fits: np.ndarray, layout: RowLayou
         encoder, decoder = layout.lengths
         longest += f"; data.encoder_length is {encoder}, data.length {decoder}"
     return (
-        f"{path}: {int((~fits).sum())} of {len(lengths)} documents are too long (the longest: "
+        f"{int((~fits).sum())} of {len(lengths)} documents are too long (the longest: "
         f"{longest}); make the rows longer, or set data.too_long to cut or drop"
     )
 
@@ -196,9 +122,8 @@ def plan(
         bins = assign_bins(lengths.sum(1), capacities[0])
     else:
         bins = assign_bins_with_capacities(lengths, capacities)
-    bins = in_order_of_first(bins)
-    order = np.argsort(bins, kind="stable")
-    return np.concatenate([[0], np.cumsum(np.bincount(bins))]), documents[order]
+    row_offsets, order = rows_of_bins(bins, np.zeros(len(bins), bool))
+    return row_offsets, documents[order]
 
 
 def assign_bins_with_capacities(lengths: np.ndarray, capacities: Sequence[int]) -> np.ndarray:
