@@ -18,8 +18,8 @@ MODULES = {
 # A room may import from rooms on lower floors, and a file from its own room.
 FLOORS = (
     ("types", "exit_codes", "storage"),
-    ("config",),
-    ("data", "parallel", "optim", "telemetry"),
+    ("config", "telemetry"),
+    ("data", "parallel", "optim"),
     ("layers", "objectives", "checkpoint", "cli", "__main__"),
     ("models", "generation", "reliability"),
     ("training",),

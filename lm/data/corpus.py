@@ -196,35 +196,27 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
     return parts
 
 
-def read_documents(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skipped, bytes]]:
-    """Yield (whole document, its digest), or (what was skipped, b""), in order.
+def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
+    """Yield (split, document or what was skipped, digest of the whole document), in order.
 
     A repeated document of the part is skipped, and so is one with a field of white space alone.
     """
-    sources = corpus.sources()
-    seen = set()
+    sources, seen = corpus.sources(), set()
     for i, unit in part:
         for item in sources[i].read(unit):
-            if isinstance(item, Skipped):
-                yield item, b""
-            elif any(text.isspace() for text in item.fields.values()):
-                yield Skipped(item.id, "white_space"), b""
-            elif (digest := _digest(item)) in seen:
-                yield Skipped(item.id, "duplicate"), b""
-            else:
-                seen.add(digest)
-                yield item, digest
-
-
-def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
-    """Yield `read_documents` by split: (split, document or skipped, digest of the document)."""
-    for item, digest in read_documents(corpus, part):
-        if isinstance(item, Skipped):
+            if not isinstance(item, Skipped):
+                digest = _digest(item)
+                if any(text.isspace() for text in item.fields.values()):
+                    item = Skipped(item.id, "white_space")
+                elif digest in seen:
+                    item = Skipped(item.id, "duplicate")
+                else:
+                    seen.add(digest)
+                    for split, document in corpus.assign(item):
+                        is_empty = not all(document.fields.values())
+                        yield split, Skipped(item.id, "empty") if is_empty else document, digest
+                    continue
             yield corpus.split_of(item.id), item, b""
-            continue
-        for split, document in corpus.assign(item):
-            is_empty = not all(document.fields.values())
-            yield split, Skipped(item.id, "empty") if is_empty else document, digest
 
 
 def split_without_documents(

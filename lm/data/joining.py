@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +11,12 @@ import numpy as np
 from lm.data.corpus import Corpus
 from lm.data.skip_report import SkipReport
 from lm.data.sources import DocumentSource, skipped_files
-from lm.data.sources.token_writer import Block, RaggedArray, StoreWriter
+from lm.data.sources.token_writer import StoreWriter
 from lm.data.tokenizer import Tokenizer
-
-WHOLE = "documents"  # the block of a part whose documents are split when it is joined
 
 
 def part_file(folder: str | os.PathLike, i: int) -> Path:
     return Path(folder) / f"part-{i:06d}.npz"
-
-
-def block_names(corpus: Corpus) -> tuple[str, ...]:
-    """Return the blocks of a part: its splits where they cut documents, else all documents."""
-    return corpus.splits if corpus.cuts_documents else (WHOLE,)
-
-
-def block_arrays(name: str, block: Block) -> dict[str, np.ndarray]:
-    """Return the arrays of a part's file that hold `block`."""
-    arrays = {f"{name}.ids": block.ids.values, f"{name}.id_lengths": block.ids.lengths}
-    for field, tokens in block.tokens.items():
-        arrays[f"{name}.tokens.{field}"] = tokens.values
-        arrays[f"{name}.lengths.{field}"] = tokens.lengths
-        arrays[f"{name}.bytes.{field}"] = block.num_bytes[field]
-    return arrays
-
-
-def _read_block(part: Mapping[str, np.ndarray], name: str, fields: Sequence[str]) -> Block:
-    tokens = {
-        field: RaggedArray(part[f"{name}.tokens.{field}"], part[f"{name}.lengths.{field}"])
-        for field in fields
-    }
-    ids = RaggedArray(part[f"{name}.ids"], part[f"{name}.id_lengths"])
-    return Block(ids, tokens, {field: part[f"{name}.bytes.{field}"] for field in fields})
 
 
 def join(
@@ -56,42 +30,52 @@ def join(
 ) -> None:
     """Write the stores from the parts.
 
-    Raises ValueError where a split has no documents, or too much is skipped; the parts stay.
+    Raises ValueError where a split has no documents, or too much is skipped. The plan is then
+    removed, so that the next attempt may have another split, or other data; the parts stay, unless
+    they have no documents.
     """
     report = SkipReport()
     for source in sources:
         for item in skipped_files(source):
             report.add(item)
-    digests, blocks = [], []
+    digests, numbers, held_out = [], [], []
     for i in range(num_parts):
         with np.load(part_file(folder, i)) as part:
-            digests.append(part["digests"])
             report.update(SkipReport.from_json(part["skipped"].tobytes()))
-            names = block_names(corpus)
-            blocks.append({n: (part[f"{n}.digests"], part[f"{n}.hashes"]) for n in names})
-    first = np.split(_first_occurrences(digests), np.cumsum([len(d) for d in digests])[:-1])
-    block_of = {split: split if corpus.cuts_documents else WHOLE for split in corpus.splits}
-    kept: dict[str, list[np.ndarray]] = {split: [] for split in corpus.splits}  # masks, by part
-    duplicates = Counter()
-    for split, name in block_of.items():
-        for is_first, block in zip(first, blocks, strict=True):
-            numbers, hashes = block[name]
-            is_held_out = corpus.is_held_out(hashes)
-            in_split = corpus.cuts_documents | (is_held_out == (split == "validation"))
-            kept[split].append(in_split & is_first[numbers])
-            duplicates[split] += int((in_split & ~is_first[numbers]).sum())
-    report.counts["duplicate"] += duplicates.total()
-    counts = {split: sum(int(mask.sum()) for mask in kept[split]) for split in corpus.splits}
-    _check_counts(out, folder, corpus, counts, report, plan["num_source_bytes"])
+            digests.append(part["digests"])
+            numbers.append(part["numbers"] + sum(map(len, digests[:-1])))
+            of_hash = corpus.is_held_out(part["hashes"])
+            held_out.append(part["is_validation"] if corpus.cuts_documents else of_hash)
+    is_first = _is_first(np.concatenate(digests))[np.concatenate(numbers)]
+    is_held_out = np.concatenate(held_out)
+    in_split = {split: is_held_out == (split == "validation") for split in corpus.splits}
+    counts = {split: int((mask & is_first).sum()) for split, mask in in_split.items()}
+    duplicates = {split: int(mask.sum()) - counts[split] for split, mask in in_split.items()}
+    report.counts["duplicate"] += sum(duplicates.values())
+
+    total, skipped = sum(counts.values()), report.describe() or "none"
+    errors = [report.limit_error(total, plan["num_source_bytes"], max_loss=corpus.max_loss)]
+    if not total:
+        data = ", ".join(corpus.data)
+        errors = [f"no documents in {data}; skipped: {skipped}{report.advice()}"]
+    elif empty := [split for split in corpus.splits if not counts[split]]:
+        errors.append(empty_split(empty[0], total, corpus, f"; skipped: {skipped}"))
+    if any(errors):
+        (out / "plan.json").unlink()
+        if not total:
+            shutil.rmtree(folder)
+        raise ValueError("; and ".join(filter(None, errors)))
+
+    limits = np.cumsum([len(found) for found in numbers])[:-1]
     for split in reversed(corpus.splits):
         writer = StoreWriter(out / split, tokenizer, fields=list(corpus.columns))
-        for i, mask in enumerate(kept[split]):
+        for i, keep in enumerate(np.split(in_split[split] & is_first, limits)):
             with np.load(part_file(folder, i)) as part:
-                writer.add(_read_block(part, block_of[split], list(corpus.columns)).keep(mask))
+                writer.add(part, keep)
         # a record that is no document belongs to no split: the train store counts it
-        skipped = Counter({"duplicate": duplicates[split]})
+        skipped = Counter(duplicate=duplicates[split])
         if split == "train":
-            skipped = report.counts - Counter({"duplicate": duplicates["validation"]})
+            skipped = report.counts - Counter(duplicate=duplicates.get("validation", 0))
         writer.close(
             tokenizer_name=plan["names"]["tokenizer"],
             source=plan["names"]["data"],
@@ -101,41 +85,11 @@ def join(
         )
 
 
-def _check_counts(
-    out: Path,
-    folder: Path,
-    corpus: Corpus,
-    counts: dict[str, int],
-    report: SkipReport,
-    num_bytes: int,
-) -> None:
-    """Raise ValueError where a split has no documents, or too much is skipped.
-
-    The plan is removed, so that the next attempt may have another split, or other data; the parts
-    stay, unless they have no documents.
-    """
-    total = sum(counts.values())
-    skipped = report.describe() or "none"
-    if not total:
-        data = ", ".join(corpus.data)
-        errors = [f"no documents in {data}; skipped: {skipped}{report.advice()}"]
-    else:
-        errors = [report.limit_error(total, num_bytes, max_loss=corpus.max_loss)]
-        if empty := [split for split in corpus.splits if not counts[split]]:
-            errors.append(empty_split(empty[0], total, corpus, f"; skipped: {skipped}"))
-    if any(errors):
-        (out / "plan.json").unlink()
-        if not total:
-            shutil.rmtree(folder)
-        raise ValueError("; and ".join(filter(None, errors)))
-
-
-def _first_occurrences(digests: Sequence[np.ndarray]) -> np.ndarray:
-    """Return bool [n]: True at the first of equal digests, rows of the joined words [n, 2]."""
-    words = np.concatenate(digests)
-    order = np.lexsort((words[:, 0], words[:, 1]))  # stable: the first of equals stays first
-    is_repeat = (words[order[1:]] == words[order[:-1]]).all(axis=1)
-    first = np.ones(len(words), bool)
+def _is_first(digests: np.ndarray) -> np.ndarray:
+    """Return bool [n]: True at the first of equal digests, uint64 [n, 2]."""
+    order = np.lexsort(digests.T)  # stable: the first of equals stays first
+    is_repeat = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
+    first = np.ones(len(digests), bool)
     first[order[1:][is_repeat]] = False
     return first
 

@@ -23,13 +23,12 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lm import storage
 from lm.data import tokenizer as tokenizers
@@ -38,17 +37,18 @@ from lm.data.corpus import (
     Part,
     key_hash,
     plan_parts,
-    read_documents,
+    read_part,
     split_without_documents,
 )
-from lm.data.joining import WHOLE, block_arrays, block_names, empty_split, join, part_file
+from lm.data.joining import empty_split, join, part_file
 from lm.data.skip_report import SkipReport, describe_examples
 from lm.data.sources import Document, DocumentSource, Skipped, document_ids
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
 from lm.data.workers import run_in_processes
+from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
 
-_PARTS_VERSION = 2  # to be raised when what a part holds changes
+_PARTS_VERSION = 3  # to be raised when what a part holds changes
 
 
 class Prepared(NamedTuple):
@@ -93,8 +93,10 @@ def prepare(
     if not was_complete:
         missing = [i for i in _missing(folder, parts) if i % count == index]
         folder.mkdir(exist_ok=True)
-        job = _Job(corpus, tokenizer, loaded.fingerprint, str(folder))
-        _write_parts(job, parts, range(index, len(parts), count), missing, num_workers)
+        sizes = {i: sum(unit.size for _, unit in parts[i]) for i in range(index, len(parts), count)}
+        job = (corpus, tokenizer, loaded.fingerprint, folder)
+        calls = [(*job, i, parts[i]) for i in missing]
+        _write_parts(calls, [sizes[i] for i in missing], sum(sizes.values()), num_workers)
         left = _missing(folder, parts)
         if left and not _is_complete(out, corpus):
             print(
@@ -210,16 +212,6 @@ def _lock(out: Path) -> Iterator[None]:
         (out / "lock").unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Arguments of a worker that all parts share."""
-
-    corpus: Corpus
-    tokenizer: str
-    fingerprint: str
-    folder: str
-
-
 @functools.cache
 def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.load(name)
@@ -229,65 +221,58 @@ def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
 
 
 def _write_parts(
-    job: _Job, parts: Sequence[Part], own: range, missing: list[int], num_workers: int | None
+    calls: Sequence[tuple], sizes: Sequence[int], total: int, num_workers: int | None
 ) -> None:
-    """Write the `missing` ones of a shard's `own` parts, with a progress bar on stderr."""
-    sizes = {i: sum(unit.size for _, unit in parts[i]) for i in own}
-    total, left = sum(sizes.values()), sum(sizes[i] for i in missing)
-    num_tokens = 0
-    with tqdm(
-        total=total,
-        initial=total - left,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-        disable=not missing,
-    ) as bar:
-        calls = [(job, i, parts[i]) for i in missing]
-        for position, count in run_in_processes(_write_part, calls, num_workers=num_workers):
-            num_tokens += count
-            speed = num_tokens / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-            bar.update(sizes[missing[position]])
+    """Call `_write_part` in processes, and show the progress of a shard of `total` bytes.
+
+    sizes: bytes of the parts to write.
+    """
+    progress, start = Progress(), time.monotonic()
+    num_tokens, left = 0, sum(sizes)
+    for position, count in run_in_processes(_write_part, calls, num_workers=num_workers):
+        num_tokens, left = num_tokens + count, left - sizes[position]
+        seconds = max(time.monotonic() - start, 1e-3)
+        parts = (
+            f"{format_quantity(total - left)}B of {format_quantity(total)}B",
+            f"{num_tokens / seconds:,.0f} tokens/s",
+            f"{format_duration(seconds * left / max(sum(sizes) - left, 1))} left",
+        )
+        progress.show(SEPARATOR.join(parts), final=not left)
 
 
-def _write_part(job: _Job, i: int, part: Part) -> int:
+def _write_part(
+    corpus: Corpus, tokenizer_name: str, fingerprint: str, folder: Path, i: int, part: Part
+) -> int:
     """Write the file of part `i` and return the number of its tokens.
 
-    The file has the digests of its documents, their blocks, and what was skipped.
+    The file has the digests of its documents, the block of their tokens, the number of each one's
+    digest, the hash of its id and, where documents are cut, its split; and what was skipped.
     """
-    tokenizer = _load(job.tokenizer, job.fingerprint)
-    documents: dict[str, list[Document]] = {name: [] for name in block_names(job.corpus)}
-    numbers: dict[str, list[int]] = {name: [] for name in documents}
+    tokenizer = _load(tokenizer_name, fingerprint)
+    documents: list[Document] = []
+    numbers, is_validation = [], []
     report, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
     order = {}  # digest -> its number in the part
-    for item, digest in read_documents(job.corpus, part):
+    for split, item, digest in read_part(corpus, part):
         if isinstance(item, Skipped):
             report.add(item, sizes.get(item.id, 0))
-            continue
-        number = order.setdefault(digest, len(order))
-        whole = [(WHOLE, item)]
-        for name, document in job.corpus.assign(item) if job.corpus.cuts_documents else whole:
-            if not all(document.fields.values()):
-                report.add(Skipped(item.id, "empty"))
-                continue
-            documents[name].append(document)
-            numbers[name].append(number)
-    arrays = {
-        "digests": np.frombuffer(b"".join(order), "<u8").reshape(-1, 2),
-        "skipped": np.frombuffer(report.to_json(), np.uint8),
-    }
-    num_tokens = 0
-    for name, found in documents.items():
-        block = encode_block(found, tokenizer, fields=list(job.corpus.columns))
-        arrays[f"{name}.digests"] = np.array(numbers[name], np.int64)
-        arrays[f"{name}.hashes"] = np.array([key_hash(d.id) for d in found], np.uint64)
-        arrays |= block_arrays(name, block)
-        num_tokens += sum(len(tokens.values) for tokens in block.tokens.values())
+        else:
+            documents.append(item)
+            numbers.append(order.setdefault(digest, len(order)))
+            is_validation.append(split == "validation")
+    block = encode_block(documents, tokenizer, fields=list(corpus.columns))
     content = io.BytesIO()
-    np.savez(content, **arrays)
-    storage.write_atomically(part_file(job.folder, i), content.getbuffer())
-    return num_tokens
+    np.savez(
+        content,
+        digests=np.frombuffer(b"".join(order), "<u8").reshape(-1, 2),
+        skipped=np.frombuffer(report.to_json(), np.uint8),
+        numbers=np.array(numbers, np.int64),
+        hashes=np.array([key_hash(document.id) for document in documents], np.uint64),
+        is_validation=np.array(is_validation, bool),
+        **block,
+    )
+    storage.write_atomically(part_file(folder, i), content.getbuffer())
+    return sum(len(block[f"tokens.{field}"]) for field in corpus.columns)
 
 
 def summary(manifests: dict[str, dict]) -> str:

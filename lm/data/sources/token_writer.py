@@ -1,13 +1,14 @@
 """Writer of token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
 
+import collections
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,33 +20,9 @@ from lm.data.tokenizer import Tokenizer
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 
 
-class RaggedArray(NamedTuple):
-    """Rows of different lengths: their concatenated values, and the lengths, int64 [n]."""
-
-    values: np.ndarray
-    lengths: np.ndarray
-
-    def keep(self, rows: np.ndarray) -> "RaggedArray":
-        """Return the rows where the bool mask `rows` is true."""
-        if rows.all():
-            return self
-        return RaggedArray(self.values[np.repeat(rows, self.lengths)], self.lengths[rows])
-
-
-class Block(NamedTuple):
-    """n documents: ids (UTF-8), and by field tokens (eos included) and bytes, int64 [n]."""
-
-    ids: RaggedArray
-    tokens: dict[str, RaggedArray]
-    num_bytes: dict[str, np.ndarray]
-
-    def keep(self, rows: np.ndarray) -> "Block":
-        """Return the documents where the bool mask `rows` is true."""
-        return Block(
-            self.ids.keep(rows),
-            {field: tokens.keep(rows) for field, tokens in self.tokens.items()},
-            {field: num_bytes[rows] for field, num_bytes in self.num_bytes.items()},
-        )
+# n documents, by name: "ids" (UTF-8) and "tokens.FIELD" (eos included) are joined, "id_lengths" and
+# "lengths.FIELD" their lengths, "bytes.FIELD" the UTF-8 bytes of the texts; lengths are int64 [n]
+Block = Mapping[str, np.ndarray]
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -58,34 +35,31 @@ def encode_block(
 ) -> Block:
     """Return the documents as tokens, each followed by eos."""
     ids = [document.id.encode(errors="surrogateescape") for document in documents]
+    block = {"ids": np.frombuffer(b"".join(ids), np.uint8), "id_lengths": _lengths(ids)}
     dtype = token_dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], dtype)
-    tokens, num_bytes = {}, {}
     for field in fields:
         texts = [document.fields[field] for document in documents]
-        values, lengths = [np.empty(0, dtype)], []
-        for batch in _batches(texts):
-            for encoded in tokenizer.encode_batch(batch):
-                values += [encoded.astype(dtype), eos]
-                lengths.append(len(encoded) + 1)
-        tokens[field] = RaggedArray(np.concatenate(values), np.array(lengths, np.int64))
-        num_bytes[field] = np.array([len(text.encode()) for text in texts], np.int64)
-    id_bytes = np.frombuffer(b"".join(ids), np.uint8)
-    return Block(
-        RaggedArray(id_bytes, np.array([len(i) for i in ids], np.int64)), tokens, num_bytes
-    )
+        tokens = [
+            np.append(encoded.astype(dtype), eos)
+            for batch in _batches(texts)
+            for encoded in tokenizer.encode_batch(batch)
+        ]
+        block[f"tokens.{field}"] = np.concatenate([np.empty(0, dtype), *tokens])
+        block[f"lengths.{field}"] = _lengths(tokens)
+        block[f"bytes.{field}"] = _lengths([text.encode() for text in texts])
+    return block
 
 
-def _batches(texts: Sequence[str]) -> Iterable[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _lengths(items: Sequence[bytes | np.ndarray]) -> np.ndarray:
+    return np.array([len(item) for item in items], np.int64)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield consecutive texts, of `_BATCH` characters or a little more together."""
+    last = np.cumsum([len(text) for text in texts], dtype=np.int64) // _BATCH
+    for _, group in itertools.groupby(zip(last.tolist(), texts, strict=True), lambda pair: pair[0]):
+        yield [text for _, text in group]
 
 
 class StoreWriter:
@@ -101,23 +75,30 @@ class StoreWriter:
         self._tokenizer = tokenizer
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
+        self._fields = list(fields)
+        self._lengths: dict[str, list[np.ndarray]] = collections.defaultdict(list)
         self._files = {"ids.bin": _HashedFile(self._partial / "ids.bin")}
-        self._id_lengths: list[np.ndarray] = []
-        self._lengths: dict[str, list[np.ndarray]] = {field: [] for field in fields}
-        self._num_bytes: dict[str, list[np.ndarray]] = {field: [] for field in fields}
         for field in fields:
             (self._partial / field).mkdir()
             name = f"{field}/tokens.bin"
             self._files[name] = _HashedFile(self._partial / name)
 
-    def add(self, block: Block) -> None:
-        """Append the documents of `block`."""
-        self._files["ids.bin"].write(block.ids.values)
-        self._id_lengths.append(block.ids.lengths)
-        for field, tokens in block.tokens.items():
-            self._files[f"{field}/tokens.bin"].write(tokens.values)
-            self._lengths[field].append(tokens.lengths)
-            self._num_bytes[field].append(block.num_bytes[field])
+    def add(self, block: Block, keep: np.ndarray | None = None) -> None:
+        """Append the documents of `block`; of the bool mask `keep` [n], where it is given."""
+        self._add(block, keep, "ids.bin", "ids", "id_lengths")
+        for field in self._fields:
+            self._add(block, keep, f"{field}/tokens.bin", f"tokens.{field}", f"lengths.{field}")
+            num_bytes = block[f"bytes.{field}"]
+            self._lengths[f"bytes.{field}"].append(num_bytes if keep is None else num_bytes[keep])
+
+    def _add(
+        self, block: Block, keep: np.ndarray | None, file: str, values: str, lengths: str
+    ) -> None:
+        found, sizes = block[values], block[lengths]
+        if keep is not None and not keep.all():
+            found, sizes = found[np.repeat(keep, sizes)], sizes[keep]
+        self._files[file].write(found)
+        self._lengths[lengths].append(sizes)
 
     def close(
         self,
@@ -132,15 +113,15 @@ class StoreWriter:
 
         skipped, skipped_examples: the number of skipped records by reason, and the first ids.
         """
-        id_offsets = _offsets(self._id_lengths)
+        id_offsets = _offsets(self._lengths["id_lengths"])
         self._write("id_offsets.bin", id_offsets)
-        fields = {}
-        for field, lengths in self._lengths.items():
-            offsets = _offsets(lengths)
-            num_bytes = np.concatenate([np.empty(0, np.int64), *self._num_bytes[field]])
+        sizes = {}
+        for field in self._fields:
+            offsets = _offsets(self._lengths[f"lengths.{field}"])
+            num_bytes = np.concatenate([np.empty(0, np.int64), *self._lengths[f"bytes.{field}"]])
             self._write(f"{field}/offsets.bin", offsets)
             self._write(f"{field}/bytes.bin", num_bytes)
-            fields[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
+            sizes[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
         tokenizer = self._tokenizer
         if tokenizer.file_name:
             self._write(tokenizer.file_name, np.frombuffer(tokenizer.model, np.uint8))
@@ -150,7 +131,7 @@ class StoreWriter:
             "split": split,
             "source": list(source),
             "num_documents": len(id_offsets) - 1,
-            "fields": fields,
+            "fields": sizes,
             "skipped": dict(sorted(skipped.items())),
             "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
             "dtype": token_dtype(tokenizer),
