@@ -118,7 +118,7 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
         ValueError: a field that is needed has no column, or there are no records.
     """
     flags = argparse.Namespace(**{**vars(args), "data": data})
-    corpus = corpora.from_source_flags(flags)
+    corpus = corpora.from_flags(flags)
     if missing := set(names) - set(corpus.columns):
         raise ValueError(
             f"--field must say where these fields come from: {', '.join(sorted(missing))}"
@@ -153,7 +153,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
-    corpora.add_source_flags(parser)
+    corpora.add_flags(parser, with_split=False)
     add("--train", action="append", help="records that baselines may know; repeatable")
     add(
         "--metrics",

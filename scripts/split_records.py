@@ -20,7 +20,7 @@ from lm.data import corpus, examples
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    corpus.add_source_flags(parser)
+    corpus.add_flags(parser, with_split=False)
     add("--format", choices=examples.FORMATS, default="records", help="default: records")
     add("--key", default="", metavar="FIELD", help="of records: the field that decides (default: "
         "the place in the file)")  # fmt: skip
@@ -30,7 +30,7 @@ def main() -> None:
     add("--out", required=True, help="folder of the two files")
     flags = parser.parse_args()
     try:
-        documents = corpus.from_source_flags(flags)
+        documents = corpus.from_flags(flags)
         found = examples.read(documents, flags.format, flags.key)
         if flags.label:
             found = examples.keep_labels(found, "target", set(flags.label))

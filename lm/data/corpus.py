@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -27,65 +28,105 @@ from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):(.*)")  # PACKAGE.MODULE:ARGUMENT
+_SPLIT_FLAGS = ("validation_fraction", "split")
 _MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
 FEW_DOCUMENTS = 100
 _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
 
 
+def _flag(default: object, sentence: str, *, repr: bool = True, **options: object) -> Any:
+    """Return a field of `Corpus` with the description of its flag; options: of `add_argument`."""
+    metadata = {"help": sentence, **options}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, repr=repr, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of several sources, and their split.
+    """The documents of several sources, and their split; with a flag for each field but `fold`.
 
-    data: each "stdlib", "stdlib:all", "tfds:NAME/CONFIG", a file, a folder, a pattern, or
-      "PACKAGE.MODULE:ARGUMENT", whose `build(argument, columns)` returns a `DocumentSource`.
-    columns: store field -> column of jsonl, tables or TFDS, or a template (see sources/records.py).
-    separator: between documents of one text file; empty: a file is one document.
-    validation_fraction: 0 makes no validation store.
-    split: "hash" holds out whole documents by a hash of their id, "tail" the last characters of
-      each document, for a corpus of few documents.
-    max_loss: largest share of the files or records that may be skipped as unreadable (of an unknown
-      type, damaged, without the field, ...).
     fold: (i, n) holds out the documents whose hash falls into the i-th of n equal parts, so that
       every document is held out in one of the n folds.
     """
 
-    data: Sequence[str]
-    columns: dict[str, str] = field(default_factory=lambda: {"text": "text"})
-    separator: str = ""
-    validation_fraction: float = 0.05
-    split: str = "hash"
+    data: Sequence[str] = _flag(
+        MISSING,
+        "a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
+        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
+        "tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
+        "(docs/extending.md). Repeatable; the order matters where documents are "
+        "duplicates: the first stays",
+        action="append",
+        required=True,
+    )
+    columns: dict[str, str] = _flag(
+        {"text": "text"},
+        "store field and its column in jsonl or TFDS, its number in tab-separated lines, or a "
+        "template with columns in braces (default: text). Repeatable: "
+        "--field='source=Translate to Chinese: {1}' --field=target=2",
+        flag="--field",
+        action="append",
+        metavar="FIELD[=COLUMN]",
+    )
+    separator: str = _flag(
+        "",
+        "separates the documents of one text file, such as '<|endoftext|>' or '\\n\\n' "
+        "(default: a file is one document); white space around documents is dropped with it",
+    )
+    validation_fraction: float = _flag(
+        0.05,
+        "share of the corpus for validation; 0: no validation store (default: 0.05)",
+        type=float,
+    )
+    split: str = _flag(
+        "hash",
+        "hash: whole documents, by a hash of their id; tail: the last characters of every "
+        "document, for a corpus of one or few (default: hash)",
+        choices=("hash", "tail"),
+    )
     fold: tuple[int, int] | None = None
-    # not in the repr, by which folders of corpora are named: it changes no store
-    max_loss: float = field(default=0.05, repr=False)
-    tfds_split: str = "train"
-    tfds_data_dir: str | None = None
-    tfds_download: bool = False
+    max_loss: float = _flag(
+        0.05,
+        "largest share of the files (by bytes) and of the records that may be skipped as "
+        "unreadable: 0 to 1 (default: 0.05)",
+        type=float,
+        repr=False,  # by which folders of corpora are named: it changes no store
+    )
+    tfds_split: str = _flag("train", "TFDS splits, joined by + (default: train)")
+    tfds_data_dir: str | None = _flag(
+        None, "where TFDS keeps prepared data sets (default: TFDS's own choice)"
+    )
+    tfds_download: bool = _flag(
+        False, "let TFDS download what is not prepared", action="store_true"
+    )
 
     def __post_init__(self):
-        if not self.data:
-            raise ValueError(
-                "no data given: --data=stdlib, a file, a folder, a pattern or tfds:NAME"
-            )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"validation fraction {self.validation_fraction} must be at least 0 and below 1"
-            )
-        if not 0 <= self.max_loss <= 1:
-            raise ValueError(f"max loss {self.max_loss} must be between 0 and 1")
-        if self.split not in ("hash", "tail"):
-            raise ValueError(f"split {self.split!r} must be hash or tail")
-        if self.fold is not None:
-            index, count = self.fold
-            if not 0 <= index < count or count < 2:
-                raise ValueError(f"fold {index} of {count}: there are at least two, from 0 on")
-            if self.split != "hash" or not self.validation_fraction:
-                raise ValueError(
-                    "folds are of documents by their hash, and need a validation store"
-                )
-        if self.split == "tail" and len(self.columns) > 1:
-            raise ValueError(
-                "split tail cuts a text in two: it cannot keep several fields together"
-            )
+        held_out, (i, n) = self.validation_fraction, self.fold or (0, 2)
+        errors = (
+            (
+                not self.data,
+                "no data given: --data=stdlib, a file, a folder, a pattern or tfds:NAME",
+            ),
+            (
+                not 0 <= held_out < 1,
+                f"validation fraction {held_out} must be at least 0 and below 1",
+            ),
+            (not 0 <= self.max_loss <= 1, f"max loss {self.max_loss} must be between 0 and 1"),
+            (self.split not in ("hash", "tail"), f"split {self.split!r} must be hash or tail"),
+            (not 0 <= i < n >= 2, f"fold {i} of {n}: there are at least two, from 0 on"),
+            (
+                self.fold is not None and (self.split != "hash" or not held_out),
+                "folds are of documents by their hash, and need a validation store",
+            ),
+            (
+                self.split == "tail" and len(self.columns) > 1,
+                "split tail cuts a text in two: it cannot keep several fields together",
+            ),
+        )
+        for is_wrong, message in errors:
+            if is_wrong:
+                raise ValueError(message)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -96,13 +137,8 @@ class Corpus:
 
     def _source(self, spec: str) -> DocumentSource:
         if spec.startswith("tfds:"):
-            return TfdsSource(
-                spec.removeprefix("tfds:"),
-                self.columns,
-                self.tfds_split,
-                self.tfds_data_dir,
-                self.tfds_download,
-            )
+            tfds = (self.tfds_split, self.tfds_data_dir, self.tfds_download)
+            return TfdsSource(spec.removeprefix("tfds:"), self.columns, *tfds)
         own = _MODULE.fullmatch(spec)
         if own and not os.path.lexists(spec):
             module = import_component(own[1], f"--data={spec}", needed=("build",))
@@ -138,7 +174,9 @@ class Corpus:
         if self.fold is not None:
             index, count = self.fold
             low, high = index / count, (index + 1) / count
-        return _below(hashes, high) & ~_below(hashes, low)
+        start, stop = (math.ceil(fraction * 2**64) for fraction in (low, high))  # exact
+        # unsigned: a hash below `start` becomes one of the largest numbers
+        return hashes - np.uint64(start) < np.uint64(stop - start)
 
 
 def choose_split(corpus: Corpus) -> Corpus:
@@ -162,11 +200,6 @@ def key_hash(key: str) -> int:
     """Return a hash below 2**64."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-def _below(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    limit = math.ceil(fraction * 2**64)  # exact: an integer is below both or neither
-    return hashes <= np.uint64(limit - 1) if limit else np.zeros(len(hashes), bool)
 
 
 Part = list[tuple[int, Unit]]  # number of the source, unit
@@ -242,86 +275,22 @@ def _digest(document: Document) -> bytes:
     return content.digest()[:16]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a corpus and its split to `parser`."""
-    add_source_flags(parser)
-    add = parser.add_argument
-    add(
-        "--validation-fraction",
-        type=float,
-        default=0.05,
-        help="share of the corpus for validation; 0: no validation store (default: 0.05)",
-    )
-    add(
-        "--split",
-        choices=("hash", "tail"),
-        default="hash",
-        help="hash: whole documents, by a hash of their id; tail: the last characters of every "
-        "document, for a corpus of one or few (default: hash)",
-    )
-
-
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the sources of a corpus to `parser`."""
-    add = parser.add_argument
-    add(
-        "--data",
-        action="append",
-        required=True,
-        help="a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
-        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
-        "tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
-        "(docs/extending.md). Repeatable; the order matters where documents are "
-        "duplicates: the first stays",
-    )
-    add(
-        "--field",
-        action="append",
-        default=[],
-        metavar="FIELD[=COLUMN]",
-        help="store field and its column in jsonl or TFDS, its number in tab-separated lines, or a "
-        "template with columns in braces (default: text). Repeatable: "
-        "--field='source=Translate to Chinese: {1}' --field=target=2",
-    )
-    add(
-        "--separator",
-        default="",
-        help="separates the documents of one text file, such as '<|endoftext|>' or '\\n\\n' "
-        "(default: a file is one document); white space around documents is dropped with it",
-    )
-    add(
-        "--max-loss",
-        type=float,
-        default=0.05,
-        help="largest share of the files (by bytes) and of the records that may be skipped as "
-        "unreadable: 0 to 1 (default: 0.05)",
-    )
-    add("--tfds-split", default="train", help="TFDS splits, joined by + (default: train)")
-    add("--tfds-data-dir", help="where TFDS keeps prepared data sets (default: TFDS's own choice)")
-    add("--tfds-download", action="store_true", help="let TFDS download what is not prepared")
+def add_flags(parser: argparse.ArgumentParser, *, with_split: bool = True) -> None:
+    """Add the flags that name a corpus, and those of its split, to `parser`."""
+    for f in fields(Corpus):
+        if f.metadata and (with_split or f.name not in _SPLIT_FLAGS):
+            options = {"default": [] if f.default is MISSING else f.default, **f.metadata}
+            parser.add_argument(options.pop("flag", f"--{f.name.replace('_', '-')}"), **options)
 
 
 def from_flags(flags: argparse.Namespace) -> Corpus:
-    """Return the corpus that the flags of `add_flags` name."""
-    corpus = from_source_flags(flags)
-    return replace(corpus, validation_fraction=flags.validation_fraction, split=flags.split)
-
-
-def from_source_flags(flags: argparse.Namespace) -> Corpus:
-    """Return the corpus that the flags of `add_source_flags` name, not split."""
-    columns = {}
-    for text in flags.field or ["text"]:
-        name, _, column = text.partition("=")
-        columns[name] = column.replace("\\n", "\n") or name
+    """Return the corpus that the flags of `add_flags` name; without those of a split, not split."""
+    given = {f.name: getattr(flags, f.name) for f in fields(Corpus) if f.name in flags}
+    pairs = [text.partition("=")[::2] for text in flags.field or ["text"]]
+    columns = {name: column.replace("\\n", "\n") or name for name, column in pairs}
+    separator = _unescaped(flags.separator)
     return Corpus(
-        data=flags.data,
-        columns=columns,
-        separator=_unescaped(flags.separator),
-        validation_fraction=0.0,
-        max_loss=flags.max_loss,
-        tfds_split=flags.tfds_split,
-        tfds_data_dir=flags.tfds_data_dir,
-        tfds_download=flags.tfds_download,
+        **{"validation_fraction": 0.0, **given, "columns": columns, "separator": separator}
     )
 
 
