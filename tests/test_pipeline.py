@@ -257,7 +257,7 @@ def test_a_closed_iterator_leaves_nothing_running(loader):
 def test_without_tensorflow_its_loader_says_what_to_do(mixed, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ValueError, match=r"loader\.kind=thread"):
-        mixed.iterate(0, loader=LOADERS[0])
+        next(mixed.iterate(0, loader=LOADERS[0]))
 
 
 def test_batches_and_the_thread_loader_need_no_tensorflow(stores):

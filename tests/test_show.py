@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from lm.data.packing import Span
 from lm.data.pipeline import ExplainedRow
+from lm.data.sources import Span
 from lm.data.tokenizer import ByteTokenizer
 from lm.interpret import run_report
 from lm.interpret.markup import COLORS

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 
 from lm.config.schema import LoaderConfig
-from lm.types import HostBatch, HostTokens
+from lm.types import HostBatch
 
-Leaf = HostBatch | HostTokens | np.ndarray | None
-T = TypeVar("T", bound=HostBatch | HostTokens)
 Make = Callable[[int], HostBatch]
 Batches = Generator[tuple[int, HostBatch], None, None]
 
@@ -73,48 +69,22 @@ def _tf_data(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches
             "or set loader.kind=thread (the batches are the same)"
         ) from None
     tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
+    ready: dict[int, HostBatch] = {}  # tf.data schedules the work; arrays need no copy to tensors
 
-    def run_ahead() -> Batches:
-        if start >= stop:
-            return
-        like = make(start)  # tf.data wants to know types and shapes before the first batch
-        types = [array.dtype for array in leaves(like)]
-        shapes = [array.shape for array in leaves(like)]
+    def load(step: np.ndarray) -> np.ndarray:
+        ready[int(step)] = make(int(step))
+        return step
 
-        def load(step: tf.Tensor) -> list[tf.Tensor]:
-            arrays = tf.numpy_function(lambda step: leaves(make(int(step))), [step], types)
-            return [
-                tf.ensure_shape(array, shape) for array, shape in zip(arrays, shapes, strict=True)
-            ]
-
-        dataset = tf.data.Dataset.range(start, stop)
-        dataset = dataset.map(load, num_parallel_calls=loader.num_workers, deterministic=True)
-        batches = dataset.prefetch(loader.prefetch).as_numpy_iterator()
-        for step in range(start, stop):
-            try:
-                arrays = next(batches)
-            except tf.errors.OpError:
-                make(step)  # pure: raises what it raised inside tf.data, as it was
-                raise
-            yield step, unflatten(like, iter(arrays))
-
-    return run_ahead()
-
-
-def leaves(tree: Leaf) -> list[np.ndarray]:
-    """Return the arrays of a batch in the order of its fields, without those that are None."""
-    if tree is None or isinstance(tree, np.ndarray):
-        return [] if tree is None else [tree]
-    return [leaf for f in dataclasses.fields(tree) for leaf in leaves(getattr(tree, f.name))]
-
-
-def unflatten(like: T, arrays: Iterator[np.ndarray]) -> T:
-    """Return a batch of the structure of `like` from the arrays of `leaves`."""
-
-    def value(old: Leaf) -> Leaf:
-        if old is None or isinstance(old, np.ndarray):
-            return None if old is None else next(arrays)
-        return unflatten(old, arrays)
-
-    new = {f.name: value(getattr(like, f.name)) for f in dataclasses.fields(like)}
-    return dataclasses.replace(like, **new)
+    steps = tf.data.Dataset.range(start, stop).map(
+        lambda step: tf.numpy_function(load, [step], tf.int64),
+        num_parallel_calls=loader.num_workers,
+        deterministic=True,
+    )
+    finished = steps.prefetch(loader.prefetch).as_numpy_iterator()
+    for step in range(start, stop):
+        try:
+            next(finished)
+        except tf.errors.OpError:
+            make(step)  # pure: raises what it raised inside tf.data, as it was
+            raise
+        yield step, ready.pop(step)

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lm import storage
-from lm.data.sources import RowLayout, Rows
+from lm.data.sources import RowLayout, Rows, Span
 from lm.data.sources.tokens import TokenStore
 
 _PLAN_VERSION = 2
@@ -54,21 +54,8 @@ class Chunks(NamedTuple):
     stops: np.ndarray  # [sum of counts, F]
 
 
-class Span(NamedTuple):
-    """A part of a row: tokens `start` to `stop` of a document, of all its fields together."""
-
-    document: int
-    id: str
-    start: int
-    stop: int
-
-
 class PackedRows:
-    """The rows of packed documents; a `RowSource`.
-
-    bytes_per_token: UTF-8 bytes of the text per token, eos included; None where a row is not all
-    of the text.
-    """
+    """The rows of packed documents; a `RowSource`."""
 
     truncation_summary = ""  # no token is dropped
 
@@ -139,7 +126,6 @@ class PackedRows:
         return Rows(*arrays, fields.reshape(shape))
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        """Return for each row the documents that it holds, in the order of its segments."""
         counts, documents, *ranges = self._chunks_of(check_rows(rows, len(self), self.path))
         begins = np.stack([store.offsets[documents] for store in self.stores], 1)
         starts, stops = ((positions - begins).sum(1).tolist() for positions in ranges)

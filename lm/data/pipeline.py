@@ -11,22 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from lm import storage
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import loaders, packing
-from lm.data.packing import Span
 from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
-from lm.data.sources import RowLayout, Rows, Source, synthetic
-from lm.data.sources.synthetic import Synthetic
+from lm.data.sources import RowLayout, Rows, RowSource, Span, synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.exit_codes import Exit, RunError
-from lm.types import HostBatch
+from lm.types import HostBatch, HostTokens
 
 Transform = Callable[[Rows, Callable[[int], np.random.Generator]], HostBatch]
 RowIndex = slice | np.ndarray  # a host's rows of the global batch
@@ -40,21 +38,6 @@ class OutOfData(RunError):
     """A batch would need a row of a later epoch than the pipeline may read."""
 
     code = Exit.OUT_OF_DATA
-
-
-class RowSource(Source, Protocol):
-    """A source that knows the documents of its rows and how much text they are.
-
-    truncation_summary: the documents of the store that are cut or dropped; "" if none is.
-    """
-
-    @property
-    def bytes_per_token(self) -> float | None: ...
-
-    @property
-    def truncation_summary(self) -> str: ...
-
-    def documents(self, rows: np.ndarray) -> list[list[Span]]: ...
 
 
 class Objective(Protocol):
@@ -133,7 +116,10 @@ class Pipeline:
             number = location.source[group[0]]
             return self._objectives[number](sources[number].read(location.row[group]), rng)
 
-        batch = _merge([make(group) for group in groups], np.concatenate(groups))
+        batches = [make(group) for group in groups]
+        batch = batches[0]
+        if len(batches) > 1:
+            batch = _merge(batches, np.argsort(np.concatenate(groups)))
         records = hash_words(location.source, location.epoch, location.row, index)
         return dataclasses.replace(batch, records=(records >> np.uint64(32)).astype(np.uint32))
 
@@ -190,15 +176,21 @@ class Pipeline:
         )
 
 
-def _merge(batches: list[HostBatch], index: np.ndarray) -> HostBatch:
-    """Return the batch whose rows `index`, int64 [B], are those of `batches` joined."""
-    if len(batches) == 1:
-        return batches[0]
-    order = np.argsort(index)
-    leaves = [loaders.leaves(batch) for batch in batches]
-    assert len({len(found) for found in leaves}) == 1, "objectives of one batch differ in structure"
-    joined = (np.concatenate(arrays)[order] for arrays in zip(*leaves, strict=True))
-    return loaders.unflatten(batches[0], joined)
+T = TypeVar("T", bound=HostBatch | HostTokens)
+
+
+def _merge(batches: Sequence[T], order: np.ndarray) -> T:
+    """Return the rows `order`, int64 [B], of the batches joined."""
+    first = batches[0]
+
+    def join(name: str) -> HostTokens | np.ndarray | None:
+        values = [getattr(batch, name) for batch in batches]
+        assert len(set(map(type, values))) == 1, "objectives of one batch differ in structure"
+        if isinstance(values[0], np.ndarray):
+            return np.concatenate(values)[order]
+        return None if values[0] is None else _merge(values, order)
+
+    return dataclasses.replace(first, **{f.name: join(f.name) for f in dataclasses.fields(first)})
 
 
 def _first_tokens(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
@@ -210,7 +202,7 @@ def _first_tokens(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: in
 
 
 def evaluation_batches(
-    source: Source, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
+    source: RowSource, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
 ) -> Iterator[HostBatch]:
     """Yield the rows `rows` of global batches that have every row of the source once, in order.
 
@@ -220,8 +212,7 @@ def evaluation_batches(
     for start in range(0, len(source), batch_size):
         index = start + np.arange(batch_size)[rows]
         read = source.read(index[index < len(source)])
-        missing = len(index) - len(read.ids)
-        padded = _with_empty_rows(read, missing)
+        padded = _with_empty_rows(read, len(index) - len(read.ids))
 
         def rng(i: int, index: np.ndarray = index) -> np.random.Generator:
             return np.random.default_rng([_EVALUATION_SEED, 0, int(index[i])])
@@ -230,12 +221,9 @@ def evaluation_batches(
 
 
 def _with_empty_rows(rows: Rows, count: int) -> Rows:
-    if not count:
-        return rows
-    arrays = {f.name: getattr(rows, f.name) for f in dataclasses.fields(Rows)}
     padded = {
-        name: np.concatenate([x, np.full((count, *x.shape[1:]), -(name == "previous"), np.int32)])
-        for name, x in arrays.items()
+        name: np.pad(x, ((0, count), (0, 0)), constant_values=-1 if name == "previous" else 0)
+        for name, x in vars(rows).items()
         if x is not None
     }
     return Rows(**padded)
@@ -252,7 +240,7 @@ def make_source(
     if config.packing not in PACKINGS:
         raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
     if path.startswith("synthetic:"):
-        return _make_synthetic(path, layout, tokenizer)
+        return synthetic.make(path, layout, tokenizer)
     path = storage.expand(path, "a token store")
     inside = None if storage.is_url(path) else Path(path) / "packing"
     cache_dir = cache_dir and storage.expand(cache_dir, "config.loader.cache_dir")
@@ -304,19 +292,12 @@ def make_pipeline(
     cache_dir: str = "",
 ) -> Pipeline:
     """Return the training pipeline of a config."""
+    key = "config.data.train"
     if not config.train:
-        raise ValueError(
-            "config.data.train is empty: name at least one token store, or synthetic:markov"
-        )
+        raise ValueError(f"{key} is empty: name at least one token store, or synthetic:markov")
+    sources = make_sources(config.train, config, objective, tokenizer, key=key, cache_dir=cache_dir)
     return Pipeline(
-        make_sources(
-            config.train,
-            config,
-            objective,
-            tokenizer,
-            key="config.data.train",
-            cache_dir=cache_dir,
-        ),
+        sources,
         {path: objective.for_source(path) for path in config.train},
         batch_size=batch_size,
         seed=seed,
@@ -324,17 +305,3 @@ def make_pipeline(
         shuffle=config.shuffle,
         num_epochs=num_epochs,
     )
-
-
-def _make_synthetic(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
-    _, kind, *numbers = path.split(":")
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise ValueError(
-            f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
-        )
-    options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
-    if len(layout.fields) == 2:
-        if kind != "reverse":
-            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
-        return synthetic.reverse(layout, eos_id=tokenizer.eos_id, **options)
-    return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)

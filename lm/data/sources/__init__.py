@@ -116,11 +116,35 @@ class Rows:
     fields: np.ndarray | None = None
 
 
-class Source(Protocol):
-    """Rows for training, by index; pure and safe to call from several threads."""
+class Span(NamedTuple):
+    """A part of a row: tokens `start` to `stop` of a document, of all its fields together."""
+
+    document: int
+    id: str
+    start: int
+    stop: int
+
+
+class RowSource(Protocol):
+    """Rows for training, by index; pure and safe to call from several threads.
+
+    bytes_per_token: UTF-8 bytes of the text per token, eos included; None where a row is not all
+    of the text. truncation_summary: the documents of the store that are cut or dropped; "" if none
+    is.
+    """
+
+    @property
+    def bytes_per_token(self) -> float | None: ...
+
+    @property
+    def truncation_summary(self) -> str: ...
 
     def __len__(self) -> int: ...
 
     def read(self, rows: np.ndarray) -> Rows:
         """Return the rows with the indices `rows`: int64 [B]."""
+        ...
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        """Return for each row the documents that it holds, in the order of its segments."""
         ...

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.data.packing import Span, check_rows
+from lm.data.packing import check_rows
 from lm.data.pairs import Pairs
 from lm.data.sampler import hash_words, scale_hash
-from lm.data.sources import RowLayout, Rows
+from lm.data.sources import RowLayout, Rows, RowSource, Span
+from lm.data.tokenizer import Tokenizer
 
 KINDS = ("random", "markov", "copy")
 _PERIOD = 8
@@ -128,3 +129,18 @@ def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int =
     backwards = offsets[document] + offsets[document + 1] - 2 - at
     target = tokens[np.where(tokens == eos_id, at, backwards)]
     return Pairs([_Field(x, offsets, eos_id) for x in (tokens, target)], layout)
+
+
+def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
+    """Return the rows of `path`, "synthetic:KIND[:ROWS[:SEED]]"."""
+    _, kind, *numbers = path.split(":")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
+        )
+    options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
+    if len(layout.fields) == 2:
+        if kind != "reverse":
+            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
+        return reverse(layout, eos_id=tokenizer.eos_id, **options)
+    return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)
