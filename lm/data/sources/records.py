@@ -9,11 +9,15 @@ A field of a store is a column of the record, or a template with columns in brac
 Columns of tab-separated lines have the numbers 1, 2, ... as names.
 """
 
+import codecs
+import json
 import re
 from collections.abc import Mapping
 
 from lm.data.sources import Document, Skipped
 
+LINES = (".jsonl", ".tsv")  # forms with a record in each line
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
@@ -22,20 +26,27 @@ def column_names(columns: Mapping[str, str]) -> list[str]:
     return [name for spec in columns.values() for name in _COLUMN.findall(spec) or [spec]]
 
 
-def are_numbers(columns: Mapping[str, str]) -> bool:
-    """Return True if all columns are numbers: those of tab-separated lines."""
-    return all(name.isdecimal() for name in column_names(columns))
-
-
-def from_line(document_id: str, line: bytes, columns: Mapping[str, str]) -> Document | Skipped:
-    """Return the document of a line of tab-separated columns, or the skipped line."""
-    if not line.strip():
+def from_bytes(
+    document_id: str, content: bytes, form: str, columns: Mapping[str, str]
+) -> Document | Skipped:
+    """Return the document of a line of ".jsonl" or ".tsv", or of a text; or the skipped record."""
+    if not (content.strip() if form in LINES else content):
         return Skipped(document_id, "empty")
+    if content.startswith(UTF16):
+        return Skipped(document_id, "utf_16")
     try:
-        values = line.decode().rstrip("\r").split("\t")
+        text = content.decode()
     except UnicodeDecodeError:
         return Skipped(document_id, "invalid_utf8")
-    record = {str(number): value for number, value in enumerate(values, 1)}
+    if form not in LINES:
+        return Document(document_id, {"text": text})
+    if form == ".tsv":
+        record = {str(number): x for number, x in enumerate(text.rstrip("\r").split("\t"), 1)}
+    else:
+        try:
+            record = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError):  # also of integers of more than 4,300 digits
+            return Skipped(document_id, "malformed_json")
     return from_record(document_id, record, columns)
 
 

@@ -12,7 +12,6 @@ preparation: unreadable ones are `Skipped` with the reason.
 
 import codecs
 import functools
-import json
 import os
 import re
 import sysconfig
@@ -22,10 +21,9 @@ from pathlib import Path
 
 from lm import storage
 from lm.data.sources import Document, Skipped, Unit, files
-from lm.data.sources.records import are_numbers, from_line, from_record
+from lm.data.sources.records import LINES, UTF16, column_names, from_bytes
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".tsv")
-_LINES = (".jsonl", ".tsv")
 # pydoc_data is one generated file of documentation, 7% of the corpus, and would be most of the
 # held-out text if it fell there; encodings are mostly generated tables that differ in a few lines,
 # so that those held out would be known from training.
@@ -34,7 +32,6 @@ _NOT_CORPUS = frozenset({"site-packages", "dist-packages", "__pycache__"} | _GEN
 _TESTS = {"test", "tests", "idle_test"}
 _RANGE = 1 << 26  # bytes; a longer .jsonl file is read in ranges, by several workers
 _WHOLE = -1
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,14 @@ class TextSource:
         for name in names:
             stat = os.stat(root / name)
             stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
-            suffix = self._kind(name)
-            if suffix and suffix not in _LINES and list(self.columns) != ["text"]:
+            form = self._form(name)
+            if form and form not in LINES and list(self.columns) != ["text"]:
                 raise ValueError(
-                    f"{root / name}: a {suffix} file has only the field text, not "
+                    f"{root / name}: a {form} file has only the field text, not "
                     f"{', '.join(self.columns)}; use .jsonl for several fields, or name the "
                     "columns of tab-separated lines by their numbers"
                 )
-            in_ranges = suffix in _LINES and not name.endswith(files.COMPRESSED)
+            in_ranges = form in LINES and not name.endswith(files.COMPRESSED)
             step = _RANGE if in_ranges else max(stat.st_size, 1)
             for start in range(0, max(stat.st_size, 1), step):
                 stop = min(start + step, stat.st_size) if in_ranges else _WHOLE
@@ -76,10 +73,10 @@ class TextSource:
         return self._files.skipped
 
     def document_ids(self, unit: Unit) -> list[str] | None:
-        suffix = self._kind(unit.name)
-        if not suffix:
+        form = self._form(unit.name)
+        if not form:
             return []
-        return None if suffix in _LINES or self.separator else [unit.name]
+        return None if form in LINES or self.separator else [unit.name]
 
     def read(self, unit: Unit) -> Iterator[Document | Skipped]:
         path = _root(self.spec) / unit.name
@@ -91,44 +88,40 @@ class TextSource:
             raise ValueError(
                 f"{path} was changed during the preparation; start again in a new --out"
             )
-        suffix = self._kind(unit.name)
+        form = self._form(unit.name)
         try:
-            if not suffix:
+            if not form:
                 yield Skipped(unit.name, "other_file_type")
-            elif suffix in _LINES or self.separator:
-                yield from self._read_records(path, unit)
+            elif form in LINES or self.separator:
+                yield from self._read_records(path, unit, form)
             else:
-                yield _document(unit.name, _without_bom(b"".join(files.blocks(path))))
+                content = b"".join(files.blocks(path)).removeprefix(codecs.BOM_UTF8)
+                yield from_bytes(unit.name, content, form, self.columns)
         except files.DamagedFile as error:
             yield Skipped(unit.name, "damaged_file", detail=str(error))
         except OSError as error:
             yield Skipped(unit.name, "unreadable", detail=error.strerror or "")
 
-    def _read_records(self, path: Path, unit: Unit) -> Iterator[Document | Skipped]:
-        suffix = self._kind(unit.name)
-        separator = "" if suffix in _LINES else self.separator
+    def _read_records(self, path: Path, unit: Unit, form: str) -> Iterator[Document | Skipped]:
+        separator = "" if form in LINES else self.separator
         empty = True
         for offset, record in _records(path, separator, unit.start, unit.stop):
             empty = False
             if not offset:
-                if record.startswith(_UTF16):
+                if record.startswith(UTF16):
                     yield Skipped(unit.name, "utf_16")
                     return
-                record = _without_bom(record)
-            record_id = f"{unit.name}@{offset}"
-            if suffix == ".jsonl":
-                yield _json_document(record_id, record, self.columns)
-            elif suffix == ".tsv":
-                yield from_line(record_id, record, self.columns)
-            else:
-                yield _document(record_id, record.strip())
+                record = record.removeprefix(codecs.BOM_UTF8)
+            record = record if form in LINES else record.strip()
+            yield from_bytes(f"{unit.name}@{offset}", record, form, self.columns)
         if empty and unit.start == 0:
             yield Skipped(unit.name, "empty")
 
-    def _kind(self, name: str) -> str:
+    def _form(self, name: str) -> str:
         """Return the suffix of the file's format; "" if it is unknown."""
         suffix = _suffix(name)
-        return ".tsv" if suffix == ".txt" and are_numbers(self.columns) else suffix
+        are_numbers = all(column.isdecimal() for column in column_names(self.columns))
+        return ".tsv" if suffix == ".txt" and are_numbers else suffix
 
     @functools.cached_property
     def _files(self) -> files.Listing:
@@ -191,30 +184,3 @@ def _records(path: Path, separator: str, start: int, stop: int) -> Iterator[tupl
         searched = max(len(buffer) - longest + 1, 0)
     if buffer and not skip:
         yield offset, bytes(buffer)
-
-
-def _without_bom(content: bytes) -> bytes:
-    return content.removeprefix(codecs.BOM_UTF8)
-
-
-def _document(document_id: str, content: bytes) -> Document | Skipped:
-    if not content:
-        return Skipped(document_id, "empty")
-    if content.startswith(_UTF16):
-        return Skipped(document_id, "utf_16")
-    try:
-        return Document(document_id, {"text": content.decode()})
-    except UnicodeDecodeError:
-        return Skipped(document_id, "invalid_utf8")
-
-
-def _json_document(document_id: str, line: bytes, columns: Mapping[str, str]) -> Document | Skipped:
-    if not line.strip():
-        return Skipped(document_id, "empty")
-    try:
-        record = json.loads(_without_bom(line).decode())
-    except UnicodeDecodeError:
-        return Skipped(document_id, "invalid_utf8")
-    except (ValueError, RecursionError):  # also of integers of more than 4,300 digits
-        return Skipped(document_id, "malformed_json")
-    return from_record(document_id, record, columns)

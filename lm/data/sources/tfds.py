@@ -80,15 +80,12 @@ class TfdsSource:
             document_id = f"{unit.name}@{i}"
             try:
                 record = next(records)
-            except RuntimeError as error:  # of ArrayRecord, whose other records can be read
+            except (RuntimeError, tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
                 yield Skipped(document_id, "damaged_file", detail=_first_line(error))
-                continue
-            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-                # nothing after it can be found in the shard
-                yield Skipped(document_id, "damaged_file", detail=_first_line(error))
-                yield from (
-                    Skipped(f"{unit.name}@{j}", "damaged_file") for j in range(i + 1, unit.stop)
-                )
+                if isinstance(error, RuntimeError):  # of ArrayRecord: others can be read
+                    continue
+                for j in range(i + 1, unit.stop):  # nothing after it can be found in the shard
+                    yield Skipped(f"{unit.name}@{j}", "damaged_file")
                 return
             try:
                 texts = {
