@@ -83,7 +83,10 @@ class TokenStore:
         if field not in manifest["fields"]:
             raise ValueError(f"{path}: no field {field!r}; it has {', '.join(manifest['fields'])}")
         for name, entry in manifest["files"].items():
-            files.check_size(name, entry["size"])
+            if error := files.size_error(name, entry["size"]):
+                raise ValueError(
+                    f"{path}/{name} {error}; the store is damaged: copy or prepare it again"
+                )
         return cls(path, field, files, manifest)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -96,9 +99,9 @@ class TokenStore:
 
     def document_ids(self, i: int) -> str:
         """Return the id of document `i`, bytes that are no UTF-8 as surrogates (`os.fsdecode`)."""
-        start, stop = self._id_offsets[i], self._id_offsets[i + 1]
-        content = self._id_ranges([int(start)], [int(stop)])[0].tobytes()
-        return content.decode(errors="surrogateescape")
+        offsets, read_ranges = self._ids
+        [content] = read_ranges(offsets[i : i + 1].tolist(), offsets[i + 1 : i + 2].tolist())
+        return content.tobytes().decode(errors="surrogateescape")
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """Return the tokenizer that made this store, from the copy inside it."""
@@ -131,7 +134,7 @@ class TokenStore:
     def verify(self) -> None:
         """Read everything; raise ValueError unless every file has its content hash."""
         for name, entry in self.manifest["files"].items():
-            found = self._files.sha256(name)
+            found = hashlib.sha256(self._files.array(name, "u1")).hexdigest()
             if found != entry["sha256"]:
                 raise ValueError(
                     f"{self.path}/{name}: content hash {found}, the manifest says "
@@ -144,12 +147,8 @@ class TokenStore:
         return int(self.manifest["tokenizer"]["eos_id"])
 
     @functools.cached_property
-    def _id_offsets(self) -> np.ndarray:
-        return self._files.array("id_offsets.bin", "<i8")
-
-    @functools.cached_property
-    def _id_ranges(self) -> ReadRanges:
-        return self._files.ranges("ids.bin", "u1")
+    def _ids(self) -> tuple[np.ndarray, ReadRanges]:
+        return self._files.array("id_offsets.bin", "<i8"), self._files.ranges("ids.bin", "u1")
 
 
 class _LocalFiles:
@@ -159,7 +158,6 @@ class _LocalFiles:
         self._path = Path(path)
 
     def absence(self) -> str:
-        """Return the reason why there is no store."""
         if self._path.is_symlink() and not self._path.exists():
             return f"a link to {os.readlink(self._path)}, which is not there"
         if not self._path.exists():
@@ -189,19 +187,12 @@ class _LocalFiles:
         array = self.array(name, dtype)
         return lambda starts, stops: [array[a:b] for a, b in zip(starts, stops, strict=True)]
 
-    def check_size(self, name: str, size: int) -> None:
+    def size_error(self, name: str, size: int) -> str:
         file = self._path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            has = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(
-                f"{file} {has}, the manifest says {size}; the store is damaged: copy or prepare "
-                "it again"
-            )
-
-    def sha256(self, name: str) -> str:
-        with open(self._path / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if not file.is_file():
+            return f"is missing, the manifest says {size} bytes"
+        found = file.stat().st_size
+        return "" if found == size else f"has {found} bytes, the manifest says {size}"
 
 
 class _RemoteFiles:
@@ -239,13 +230,11 @@ class _RemoteFiles:
 
         return read
 
-    def check_size(self, name: str, size: int) -> None:
+    def size_error(self, name: str, size: int) -> str:
         # There is no call for the size of an object: its last byte must exist, and none after it.
-        if size and (not self._exists(name, size - 1) or self._exists(name, size)):
-            raise ValueError(
-                f"{self._url}/{name} is missing or has not the {size} bytes that the manifest "
-                "says; the store is damaged: copy or prepare it again"
-            )
+        if not size or (self._exists(name, size - 1) and not self._exists(name, size)):
+            return ""
+        return f"is missing or has not the {size} bytes that the manifest says"
 
     def _exists(self, name: str, position: int) -> bool:
         try:
@@ -255,6 +244,3 @@ class _RemoteFiles:
                 return False
             raise
         return result.state == "value"
-
-    def sha256(self, name: str) -> str:
-        return hashlib.sha256(self.read(name) or b"").hexdigest()
