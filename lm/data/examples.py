@@ -6,7 +6,6 @@ snippets of one file) are all in train or all in test, by a hash of the key.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lm import storage
-from lm.data.corpus import Corpus, held_out, read_all
+from lm.data.corpus import Corpus, held_out, key_hash, read_all
 from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, Skipped
 from lm.data.sources.records import from_record
@@ -46,24 +45,21 @@ def read(corpus: Corpus, form: str, key: str = "") -> Iterator[Example]:
             f"key {key!r} must be one of the fields ({', '.join(corpus.columns)}) of records; "
             "squad and packages have their own"
         )
-    if form == "squad":
-        for path in corpus.data:
-            yield from _squad(Path(storage.expand(path, "--data")), corpus.columns)
-        return
-    if form == "packages":
+    if form == "records":
+        for item in read_all(corpus):
+            yield Example(item.fields[key] if key and isinstance(item, Document) else item.id, item)
+    else:
         for spec in corpus.data:
-            yield from _packages(spec, corpus.columns)
-        return
-    for item in read_all(corpus):
-        yield Example(item.fields[key] if key and isinstance(item, Document) else item.id, item)
+            yield from {"squad": _squad, "packages": _packages}[form](spec, corpus.columns)
 
 
-def _squad(path: Path, columns: Mapping[str, str]) -> Iterator[Example]:
+def _squad(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
     """Columns: question, context, title, answer (the first one), answers (each once, a line each).
 
     The key is the number of the paragraph in the file, so that translations of a file, question by
     question, are split alike.
     """
+    path = Path(storage.expand(spec, "--data"))
     try:
         articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
@@ -147,10 +143,9 @@ def write(
             found[split].append(item)
     report.check(sum(map(len, found.values())), 0, max_loss=max_loss)
     if train_limit and len(found["train"]) > train_limit:
-        chosen = sorted(found["train"], key=lambda d: _digest(d.id))
-        ids = {document.id for document in chosen[:train_limit]}
-        counts["train"]["over the limit"] = len(chosen) - len(ids)
-        found["train"] = [document for document in found["train"] if document.id in ids]
+        chosen = {d.id for d in sorted(found["train"], key=lambda d: key_hash(d.id))[:train_limit]}
+        counts["train"]["over the limit"] = len(found["train"]) - len(chosen)
+        found["train"] = [document for document in found["train"] if document.id in chosen]
     for split, documents in found.items():
         if not documents:
             raise ValueError(
@@ -158,13 +153,8 @@ def write(
                 f"fraction {test_fraction}"
             )
         counts[split]["records"] = len(documents)
-    out.mkdir(parents=True, exist_ok=True)
     for split, documents in found.items():
         records = [{"id": storage.printable(d.id), **d.fields} for d in documents]
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        storage.write_atomically(out / f"{split}.jsonl", "".join(lines))
     return counts
-
-
-def _digest(document_id: str) -> bytes:
-    return hashlib.sha256(document_id.encode(errors="surrogateescape")).digest()

@@ -1,7 +1,6 @@
 """Training of SentencePiece models that are lossless, byte for byte, and of word vocabularies."""
 
 import collections
-import hashlib
 import io
 import os
 import re
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lm import storage
-from lm.data.corpus import Corpus, plan_parts, read_part
+from lm.data.corpus import Corpus, held_out, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
 from lm.data.tokenizer import LONG_TEXT, split_long_text
@@ -39,9 +38,7 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
                 skipped[item.reason] += 1
                 fields |= dict.fromkeys(item.fields)
                 continue
-            if split != "train" or digest in seen:
-                continue
-            if not _is_sampled(item.id, share):
+            if split != "train" or digest in seen or not held_out(f"sample:{item.id}", share):
                 continue
             seen.add(digest)
             for text in item.fields.values():
@@ -50,24 +47,15 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
             if size >= sample_bytes:  # compressed files hold more than their sizes say
                 return
     if not size:
-        raise ValueError(_no_text(corpus, skipped, list(fields)))
-
-
-def _no_text(corpus: Corpus, skipped: collections.Counter[str], fields: list[str]) -> str:
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"
-    text = f"no text to train a tokenizer on in {', '.join(corpus.data)}; skipped: {reasons}"
-    if not fields:
-        return text
-    field = next(iter(corpus.columns))
-    return (
-        f"{text}. Records have the fields {', '.join(fields[:20])} and not "
-        f"{', '.join(column_names(corpus.columns))}: say --field={field}={fields[0]}"
-    )
-
-
-def _is_sampled(document_id: str, share: float) -> bool:
-    digest = hashlib.sha256(b"sample:" + document_id.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"
+        error = f"no text to train a tokenizer on in {', '.join(corpus.data)}; skipped: {reasons}"
+        if fields:
+            error += (
+                f". Records have the fields {', '.join([*fields][:20])} and not "
+                f"{', '.join(column_names(corpus.columns))}: say "
+                f"--field={next(iter(corpus.columns))}={next(iter(fields))}"
+            )
+        raise ValueError(error)
 
 
 def train_sentencepiece(
@@ -216,19 +204,12 @@ def train_tokenizer(
     if out.is_dir():
         raise ValueError(f"--out={out} is a folder, not a file")
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    size = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal size
-        for text in training_texts(corpus, sample_bytes=sample_bytes):
-            size += len(text.encode())
-            yield text
-
+    texts = list(training_texts(corpus, sample_bytes=sample_bytes))
     if model_type == "word":
-        model = train_words(counted(), vocab_size=vocab_size)
+        model = train_words(texts, vocab_size=vocab_size)
     else:
         model = train_sentencepiece(
-            counted(),
+            texts,
             vocab_size=vocab_size,
             model_type=model_type,
             piece_span=piece_span,
@@ -236,4 +217,4 @@ def train_tokenizer(
             vocab_flag=vocab_flag,
         )
     storage.write_atomically(out, model)
-    return size
+    return sum(len(text.encode()) for text in texts)

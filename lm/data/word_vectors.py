@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 
@@ -48,8 +48,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
 
     wanted: dict[bytes, list[int]] = {}
     for i in range(tokenizer.vocab_size):
-        word = tokenizer.decode_bytes([i]).strip()
-        if word:
+        if word := tokenizer.decode_bytes([i]).strip():
             wanted.setdefault(word, []).append(i)
     found: dict[int, np.ndarray] = {}
     num_words = 0
@@ -59,13 +58,14 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
     try:
         with path.open("rb") as file:
             stream = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
-            for number, word, values in _lines(name, stream, embed_dim):
+            for word, vector in _vectors(stream, embed_dim, wanted):
                 num_words += 1
-                ids = wanted.pop(word, None)
-                if ids is not None:
-                    found |= dict.fromkeys(ids, _vector(name, number, values))
+                if vector is not None:
+                    found |= dict.fromkeys(wanted.pop(word), vector)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{PATH} ({name}): damaged compressed file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{PATH} ({name}): {error}") from None
     if not found:
         raise ValueError(
             f"{PATH} ({name}): none of its {num_words:,} words is in the vocabulary of tokenizer "
@@ -76,10 +76,10 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
     return WordVectors(ids, vectors, num_words, tokenizer.vocab_size)
 
 
-def _lines(
-    name: str, stream: Iterable[bytes], embed_dim: int
-) -> Iterator[tuple[int, bytes, list[bytes]]]:
-    """Yield (number of the line, word, values); GloVe has words with spaces in them."""
+def _vectors(
+    stream: Iterable[bytes], embed_dim: int, wanted: Container[bytes]
+) -> Iterator[tuple[bytes, np.ndarray | None]]:
+    """Yield each word, and its vector if it is wanted; GloVe has words with spaces in them."""
     for number, line in enumerate(stream, start=1):
         word, *values = line.rstrip().rsplit(b" ", embed_dim)
         if number == 1:
@@ -88,24 +88,21 @@ def _lines(
             width = int(header[1]) if is_header else len(header) - 1
             if width != embed_dim:
                 raise ValueError(
-                    f"{PATH} ({name}) has vectors of {width} values; config.model.embed_dim is "
-                    f"{embed_dim}"
+                    f"it has vectors of {width} values; config.model.embed_dim is {embed_dim}"
                 )
             if is_header:
                 continue
         if len(values) != embed_dim:
             raise ValueError(
-                f"{PATH} ({name}), line {number}: {len(values)} values after the word; "
-                f"config.model.embed_dim is {embed_dim}"
+                f"line {number}: {len(values)} values after the word; config.model.embed_dim is "
+                f"{embed_dim}"
             )
-        yield number, word, values
-
-
-def _vector(name: str, number: int, values: list[bytes]) -> np.ndarray:
-    try:
-        vector = np.array(values).astype(np.float32)
-    except ValueError as error:
-        raise ValueError(f"{PATH} ({name}), line {number}: {error}") from None
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{PATH} ({name}), line {number}: not all values are finite")
-    return vector
+        vector = None
+        if word in wanted:
+            try:
+                vector = np.array(values).astype(np.float32)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not np.isfinite(vector).all():
+                raise ValueError(f"line {number}: not all values are finite")
+        yield word, vector

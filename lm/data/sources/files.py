@@ -37,25 +37,20 @@ def find(spec: str) -> Listing:
     The name of an existing folder is not read as a pattern. Raises ValueError where `spec` is
     neither a file nor a folder and no file matches it.
     """
-    path = storage.expand(spec, "--data")
-    if os.path.isdir(path):
-        return list_folder(Path(path))
-    if os.path.lexists(path):
-        if reason := _skip_reason(path):
-            raise ValueError(f"data {spec!r}: {_EXPLAINED[reason]}")
-        return Listing(Path(path).parent, [os.path.basename(path)], [])
-    root, pattern = _split_pattern(path)
-    if "**" not in pattern:
-        found = glob.glob(os.path.join(glob.escape(str(root)), *pattern))
-        below = [Path(name).relative_to(root).as_posix() for name in found]
-        entries = [(n, _skip_reason(os.path.join(root, n))) for n in below]
-    else:
+    root, pattern = resolve(spec)
+    if pattern is None:
+        return list_folder(root)
+    if "**" in pattern:
         hidden = any(part.startswith(".") for part in pattern)
         entries = [
             (name, reason)
             for name, reason in _walk(root, frozenset(), hidden=hidden)
             if reason == "unreadable" or _matches(name.split("/"), pattern)
         ]
+    else:
+        found = glob.glob(os.path.join(glob.escape(str(root)), *pattern))
+        names = [Path(name).relative_to(root).as_posix() for name in found]
+        entries = [(name, _skip_reason(os.path.join(root, name))) for name in names]
     listing = _listing(root, [entry for entry in entries if entry[1] != "folder"])
     if not listing.names:
         raise ValueError(f"data {spec!r}: no such file, and no file matches")
@@ -70,12 +65,24 @@ def list_folder(root: Path, excluded: frozenset[str] = frozenset()) -> Listing:
     return _listing(root, list(_walk(root, excluded)))
 
 
-def root_of(spec: str) -> Path:
-    """Return the folder that the names of `find(spec)` are relative to."""
+def resolve(spec: str) -> tuple[Path, list[str] | None]:
+    """Return the folder that names are relative to, and the parts of a pattern of files below it;
+    None: all of its files. Raises ValueError for a file that is none or cannot be read.
+    """
     path = storage.expand(spec, "--data")
     if os.path.isdir(path):
-        return Path(path)
-    return Path(path).parent if os.path.lexists(path) else _split_pattern(path)[0]
+        return Path(path), None
+    if os.path.lexists(path):
+        if reason := _skip_reason(path):
+            raise ValueError(f"data {spec!r}: {_EXPLAINED[reason]}")
+        return Path(path).parent, [glob.escape(os.path.basename(path))]
+    parts = Path(path).parts
+    fixed = 0  # parts before the first wildcard; the name of a folder has none
+    while fixed < len(parts) - 1 and (
+        not glob.has_magic(parts[fixed]) or os.path.isdir(Path(*parts[: fixed + 1]))
+    ):
+        fixed += 1
+    return Path(*parts[:fixed]), list(parts[fixed:])
 
 
 def blocks(path: Path, offset: int = 0) -> Iterator[bytes]:
@@ -146,19 +153,6 @@ def _walk(
                 yield name, reason
             elif entry not in excluded:
                 (links if os.path.islink(root / name) else folders).append(name)
-
-
-def _split_pattern(path: str) -> tuple[Path, list[str]]:
-    """Return the folder before the first wildcard of a pattern, and the other parts."""
-    parts = Path(path).parts
-    last = max(len(parts) - 1, 0)
-    magic = (
-        i
-        for i, part in enumerate(parts[:last])
-        if glob.has_magic(part) and not os.path.isdir(Path(*parts[: i + 1]))
-    )
-    i = next(magic, last)
-    return Path(*parts[:i]), list(parts[i:])
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:

@@ -145,7 +145,7 @@ _KNOWN = f"{' '.join(SUFFIXES)}, and {' '.join(files.COMPRESSED)} of these"
 
 def _root(spec: str) -> Path:
     """Return the folder that ids of `spec` are relative to."""
-    return Path(sysconfig.get_path("stdlib")) if spec in _STDLIB else files.root_of(spec)
+    return Path(sysconfig.get_path("stdlib")) if spec in _STDLIB else files.resolve(spec)[0]
 
 
 def _suffix(name: str) -> str:
