@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
-from lm.data.tokenizer import LONG_TEXT, Tokenizer, fingerprint, split_long_text
+from lm.data.tokenizer import LONG_TEXT, Tokenizer, fingerprint
 
 if TYPE_CHECKING:
     import tokenizers
@@ -70,16 +70,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._adds_space = whole != self._rest.encode("a").ids
         self._bytes = _token_bytes(spec, vocab, self.vocab_size)
 
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+    def _encode(self, part: str, *, is_first: bool) -> np.ndarray:
+        tokenizer = self._first if is_first else self._rest
+        return np.array(tokenizer.encode(part, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         short = [text for text in texts if len(text) <= LONG_TEXT]
         encoded = iter(self._first.encode_batch_fast(short, add_special_tokens=False))
         return [
-            np.array(next(encoded).ids, np.int32)
-            if len(text) <= LONG_TEXT
-            else self._encode_long(text)
+            self.encode(text) if len(text) > LONG_TEXT else np.array(next(encoded).ids, np.int32)
             for text in texts
         ]
 
@@ -89,13 +88,6 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _special_reader(self) -> "tokenizers.Tokenizer":
         return _library_tokenizer(self._spec)
-
-    def _encode_long(self, text: str) -> np.ndarray:
-        ids, tokenizer = [], self._first
-        for part in split_long_text(text):
-            ids += tokenizer.encode(part, add_special_tokens=False).ids
-            tokenizer = self._rest
-        return np.array(ids, np.int32)
 
 
 def _library_tokenizer(spec: Json) -> "tokenizers.Tokenizer":
@@ -116,21 +108,16 @@ def _without_dropout(spec: dict) -> dict:
 def _without_prefix(spec: Json) -> Json:
     """Return `spec` without the space before a text: for all parts of a text but the first."""
     if isinstance(spec, list):
-        return [_without_prefix(item) for item in spec if not _is_prepend(item)]
+        kept = [_without_prefix(item) for item in spec]
+        return [
+            new for new, item in zip(kept, spec, strict=True) if new is not None or item is None
+        ]
     if not isinstance(spec, dict):
         return spec
-    result = {
-        key: None if _is_prepend(value) else _without_prefix(value) for key, value in spec.items()
-    }
-    if "add_prefix_space" in spec:
-        result["add_prefix_space"] = False
-    if "prepend_scheme" in spec:
-        result["prepend_scheme"] = "never"
-    return result
-
-
-def _is_prepend(item: Json) -> bool:
-    return isinstance(item, dict) and item.get("type") == "Prepend"
+    if spec.get("type") == "Prepend":
+        return None
+    never = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return {key: never.get(key, _without_prefix(value)) for key, value in spec.items()}
 
 
 def _token_bytes(spec: dict, vocab: dict[str, int], vocab_size: int) -> list[bytes]:

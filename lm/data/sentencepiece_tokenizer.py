@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
-from lm.data.tokenizer import LONG_TEXT, Tokenizer, fingerprint, split_long_text
+from lm.data.tokenizer import Tokenizer, fingerprint
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -56,16 +56,13 @@ class SentencePieceTokenizer(Tokenizer):
         if all(processor.is_byte(i) for i in byte_ids):
             self._escape = np.array(byte_ids, np.int32)
 
-    def encode(self, text: str) -> np.ndarray:
-        if len(text) <= LONG_TEXT and _SPACE not in text:
-            return self._first.encode_as_numpy(text)
-        ids, processor = [], self._first
-        for part in split_long_text(text):
-            for i, piece in enumerate([part] if self._escape is None else part.split(_SPACE)):
-                if i:
-                    ids.append(self._escape)
-                ids.append(processor.encode_as_numpy(piece))
-                processor = self._rest
+    def _encode(self, part: str, *, is_first: bool) -> np.ndarray:
+        ids = []
+        for piece in [part] if self._escape is None else part.split(_SPACE):
+            if ids:
+                ids.append(self._escape)
+            processor = self._first if is_first and not ids else self._rest
+            ids.append(processor.encode_as_numpy(piece))
         return np.concatenate(ids)
 
 

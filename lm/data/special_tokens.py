@@ -50,10 +50,6 @@ class DeclaredTokens:
                 return tuple(ids)
         return ()
 
-    def first(self, key: str, vocab_size: int) -> int | None:
-        """Return the first of `ids`."""
-        return next(iter(self.ids(key, vocab_size)), None)
-
     def choose(
         self,
         vocab: Mapping[str, int],
@@ -74,15 +70,15 @@ class DeclaredTokens:
                 return named
             if own.get(kind, -1) >= 0:
                 return own[kind]
-            declared = self.first(f"{kind}_token_id", vocab_size)
-            return usual.get(kind, -1) if declared is None else declared
+            declared = self.ids(f"{kind}_token_id", vocab_size)
+            return declared[0] if declared else usual.get(kind, -1)
 
         eos = one("eos", "eos_token", "sep_token")
         pad = one("pad", "pad_token")
         bos = one("bos", "bos_token", "cls_token")
-        start = self.first("decoder_start_token_id", vocab_size)
-        if self.is_encoder_decoder and start is not None:
-            bos = start
+        starts = self.ids("decoder_start_token_id", vocab_size)
+        if self.is_encoder_decoder and starts:
+            bos = starts[0]
         pad = pad if pad >= 0 else eos
         return bos if bos >= 0 else pad, eos, pad
 

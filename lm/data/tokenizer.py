@@ -50,6 +50,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int32, without special tokens."""
+        parts = split_long_text(text)
+        return np.concatenate([self._encode(part, is_first=not i) for i, part in enumerate(parts)])
+
+    def _encode(self, part: str, *, is_first: bool) -> np.ndarray:
+        """Return the ids of a part of a text; no space is added before any but the first."""
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -60,13 +65,12 @@ class Tokenizer:
         """Return the ids of `text`, int32, the names in `special_ids` read as those tokens."""
         names = sorted(self.special_ids, key=len, reverse=True)  # the longest that fits
         pattern = "(" + "|".join(map(re.escape, names)) + ")"
-        ids = [np.zeros(0, np.int32)]
-        for part in re.split(pattern, text) if names else [text]:
-            if part in self.special_ids:
-                ids.append(np.array([self.special_ids[part]], np.int32))
-            elif part:
-                ids.append(self.encode(part))
-        return np.concatenate(ids)
+        ids = [
+            np.array([self.special_ids[part]]) if part in self.special_ids else self.encode(part)
+            for part in (re.split(pattern, text) if names else [text])
+            if part
+        ]
+        return np.concatenate([np.zeros(0, int), *ids]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become U+FFFD."""

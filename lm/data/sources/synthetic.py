@@ -13,6 +13,8 @@ Documents have random lengths and end with their row. There are no special token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,36 +28,32 @@ KINDS = ("random", "markov", "copy")
 _PERIOD = 8
 
 
+@dataclass(frozen=True)
 class Synthetic:
-    """`num_rows` rows of `length` tokens below `vocab_size`; a `RowSource`."""
+    """`num_rows` rows of `length` tokens below `vocab_size`; a `RowSource`.
 
-    def __init__(
-        self,
-        kind: str,
-        *,
-        vocab_size: int,
-        length: int,
-        num_rows: int = 65536,
-        document_length: int = 256,
-        seed: int = 0,
-    ):
-        """document_length: the mean number of tokens of a document, if rows were endless."""
-        if kind not in KINDS:
+    document_length: the mean number of tokens of a document, if rows were endless.
+    """
+
+    kind: str
+    _: KW_ONLY
+    vocab_size: int
+    length: int
+    num_rows: int = 65536
+    document_length: int = 256
+    seed: int = 0
+    bytes_per_token: ClassVar[None] = None  # no text behind the tokens
+    truncation_summary: ClassVar[str] = ""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
             raise ValueError(
-                f"synthetic data of kind {kind!r} does not exist; there are: {', '.join(KINDS)}"
+                f"synthetic data of kind {self.kind!r} does not exist; there are: "
+                f"{', '.join(KINDS)}"
             )
-        for name, value in (("vocab_size", vocab_size), ("length", length), ("num_rows", num_rows)):
-            if value < 1:
+        for name in ("vocab_size", "length", "num_rows"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"synthetic data needs a {name} of at least 1, got {value}")
-        self.kind = kind
-        self.vocab_size = vocab_size
-        self.length = length
-        self.num_rows = num_rows
-        self.document_length = document_length
-        self.seed = seed
-
-    bytes_per_token = None  # no text behind the tokens
-    truncation_summary = ""
 
     def __len__(self) -> int:
         return self.num_rows
@@ -102,19 +100,20 @@ class Synthetic:
         return ids
 
 
+@dataclass
 class _Field:
     """One field of documents in memory."""
 
-    path = "synthetic:reverse"
-
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, eos: int):
-        self.offsets, self.eos_id, self._tokens = offsets, eos, tokens
+    tokens: np.ndarray
+    offsets: np.ndarray
+    eos_id: int
+    path: str = "synthetic:reverse"
 
     def document_ids(self, i: int) -> str:
         return f"reverse/{i}"
 
-    def read_ranges(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
-        return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
+    def read_ranges(self, starts: Sequence[int], stops: Sequence[int], /) -> list[np.ndarray]:
+        return [self.tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
 def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:

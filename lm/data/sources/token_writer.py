@@ -77,11 +77,7 @@ class StoreWriter:
         self._partial.mkdir(parents=True)
         self._fields = list(fields)
         self._lengths: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        self._files = {"ids.bin": _HashedFile(self._partial / "ids.bin")}
-        for field in fields:
-            (self._partial / field).mkdir()
-            name = f"{field}/tokens.bin"
-            self._files[name] = _HashedFile(self._partial / name)
+        self._files: dict[str, _HashedFile] = {}
 
     def add(self, block: Block, keep: np.ndarray | None = None) -> None:
         """Append the documents of `block`; of the bool mask `keep` [n], where it is given."""
@@ -97,7 +93,7 @@ class StoreWriter:
         found, sizes = block[values], block[lengths]
         if keep is not None and not keep.all():
             found, sizes = found[np.repeat(keep, sizes)], sizes[keep]
-        self._files[file].write(found)
+        self._write(file, found)
         self._lengths[lengths].append(sizes)
 
     def close(
@@ -153,7 +149,11 @@ class StoreWriter:
         self._partial.rename(self._path)
 
     def _write(self, name: str, values: np.ndarray) -> None:
-        self._files[name] = _HashedFile(self._partial / name)
+        """Append to a file of the store."""
+        if name not in self._files:
+            path = self._partial / name
+            path.parent.mkdir(exist_ok=True)
+            self._files[name] = _HashedFile(path)
         self._files[name].write(values)
 
 
@@ -176,19 +176,17 @@ class _HashedFile:
     def __init__(self, path: Path):
         self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
         self._hash = hashlib.sha256()
-        self._size = 0
 
     def write(self, values: np.ndarray) -> None:
         content = values.tobytes()
         self._file.write(content)
         self._hash.update(content)
-        self._size += len(content)
 
     def close(self) -> dict:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"size": self._size, "sha256": self._hash.hexdigest()}
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+            return {"size": file.tell(), "sha256": self._hash.hexdigest()}
 
 
 def _offsets(lengths: Sequence[np.ndarray]) -> np.ndarray:
