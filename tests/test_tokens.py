@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.sources import Document
-from lm.data.sources.token_writer import StoreWriter, encode_block, write_store
+from lm.data.sources.token_writer import encode_block, write_blocks, write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer import ByteTokenizer, from_bytes
 from lm.data.tokenizer_training import train_sentencepiece
@@ -257,22 +257,27 @@ def test_store_moved_elsewhere_needs_nothing_outside(folder, tmp_path):
     store.check_tokenizer(store.tokenizer())
 
 
-def test_store_appears_only_when_closed(tmp_path):
-    writer = StoreWriter(tmp_path / "s", ByteTokenizer(), fields=["text"])
-    writer.add(encode_block(DOCUMENTS, ByteTokenizer(), fields=["text"]))
-    for path in tmp_path.iterdir():
-        with pytest.raises(ValueError, match="not a complete token store"):
-            TokenStore.open(path)
-    writer.close(tokenizer_name="bytes", source=[], split="", skipped={})
+def _blocks(documents, check=lambda: None):
+    for document in documents:
+        yield encode_block([document], ByteTokenizer(), fields=["text"]), np.ones(1, bool)
+        check()
+
+
+def test_store_appears_only_when_complete(tmp_path):
+    def check():
+        for path in tmp_path.iterdir():
+            with pytest.raises(ValueError, match="not a complete token store"):
+                TokenStore.open(path)
+
+    blocks = _blocks(DOCUMENTS, check)
+    write_blocks(tmp_path / "s", blocks, ByteTokenizer(), fields=["text"], tokenizer_name="bytes")
     assert os.listdir(tmp_path) == ["s"]
     assert TokenStore.open(tmp_path / "s").num_documents == len(DOCUMENTS)
 
 
 def test_blocks_appended_one_by_one_give_the_same_bytes(folder, tmp_path):
-    writer = StoreWriter(tmp_path / "s", ByteTokenizer(), fields=["text"])
-    for document in DOCUMENTS:
-        writer.add(encode_block([document], ByteTokenizer(), fields=["text"]))
-    writer.close(tokenizer_name="bytes", source=[], split="", skipped={})
+    blocks = _blocks(DOCUMENTS)
+    write_blocks(tmp_path / "s", blocks, ByteTokenizer(), fields=["text"], tokenizer_name="bytes")
     one, other = (
         json.loads((path / "manifest.json").read_text()) for path in (folder, tmp_path / "s")
     )

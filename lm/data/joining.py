@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from lm.data.corpus import Corpus
 from lm.data.skip_report import SkipReport
 from lm.data.sources import DocumentSource, skipped_files
-from lm.data.sources.token_writer import StoreWriter
+from lm.data.sources.token_writer import Block, write_blocks
 from lm.data.tokenizer import Tokenizer
 
 
@@ -67,16 +67,22 @@ def join(
         raise ValueError("; and ".join(filter(None, errors)))
 
     limits = np.cumsum([len(found) for found in numbers])[:-1]
-    for split in reversed(corpus.splits):
-        writer = StoreWriter(out / split, tokenizer, fields=list(corpus.columns))
+
+    def blocks(split: str) -> Iterator[tuple[Block, np.ndarray]]:
         for i, keep in enumerate(np.split(in_split[split] & is_first, limits)):
             with np.load(part_file(folder, i)) as part:
-                writer.add(part, keep)
+                yield part, keep
+
+    for split in reversed(corpus.splits):
         # a record that is no document belongs to no split: the train store counts it
         skipped = Counter(duplicate=duplicates[split])
         if split == "train":
             skipped = report.counts - Counter(duplicate=duplicates.get("validation", 0))
-        writer.close(
+        write_blocks(
+            out / split,
+            blocks(split),
+            tokenizer,
+            fields=list(corpus.columns),
             tokenizer_name=plan["names"]["tokenizer"],
             source=plan["names"]["data"],
             split=split,

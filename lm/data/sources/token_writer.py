@@ -62,99 +62,82 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield [text for _, text in group]
 
 
-class StoreWriter:
-    """A writer of a store beside `path`, which `close` moves there, complete.
+def write_blocks(
+    path: str | os.PathLike,
+    blocks: Iterable[tuple[Block, np.ndarray]],
+    tokenizer: Tokenizer,
+    *,
+    fields: Sequence[str],
+    tokenizer_name: str,
+    source: Sequence[str] = (),
+    split: str = "",
+    skipped: Mapping[str, int] = MappingProxyType({}),
+    skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
+    """Write the store at `path`, of the documents where the bool mask of each block is true.
 
-    Blocks are appended in order; the same blocks give the same bytes. The files of an interrupted
-    writer are removed by the next one.
+    It is written beside its path and moved there, complete; what an interrupted writer has left is
+    removed. The same documents in the same order give the same bytes. skipped, skipped_examples:
+    the number of skipped records by reason, and the first ids.
     """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files: dict[str, _HashedFile] = {}
+    columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, *, fields: Sequence[str]):
-        self._path = Path(path)
-        self._partial = self._path.with_name(self._path.name + ".partial")
-        self._tokenizer = tokenizer
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        self._fields = list(fields)
-        self._lengths: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-        self._files: dict[str, _HashedFile] = {}
+    def append(name: str, values: np.ndarray) -> None:
+        if name not in files:
+            (partial / name).parent.mkdir(exist_ok=True)
+            files[name] = _HashedFile(partial / name)
+        files[name].write(values)
 
-    def add(self, block: Block, keep: np.ndarray | None = None) -> None:
-        """Append the documents of `block`; of the bool mask `keep` [n], where it is given."""
-        self._add(block, keep, "ids.bin", "ids", "id_lengths")
-        for field in self._fields:
-            self._add(block, keep, f"{field}/tokens.bin", f"tokens.{field}", f"lengths.{field}")
-            num_bytes = block[f"bytes.{field}"]
-            self._lengths[f"bytes.{field}"].append(num_bytes if keep is None else num_bytes[keep])
-
-    def _add(
-        self, block: Block, keep: np.ndarray | None, file: str, values: str, lengths: str
-    ) -> None:
-        found, sizes = block[values], block[lengths]
-        if keep is not None and not keep.all():
-            found, sizes = found[np.repeat(keep, sizes)], sizes[keep]
-        self._write(file, found)
-        self._lengths[lengths].append(sizes)
-
-    def close(
-        self,
-        *,
-        tokenizer_name: str,
-        source: Sequence[str],
-        split: str,
-        skipped: Mapping[str, int],
-        skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> None:
-        """Write the offsets and, last, the manifest, and move the store to its path.
-
-        skipped, skipped_examples: the number of skipped records by reason, and the first ids.
-        """
-        id_offsets = _offsets(self._lengths["id_lengths"])
-        self._write("id_offsets.bin", id_offsets)
-        sizes = {}
-        for field in self._fields:
-            offsets = _offsets(self._lengths[f"lengths.{field}"])
-            num_bytes = np.concatenate([np.empty(0, np.int64), *self._lengths[f"bytes.{field}"]])
-            self._write(f"{field}/offsets.bin", offsets)
-            self._write(f"{field}/bytes.bin", num_bytes)
-            sizes[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
-        tokenizer = self._tokenizer
-        if tokenizer.file_name:
-            self._write(tokenizer.file_name, np.frombuffer(tokenizer.model, np.uint8))
-        entries = {name: file.close() for name, file in sorted(self._files.items())}
-        manifest = {
-            "format": FORMAT,
-            "split": split,
-            "source": list(source),
-            "num_documents": len(id_offsets) - 1,
-            "fields": sizes,
-            "skipped": dict(sorted(skipped.items())),
-            "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
-            "dtype": token_dtype(tokenizer),
-            "tokenizer": {
-                "name": tokenizer_name,
-                "file": tokenizer.file_name,
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-                "pad_id": tokenizer.pad_id,
-            },
-            "content_hash": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
-            "files": entries,
-        }
-        storage.write_atomically(self._partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if self._path.exists():
-            shutil.rmtree(self._path)
-        self._partial.rename(self._path)
-
-    def _write(self, name: str, values: np.ndarray) -> None:
-        """Append to a file of the store."""
-        if name not in self._files:
-            path = self._partial / name
-            path.parent.mkdir(exist_ok=True)
-            self._files[name] = _HashedFile(path)
-        self._files[name].write(values)
+    joined = [("ids.bin", "ids", "id_lengths")]
+    joined += [(f"{field}/tokens.bin", f"tokens.{field}", f"lengths.{field}") for field in fields]
+    for block, keep in blocks:
+        for file, values, lengths in joined:
+            found = block[values]
+            append(file, found if keep.all() else found[np.repeat(keep, block[lengths])])
+        for name in (*(lengths for _, _, lengths in joined), *(f"bytes.{f}" for f in fields)):
+            columns[name].append(block[name][keep])
+    id_offsets = _offsets(columns["id_lengths"])
+    append("id_offsets.bin", id_offsets)
+    sizes = {}
+    for field in fields:
+        offsets = _offsets(columns[f"lengths.{field}"])
+        num_bytes = np.concatenate(columns[f"bytes.{field}"])
+        append(f"{field}/offsets.bin", offsets)
+        append(f"{field}/bytes.bin", num_bytes)
+        sizes[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
+    if tokenizer.file_name:
+        append(tokenizer.file_name, np.frombuffer(tokenizer.model, np.uint8))
+    entries = {name: file.close() for name, file in sorted(files.items())}
+    manifest = {
+        "format": FORMAT,
+        "split": split,
+        "source": list(source),
+        "num_documents": len(id_offsets) - 1,
+        "fields": sizes,
+        "skipped": dict(sorted(skipped.items())),
+        "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
+        "dtype": token_dtype(tokenizer),
+        "tokenizer": {
+            "name": tokenizer_name,
+            "file": tokenizer.file_name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        },
+        "content_hash": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
+        "files": entries,
+    }
+    storage.write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
 
 
 def write_store(
@@ -165,9 +148,9 @@ def write_store(
     fields: Sequence[str] = ("text",),
 ) -> None:
     """Write a small store of `documents`, without splits: for tests and experiments."""
-    writer = StoreWriter(path, tokenizer, fields=fields)
-    writer.add(encode_block(list(documents), tokenizer, fields=fields))
-    writer.close(tokenizer_name=tokenizer.name, source=[], split="", skipped={})
+    documents = list(documents)
+    block = encode_block(documents, tokenizer, fields=fields), np.ones(len(documents), bool)
+    write_blocks(path, [block], tokenizer, fields=fields, tokenizer_name=tokenizer.name)
 
 
 class _HashedFile:
