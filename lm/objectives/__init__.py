@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream
@@ -70,6 +71,15 @@ class ModelInterface:
                 f"config.objective.name={name} needs a decoder, or an encoder with one: "
                 "config.model.name=decoder or encoder_decoder; for an encoder there is mlm"
             )
+
+
+def mask_field() -> int | None:
+    """Return the field `mask_id` of a config."""
+    return field(
+        None,
+        "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use.",
+        ge=0,
+    )
 
 
 def mask_id(given: int | None, tokenizer: Tokenizer, interface: ModelInterface) -> int:

@@ -44,7 +44,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         )
 
     def causal(rows: Rows, rng: RowGenerator) -> HostBatch:
-        del rng  # nothing is random
         inputs = streams.shift_right(rows.ids, rows.segments, rows.positions, tokenizer.bos_id)
         np.copyto(inputs, rows.previous, where=rows.previous >= 0)
         scored, positions = rows.segments != 0, rows.positions

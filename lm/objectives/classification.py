@@ -65,7 +65,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         return [numbers[ids.tobytes()] for ids in found]
 
     def classification(rows: Rows, rng: RowGenerator) -> HostBatch:
-        del rng  # nothing is random
         source, labels = streams.flatten(rows, 0), streams.flatten(rows, 1)
         label = labels.keep(labels.is_segment_start())
         label = label._replace(ids=verbalizers[np.array(classes(labels), np.int64)])

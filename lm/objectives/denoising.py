@@ -16,6 +16,7 @@ from lm.objectives import (
     Objective,
     RowGenerator,
     conditional_batch,
+    mask_field,
     mask_id,
 )
 from lm.types import HostBatch
@@ -39,11 +40,7 @@ class Config:
     bidirectional: bool = field(
         True, "Without an encoder: the noisy text is a prefix that its segment sees whole."
     )
-    mask_id: int | None = field(
-        None,
-        "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use.",
-        ge=0,
-    )
+    mask_id: int | None = mask_field()
 
 
 def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
@@ -105,12 +102,10 @@ class _Noise:
         return text
 
     def mask(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
-        del spans
         hidden = (draws < self._rate) & (text.ids != self._eos)
         return text._replace(ids=np.where(hidden, self._mask, text.ids))
 
     def delete(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
-        del spans
         return text.keep((draws >= self._rate) | (text.ids == self._eos))
 
     def infill(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
@@ -129,14 +124,12 @@ class _Noise:
         return streams.with_inserted(text, begins, self._mask, keep=~hidden)
 
     def shuffle(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
-        del spans
         known = np.append(self._ends_sentence, False)  # ids that only the model has end nothing
         first = text.is_segment_start()
         first[1:] |= known[np.minimum(text.ids, len(known) - 1)][:-1]
         return self._sort(text, draws[streams.last_start(first)])
 
     def rotate(self, text: Stream, draws: np.ndarray, spans: np.ndarray) -> Stream:
-        del spans
         first = text.is_segment_start()
         segment, positions = np.cumsum(first) - 1, streams.positions_since(first)
         sizes = np.bincount(segment, text.ids != self._eos).astype(int)

@@ -9,7 +9,7 @@ import numpy as np
 from lm.config.fields import check_values, field
 from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator, mask_id
+from lm.objectives import ModelInterface, Objective, RowGenerator, mask_field, mask_id
 from lm.types import Batch, HostBatch, Tokens
 
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # inside a UTF-8 character
@@ -28,11 +28,7 @@ class Config:
         le=1,
     )
     whole_word: bool = field(False, "Predict all tokens of a word or none.")
-    mask_id: int | None = field(
-        None,
-        "Unset: the tokenizer's <mask> or [MASK], else the first id that it does not use.",
-        ge=0,
-    )
+    mask_id: int | None = mask_field()
 
 
 def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:

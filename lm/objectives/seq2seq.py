@@ -36,7 +36,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         )
 
     def seq2seq(rows: Rows, rng: RowGenerator) -> HostBatch:
-        del rng  # nothing is random
         source, target = streams.flatten(rows, 0), streams.flatten(rows, 1)
         return conditional_batch(
             source,

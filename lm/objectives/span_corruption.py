@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,16 @@ from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_b
 from lm.types import HostBatch
 
 
+def sentinel_field() -> int | None:
+    """Return the field `first_sentinel` of a config."""
+    return field(
+        None,
+        "Id of the first sentinel, the next ones descending; unset: the tokenizer's <extra_id_0>, "
+        "else the last id of the model.",
+        ge=0,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     noise_density: float = field(0.15, "Fraction of the tokens that are hidden.", gt=0, lt=1)
@@ -24,12 +34,7 @@ class Config:
     bidirectional: bool = field(
         True, "Without an encoder: the corrupted text is a prefix that its segment sees whole."
     )
-    first_sentinel: int | None = field(
-        None,
-        "Id of the first sentinel, the next ones descending; unset: the tokenizer's <extra_id_0>, "
-        "else the last id of the model.",
-        ge=0,
-    )
+    first_sentinel: int | None = sentinel_field()
 
 
 class SpanNoise(NamedTuple):
@@ -49,16 +54,22 @@ class SpanNoise(NamedTuple):
         return length - noise + spans + 1, noise + spans + 1
 
 
-class RowBudget(NamedTuple):
-    """Tokens of a row: of its text, of the corrupted text, and of the spans.
+class Denoiser(NamedTuple):
+    """A noise, and the tokens of a row: of its text, of the corrupted text, and of the spans.
 
-    prompt: tokens that are put before the corrupted text of every segment, beside its eos.
+    mode: the token that is put before the corrupted text of every segment; None: none is.
     """
 
+    noise: SpanNoise
     text_length: int
     inputs: int
     targets: int
-    prompt: int = 0
+    mode: int | None = None
+
+    @property
+    def prompt(self) -> int:
+        """Tokens before the text of a segment."""
+        return 0 if self.mode is None else 1
 
     @property
     def shortest(self) -> int:
@@ -83,31 +94,63 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
 
     Documents of a row are corrupted separately. Each has an eos of its own in the targets, for
     which the row has fewer hidden tokens and spans, just enough to fill it. A document of fewer
-    tokens than `RowBudget.shortest` shares its segment with the next one.
+    tokens than `Denoiser.shortest` shares its segment with the next one.
 
     The encoder's input and the targets fill their rows: the text for them is longer than both
     (568 tokens give 512 and 114). In a decoder they share a row, the text as a prefix.
     """
     interface.require_decoder("span_corruption")
     noise = make_noise(config.noise_density, config.mean_span)
-    budget = fit_budget(noise, interface)
-    num_sentinels = int(noise.counts(budget.text_length)[1])
-    sentinel = first_sentinel(config.first_sentinel, num_sentinels, tokenizer, interface)
+    if interface.encoder_length is not None:
+        _check_lengths(noise, interface.encoder_length, interface.length)
+    return mixture(
+        [make_denoiser(noise, interface, "span corruption")],
+        np.ones(1),
+        config.first_sentinel,
+        tokenizer,
+        interface,
+        bidirectional=config.bidirectional,
+    )
 
-    def span_corruption(rows: Rows, rng: RowGenerator) -> HostBatch:
-        text = GroupedText.of(rows, tokenizer.eos_id, budget.shortest)
-        draws = [rng(i).random(budget.text_length + 2) for i in range(len(rows.ids))]
-        source, target = corrupt(text, noise, budget, np.stack(draws), sentinel, tokenizer.eos_id)
+
+def mixture(
+    denoisers: Sequence[Denoiser],
+    rates: np.ndarray,
+    sentinel: int | None,
+    tokenizer: Tokenizer,
+    interface: ModelInterface,
+    *,
+    bidirectional: bool,
+) -> Objective:
+    """Return the objective that corrupts each row by one of `denoisers`, drawn by their `rates`."""
+    length = max(d.text_length for d in denoisers)
+    num_spans = max(int(d.noise.counts(d.text_length)[1]) for d in denoisers)
+    first = first_sentinel(sentinel, num_spans, tokenizer, interface)
+    limits = np.cumsum(rates / rates.sum())
+
+    def corrupted(rows: Rows, rng: RowGenerator) -> HostBatch:
+        draws = np.stack([rng(i).random(length + 4) for i in range(len(rows.ids))])
+        chosen = np.minimum(np.searchsorted(limits, draws[:, -1]), len(limits) - 1)
+        sources, targets = [], []
+        for number in np.unique(chosen):
+            index, denoiser = np.flatnonzero(chosen == number), denoisers[number]
+            window = _windows(rows, index, denoiser.text_length, draws[index, -2])
+            text = GroupedText.of(window, tokenizer.eos_id, denoiser.shortest)
+            source, target = corrupt(text, denoiser, draws[index, :-2], first, tokenizer.eos_id)
+            if denoiser.mode is not None:
+                source = streams.with_inserted(source, source.is_segment_start(), denoiser.mode)
+            sources.append(source._replace(rows=index[source.rows]))
+            targets.append(target._replace(rows=index[target.rows]))
         return conditional_batch(
-            source,
-            target,
+            streams.concatenate(sources),
+            streams.concatenate(targets),
             len(rows.ids),
             interface,
             tokenizer,
-            bidirectional=config.bidirectional,
+            bidirectional=bidirectional,
         )
 
-    return Objective(span_corruption, RowLayout((budget.text_length,)))
+    return Objective(corrupted, RowLayout((length,)))
 
 
 def make_noise(density: float, mean_span: float) -> SpanNoise:
@@ -121,34 +164,62 @@ def make_noise(density: float, mean_span: float) -> SpanNoise:
     return SpanNoise(density, mean_span)
 
 
-def fit_budget(noise: SpanNoise, interface: ModelInterface) -> RowBudget:
-    """Return the longest text that fits when it is corrupted, and the lengths that it then has.
+def make_denoiser(
+    noise: SpanNoise, interface: ModelInterface, name: str, mode: int | None = None
+) -> Denoiser:
+    """Return the denoiser of the longest text that fits when it is corrupted."""
+    prompt = 0 if mode is None else 1
+    encoder, decoder = interface.encoder_length, interface.length
 
-    Raises ValueError where the lengths of encoder and decoder don't fit together.
-    """
-    if interface.encoder_length is None:
-        limit = interface.length
-        length = _longest(lambda n: sum(noise.lengths(n)), limit, "data.length")
-        inputs, _ = noise.lengths(length)
-        return RowBudget(length, inputs, limit - inputs)
-    limit = interface.encoder_length
-    length = _longest(lambda n: noise.lengths(n)[0], limit, "data.encoder_length")
+    def fits(length: int) -> bool:
+        inputs, targets = noise.lengths(length)
+        if encoder is None:
+            return inputs + targets + prompt <= decoder
+        return inputs + prompt <= encoder and targets <= decoder
+
+    found = [n for n in range(8, 2 * (decoder + (encoder or 0))) if fits(n)]
+    if not found:
+        beside = "" if encoder is None else f" beside encoder_length ({encoder})"
+        raise ValueError(f"config.data.length ({decoder}) is too short for {name}{beside}")
+    if encoder is not None:
+        return Denoiser(noise, found[-1], encoder, decoder, mode)
+    inputs = noise.lengths(found[-1])[0] + prompt
+    return Denoiser(noise, found[-1], inputs, decoder - inputs, mode)
+
+
+def _check_lengths(noise: SpanNoise, encoder: int, decoder: int) -> None:
+    """Raise ValueError where the text that fills the encoder has other targets than the decoder."""
+    length = max((n for n in range(2, 2 * encoder) if noise.lengths(n)[0] <= encoder), default=2)
     needed = noise.lengths(length)[1]
-    if not needed <= interface.length < needed + 16:
+    if not needed <= decoder < needed + 16:
         raise ValueError(
-            f"with config.data.encoder_length ({limit}), noise_density ({noise.density}) and "
+            f"with config.data.encoder_length ({encoder}), noise_density ({noise.density}) and "
             f"mean_span ({noise.mean_span}), {length} tokens of text give {needed} of targets: set "
-            f"config.data.length ({interface.length}) to {needed}, or to at most {needed + 15}"
+            f"config.data.length ({decoder}) to {needed}, or to at most {needed + 15}"
         )
-    return RowBudget(length, limit, interface.length)
 
 
-def _longest(length_of: Callable[[int], int], limit: int, name: str) -> int:
-    """Return the largest length of text whose corrupted length is at most `limit`."""
-    found = [n for n in range(2, 2 * limit + 2) if length_of(n) <= limit]
-    if not found or found[-1] < 8:
-        raise ValueError(f"config.{name} ({limit}) is too short for span corruption")
-    return found[-1]
+def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> Rows:
+    """Return a random window of `length` tokens of each of the rows `index`: int [n].
+
+    draws: float [n] in [0, 1). A row that holds no more than that is kept whole.
+    """
+    if rows.ids.shape == (len(index), length):
+        return rows
+    held = np.count_nonzero(rows.segments[index], axis=1)
+    first = (draws * (np.maximum(held - length, 0) + 1)).astype(int)
+    at = first[:, None] + np.arange(length)
+    ids, segments, positions, previous = (
+        np.take_along_axis(x[index], at, axis=1)
+        for x in (rows.ids, rows.segments, rows.positions, rows.previous)
+    )
+    is_cut = segments == segments[:, :1]
+    continues = positions[:, 0] > 0
+    positions = np.where(is_cut, positions - positions[:, :1], positions)
+    segments = np.where(segments, segments - segments[:, :1] + 1, 0)
+    before = np.take_along_axis(rows.ids[index], np.maximum(at[:, :1] - 1, 0), axis=1)[:, 0]
+    previous[:, 0] = np.where(continues, before, previous[:, 0])
+    return Rows(ids, segments, positions, previous)
 
 
 def first_sentinel(
@@ -208,20 +279,15 @@ class GroupedText(NamedTuple):
 
 
 def corrupt(
-    text: GroupedText,
-    noise: SpanNoise,
-    budget: RowBudget,
-    draws: np.ndarray,
-    sentinel: int,
-    eos: int,
+    text: GroupedText, denoiser: Denoiser, draws: np.ndarray, sentinel: int, eos: int
 ) -> tuple[Stream, Stream]:
     """Return the corrupted text and the hidden spans, each group of both with eos at its end.
 
-    draws: float [B, budget.text_length + 2] in [0, 1). A group that is too short for a span has no
+    draws: float [B, text_length + 2 or more] in [0, 1). A group that is too short for a span has no
     targets.
     """
     sizes = np.bincount(text.groups, minlength=len(text.rows))
-    hidden, spans = _allocate(sizes, text.rows, noise, budget, draws[:, -2:])
+    hidden, spans = _allocate(sizes, text.rows, denoiser, draws[:, -2:])
     keys = draws[text.stream.rows, streams.positions_since(boundaries(text.stream.rows))]
     mask = random_spans(hidden, spans, text.groups, keys)
     starts = mask & ~np.append(False, mask[:-1])  # a group begins with text: spans never touch
@@ -265,7 +331,7 @@ def _random_parts(groups: np.ndarray, keys: np.ndarray, counts: np.ndarray) -> n
 
 
 def _allocate(
-    sizes: np.ndarray, rows: np.ndarray, noise: SpanNoise, budget: RowBudget, draws: np.ndarray
+    sizes: np.ndarray, rows: np.ndarray, denoiser: Denoiser, draws: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of hidden tokens and of spans of every group, int [G].
 
@@ -279,9 +345,9 @@ def _allocate(
 
     able = sizes >= 2
     text, num_able = per_row(sizes * able), per_row(able)
-    excess = np.maximum(per_row(sizes + 1 + budget.prompt) - budget.inputs, 0)
-    free = budget.targets - num_able
-    hidden, spans = noise.counts(np.maximum(text, 2))
+    excess = np.maximum(per_row(sizes + 1 + denoiser.prompt) - denoiser.inputs, 0)
+    free = denoiser.targets - num_able
+    hidden, spans = denoiser.noise.counts(np.maximum(text, 2))
     spans = np.minimum(np.maximum(spans, num_able), (free - excess) // 2)
     spans = np.minimum(spans, per_row(sizes // 2 * able)) * (num_able > 0)
     hidden = np.minimum(np.maximum(hidden, spans + excess), free - spans)

@@ -7,19 +7,9 @@ import dataclasses
 import numpy as np
 
 from lm.config.fields import field
-from lm.data import streams
-from lm.data.sources import RowLayout, Rows
 from lm.data.tokenizer import Tokenizer
-from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
-from lm.objectives.span_corruption import (
-    GroupedText,
-    RowBudget,
-    SpanNoise,
-    corrupt,
-    first_sentinel,
-    make_noise,
-)
-from lm.types import HostBatch
+from lm.objectives import ModelInterface, Objective
+from lm.objectives.span_corruption import make_denoiser, make_noise, mixture, sentinel_field
 
 MODES = ("R", "S", "X")
 
@@ -46,12 +36,7 @@ class Config:
     bidirectional: bool = field(
         True, "Without an encoder: the corrupted text is a prefix that its segment sees whole."
     )
-    first_sentinel: int | None = field(
-        None,
-        "Id of the first sentinel, the next ones descending; unset: the tokenizer's <extra_id_0>, "
-        "else the last id of the model.",
-        ge=0,
-    )
+    first_sentinel: int | None = sentinel_field()
 
 
 def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
@@ -68,44 +53,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     leave padding in the decoder's.
     """
     interface.require_decoder("ul2")
-    noises, rates = _denoisers(config)
-    prompt = 1 if config.mode_ids else 0  # a token of each segment
-    budgets = [_fit_budget(noise, prompt, interface) for noise in noises]
-    length = max(budget.text_length for budget in budgets)
-    num_spans = [int(n.counts(b.text_length)[1]) for n, b in zip(noises, budgets, strict=True)]
-    sentinel = first_sentinel(config.first_sentinel, max(num_spans), tokenizer, interface)
-    modes = [config.mode_ids[MODES.index(d[0])] if prompt else None for d in config.denoisers]
-
-    def ul2(rows: Rows, rng: RowGenerator) -> HostBatch:
-        draws = np.stack([rng(i).random(length + 4) for i in range(len(rows.ids))])
-        chosen = np.minimum(np.searchsorted(np.cumsum(rates), draws[:, -1]), len(rates) - 1)
-        sources, targets = [], []
-        for number in np.unique(chosen):
-            index = np.flatnonzero(chosen == number)
-            budget, mode = budgets[number], modes[number]
-            window = _windows(rows, index, budget.text_length, draws[index, -2])
-            text = GroupedText.of(window, tokenizer.eos_id, budget.shortest)
-            source, target = corrupt(
-                text, noises[number], budget, draws[index, :-2], sentinel, tokenizer.eos_id
-            )
-            if mode is not None:
-                source = streams.with_inserted(source, source.is_segment_start(), mode)
-            sources.append(source._replace(rows=index[source.rows]))
-            targets.append(target._replace(rows=index[target.rows]))
-        return conditional_batch(
-            streams.concatenate(sources),
-            streams.concatenate(targets),
-            len(rows.ids),
-            interface,
-            tokenizer,
-            bidirectional=config.bidirectional,
-        )
-
-    return Objective(ul2, RowLayout((length,)))
-
-
-def _denoisers(config: Config) -> tuple[list[SpanNoise], np.ndarray]:
-    """Return the noise of each denoiser and its probability; ValueError where they are wrong."""
     count = len(config.denoisers)
     if not count or any(mode not in MODES for mode, _, _ in config.denoisers):
         raise ValueError(
@@ -122,48 +69,16 @@ def _denoisers(config: Config) -> tuple[list[SpanNoise], np.ndarray]:
             f"config.objective.mode_ids ({len(config.mode_ids)}) must be {len(MODES)} ids, of "
             f"{', '.join(MODES)}, or none"
         )
-    # one span: a mean that no text reaches
-    noises = [make_noise(density, mean or 1e9) for _, density, mean in config.denoisers]
-    return noises, rates / rates.sum()
-
-
-def _fit_budget(noise: SpanNoise, prompt: int, interface: ModelInterface) -> RowBudget:
-    """Return the longest text that fits when it is corrupted, and the lengths that it then has."""
-    encoder, decoder = interface.encoder_length, interface.length
-
-    def fits(length: int) -> bool:
-        inputs, targets = noise.lengths(length)
-        if encoder is None:
-            return inputs + targets + prompt <= decoder
-        return inputs + prompt <= encoder and targets <= decoder
-
-    found = [n for n in range(8, 2 * (decoder + (encoder or 0))) if fits(n)]
-    if not found:
-        raise ValueError(
-            f"config.data.length ({decoder}) and encoder_length ({encoder}) are too short for ul2"
-        )
-    if encoder is not None:
-        return RowBudget(found[-1], encoder, decoder, prompt)
-    inputs = noise.lengths(found[-1])[0] + prompt
-    return RowBudget(found[-1], inputs, decoder - inputs, prompt)
-
-
-def _windows(rows: Rows, index: np.ndarray, length: int, draws: np.ndarray) -> Rows:
-    """Return a random window of `length` tokens of each of the rows `index`: int [n].
-
-    draws: float [n] in [0, 1). A row that holds no more than that is kept whole.
-    """
-    held = np.count_nonzero(rows.segments[index], axis=1)
-    first = (draws * (np.maximum(held - length, 0) + 1)).astype(int)
-    at = first[:, None] + np.arange(length)
-    ids, segments, positions, previous = (
-        np.take_along_axis(x[index], at, axis=1)
-        for x in (rows.ids, rows.segments, rows.positions, rows.previous)
+    denoisers = []
+    for mode, density, mean_span in config.denoisers:
+        noise = make_noise(density, mean_span or 1e9)  # one span: a mean that no text reaches
+        mode_id = config.mode_ids[MODES.index(mode)] if config.mode_ids else None
+        denoisers.append(make_denoiser(noise, interface, "ul2", mode_id))
+    return mixture(
+        denoisers,
+        rates,
+        config.first_sentinel,
+        tokenizer,
+        interface,
+        bidirectional=config.bidirectional,
     )
-    is_cut = segments == segments[:, :1]
-    continues = positions[:, 0] > 0
-    positions = np.where(is_cut, positions - positions[:, :1], positions)
-    segments = np.where(segments, segments - segments[:, :1] + 1, 0)
-    before = np.take_along_axis(rows.ids[index], np.maximum(at[:, :1] - 1, 0), axis=1)[:, 0]
-    previous[:, 0] = np.where(continues, before, previous[:, 0])
-    return Rows(ids, segments, positions, previous)
