@@ -219,14 +219,6 @@ def test_every_text_of_a_field_with_choices_is_one_of_them():
         check_value(value, f.metadata, path)
 
 
-def test_choices_of_the_schema_are_those_of_the_code():
-    from lm.data import pairs, pipeline
-
-    of = {f.name: f.metadata["choices"] for f in dataclasses.fields(configs.DataConfig)}
-    assert set(of["packing"]) == set(pipeline.PACKINGS)
-    assert set(of["too_long"]) == set(pairs.TOO_LONG)
-
-
 @pytest.mark.parametrize(
     "path, value, expected",
     [

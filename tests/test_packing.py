@@ -241,10 +241,7 @@ def test_a_cache_that_cannot_be_written_says_which_key_to_set(tmp_path):
         packing.best_fit(store, 8, cache=tmp_path / "file")
 
 
-def test_an_empty_store_or_row_is_refused(tmp_path):
-    store = make_store(tmp_path, [3])
-    with pytest.raises(ValueError, match=r"data.length \(0\)"):
-        packing.split(store, 0)
+def test_an_empty_store_is_refused(tmp_path):
     write_store(tmp_path / "empty", [], ByteTokenizer())
     for pack in PACKINGS:
         with pytest.raises(ValueError, match="no tokens"):

@@ -136,8 +136,6 @@ def test_too_long_documents_are_an_error_or_cut_or_dropped(make_stores):
     assert pairs.Pairs(stores, RowLayout((40,), FIELDS)).truncation_summary == ""
     ids = cut.read(np.arange(len(cut))).ids.tolist()
     assert [*b"abcde", EOS, ord("x"), EOS] in ids
-    with pytest.raises(ValueError, match=r"data\.too_long \('skip'\) must be one of error, cut"):
-        pairs.Pairs(stores, layout, too_long="skip")
     with pytest.raises(ValueError, match="none of its 3 documents fits"):
         pairs.Pairs(stores, RowLayout((2,), FIELDS), too_long="drop")
 
@@ -158,6 +156,9 @@ def test_the_plan_is_read_from_the_cache(many, tmp_path):
 
 def test_a_config_names_both_fields_and_what_is_too_long(many):
     path, config = many[1][0].path, DataConfig(too_long="cut")
+    with pytest.raises(ValueError, match=r"data\.too_long \('skip'\) must be one of error, cut"):
+        wrong = DataConfig(too_long="skip")
+        pipeline.make_source(path, wrong, RowLayout((40, 40), FIELDS), ByteTokenizer())
     source = pipeline.make_source(path, config, RowLayout((40, 40), FIELDS), ByteTokenizer())
     assert isinstance(source, pairs.Pairs) and source.num_cut > 0 and source.num_dropped > 0
     assert source.bytes_per_token is None

@@ -153,7 +153,6 @@ class PackedRows:
 
 def split(store: TokenStore, length: int) -> PackedRows:
     """Return the store cut into rows of `length` tokens; the last row is padded."""
-    _check(store, length)
     offsets = store.offsets
 
     def chunks_of(rows: np.ndarray) -> Chunks:
@@ -178,7 +177,6 @@ def best_fit(
     comes first. The plan is kept in the folder `cache` (None: in memory only), which any number of
     processes may share.
     """
-    _check(store, length)
     row_offsets, starts, stops = cached_plan(
         lambda: plan(store.offsets, length), f"best_fit-{length}", [store.offsets], cache
     )
@@ -194,6 +192,8 @@ def best_fit(
 def _single_field(
     store: TokenStore, length: int, num_rows: int, chunks_of: Callable[[np.ndarray], Chunks]
 ) -> PackedRows:
+    if not store.num_tokens:
+        raise ValueError(f"{store.path}: the store has no tokens")
     ratio = store.num_bytes / store.num_tokens
     return PackedRows([store], RowLayout((length,)), num_rows, chunks_of, bytes_per_token=ratio)
 
@@ -204,13 +204,6 @@ def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
     if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
         raise IndexError(f"{path}: no rows {rows.min()} to {rows.max()} in {num_rows} rows")
     return rows
-
-
-def _check(store: TokenStore, length: int) -> None:
-    if length < 1:
-        raise ValueError(f"data.length ({length}) must be at least 1")
-    if not store.num_tokens:
-        raise ValueError(f"{store.path}: the store has no tokens")
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:

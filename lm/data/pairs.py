@@ -23,8 +23,6 @@ from lm.data.packing import (
 )
 from lm.data.sources import RowLayout
 
-TOO_LONG = ("error", "cut", "drop")
-
 
 class Pairs(PackedRows):
     """The rows of the fields of a token store; a `RowSource`.
@@ -46,8 +44,6 @@ class Pairs(PackedRows):
         whose other fields leave it less than two tokens are dropped; "drop", documents that don't
         fit are dropped. Raises ValueError where documents are too long, or none is left.
         """
-        if too_long not in TOO_LONG:
-            raise ValueError(f"data.too_long ({too_long!r}) must be one of {', '.join(TOO_LONG)}")
         path = stores[0].path
         lengths = np.stack([np.diff(store.offsets) for store in stores], 1)  # [documents, fields]
         wanted = _shorten(lengths, layout) if too_long == "cut" else lengths

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from lm import storage
+from lm.config.fields import check_values
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import loaders, packing
 from lm.data.pairs import Pairs
@@ -30,8 +31,8 @@ Transform = Callable[[Rows, Callable[[int], np.random.Generator]], HostBatch]
 RowIndex = slice | np.ndarray  # a host's rows of the global batch
 
 ALL_ROWS = slice(None)
-PACKINGS = ("split", "best_fit")
 _EVALUATION_SEED = 2**32 - 1  # of random objectives: the same for every run
+_PADDING = {"previous": -1}  # of the arrays of `Rows`; 0 in the others
 
 
 class OutOfData(RunError):
@@ -78,12 +79,6 @@ class Pipeline:
         """objective: of all sources, or of each. weights: one for each source, None: by their rows.
         num_epochs: None reads for ever.
         """
-        if not sources:
-            raise ValueError("data.train names no token store")
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size ({batch_size}) must be at least 1")
-        if seed < 0:
-            raise ValueError(f"seed ({seed}) must not be negative")
         self.sources = dict(sources)
         self.batch_size = batch_size
         self.sampler = Sampler(
@@ -105,18 +100,13 @@ class Pipeline:
         """Return the rows `rows` of the global batch of `step`; OutOfData beyond `num_epochs`."""
         index = self._index(step, rows)
         location = self.sampler.locate(index)
-        sources = list(self.sources.values())
-        groups = [np.flatnonzero(location.source == n) for n in np.unique(location.source)]
-
-        def make(group: np.ndarray) -> HostBatch:
-            def rng(i: int) -> np.random.Generator:
-                at = group[i]
-                return np.random.default_rng([self._seed, int(location.epoch[at]), int(index[at])])
-
-            number = location.source[group[0]]
-            return self._objectives[number](sources[number].read(location.row[group]), rng)
-
-        batches = [make(group) for group in groups]
+        batches, groups = [], []
+        for number, source in enumerate(self.sources.values()):
+            group = np.flatnonzero(location.source == number)
+            if len(group):
+                rng = _generators(self._seed, location.epoch[group], index[group])
+                batches.append(self._objectives[number](source.read(location.row[group]), rng))
+                groups.append(group)
         batch = batches[0]
         if len(batches) > 1:
             batch = _merge(batches, np.argsort(np.concatenate(groups)))
@@ -127,17 +117,12 @@ class Pipeline:
         self, step: int, tokenizer: Tokenizer, *, rows: RowIndex = ALL_ROWS, num_tokens: int = 24
     ) -> list[ExplainedRow]:
         """Return the origin of each row, with the first `num_tokens` of every document."""
-        source, epoch, row = self.sampler.locate(self._index(step, rows))
-        names = list(self.sources)
         explained = []
-        for i in range(len(row)):
-            name = names[source[i]]
-            [documents] = self.sources[name].documents(row[i : i + 1])
-            read = self.sources[name].read(row[i : i + 1])
-            text = [
-                _first_tokens(read, n + 1, tokenizer, num_tokens) for n in range(len(documents))
-            ]
-            explained.append(ExplainedRow(name, int(epoch[i]), int(row[i]), documents, text))
+        for number, epoch, row in zip(*self.sampler.locate(self._index(step, rows)), strict=True):
+            name, source = list(self.sources.items())[number]
+            [documents], read = source.documents(row[None]), source.read(row[None])
+            text = [_first_tokens(read, n, tokenizer, num_tokens) for n, _ in enumerate(documents)]
+            explained.append(ExplainedRow(name, int(epoch), int(row), documents, text))
         return explained
 
     def iterate(
@@ -193,9 +178,9 @@ def _merge(batches: Sequence[T], order: np.ndarray) -> T:
     return dataclasses.replace(first, **{f.name: join(f.name) for f in dataclasses.fields(first)})
 
 
-def _first_tokens(rows: Rows, segment: int, tokenizer: Tokenizer, num_tokens: int) -> str:
-    """Return the text of the first tokens of a segment of one row, of each of its fields."""
-    held = rows.segments == segment
+def _first_tokens(rows: Rows, document: int, tokenizer: Tokenizer, num_tokens: int) -> str:
+    """Return the text of the first tokens of a document of one row, of each of its fields."""
+    held = rows.segments == document + 1
     fields = np.zeros_like(held, int) if rows.fields is None else rows.fields
     ids = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
     return " → ".join(tokenizer.decode(field[:num_tokens]) for field in ids)
@@ -211,22 +196,20 @@ def evaluation_batches(
     """
     for start in range(0, len(source), batch_size):
         index = start + np.arange(batch_size)[rows]
-        read = source.read(index[index < len(source)])
-        padded = _with_empty_rows(read, len(index) - len(read.ids))
+        read = vars(source.read(index[index < len(source)]))
+        widths = (0, len(index) - len(read["ids"])), (0, 0)
+        padded = {
+            name: None if x is None else np.pad(x, widths, constant_values=_PADDING.get(name, 0))
+            for name, x in read.items()
+        }
+        yield objective(Rows(**padded), _generators(_EVALUATION_SEED, np.zeros_like(index), index))
 
-        def rng(i: int, index: np.ndarray = index) -> np.random.Generator:
-            return np.random.default_rng([_EVALUATION_SEED, 0, int(index[i])])
 
-        yield objective(padded, rng)
-
-
-def _with_empty_rows(rows: Rows, count: int) -> Rows:
-    padded = {
-        name: np.pad(x, ((0, count), (0, 0)), constant_values=-1 if name == "previous" else 0)
-        for name, x in vars(rows).items()
-        if x is not None
-    }
-    return Rows(**padded)
+def _generators(
+    seed: int, epochs: np.ndarray, index: np.ndarray
+) -> Callable[[int], np.random.Generator]:
+    """Return the function from a row to its random numbers."""
+    return lambda i: np.random.default_rng([seed, int(epochs[i]), int(index[i])])
 
 
 def make_source(
@@ -237,8 +220,7 @@ def make_source(
     cache_dir: folder of packing plans; "": in the store, or none if that is remote.
     Raises ValueError if the store was made with another tokenizer than `tokenizer`.
     """
-    if config.packing not in PACKINGS:
-        raise ValueError(f"data.packing ({config.packing!r}) must be one of {', '.join(PACKINGS)}")
+    check_values(config, "config.data")
     if path.startswith("synthetic:"):
         return synthetic.make(path, layout, tokenizer)
     path = storage.expand(path, "a token store")
