@@ -21,7 +21,6 @@ from lm.data.sources import (
     DocumentSource,
     Skipped,
     Unit,
-    document_ids,
     skipped_files,
 )
 from lm.data.sources.text import TextSource
@@ -250,19 +249,6 @@ def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skip
                         yield split, Skipped(item.id, "empty") if is_empty else document, digest
                     continue
             yield corpus.split_of(item.id), item, b""
-
-
-def split_without_documents(
-    corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]
-) -> str:
-    """Return a split that gets no documents, as far as ids tell without reading: "" if none."""
-    missing = set() if corpus.cuts_documents else set(corpus.splits)
-    for i, unit in itertools.chain.from_iterable(parts):
-        if (ids := document_ids(sources[i], unit)) is None:
-            return ""
-        for document_id in ids if missing else ():
-            missing.discard(corpus.split_of(document_id))
-    return min(missing, default="")
 
 
 def _digest(document: Document) -> bytes:

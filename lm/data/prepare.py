@@ -19,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -38,7 +39,6 @@ from lm.data.corpus import (
     key_hash,
     plan_parts,
     read_part,
-    split_without_documents,
 )
 from lm.data.joining import empty_split, join, part_file
 from lm.data.skip_report import SkipReport, describe_examples
@@ -155,15 +155,20 @@ def _check_sources(
     corpus: Corpus, sources: Sequence[DocumentSource], parts: Sequence[Part]
 ) -> None:
     """Raise ValueError for errors of the join that can be known without reading."""
-    units = [(sources[i], unit) for part in parts for i, unit in part]
-    report = SkipReport()
-    for source, unit in units:
-        if document_ids(source, unit) == []:
+    report, num_units = SkipReport(), sum(map(len, parts))
+    # splits without documents, as far as ids tell
+    empty = set(corpus.splits if len(parts) > 1 and not corpus.cuts_documents else ())
+    for i, unit in itertools.chain.from_iterable(parts):
+        ids = document_ids(sources[i], unit)
+        if ids is None:
+            empty.clear()
+        elif ids == []:
             report.add(Skipped(unit.name, "other_file_type"), unit.size)
-    total = sum(unit.size for _, unit in units)
+        for document_id in ids if ids and empty else ():
+            empty.discard(corpus.split_of(document_id))
+    total = sum(unit.size for part in parts for _, unit in part)
     errors = [report.limit_error(sys.maxsize, total, max_loss=corpus.max_loss)]
-    if len(parts) > 1 and (empty := split_without_documents(corpus, sources, parts)):
-        errors.append(empty_split(empty, len(units), corpus, ""))
+    errors += [empty_split(split, num_units, corpus, "") for split in sorted(empty)[:1]]
     if any(errors):
         raise ValueError("; and ".join(filter(None, errors)))
 

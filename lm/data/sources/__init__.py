@@ -7,7 +7,7 @@ documents in order: so preparation is parallel, resumable and the same everywher
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,7 +46,12 @@ class Unit(NamedTuple):
 
 
 class DocumentSource(Protocol):
-    """Raw text, for preparation: picklable, deterministic in order, read unit by unit."""
+    """Raw text, for preparation: picklable, deterministic in order, read unit by unit.
+
+    Two methods more, for what is known without reading, may be missing: `skipped_files()`, a list
+    of what is in no unit (dangling links, hidden files), and `document_ids(unit)`, the ids of the
+    documents of a unit, or None.
+    """
 
     def units(self) -> list[Unit]:
         """Return all units in order. Raises ValueError where the source is missing or empty."""
@@ -57,25 +62,12 @@ class DocumentSource(Protocol):
         ...
 
 
-@runtime_checkable
-class ListedSource(Protocol):
-    """A source that can be listed without reading it."""
-
-    def skipped_files(self) -> list[Skipped]:
-        """Return files that are in no unit: dangling links, hidden files."""
-        ...
-
-    def document_ids(self, unit: Unit, /) -> Iterable[str] | None:
-        """Return the ids of the documents of a unit, None where they are known only by reading."""
-        ...
-
-
 def skipped_files(source: DocumentSource) -> list[Skipped]:
-    return source.skipped_files() if isinstance(source, ListedSource) else []
+    return getattr(source, "skipped_files", list)()
 
 
 def document_ids(source: DocumentSource, unit: Unit) -> Iterable[str] | None:
-    return source.document_ids(unit) if isinstance(source, ListedSource) else None
+    return getattr(source, "document_ids", lambda _: None)(unit)
 
 
 @dataclass(frozen=True)

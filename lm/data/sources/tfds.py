@@ -59,9 +59,6 @@ class TfdsSource:
             ]
         return units
 
-    def skipped_files(self) -> list[Skipped]:
-        return []
-
     def document_ids(self, unit: Unit) -> Iterator[str]:
         return (f"{unit.name}@{i}" for i in range(unit.start, unit.stop))
 
