@@ -133,7 +133,7 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
         print(f"{', '.join(data)}: no records: {report.describe()}", file=sys.stderr)
     if not records:
         raise ValueError(f"{', '.join(data)}: no records")
-    report.check(len(records), 0, max_loss=corpus.max_loss)
+    report.check(len(records), max_loss=corpus.max_loss)
     return records
 
 

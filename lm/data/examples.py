@@ -141,7 +141,7 @@ def write(
         else:
             seen.add(content)
             found[split].append(item)
-    report.check(sum(map(len, found.values())), 0, max_loss=max_loss)
+    report.check(sum(map(len, found.values())), max_loss=max_loss)
     if train_limit and len(found["train"]) > train_limit:
         chosen = {d.id for d in sorted(found["train"], key=lambda d: key_hash(d.id))[:train_limit]}
         counts["train"]["over the limit"] = len(found["train"]) - len(chosen)

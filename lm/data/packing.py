@@ -1,11 +1,9 @@
 """Documents to rows of a fixed length, as sources: `split` and `best_fit`.
 
-split     Concatenate and cut: row r is the tokens [r * T, (r + 1) * T) of the store. Every row but
-          the last is full; a document continues in the next row. Needs no plan.
+split     Concatenate and cut: row r is the tokens [r * T, (r + 1) * T) of the store.
 best_fit  Best-fit decreasing (Ding et al. 2024, "Fewer truncations improve language modeling"):
           whole documents, each assigned to the fullest row that still has room. Only a document
-          longer than T is cut, into chunks of T and a rest. The plan is computed once and cached
-          by the hash of the document lengths.
+          longer than T is cut, into chunks of T and a rest.
 
 Both have every token of the store in exactly one row. A row is a list of chunks: ranges of the
 store inside one document.

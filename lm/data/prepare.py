@@ -4,14 +4,10 @@
     OUT/parts-HASH/           one file per finished part, until the stores are complete
     OUT/train  OUT/validation the stores (see sources/tokens.py)
 
-1. The units of all sources, in order, are grouped into parts: a pure function of the data.
-2. Every part is read, tokenised and written to one file, whole or not at all. Parts are
-   independent: workers and shards share them out, and a killed run resumes from the finished ones.
-3. The process that sees all parts finished joins them in order, dropping repeated documents, into
-   stores that appear by one rename each. Whole documents are split here, by the hash of their id:
-   where a split stays empty, or too much is skipped, the parts stay for another attempt.
-
-So the stores are byte for byte the same whatever the workers, the shards and the kills.
+Parts, a pure function of the data, are independent: workers and shards share them out, and a
+killed run resumes from the finished ones. The process that sees all parts finished joins them in
+order, without repeated documents, and splits whole ones by the hash of their id. So the stores are
+byte for byte the same whatever the workers, the shards and the kills.
 """
 
 import contextlib
@@ -41,7 +37,7 @@ from lm.data.corpus import (
     read_part,
 )
 from lm.data.joining import empty_split, join, part_file
-from lm.data.skip_report import SkipReport, describe_examples
+from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, DocumentSource, Skipped, document_ids
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
@@ -288,8 +284,8 @@ def summary(manifests: dict[str, dict]) -> str:
     examples = []
     for split, manifest in manifests.items():
         skipped = ", ".join(f"{n:,} {reason}" for reason, n in manifest["skipped"].items())
-        # stores made before have none
-        examples += describe_examples(manifest.get("skipped_examples", {}))
+        for reason, found in manifest.get("skipped_examples", {}).items():  # old stores have none
+            examples.append(f"  {reason}: {', '.join(found)}")
         for name, sizes in manifest["fields"].items():
             label = split if list(manifest["fields"]) == ["text"] else f"{split}/{name}"
             ratio = sizes["num_bytes"] / sizes["num_tokens"]

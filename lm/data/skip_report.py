@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lm.data.sources import Skipped
@@ -70,9 +69,9 @@ class SkipReport:
             return ""
         return "; text is read as UTF-8: convert it with iconv -f ENCODING -t UTF-8 IN > OUT"
 
-    def check(self, num_documents: int, num_bytes: int, *, max_loss: float) -> None:
-        """Raise ValueError where there is a `limit_error`."""
-        if error := self.limit_error(num_documents, num_bytes, max_loss=max_loss):
+    def check(self, num_documents: int, *, max_loss: float) -> None:
+        """Raise ValueError where more than `max_loss` of the records is lost."""
+        if error := self.limit_error(num_documents, 0, max_loss=max_loss):
             raise ValueError(error)
 
     def limit_error(self, num_documents: int, num_bytes: int, *, max_loss: float) -> str:
@@ -96,8 +95,3 @@ class SkipReport:
             f"{share}: {self.describe(lost_only=True)}{self.advice()}; name other --data or "
             f"--field, or allow it with --max-loss={allowed}"
         )
-
-
-def describe_examples(examples: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a line for each reason that has examples."""
-    return [f"  {reason}: {', '.join(found)}" for reason, found in examples.items() if found]

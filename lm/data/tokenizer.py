@@ -4,9 +4,8 @@
   text. In `encode_special`, for chat templates and the like, it is the token.
 - `decode_bytes` is additive: the bytes of `a + b` are those of `a` followed by those of `b`, so a
   stream can be printed token by token and bytes per token are exact. Special ids have no bytes.
-- A text of more than `LONG_TEXT` characters is encoded in parts, cut after the last newline (else
-  after the last space, else anywhere) of each `LONG_TEXT` characters: time and memory stay linear
-  for a document of 100 MB on one line. Only a token that would span a cut comes out as two.
+- A text of more than `LONG_TEXT` characters is encoded in parts, cut after a newline, else a space:
+  time and memory stay linear. Only a token that would span a cut comes out as two.
 """
 
 import hashlib

@@ -1,13 +1,9 @@
 """Documents from text files, and from Python's own standard library.
 
-One file is one document: `.txt`, `.md`, `.py`, and `.gz` or `.zst` of these. With a separator, a
-file has several. A line of `.jsonl` is one document, and so is one of a table: of `.tsv`, or of
-`.txt` where the columns are numbers. Lines end at LF. Ids are paths below the folder, the fixed
-part of the pattern or beside the file, with `@offset` (bytes of uncompressed text) for a record of
-a file: they, and the split by their hash, do not depend on where the folder is.
-
-Text is UTF-8; a byte order mark at its beginning is removed. No file and no record ends a
-preparation: unreadable ones are `Skipped` with the reason.
+A file is one document, or several with a separator; a line of `.jsonl` or of a table (`.tsv`, or
+`.txt` where the columns are numbers) is one. Lines end at LF. Ids are paths below the folder or the
+fixed part of the pattern, with `@offset` (bytes of uncompressed text) for a record: they, and the
+split by their hash, do not depend on where the folder is. Unreadable ones are `Skipped`.
 """
 
 import codecs

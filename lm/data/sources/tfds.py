@@ -23,10 +23,8 @@ class TfdsSource:
     """The records of splits of a data set, in the order of its files; class labels by their names.
 
     name: "name", "name/config" or "name/config:version" below `data_dir` (TFDS's own folder if
-      None), or the path of a prepared data set.
-    split: names joined by "+".
-    columns: store field -> feature or template (see `records`).
-    download: download and prepare what is not on disk yet.
+    None), or the path of a prepared data set. split: names joined by "+". download: download and
+    prepare what is not on disk yet.
     """
 
     name: str
