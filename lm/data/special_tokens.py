@@ -30,15 +30,6 @@ class DeclaredTokens:
     generation: Mapping[str, object] = dataclasses.field(default_factory=dict)
     model: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
-    def named(self, vocab: Mapping[str, int], *keys: str) -> int | None:
-        """Return the id of the token under the first of `keys` that names one of `vocab`."""
-        for key in keys:
-            value = self.tokenizer.get(key)
-            name = value.get("content") if isinstance(value, dict) else value
-            if isinstance(name, str) and name in vocab:
-                return vocab[name]
-        return None
-
     def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Return the ids of `key` in generation_config.json, else config.json; null, -1 and ids
         outside the vocabulary count as unset.
@@ -64,10 +55,11 @@ class DeclaredTokens:
         stands in for a missing bos, eos for a missing pad.
         """
 
-        def one(kind: str, *names: str) -> int:
-            named = self.named(vocab, *names)
-            if named is not None:
-                return named
+        def one(kind: str, *keys: str) -> int:
+            for value in map(self.tokenizer.get, keys):
+                name = value.get("content") if isinstance(value, dict) else value
+                if isinstance(name, str) and name in vocab:
+                    return vocab[name]
             if own.get(kind, -1) >= 0:
                 return own[kind]
             declared = self.ids(f"{kind}_token_id", vocab_size)

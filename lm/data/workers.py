@@ -13,11 +13,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def run_in_processes(
     function: Callable[..., T], calls: Sequence[tuple], *, num_workers: int | None
 ) -> Iterator[tuple[int, T]]:
@@ -26,7 +21,7 @@ def run_in_processes(
     num_workers: processes; all cores if None. One worker is this process.
     Raises what a call raises, and ValueError if a worker is killed.
     """
-    num_workers = min(num_workers or num_cores(), len(calls))
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(calls))
     if num_workers <= 1:
         for i, call in enumerate(calls):
             yield i, function(*call)

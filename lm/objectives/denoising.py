@@ -22,7 +22,7 @@ from lm.objectives import (
 from lm.types import HostBatch
 
 NOISES = ("mask", "delete", "infill", "shuffle", "rotate")
-_ENDS = (".", "!", "?", "。", "！", "？", "\n")
+_ENDS = tuple(end.encode() for end in ".!?。！？\n")  # of a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +76,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     return Objective(denoising, RowLayout((length,)))
 
 
-def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
-    """Return bool [vocab_size]: True where the text of a token ends a sentence."""
-    texts = (tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size))
-    ends = tuple(end.encode() for end in _ENDS)
-    return np.array([text.rstrip(b" ").endswith(ends) for text in texts])
-
-
 class _Noise:
     """The kinds of noise, each a method (text, draws: [n] in [0, 1), Poisson numbers: [n])."""
 
@@ -90,7 +83,8 @@ class _Noise:
         self._kinds = [getattr(self, name) for name in config.noises]
         self._rate, self._mean_span = config.rate, config.mean_span
         self._mask, self._eos = np.int32(mask), tokenizer.eos_id
-        self._ends_sentence = _sentence_ends(tokenizer)
+        texts = (tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size))
+        self._ends_sentence = np.array([text.rstrip(b" ").endswith(_ENDS) for text in texts])
 
     def __call__(self, text: Stream, rngs: list[np.random.Generator], length: int) -> Stream:
         """Return the noisy text. Every row draws `2 * length` numbers for each kind of noise."""
