@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 
 from lm.config.components import import_component
-from lm.data.sources import (
-    Document,
-    DocumentSource,
-    Skipped,
-    Unit,
-    skipped_files,
-)
+from lm.data.sources import Document, DocumentSource, Skipped, Unit, skipped_files
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
 
@@ -271,13 +265,12 @@ def add_flags(parser: argparse.ArgumentParser, *, with_split: bool = True) -> No
 
 def from_flags(flags: argparse.Namespace) -> Corpus:
     """Return the corpus that the flags of `add_flags` name; without those of a split, not split."""
-    given = {f.name: getattr(flags, f.name) for f in fields(Corpus) if f.name in flags}
+    given: dict[str, Any] = {"validation_fraction": 0.0}
+    given |= {f.name: getattr(flags, f.name) for f in fields(Corpus) if f.name in flags}
     pairs = [text.partition("=")[::2] for text in flags.field or ["text"]]
-    columns = {name: column.replace("\\n", "\n") or name for name, column in pairs}
-    separator = _unescaped(flags.separator)
-    return Corpus(
-        **{"validation_fraction": 0.0, **given, "columns": columns, "separator": separator}
-    )
+    given["columns"] = {name: column.replace("\\n", "\n") or name for name, column in pairs}
+    given["separator"] = _unescaped(flags.separator)
+    return Corpus(**given)
 
 
 def _unescaped(text: str) -> str:

@@ -116,17 +116,17 @@ class PackedRows:
         positions = np.arange(num_tokens, dtype=np.int32) - begins
         if len(unfilled):
             positions *= segments > 0
-        arrays = (x.reshape(shape) for x in (ids, segments, positions, previous))
-        if len(self.stores) == 1:
-            return Rows(*arrays)
-        ids[ends[stop < last] - 1] = self.stores[0].eos_id  # a field that was cut keeps its eos
-        fields = np.repeat((field * (segment > 0)).astype(np.int32), lengths)
-        return Rows(*arrays, fields.reshape(shape))
+        fields = None
+        if len(self.stores) > 1:
+            ids[ends[stop < last] - 1] = self.stores[0].eos_id  # a field that was cut keeps its eos
+            fields = np.repeat((field * (segment > 0)).astype(np.int32), lengths).reshape(shape)
+        ids, segments, positions = (x.reshape(shape) for x in (ids, segments, positions))
+        return Rows(ids, segments, positions, previous.reshape(shape), fields)
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
-        counts, documents, *ranges = self._chunks_of(check_rows(rows, len(self), self.path))
+        counts, documents, *limits = self._chunks_of(check_rows(rows, len(self), self.path))
         begins = np.stack([store.offsets[documents] for store in self.stores], 1)
-        starts, stops = ((positions - begins).sum(1).tolist() for positions in ranges)
+        starts, stops = ((positions - begins).sum(1).tolist() for positions in limits)
         spans = (
             Span(n, self.stores[0].document_ids(n), start, stop)
             for n, start, stop in zip(documents.tolist(), starts, stops, strict=True)

@@ -199,8 +199,9 @@ def evaluation_batches(
         read = vars(source.read(index[index < len(source)]))
         widths = (0, len(index) - len(read["ids"])), (0, 0)
         padded = {
-            name: None if x is None else np.pad(x, widths, constant_values=_PADDING.get(name, 0))
+            name: np.pad(x, widths, constant_values=_PADDING.get(name, 0))
             for name, x in read.items()
+            if x is not None
         }
         yield objective(Rows(**padded), _generators(_EVALUATION_SEED, np.zeros_like(index), index))
 

@@ -29,13 +29,7 @@ import numpy as np
 
 from lm import storage
 from lm.data import tokenizer as tokenizers
-from lm.data.corpus import (
-    Corpus,
-    Part,
-    key_hash,
-    plan_parts,
-    read_part,
-)
+from lm.data.corpus import Corpus, Part, key_hash, plan_parts, read_part
 from lm.data.joining import empty_split, join, part_file
 from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, DocumentSource, Skipped, document_ids
