@@ -100,9 +100,7 @@ class PackedRows:
         is_rest = start > first  # of a document; the tokens before are read with the others
         before = start[is_rest]
         tokens = self._fetch(
-            np.append(field, field[is_rest]),
-            np.append(start, before - 1),
-            np.append(stop, before),
+            np.append(field, field[is_rest]), np.append(start, before - 1), np.append(stop, before)
         )
         lengths, ends = stop - start, np.cumsum(stop - start)
         shape = (len(counts), self.layout.length)

@@ -27,9 +27,7 @@ def run_in_processes(
             yield i, function(*call)
         return
     executor = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_init_worker,
+        num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_init_worker
     )
     try:
         futures = {executor.submit(function, *call): i for i, call in enumerate(calls)}

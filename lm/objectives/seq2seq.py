@@ -38,12 +38,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     def seq2seq(rows: Rows, rng: RowGenerator) -> HostBatch:
         source, target = streams.flatten(rows, 0), streams.flatten(rows, 1)
         return conditional_batch(
-            source,
-            target,
-            len(rows.ids),
-            interface,
-            tokenizer,
-            bidirectional=config.bidirectional,
+            source, target, len(rows.ids), interface, tokenizer, bidirectional=config.bidirectional
         )
 
     return Objective(seq2seq, pair_layout(config.fields, interface))
