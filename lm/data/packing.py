@@ -52,6 +52,21 @@ class Chunks(NamedTuple):
     stops: np.ndarray  # [sum of counts, F]
 
 
+class _Pieces(NamedTuple):
+    """The fields of chunks in the order in which they fill rows, and padding, of field F and
+    segment 0; all int64 [n].
+    """
+
+    part: np.ndarray  # of all rows, with as many parts as the layout has lengths
+    field: np.ndarray
+    segment: np.ndarray
+    position: np.ndarray  # of the first token in the segment
+    start: np.ndarray
+    stop: np.ndarray
+    first: np.ndarray  # tokens of the whole document: first to last
+    last: np.ndarray
+
+
 class PackedRows:
     """The rows of packed documents; a `RowSource`."""
 
@@ -77,49 +92,57 @@ class PackedRows:
 
     def read(self, rows: np.ndarray) -> Rows:
         """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
-        counts, documents, starts, stops = self._chunks_of(check_rows(rows, len(self), self.path))
-        field, capacities = np.arange(len(self.stores)), self.layout.lengths
-        # the part of the row that a piece, a field of a chunk, is in, and its first position there
-        part = np.repeat(np.arange(len(counts)) * len(capacities), counts)[:, None]
-        if len(capacities) == 1:  # the fields of a document follow each other
-            position = np.cumsum(stops - starts, 1) - (stops - starts)
-        else:
-            part, position = part + field, 0
-        segment = ranges(np.ones_like(counts), counts)[:, None]
-        limits = np.stack([store.offsets[[documents, documents + 1]] for store in self.stores], -1)
-        columns = (field, segment, position, starts, stops, *limits, part)
-        pieces = np.stack(np.broadcast_arrays(*columns)).reshape(len(columns), -1)
-        free = np.tile(capacities, len(counts))
-        free -= np.bincount(pieces[-1], pieces[4] - pieces[3], minlength=len(free)).astype(int)
-        unfilled = np.flatnonzero(free)  # one more piece each: padding, of segment 0
-        columns = (len(self.stores), 0, 0, 0, free[unfilled], 0, free[unfilled], unfilled)
-        pieces = np.append(pieces, np.stack(np.broadcast_arrays(*columns)), 1)
-        order = np.argsort(pieces[-1], kind="stable")
-        field, segment, position, start, stop, first, last, _ = pieces[:, order]
-
-        is_rest = start > first  # of a document; the tokens before are read with the others
-        before = start[is_rest]
-        tokens = self._fetch(
-            np.append(field, field[is_rest]), np.append(start, before - 1), np.append(stop, before)
-        )
-        lengths, ends = stop - start, np.cumsum(stop - start)
-        shape = (len(counts), self.layout.length)
+        chunks = self._chunks_of(check_rows(rows, len(self), self.path))
+        shape = (len(chunks.counts), self.layout.length)
         num_tokens = shape[0] * shape[1]
-        ids, previous = tokens[:num_tokens], np.full(num_tokens, -1, np.int32)
-        previous[(ends - lengths)[is_rest]] = tokens[num_tokens:]
-        segments, begins = (
-            np.repeat(values.astype(np.int32), lengths)
-            for values in (segment, ends - lengths - position)
+        pieces = self._pieces(chunks)
+        lengths, ends = pieces.stop - pieces.start, np.cumsum(pieces.stop - pieces.start)
+        begins = ends - lengths
+        is_rest = pieces.start > pieces.first
+        before = pieces.start[is_rest]  # the tokens before are read with the others
+        tokens = self._fetch(
+            np.append(pieces.field, pieces.field[is_rest]),
+            np.append(pieces.start, before - 1),
+            np.append(pieces.stop, before),
         )
-        positions = np.arange(num_tokens, dtype=np.int32) - begins
-        if len(unfilled):
-            positions *= segments > 0
+        ids, previous = tokens[:num_tokens], np.full(num_tokens, -1, np.int32)
+        previous[begins[is_rest]] = tokens[num_tokens:]
+        segments = np.repeat(pieces.segment.astype(np.int32), lengths)
+        positions = np.arange(num_tokens, dtype=np.int32)
+        positions -= np.repeat((begins - pieces.position).astype(np.int32), lengths)
+        positions *= segments > 0
         fields = None
         if len(self.stores) > 1:
-            ids[ends[stop < last] - 1] = self.stores[0].eos_id  # a field that was cut keeps its eos
-            fields = np.repeat((field * (segment > 0)).astype(np.int32), lengths).reshape(shape)
+            # a field that was cut keeps its eos
+            ids[ends[pieces.stop < pieces.last] - 1] = self.stores[0].eos_id
+            fields = np.where(pieces.segment > 0, pieces.field, 0).astype(np.int32)
+            fields = np.repeat(fields, lengths).reshape(shape)
         ids, segments, positions = (x.reshape(shape) for x in (ids, segments, positions))
         return Rows(ids, segments, positions, previous.reshape(shape), fields)
+
+    def _pieces(self, chunks: Chunks) -> _Pieces:
+        counts, documents, starts, stops = chunks
+        num_parts = len(self.layout.lengths)  # of a row
+        field = np.arange(len(self.stores))
+        part = np.repeat(np.arange(len(counts)) * num_parts, counts)[:, None]
+        position = 0
+        if num_parts == 1:  # the fields of a document follow each other
+            position = np.cumsum(stops - starts, 1) - (stops - starts)
+        else:
+            part = part + field
+        segment = ranges(np.ones_like(counts), counts)[:, None]
+        first, last = (
+            np.stack([store.offsets[documents + i] for store in self.stores], 1) for i in (0, 1)
+        )
+        columns = np.broadcast_arrays(part, field, segment, position, starts, stops, first, last)
+        pieces = _Pieces(*(column.ravel() for column in columns))
+        free = np.tile(self.layout.lengths, len(counts))
+        used = np.bincount(pieces.part, pieces.stop - pieces.start, minlength=len(free))
+        free -= used.astype(np.int64)
+        [part] = np.nonzero(free)
+        padding = np.broadcast_arrays(part, len(self.stores), 0, 0, 0, free[part], 0, free[part])
+        order = np.argsort(np.append(pieces.part, part), kind="stable")
+        return _Pieces(*(np.append(*pair)[order] for pair in zip(pieces, padding, strict=True)))
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
         counts, documents, *limits = self._chunks_of(check_rows(rows, len(self), self.path))

@@ -100,14 +100,18 @@ def _label_at_mask(
     source: Stream, label: Stream, shape: tuple[int, int], bos: int, mask: int
 ) -> HostBatch:
     """Return the batch of an encoder, which predicts the label at a mask token after bos."""
-    head = Stream(*(np.repeat(part, 2) for part in label))
-    is_label = np.arange(len(head.ids)) % 2 == 1
-    inputs, _ = streams.join(head._replace(ids=np.where(is_label, mask, bos)), source)
-    targets, _ = streams.join(head._replace(ids=np.where(is_label, head.ids, bos)), source)
-    scored, _ = streams.join(head._replace(ids=is_label), source._replace(ids=0 * source.ids))
-    ids, segments, positions = streams.scatter_to_rows(inputs, shape)
+    first = source.is_segment_start()
+    labels = np.zeros(len(first), np.int32)
+    labels[first] = label.ids
+
+    def with_head(token: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        stream = streams.with_inserted(source, first, token)
+        stream = streams.with_inserted(stream, stream.is_segment_start(), bos)
+        return streams.scatter_to_rows(stream, shape)
+
+    ids, segments, positions = with_head(mask)
     return Batch(
         inputs=Tokens(ids, segments, positions),
-        targets=streams.scatter_to_rows(targets, shape)[0],
-        weights=streams.scatter_to_rows(scored, shape)[0].astype(np.float32),
+        targets=with_head(labels)[0],
+        weights=(positions == 1).astype(np.float32),
     )
