@@ -366,6 +366,14 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
         assert f"  {line}\n" in table
 
 
+def test_progress_in_a_log_file_is_whole_lines(tmp_path):
+    _write(tmp_path / "a.txt", "text")
+    flags = ("--validation-fraction=0", "--workers=1")
+    command = _command(tmp_path / "a.txt", "bytes", tmp_path / "out", *flags)
+    [line] = subprocess.run(command, capture_output=True).stderr.split(b"\n")[:-1]
+    assert line.startswith(b"4B of 4B") and b"tokens/s" in line and b"\r" not in line
+
+
 def test_names_that_are_no_utf8_are_prepared_and_printed(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     for i in range(40):
