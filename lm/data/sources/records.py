@@ -51,12 +51,15 @@ def from_bytes(
 
 
 def from_record(document_id: str, record: object, columns: Mapping[str, str]) -> Document | Skipped:
-    """Return the document of a record (a JSON object), or the skipped record."""
+    """Return the document of a record (an object; texts may be bytes), or the skipped record."""
     names = column_names(columns)
     if not isinstance(record, dict) or not all(name in record for name in names):
         fields = tuple(map(str, record)) if isinstance(record, dict) else ()
         return Skipped(document_id, "missing_field", fields)
-    texts = {name: record[name] for name in names}
+    try:
+        texts = {n: x.decode() if isinstance(x := record[n], bytes) else x for n in names}
+    except UnicodeDecodeError:
+        return Skipped(document_id, "invalid_utf8")
     if not all(isinstance(text, str) for text in texts.values()):
         return Skipped(document_id, "field_is_not_text")
     if not all(texts.values()):

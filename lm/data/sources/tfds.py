@@ -65,7 +65,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         builder = self._builder(download=False)
-        names = {
+        labels = {
             name: feature.names
             for name in column_names(self.columns)
             if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
@@ -82,19 +82,11 @@ class TfdsSource:
                 for j in range(i + 1, unit.stop):  # nothing after it can be found in the shard
                     yield Skipped(f"{unit.name}@{j}", "damaged_file")
                 return
-            try:
-                texts = {
-                    name: record[name].decode() if isinstance(record[name], bytes) else record[name]
-                    for name in column_names(self.columns)
-                }
-            except UnicodeDecodeError:
-                yield Skipped(document_id, "invalid_utf8")
-                continue
-            if any(record[name] < 0 for name in names):
+            if any(record[name] < 0 for name in labels):
                 yield Skipped(document_id, "no_label")  # of test sets that keep them secret
                 continue
-            texts |= {name: labels[record[name]] for name, labels in names.items()}
-            yield from_record(document_id, texts, self.columns)
+            texts = {name: names[record[name]] for name, names in labels.items()}
+            yield from_record(document_id, {**record, **texts}, self.columns)
 
     def _builder(self, *, download: bool) -> Builder:
         """Return the builder of the data set on disk; ValueError where there is none.
