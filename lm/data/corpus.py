@@ -10,12 +10,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from lm.config.components import import_component
+from lm.config.fields import Range, check_value
 from lm.data.sources import Document, DocumentSource, Skipped, Unit, skipped_files
 from lm.data.sources.text import TextSource
 from lm.data.sources.tfds import TfdsSource
@@ -33,6 +34,10 @@ def _flag(default: object, sentence: str, *, repr: bool = True, **options: objec
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, repr=repr, metadata=metadata)
+
+
+def _flag_of(f: Field[Any]) -> str:
+    return f.metadata.get("flag", f"--{f.name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Corpus:
         0.05,
         "share of the corpus for validation; 0: no validation store (default: 0.05)",
         type=float,
+        range=Range(ge=0, lt=1),
     )
     split: str = _flag(
         "hash",
@@ -84,6 +90,7 @@ class Corpus:
         "largest share of the files (by bytes) and of the records that may be skipped as "
         "unreadable: 0 to 1 (default: 0.05)",
         type=float,
+        range=Range(ge=0, le=1),
         repr=False,  # by which folders of corpora are named: it changes no store
     )
     tfds_split: str = _flag("train", "TFDS splits, joined by + (default: train)")
@@ -95,31 +102,21 @@ class Corpus:
     )
 
     def __post_init__(self):
-        held_out, (i, n) = self.validation_fraction, self.fold or (0, 2)
-        errors = (
-            (
-                not self.data,
-                "no data given: --data=stdlib, a file, a folder, a pattern or tfds:NAME",
+        for f in fields(self):
+            check_value(getattr(self, f.name), f.metadata, _flag_of(f))
+        i, n = self.fold or (0, 2)
+        errors = {
+            "no data given: --data=stdlib, a file, a folder, a pattern or tfds:NAME": not self.data,
+            f"fold {i} of {n}: there are at least two, from 0 on": not 0 <= i < n >= 2,
+            "folds are of documents by their hash, and need a validation store": (
+                self.fold and (self.split != "hash" or not self.validation_fraction)
             ),
-            (
-                not 0 <= held_out < 1,
-                f"validation fraction {held_out} must be at least 0 and below 1",
+            "split tail cuts a text in two: it cannot keep several fields together": (
+                self.split == "tail" and len(self.columns) > 1
             ),
-            (not 0 <= self.max_loss <= 1, f"max loss {self.max_loss} must be between 0 and 1"),
-            (self.split not in ("hash", "tail"), f"split {self.split!r} must be hash or tail"),
-            (not 0 <= i < n >= 2, f"fold {i} of {n}: there are at least two, from 0 on"),
-            (
-                self.fold is not None and (self.split != "hash" or not held_out),
-                "folds are of documents by their hash, and need a validation store",
-            ),
-            (
-                self.split == "tail" and len(self.columns) > 1,
-                "split tail cuts a text in two: it cannot keep several fields together",
-            ),
-        )
-        for is_wrong, message in errors:
-            if is_wrong:
-                raise ValueError(message)
+        }
+        if wrong := [message for message, is_wrong in errors.items() if is_wrong]:
+            raise ValueError(wrong[0])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -260,7 +257,8 @@ def add_flags(parser: argparse.ArgumentParser, *, with_split: bool = True) -> No
     for f in fields(Corpus):
         if f.metadata and (with_split or f.name not in _SPLIT_FLAGS):
             options = {"default": [] if f.default is MISSING else f.default, **f.metadata}
-            parser.add_argument(options.pop("flag", f"--{f.name.replace('_', '-')}"), **options)
+            options = {k: v for k, v in options.items() if k not in ("flag", "range")}
+            parser.add_argument(_flag_of(f), **options)
 
 
 def from_flags(flags: argparse.Namespace) -> Corpus:
