@@ -20,9 +20,9 @@ class Stream(NamedTuple):
     rows: np.ndarray
     segments: np.ndarray
 
-    def keep(self, mask: np.ndarray) -> Stream:
-        """Return the tokens where the bool mask [n] is true."""
-        return Stream(self.ids[mask], self.rows[mask], self.segments[mask])
+    def keep(self, tokens: np.ndarray) -> Stream:
+        """Return the tokens of a bool mask [n], or of indices."""
+        return Stream(self.ids[tokens], self.rows[tokens], self.segments[tokens])
 
     def is_segment_start(self) -> np.ndarray:
         """Return bool [n]: True at the first token of each segment."""
@@ -53,21 +53,20 @@ def positions_since(starts: np.ndarray) -> np.ndarray:
     return np.arange(len(starts)) - last_start(starts)
 
 
-def scatter_to_rows(
-    stream: Stream, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ids, segments and positions, int32 of `shape`, rows filled from the left."""
+def scatter_to_rows(stream: Stream, shape: tuple[int, int], *more: np.ndarray) -> list[np.ndarray]:
+    """Return ids, segments, positions and `more` values [n], int32 of `shape`, rows filled from the
+    left.
+    """
     columns = positions_since(boundaries(stream.rows))
     assert not len(columns) or columns.max() < shape[1], (
         f"a row of {columns.max() + 1} tokens in rows of {shape[1]}: the layout was too long"
     )
     at = stream.rows * shape[1] + columns
-    arrays = []
-    for values in (stream.ids, stream.segments, positions_since(stream.is_segment_start())):
-        array = np.zeros(shape, np.int32)
-        array.flat[at] = values
-        arrays.append(array)
-    return tuple(arrays)
+    values = (stream.ids, stream.segments, positions_since(stream.is_segment_start()), *more)
+    arrays = [np.zeros(shape, np.int32) for _ in values]
+    for array, value in zip(arrays, values, strict=True):
+        array.flat[at] = value
+    return arrays
 
 
 def shift_right(
@@ -85,14 +84,13 @@ def join(source: Stream, target: Stream) -> tuple[Stream, np.ndarray]:
     parts = Stream(*(np.concatenate(pair) for pair in zip(source, target, strict=True)))
     is_target = np.arange(len(parts.ids)) >= len(source.ids)
     order = np.lexsort((is_target, parts.segments, parts.rows))  # stable
-    return Stream(*(part[order] for part in parts)), is_target[order]
+    return parts.keep(order), is_target[order]
 
 
 def concatenate(parts: Iterable[Stream]) -> Stream:
     """Return the streams one after another, in the order of their rows (stable)."""
     joined = Stream(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    order = np.argsort(joined.rows, kind="stable")
-    return Stream(*(part[order] for part in joined))
+    return joined.keep(np.argsort(joined.rows, kind="stable"))
 
 
 def with_inserted(

@@ -161,8 +161,7 @@ def conditional_batch(
         encoder = Tokens(*streams.scatter_to_rows(source, (num_rows, interface.encoder_length)))
     else:
         stream, is_target = streams.join(source, target)
-        ids, segments, positions = streams.scatter_to_rows(stream, shape)
-        scored, _, _ = streams.scatter_to_rows(stream._replace(ids=is_target), shape)
+        ids, segments, positions, scored = streams.scatter_to_rows(stream, shape, is_target)
         weights, encoder = scored.astype(np.float32), None
         prefix = (segments != 0) & (streams.shift_right(scored, segments, positions, 0) == 0)
     inputs = streams.shift_right(ids, segments, positions, bos)

@@ -104,7 +104,7 @@ def _label_at_mask(
     labels = np.zeros(len(first), np.int32)
     labels[first] = label.ids
 
-    def with_head(token: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def with_head(token: np.ndarray | int) -> list[np.ndarray]:
         stream = streams.with_inserted(source, first, token)
         stream = streams.with_inserted(stream, stream.is_segment_start(), bos)
         return streams.scatter_to_rows(stream, shape)

@@ -133,7 +133,7 @@ class _Noise:
     def _sort(self, text: Stream, keys: np.ndarray) -> Stream:
         """Return the stream with the tokens of every segment sorted by `keys`, eos last."""
         order = np.lexsort((keys, text.ids == self._eos, text.segments, text.rows))
-        return Stream(*(part[order] for part in text))
+        return text.keep(order)
 
 
 def _count_in_rows(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
