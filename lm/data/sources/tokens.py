@@ -59,8 +59,8 @@ class TokenStore:
         self.num_tokens = int(manifest["fields"][field]["num_tokens"])
         self.num_bytes = int(manifest["fields"][field]["num_bytes"])
         self._files = files
-        self.offsets = files.array(f"{field}/offsets.bin", "<i8")
-        self.document_bytes = files.array(f"{field}/bytes.bin", "<i8")
+        self.offsets = self._array(f"{field}/offsets.bin", "<i8")
+        self.document_bytes = self._array(f"{field}/bytes.bin", "<i8")
         self.read_ranges = files.ranges(f"{field}/tokens.bin", manifest["dtype"])
 
     @classmethod
@@ -134,7 +134,7 @@ class TokenStore:
     def verify(self) -> None:
         """Read everything; raise ValueError unless every file has its content hash."""
         for name, entry in self.manifest["files"].items():
-            found = hashlib.sha256(self._files.array(name, "u1")).hexdigest()
+            found = hashlib.sha256(self._array(name, "u1")).hexdigest()
             if found != entry["sha256"]:
                 raise ValueError(
                     f"{self.path}/{name}: content hash {found}, the manifest says "
@@ -148,7 +148,12 @@ class TokenStore:
 
     @functools.cached_property
     def _ids(self) -> tuple[np.ndarray, ReadRanges]:
-        return self._files.array("id_offsets.bin", "<i8"), self._files.ranges("ids.bin", "u1")
+        return self._array("id_offsets.bin", "<i8"), self._files.ranges("ids.bin", "u1")
+
+    def _array(self, name: str, dtype: str) -> np.ndarray:
+        """Return a whole file."""
+        length = self.manifest["files"][name]["size"] // np.dtype(dtype).itemsize
+        return self._files.ranges(name, dtype)([0], [length])[0]
 
 
 class _LocalFiles:
@@ -177,14 +182,10 @@ class _LocalFiles:
         file = self._path / name
         return file.read_bytes() if file.is_file() else None
 
-    def array(self, name: str, dtype: str) -> np.ndarray:
-        file = self._path / name
-        if not file.stat().st_size:
-            return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.asarray(np.memmap(file, dtype, mode="r"))
-
     def ranges(self, name: str, dtype: str) -> ReadRanges:
-        array = self.array(name, dtype)
+        file, array = self._path / name, np.empty(0, dtype)
+        if file.stat().st_size:  # an empty file cannot be mapped
+            array = np.asarray(np.memmap(file, dtype, mode="r"))
         return lambda starts, stops: [array[a:b] for a, b in zip(starts, stops, strict=True)]
 
     def size_error(self, name: str, size: int) -> str:
@@ -210,12 +211,6 @@ class _RemoteFiles:
     def read(self, name: str) -> bytes | None:
         result = self._store.read(name).result()
         return result.value if result.state == "value" else None
-
-    def array(self, name: str, dtype: str) -> np.ndarray:
-        content = self.read(name)
-        if content is None:
-            raise ValueError(f"{self._url}/{name} is missing; copy or prepare the store again")
-        return np.frombuffer(content, dtype)
 
     def ranges(self, name: str, dtype: str) -> ReadRanges:
         width = np.dtype(dtype).itemsize
