@@ -303,7 +303,7 @@ def test_evaluation_has_every_row_once_whatever_the_batches(stores, batch_size, 
     np.testing.assert_array_equal(targets[: len(source)], rows.ids)
     np.testing.assert_array_equal(weights[: len(source)], rows.segments > 0)
     assert not weights[len(source) :].any() and not targets[len(source) :].any()
-    assert weights.sum() == source.store.num_tokens
+    assert weights.sum() == source.stores[0].num_tokens
 
 
 def test_evaluation_randomness_is_that_of_the_row():

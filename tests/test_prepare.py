@@ -237,7 +237,7 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
         (["--data=stdlib"], "num_units (there"),
         (["--separator=x"], "separator"),
         (["--shard=2/2"], "counts from 0 to 1"),
-        (["--validation-fraction=1"], "below 1"),
+        (["--validation-fraction=1"], "must be in [0, 1)"),
         (["--tokenizer=nonsense"], "neither"),
     ],
 )
