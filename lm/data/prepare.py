@@ -264,6 +264,7 @@ def _write_part(
         numbers=np.array(numbers, np.int64),
         hashes=np.array([key_hash(document.id) for document in documents], np.uint64),
         is_validation=np.array(is_validation, bool),
+        allow_pickle=False,
         **block,
     )
     storage.write_atomically(part_file(folder, i), content.getbuffer())

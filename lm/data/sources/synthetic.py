@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -42,8 +41,8 @@ class Synthetic:
     num_rows: int = 65536
     document_length: int = 256
     seed: int = 0
-    bytes_per_token: ClassVar[None] = None  # no text behind the tokens
-    truncation_summary: ClassVar[str] = ""
+    bytes_per_token = None  # no text behind the tokens
+    truncation_summary = ""
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -134,7 +134,7 @@ class TokenStore:
     def verify(self) -> None:
         """Read everything; raise ValueError unless every file has its content hash."""
         for name, entry in self.manifest["files"].items():
-            found = hashlib.sha256(self._array(name, "u1")).hexdigest()
+            found = hashlib.sha256(self._array(name, "u1").data).hexdigest()
             if found != entry["sha256"]:
                 raise ValueError(
                     f"{self.path}/{name}: content hash {found}, the manifest says "
