@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +35,20 @@ class Score:
     tokens: int
     is_greedy: bool  # every token is the likeliest one after those before
 
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(min(-self.logprob / max(self.tokens, 1), 700.0)))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """Inputs of the (de)coder, the scored tokens after them, and inputs of the encoder."""
 
     inputs: np.ndarray  # int32 [n]
     targets: np.ndarray  # int32 [m]: those of the last m inputs
     source: np.ndarray | None = None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those of its batch: of inputs, of scored tokens, of the encoder."""
+        scored = bucket(len(self.targets))
+        width = max(bucket(len(self.inputs)), scored)
+        return (width, scored, *([] if self.source is None else [bucket(len(self.source))]))
 
 
 class Scorer:
@@ -116,19 +119,9 @@ class Scorer:
             raise ValueError(
                 f"context ({context}) must be in 1..config.model.max_length ({length})"
             )
-        rows, owners = [], []
-        for i, text in enumerate(texts):
-            found = windows(self._ids(text), self.start, length, context)
-            rows += [_Row(*window) for window in found]
-            owners += [i] * len(found)
-        sums = [Score(0.0, 0, True)] * len(texts)
-        for i, s in zip(owners, self._run(rows, report), strict=True):
-            sums[i] = Score(
-                sums[i].logprob + s.logprob,
-                sums[i].tokens + s.tokens,
-                sums[i].is_greedy and s.is_greedy,
-            )
-        return sums
+        found = [windows(self._ids(text), self.start, length, context) for text in texts]
+        scores = iter(self._run([_Row(*pair) for text in found for pair in text], report))
+        return [_sum(itertools.islice(scores, len(text))) for text in found]
 
     def _ids(self, text: Prompt) -> np.ndarray:
         return encode(self.tokenizer, text, self.vocab_size)
@@ -158,52 +151,49 @@ class Scorer:
         return _Row(inputs, targets, source)
 
     def _run(self, rows: list[_Row], report: Report) -> list[Score]:
-        shards, done = self.model.rules.size("batch"), 0
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(_shape(row), []).append(i)
         scores: dict[int, Score] = {}
-        for shape, members in sorted(groups.items(), reverse=True):  # the largest first
-            fits = max(1, self._max_batch_tokens // (shape[0] + sum(shape[2:])))
-            size = shards * (power_of_two(fits + 1) // 2)  # the largest power of two that fits
-            pending = None
-            for start in range(0, len(members), size):
-                chosen = members[start : start + size]
-                # the last one has as many rows as the others: another size is another compilation
-                num_rows = size if len(members) > size else len(members)
-                new = chosen, self._batch([rows[i] for i in chosen], shape, num_rows)
-                scores |= self._collect(rows, pending)  # of the batch before: no device waits
-                pending, done = new, done + len(chosen)
-                report(done, len(rows))
-            scores |= self._collect(rows, pending)
+        batches = itertools.chain(self._dispatch(rows), [([], ())])
+        for (members, outputs), _ in itertools.pairwise(batches):  # the next one is dispatched
+            for i, logprob, is_greedy in zip(members, *map(np.asarray, outputs), strict=False):
+                scores[i] = Score(float(logprob), len(rows[i].targets), bool(is_greedy))
+            report(len(scores), len(rows))
         return [scores[i] for i in range(len(rows))]
 
-    def _batch(
-        self, rows: list[_Row], shape: tuple[int, ...], num_rows: int
-    ) -> tuple[Array, Array]:
-        width, scored, *source = shape
-        size = batch_size(num_rows, self.model.rules.size("batch"))
-        encoder = [row.source for row in rows if row.source is not None]
-        return _score(
-            self.model,
-            self.params,
-            pad([row.inputs for row in rows], size, width),
-            pad(encoder, size, source[0]) if source else None,
-            pad([row.targets for row in rows], size, scored),
-            vocab_size=self.vocab_size,
-        )
+    def _dispatch(self, rows: list[_Row]) -> Iterator[tuple[list[int], tuple[Array, ...]]]:
+        """(indices of the rows of a batch, outputs of `_score`), batch by batch."""
+        shards = self.model.rules.size("batch")
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(row.widths, []).append(i)
+        groups = dict(sorted(groups.items(), reverse=True))  # the largest first
+        for (width, scored, *source), members in groups.items():
+            fits = max(1, self._max_batch_tokens // (width + sum(source)))
+            most = shards * (power_of_two(fits + 1) // 2)  # the largest power of two that fits
+            # the last one has as many rows as the others: another size is another compilation
+            size = batch_size(min(most, len(members)), shards)
+            for start in range(0, len(members), most):
+                chosen = members[start : start + most]
+                inputs, targets, sources = zip(*(rows[i] for i in chosen), strict=True)
+                yield (
+                    chosen,
+                    _score(
+                        self.model,
+                        self.params,
+                        pad(inputs, size, width),
+                        pad(sources, size, *source) if source else None,
+                        pad(targets, size, scored),
+                        vocab_size=self.vocab_size,
+                    ),
+                )
 
-    def _collect(
-        self, rows: list[_Row], pending: tuple[list[int], tuple[Array, Array]] | None
-    ) -> dict[int, Score]:
-        if pending is None:
-            return {}
-        members, (logprobs, likeliest) = pending
-        logprobs, likeliest = np.asarray(logprobs), np.asarray(likeliest)
-        return {
-            i: Score(float(logprobs[at]), len(rows[i].targets), bool(likeliest[at]))
-            for at, i in enumerate(members)
-        }
+
+def _sum(scores: Iterable[Score]) -> Score:
+    scores = list(scores)
+    return Score(
+        sum((s.logprob for s in scores), 0.0),
+        sum(s.tokens for s in scores),
+        all(s.is_greedy for s in scores),
+    )
 
 
 def windows(
@@ -225,13 +215,6 @@ def windows(
         found.append((inputs, stream[at:stop]))
         at = stop
     return found
-
-
-def _shape(row: _Row) -> tuple[int, ...]:
-    """Widths of the batch that a row belongs to: of inputs, of scored tokens, of the encoder."""
-    scored = bucket(len(row.targets))
-    width = max(bucket(len(row.inputs)), scored)
-    return (width, scored) if row.source is None else (width, scored, bucket(len(row.source)))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab_size"))
