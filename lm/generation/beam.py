@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import flax.struct
 import jax
@@ -22,6 +23,7 @@ from lm.generation.decode import is_any, mark_seen, next_logits, prefill_cache, 
 from lm.generation.sampling import penalize
 from lm.types import Array, Cache, Model, Params, Tokens
 
+T = TypeVar("T")
 LOW = -1e9  # added to scores that must not be chosen, yet stay ordered
 
 
@@ -39,16 +41,13 @@ class BeamSearch:
     repetition_penalty: float = 1.0  # 1e-3 to 1e3; as in `Sampling`, on log-probabilities
 
     def __post_init__(self) -> None:
+        count = self.num_beams
         for name, good, wanted in (
-            ("num_beams", self.num_beams > 0, "positive"),
+            ("num_beams", count > 0, "positive"),
             # beyond, scores of real texts come near to LOW
             ("length_penalty", -1 <= self.length_penalty <= 5, "in [-1, 5]"),
             ("early_stopping", self.early_stopping in (True, False, "never"), "a bool or never"),
-            (
-                "num_samples",
-                0 < self.num_samples <= self.num_beams,
-                f"in 1..num_beams ({self.num_beams})",
-            ),
+            ("num_samples", 0 < self.num_samples <= count, f"in 1..num_beams ({count})"),
             ("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "in [0.001, 1000]"),
         ):
             if not good:
@@ -59,12 +58,9 @@ class BeamSearch:
         its best possible score if it goes on.
         """
         lengths = np.arange(size, dtype=np.float64).clip(1)
-        best = np.full(size, limit) if self._scores_at_limit else lengths
-        return np.stack([lengths, best]).astype(np.float64) ** self.length_penalty
-
-    @property
-    def _scores_at_limit(self) -> bool:
-        return self.early_stopping == "never" and self.length_penalty > 0
+        at_limit = self.early_stopping == "never" and self.length_penalty > 0
+        best = np.full(size, limit, np.float64) if at_limit else lengths
+        return np.stack([lengths, best]) ** self.length_penalty
 
 
 @flax.struct.dataclass
@@ -74,23 +70,22 @@ class Hypotheses:
     ids: Array  # int32 [B, K, N]
     logprobs: Array  # float32 [B, K, N]: of each token
     scores: Array  # float32 [B, K]
+    ended: Array  # bool [B, K]
 
 
 @flax.struct.dataclass
 class _State:
     cache: Cache  # of B * K streams
     token: Array  # int32 [B, K]: the next input
-    position: Array  # int32 [B]: its position
     count: Array  # int32 []: tokens generated so far
     seen: Array | None  # bool [B, K, V]
     running: Hypotheses
-    ended: Hypotheses
-    has_ended: Array  # bool [B, K]: entries of `ended` that are in use
-    open: Array  # bool [B, 1]: something that goes on may still get among the ended
+    best: Hypotheses  # the best that ended, and placeholders until there are K of them
+    open: Array  # bool [B, 1]: something that goes on may still get among the best
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "num_beams", "bucket", "penalized", "stop_ids", "vocab_size")
+    jax.jit, static_argnames=("model", "num_beams", "bucket", "stop_ids", "vocab_size")
 )
 def beam_search(
     model: Model,
@@ -101,11 +96,10 @@ def beam_search(
     limit: Array,
     divisors: Array,
     until_full: Array,
-    penalty: Array,
+    penalty: Array | None,
     *,
     num_beams: int,
     bucket: int,
-    penalized: bool,
     stop_ids: tuple[int, ...],
     vocab_size: int,
 ) -> Hypotheses:
@@ -124,65 +118,46 @@ def beam_search(
     axes = row_axes(start, prompts, encoder)
 
     def advance(state: _State) -> _State:
-        flat = state.token.reshape(-1)
-        position = jnp.repeat(state.position, k)
-        cache, logits = next_logits(model, params, state.cache, flat, position)
+        position = jnp.repeat(prompts.positions[:, -1] + state.count, k)
+        cache, logits = next_logits(model, params, state.cache, state.token.reshape(-1), position)
         own = jax.nn.log_softmax(logits).reshape(batch_size, k, -1)  # [B, K, V]
-        scores = own if state.seen is None else penalize(own, state.seen, penalty)
+        scores, seen = own, state.seen
+        if seen is not None and penalty is not None:
+            scores = penalize(own, seen, penalty)
         scores = jnp.where(valid_token_mask(vocab_size, logits), scores, -jnp.inf)
         total = (state.running.scores[:, :, None] + scores).reshape(batch_size, -1)
         best, index = jax.lax.top_k(total, 2 * k)  # [B, 2 K]
         beam, token = index // own.shape[2], (index % own.shape[2]).astype(jnp.int32)
         logprob = jnp.take_along_axis(own.reshape(batch_size, -1), index, axis=1)
-        extended = _pick(state.running, beam)
-        extended = Hypotheses(
-            ids=jax.lax.dynamic_update_index_in_dim(extended.ids, token, state.count, 2),
-            logprobs=jax.lax.dynamic_update_index_in_dim(
-                extended.logprobs, logprob, state.count, 2
-            ),
-            scores=best,
-        )
         count = state.count + 1
         ends = is_any(token, stop_ids) | (count >= limit)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=state.count, axis=2)
+        before = _pick(state.running, beam)
+        extended = Hypotheses(put(before.ids, token), put(before.logprobs, logprob), best, ends)
 
-        going = jnp.where(ends, best + LOW, best)
-        going, chosen = jax.lax.top_k(going, k)  # [B, K]
-        running = _pick(extended, chosen).replace(scores=going)  # pyright: ignore
-        beam, token = (jnp.take_along_axis(x, chosen, axis=1) for x in (beam, token))
+        going, chosen = jax.lax.top_k(jnp.where(ends, best + LOW, best), k)  # [B, K]
+        running, beam, token = _pick((extended, beam, token), chosen)
+        running = running.replace(scores=going)  # pyright: ignore
 
         ends &= jnp.arange(2 * k) < k
-        full = until_full & jnp.all(state.has_ended, axis=1, keepdims=True)
+        full = until_full & jnp.all(state.best.ended, axis=1, keepdims=True)
         barred = LOW * (full.astype(jnp.float32) + ~state.open + ~ends)
-        new = extended.replace(scores=best / divisors[0, count] + barred)  # pyright: ignore
-        merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), state.ended, new)
-        _, kept = jax.lax.top_k(merged.scores, k)
-        has_ended = jnp.concatenate([state.has_ended, ends], axis=1)
-        has_ended = jnp.take_along_axis(has_ended, kept, axis=1)
-        ended = _pick(merged, kept)
+        new = extended.replace(scores=best / divisors[0, count] + barred, ended=ends)  # pyright: ignore
+        merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), state.best, new)
+        found = _pick(merged, jax.lax.top_k(merged.scores, k)[1])
 
         potential = running.scores[:, :1] / divisors[1, count]
-        worst = jnp.min(ended.scores, axis=1, keepdims=True)
-        still = jnp.any(potential > jnp.where(has_ended, worst, LOW), axis=1, keepdims=True)
-        seen = state.seen
+        worst = jnp.min(found.scores, axis=1, keepdims=True)
+        still = jnp.any(potential > jnp.where(found.ended, worst, LOW), axis=1, keepdims=True)
         if seen is not None:
-            seen = jnp.take_along_axis(seen, beam[:, :, None], axis=1)
             rows = jnp.arange(batch_size)[:, None], jnp.arange(k)[None, :]
-            seen = seen.at[*rows, token].set(True)
-        return _State(
-            cache=_reorder(cache, axes, beam),
-            token=token,
-            position=state.position + 1,
-            count=count,
-            seen=seen,
-            running=running,
-            ended=ended,
-            has_ended=has_ended,
-            open=state.open & still,
-        )
+            seen = _pick(seen, beam).at[*rows, token].set(True)
+        cache = _reorder(cache, axes, beam)
+        return _State(cache, token, count, seen, running, found, state.open & still)
 
     def unfinished(state: _State) -> jax.Array:
         some_open = jnp.any(state.open & filled[:, None])
-        all_full = until_full & jnp.all(jnp.where(filled[:, None], state.has_ended, True))
+        all_full = until_full & jnp.all(jnp.where(filled[:, None], state.best.ended, True))
         return (state.count < limit) & some_open & ~all_full
 
     shape = (batch_size, k)
@@ -190,23 +165,23 @@ def beam_search(
         ids=jnp.zeros((*shape, bucket), jnp.int32),
         logprobs=jnp.zeros((*shape, bucket)),
         scores=jnp.full(shape, LOW),
+        ended=jnp.zeros(shape, bool),
     )
     seen = None
-    if penalized:
+    if penalty is not None:
         seen = jnp.repeat(mark_seen(prompts, model.config.vocab_size)[:, None], k, axis=1)
     first = jnp.where(jnp.arange(k) == 0, 0.0, LOW)  # else all beams would be the same
+    cache = start(prompts, encoder)
     state = _State(
-        cache=_expand(start(prompts, encoder), axes, k),
+        cache=jax.tree.map(lambda x, a: x if a < 0 else jnp.repeat(x, k, axis=a), cache, axes),
         token=jnp.tile(jnp.asarray(prompts.ids[:, -1:]), (1, k)),
-        position=jnp.asarray(prompts.positions[:, -1]),
         count=jnp.zeros((), jnp.int32),
         seen=seen,
         running=nothing.replace(scores=jnp.tile(first, (batch_size, 1))),  # pyright: ignore
-        ended=nothing,
-        has_ended=jnp.zeros(shape, bool),
+        best=nothing,
         open=jnp.ones((batch_size, 1), bool),
     )
-    found = jax.lax.while_loop(unfinished, advance, state).ended
+    found = jax.lax.while_loop(unfinished, advance, state).best
     return jax.tree.map(lambda x: rules.constrain(x, *(None,) * x.ndim), found)
 
 
@@ -231,11 +206,6 @@ def row_axes(
     return jax.tree.map(axis, shapes(1), shapes(2))
 
 
-def _expand(cache: Cache, axes: Cache, k: int) -> Cache:
-    """Every row k times, side by side."""
-    return jax.tree.map(lambda x, a: x if a < 0 else jnp.repeat(x, k, axis=a), cache, axes)
-
-
 def _reorder(cache: Cache, axes: Cache, beam: Array) -> Cache:
     """Streams replaced by those of beam: int32 [B, K], a beam of the same row: every device keeps
     its rows.
@@ -252,11 +222,11 @@ def _reorder(cache: Cache, axes: Cache, beam: Array) -> Cache:
     return jax.tree.map(one, cache, axes)
 
 
-def _pick(hypotheses: Hypotheses, chosen: Array) -> Hypotheses:
-    """Entries chosen: int32 [B, K] of each row."""
+def _pick(tree: T, chosen: Array) -> T:
+    """Entries chosen: int32 [B, K] of each row of arrays [B, N, ...]."""
 
     def one(x: Array) -> jax.Array:
         index = chosen.reshape(chosen.shape + (1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1)
 
-    return jax.tree.map(one, hypotheses)
+    return jax.tree.map(one, tree)

@@ -1,17 +1,13 @@
 """Continuations of prompts by a model and its parameters.
 
 The first inputs of a prompt are `tokenizer.start_ids`: bos, since training shifts every document
-right, or nothing where published files say so.
-Prompts of different lengths are padded on the left, in segment 0, so that the rows of a batch end
-in the same slot. All inputs but the last go into the cache in one call, which computes no logits;
-then each step feeds one token and samples the next.
+right, or nothing where published files say so. Prompts are padded on the left, in segment 0, so
+that the rows of a batch end in the same slot. All inputs but the last go into the cache in one
+call; then each step feeds one token and samples the next. An encoder-decoder reads prompts, and the
+eos after them, in its encoder; its decoder begins with bos, after a slot of padding.
 
-An encoder-decoder reads prompts, and the eos after them, in its encoder. Its decoder begins with
-bos, after a slot of padding in the call that fills its cache.
-
-Shapes are rounded up to buckets, so that one compilation serves many prompts. Temperature, top_p,
-min_p, penalties and the rules of ending are arguments of it; top_k, num_beams, and the use of top_p
-or a penalty at all, are compiled in.
+Shapes are rounded up to buckets, so that one compilation serves many prompts; top_k, num_beams, and
+the use of top_p or a penalty at all, are compiled in.
 """
 
 from __future__ import annotations
@@ -119,34 +115,34 @@ class Generator:
             raise ValueError("prompts must be a list: this one text would be read as its letters")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens ({max_new_tokens}) must be positive")
-        return [self._input(i, prompt, max_new_tokens) for i, prompt in enumerate(prompts)]
+        limit = self.model.config.max_length
+        rest = len(self._start) - 1 + max_new_tokens  # the last new token is not fed
+        found = []
+        for i, prompt in enumerate(prompts):
+            ids = encode(self.tokenizer, prompt, self.vocab_size, f"prompt {i}: ")
+            if self.takes_encoder:
+                if max(len(ids) + 1, rest) > limit:
+                    raise ValueError(
+                        f"config.model.max_length ({limit}) must be at least the length of prompt "
+                        f"{i} with its eos ({len(ids) + 1}), and max_new_tokens ({max_new_tokens})"
+                    )
+            elif len(ids) + rest > limit:
+                raise ValueError(
+                    f"config.model.max_length ({limit}) must be at least the length of prompt {i} "
+                    f"({len(ids)}) + max_new_tokens ({max_new_tokens}) = {len(ids) + rest}; "
+                    "shorten the prompt or ask for fewer tokens"
+                )
+            elif not len(self._start) + len(ids):
+                raise ValueError(
+                    f"prompt {i} is empty, and there is no token to begin with: give a start"
+                )
+            found.append(ids)
+        return found
 
     def longest_prompt(self, max_new_tokens: int) -> int:
         """The most ids that a prompt may have, without the start."""
         limit = self.model.config.max_length
         return limit - 1 if self.takes_encoder else limit - len(self._start) + 1 - max_new_tokens
-
-    def _input(self, i: int, prompt: Prompt, max_new_tokens: int) -> np.ndarray:
-        limit = self.model.config.max_length
-        ids = encode(self.tokenizer, prompt, self.vocab_size, f"prompt {i}: ")
-        rest = len(self._start) - 1 + max_new_tokens  # the last new token is not fed
-        if self.takes_encoder:
-            if len(ids) + 1 > limit or rest > limit:
-                raise ValueError(
-                    f"config.model.max_length ({limit}) must be at least the length of prompt {i} "
-                    f"with its eos ({len(ids) + 1}), and max_new_tokens ({max_new_tokens})"
-                )
-        elif len(ids) + rest > limit:
-            raise ValueError(
-                f"config.model.max_length ({limit}) must be at least the length of prompt {i} "
-                f"({len(ids)}) + max_new_tokens ({max_new_tokens}) = {len(ids) + rest}; "
-                "shorten the prompt or ask for fewer tokens"
-            )
-        elif not len(self._start) + len(ids):
-            raise ValueError(
-                f"prompt {i} is empty, and there is no token to begin with: give a start"
-            )
-        return ids
 
     def _rows(self, prompts: Sequence[np.ndarray]) -> tuple[HostTokens, HostTokens | None]:
         """(the tokens of the (de)coder, those of the encoder), one row for each of prompts."""
@@ -165,7 +161,8 @@ class Generator:
         if not inputs:
             return []
         prompts, encoder = self._rows(inputs)
-        size = bucket(limit)
+        size, factor = bucket(limit), search.repetition_penalty
+        penalty = None if factor == 1 else np.float32(factor)
         found = beam_search(
             self.model,
             self._params,
@@ -175,44 +172,40 @@ class Generator:
             np.int32(limit),
             search.divisors(limit, size + 1).astype(np.float32),
             np.bool_(search.early_stopping is True),
-            np.float32(search.repetition_penalty),
+            penalty,
             num_beams=search.num_beams,
             bucket=size,
-            penalized=search.repetition_penalty != 1,
             stop_ids=self._stop_ids,
             vocab_size=self.vocab_size,
         )
         ids, logprobs, scores = (np.asarray(x) for x in (found.ids, found.logprobs, found.scores))
-        made = []
-        for i in range(len(inputs)):
-            for j in range(search.num_samples):
-                row = TextStream(i, j, limit, (), self.tokenizer, self._stop_ids)
-                row.add(ids[i, j, :limit], logprobs[i, j, :limit])
-                made.append(row.generation(float(scores[i, j])))
-        return made
+        rows = self._text_streams(len(inputs), search.num_samples, limit)
+        for row in rows:
+            row.add(ids[row.prompt, row.sample, :limit], logprobs[row.prompt, row.sample, :limit])
+        return [row.generation(float(scores[row.prompt, row.sample])) for row in rows]
 
-    def _hash(self, ids: np.ndarray) -> int:
-        """The hash of a prompt, which seeds its samples."""
-        return zlib.crc32(np.concatenate([self._start, ids]).tobytes())
+    def _text_streams(
+        self, count: int, num_samples: int, limit: int, stop: tuple[str, ...] = ()
+    ) -> list[TextStream]:
+        stops = tuple(text.encode() for text in stop)
+        return [
+            TextStream(i, j, limit, stops, self.tokenizer, self._stop_ids)
+            for i in range(count)
+            for j in range(num_samples)
+        ]
 
     def _stream(
         self, inputs: list[np.ndarray], limit: int, sampling: Sampling, chunk: int
     ) -> Iterator[TextChunk]:
         if not inputs:
             return
-        model, tokenizer = self.model, self.tokenizer
-        rows = [
-            TextStream(i, j, limit, sampling.stop, tokenizer, self._stop_ids)
-            for i in range(len(inputs))
-            for j in range(sampling.num_samples)
-        ]
+        rows = self._text_streams(len(inputs), sampling.num_samples, limit, sampling.stop)
         prompts, encoder = self._rows([inputs[row.prompt] for row in rows])
-        names = np.zeros((2, len(prompts.ids)), np.uint32)
-        names[:, : len(rows)] = np.transpose(
-            [(self._hash(inputs[r.prompt]), r.sample) for r in rows]
-        )
+        hashes = [zlib.crc32(np.concatenate([self._start, x]).tobytes()) for x in inputs]
+        names = np.zeros((2, len(prompts.ids)), np.uint32)  # of each row: the seed of its samples
+        names[:, : len(rows)] = np.transpose([(hashes[row.prompt], row.sample) for row in rows])
         state = prefill(
-            model,
+            self.model,
             self._params,
             prompts,
             encoder,
@@ -226,7 +219,7 @@ class Generator:
         for start in range(0, limit, chunk):
             count = min(chunk, limit - start)
             state, *new = decode(
-                model,
+                self.model,
                 self._params,
                 state,
                 done,

@@ -35,19 +35,13 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts that end a continuation, and are left out of it
 
     def __post_init__(self) -> None:
+        temperature, factor = self.temperature, f"in [{SMALLEST:g}, {LARGEST:g}]"
+        is_valid = temperature == 0 or SMALLEST <= temperature <= LARGEST
         for name, good, wanted in (
-            (
-                "temperature",
-                self.temperature == 0 or SMALLEST <= self.temperature <= LARGEST,
-                f"0, which is greedy, or in [{SMALLEST:g}, {LARGEST:g}]",
-            ),
+            ("temperature", is_valid, f"0, which is greedy, or {factor}"),
             ("top_k", self.top_k >= 0, "positive, or 0 for all"),
             ("top_p", SMALLEST <= self.top_p <= 1, f"in [{SMALLEST:g}, 1]"),
-            (
-                "repetition_penalty",
-                SMALLEST <= self.repetition_penalty <= LARGEST,
-                f"in [{SMALLEST:g}, {LARGEST:g}]",
-            ),
+            ("repetition_penalty", SMALLEST <= self.repetition_penalty <= LARGEST, factor),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("num_samples", self.num_samples > 0, "positive"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),

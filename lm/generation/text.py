@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,26 +42,21 @@ class TextChunk:
     generation: Generation | None = None
 
 
+@dataclasses.dataclass
 class TextStream:
     """One continuation while it grows: its tokens, its end, and the bytes that are safe to show."""
 
-    def __init__(
-        self,
-        prompt: int,
-        sample: int,
-        limit: int,
-        stop: Sequence[str],
-        tokenizer: Tokenizer,
-        stop_ids: tuple[int, ...],
-    ) -> None:
-        self.prompt, self.sample, self.finished = prompt, sample, ""
-        self._limit, self._tokenizer, self._stop_ids = limit, tokenizer, stop_ids
-        self._stops = tuple(text.encode() for text in stop)
-        self._longest = max(map(len, self._stops), default=0)
-        self._ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._data = bytearray()
-        self._released = 0
+    prompt: int
+    sample: int
+    limit: int
+    stops: tuple[bytes, ...]
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    finished: str = ""  # see `Generation`
+    _ids: list[int] = dataclasses.field(default_factory=list)
+    _logprobs: list[float] = dataclasses.field(default_factory=list)
+    _data: bytearray = dataclasses.field(default_factory=bytearray)
+    _released: int = 0
 
     def add(self, ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Append tokens up to the one that ends the text: the same one however they are grouped."""
@@ -69,14 +64,14 @@ class TextStream:
             before = len(self._data)
             self._ids.append(i)
             self._logprobs.append(logprob)
-            self._data += self._tokenizer.decode_bytes([i])
+            self._data += self.tokenizer.decode_bytes([i])
             cut = self._find_stop(before)
             if cut is not None:
                 del self._data[cut:]
                 self.finished = "stop"
-            elif i in self._stop_ids:
+            elif i in self.stop_ids:
                 self.finished = "eos"
-            elif len(self._ids) == self._limit:
+            elif len(self._ids) == self.limit:
                 self.finished = "length"
             if self.finished:
                 return
@@ -84,7 +79,7 @@ class TextStream:
     def _find_stop(self, before: int) -> int | None:
         """The start of the stop string that is the first to end in the bytes from `before` on."""
         found = []
-        for stop in self._stops:
+        for stop in self.stops:
             start = self._data.find(stop, max(0, before - len(stop) + 1))
             if start >= 0:
                 found.append((start + len(stop), start))
@@ -94,11 +89,14 @@ class TextStream:
         """The new bytes, without half a character or a possible beginning of a stop string."""
         fresh = bytes(self._data[self._released :])
         if not self.finished:
-            for held in range(min(len(fresh), self._longest - 1), 0, -1):
-                if any(stop.startswith(fresh[-held:]) for stop in self._stops):
+            longest = max(map(len, self.stops), default=0)
+            for held in range(min(len(fresh), longest - 1), 0, -1):
+                if any(stop.startswith(fresh[-held:]) for stop in self.stops):
                     fresh = fresh[:-held]
                     break
-            fresh = fresh[: _whole_characters(fresh)]
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(fresh)
+            fresh = fresh.removesuffix(decoder.getstate()[0])  # half a character
         self._released += len(fresh)
         return fresh
 
@@ -112,15 +110,3 @@ class TextStream:
             self.finished,
             score,
         )
-
-
-def _whole_characters(data: bytes) -> int:
-    """Number of bytes before an incomplete UTF-8 character at the end of `data`."""
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte >= 0xC0:  # a first byte; its high bits count the bytes of the character
-            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if back < needed else len(data)
-        if byte < 0x80:
-            break
-    return len(data)
