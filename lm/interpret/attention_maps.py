@@ -58,8 +58,8 @@ def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.
     return weights[0] if kind is None else jnp.stack(weights)[kind]
 
 
-def cut(tokens: Tokens, row: int, length: int) -> Tokens:
-    """The first `length` tokens of a row, as a stream of its own: [1, length]."""
+def cut(tokens: Tokens, row: int, length: int | None = None) -> Tokens:
+    """The first `length` tokens of a row, or all, as a stream of its own: [1, length]."""
     return jax.tree.map(lambda x: x[row : row + 1, :length], tokens)
 
 

@@ -34,18 +34,10 @@ def lens_figure(
     size = (1.5 + 0.62 * length, 1.6 + 0.34 * layers)
     figure, [[axis]] = make_figure(size=size, grid=False)
     image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-    for layer in range(layers):
-        for t in range(length):
-            axis.text(
-                t,
-                layer,
-                fonts.readable(visible(guesses[layer][t])[:7], families),
-                ha="center",
-                va="center",
-                fontsize=7,
-                family=families,
-                color="white" if confidence[layer, t] > 0.6 else "black",
-            )
+    style = {"ha": "center", "va": "center", "fontsize": 7, "family": families}
+    for (layer, t), share in np.ndenumerate(confidence):
+        guess = fonts.readable(visible(guesses[layer][t])[:7], families)
+        axis.text(t, layer, guess, color="white" if share > 0.6 else "black", **style)
     names = [fonts.readable(visible(text)[:9], families) for text in texts]
     axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family=families)
     axis.set_yticks(range(layers), [f"after layer {i}" for i in range(layers)], fontsize=8)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm.data.tokenizer import Tokenizer
+from lm.interpret.attention_maps import cut
 from lm.interpret.markup import COLORS, mask_image, token_texts, visible
 from lm.layers.attention.dot_product import Mask, self_mask
 from lm.objectives import ModelInterface
 from lm.telemetry.figures import make_figure
-from lm.types import Array, Batch, Tokens
+from lm.types import Array, Batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,10 +48,10 @@ def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Figure:
 
     With an encoder: its own mask, the decoder's, and that of cross-attention.
     """
-    inputs = _row(batch.inputs, row)
+    inputs = cut(batch.inputs, row)
     masks = [("inputs", "inputs", self_mask(inputs, causal=form.is_causal), inputs)]
     if batch.encoder is not None:
-        encoder = _row(batch.encoder, row)
+        encoder = cut(batch.encoder, row)
         cross = Mask(
             inputs.segments, inputs.positions, encoder.segments, encoder.positions, causal=False
         )
@@ -66,11 +67,6 @@ def objective_figure(form: ModelInterface, batch: Batch, row: int) -> Figure:
             scored = np.flatnonzero(batch.weights[row])
             axis.plot(np.full(len(scored), -1.5), scored, "k.", markersize=2, clip_on=False)
     return figure
-
-
-def _row(tokens: Tokens, row: int) -> Tokens:
-    arrays = {name: None if x is None else x[row : row + 1] for name, x in vars(tokens).items()}
-    return Tokens(**arrays)
 
 
 def _texts(tokenizer: Tokenizer, ids: Array) -> list[str]:

@@ -146,7 +146,7 @@ def packing_figure(
     left.imshow(image, aspect="auto", interpolation="nearest")
     left.hlines(np.arange(len(image) - 1) + 0.5, -0.5, image.shape[1] - 0.5, "white", linewidth=1)
     left.set(title="the batch", xlabel="position in the row", ylabel="row", yticks=[row])
-    one = cut(tokens, row, tokens.ids.shape[1])
+    one = cut(tokens, row)
     for axis, window in zip(right, windows, strict=True):
         axis.imshow(mask_image(self_mask(one).allowed(window)[0], one.segments[0]))
         kind = "" if window is None else f", window {window}"
@@ -160,14 +160,13 @@ def heads_figure(maps: Array) -> Figure:
     """The attention weights of all heads, small: maps [L, N, T, S]."""
     num_layers, num_heads = maps.shape[:2]
     figure, axes = make_figure(num_layers, num_heads, size=(1.5, 1.5), grid=False)
-    for layer in range(num_layers):
-        for head in range(num_heads):
-            axis = axes[layer][head]
-            _show_weights(axis, maps[layer, head])
-            axis.set(xticks=[], yticks=[])
-            if layer == 0:
-                axis.set_title(f"head {head}", fontsize=9)
-        axes[layer][0].set_ylabel(f"layer {layer}", fontsize=9)
+    for (layer, head), axis in np.ndenumerate(axes):
+        _show_weights(axis, maps[layer, head])
+        axis.set(xticks=[], yticks=[])
+        if layer == 0:
+            axis.set_title(f"head {head}", fontsize=9)
+        if head == 0:
+            axis.set_ylabel(f"layer {layer}", fontsize=9)
     return figure
 
 

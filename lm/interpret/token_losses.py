@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -60,14 +61,12 @@ def held_out(
     if not experiment.validation:
         raise ValueError("config.data.validation is empty: name a token store that was held out")
     name, source = next(iter(experiment.validation.items()))
-    batches, losses = [], []
-    size = experiment.batch_size
-    for _, batch in zip(
-        range(num_batches),
-        evaluation_batches(source, experiment.objective.for_source(name), batch_size=size),
-        strict=False,
-    ):
-        batches.append(batch)
-        losses.append(token_losses(experiment.model, params, experiment.make_global_batch(batch)))
+    objective, size = experiment.objective.for_source(name), experiment.batch_size
+    found = evaluation_batches(source, objective, batch_size=size)
+    batches = list(itertools.islice(found, num_batches))
+    losses = [
+        token_losses(experiment.model, params, experiment.make_global_batch(batch))
+        for batch in batches
+    ]
     join = functools.partial(jax.tree.map, lambda *x: np.concatenate(x))
     return join(*batches), join(*losses)
