@@ -27,15 +27,18 @@ def fold(
     leaves, scaling = dict(leaves), getattr(model, "scaling", None)
     if scaling is None or model.parametrization == "standard":
         return section, leaves
-    if scaling.logits != 1:
-        _multiply(leaves, _before_logits(model, leaves), scaling.logits, model.norm)
-    if scaling.branch != 1:
-        both = model.norm_placement == "both"
-        _multiply(leaves, POST_NORMS if both else BRANCHES, scaling.branch, model.norm)
-    if scaling.scores != 1:
-        query = "query_norm" if model.qk_norm else "query"
-        owners = f"attention.{query}", f"cross_attention.{query}"
-        _multiply(leaves, owners, scaling.scores, model.norm)
+    query = "query_norm" if model.qk_norm else "query"
+    for factor, modules in (
+        (scaling.logits, _before_logits(model, leaves) if scaling.logits != 1 else ()),
+        (scaling.branch, POST_NORMS if model.norm_placement == "both" else BRANCHES),
+        (scaling.scores, (f"attention.{query}", f"cross_attention.{query}")),
+    ):
+        for name, leaf in leaves.items() if factor != 1 else ():
+            module, _, last = name.rpartition(".")
+            owners = (f".{module}", f".{name}")  # experts' matrices have no module of their own
+            if any(owner.endswith(f".{m}") for owner in owners for m in modules):
+                is_plus_one = last == "scale" and model.norm == "rms_plus_one"
+                leaves[name] = factor * (1 + leaf) - 1 if is_plus_one else factor * leaf
     section = section.copy_and_resolve_references()
     section.parametrization = "standard"
     return section, leaves
@@ -54,18 +57,3 @@ def _before_logits(model: Any, leaves: Mapping[str, jax.Array]) -> tuple[str, ..
         f"which tied embeddings and norm_placement={model.norm_placement} leave no weights for: "
         "the norm before them also writes to the residual stream"
     )
-
-
-def _multiply(
-    leaves: dict[str, jax.Array], modules: tuple[str, ...], factor: float, norm: str
-) -> None:
-    """Scale the output of modules with these names through their parameters; in place."""
-    for name, leaf in leaves.items():
-        module, _, last = name.rpartition(".")
-        owners = (module, name)  # experts' matrices have no module of their own
-        if not any(o == m or o.endswith(f".{m}") for o in owners for m in modules):
-            continue
-        if last == "scale" and norm == "rms_plus_one":
-            leaves[name] = factor * (1 + leaf) - 1
-        else:
-            leaves[name] = factor * leaf

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -42,34 +42,32 @@ def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
     Raises:
         FileNotFoundError: `folder` has no tokenizer.
     """
-    made = _read(folder)
-    if made is None:
+    vocab, merges, words = (folder / n for n in ("vocab.json", "merges.txt", "vocab.txt"))
+    name = next((name for name in WHOLE if (folder / name).exists()), WHOLE[0])
+    if (folder / name).exists():
+        check_pointer(folder / name)
+        content = (folder / name).read_bytes()
+    elif vocab.exists() and merges.exists():
+        content = _from_merges(vocab, merges)
+    elif words.exists():
+        content = _from_words(words)
+    else:
         raise FileNotFoundError(
             f"{folder} has no tokenizer: none of {', '.join(WHOLE)}, vocab.json with merges.txt, "
             "vocab.txt; give --tokenizer=FILE (or --tokenizer=bytes)"
         )
-    name, content = made
     to.mkdir(parents=True, exist_ok=True)
-    (to / name).write_bytes(content)
-    for name_beside in COMPANION_FILES:
-        if (folder / name_beside).exists():
-            (to / name_beside).write_bytes((folder / name_beside).read_bytes())
+    for file_name, data in {name: content, **_companions(folder)}.items():
+        (to / file_name).write_bytes(data)
     return to / name
 
 
-def _read(folder: Path) -> tuple[str, bytes] | None:
-    for name in WHOLE:
-        if (folder / name).exists():
-            check_pointer(folder / name)
-            return name, (folder / name).read_bytes()
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return WHOLE[0], from_merges(folder / "vocab.json", folder / "merges.txt")
-    if (folder / "vocab.txt").exists():
-        return WHOLE[0], _from_words(folder)
-    return None
+def _companions(folder: Path | epath.Path) -> dict[str, bytes]:
+    """The content of the files beside a tokenizer."""
+    return {n: (folder / n).read_bytes() for n in COMPANION_FILES if (folder / n).exists()}
 
 
-def from_merges(vocab: Path, merges: Path) -> bytes:
+def _from_merges(vocab: Path, merges: Path) -> bytes:
     """The tokenizer.json of GPT-2's byte-level BPE files."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -80,14 +78,14 @@ def from_merges(vocab: Path, merges: Path) -> bytes:
     return made.to_str().encode()
 
 
-def _from_words(folder: Path) -> bytes:
+def _from_words(words: Path) -> bytes:
     """The tokenizer.json of BERT's vocab.txt."""
     from tokenizers import AddedToken
     from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
-    path = folder / "tokenizer_config.json"
+    path = words.parent / "tokenizer_config.json"
     lower = read_json(path).get("do_lower_case", True) if path.exists() else True
-    made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)
+    made = BertWordPieceTokenizer(str(words), lowercase=lower)
     special = [
         t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if made.token_to_id(t) is not None
     ]
@@ -131,7 +129,8 @@ def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     Raises:
         ValueError: a SentencePiece model that the `tokenizers` library can't represent.
     """
-    beside = {} if tokenizer.name == "bytes" else _beside(tokenizer.name)
+    beside = {} if tokenizer.name == "bytes" else _companions(epath.Path(tokenizer.name).parent)
+    beside.pop(special_tokens.MODEL_FILE, None)  # the model's own is written
     for name, content in beside.items():
         (folder / name).write_bytes(content)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -152,13 +151,6 @@ def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
             **special,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(tree, indent=2))
-
-
-def _beside(name: str) -> dict[str, bytes]:
-    folder = epath.Path(name).parent
-    # without config.json: the model's own is written
-    names = [name for name in COMPANION_FILES if name != special_tokens.MODEL_FILE]
-    return {n: (folder / n).read_bytes() for n in names if (folder / n).exists()}
 
 
 def _from_bytes() -> bytes:
@@ -201,7 +193,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
     normal, control, user, fallback = 1, 3, 4, trained.byte_fallback
     unknown = next(i for i, p in enumerate(proto.pieces) if p.type == 2)
     if trained.model_type == 1:
-        model: Any = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
+        model: models.Model = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
     elif trained.model_type == 2:
         merges = _merges({p: s for p, s in pieces if kinds[p] == normal})
         vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
@@ -216,7 +208,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
         raise ValueError(
             f"{tokenizer.name} is neither a BPE nor a unigram model: it can't be exported"
         )
-    steps: list[Any] = []
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -224,9 +216,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend("\u2581"))
     steps.append(normalizers.Replace(" ", "\u2581"))
-    ends: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix:
-        ends.append(decoders.Strip(" ", 1, 0))
+    ends = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    ends += [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     made = Tokenizer(model)
     made.normalizer = normalizers.Sequence(steps)  # pyright: ignore
     made.decoder = decoders.Sequence(ends)  # pyright: ignore
@@ -243,14 +234,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes:
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     """Pairs of vocabulary entries whose concatenation is one, in SentencePiece's merge order."""
-    found = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            if piece[:cut] in scores and piece[cut:] in scores:
-                found.append((-score, cut, piece[:cut], piece[cut:]))
     order = {piece: i for i, piece in enumerate(scores)}
-    found.sort(key=lambda pair: (pair[0], order[pair[2]], order[pair[3]]))
-    return [(left, right) for _, _, left, right in found]
+    pairs = [(piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece))]
+    found = [pair for pair in pairs if pair[0] in scores and pair[1] in scores]
+    return sorted(found, key=lambda pair: (-scores["".join(pair)], *(order[p] for p in pair)))
 
 
 def _check(content: bytes, tokenizer: Tokenizer) -> None:
