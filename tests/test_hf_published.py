@@ -13,7 +13,6 @@ from lm.generation.generator import Generator
 from lm.generation.score import Scorer
 from lm.hf import structure
 from lm.hf.exporting import export_folder
-from lm.hf.nested import NESTED
 from tests import hf_models
 from tests.published_configs import CONFIGS, FAMILIES, shrunken
 from tests.test_hf import LOGITS, bring, difference, own_logits
@@ -39,7 +38,7 @@ def test_a_published_config_json_is_read_whole(name):
 
 def test_every_family_has_a_published_config():
     named = {CONFIGS[name]["model_type"]: name for name in FAMILIES.values()}
-    assert named.keys() == FAMILIES.keys() == {*structure.names(), *NESTED}
+    assert named.keys() == FAMILIES.keys() == structure.families().keys()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import pytest
 
 from lm.hf import structure, table
 from lm.hf.keys import StrictConfigReader
-from lm.hf.table import LINEAR, WeightMapping
 from tests.test_configs import abstract_params, build, load
 
 LLAMA = {
@@ -45,7 +44,7 @@ def test_shipped_configs_are_models_of_their_family_and_no_parameter_lacks_a_row
     resolved = structure.resolve(model)
     params = abstract_params(build(resolved))
     leaves = {path: leaf.shape for path, leaf in flat(params).items()}
-    slices = table.parameter_slices(structure.family(family).weight_map(resolved), leaves)
+    slices = table.parameter_slices(structure.family(family).modules(resolved), leaves)
     shapes = [table.tensor_shape(parts) for parts in table.by_tensor(slices).values()]
     assert sum(size_of(s) for s in shapes) == sum(size_of(s) for s in leaves.values())
 
@@ -133,12 +132,11 @@ def test_a_model_of_no_family_is_refused_with_a_reason_of_each():
     assert all(f"\n{name}: " in str(error.value) for name in structure.names())
 
 
-def test_rows_and_parameters_must_be_one_to_one():
-    rows = [WeightMapping("a", "theirs.a", LINEAR), WeightMapping("b", "theirs.b", LINEAR)]
-    with pytest.raises(ValueError) as error:
-        table.parameter_slices(rows, {"b": (2, 3), "c": (4,)})
-    assert "parameters without a row: c\n" in str(error.value)
-    assert "rows without a parameter: a" in str(error.value)
+def test_a_parameter_without_a_row_is_named():
+    modules = {"a": "theirs.a", "b": "theirs.b"}
+    assert table.weight_map(modules, {"a.scale": (2,)}) == {"a.scale": "theirs.a.weight"}
+    with pytest.raises(ValueError, match=r"parameters without a row: c\.weight, d"):
+        table.weight_map(modules, {"a": (3,), "b.weight": (2, 3), "c.weight": (4,), "d": (4,)})
 
 
 def test_a_key_of_config_json_that_nobody_reads_is_named():

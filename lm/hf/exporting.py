@@ -49,9 +49,8 @@ def export_folder(
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
     ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=model.takes_encoder)
-    slices = table.parameter_slices(
-        kind.weight_map(model), {name: leaf.shape for name, leaf in leaves.items()}
-    )
+    parameters = {name: leaf.shape for name, leaf in leaves.items()}
+    slices = table.parameter_slices(kind.modules(model), parameters, transposed=kind.transposed)
     bare = "" if getattr(model, "has_head", True) else kind.prefix  # as that class names them
     tensors = {n.removeprefix(bare): parts for n, parts in table.by_tensor(slices).items()}
     shapes = {name: table.tensor_shape(parts) for name, parts in tensors.items()}
@@ -59,7 +58,7 @@ def export_folder(
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
 
     def make(name: str) -> np.ndarray:
-        arrays = [part.to_tensor(leaves[part.mapping.parameter]) for part in tensors[name]]
+        arrays = [part.to_tensor(leaves[part.parameter]) for part in tensors[name]]
         return _cast(np.concatenate(arrays, axis=-1), dtype, name)
 
     write_tensors(folder, shapes, make, dtype, shard_bytes=shard_bytes)
@@ -76,8 +75,7 @@ def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
     Raises:
         ValueError: a finite value is too large for it.
     """
-    if dtype == "float16":
-        largest = float(np.max(np.abs(x), initial=0.0))
-        if np.isfinite(largest) and largest > np.finfo(np.float16).max:
-            raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
+    largest = float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
+    if dtype == "float16" and largest > np.finfo(np.float16).max:
+        raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
     return x.astype(np.dtype(dtype))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm.hf.keys import REQUIRED, Fields, Json, StrictConfigReader
-from lm.hf.table import WeightMapping
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,8 +36,7 @@ def effective_value(model: Any, path: str) -> Any:
     return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A key of config.json that has the value of a field of `config.model`."""
 
     name: str
@@ -57,10 +55,18 @@ class Key:
             return dict.fromkeys(self.fields, reader.take(self.name, default))
         return dict.fromkeys(self.fields, reader.translate(self.name, self.words, default))
 
-    def value(self, model: DataclassInstance) -> object:
-        """The key's value for a resolved `config.model`: the first of several words."""
+    def write(self, model: DataclassInstance) -> Json:
+        """The key for a resolved `config.model`, with the first of several words."""
         value = effective_value(model, self.fields[0])
-        return next((word for word, same in (self.words or {}).items() if same == value), value)
+        words = (word for word, same in (self.words or {}).items() if same == value)
+        return {self.name: next(words, value)}
+
+
+class KeyGroup(NamedTuple):
+    """Keys of config.json whose values say something together; as `Key`."""
+
+    read: Callable[[StrictConfigReader, Fields], Fields]
+    write: Callable[[Any], Json] = lambda model: {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +78,22 @@ class Family:
     architecture: str  # the class that `transformers` loads, for config.json
     bare: str  # its class without the projection to the vocabulary
     prefix: str  # of names of tensors, which a checkpoint of the bare class lacks
-    keys: tuple[Key, ...]
-    weight_map: Callable[[Any], list[WeightMapping]]  # of a resolved `config.model`
-    aliases: Callable[[Any], dict[str, str]]  # {name: name} of tensors that repeat another one
+    keys: tuple[Key | KeyGroup, ...]
+    # {module, or parameter: that of the checkpoint}, of all models: see lm/hf/table.py
+    modules: Callable[[Any], Mapping[str, str]]
+    transposed: bool = True  # weights of layers are [out, in]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {name: the same tensor}
     fields: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of all its models
     defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of unset keys
     expected: Mapping[str, object] = dataclasses.field(default_factory=dict)  # keys with one value
     ignored: tuple[str, ...] = ()  # keys that make no difference
-    # fields that follow from several keys: (config.json, the fields of `keys`) -> fields
-    read: Callable[[StrictConfigReader, Fields], Fields] = lambda *_: {}
-    write: Callable[[Any], Json] = lambda model: {}  # the keys that `read` reads
     head: str = ""  # how names of the vocabulary projection's tensors start
     buffers: str = ""  # pattern of names of tensors that hold no parameters
-    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names of old checkpoints
+    renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names of tensors
+    # of a text model inside of a model with several kinds of input
+    section: str = ""  # its key in config.json; "": there are no other kinds
+    ignored_beside: tuple[str, ...] = ()  # keys beside that section
+    other_tensors: str = ""  # pattern of names
 
     def from_hf(self, reader: StrictConfigReader) -> Fields:
         """The fields of `config.model`, {path: value}, of a config.json."""
@@ -95,12 +104,14 @@ class Family:
         fields: Fields = dict(self.fields)
         for key in self.keys:
             fields |= key.read(reader, fields)
-        fields |= self.read(reader, fields)
         if self.head:
             fields["has_head"] = fields.get("tie_embeddings") or reader.has_head(self.head)
         return fields
 
     def to_hf(self, model: DataclassInstance) -> Json:
         """The config.json of a resolved `config.model`."""
-        tree = {key.name: key.value(model) for key in self.keys}
-        return {"model_type": self.model_type, **tree, **self.write(model)}
+        named = self.architecture if getattr(model, "has_head", True) else self.bare
+        tree: Json = {"architectures": [named], "model_type": self.model_type}
+        for key in self.keys:
+            tree |= key.write(model)
+        return tree

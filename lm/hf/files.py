@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from lm.hf.keys import Json
 from lm.hf.table import Shape, shortened
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {
@@ -40,7 +39,7 @@ def check_pointer(file: Path) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
     """The object in a JSON file.
 
     Raises:
@@ -56,80 +55,82 @@ def read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
-class Reader:
-    """The tensors of a folder, one at a time."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raise FileNotFoundError unless there are files of tensors."""
-        self.folder = folder
-        self.shapes: dict[str, Shape] = {}
-        self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Path] = {}
-        self._loaded: dict[str, Tensor] = {}
-        kind, files = _find(folder)
-        for file in files:
-            check_pointer(file)
-            self._open_safetensors(file) if kind == "safetensors" else self._open_bin(file)
+    name: str
+    file: Path
+    shape: Shape
+    dtype: str  # a key of `DTYPES`, or another one
+    read: Callable[[], np.ndarray]  # in that type, one of `DTYPES`
 
-    def _add(self, name: str, file: Path, shape: Shape, dtype: str) -> None:
-        if name in self._files:
-            raise ValueError(f"{name} is both in {self._files[name].name} and in {file.name}")
-        self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
 
-    def _open_safetensors(self, file: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+def open_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder by name, each read when it is asked for.
 
-        try:
-            with safe_open(file, "np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(name)
-                    self._add(name, file, tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{file} is no safetensors file: {error}") from error
+    Raises:
+        FileNotFoundError: there are no files of tensors.
+        ValueError: a file is none of its kind, or a name is in two files.
+    """
+    kind, files = _find(folder)
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        check_pointer(file)
+        for tensor in _in_safetensors(file) if kind == "safetensors" else _in_bin(file):
+            if other := found.get(tensor.name):
+                raise ValueError(f"{tensor.name} is both in {other.file.name} and in {file.name}")
+            found[tensor.name] = tensor
+    return found
 
-    def _open_bin(self, file: Path) -> None:
-        try:
-            import torch
-        except ImportError:
-            raise ValueError(
-                f"{file} needs PyTorch: pip install torch, or use safetensors"
-            ) from None
-        codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        try:  # mapped: a tensor's pages are read when it is
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{file} is no file of tensors by torch.save: {reason}") from error
-        for name, tensor in tensors.items():
-            self._add(name, file, tuple(tensor.shape), codes.get(tensor.dtype, str(tensor.dtype)))
-            self._loaded[name] = tensor
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(
-            math.prod(shape) * DTYPES[self.dtypes[name]].itemsize
-            for name, shape in self.shapes.items()
-            if self.dtypes[name] in DTYPES
-        )
+def _in_safetensors(file: Path) -> Iterator[StoredTensor]:
+    from safetensors import SafetensorError, safe_open
 
-    def check_dtypes(self, names: Iterable[str]) -> None:
-        """Raise ValueError, listing them, where tensors are no floats of 16 or 32 bits."""
-        wrong = [f"{n} ({self.dtypes[n]})" for n in names if self.dtypes[n] not in DTYPES]
-        if wrong:
-            raise ValueError(
-                f"tensors must be of the types {', '.join(DTYPES)}, and of others are "
-                f"{shortened(wrong)}"
-            )
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in the type that it has in the file, one that passes `check_dtypes`."""
-        if name in self._loaded:
-            return _from_torch(self._loaded[name])
-        from safetensors import safe_open
-
+    def read(name: str) -> np.ndarray:
         # opened for each tensor: what was read of a mapped file counts as memory until it is closed
-        with safe_open(self._files[name], "np") as tensors:
+        with safe_open(file, "np") as tensors:
             return tensors.get_tensor(name)
+
+    try:
+        with safe_open(file, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                part = tensors.get_slice(name)
+                shape, read_it = tuple(part.get_shape()), functools.partial(read, name)
+                yield StoredTensor(name, file, shape, part.get_dtype(), read_it)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
+
+
+def _in_bin(file: Path) -> Iterator[StoredTensor]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{file} needs PyTorch: pip install torch, or use safetensors") from None
+
+    def read(tensor: torch.Tensor) -> np.ndarray:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    try:  # mapped: a tensor's pages are read when it is
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} is no file of tensors by torch.save: {reason}") from error
+    for name, tensor in tensors.items():
+        dtype = codes.get(tensor.dtype, str(tensor.dtype))
+        yield StoredTensor(name, file, tuple(tensor.shape), dtype, functools.partial(read, tensor))
+
+
+def check_dtypes(tensors: Iterable[StoredTensor]) -> None:
+    """Raise ValueError, listing them, where tensors are no floats of 16 or 32 bits."""
+    if wrong := [f"{x.name} ({x.dtype})" for x in tensors if x.dtype not in DTYPES]:
+        raise ValueError(
+            f"tensors must be of the types {', '.join(DTYPES)}, and of others are "
+            f"{shortened(wrong)}"
+        )
 
 
 def _find(folder: Path) -> tuple[str, list[Path]]:
@@ -151,15 +152,6 @@ def _find(folder: Path) -> tuple[str, list[Path]]:
     )
 
 
-def _from_torch(tensor: Tensor) -> np.ndarray:
-    import torch
-
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
 def write_tensors(
     folder: Path,
     shapes: Mapping[str, Shape],
@@ -175,15 +167,12 @@ def write_tensors(
     from safetensors.numpy import save_file
 
     itemsize = np.dtype(dtype).itemsize
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
-    filled = 0
-    for name, shape in shapes.items():
-        length = math.prod(shape) * itemsize
-        if filled and filled + length > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
             shards.append([])
-            filled = 0
         shards[-1].append(name)
-        filled += length
     files = {}
     for i, names in enumerate(shards, start=1):
         number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -191,6 +180,5 @@ def write_tensors(
         tensors = {name: np.ascontiguousarray(make(name), dtype) for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
-        total = sum(map(math.prod, shapes.values())) * itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": files}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -8,10 +8,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lm.hf import llama, rotary, windows
-from lm.hf.family import Key, effective_value
+from lm.hf.family import Key, KeyGroup, effective_value
 from lm.hf.keys import Fields, Json, StrictConfigReader
 from lm.hf.llama import LAYER
-from lm.hf.table import WeightMapping, norm
 
 if TYPE_CHECKING:
     from lm.models.decoder import Config
@@ -27,6 +26,8 @@ DEFAULTS = {
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+    "rope_theta": 1_000_000.0,
 }
 
 
@@ -39,7 +40,6 @@ def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     ]
     window = reader.take_or_none("sliding_window", 4096)
     return {
-        **rotary.both_from_hf(reader),
         **windows.from_hf(kinds, window, fields["num_layers"]),
         "query_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
         "embed_scale": fields["embed_dim"] ** 0.5,
@@ -50,20 +50,28 @@ def _write(model: Config) -> Json:
     scalar = effective_value(model, "query_scale") ** -2
     is_whole = abs(scalar - round(scalar)) < 1e-9 * scalar  # but for rounding
     return {
-        **rotary.to_hf(model),
-        "rope_local_base_freq": effective_value(model, "rotary.local_theta"),
-        "sliding_window": model.window,
-        "layer_types": windows.layer_types(model),
+        **windows.to_hf(model),
         "query_pre_attn_scalar": round(scalar) if is_whole else scalar,
     }
 
 
-def _weight_map(model: Config) -> list[WeightMapping]:
-    return [
-        *llama.weight_map(model, mlp_norm="pre_feedforward_layernorm"),
-        *norm("layers.attention_post_norm", f"{LAYER}.post_attention_layernorm", bias=False),
-        *norm("layers.mlp_post_norm", f"{LAYER}.post_feedforward_layernorm", bias=False),
-    ]
+def _read_rotary(reader: StrictConfigReader, fields: Fields) -> Fields:
+    new = reader.take("rope_parameters", None) or {}
+    if unknown := set(new) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"config.json has rope_parameters of {', '.join(sorted(unknown))}")
+    local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
+    local |= new.get("sliding_attention") or {}
+    parameters = StrictConfigReader(local, part="rope_parameters")
+    parameters.expect("rope_type", "default")
+    theta = float(parameters.take("rope_theta"))
+    parameters.finish()
+    rest = rotary.from_hf(reader, new.get("full_attention"), fields["max_length"])
+    return {**rest, "rotary.local_theta": theta}
+
+
+def _write_rotary(model: Config) -> Json:
+    local = effective_value(model, "rotary.local_theta")
+    return {**rotary.to_hf(model), "rope_local_base_freq": local}
 
 
 FAMILY = dataclasses.replace(
@@ -72,11 +80,19 @@ FAMILY = dataclasses.replace(
     architecture="Gemma3ForCausalLM",
     bare="Gemma3TextModel",
     keys=(
-        *(key for key in llama.with_defaults(tie_embeddings=True) if key.field != "activation"),
+        *llama.SIZES,
         Key("hidden_activation", "activation", "silu", llama.GATED),
         llama.ATTENTION_BIAS,
         Key("final_logit_softcapping", "logit_softcap", None),
+        KeyGroup(_read_rotary, _write_rotary),
+        KeyGroup(_read, _write),
     ),
+    modules=lambda model: {
+        **llama.MODULES,
+        "layers.attention_post_norm": f"{LAYER}.post_attention_layernorm",
+        "layers.mlp_norm": f"{LAYER}.pre_feedforward_layernorm",
+        "layers.mlp_post_norm": f"{LAYER}.post_feedforward_layernorm",
+    },
     fields={
         **llama.FIELDS,
         "norm": "rms_plus_one",
@@ -88,7 +104,4 @@ FAMILY = dataclasses.replace(
         "use_bidirectional_attention": False,
         "attn_logit_softcapping": None,  # transformers reads it and does nothing with it
     },
-    read=_read,
-    write=_write,
-    weight_map=_weight_map,
 )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from lm.hf.family import Family, Key
+from lm.hf.family import Family, Key, KeyGroup
 from lm.hf.keys import ACTIVATIONS, Fields, StrictConfigReader
-from lm.hf.table import LINEAR, TABLE, TABLE_OUT, VECTOR, WeightMapping, linear, norm
 
-if TYPE_CHECKING:
-    from lm.models.decoder import Config
-
-LAYER = "transformer.h.{layer}"
+LAYER = "transformer.h.{}"
+MODULES = {
+    "embedding": "transformer.wte",
+    "position": "transformer.wpe",
+    "layers.attention_norm": f"{LAYER}.ln_1",
+    **{f"layers.attention.{n}": f"{LAYER}.attn.c_attn" for n in ("query", "key", "value")},
+    "layers.attention.out": f"{LAYER}.attn.c_proj",
+    "layers.mlp_norm": f"{LAYER}.ln_2",
+    "layers.mlp.up": f"{LAYER}.mlp.c_fc",
+    "layers.mlp.down": f"{LAYER}.mlp.c_proj",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
 _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
 
 
@@ -32,30 +38,6 @@ def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
     return {}
 
 
-def _weight_map(model: Config) -> list[WeightMapping]:
-    found = [
-        WeightMapping("embedding.weight", "transformer.wte.weight", TABLE),
-        WeightMapping("position.weight", "transformer.wpe.weight", TABLE),
-        *norm("layers.attention_norm", f"{LAYER}.ln_1"),
-        *norm("layers.mlp_norm", f"{LAYER}.ln_2"),
-        *linear("layers.attention.out", f"{LAYER}.attn.c_proj", TABLE_OUT),
-        *linear("layers.mlp.up", f"{LAYER}.mlp.c_fc", TABLE),
-        *linear("layers.mlp.down", f"{LAYER}.mlp.c_proj", TABLE),
-        *norm("norm", "transformer.ln_f"),
-    ]
-    for part, name in enumerate(("query", "key", "value")):
-        for kind, layout in (("weight", TABLE), ("bias", VECTOR)):
-            path = f"layers.attention.{name}.{kind}"
-            found.append(WeightMapping(path, f"{LAYER}.attn.c_attn.{kind}", layout, part, 3))
-    if model.has_head and not model.tie_embeddings:
-        found.append(WeightMapping("head.weight", "lm_head.weight", LINEAR))
-    return found
-
-
-def _aliases(model: Config) -> dict[str, str]:
-    return {"lm_head.weight": "transformer.wte.weight"} if model.tie_embeddings else {}
-
-
 FAMILY = Family(
     model_type="gpt2",
     model="decoder",
@@ -74,7 +56,11 @@ FAMILY = Family(
         Key("resid_pdrop", "dropout", 0.1),
         Key("attn_pdrop", "attention_dropout", 0.1),
         Key("tie_word_embeddings", "tie_embeddings", True),
+        KeyGroup(_read, lambda model: {"embd_pdrop": model.dropout}),
     ),
+    modules=lambda model: MODULES,
+    transposed=False,
+    aliases={"lm_head.weight": "transformer.wte.weight"},
     fields={
         "norm": "layer",
         "norm_bias": True,
@@ -90,10 +76,6 @@ FAMILY = Family(
         "reorder_and_upcast_attn",  # the same scores, with other rounding in float16
         *(f"summary_{name}" for name in _SUMMARY),
     ),
-    read=_read,
-    write=lambda model: {"embd_pdrop": model.dropout},
-    weight_map=_weight_map,
-    aliases=_aliases,
     head="lm_head.",
     buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",  # causal masks
 )

@@ -8,10 +8,10 @@ evaluated, exported, and trained on with a new optimizer state.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -22,13 +22,13 @@ from lm.config.tree import ConfigTree, leaves
 from lm.data.run_tokenizer import FOLDER
 from lm.hf import structure, table, vocabulary
 from lm.hf.family import Family
-from lm.hf.files import Reader, read_json
+from lm.hf.files import StoredTensor, check_dtypes, open_tensors, read_json
 from lm.hf.keys import Say
-from lm.hf.nested import text_names
-from lm.hf.table import ParameterSlice
+from lm.hf.table import Shape
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.training.experiment import CONFIG_FILE, Experiment
+from lm.types import Device
 
 # the objectives that models of each component were pretrained with
 OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
@@ -38,7 +38,7 @@ def import_folder(
     source: str,
     workdir: str,
     config: ConfigTree,
-    devices: Sequence[Any],
+    devices: Sequence[Device],
     *,
     tokenizer: str | None = None,
     skip: Sequence[str] = (),
@@ -65,12 +65,13 @@ def import_folder(
     if (out / CONFIG_FILE).exists():
         raise ValueError(f"{workdir} holds a run already; use another --workdir")
     tree = read_json(path)
-    reader = Reader(folder)
-    names = text_names(tree.get("model_type", ""), reader.shapes)
-    if left := len(reader.shapes) - len(names):
+    found = open_tensors(folder)
+    kind = structure.family(tree.get("model_type", "none"))
+    tensors = {name: found[old] for name, old in structure.rename(found, kind).items()}
+    if left := len(found) - len(tensors):
         say(f"left out: {left} tensors beside those of the text model, for other kinds of input")
-    section = structure.model_section(tree, names, ignored=ignored, say=say)
-    config = with_model(config, section, say)
+    section = structure.model_section(tree, tensors, ignored=ignored, say=say)
+    config = _with_model(config, section, say)
     config.data.tokenizer = tokenizer or str(vocabulary.copy_tokenizer(folder, out / FOLDER))
     experiment = Experiment(config, devices)
     vocabulary.compare(experiment.tokenizer, tree, say)
@@ -80,15 +81,12 @@ def import_folder(
             f"WARNING: the tokenizer has {known} tokens and the model {size}: most of what it says "
             "has no text here; give its own with --tokenizer=FILE"
         )
-    kind, options = structure.family(tree["model_type"]), {"skip": skip, "say": say}
-    write_checkpoint(
-        workdir, reader, names, kind, experiment, allow_nonfinite=allow_nonfinite, **options
-    )
+    _write_checkpoint(workdir, tensors, kind, experiment, skip, allow_nonfinite, say)
     (out / CONFIG_FILE).write_text(conversion.to_json(config))
     return experiment
 
 
-def with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree:
+def _with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree:
     """`config` with the model of an import.
 
     How the model is computed stays as in `config`, and rows are at most as long as the model's
@@ -118,40 +116,34 @@ def with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree:
     return config
 
 
-def write_checkpoint(
+def _write_checkpoint(
     workdir: str,
-    reader: Reader,
-    names: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
     family: Family,
     experiment: Experiment,
-    *,
-    skip: Sequence[str] = (),
-    allow_nonfinite: bool = False,
-    say: Say = print,
+    skip: Sequence[str],
+    allow_nonfinite: bool,
+    say: Say,
 ) -> None:
-    """Write the checkpoint of step 0 with the tensors of `reader`.
-
-    names: {name in the text model: name in the files}.
-    """
+    """Write the checkpoint of step 0. stored: by their names in the family's table."""
     abstract = param_tree.flatten(experiment.abstract_params)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-    slices = table.parameter_slices(family.weight_map(experiment.config.model), shapes)
-    tensors = table.by_tensor(slices)
-    files = {name: names[old] for name, old in structure.rename(names, family).items()}
-    _check(
-        tensors, files, reader, family.aliases(experiment.config.model), family.buffers, skip, say
-    )
+    modules = family.modules(experiment.config.model)
+    slices = table.parameter_slices(modules, shapes, transposed=family.transposed)
+    tensors = {name: table.tensor_shape(parts) for name, parts in table.by_tensor(slices).items()}
+    _check_tensors(tensors, stored, family, skip, say)
     started, count = time.monotonic(), sum(map(math.prod, shapes.values()))
     writer = ParamsWriter(workdir, step=0)
+    sizes: dict[str, int] = {}
     nonfinite: dict[str, str] = {}
     for one in slices:
-        parameter = one.mapping.parameter
         if not any(one.index):
-            writer.add(parameter, shapes[parameter], len(one.index))
-        tensor = reader.read(files[one.tensor])
+            writer.add(one.parameter, shapes[one.parameter], len(one.index))
+        tensor = stored[one.tensor].read()
+        sizes[one.tensor] = tensor.nbytes
         if bad := tensor.size - int(np.isfinite(tensor).sum()):
             nonfinite[one.tensor] = f"{one.tensor} ({bad} of {tensor.size:,} entries)"
-        writer.write(parameter, one.index, np.asarray(one.from_tensor(tensor), np.float32, "C"))
+        writer.write(one.parameter, one.index, np.asarray(one.from_tensor(tensor), np.float32, "C"))
     if nonfinite:
         listed = f"NaN or infinite: {table.shortened([*nonfinite.values()])}"
         if not allow_nonfinite:
@@ -163,33 +155,53 @@ def write_checkpoint(
     written = time.monotonic()
     writer.commit({"ledger": start_totals(), "config": experiment.config_dict.to_dict()})
     say(
-        f"{len(tensors)} tensors, {count:,} parameters, {reader.num_bytes / 1e9:.2f} GB as "
+        f"{len(tensors)} tensors, {count:,} parameters, {sum(sizes.values()) / 1e9:.2f} GB as "
         f"{4 * count / 1e9:.2f} GB in {written - started:.1f} s, read back in "
         f"{time.monotonic() - written:.1f} s"
     )
 
 
-def _check(
-    tensors: Mapping[str, Sequence[ParameterSlice]],
-    files: Mapping[str, str],
-    reader: Reader,
-    aliases: Mapping[str, str],
-    buffers: str,
+def _check_tensors(
+    wanted: Mapping[str, Shape],
+    stored: Mapping[str, StoredTensor],
+    family: Family,
     skip: Sequence[str],
     say: Say,
 ) -> None:
-    """Check that the tensors of `reader` are those of the model, and that aliases repeat them.
+    """Check that the stored tensors are those that the model needs, {name: shape}, and name those
+    that hold no parameter: buffers, and what matches the regular expressions `skip`.
 
-    files: {name in the family's table: name in the files}.
+    Raises:
+        ValueError: a tensor is missing, extra, of another shape or type, or differs from the one
+        that it should repeat.
     """
-    shapes = {name: reader.shapes[file_name] for name, file_name in files.items()}
-    wanted = {name: table.tensor_shape(parts) for name, parts in tensors.items()}
-    unread = table.check_tensors(shapes, wanted, aliases=aliases, buffers=buffers, skip=skip)
-    reader.check_dtypes(file for name, file in files.items() if name in wanted or name in aliases)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    aliases = {n: other for n, other in family.aliases.items() if n in set(found) - set(wanted)}
+    extra = {n: shape for n, shape in found.items() if n not in wanted and n not in aliases}
+    unread = [n for n in extra if any(re.fullmatch(p, n) for p in (family.buffers, *skip))]
+    problems = {
+        "parameters without a tensor": [
+            f"{n} {list(wanted[n])}" for n in sorted(set(wanted) - set(found))
+        ],
+        "tensors without a parameter (--skip=PATTERN leaves them out)": [
+            f"{n} {list(extra[n])}" for n in sorted(set(extra) - set(unread))
+        ],
+        "other shapes": [
+            f"{n}: {list(found[n])} in the file, {list(wanted[n])} by config.json"
+            for n in sorted(set(wanted) & set(found))
+            if wanted[n] != found[n]
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(
+            "the tensors are not those of config.json:"
+            + "".join(f"\n  {kind}: {table.shortened(n)}" for kind, n in problems.items() if n)
+        )
+    check_dtypes(stored[name] for name in (*wanted, *aliases))
     for name in unread:
-        if name not in aliases:
-            say(f"left out: {name} {list(shapes[name])}")
-        elif not np.array_equal(reader.read(files[name]), reader.read(files[aliases[name]])):
+        say(f"left out: {name} {list(found[name])}")
+    for name, other in aliases.items():
+        if not np.array_equal(stored[name].read(), stored[other].read()):
             raise ValueError(
-                f"config.json says that {name} and {aliases[name]} are one tensor, and they differ"
+                f"config.json says that {name} and {other} are one tensor, and they differ"
             )

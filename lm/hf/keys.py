@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 # Keys that can't change a number that the model computes, by the reason.
-WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "who wrote the file, and from what": (
-        *("_name_or_path", "_model_name_or_path", "_from_model_config", "_commit_hash"),
-        *("architectures", "model_type", "transformers_version", "transformers.js_config"),
-        *("name_or_path", "is_llama_config", "finetuning_task"),
-    ),
-    "code and classes to load it with": ("auto_map", "tokenizer_class"),
-    "type of the stored tensors, which they say themselves": ("dtype", "torch_dtype"),
-    "how the same numbers are computed": (
-        *("use_cache", "gradient_checkpointing", "chunk_size_feed_forward", "torchscript"),
-        *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
-        *("_attn_implementation_internal", "_flash_attn_2_enabled", "cache_implementation"),
-        *("pretraining_tp", "output_past"),
-    ),
-    "what is returned beside the logits": (
-        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
-        *("return_dict_in_generate", "output_scores"),
-    ),
-    "special tokens: lm/data/special_tokens.py": (
-        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
-        *("cls_token_id", "mask_token_id", "decoder_start_token_id", "n_special"),
-        *("predict_special_tokens", "eos_token_ids"),
-    ),
-    "how texts are generated": (
-        *("prefix", "task_specific_params", "max_length", "min_length", "max_new_tokens"),
-        *("do_sample", "num_beams", "num_beam_groups", "num_return_sequences", "temperature"),
-        *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
-        *("diversity_penalty", "early_stopping", "no_repeat_ngram_size", "bad_words_ids"),
-        *("encoder_no_repeat_ngram_size", "remove_invalid_values", "forced_bos_token_id"),
-        *("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
-        *("exponential_decay_length_penalty",),
-    ),
-    "heads for other tasks, whose tensors must be skipped by name": (
-        *("id2label", "label2id", "num_labels", "_num_labels", "problem_type"),
-        *("classifier_dropout", "tf_legacy_loss"),
-    ),
-    "random initialization, before the stored tensors": ("initializer_range", "initializer_factor"),
-    "lengths that nothing reads beside the model's own": (
-        *("n_ctx", "max_sequence_length", "model_max_length"),
-    ),
-    "notes of a training framework": ("unsloth_*",),
+WITHOUT_EFFECT = {
+    "who wrote the file, and from what": """
+        _name_or_path _model_name_or_path _from_model_config _commit_hash architectures model_type
+        transformers_version transformers.js_config name_or_path is_llama_config finetuning_task""",
+    "code and classes to load it with": "auto_map tokenizer_class",
+    "type of the stored tensors, which they say themselves": "dtype torch_dtype",
+    "how the same numbers are computed": """
+        use_cache gradient_checkpointing chunk_size_feed_forward torchscript pretraining_tp
+        _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+        attn_implementation _flash_attn_2_enabled cache_implementation output_past""",
+    "what is returned beside the logits": """
+        output_attentions output_hidden_states output_scores return_dict use_return_dict
+        return_dict_in_generate""",
+    "special tokens: lm/data/special_tokens.py": """
+        bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+        decoder_start_token_id n_special predict_special_tokens eos_token_ids""",
+    "how texts are generated": """
+        prefix task_specific_params max_length min_length max_new_tokens do_sample num_beams
+        num_beam_groups num_return_sequences temperature top_k top_p typical_p repetition_penalty
+        length_penalty diversity_penalty early_stopping no_repeat_ngram_size bad_words_ids
+        encoder_no_repeat_ngram_size remove_invalid_values forced_bos_token_id forced_eos_token_id
+        suppress_tokens begin_suppress_tokens exponential_decay_length_penalty""",
+    "heads for other tasks, whose tensors must be skipped by name": """
+        id2label label2id num_labels _num_labels problem_type classifier_dropout tf_legacy_loss""",
+    "random initialization, before the stored tensors": "initializer_range initializer_factor",
+    "lengths that nothing reads beside the model's own": """
+        n_ctx max_sequence_length model_max_length""",
+    "notes of a training framework": "unsloth_*",
 }
-_NAMES = frozenset(name for names in WITHOUT_EFFECT.values() for name in names)
+_NAMES = frozenset(" ".join(WITHOUT_EFFECT.values()).split())
 _PREFIXES = tuple(name[:-1] for name in _NAMES if name.endswith("*"))
 # Keys of every class in `transformers` that change nothing with this value.
 _OFF = {
@@ -136,14 +123,14 @@ class StrictConfigReader:
         known = ", ".join(repr(one) for one in allowed)
         return ValueError(f"{self._file} has {name} = {value!r}; only {known} can be represented")
 
-    def has_head(self, *prefixes: str) -> bool:
+    def has_head(self, prefix: str) -> bool:
         """True if the model has a projection to the vocabulary of its own.
 
-        Its class has one, or a tensor's name has one of the `prefixes`, or there are no tensors.
+        Its class has one, or a tensor's name starts with `prefix`, or neither are known.
         """
-        there = any(name.startswith(prefixes) for name in self.tensors)
+        there = any(name.startswith(prefix) for name in self.tensors)
         named = any(name.endswith(_WITH_HEAD) for name in self._architectures)
-        if there or named or not self.tensors:
+        if there or named or not (self.tensors or self._architectures):
             return True
         self.say(
             "note: the files have no projection to the vocabulary: config.model.has_head is False; "
@@ -167,16 +154,3 @@ class StrictConfigReader:
             listed = ", ".join(f"{key} = {value!r}" for key, value in sorted(left.items()))
             hint = "" if self._part else " (--ignore-key=KEY reads one as if it were not there)"
             raise ValueError(f"{self._file} has keys that mean nothing here: {listed}{hint}")
-
-
-def without(tree: Json, ignored: Sequence[str], say: Say = quiet) -> Json:
-    """A config.json without the keys `ignored` by the user.
-
-    Raises:
-        ValueError: one of them is not there.
-    """
-    for key in ignored:
-        if key not in tree:
-            raise ValueError(f"--ignore-key={key}: config.json has no such key")
-        say(f"ignored in config.json: {key} = {tree[key]!r}")
-    return {key: value for key, value in tree.items() if key not in ignored}

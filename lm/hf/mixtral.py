@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from lm.hf import llama, rotary, windows
-from lm.hf.family import Key
+from lm.hf import llama, windows
+from lm.hf.family import Key, KeyGroup
 from lm.hf.keys import Fields, Json, StrictConfigReader
-from lm.hf.llama import LAYER
-from lm.hf.table import LINEAR, WeightMapping, norm
 
 if TYPE_CHECKING:
     from lm.models.decoder import Config
 
+BLOCK = f"{llama.LAYER}.block_sparse_moe"
+
 
 def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
-    window = reader.take("sliding_window", None)
     # at a balanced load the loss of `transformers` is the number of experts of a token, lm's is 1
     coefficient = reader.take("router_aux_loss_coef", 0.001)
     return {
-        **rotary.from_hf(reader, theta=1_000_000.0),
-        **windows.from_hf(None, window, fields["num_layers"]),
         "moe.mlp_dim": fields["mlp_dim"],
         "moe.router": "topk_softmax",
         "moe.balance_loss": fields["moe.num_experts_per_token"] * coefficient,
@@ -30,22 +27,9 @@ def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
 
 def _write(model: Config) -> Json:
     return {
-        **rotary.to_hf(model),
         "intermediate_size": model.expert_size,
-        "sliding_window": model.window,
         "router_aux_loss_coef": model.moe.balance_loss / model.moe.num_experts_per_token,
     }
-
-
-def _weight_map(model: Config) -> list[WeightMapping]:
-    block = f"{LAYER}.block_sparse_moe"
-    found = llama.attention_weight_map(model)
-    found += norm("layers.mlp_norm", f"{LAYER}.post_attention_layernorm", bias=False)
-    found.append(WeightMapping("layers.moe.router", f"{block}.gate.weight", LINEAR))
-    for name, hf_name in {"gate": "w1", "down": "w2", "up": "w3"}.items():
-        tensor = f"{block}.experts.{{expert}}.{hf_name}.weight"
-        found.append(WeightMapping(f"layers.moe.{name}", tensor, LINEAR))
-    return found
 
 
 FAMILY = dataclasses.replace(
@@ -54,13 +38,20 @@ FAMILY = dataclasses.replace(
     architecture="MixtralForCausalLM",
     bare="MixtralModel",
     keys=(
-        *llama.with_defaults(norm_eps=1e-5),
+        *llama.KEYS,
+        windows.in_every_layer(default=None),
         Key("num_local_experts", "moe.num_experts", 8),
         Key("num_experts_per_tok", "moe.num_experts_per_token", 2),
+        KeyGroup(_read, _write),
     ),
+    modules=lambda model: {
+        **llama.MODULES,
+        "layers.moe.router": f"{BLOCK}.gate.weight",
+        "layers.moe.gate": f"{BLOCK}.experts.{{}}.w1.weight",
+        "layers.moe.down": f"{BLOCK}.experts.{{}}.w2.weight",
+        "layers.moe.up": f"{BLOCK}.experts.{{}}.w3.weight",
+    },
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
     expected={"router_jitter_noise": 0.0},
     ignored=("output_router_logits",),
-    read=_read,
-    write=_write,
-    weight_map=_weight_map,
 )

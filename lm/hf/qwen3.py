@@ -11,7 +11,8 @@ FAMILY = dataclasses.replace(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     bare="Qwen3Model",
-    keys=(*llama.with_defaults(head_dim=128), llama.ATTENTION_BIAS),
+    keys=(*qwen2.FAMILY.keys, llama.ATTENTION_BIAS),
     fields={**llama.FIELDS, "qk_norm": True},
+    defaults={"head_dim": 128},
     expected={},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm.hf.family import KeyGroup
 from lm.hf.keys import Fields, Json, StrictConfigReader
 
 if TYPE_CHECKING:
@@ -26,16 +27,12 @@ _NAMES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "ya
 _DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def from_hf(reader: StrictConfigReader, *, theta: float = 10_000.0) -> Fields:
-    """`max_length` and `config.model.rotary`; theta: the default of `rope_theta`."""
-    length = reader.take("max_position_embeddings")
-    tree = dict(reader.take("rope_parameters", None) or {})
-    tree.setdefault("rope_theta", reader.take("rope_theta", theta))
-    tree.update(reader.take("rope_scaling", None) or {})
-    return {"max_length": length, **_fields(tree, length)}
-
-
-def _fields(tree: Json, length: int) -> Fields:
+def from_hf(reader: StrictConfigReader, new: Json | None, length: int) -> Fields:
+    """`config.model.rotary`. new: `rope_parameters`, of which other keys take the place in old
+    files. length: the model's longest.
+    """
+    tree = {"rope_theta": reader.take("rope_theta", 10_000.0), **(new or {})}
+    tree |= reader.take("rope_scaling", None) or {}
     parameters = StrictConfigReader(tree, part="rope_parameters")
     old_name = parameters.take("type", "default")
     scaling = parameters.translate("rope_type", _NAMES, old_name)
@@ -54,32 +51,17 @@ def _fields(tree: Json, length: int) -> Fields:
     return fields
 
 
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
+    return from_hf(reader, reader.take("rope_parameters", None), fields["max_length"])
+
+
 def to_hf(model: Config) -> Json:
-    """The keys that `from_hf` reads, as transformers 4 and 5 know them."""
+    """The keys as transformers 4 and 5 know them."""
     rotary, scaling = model.rotary, None
     if rotary.scaling != "none":
         fields = {key: getattr(rotary, name) for name, key in _FIELDS[rotary.scaling].items()}
         scaling = {"rope_type": rotary.scaling, **fields}
-    return {
-        "max_position_embeddings": model.max_length,
-        "rope_theta": rotary.theta,
-        "rope_scaling": scaling,
-    }
+    return {"rope_theta": rotary.theta, "rope_scaling": scaling}
 
 
-def both_from_hf(reader: StrictConfigReader) -> Fields:
-    """As `from_hf`, for models whose local layers have a base of their own (Gemma 3)."""
-    length = reader.take("max_position_embeddings")
-    new = reader.take("rope_parameters", None) or {}
-    full = {"rope_theta": reader.take("rope_theta", 1_000_000.0)}
-    full.update(new.get("full_attention") or {})
-    full.update(reader.take("rope_scaling", None) or {})
-    local = {"rope_theta": reader.take("rope_local_base_freq", 10_000.0)}
-    local |= new.get("sliding_attention") or {}
-    if unknown := set(new) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"config.json has rope_parameters of {', '.join(sorted(unknown))}")
-    parameters = StrictConfigReader(local, part="rope_parameters")
-    parameters.expect("rope_type", "default")
-    theta = float(parameters.take("rope_theta"))
-    parameters.finish()
-    return {"max_length": length, **_fields(full, length), "rotary.local_theta": theta}
+KEYS = KeyGroup(_read, to_hf)

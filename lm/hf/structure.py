@@ -8,18 +8,18 @@ first, some of the second, and nothing of the third.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm.config import conversion
 from lm.config.components import names_in
-from lm.config.fields import is_section
-from lm.config.tree import ConfigTree
+from lm.config.tree import ConfigTree, leaves
 from lm.hf.family import Family, effective_value
-from lm.hf.keys import Fields, Json, Say, StrictConfigReader, quiet, without
-from lm.hf.nested import NESTED, text_config
+from lm.hf.keys import Fields, Json, Say, StrictConfigReader, quiet
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,10 +47,16 @@ _CONDITIONS = (
 )
 
 
-def names() -> list[str]:
-    """The families: the modules of lm/hf with a `FAMILY`."""
+@functools.cache
+def families() -> dict[str, Family]:
+    """{`model_type`: family}: the modules of lm/hf with a `FAMILY`."""
     modules = {name: importlib.import_module(f"lm.hf.{name}") for name in names_in("lm.hf")}
-    return [name for name, module in modules.items() if hasattr(module, "FAMILY")]
+    return {name: module.FAMILY for name, module in modules.items() if hasattr(module, "FAMILY")}
+
+
+def names() -> list[str]:
+    """The families that models are exported as, sorted."""
+    return [name for name, kind in families().items() if not kind.section]
 
 
 def family(model_type: str) -> Family:
@@ -59,12 +65,11 @@ def family(model_type: str) -> Family:
     Raises:
         ValueError: there is none; the message lists those that exist.
     """
-    if model_type not in names() and model_type not in NESTED:
-        nested = [f"{name} (its text part)" for name in NESTED]
-        listed = ", ".join(sorted([*names(), *nested]))
+    if model_type not in families():
+        parts = {name: " (its text part)" if f.section else "" for name, f in families().items()}
+        listed = ", ".join(name + part for name, part in parts.items())
         raise ValueError(f"no family {model_type!r} in lm/hf; there are: {listed}")
-    name = NESTED[model_type].family if model_type in NESTED else model_type
-    return importlib.import_module(f"lm.hf.{name}").FAMILY
+    return families()[model_type]
 
 
 def model_section(
@@ -80,10 +85,22 @@ def model_section(
     ignored: keys that are read as if they were not there. say: takes notes for the user.
 
     Raises:
-        ValueError: an unknown family, or keys and values that can't be represented.
+        ValueError: an unknown family, keys and values that can't be represented, or keys to ignore
+        that are not there.
     """
     kind = family(tree.get("model_type", "none"))
-    reader = StrictConfigReader(text_config(without(tree, ignored, say)), tensors, say=say)
+    for key in ignored:
+        if key not in tree:
+            raise ValueError(f"--ignore-key={key}: config.json has no such key")
+        say(f"ignored in config.json: {key} = {tree[key]!r}")
+    tree = {key: value for key, value in tree.items() if key not in ignored}
+    if kind.section:
+        whole = StrictConfigReader(tree)
+        whole.ignore(*kind.ignored_beside)
+        tie = whole.take("tie_word_embeddings", None)
+        tree = {"tie_word_embeddings": tie, **whole.take(kind.section)}
+        whole.finish()
+    reader = StrictConfigReader(tree, tensors, say=say)
     fields = kind.from_hf(reader)
     reader.finish()
     section: ConfigTree = conversion.default(model=kind.model).model
@@ -101,9 +118,11 @@ def hf_config(kind: Family, section: ConfigTree) -> Json:
     if section.name != kind.model:
         raise ValueError(f"config.model.name is {section.name!r}, this family is {kind.model!r}")
     tree = kind.to_hf(model)
+    # the one part of a model that no key tells
+    has_pooler = getattr(model, "pooler_dim", 0) > 0
+    tensors = [f"{kind.modules(model)['pooler']}.weight"] if has_pooler else []
     try:
-        again = model_section(tree, {mapping.tensor for mapping in kind.weight_map(model)})
-        represented = _structure(resolve(again))
+        represented = _structure(resolve(model_section(tree, tensors)))
     except ValueError as error:
         raise ValueError(f"no {kind.architecture} is like this model: {error}") from None
     wrong = [
@@ -113,8 +132,7 @@ def hf_config(kind: Family, section: ConfigTree) -> Json:
     ]
     if wrong:
         raise ValueError(f"no {kind.architecture} is like this model:\n  " + "\n  ".join(wrong))
-    has_head = getattr(model, "has_head", True)
-    return {"architectures": [kind.architecture if has_head else kind.bare], **tree}
+    return tree
 
 
 def find_family(section: ConfigTree) -> str:
@@ -141,14 +159,17 @@ def resolve(section: ConfigTree) -> Any:
 
 
 def rename(found: Iterable[str], kind: Family) -> dict[str, str]:
-    """{a tensor's name in the family's weight map: its name in the checkpoint}."""
+    """{a tensor's name in the family's table: its name in the checkpoint}, without those of other
+    kinds of input.
+    """
+    renamed = {
+        original: functools.reduce(lambda name, rule: re.sub(*rule, name), kind.renamed, original)
+        for original in found
+        if not re.fullmatch(kind.other_tensors, original)
+    }
+    bare = not any(name.startswith(kind.prefix) for name in renamed.values())
     names: dict[str, str] = {}
-    found = list(found)
-    bare = not any(name.startswith(kind.prefix) for name in found)
-    for original in found:
-        name = original
-        for pattern, replacement in kind.renamed:
-            name = re.sub(pattern, replacement, name)
+    for original, name in renamed.items():
         if bare and not name.startswith(("lm_head.", "cls.")):
             name = kind.prefix + name
         if name in names:
@@ -159,7 +180,7 @@ def rename(found: Iterable[str], kind: Family) -> dict[str, str]:
 
 def _structure(model: DataclassInstance) -> Fields:
     """{path: value} of the fields that make the function."""
-    flat = {path: effective_value(model, path) for path in _paths(model)}
+    flat = {path: effective_value(model, path) for path, _ in leaves(dataclasses.asdict(model))}
     experts = flat.get("moe.num_experts", 0)
     skipped = {*TRAINING, *COMPUTE, "mlp_dim" if experts else "moe"}
     skipped |= {path for path, other, values in _CONDITIONS if flat.get(other) not in values}
@@ -172,17 +193,8 @@ def _structure(model: DataclassInstance) -> Fields:
     }
 
 
-def _paths(section: DataclassInstance, prefix: str = "") -> Iterator[str]:
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if is_section(value):
-            yield from _paths(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}"
-
-
 def _is_same(a: object, b: object) -> bool:
     """Equal, but for the rounding of x ** -0.5."""
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-12 * max(abs(a), abs(b))
+        return math.isclose(a, b, rel_tol=1e-12)
     return a == b

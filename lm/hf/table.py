@@ -1,11 +1,8 @@
-"""Tables of names: the tensor of a checkpoint that holds a parameter, and its layout there."""
+"""The tensors of a checkpoint that hold the parameters of a model, and their layout there."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,118 +12,93 @@ if TYPE_CHECKING:
     from jax import Array
 
 Shape = tuple[int, ...]
+TABLES = ("embedding", "position", "type", "relative")  # modules whose weights are never transposed
+VECTORS = ("scale", "bias", "logit_bias")  # parameters, also biases of heads [N, H]
 
 
-class TensorLayout(NamedTuple):
-    """One layer's parameter as a matrix: its first `inputs` dimensions are flattened to one
-    dimension, the others to another, which `transposed` puts first. 0 inputs: a vector.
-    """
+class ParameterSlice(NamedTuple):
+    """One layer's (and expert's) array of a parameter, and the tensor that holds it.
 
-    inputs: int
-    transposed: bool = False
-
-    def shape(self, parameter: Shape) -> Shape:
-        """The tensor's shape for a parameter's."""
-        if not self.inputs:
-            return (math.prod(parameter),)
-        sides = math.prod(parameter[: self.inputs]), math.prod(parameter[self.inputs :])
-        return sides[::-1] if self.transposed else sides
-
-    def to_tensor(self, x: np.ndarray) -> np.ndarray:
-        if not self.inputs:
-            return x.reshape(-1)
-        x = x.reshape(math.prod(x.shape[: self.inputs]), -1)
-        return x.T if self.transposed else x
-
-    def to_parameter(self, x: np.ndarray, shape: Shape) -> np.ndarray:
-        return (x.T if self.transposed else x).reshape(shape)
-
-
-VECTOR = TensorLayout(0)  # norms; biases, also those of heads [N, H]
-TABLE = TensorLayout(1)  # embeddings [V, D]; GPT-2's weights [in, out]
-TABLE_OUT = TensorLayout(2)  # GPT-2's weight of the attention's output; the parameter is [N, H, D]
-LINEAR = TensorLayout(1, True)  # torch.nn.Linear [out, in]
-LINEAR_OUT = TensorLayout(2, True)  # the same of the attention's output
-
-
-class WeightMapping(NamedTuple):
-    """A parameter, `layers.mlp.up.weight` say, and the tensors that hold it.
-
-    `{layer}` and `{expert}` in `tensor` are the parameter's leading dimensions. Several parameters
-    may share a tensor: each is the `part`-th of `parts` equal parts of its last dimension.
+    Several parameters may share a tensor: each is the `part`-th of `parts` equal parts of its last
+    dimension.
     """
 
     parameter: str
-    tensor: str
-    layout: TensorLayout
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def num_stacked(self) -> int:
-        return ("{layer}" in self.tensor) + ("{expert}" in self.tensor)
-
-
-def linear(
-    name: str, tensor: str, layout: TensorLayout = LINEAR, *, bias: bool = True
-) -> list[WeightMapping]:
-    """The weight, and the bias, of a linear layer."""
-    weight = WeightMapping(f"{name}.weight", f"{tensor}.weight", layout)
-    return [weight, *([WeightMapping(f"{name}.bias", f"{tensor}.bias", VECTOR)] if bias else [])]
-
-
-def norm(name: str, tensor: str, *, bias: bool = True) -> list[WeightMapping]:
-    """The scale, and the bias, of a norm."""
-    scale = WeightMapping(f"{name}.scale", f"{tensor}.weight", VECTOR)
-    return [scale, *([WeightMapping(f"{name}.bias", f"{tensor}.bias", VECTOR)] if bias else [])]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSlice:
-    """One layer's (and expert's) array of a parameter, which lies in one tensor."""
-
-    mapping: WeightMapping
     index: Shape  # in the leading dimensions of the parameter
     shape: Shape  # without them
-
-    @property
-    def tensor(self) -> str:
-        """The tensor's name."""
-        names = [name for name in ("layer", "expert") if f"{{{name}}}" in self.mapping.tensor]
-        return self.mapping.tensor.format(**dict(zip(names, self.index, strict=True)))
+    tensor: str
+    part: int
+    parts: int
+    matrix: Shape  # its shape as a vector, or as [in, out]
+    transposed: bool  # the tensor is [out, in]
 
     def to_tensor(self, parameter: Array) -> np.ndarray:
         """Its part of the tensor, from the whole parameter."""
-        return self.mapping.layout.to_tensor(np.asarray(parameter[self.index]))
+        x = np.asarray(parameter[self.index]).reshape(self.matrix)
+        return x.T if self.transposed else x
 
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """The array, from the whole tensor."""
-        width = tensor.shape[-1] // self.mapping.parts
-        own = tensor[..., self.mapping.part * width : (self.mapping.part + 1) * width]
-        return self.mapping.layout.to_parameter(own, self.shape)
+        own = np.split(tensor, self.parts, axis=-1)[self.part]
+        return (own.T if self.transposed else own).reshape(self.shape)
+
+
+def weight_map(modules: Mapping[str, str], parameters: Mapping[str, Shape]) -> dict[str, str]:
+    """{parameter: tensor} of a model's parameters, in the order of the table `modules`.
+
+    A row of the table names a parameter and its tensor, or a module and the checkpoint's: then the
+    module's weight or scale is the `weight` there, its bias the `bias`. `{}` in names of tensors
+    stands for the layer, a second one for the expert: the leading dimensions of the parameter.
+
+    Raises:
+        ValueError: a parameter has no row.
+    """
+    found = {}
+    for name, tensor in modules.items():
+        found |= {
+            name: tensor,
+            f"{name}.weight": f"{tensor}.weight",
+            f"{name}.scale": f"{tensor}.weight",
+            f"{name}.bias": f"{tensor}.bias",
+        }
+    if missing := sorted(set(parameters) - set(found)):
+        raise ValueError(
+            "the table of names doesn't fit the model:\n"
+            f"  parameters without a row: {', '.join(missing)}"
+        )
+    return {name: tensor for name, tensor in found.items() if name in parameters}
 
 
 def parameter_slices(
-    mappings: Sequence[WeightMapping], parameters: Mapping[str, Shape]
+    modules: Mapping[str, str], parameters: Mapping[str, Shape], *, transposed: bool = True
 ) -> list[ParameterSlice]:
     """The slices of all parameters, {name: shape}, one parameter after the other.
 
-    Raises:
-        ValueError: mappings and parameters don't match, one to one; the message lists both sides.
+    modules: as of `weight_map`, whose errors it raises. transposed: weights of layers are [out, in]
+    as in torch.nn.Linear, not [in, out] as in GPT-2.
     """
-    named = [mapping.parameter for mapping in mappings]
-    extra, missing = sorted(set(named) - set(parameters)), sorted(set(parameters) - set(named))
-    if extra or missing or len(set(named)) < len(named):
-        raise ValueError(
-            "the table of names doesn't fit the model:\n"
-            f"  parameters without a row: {', '.join(missing) or 'none'}\n"
-            f"  rows without a parameter: {', '.join(extra) or 'none'}"
-        )
-    found = []
-    for mapping in mappings:
-        shape, n = parameters[mapping.parameter], mapping.num_stacked
-        for index in itertools.product(*map(range, shape[:n])):
-            found.append(ParameterSlice(mapping, index, shape[n:]))
+    found, names = [], weight_map(modules, parameters)
+    for name, tensor in names.items():
+        sharing = [other for other in names if names[other] == tensor]
+        module, _, kind = name.rpartition(".")
+        stacked = tensor.count("{}")
+        shape = parameters[name][stacked:]
+        inputs = 2 if module.endswith("attention.out") else 1  # [N, H, D]
+        sides = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        is_linear = transposed or not module.startswith("layers.")
+        for index in np.ndindex(parameters[name][:stacked]):
+            found.append(
+                ParameterSlice(
+                    parameter=name,
+                    index=index,
+                    shape=shape,
+                    tensor=tensor.format(*index),
+                    part=sharing.index(name),
+                    parts=len(sharing),
+                    matrix=(math.prod(shape),) if kind in VECTORS else sides,
+                    transposed=is_linear and module.rpartition(".")[2] not in TABLES,
+                )
+            )
     return found
 
 
@@ -135,59 +107,13 @@ def by_tensor(slices: Sequence[ParameterSlice]) -> dict[str, list[ParameterSlice
     found: dict[str, list[ParameterSlice]] = {}
     for one in slices:
         found.setdefault(one.tensor, []).append(one)
-    for name, parts in found.items():
-        parts.sort(key=lambda one: one.mapping.part)
-        assert [one.mapping.part for one in parts] == list(range(parts[0].mapping.parts)), name
     return found
 
 
 def tensor_shape(parts: Sequence[ParameterSlice]) -> Shape:
     """The shape of the tensor that holds `parts`."""
-    shapes = [one.mapping.layout.shape(one.shape) for one in parts]
+    shapes = [one.matrix[::-1] if one.transposed else one.matrix for one in parts]
     return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
-
-
-def check_tensors(
-    found: Mapping[str, Shape],
-    wanted: Mapping[str, Shape],
-    *,
-    aliases: Mapping[str, str],
-    buffers: str,
-    skip: Sequence[str] = (),
-) -> list[str]:
-    """Compare the tensors of a checkpoint with those that the model needs, {name: shape} both.
-
-    Returns the tensors that hold no parameter: aliases, buffers, and the names that match one of
-    the regular expressions `skip`.
-
-    Raises:
-        ValueError: a tensor is missing, extra, or of another shape; lists both sides.
-    """
-    patterns = [p for p in (buffers, *skip) if p]
-    unread = [
-        n
-        for n in found
-        if n not in wanted and (n in aliases or any(re.fullmatch(p, n) for p in patterns))
-    ]
-    problems = {
-        "parameters without a tensor": [
-            f"{n} {list(wanted[n])}" for n in sorted(set(wanted) - set(found))
-        ],
-        "tensors without a parameter (--skip=PATTERN leaves them out)": [
-            f"{n} {list(found[n])}" for n in sorted(set(found) - set(wanted) - set(unread))
-        ],
-        "other shapes": [
-            f"{n}: {list(found[n])} in the file, {list(wanted[n])} by config.json"
-            for n in sorted(set(wanted) & set(found))
-            if wanted[n] != found[n]
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError(
-            "the tensors are not those of config.json:"
-            + "".join(f"\n  {kind}: {shortened(n)}" for kind, n in problems.items() if n)
-        )
-    return unread
 
 
 def shortened(names: Sequence[str], limit: int = 40) -> str:
