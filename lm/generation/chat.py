@@ -107,16 +107,13 @@ class Chat:
         """The ids of a text in which `marks` stand for names of special tokens that are text."""
         special = self._tokenizer.special_ids
         names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-        parts = [np.zeros(0, np.int32)]
-        for part in re.split(f"({names})", text):
-            if part in special:
-                parts.append(np.array([special[part]], np.int32))
-                continue
-            for name, mark in marks.items():
-                part = part.replace(mark, name)
-            if part:
-                parts.append(self._tokenizer.encode(part))
-        return np.concatenate(parts)
+        spelled = str.maketrans({mark: name for name, mark in marks.items()})
+        parts = (
+            [special[part]] if part in special else self._tokenizer.encode(part.translate(spelled))
+            for part in re.split(f"({names})", text)
+            if part
+        )
+        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
     @property
     def end_id(self) -> int:

@@ -20,6 +20,11 @@ _PROPERTIES = {
     "moe.mlp_dim": "expert_size",
     "layer_pattern": "layer_kinds",
 }
+_UNSET = {
+    "query_scale": lambda model: model.head_size**-0.5,
+    "rotary.local_theta": lambda model: model.rotary.theta,
+    "num_encoder_layers": lambda model: model.num_layers,
+}
 
 
 def effective_value(model: Any, path: str) -> Any:
@@ -27,13 +32,7 @@ def effective_value(model: Any, path: str) -> Any:
     if hasattr(model, name := _PROPERTIES.get(path, "")):
         return getattr(model, name)
     value = functools.reduce(getattr, path.split("."), model)
-    if value is None and path == "query_scale":
-        return model.head_size**-0.5
-    if value is None and path == "rotary.local_theta":
-        return model.rotary.theta
-    if value is None and path == "num_encoder_layers":
-        return model.num_layers
-    return value
+    return _UNSET[path](model) if value is None and path in _UNSET else value
 
 
 class Key(NamedTuple):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # {rope_type: {field of config.model.rotary: key}}
 _LENGTH = {"original_length": "original_max_position_embeddings"}
-_FIELDS: dict[str, dict[str, str]] = {
+FIELDS: dict[str, dict[str, str]] = {
     "none": {},
     "linear": {"factor": "factor"},
     "llama3": {
@@ -37,7 +37,7 @@ def from_hf(reader: StrictConfigReader, new: Json | None, length: int) -> Fields
     old_name = parameters.take("type", "default")
     scaling = parameters.translate("rope_type", _NAMES, old_name)
     fields = {"rotary.theta": float(parameters.take("rope_theta")), "rotary.scaling": scaling}
-    for name, key in _FIELDS[scaling].items():
+    for name, key in FIELDS[scaling].items():
         default = length if name == "original_length" else _DEFAULTS.get(name)
         value = parameters.take(key, default)
         if value is None:
@@ -59,7 +59,7 @@ def to_hf(model: Config) -> Json:
     """The keys as transformers 4 and 5 know them."""
     rotary, scaling = model.rotary, None
     if rotary.scaling != "none":
-        fields = {key: getattr(rotary, name) for name, key in _FIELDS[rotary.scaling].items()}
+        fields = {key: getattr(rotary, name) for name, key in FIELDS[rotary.scaling].items()}
         scaling = {"rope_type": rotary.scaling, **fields}
     return {"rope_theta": rotary.theta, "rope_scaling": scaling}
 

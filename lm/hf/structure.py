@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lm.config import conversion
 from lm.config.components import names_in
 from lm.config.tree import ConfigTree, leaves
+from lm.hf import rotary
 from lm.hf.family import Family, effective_value
 from lm.hf.keys import Fields, Json, Say, StrictConfigReader, quiet
 
@@ -32,18 +33,6 @@ TRAINING = (
 COMPUTE = (
     *("dtype", "remat", "attention_kernel", "sequence_parallel", "sequence_balance"),
     *("scan_unroll", "pipeline", "moe.dispatch", "moe.capacity_factor"),
-)
-# (field, another field, its values with which alone the first has an effect)
-_CONDITIONS = (
-    ("rotary", "positions", ("rotary",)),
-    ("rotary.factor", "rotary.scaling", ("linear", "llama3", "yarn")),
-    ("rotary.original_length", "rotary.scaling", ("llama3", "yarn")),
-    ("rotary.low_frequency_factor", "rotary.scaling", ("llama3",)),
-    ("rotary.high_frequency_factor", "rotary.scaling", ("llama3",)),
-    ("rotary.beta_fast", "rotary.scaling", ("yarn",)),
-    ("rotary.beta_slow", "rotary.scaling", ("yarn",)),
-    ("relative_buckets", "positions", ("relative",)),
-    ("relative_max_distance", "positions", ("relative",)),
 )
 
 
@@ -183,7 +172,12 @@ def _structure(model: DataclassInstance) -> Fields:
     flat = {path: effective_value(model, path) for path, _ in leaves(dataclasses.asdict(model))}
     experts = flat.get("moe.num_experts", 0)
     skipped = {*TRAINING, *COMPUTE, "mlp_dim" if experts else "moe"}
-    skipped |= {path for path, other, values in _CONDITIONS if flat.get(other) not in values}
+    used = rotary.FIELDS.get(flat.get("rotary.scaling", ""), {})
+    skipped |= {f"rotary.{n}" for names in rotary.FIELDS.values() for n in names if n not in used}
+    if flat.get("positions") != "rotary":
+        skipped.add("rotary")
+    if flat.get("positions") != "relative":
+        skipped |= {"relative_buckets", "relative_max_distance"}
     if "local" not in flat.get("layer_pattern", ()):
         skipped |= {"window", "rotary.local_theta"}
     return {
