@@ -128,6 +128,21 @@ def test_bfloat16_comes_in_exactly_and_goes_out_with_the_same_bytes(
     assert all(again[name].tobytes() == narrow[name].tobytes() for name in narrow)
 
 
+def test_an_entry_too_large_for_float16_is_named_also_beside_an_infinite_one(
+    plain, tmp_path, devices
+):
+    experiment = load(str(tmp_path / "run"), devices[:1])
+    with Checkpoints(str(tmp_path / "run"), CheckpointConfig(), read_only=True) as checkpoints:
+        _, params = restore_params(experiment, checkpoints)
+    options = {"dtype": "float16", "say": quiet}
+    export_folder(experiment, params, str(tmp_path / "half"), **options)
+    halves, whole = read(tmp_path / "half"), read(plain[0])
+    assert all(np.array_equal(halves[name], whole[name].astype(np.float16)) for name in whole)
+    params["norm"]["scale"] = np.array([7e4, np.inf, *np.ones(14)], np.float32)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has an entry of size 70000, too"):
+        export_folder(experiment, params, str(tmp_path / "out"), **options)
+
+
 def test_missing_unused_and_misshapen_tensors_are_all_listed(plain, bring, tmp_path):
     folder, _ = plain
     tensors = read(folder)

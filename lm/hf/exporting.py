@@ -32,8 +32,8 @@ def export_folder(
     family: a `model_type`; None: the first, by name, that can represent the model.
 
     Raises:
-        ValueError: `out` is not empty, the run has adapters, or the family can't represent the
-        model.
+        ValueError: `out` is not empty, the run has adapters, the family can't represent the model,
+        or a finite entry is too large for the type.
     """
     if rank := getattr(experiment.config.model, "lora", lora.LoraConfig()).rank:
         raise ValueError(
@@ -58,8 +58,12 @@ def export_folder(
     vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
 
     def make(name: str) -> np.ndarray:
-        arrays = [part.to_tensor(leaves[part.parameter]) for part in tensors[name]]
-        return _cast(np.concatenate(arrays, axis=-1), dtype, name)
+        parts = [part.to_tensor(leaves[part.parameter]) for part in tensors[name]]
+        x = np.concatenate(parts, axis=-1)
+        largest = float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
+        if dtype == "float16" and largest > np.finfo(np.float16).max:
+            raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
+        return x
 
     write_tensors(folder, shapes, make, dtype, shard_bytes=shard_bytes)
     text = json.dumps(tree | ids | {"dtype": dtype, "torch_dtype": dtype}, indent=2)
@@ -67,15 +71,3 @@ def export_folder(
     count = sum(map(math.prod, shapes.values()))
     say(f"{len(tensors)} tensors of {count:,} parameters, as {name}")
     return name
-
-
-def _cast(x: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """x in another type.
-
-    Raises:
-        ValueError: a finite value is too large for it.
-    """
-    largest = float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
-    if dtype == "float16" and largest > np.finfo(np.float16).max:
-        raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
-    return x.astype(np.dtype(dtype))

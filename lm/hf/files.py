@@ -160,7 +160,7 @@ def write_tensors(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the tensors `make(name)` as safetensors, with an index where there are several files.
+    """Write the tensors `make(name)`, cast, as safetensors, with an index of several files.
 
     One file's tensors are in memory at a time.
     """
