@@ -1,7 +1,5 @@
 """Gemma 3 with images (arXiv:2503.19786): its text model; what reads images is skipped."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lm.hf import gemma3_text

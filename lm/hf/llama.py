@@ -2,8 +2,6 @@
 tensors that other families share with it.
 """
 
-from __future__ import annotations
-
 from lm.hf import rotary
 from lm.hf.family import Family, Key
 from lm.hf.keys import ACTIVATIONS

@@ -1,7 +1,5 @@
 """Mistral (arXiv:2310.06825): Llama with a window in every layer, or in none."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lm.hf import llama, windows

@@ -1,7 +1,5 @@
 """Qwen 2 and 2.5 (arXiv:2407.10671): Llama with biases on query, key and value."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lm.hf import llama, windows

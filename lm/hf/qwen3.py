@@ -1,7 +1,5 @@
 """Qwen 3, the dense models (arXiv:2505.09388): Llama with a norm on queries and keys."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from lm.hf import llama, qwen2
