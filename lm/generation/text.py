@@ -101,12 +101,6 @@ class TextStream:
         return fresh
 
     def generation(self, score: float | None = None) -> Generation:
-        return Generation(
-            self.prompt,
-            self.sample,
-            np.array(self._ids, np.int32),
-            np.array(self._logprobs, np.float32),
-            bytes(self._data),
-            self.finished,
-            score,
-        )
+        ids, logprobs = np.array(self._ids, np.int32), np.array(self._logprobs, np.float32)
+        data = bytes(self._data)
+        return Generation(self.prompt, self.sample, ids, logprobs, data, self.finished, score)
