@@ -61,7 +61,7 @@ def export_folder(
         parts = [part.to_tensor(leaves[part.parameter]) for part in tensors[name]]
         x = np.concatenate(parts, axis=-1)
         largest = float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
-        if dtype == "float16" and largest > np.finfo(np.float16).max:
+        if dtype == "float16" and largest > float(np.finfo(np.float16).max):
             raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
         return x
 
