@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,8 @@ TABLES = ("embedding", "position", "type", "relative")  # modules whose weights 
 VECTORS = ("scale", "bias", "logit_bias")  # parameters, also biases of heads [N, H]
 
 
-class ParameterSlice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParameterSlice:
     """One layer's (and expert's) array of a parameter, and the tensor that holds it.
 
     Several parameters may share a tensor: each is the `part`-th of `parts` equal parts of its last

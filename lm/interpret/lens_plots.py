@@ -36,7 +36,7 @@ def lens_figure(
     image = axis.imshow(confidence, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     style = {"ha": "center", "va": "center", "fontsize": 7, "family": families}
     for (layer, t), share in np.ndenumerate(confidence):
-        guess = fonts.readable(visible(guesses[layer][t])[:7], families)
+        guess = fonts.readable(visible(guesses[int(layer)][int(t)])[:7], families)
         axis.text(t, layer, guess, color="white" if share > 0.6 else "black", **style)
     names = [fonts.readable(visible(text)[:9], families) for text in texts]
     axis.set_xticks(range(length), names, rotation=60, ha="right", fontsize=8, family=families)
