@@ -140,11 +140,6 @@ class Best:
     loss: float
     of_seeds: tuple[float, ...]  # on the grid, for each seed
 
-    @property
-    def is_inside(self) -> bool:
-        """True if the grid goes on to both sides of it."""
-        return not math.isnan(self.fitted)
-
 
 def curves(runs: Sequence[TrainedPoint]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """{(parametrization, width): (rates [R], losses [seeds, R])}, in the order of the runs. Losses
@@ -186,7 +181,7 @@ def table(found: Sequence[Best]) -> str:
         first = next(f for f in found if f.parametrization == b.parametrization)
         shift = math.log2(b.fitted / first.fitted)
         moved = "?" if math.isnan(shift) else f"{shift:+.2f}"
-        fitted = f"2^{math.log2(b.fitted):.2f}" if b.is_inside else "outside"
+        fitted = "outside" if math.isnan(b.fitted) else f"2^{math.log2(b.fitted):.2f}"
         seeds = " ".join(f"2^{math.log2(r):g}" for r in b.of_seeds)
         lines.append(
             f"| {b.parametrization} | {b.width} | 2^{math.log2(b.rate):g} | {seeds} | {fitted} | "

@@ -37,10 +37,8 @@ def write_slurm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pat
     """Write ROOT/commands.txt, the flags of a run in each line, and ROOT/array.sbatch, a job array
     of `scripts/launch/slurm.sbatch`, and return the path of the latter.
 
-    home: folder of the runs' folders. A run leaves its exit code in ROOT/codes.
-
-    Raises:
-        ValueError: a flag or a path is none that a line, or SLURM, can hold.
+    home: folder of the runs' folders. A run leaves its exit code in ROOT/codes. ValueError where a
+    line, or SLURM, cannot hold a flag or a path.
     """
     if "\\" in str(root):
         raise ValueError(f"--workdir={root}: to SLURM a backslash in a log's name is no part of it")
@@ -70,10 +68,8 @@ def write_tpu_vm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pa
     """Write ROOT/tpu_vm.sh, which trains the runs one after the other on `slots` queued resources,
     NAME-0 and so on, and return its path.
 
-    home: URL of the runs' folders. A run leaves its exit code in ROOT/codes.
-
-    Raises:
-        ValueError: the runs' folders would be deleted with the machines.
+    home: URL of the runs' folders; ValueError for a path, which would be deleted with the machines.
+    A run leaves its exit code in ROOT/codes.
     """
     if "://" not in home:
         raise ValueError(
