@@ -1,16 +1,9 @@
 """Confidence of a fit: a bootstrap, read by percentiles.
 
-For the law it is a bootstrap of cases: runs are drawn with replacement, as many as there are, and
-fitted again. It takes the noise as it is. A bootstrap that draws Gaussian noise of one size around
-the law is as good where all runs are as noisy, but where those with few tokens are noisier its 90%
-intervals of B and beta held the truth in 64% of made tables, those of cases in 91%
-(`tests/test_scaling_coverage.py`); on the public table of Chinchilla's runs (arXiv:2404.10102) they
-were half as wide. Drawing from the residuals gives intervals that are too narrow: the Huber loss
-with a small delta passes through as many runs as there are constants, and their residuals are zero.
-
-For the minima of budgets, where a run that is not drawn leaves a hole, it is a wild bootstrap:
-every loss is moved by its own residual times Gaussian noise. It is conservative: the losses it
-moves have their own noise already.
+For the law it is one of cases, which takes the noise of runs as it is (docs/scaling.md: where other
+bootstraps are too narrow). For the minima of budgets, where a run that is not drawn leaves a hole,
+every loss is moved by its own residual times Gaussian noise: conservative, since the losses have
+their own noise already.
 """
 
 from __future__ import annotations
