@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lm.planning import report
@@ -30,30 +30,31 @@ def save_picture(plan: Plan, path: str) -> None:
 
 def _memory(axis: Axes, plan: Plan) -> None:
     """A bar for each group; the capacity as a dashed line."""
-    total = plan.memory.total
+    total, capacity = plan.memory.total, plan.capacity
     sizes = {name: plan.memory.groups.get(name, 0) for name in GROUPS} | {"total": total}
-    shown = {name: size / GIB for name, size in sizes.items() if size > total / 400}
-    of = f" of {plan.capacity / GIB:.2f}" if plan.capacity else ""
-    _bars(axis, f"memory: {total / GIB:.2f}{of} GiB", shown, marked="total")
+    shown = {name: size for name, size in sizes.items() if size > total / 400}
+    of = f" of {report.format_bytes(capacity)}" if capacity else ""
+    title = f"memory: {report.format_bytes(total)}{of}"
+    _bars(axis, title, shown, GIB, report.format_bytes, marked="total")
     axis.set_xlabel("GiB on each device, at the peak")
-    if plan.capacity:
-        axis.axvline(plan.capacity / GIB, color=RED, linestyle="--", linewidth=1.2)
+    if capacity:
+        axis.axvline(capacity / GIB, color=RED, linestyle="--", linewidth=1.2)
 
 
 def _times(axis: Axes, plan: Plan) -> None:
     """A bar for each time, and the step between all overlapped and nothing overlapped."""
-    times = plan.times
+    times, title = plan.times, f"time: no published peaks for {plan.topology}"
     low, high = times.lower_bound_s, times.upper_bound_s
-    unit, scale = ("s", 1.0) if high >= 1 else ("ms", 1e3)
-    title = f"time: no published peaks for {plan.topology}"
+    unit, seconds = ("s", 1.0) if high >= 1 else ("ms", 1e-3)
     if low:
         title = f"time: step {report.duration(low)} to {report.duration(high)}"
+        title += f"; {times.bottleneck} binds"
     if plan.mfu_bounds:
-        title += f", MFU {plan.mfu_bounds[0]:.0%} to {plan.mfu_bounds[1]:.0%}"
-    parts = {name: t * scale for name, t in times.parts().items() if t > low / 200}
-    _bars(axis, title, parts, marked=times.bottleneck)
+        title += f"\nMFU {plan.mfu_bounds[0]:.0%} to {plan.mfu_bounds[1]:.0%}"
+    parts = {name: t for name, t in times.parts().items() if t > low / 200}
+    _bars(axis, title, parts, seconds, report.duration, marked=times.bottleneck)
     if parts:
-        axis.barh("step", (high - low) * scale, 0.35, left=low * scale, color=GREY)
+        axis.barh("step", (high - low) / seconds, 0.35, left=low / seconds, color=GREY)
         axis.set_xlabel(f"{unit} at published peaks; step: all overlaps to nothing does")
 
 
@@ -61,22 +62,32 @@ def _traffic(axis: Axes, plan: Plan) -> None:
     """A bar for each kind of collective over a mesh axis."""
     most = max((t.bytes for t in plan.transfers), default=0)
     sizes = {
-        f"{t.kind}\n{t.axis}{' (network)' if t.network else ''}": t.bytes / GIB
+        f"{t.kind}\n{t.axis}{' (network)' if t.network else ''}": t.bytes
         for t in plan.transfers
         if t.bytes > most / 1000
     }
-    _bars(axis, "traffic by mesh axis" if sizes else "traffic: none", sizes)
+    title = "traffic by mesh axis" if sizes else "traffic: none"
+    _bars(axis, title, sizes, GIB, report.format_bytes)
     axis.set_xlabel("GiB that a device sends in a step")
 
 
-def _bars(axis: Axes, title: str, sizes: Mapping[str, float], marked: str = "") -> None:
+def _bars(
+    axis: Axes,
+    title: str,
+    sizes: Mapping[str, float],
+    unit: float,
+    form: Callable[[float], str],
+    marked: str = "",
+) -> None:
     """Horizontal bars with their names and sizes, from the top down."""
     axis.set_title(title, fontsize=10)
     if not sizes:
         axis.set_axis_off()
         return
     colors = [ORANGE if name == marked else BLUE for name in sizes]
-    bars = axis.barh(list(sizes), list(sizes.values()), 0.6, color=colors)
-    axis.bar_label(bars, [f"{size:.3g}" for size in sizes.values()], padding=3, fontsize=9)
-    axis.margins(x=0.25)
+    bars = axis.barh(list(sizes), [size / unit for size in sizes.values()], 0.6, color=colors)
+    axis.bar_label(bars, [form(size) for size in sizes.values()], padding=3, fontsize=9)
+    axis.margins(x=0.3)
+    axis.locator_params(axis="x", nbins=5)
+    axis.set_axisbelow(True)
     axis.invert_yaxis()

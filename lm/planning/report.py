@@ -26,7 +26,7 @@ def page(plan: Plan) -> str:
         "memory of a device at the peak": _memory(plan),
         "largest buffers": map(_buffer, largest),
         "largest of the rest of the heap": map(_buffer, rest[:6]),
-        "traffic: sent by a device, by collective and mesh axis (count x devices)": _traffic(plan),
+        "traffic: what a device sends in a step, by mesh axis (count x devices)": _traffic(plan),
         f"time {peaks} published peaks": _time(plan),
         "warnings": _wrapped(plan.warnings),
     }
