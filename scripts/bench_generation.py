@@ -34,7 +34,6 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.config import conversion
     from lm.hf.importing import import_folder
     from lm.training.experiment import load
@@ -46,8 +45,7 @@ def main() -> int:
         config.data.train, config.data.batch_size_per_device = ("synthetic:random",), 1
         import_folder(args.source, workdir, config, jax.devices(), tokenizer="bytes", say=silent)
         experiment = load(workdir, jax.devices())
-        with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-            _, params = restore_params(experiment, checkpoints)
+        _, params = restore_params(experiment, workdir)
     torch_model = load_torch(args.source, args.threads)
     print(
         f"{'rows':>4} {'lm':>18} {'transformers':>18} {'ratio':>6}   tokens/s (processor seconds)"

@@ -33,7 +33,6 @@ def main() -> int:
 
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import blimp
     from lm.generation.score import Scorer
     from lm.telemetry.progress import Progress
@@ -43,8 +42,7 @@ def main() -> int:
     pairs = blimp.read(args.data, limit=args.limit)
     published = blimp.read_published(args.published) if args.published else {}
     experiment = load(args.workdir, jax.devices())
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, args.step)
+    step, params = restore_params(experiment, args.workdir, args.step)
     scorer = Scorer(experiment.model, params, experiment.tokenizer)
     progress, start = Progress(), time.perf_counter()
     accuracy = blimp.evaluate(

@@ -57,7 +57,6 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     """Print the figures of every store, with the run's config changed so."""
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.config import conversion
     from lm.telemetry.progress import Progress
     from lm.training.evaluation import evaluate
@@ -75,8 +74,7 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
         if name != "causal":
             raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, args.step)
+    step, params = restore_params(experiment, args.workdir, args.step)
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()

@@ -46,7 +46,6 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.text import TextChunk
@@ -55,8 +54,7 @@ def main() -> int:
 
     sampling = _checked(args)
     experiment = load(args.workdir, jax.devices())
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, args.step)
+    step, params = restore_params(experiment, args.workdir, args.step)
     tokenizer = experiment.tokenizer
     if args.max_new_tokens is None:
         args.max_new_tokens = min(128, max(1, experiment.config.model.max_length // 2))

@@ -34,14 +34,12 @@ def main() -> int:
 
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.hf.exporting import export_folder
     from lm.training.experiment import load
     from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices()[:1])
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = restore_params(experiment, checkpoints, args.step)
+    _, params = restore_params(experiment, args.workdir, args.step)
     export_folder(experiment, params, args.out, family=args.family, dtype=args.dtype)
     return 0
 

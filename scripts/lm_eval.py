@@ -26,7 +26,6 @@ def main() -> int:
     import jax
     from lm_eval.utils import make_table  # before the run is read: it may not be installed
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import lm_eval_adapter
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
@@ -35,8 +34,7 @@ def main() -> int:
     from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices())
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, args.step)
+    step, params = restore_params(experiment, args.workdir, args.step)
     tokenizer = experiment.tokenizer
     start = None if args.bos is None else (tokenizer.bos_id,) if args.bos else ()
     chat = None

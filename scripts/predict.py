@@ -38,7 +38,6 @@ def main() -> int:
     args = parse_args()
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.evaluation import task_baselines, task_metrics
     from lm.evaluation.predict import GREEDY, predict, task_config
     from lm.generation.beam import BeamSearch
@@ -47,8 +46,7 @@ def main() -> int:
     from lm.training.restore import restore_params
 
     experiment = load(args.workdir, jax.devices())
-    with Checkpoints(args.workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, args.step)
+    step, params = restore_params(experiment, args.workdir, args.step)
     source, target = task_config(experiment, args.task).fields
     if not args.field:
         args.field = [source, target]

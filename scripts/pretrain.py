@@ -216,14 +216,12 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
     """
     import jax
 
-    from lm.checkpoint.manager import Checkpoints
     from lm.telemetry import loss_curve, metrics
     from lm.training.experiment import load
     from lm.training.restore import restore_params
 
     experiment = load(str(workdir), jax.devices())
-    with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        at, params = restore_params(experiment, checkpoints)
+    at, params = restore_params(experiment, str(workdir))
     (workdir / "samples.txt").write_text(sample(experiment, params, prompts), encoding="utf-8")
 
     records = metrics.read(str(workdir))

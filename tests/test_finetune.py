@@ -43,8 +43,7 @@ def run(config, workdir, devices):
     """Trains to the end and returns (experiment, checkpoint folder, whole parameters)."""
     train(config, str(workdir), devices)
     experiment = load(str(workdir), devices[:1])
-    with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints)
+    step, params = restore_params(experiment, str(workdir))
     return experiment, workdir / "checkpoints" / str(step), params
 
 
@@ -290,8 +289,7 @@ def test_a_merged_run_evaluates_as_the_adapted_one_without_its_base(
     merge_run(str(folder.parents[1]), str(tmp_path / "merged"), devices[:1])
     merged = load(str(tmp_path / "merged"), devices[:1], changes)
     assert not merged.config.init.from_ and not merged.config.model.lora.rank
-    with Checkpoints(str(tmp_path / "merged"), CheckpointConfig(), read_only=True) as checkpoints:
-        step, found = restore_params(merged, checkpoints)
+    step, found = restore_params(merged, str(tmp_path / "merged"))
     assert step == 0 and names(found) == names(base[1])
     targets = ("query.weight", "value.weight", "down.weight")
     kept, before = bits(found), bits(base[1])

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.sources.tokens import TokenStore
 from lm.exit_codes import Exit
@@ -51,8 +50,7 @@ def test_an_old_store_opens_with_its_documents(workdir):
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_an_old_checkpoint_restores_and_evaluates_as_it_did(workdir, num_devices):
     experiment = load(str(workdir), jax.devices()[:num_devices])
-    with Checkpoints(str(workdir), experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints)
+    step, params = restore_params(experiment, str(workdir))
     assert step == 6
     results = evaluate(experiment, params)
     assert results[SOURCE]["loss"] == pytest.approx(last_loss(workdir), rel=1e-6)

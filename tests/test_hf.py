@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
@@ -70,8 +69,7 @@ def bring(folder, theirs, devices, *, source=None, **options):
     options = {"tokenizer": "bytes", "say": lambda line: None, **options}
     import_folder(source, workdir, small_config(), devices[:1], **options)
     experiment = load(workdir, devices[:1])
-    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = restore_params(experiment, checkpoints)
+    _, params = restore_params(experiment, workdir)
     return Imported(theirs, source, workdir, experiment, params)
 
 

@@ -9,9 +9,7 @@ import pytest
 from etils import epath
 
 from lm.checkpoint import step_files
-from lm.checkpoint.manager import Checkpoints
 from lm.config import command_line, conversion
-from lm.config.schema import CheckpointConfig
 from lm.hf.exporting import export_folder
 from lm.hf.files import open_tensors, write_tensors
 from lm.hf.importing import import_folder
@@ -117,8 +115,7 @@ def test_bfloat16_comes_in_exactly_and_goes_out_with_the_same_bytes(
         for name in params
     )
     experiment = load(str(tmp_path / "run"), devices[:1])
-    with Checkpoints(str(tmp_path / "run"), CheckpointConfig(), read_only=True) as checkpoints:
-        _, restored = restore_params(experiment, checkpoints)
+    _, restored = restore_params(experiment, str(tmp_path / "run"))
     out = str(tmp_path / "out")
     options = {"family": "llama", "dtype": "bfloat16", "shard_bytes": 6_000, "say": quiet}
     export_folder(experiment, restored, out, **options)

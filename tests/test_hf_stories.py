@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
@@ -29,8 +28,7 @@ STORY = "Once upon a time there was a cat named Tom. Tom saw a big red ball and 
 
 def restored(workdir, devices):
     experiment = load(workdir, devices[:1])
-    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        _, params = restore_params(experiment, checkpoints)
+    _, params = restore_params(experiment, workdir)
     return experiment, params
 
 

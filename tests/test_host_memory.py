@@ -52,7 +52,7 @@ def restored(folder, devices):
     experiment = load(folder, devices, {"mesh.fsdp": len(devices)})
     with Checkpoints(folder, experiment.config.checkpoint, read_only=True) as checkpoints:
         state, _ = restore(experiment, checkpoints)
-        return experiment, state, restore_params(experiment, checkpoints)[1]
+    return experiment, state, restore_params(experiment, folder)[1]
 
 
 def test_training_resuming_and_rewinding_give_the_same_bits(runs):

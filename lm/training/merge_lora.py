@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from lm import storage
-from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
 from lm.data import run_tokenizer
@@ -42,8 +41,7 @@ def merge_run(
     folder = epath.Path(out)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a run already; merge into a new folder")
-    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
-        step, params = restore_params(experiment, checkpoints, step)
+    step, params = restore_params(experiment, workdir, step)
     config = experiment.config_dict.copy_and_resolve_references()
     default = conversion.default(**conversion.names(config))
     config.model.lora, config.init = default.model.lora, default.init

@@ -63,18 +63,20 @@ def restore(
 
 
 def restore_params(
-    experiment: Experiment, checkpoints: Checkpoints, step: int | None = None
+    experiment: Experiment, workdir: str, step: int | None = None
 ) -> tuple[int, Params]:
-    """(step, the parameters that training evaluates): averaged ones where training keeps them.
+    """(step, the parameters that training evaluates) of a run's newest checkpoint, or of the one at
+    `step`: averaged parameters where training keeps them. Nothing is written.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
     """
-    if not experiment.config.optimizer.ema_decay:
-        abstract = experiment.initializer.stored(experiment.abstract_params)
-        found, params = checkpoints.restore_params(abstract, step)
-        return found, experiment.initializer.with_base_params(params, checkpoints.parent)
-    restored = restore(experiment, checkpoints, step)
+    with Checkpoints(workdir, experiment.config.checkpoint, read_only=True) as checkpoints:
+        if not experiment.config.optimizer.ema_decay:
+            abstract = experiment.initializer.stored(experiment.abstract_params)
+            found, params = checkpoints.restore_params(abstract, step)
+            return found, experiment.initializer.with_base_params(params, checkpoints.parent)
+        restored = restore(experiment, checkpoints, step)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first")
     state, _ = restored
