@@ -111,19 +111,17 @@ def _verify(workdir: str, step: int | None) -> int:
 
     code = 0
     for folder in _folders(workdir, step):
-        start, leaves = time.monotonic(), 0
+        start = time.monotonic()
         try:
             manifest = step_files.read_manifest(folder)
-            leaves, fault = len(manifest.leaves), step_files.find_fault(folder, manifest)
-        except Damaged as error:
-            fault = str(error)
-        seconds = time.monotonic() - start
-        if fault:
+            step_files.verify(folder, manifest)
+        except Damaged as fault:
             code = int(Exit.CORRUPT)
             print(f"step {folder.name}: BAD: {fault}")
-        else:
-            size = _size(step_files.size(folder))
-            print(f"step {folder.name}: good; {leaves} leaves, {size} read in {seconds:.1f} s")
+            continue
+        size, seconds = _size(step_files.size(folder)), time.monotonic() - start
+        leaves = len(manifest.leaves)
+        print(f"step {folder.name}: good; {leaves} leaves, {size} read in {seconds:.1f} s")
     return code
 
 

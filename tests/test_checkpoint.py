@@ -272,7 +272,7 @@ def test_a_folder_of_any_name_holds_its_checkpoints(name, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # nothing was passed over
     folder = epath.Path(workdir) / "checkpoints" / "2"
     manifest = step_files.read_manifest(folder)
-    assert step_files.find_fault(folder, manifest) == ""
+    step_files.verify(folder, manifest)
     w = step_files.read_leaf(folder, "params.w", manifest.leaves["params.w"])
     np.testing.assert_array_equal(w, small(2).params["w"])
 
@@ -418,7 +418,7 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(three, monkey
                 allowed += 1
         for step in step_files.steps(directory):
             folder = directory / str(step)
-            assert not step_files.find_fault(folder, step_files.read_manifest(folder))
+            step_files.verify(folder, step_files.read_manifest(folder))
         step_files.delete_leftovers(directory)
         assert set(step_files.steps(directory)) >= {2, 3}
         shutil.rmtree(directory / "1", ignore_errors=True)

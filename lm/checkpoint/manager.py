@@ -206,15 +206,13 @@ class Checkpoints:
         part, parts = jax.process_index(), jax.process_count()
         if self._config.verify:
             try:
-                fault = step_files.find_fault(folder, step_files.read_manifest(folder), part, parts)
-            except Damaged as error:
-                fault = str(error)
-            if fault:
+                step_files.verify(folder, step_files.read_manifest(folder), part, parts)
+            except Damaged as fault:
                 self._move_aside(step)
                 raise SaveFailed(
                     f"the checkpoint of step {step} doesn't read back: {fault}; "
                     f"it was moved to {self._bad}"
-                )
+                ) from None
             step_files.mark_verified(folder, part, parts)
             while self._lead and not step_files.is_verified(folder):
                 if self._closing.wait(0.05):
@@ -314,7 +312,9 @@ class Checkpoints:
             self.wait()
         verify = self._config.verify
         bad: list[int] = []
-        while (candidate := self._choose(step, bad)) is not None:
+        # listed anew each time: a run that is going on deletes its old ones
+        while candidates := [s for s in self.steps() if s not in bad and step in (None, s)]:
+            candidate = candidates[-1]
             folder = self.directory / str(candidate)
             try:
                 tree, manifest = restore.restore(folder, items, verify=verify)
@@ -331,27 +331,17 @@ class Checkpoints:
             if marks and set(items) == set(step_files.ITEMS) and not step_files.is_verified(folder):
                 step_files.mark_verified(folder, 0, 1)
             return tree, manifest
+        if step is not None:
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}"
+            )
         # Not from step 0 because all there was had to be set aside, nor at the next start.
-        if bad or (self._bad_exists() and not self.steps()):
+        if bad or process_group.from_lead("bad", self._bad.exists):
             raise CorruptCheckpoint(
                 f"no checkpoint in {self.directory} is good; move one back from {self._bad}, or "
                 f"delete that folder to begin at step 0"
             )
         return None
-
-    def _bad_exists(self) -> bool:
-        return process_group.from_lead("bad", self._bad.exists)
-
-    def _choose(self, step: int | None, bad: list[int]) -> int | None:
-        """The step to try next, the same in all processes."""
-        steps = self.steps()
-        if step is not None:
-            if step not in steps:
-                raise FileNotFoundError(
-                    f"no checkpoint of step {step} in {self.directory}; there are {steps}"
-                )
-            return step
-        return max((s for s in steps if s not in bad), default=None)
 
     def _pass_over(self, step: int, fault: str) -> None:
         if not self._lead:

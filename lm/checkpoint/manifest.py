@@ -59,6 +59,16 @@ def differences(stored: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> lis
     return lines
 
 
+def check_bits(stored: Mapping[str, Leaf], checksums: Mapping[str, str]) -> None:
+    """Raise Damaged unless all leaves of `stored` have these checksums."""
+    wrong = [name for name, leaf in stored.items() if leaf.checksum != checksums[name]]
+    if wrong:
+        name, others = wrong[0], f" and {len(wrong) - 1} other leaves" if wrong[1:] else ""
+        raise Damaged(
+            f"{name}{others}: checksum {checksums[name]}, the manifest says {stored[name].checksum}"
+        )
+
+
 def fingerprint(described: Mapping[str, Leaf]) -> str:
     """A hash of the names, shapes and bits of leaves."""
     return _digest({name: dataclasses.asdict(leaf) for name, leaf in described.items()})

@@ -76,26 +76,17 @@ class ParentCheckpoint:
                 "initialized randomly:\n  " + "\n  ".join(lines) + hint
             )
 
-    def read(self, abstract: Params, skip: Sequence[str] = ()) -> Params:
-        """The parameters in the shardings of `abstract`, every bit verified; raises as `check`."""
-        self.check(abstract, skip)
-        return self.read_part(abstract)
-
-    def read_part(self, abstract: Params) -> Params:
-        """As `read`, whatever else is stored.
+    def read(self, abstract: Params) -> Params:
+        """The parameters of `abstract`, in its shardings and every bit verified.
 
         Raises:
             CorruptCheckpoint: the bits are not those that were saved.
         """
-        names = {f"params.{name}" for name in param_tree.flatten(abstract)}
-        others = [name for name in self.manifest.leaves if name not in names]
+        items = {"params": abstract}
         try:
-            tree, _ = restore.restore(
-                self._folder, {"params": abstract}, verify=True, leave_out=others
-            )
+            return restore.restore(self._folder, items, verify=True, partial=True)[0]["params"]
         except Damaged as error:
-            raise CorruptCheckpoint(f"config.init.from: {self._folder} is bad: {error}") from None
-        return tree["params"]
+            raise CorruptCheckpoint(f"{self._key}: {self._folder} is bad: {error}") from None
 
     def check_same(self, parent: Mapping[str, Any]) -> None:
         """Raises ValueError unless `parent` is what `describe` returns."""

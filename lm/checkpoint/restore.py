@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -34,13 +34,13 @@ def restore(
     abstract: dict[str, PyTree],
     *,
     verify: bool,
-    leave_out: Collection[str] = (),
+    partial: bool = False,
 ) -> tuple[dict[str, PyTree], Manifest]:
     """(the restored tree, the manifest) of a step's folder.
 
-    abstract: {item: abstract arrays with shardings}; of an import, which has only parameters, the
-    only the item `params` is restored. verify: compare the checksum of every leaf, computed on the
-    devices, with the manifest's. leave_out: names of stored leaves that `abstract` lacks.
+    abstract: {item: abstract arrays with shardings}; of an import, which has only parameters, only
+    the item `params` is restored. verify: compare the checksum of every leaf, computed on the
+    devices, with the manifest's. partial: leave out the stored leaves that `abstract` lacks.
 
     Raises:
         ValueError: the checkpoint has other leaves than `abstract`; lists all that differ.
@@ -50,12 +50,13 @@ def restore(
     manifest = read_manifest(folder)
     if manifest.has_only_params:
         abstract = {"params": abstract["params"]}
+    expected = manifests.leaves(abstract)
     stored = {
         name: leaf
         for name, leaf in manifest.leaves.items()
-        if name.split(".", 1)[0] in abstract and name not in leave_out
+        if (name in expected if partial else name.split(".", 1)[0] in abstract)
     }
-    if lines := manifests.differences(stored, manifests.leaves(abstract)):
+    if lines := manifests.differences(stored, expected):
         raise ValueError(
             f"the checkpoint {folder} has other leaves than this run:\n  " + "\n  ".join(lines)
         )
@@ -64,21 +65,12 @@ def restore(
 
     def read_all() -> dict[str, PyTree]:
         with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as readers:
-            return structure.unflatten(readers.map(read, manifests.leaves(abstract), leaves))
+            return structure.unflatten(readers.map(read, expected, leaves))
 
     tree = _together(read_all, folder)
-    if not verify:
-        return tree, manifest
-    restored = manifests.leaves(tree, device_checksums(tree))
-    wrong = [name for name in stored if restored[name].checksum != stored[name].checksum]
-    fault = ""
-    if wrong:
-        name, others = wrong[0], f" and {len(wrong) - 1} other leaves" if wrong[1:] else ""
-        fault = (
-            f"{name}{others}: checksum {restored[name].checksum}, the manifest says "
-            f"{stored[name].checksum}"
-        )
-    _raise_together(fault, folder)
+    if verify:
+        sums = dict(zip(expected, map(checksums.hexadecimal, device_checksums(tree)), strict=True))
+        _together(lambda: manifests.check_bits(stored, sums), folder)
     return tree, manifest
 
 
@@ -141,37 +133,27 @@ def _stacked_checksums(mesh: jax.sharding.Mesh | None) -> Callable[[PyTree], jax
 
 def _together(read: Callable[[], T], folder: epath.Path) -> T:
     """The result of `read`; raises its Unreadable or Damaged of any process in all of them."""
-    result, fault = None, ""
+    results: list[T] = []
+    fault = ""
     try:
-        result = read()
-    except Unreadable as error:
-        fault = f"{_CANNOT}: {error}"
-    except Damaged as error:
-        fault = str(error)
-    _raise_together(fault, folder)
-    assert result is not None, "nothing to raise"
-    return result
-
-
-def _raise_together(fault: str, folder: epath.Path) -> None:
-    """Raises Unreadable or Damaged in all processes if any has a fault."""
+        results.append(read())
+    except (Unreadable, Damaged) as error:
+        fault = f"{_CANNOT}: {error}" if isinstance(error, Unreadable) else str(error)
     faults = _gather(fault)
     if _CANNOT in faults:
         raise Unreadable(f"the checkpoint {folder} {faults}; it is as it was")
     if faults:
         raise Damaged(faults)
+    return results[0]
 
 
 def _gather(fault: str) -> str:
     """The faults of all processes, the same text in all of them."""
     if jax.process_count() == 1:
         return fault
-    own = np.zeros(512, np.uint8)
-    text = fault.encode()[: own.size]
-    own[: len(text)] = np.frombuffer(text, np.uint8)
-    faults = [
-        f"process {i}: {bytes(row).rstrip(bytes(1)).decode(errors='replace')}"
-        for i, row in enumerate(multihost_utils.process_allgather(own))
-        if row.any()
+    own = np.frombuffer(fault.encode()[:512].ljust(512, b"\0"), np.uint8)
+    texts = [
+        bytes(row).rstrip(b"\0").decode(errors="replace")
+        for row in multihost_utils.process_allgather(own)
     ]
-    return "; ".join(faults)
+    return "; ".join(f"process {i}: {text}" for i, text in enumerate(texts) if text)

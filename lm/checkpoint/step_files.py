@@ -20,7 +20,7 @@ from etils import epath
 
 from lm import storage
 from lm.checkpoint.checksums import hexadecimal, host_checksums
-from lm.checkpoint.manifest import Damaged, Leaf, Manifest
+from lm.checkpoint.manifest import Damaged, Leaf, Manifest, check_bits
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -109,19 +109,19 @@ def size(folder: epath.Path) -> int:
     return sum(size(p) if p.is_dir() else p.stat().length for p in folder.iterdir())
 
 
-def find_fault(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1) -> str:
-    """The first fault in the files of a step, or "". Reads every `parts`-th leaf, largest first."""
+def verify(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Read every `parts`-th leaf of a step's files, the largest first.
+
+    Raises:
+        Unreadable: a leaf may not be read.
+        Damaged: the first one that can't be read or has other bits.
+    """
     by_size = sorted(manifest.leaves, key=lambda n: (-np.prod(manifest.leaves[n].shape), n))
     for name in by_size[part::parts]:
         leaf, sums = manifest.leaves[name], np.zeros(2, np.uint32)
-        try:
-            for start, block in _chunks(open_leaf(folder, name, leaf), name):
-                sums += host_checksums(block, start, leaf.shape)
-        except Damaged as error:
-            return str(error)
-        if (checksum := hexadecimal(sums)) != leaf.checksum:
-            return f"{name}: checksum {checksum}, the manifest says {leaf.checksum}"
-    return ""
+        for start, block in _chunks(open_leaf(folder, name, leaf), name):
+            sums += host_checksums(block, start, leaf.shape)
+        check_bits({name: leaf}, {name: hexadecimal(sums)})
 
 
 def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> ts.TensorStore:

@@ -19,7 +19,7 @@ from lm.checkpoint import step_files
 from lm.checkpoint.checksums import hexadecimal, host_checksums
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import SaveFailed
-from lm.checkpoint.manifest import Leaf, Manifest
+from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -44,7 +44,6 @@ class ParamsWriter:
         self._writing.mkdir()
         self._arrays: dict[str, ts.TensorStore] = {}
         self._sums: dict[str, np.ndarray] = {}
-        self._shapes: dict[str, Shape] = {}
         self._pending: tuple[str, step_files.Future[object]] | None = None
 
     def add(self, name: str, shape: Shape, num_stacked: int) -> None:
@@ -64,17 +63,16 @@ class ParamsWriter:
         }
         leaf = f"params.{name}"
         self._arrays[leaf] = step_files.result(ts.open(spec, create=True), leaf)
-        self._sums[leaf], self._shapes[leaf] = np.zeros(2, np.uint32), shape
+        self._sums[leaf] = np.zeros(2, np.uint32)
 
     def write(self, name: str, index: Shape, block: np.ndarray) -> None:
         """Start writing the block at `index`; the next call waits for it."""
         leaf = f"params.{name}"
-        shape = self._shapes[leaf]
-        start = (*index, *(0 for _ in shape[len(index) :]))
+        array = self._arrays[leaf]
         whole = block.reshape((1,) * len(index) + block.shape)
-        self._sums[leaf] += host_checksums(whole, start, shape)
+        self._sums[leaf] += host_checksums(whole, (*index, *(0,) * block.ndim), array.shape)
         self._wait()
-        self._pending = leaf, self._arrays[leaf][index].write(block)
+        self._pending = leaf, array[index].write(block)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -92,21 +90,18 @@ class ParamsWriter:
         """
         self._wait()
         leaves = {
-            leaf: Leaf(shape, "float32", hexadecimal(self._sums[leaf]))
-            for leaf, shape in self._shapes.items()
+            name: Leaf(tuple(array.shape), "float32", hexadecimal(self._sums[name]))
+            for name, array in self._arrays.items()
         }
-        manifest = Manifest(
-            step=self._step,
-            leaves=leaves,
-            code=code_version(),
-            time=time.time(),
-            **extras,
-        )
+        manifest = Manifest(self._step, leaves, code=code_version(), time=time.time(), **extras)
         folder = self._writing / step_files.MANIFEST
         folder.mkdir()
         (folder / step_files.MANIFEST_FILE).write_text(json.dumps(manifest.to_dict()))
-        if fault := step_files.find_fault(self._writing, manifest):
-            raise SaveFailed(f"what was written to {self._writing} doesn't read back: {fault}")
+        try:
+            step_files.verify(self._writing, manifest)
+        except Damaged as fault:
+            message = f"what was written to {self._writing} doesn't read back: {fault}"
+            raise SaveFailed(message) from None
         if self._writing == self._folder:
             (self._folder / step_files.COMMITTED).touch()
         else:

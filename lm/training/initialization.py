@@ -114,7 +114,7 @@ class Initializer:
             params = _with_word_vectors(params, self.word_vectors)
         if self.parent is None:
             return params
-        return param_tree.join(params, self.parent.read(abstract_stored, self._config.init.skip))
+        return param_tree.join(params, self.parent.read(abstract_stored))
 
     def trained(self, tree: Params) -> dict[str, Any]:
         """The trained part of a tree of parameters."""
@@ -136,7 +136,7 @@ class Initializer:
         base = ParentCheckpoint(self._config.init.from_, described.get("step"))
         base.check_same(described)
         abstract, _ = param_tree.split(self._abstract, self.base_params)
-        return param_tree.join(params, base.read_part(abstract))
+        return param_tree.join(params, base.read(abstract))
 
 
 def _with_word_vectors(params: Params, found: WordVectors) -> Params:
