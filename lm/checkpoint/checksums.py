@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.parallel.sharding import mesh_axes
+
 U = np.uint32
 FACTORS = (U(0x85EBCA6B), U(0xC2B2AE35))
 SEEDS = (U(0x9E3779B9), U(0x7F4A7C15))  # of the two sums: 64 bits of the golden ratio
@@ -139,7 +141,7 @@ def replica_mismatches(tree: Tree, shardings: Tree) -> Tree:
     leaves, structure = jax.tree.flatten(tree)
     named = structure.flatten_up_to(shardings)
     mesh = named[0].mesh
-    used = [{a for entry in s.spec for a in _axes(entry)} for s in named]
+    used = [{a for entry in s.spec for a in mesh_axes(entry)} for s in named]
     free = [tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in u) for u in used]
 
     def compare(*local: jax.Array) -> tuple[jax.Array, ...]:
@@ -168,10 +170,6 @@ def replica_mismatches(tree: Tree, shardings: Tree) -> Tree:
         check_vma=False,
     )(*leaves)
     return structure.unflatten(flags)
-
-
-def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def hexadecimal(sums: np.ndarray) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,8 @@ from lm.config.schema import Config, MeshConfig
 from lm.types import Batch, Device, HostBatch, Params
 
 Tree = TypeVar("Tree")
+Out = TypeVar("Out")
+Specs: TypeAlias = Any  # a pytree of PartitionSpec
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
@@ -48,6 +50,11 @@ DEFAULT_TABLE: Mapping[str, MeshAxes] = {
     "rank": None,  # of adapters
     "layers": "stage",
 }
+
+
+def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of an entry of the table or of a partition spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Device]) -> Mesh:
@@ -123,8 +130,7 @@ class Rules:
         table = dict(self.table)
         if logical not in table:
             raise ValueError(f"{logical!r} is not a logical axis; known: {', '.join(table)}")
-        value = table[logical]
-        return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        return mesh_axes(table[logical])
 
     def sharded_axes(self, *logical: str) -> tuple[str, ...]:
         """The mesh axes of logical axes that have more than one device."""
@@ -159,8 +165,29 @@ class Rules:
             return x
         context = jax.sharding.get_abstract_mesh()
         if context.manual_axes:  # inside shard_map: only the other axes can be constrained
-            sharding = NamedSharding(context, _without(sharding.spec, context.manual_axes))
+            entries = [
+                tuple(axis for axis in mesh_axes(entry) if axis not in context.manual_axes)
+                for entry in sharding.spec
+            ]
+            sharding = NamedSharding(context, PartitionSpec(*(entry or None for entry in entries)))
         return jax.lax.with_sharding_constraint(x, sharding)
+
+    def shard_map(
+        self, f: Callable[..., Out], *, in_specs: Specs, out_specs: Specs
+    ) -> Callable[..., Out]:
+        """`f` of the shards that each device holds, where the compiler's collectives are not good
+        enough. Inside another `shard_map` it covers the mesh axes that this one has left.
+        """
+        context = jax.sharding.get_abstract_mesh()
+        taken = set(context.manual_axes)
+        return jax.shard_map(
+            f,
+            mesh=context if taken else self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.mesh.axis_names) - taken,
+            check_vma=False,  # kernels don't declare over which axes their results vary
+        )
 
     def collect(self, x: jax.Array, *logical: str | None) -> jax.Array:
         """`x` with its `embed` dimension all-gathered, one mesh axis after the other.
@@ -168,12 +195,12 @@ class Rules:
         Only where a config shards `embed` over several: the TPU compiler gathers over an axis of
         32 chips, but adds zeros (twice the bytes) over 64 at once.
         """
-        rest = [a for a in self.axes("embed") if self.mesh.shape[a] > 1]
+        rest = self.sharded_axes("embed")
         if len(rest) < 2:
             return x
         while rest:
             rest = rest[1:]
-            table = {**dict(self.table), "embed": tuple(rest)}
+            table = {**dict(self.table), "embed": rest}
             x = dataclasses.replace(self, table=tuple(table.items())).constrain(x, *logical)
         return x
 
@@ -202,12 +229,6 @@ class Rules:
         )
 
 
-def _without(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
-    entries = ((e,) if isinstance(e, str) else e or () for e in spec)
-    kept = (tuple(a for a in entry if a not in axes) for entry in entries)
-    return PartitionSpec(*(entry or None for entry in kept))
-
-
 def on_device(tree: Tree) -> Tree:
     """Copies in device memory of arrays in any memory; for use inside jit."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
@@ -219,8 +240,7 @@ def make_rules(config: MeshConfig, devices: Sequence[Device]) -> Rules:
     for row in config.rules:
         if len(row) != 2 or row[0] not in table:
             raise ValueError(f"config.mesh.rules: {row!r} replaces no row of {', '.join(table)}")
-        wanted = () if row[1] is None else (row[1],) if isinstance(row[1], str) else row[1]
-        if unknown := set(wanted) - set(AXES):
+        if unknown := set(mesh_axes(row[1])) - set(AXES):
             raise ValueError(f"config.mesh.rules: {sorted(unknown)} are no mesh axes of {AXES}")
         table[row[0]] = row[1]
     return Rules(make_mesh(config, devices), tuple(table.items()))

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.parallel.shard_map import shard_map
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -78,4 +77,4 @@ def _exchange(x: Array, rules: Rules, *, back: bool) -> Array:
 
     rows = "act_batch" if back else "batch"  # the model's outputs, and its inputs
     spec = rules.spec(rows, "length", *(None,) * (x.ndim - 2))
-    return shard_map(local, rules, in_specs=(spec,), out_specs=spec)(x)
+    return rules.shard_map(local, in_specs=(spec,), out_specs=spec)(x)

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import jax
 from jax.sharding import NamedSharding
 
+from lm.parallel.sharding import mesh_axes
+
 
 def sharded_axes(leaf: jax.ShapeDtypeStruct) -> list[str]:
     """The mesh axes that shard any dimension of an array."""
     assert isinstance(leaf.sharding, NamedSharding)
-    entries = [entry for entry in leaf.sharding.spec if entry is not None]
-    return [a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry)]
+    return [axis for entry in leaf.sharding.spec for axis in mesh_axes(entry)]
 
 
 def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:

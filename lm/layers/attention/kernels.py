@@ -22,7 +22,6 @@ from lm.layers.attention import cudnn, dot_product, splash
 from lm.layers.attention.dot_product import Mask
 from lm.layers.attention.ring import ring_attend
 from lm.parallel import zigzag
-from lm.parallel.shard_map import shard_map
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -148,7 +147,7 @@ def attend(
     rows = "batch" if bias is not None and bias.shape[0] > 1 else None
     biases = None if bias is None else rules.spec(rows, "heads", "length", None)
     in_specs = (queries, keys, keys, _mask_specs(mask, rules, key_length), biases)
-    y = shard_map(local, rules, in_specs=in_specs, out_specs=queries)(q, k, v, mask, bias)
+    y = rules.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, mask, bias)
     return y if is_ring else checkpoint_name(y, "attended")
 
 
@@ -217,5 +216,5 @@ def _splash(
 
     tokens = rules.spec("batch", "length")
     in_specs = (queries, keys, keys, tokens, jax.tree.map(spec, infos))
-    run = shard_map(local, rules, in_specs=in_specs, out_specs=queries)
+    run = rules.shard_map(local, in_specs=in_specs, out_specs=queries)
     return run(q, k, v, mask.query_segments, infos)

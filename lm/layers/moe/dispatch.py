@@ -26,7 +26,6 @@ from jax.sharding import PartitionSpec
 
 from lm.layers.linear import broadcast_as
 from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
-from lm.parallel.shard_map import shard_map
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -102,7 +101,7 @@ def _on_shards(
     spec = PartitionSpec(batch, length)
     layout = {name: rules.spec(*AXES[name]) for name in experts}
     in_specs = (spec, spec, spec, layout)
-    return shard_map(run, rules, in_specs=in_specs, out_specs=spec)(x, chosen, weights, experts)
+    return rules.shard_map(run, in_specs=in_specs, out_specs=spec)(x, chosen, weights, experts)
 
 
 def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
