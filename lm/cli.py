@@ -131,10 +131,8 @@ def named_by_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def folder(path: str) -> str:
-    """A flag's path of a run's folder, with `~` expanded; its type in argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: no folder can have this name, or something else has it.
+    """A flag's path of a run's folder, with `~` expanded; its type in argparse. Raises
+    argparse.ArgumentTypeError where no folder can have this name, or something else has it.
     """
     if "://" in path:
         return path

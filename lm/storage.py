@@ -20,12 +20,9 @@ def is_url(path: str) -> bool:
 
 
 def expand(path: str, name: str) -> str:
-    """Return the path with `~` expanded, as a shell would.
+    """Return the path with `~` expanded, as a shell would; ValueError where it is empty.
 
     name: the config path or flag that gave it, for the error.
-
-    Raises:
-        ValueError: it is empty.
     """
     if not path.strip():
         raise ValueError(f"{name}: {path!r} is no path; name a file or folder")

@@ -179,16 +179,11 @@ def test_only_activations_go_from_stage_to_stage(circular):
 
 @pytest.mark.parametrize(("s", "r"), [(2, 2), (2, 3), (4, 2), (4, 3), (4, 6), (6, 4), (8, 8)])
 def test_an_exchange_gives_every_group_to_its_stage_once(s, r):
-    rounds = pipeline_stages._rounds(s, r)
-    assert len(rounds) == r
-    for moves in rounds:
-        assert sorted(m[0] for m in moves) == sorted(m[2] for m in moves) == list(range(s))
-    groups = {
-        source * r + place: (target, repeat)
-        for moves in rounds
-        for source, place, target, repeat in moves
-    }
-    assert groups == {g: (g % s, g // s) for g in range(s * r)}
+    index, target, repeat = pipeline_stages._rounds(s, r)
+    np.testing.assert_array_equal(np.sort(target, axis=1), np.tile(np.arange(s), (r, 1)))
+    groups = (np.arange(s) * r + index).ravel()
+    moved = dict(zip(groups, zip(target.flat, repeat.flat, strict=True), strict=True))
+    assert moved == {g: (g % s, g // s) for g in range(s * r)}
 
 
 # ---- the model ----

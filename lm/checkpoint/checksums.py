@@ -75,9 +75,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def checksums(tree: PyTree) -> PyTree:
     """The checksum of every leaf, a tree of uint32 [2]; inside jit, for arrays in any sharding.
-
-    Raises:
-        ValueError: a leaf's elements don't have 1, 2 or 4 byte.
+    Raises ValueError where a leaf's elements don't have 1, 2 or 4 byte.
     """
     return jax.tree.map(_checksum, tree)
 

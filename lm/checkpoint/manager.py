@@ -162,20 +162,12 @@ class Checkpoints:
         return True
 
     def poll(self) -> None:
-        """Return at once.
-
-        Raises:
-            SaveFailed: a save failed or doesn't read back.
-        """
+        """Raise SaveFailed if a save failed or doesn't read back; return at once."""
         while self._saves and self._saves[0].verified.done():
             self._settle()
 
     def wait(self) -> None:
-        """Wait until all saves are complete and verified, and those that they replace deleted.
-
-        Raises:
-            SaveFailed: as `poll`.
-        """
+        """Wait until all saves are verified, and those that they replace deleted; as `poll`."""
         while self._saves:
             self._settle()
 
@@ -284,11 +276,7 @@ class Checkpoints:
         return TrainState(count, tree["params"], tree.get("opt_state")), manifest
 
     def restore_params(self, abstract: Params, step: int | None = None) -> tuple[int, Params]:
-        """(step, parameters); the optimizer state is not read.
-
-        Raises:
-            FileNotFoundError: there is no checkpoint.
-        """
+        """(step, parameters), without the optimizer state; FileNotFoundError where none are."""
         restored = self._restore({"params": abstract}, step)
         if restored is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}; train first")
@@ -296,11 +284,7 @@ class Checkpoints:
         return manifest.step, tree["params"]
 
     def holds(self, state: TrainState) -> bool:
-        """True if the checkpoint of the state's step has the same bits.
-
-        Raises:
-            Damaged: its manifest can't be read.
-        """
+        """True if the checkpoint of the state's step has the same bits; Damaged if unreadable."""
         tree = {"params": state.params, "opt_state": state.opt_state}
         manifest = restore.read_manifest(self.directory / str(int(state.step)))
         return manifests.leaves(tree, restore.device_checksums(tree)) == manifest.leaves

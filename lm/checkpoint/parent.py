@@ -58,10 +58,8 @@ class ParentCheckpoint:
         return {"workdir": self.workdir, "step": self.step, "fingerprint": fingerprint}
 
     def check(self, abstract: Params, skip: Sequence[str]) -> None:
-        """Check that the stored parameters that don't match `skip` are those of `abstract`.
-
-        Raises:
-            ValueError: lists all that differ.
+        """Raises ValueError with all that differ unless the stored parameters that don't match
+        `skip` are those of `abstract`.
         """
         skipped = param_tree.matching("config.init.skip", skip, self._params)
         stored = {n: x for n, x in self._params.items() if n not in skipped}
@@ -77,10 +75,8 @@ class ParentCheckpoint:
             )
 
     def read(self, abstract: Params) -> Params:
-        """The parameters of `abstract`, in its shardings and every bit verified.
-
-        Raises:
-            CorruptCheckpoint: the bits are not those that were saved.
+        """The parameters of `abstract`, in its shardings and every bit verified; CorruptCheckpoint
+        where the bits are not those that were saved.
         """
         items = {"params": abstract}
         try:

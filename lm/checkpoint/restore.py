@@ -75,11 +75,7 @@ def restore(
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
-    """The manifest of a step's folder, which all processes read together.
-
-    Raises:
-        Unreadable, Damaged: in all of them, if any can't open or read it.
-    """
+    """The manifest of a step's folder; Unreadable or Damaged in all processes if it is in any."""
     return _together(lambda: step_files.read_manifest(folder), folder)
 
 

@@ -125,10 +125,8 @@ def verify(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1
 
 
 def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> ts.TensorStore:
-    """The TensorStore of a leaf that the manifest lists, in Orbax's files.
-
-    Raises:
-        Damaged: it can't be opened, or has another shape or dtype.
+    """The TensorStore of a leaf that the manifest lists, in Orbax's files; Damaged where it can't
+    be opened, or has another shape or dtype.
     """
     import tensorstore as ts
 

@@ -81,12 +81,9 @@ class ParamsWriter:
             self._pending = None
 
     def commit(self, extras: Mapping[str, Any]) -> None:
-        """Read everything back, and make it the checkpoint of the step.
+        """Make it the checkpoint of the step; SaveFailed where it doesn't read back.
 
         extras: `ledger`, `config` and `parent` of the manifest.
-
-        Raises:
-            SaveFailed: it doesn't read back.
         """
         self._wait()
         leaves = {

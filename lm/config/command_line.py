@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
+import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,12 +87,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read(name: str, settings: Sequence[str]) -> ConfigTree:
-    """The locked config of `load` with `settings` applied, KEY=VALUE each.
-
-    Of several settings of a key the last one counts.
-
-    Raises:
-        ValueError: the file, a key or a value is wrong.
+    """The locked config of `load` with `settings` applied, KEY=VALUE each; of several settings of a
+    key the last one counts. Raises ValueError where the file, a key or a value is wrong.
     """
     config = load(name)
     # components first: their names decide which fields there are
@@ -104,9 +100,7 @@ def read(name: str, settings: Sequence[str]) -> ConfigTree:
 
 def load(name: str) -> ConfigTree:
     """The config of FILE.py or FILE.py:ARG, or of the config.json that a run has in its folder.
-
-    Raises:
-        ValueError: there is no such file, or a mistake in it, with the file and its line.
+    Raises ValueError where there is no such file, or a mistake in it, with the file and its line.
     """
     if name.endswith(".json"):
         return _from_json_file(name)
@@ -118,15 +112,13 @@ def load(name: str) -> ConfigTree:
         inside = Path(path) / "config.json"
         hint = f"; did you mean --config={inside}?" if inside.exists() else ""
         raise ValueError(f"--config={path} is a folder{hint}")
-    spec = importlib.util.spec_from_file_location("config", path)
-    if spec is None or spec.loader is None:
+    if not path.endswith(".py"):
         raise ValueError(f"--config={path} is neither a Python file (.py) nor a run's config.json")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
+        names = runpy.run_path(os.path.abspath(path))
+        if "get_config" not in names:
             raise ValueError("it has no function get_config")
-        config = module.get_config(*([arg] if colon else []))
+        config = names["get_config"](*([arg] if colon else []))
     except MISTAKES as error:
         raise ValueError(f"--config={_describe(error, path)}") from error
     if not isinstance(config, ConfigTree):

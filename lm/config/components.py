@@ -35,10 +35,7 @@ class Task:
 
 def component(package: str, name: str) -> types.ModuleType:
     """The module `name` of `package`; with a dot in `name`, the module of that full name.
-
-    Raises:
-        ValueError: no such module, or it has no `Config` and `build`; the message lists those that
-        exist.
+    Raises ValueError, with a list of those that exist, where it has no `Config` and `build`.
     """
     config_path = f"config.{_KEYS[package]}.name ({name!r})"
     needed = ["Config", "build", *(["STEPS"] if package == "lm.optim.optimizers" else [])]
@@ -60,12 +57,9 @@ def names_in(package: str) -> list[str]:
 
 
 def import_component(module: str, asked_by: str, *, needed: Iterable[str]) -> types.ModuleType:
-    """Import a module by its full name and check that it has the attributes `needed`.
+    """The module of a full name; ValueError where there is none, or it lacks an attribute `needed`.
 
     asked_by: the config path or flag that names the module, for errors.
-
-    Raises:
-        ValueError: no such module, or it lacks an attribute.
     """
     try:
         found = importlib.import_module(module)

@@ -137,10 +137,8 @@ def completed(config: ConfigTree) -> ConfigTree:
 def assign(config: ConfigTree, setting: str) -> None:
     """Set a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… does.
 
-    "objective.name=prefix" replaces the fields by those of that component.
-
-    Raises:
-        ValueError: no such key, or a value of another type; with the config path.
+    "objective.name=prefix" replaces the fields by those of that component. Raises ValueError, with
+    the config path, where there is no such key, or the value has another type.
     """
     path, equals, text = setting.partition("=")
     if not equals:
@@ -224,10 +222,8 @@ def _sentences(config: DataclassInstance, prefix: str = "") -> Iterator[tuple[st
 
 
 def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> None:
-    """Check the paths of keys and sections that are the value of `key`.
-
-    Raises:
-        ValueError: neither the configs `trees` nor any component of lm have such a path.
+    """Raises ValueError unless the configs `trees`, or some component of lm, have all `paths` of
+    keys and sections, which are the value of `key`.
     """
     known = {path for tree in trees for path in _prefixes(tree)}
     if not known.issuperset(paths):  # maybe of a component that the run had before

@@ -83,11 +83,8 @@ def is_section(value: object) -> TypeGuard[DataclassInstance]:
 
 
 def check_values(config: DataclassInstance, path: str) -> None:
-    """Check the fields of a frozen config, and of its sections, against their ranges and choices.
-
-    Raises:
-        ValueError: a number outside of its range, NaN or infinite, or a text that is no choice;
-        with its path below `path`.
+    """Raises ValueError, with its path below `path`, for a number of a frozen config or its
+    sections that is outside of its range, NaN or infinite, and for a text that is no choice.
     """
     for f in dataclasses.fields(config):
         check_value(getattr(config, f.name), f.metadata, f"{path}.{f.name}")

@@ -21,9 +21,7 @@ class Environment:
     coordinator: str = ""  # HOST:PORT of process 0
     num_processes: int = 1
     process_id: int = 0
-    gpus: tuple[int, ...] | None = (
-        None  # of this process, by index among the visible ones; None: all
-    )
+    gpus: tuple[int, ...] | None = None  # of this process, among the visible ones; None: all
 
     def __str__(self) -> str:
         if self.num_processes == 1:
@@ -37,12 +35,10 @@ class Environment:
 def detect(
     environ: Mapping[str, str], *, metadata: Callable[[str], str | None] = lambda key: None
 ) -> Environment:
-    """The environment of the first that applies: SLURM, Kubernetes, Cloud TPU, none.
+    """The environment of the first that applies: SLURM, Kubernetes, Cloud TPU, none. Raises
+    ValueError where the launcher's variables are incomplete.
 
     metadata: the attributes of a Cloud TPU VM by name, asked only if nothing else fits.
-
-    Raises:
-        ValueError: the launcher's variables are incomplete.
     """
     if "SLURM_STEP_NUM_TASKS" in environ:  # of the step: a shell inside an allocation is one task
         return _slurm(environ)
@@ -88,9 +84,6 @@ def _share_of_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
     All GPUs of a node are visible to a task unless SLURM binds them (--gpus-per-task, --gpu-bind)
     or something else has set CUDA_VISIBLE_DEVICES: then fewer than there are.
-
-    Raises:
-        ValueError: they don't divide among the tasks of the node.
     """
     tasks = _tasks_on_node(environ)
     platforms = environ.get("JAX_PLATFORMS", "cuda")

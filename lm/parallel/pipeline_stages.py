@@ -89,10 +89,8 @@ class Schedule:
 
 
 def make_schedule(config: PipelineConfig, num_layers: int, rules: Rules) -> Schedule:
-    """The schedule on a mesh. On a single stage repeats have no effect.
-
-    Raises:
-        ValueError: layers or micro-batches can't be divided among the stages.
+    """The schedule on a mesh; ValueError where layers or micro-batches can't be divided among the
+    stages. On a single stage repeats have no effect.
     """
     stages, m = rules.size("layers"), config.num_microbatches
     repeats = config.num_repeats if stages > 1 else 1
@@ -125,10 +123,8 @@ def interleave(rules: Rules, num_microbatches: int, tree: Tree) -> Tree:
 
 
 def split(rules: Rules, num_microbatches: int, x: Array) -> jax.Array:
-    """[B, ...] -> [M, B / M, ...]; each device splits its own rows, so that none moves.
-
-    Raises:
-        ValueError: the rows of a device don't divide among M micro-batches.
+    """[B, ...] -> [M, B / M, ...]; each device splits its own rows, so that none moves. Raises
+    ValueError where these don't divide among M micro-batches.
     """
     shards = rules.size("batch")
     if x.shape[0] % (shards * num_microbatches):
@@ -150,23 +146,18 @@ def merge(rules: Rules, x: Array) -> jax.Array:
 # ---- layers ----
 
 
-def _rounds(num_stages: int, num_repeats: int) -> list[list[tuple[int, int, int, int]]]:
-    """For each of R rounds, (source stage, index there, target stage, index there) of the groups
-    that move: in every round each stage sends one group and receives one.
+def _rounds(num_stages: int, num_repeats: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(index of the group that a stage sends, target stage, index there) of every stage in R
+    rounds, int [R, S] each: in every round each stage sends one group and receives one.
 
     Stored in the order of layers, groups s R ... s R + R - 1 are on stage s.
     """
-    common = math.gcd(num_stages, num_repeats)
-    rounds = []
-    for first in range(num_repeats):
-        moves = []
-        for stage in range(num_stages):
-            # stages at this distance would send equal indices to the same stage
-            index = (first + stage // (num_stages // common)) % num_repeats
-            group = stage * num_repeats + index
-            moves.append((stage, index, group % num_stages, group // num_stages))
-        rounds.append(moves)
-    return rounds
+    stages = np.arange(num_stages)
+    # stages at this distance would send equal indices to the same stage
+    first = stages // (num_stages // math.gcd(num_stages, num_repeats))
+    index = (np.arange(num_repeats)[:, None] + first) % num_repeats
+    group = stages * num_repeats + index
+    return index, group % num_stages, group // num_stages
 
 
 def _exchange(params: Params, schedule: Schedule, rules: Rules) -> Params:
@@ -187,14 +178,10 @@ def _exchange(params: Params, schedule: Schedule, rules: Rules) -> Params:
         def one(w: Array) -> jax.Array:
             groups = w.reshape(r, k, *w.shape[1:])
             out = jnp.zeros_like(groups)
-            for moves in rounds:
-                send, receive = np.zeros(s, int), np.zeros(s, int)
-                for source, index, target, repeat in moves:
-                    send[source], receive[target] = index, repeat
-                sent = jax.lax.dynamic_index_in_dim(groups, jnp.asarray(send)[stage], 0, False)
-                pairs = [(source, target) for source, _, target, _ in moves]
-                sent = jax.lax.ppermute(sent, stage_axis, pairs)
-                out = jax.lax.dynamic_update_index_in_dim(out, sent, jnp.asarray(receive)[stage], 0)
+            for send, target, repeat in zip(*rounds, strict=True):
+                sent = _at(groups, jnp.asarray(send)[stage])
+                sent = jax.lax.ppermute(sent, stage_axis, list(enumerate(target.tolist())))
+                out = _put(out, sent, jnp.asarray(repeat[np.argsort(target)])[stage], 0)
             return out[None]
 
         return jax.tree.map(one, weights)
@@ -255,7 +242,8 @@ def pipeline(
     s, m, r = schedule.num_stages, schedule.num_microbatches, schedule.num_repeats
     k, share = schedule.group_size, m // s
     weights = _on_stages(params, schedule, rules)
-    first, last = (_along(jnp.arange(s) == i, x) for i in (0, s - 1))
+    stages = jnp.arange(s).reshape(-1, *(1,) * (x.ndim - 1))  # along an array [S, b, T, D]
+    first, last = stages == 0, stages == s - 1
 
     def stage(
         common: PyTree, number: Array, weights: Params, x: Array, m: Array, r: Array
@@ -271,7 +259,7 @@ def pipeline(
         own = jax.tree.map(lambda w: _at(w, r), weights)
         return jax.lax.scan(step, x, (own, per_layer, layers), unroll=min(unroll, k))
 
-    stages = _map_stages(stage, rules)
+    on_stages = _map_stages(stage, rules)
 
     def iteration(carry: PyTree, t: Array) -> tuple[PyTree, Outputs]:
         before, stream, waiting = carry
@@ -285,7 +273,7 @@ def pipeline(
         fresh = _at(stream, t % share, 1)
         entering = jnp.where(t < m, fresh, again)
         now = rules.constrain(jnp.where(first, entering, arriving), *STATE)
-        now, outputs = stages(common, jnp.arange(s), weights, now, microbatch, repeat)
+        now, outputs = on_stages(common, jnp.arange(s), weights, now, microbatch, repeat)
         now = rules.constrain(now, *STATE)
         # the slot that stage 0 has read takes, moving towards it, the output of the last stage
         stream = _put(stream, jnp.where(last, now, _send(fresh, -1, rules)), t % share, 1)
@@ -349,11 +337,6 @@ def _send(x: Array, by: int, rules: Rules, wrap: bool = False) -> jax.Array:
     return jax.shard_map(
         lambda x: jax.lax.ppermute(x, axis, pairs), mesh=rules.mesh, in_specs=spec, out_specs=spec
     )(x)
-
-
-def _along(flags: Array, x: Array) -> jax.Array:
-    """[S] in a shape that broadcasts against x [S, ...]."""
-    return flags.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def _at(x: Array, i: Array, axis: int = 0) -> jax.Array:

@@ -154,18 +154,15 @@ def agree(name: str, value: Mapping[str, Json]) -> None:
         return
     from jax._src.distributed import global_state as state
 
-    client, prefix = state.client, f"lm/{next(_count)}/{name}"
-    assert client is not None  # made by initialize
-    client.key_value_set(f"{prefix}/{state.process_id}", json.dumps(value, sort_keys=True))
-    if state.process_id == 0:
-        others = {
-            process: json.loads(_wait_for(f"{prefix}/{process}", process, name))
-            for process in range(1, state.num_processes)
-        }
-        lines = differences(name, json.loads(json.dumps(value)), others)
-        client.key_value_set(f"{prefix}/verdict", json.dumps(lines))
-    lines = json.loads(_wait_for(f"{prefix}/verdict", 0, name))
-    if lines:
+    assert state.client is not None  # made by initialize
+    prefix, count = f"lm/{next(_count)}/{name}", state.num_processes
+    state.client.key_value_set(f"{prefix}/{state.process_id}", json.dumps(value, sort_keys=True))
+
+    def compare() -> list[str]:
+        values = {p: json.loads(_wait_for(f"{prefix}/{p}", p, name)) for p in range(count)}
+        return differences(name, values.pop(0), values)
+
+    if lines := from_lead(name, compare):
         raise Mismatch(
             f"the processes differ in {name}; start all of them alike:\n  " + "\n  ".join(lines)
         )
@@ -217,12 +214,10 @@ def _wait_for(key: str, process: int, name: str) -> str:
 
 
 def from_lead(name: str, make: Callable[[], T]) -> T:
-    """The JSON value of `make` in process 0, in every process; all call it together.
+    """The JSON value of `make` in process 0, in every process; all call it together. PeerLost where
+    process 0 died, such as by an error in `make`.
 
     For decisions that each process would otherwise make by its own view of a file system.
-
-    Raises:
-        PeerLost: process 0 died, such as by an error in `make`.
     """
     from jax._src.distributed import global_state as state
 

@@ -293,14 +293,9 @@ def _send(link: socket.socket, message: Mapping[str, object]) -> None:
 def _receive(link: socket.socket, timeout: float) -> dict[str, Any] | None:
     """The first line received; None: nothing in time, a closed connection, or no JSON object."""
     link.settimeout(timeout)
-    received = b""
     try:
-        while not received.endswith(b"\n") and len(received) < 1 << 16:
-            data = link.recv(1)  # no byte of what follows the line
-            if not data:
-                return None
-            received += data
-        message = json.loads(received)
+        with link.makefile("rb", buffering=0) as file:  # it reads no byte of what follows the line
+            message = json.loads(file.readline(1 << 16))
     except (OSError, ValueError):
         return None
     finally:

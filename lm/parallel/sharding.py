@@ -261,10 +261,8 @@ def replicate_params(config: MeshConfig, rules: Rules) -> Rules:
 
 
 def batch_size(config: Config, rules: Rules, parts: int) -> int:
-    """Rows of a global batch.
-
-    Raises:
-        ValueError: devices and micro-batches, of which a pipeline has `parts`, don't divide it.
+    """Rows of a global batch; ValueError where devices and micro-batches, of which a pipeline has
+    `parts`, don't divide it.
     """
     d, k = config.data, config.train.num_microbatches
     if (d.batch_size is None) == (d.batch_size_per_device is None):
