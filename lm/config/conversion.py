@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import json
 import typing
@@ -115,15 +114,19 @@ def from_json(text: str) -> ConfigTree:
     if "tasks" in config.objective:
         tasks = tree["objective"].get("tasks", {})
         config.objective.tasks = {name: task(t["name"], ()) for name, t in tasks.items()}
-    for path, value in leaves(tree):
-        *sections, last = path.split(".")
-        node: Any = config
-        for key in sections:
-            node = node[key]
-        _check_keys({last: value}, node, ".".join(["config", *sections]))
-        with node.ignore_type():
-            node[last] = as_tuples(value)
+    _fill(config, tree, "config")
     return config
+
+
+def _fill(section: ConfigTree, tree: Mapping[str, object], path: str) -> None:
+    """Set the values of `tree`, of whatever type: `resolve` checks those."""
+    _check_keys(tree, section, path)
+    for key, value in tree.items():
+        if isinstance(value, dict) and isinstance(section[key], ConfigTree):
+            _fill(section[key], value, f"{path}.{key}")
+        else:
+            with section.ignore_type():
+                section[key] = as_tuples(value)
 
 
 def completed(config: ConfigTree) -> ConfigTree:
@@ -230,9 +233,9 @@ def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> 
         known.update(path for tree in _of_all_components() for path in _prefixes(tree))
     for path in paths:
         if path not in known:
-            same_word = [k for k in sorted(known) if k.split(".")[-1] == path.split(".")[-1]]
-            close = difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.7) + same_word
-            hint = f"; did you mean {close[0]!r}?" if close else " (--explain lists them)"
+            section, _, word = path.rpartition(".")
+            meant = closest_path(word, set(), section, sorted(known))
+            hint = f"; did you mean {meant!r}?" if meant else " (--explain lists them)"
             raise ValueError(f"{key}: {path!r} is no path of the config{hint}")
 
 

@@ -53,15 +53,15 @@ class ComponentTree(ConfigTree):
             return super().__setitem__(key, value)
         new, was_locked = section(self.key, str(value)), self.is_locked
         defaults = dict(leaves(section(self.key, self["name"]).to_dict()))
-        for path, kept in leaves(self.to_dict()):
-            *sections, last = path.split(".")
-            node: object = new
-            for inner in sections:
-                node = node.get(inner) if isinstance(node, ml_collections.ConfigDict) else None
-            is_changed = path not in defaults or as_tuples(defaults[path]) != as_tuples(kept)
-            if path != "name" and is_changed and isinstance(node, ConfigTree) and last in node:
-                with node.ignore_type():
-                    node[last] = kept
+        known = dict(leaves(new.to_dict())).keys() - {"name"}
+        kept = {
+            path: kept
+            for path, kept in leaves(self.to_dict())
+            if path in known
+            and (path not in defaults or as_tuples(defaults[path]) != as_tuples(kept))
+        }
+        with new.ignore_type():
+            new.update_from_flattened_dict(kept)
         self.unlock()
         for field in list(self):
             del self[field]
