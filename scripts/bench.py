@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -49,6 +48,7 @@ import numpy as np
 from absl import app, flags
 
 from lm import cli
+from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
 from lm.config import command_line
 from lm.config.schema import LossConfig
@@ -57,6 +57,7 @@ from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
+from lm.data.workers import num_cores
 from lm.generation.generator import Generator
 from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
@@ -450,19 +451,11 @@ def peak_rss() -> int | None:
 
 def machine() -> Figures:
     """When, where and with which software."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit or None,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "cores": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in packages},
+        "cores": num_cores(),
+        **{name: value if value is None else str(value) for name, value in code_version().items()},
         **{name: os.environ.get(name) for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
     }
 

@@ -29,6 +29,7 @@ tokens in a prompt are text, unless --special-tokens says that they are those to
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -265,24 +266,13 @@ def _sampling(args: argparse.Namespace) -> Any:
     from lm.generation.beam import BeamSearch
     from lm.generation.sampling import Sampling
 
-    if args.num_beams is not None:
-        return BeamSearch(
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-            early_stopping={"false": False, "true": True, "never": "never"}[args.early_stopping],
-            num_samples=args.num_samples,
-            repetition_penalty=args.repetition_penalty,
-        )
-    return Sampling(
-        temperature=0.0 if args.greedy else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        num_samples=args.num_samples,
-        seed=args.seed,
-        stop=tuple(stop.replace("\\n", "\n") for stop in args.stop),
-    )
+    kind = Sampling if args.num_beams is None else BeamSearch
+    values = vars(args) | {
+        "temperature": 0.0 if args.greedy else args.temperature,
+        "early_stopping": {"false": False, "true": True, "never": "never"}[args.early_stopping],
+        "stop": tuple(stop.replace("\\n", "\n") for stop in args.stop),
+    }
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
 
 
 def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
