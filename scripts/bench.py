@@ -45,7 +45,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from lm import cli
 from lm.checkpoint.code_version import code_version
@@ -100,8 +100,6 @@ _JSON = flags.DEFINE_string("json", None, "File for the JSON, instead of the las
 def main(argv: Sequence[str]) -> int:
     del argv
     config = _CONFIG.value
-    if config is None:
-        raise app.UsageError("--config=configs/NAME.py is needed")
     chosen = list(PARTS) if _PARTS.value is None else _PARTS.value
     if unknown := set(chosen) - set(PARTS):
         raise ValueError(f"--parts: no {', '.join(unknown)}; there are: {', '.join(PARTS)}")

@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
     del argv
     given = {"width": _WIDTHS.value, "head_dim": _HEAD_DIMS.value, "depth": _DEPTHS.value}
     along = [name for name, sizes in given.items() if sizes]
-    if _CONFIG.value is None or len(along) != 1:
-        raise app.UsageError("--config and one of --widths, --head-dims and --depths are needed")
+    config = _CONFIG.value
+    if len(along) != 1:
+        raise app.UsageError("one of --widths, --head-dims and --depths is needed")
     import jax
 
     from lm.scaling import coord_check
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     sizes = [int(size) for size in given[along[0]]]
     checks = [
         coord_check.check(
-            _CONFIG.value,
+            config,
             jax.devices(),
             parametrization=name,
             sizes=sizes,

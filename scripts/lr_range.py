@@ -26,8 +26,9 @@ _MOST = flags.DEFINE_float("most", 1.0, "Learning rate of the last step.")
 
 def main(argv: Sequence[str]) -> int:
     del argv
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        raise app.UsageError("--config=configs/NAME.py and --workdir=FOLDER are needed")
+    config = _CONFIG.value
+    if _WORKDIR.value is None:
+        raise app.UsageError("--workdir=FOLDER is needed")
     if not 0 < _LEAST.value < _MOST.value:
         raise app.UsageError(f"--least={_LEAST.value} must be between 0 and --most={_MOST.value}")
     import jax
@@ -36,7 +37,6 @@ def main(argv: Sequence[str]) -> int:
     from lm.training.loop import train
     from lm.training.session import Diverged
 
-    config = _CONFIG.value
     old = config.optimizer
     changes = {
         "optimizer.learning_rate": _MOST.value,

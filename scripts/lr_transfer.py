@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from lm import cli
 from lm.config import command_line
@@ -29,14 +29,13 @@ _OUT = flags.DEFINE_string("out", "transfer", "Where the results go, without an 
 
 def main(argv: Sequence[str]) -> int:
     del argv
-    if _CONFIG.value is None:
-        raise app.UsageError("--config=configs/NAME.py is needed")
+    config = _CONFIG.value
     import jax
 
     from lm.scaling import lr_transfer
 
     runs = lr_transfer.sweep(
-        _CONFIG.value,
+        config,
         jax.devices(),
         Path(f"{_OUT.value}.jsonl"),
         parametrizations=_PARAMETRIZATIONS.value,

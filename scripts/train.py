@@ -32,12 +32,11 @@ _INITIALIZE = process_group.define_flags()
 
 def main(argv: Sequence[str]) -> int:
     del argv
-    if _CONFIG.value is None:
-        raise app.UsageError("--config=configs/NAME.py is needed")
+    config = _CONFIG.value
     if _EXPLAIN.value:
         from lm.config.conversion import explain
 
-        for path, value, default, sentence in explain(_CONFIG.value):
+        for path, value, default, sentence in explain(config):
             note = "" if value == default else f"  (default {default!r})"
             print(f"--config.{path}={value!r}{note}\n      {sentence}")
         return 0
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     from lm.telemetry.goodput import process_start
     from lm.training.loop import train
 
-    return train(_CONFIG.value, _WORKDIR.value, jax.devices(), began=process_start())
+    return train(config, _WORKDIR.value, jax.devices(), began=process_start())
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ def _launch(processes: int, number: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     del argv
-    if _CONFIG.value is None:
-        raise app.UsageError("--config=configs/NAME.py is needed")
+    config = _CONFIG.value
     sizes = _sizes(_MESH.value)
     number = math.prod(size for name, size in sizes.items() if name != "slices")
     if _PROCESSES.value > 1:
@@ -93,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     from lm.planning import mesh_equivalence
 
     jax.config.update("jax_platforms", "cpu")
-    config = mesh_equivalence.shrink(_CONFIG.value) if _SHRINK.value else _CONFIG.value
+    config = mesh_equivalence.shrink(config) if _SHRINK.value else config
     lead = jax.process_index() == 0
     if lead and _SHRINK.value:
         print(f"model resized, its structure kept (--noshrink: as it is): {_shrunk(config)}")

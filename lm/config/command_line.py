@@ -9,9 +9,8 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from absl import flags
+from absl import app, flags
 from etils import epath
 
 from lm import storage
@@ -36,7 +35,8 @@ MISTAKES = (
 class ConfigFlag:
     """The flag --config=FILE of a script, with the file `default` where none is given.
 
-    After `load`, `value` is its config, and `name` the text of the flag.
+    After `load`, `value` is its config, and `name` the text of the flag. Without a file `value`
+    raises absl's UsageError.
     """
 
     def __init__(
@@ -45,11 +45,17 @@ class ConfigFlag:
         default: str | None = None,
     ) -> None:
         self._flag = flags.DEFINE_string("config", default, sentence)
-        self.value: Any = None  # a `ConfigTree`
+        self._value: ConfigTree | None = None
 
     @property
     def name(self) -> str:
         return self._flag.value or ""
+
+    @property
+    def value(self) -> ConfigTree:
+        if self._value is None:
+            raise app.UsageError("--config=configs/NAME.py is needed")
+        return self._value
 
     def load(self, settings: Sequence[str]) -> None:
         """Set `value`. Raises ValueError as `read` does, and for settings without a config."""
@@ -60,7 +66,7 @@ class ConfigFlag:
                     "--config=configs/NAME.py"
                 )
             return
-        self.value = read(self._flag.value, settings)
+        self._value = read(self._flag.value, settings)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
