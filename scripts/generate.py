@@ -105,39 +105,22 @@ def parse_args() -> argparse.Namespace:
         help="default: 128, half of the model's length where that is less",
     )
     add("--greedy", action="store_true", help="take the most likely token: --temperature=0")
-    add(
-        "--temperature", type=float, default=1.0, metavar="T", help="divides the logits; default: 1"
-    )
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K most likely tokens")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="keep the smallest set of most likely tokens with this probability",
-    )
-    add(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="keep tokens at least this many times as likely as the likeliest",
-    )
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="above 1: tokens of the prompt and of what came are less likely",
-    )
+    for flag, default, metavar, text in (
+        ("--temperature", 1.0, "T", "divides the logits; default: 1"),
+        ("--top-k", 0, "K", "keep the K most likely tokens"),
+        ("--top-p", 1.0, "P", "keep the fewest most likely tokens with this probability"),
+        ("--min-p", 0.0, "P", "keep tokens at least this many times as likely as the likeliest"),
+        (
+            "--repetition-penalty",
+            1.0,
+            "P",
+            "above 1: tokens of the prompt and since are less likely",
+        ),
+        ("--length-penalty", 1.0, "P", "beams: log-probabilities are divided by length ** P"),
+        ("--seed", 0, "N", "another seed gives other samples; default: 0"),
+    ):
+        add(flag, type=type(default), default=default, metavar=metavar, help=text)
     add("--num-beams", type=int, metavar="N", help="beam search, in place of sampling")
-    add(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="beams: log-probabilities are divided by length ** P; default: 1",
-    )
     add(
         "--early-stopping",
         choices=("false", "true", "never"),
@@ -153,7 +136,6 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="continuations of each prompt",
     )
-    add("--seed", type=int, default=0, help="another seed gives other samples; default: 0")
     add(
         "--stop",
         action="append",
