@@ -110,12 +110,7 @@ def parse_args() -> argparse.Namespace:
         ("--top-k", 0, "K", "keep the K most likely tokens"),
         ("--top-p", 1.0, "P", "keep the fewest most likely tokens with this probability"),
         ("--min-p", 0.0, "P", "keep tokens at least this many times as likely as the likeliest"),
-        (
-            "--repetition-penalty",
-            1.0,
-            "P",
-            "above 1: tokens of the prompt and since are less likely",
-        ),
+        ("--repetition-penalty", 1.0, "P", "above 1: tokens that came before are less likely"),
         ("--length-penalty", 1.0, "P", "beams: log-probabilities are divided by length ** P"),
         ("--seed", 0, "N", "another seed gives other samples; default: 0"),
     ):
@@ -164,13 +159,6 @@ def parse_args() -> argparse.Namespace:
     add("--chat-template", metavar="FILE", help="Jinja2, or a tokenizer_config.json")
     args = parser.parse_args()
     _check_unused(parser, args)
-    for name, given in (
-        ("--prompt", args.prompt),
-        ("--num-beams", args.num_beams),
-        ("--num-samples", args.num_samples > 1),
-    ):
-        if args.chat and given:
-            parser.error(f"--chat takes no {name}")
     if args.num_beams is not None and args.stop:
         parser.error("a beam search ends texts only at their eos: it takes no --stop")
     return args
@@ -189,6 +177,7 @@ def _check_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("--greedy", args.greedy, shape),
         ("--num-beams", args.num_beams is not None, {"greedy", "seed", *shape}),
         ("--messages", args.messages, {"prompt", "system", "special_tokens", "chat"}),
+        ("--chat", args.chat, {"prompt", "num_beams", "num_samples"}),
     ):
         if is_set and (found := sorted(given & unused)):
             parser.error(f"{flag} takes no {_flags(found)}")
