@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import faulthandler
 import importlib.util
 import logging as stdlib_logging
 import os
@@ -12,48 +12,89 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from absl import app
+from typing import Any, NoReturn, TypeVar
 
 from lm.config import command_line
-from lm.config.command_line import ConfigFlag
+from lm.config.suggestions import suggestion
+from lm.config.tree import ConfigTree
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
 
+T = TypeVar("T")
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """The parser of scripts that take no config: errors are one line, underscores are dashes."""
+    """The parser of scripts: errors are one line, underscores are dashes, and a config's keys are
+    flags after `add_config`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        self._takes_config = False
+
+    def add_config(
+        self,
+        default: str | None = None,
+        help: str = "a file with get_config(arg), as FILE or FILE:ARG, or a run's config.json",
+    ) -> None:
+        """Add --config=FILE and --config.KEY=VALUE, which give `parse_args` the locked `ConfigTree`
+        `config`, and the text of the flag as `config_name`.
+        """
+        self.add_argument("--config", metavar="FILE", default=default, help=help)
+        self._takes_config = True
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         args = with_dashes(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
+        words, settings = sys.argv[1:] if args is None else args, []
+        if self._takes_config:
+            words, settings = command_line.split(words)
+        found, rest = self.parse_known_args(words, namespace)
+        if rest:
+            flag = rest[0].partition("=")[0]
+            is_key = self._takes_config and "." in flag
+            meant = f"; did you mean --config.{flag.lstrip('-')}?"
+            hint = meant if is_key else suggestion(flag, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        if self._takes_config:
+            found.config_name, found.config = found.config, self._config(found.config, settings)
+        return found
+
+    def _config(self, name: str | None, settings: Sequence[str]) -> ConfigTree:
+        if name is None:
+            if settings:
+                self.error(
+                    f"--config.{settings[0]} changes a config: name one with "
+                    "--config=configs/NAME.py"
+                )
+            self.error("--config=configs/NAME.py is needed")
+        try:
+            return command_line.read(name, settings)
+        except ValueError as error:
+            self.error(str(error).replace("\n", " "))
+
     def error(self, message: str) -> NoReturn:
-        self.exit(Exit.USAGE, f"error: {message} (--help lists flags)\n")
+        keys = ", train.py --explain config keys" if self._takes_config else ""
+        self.exit(Exit.USAGE, f"error: {message} (--help lists flags{keys})\n")
 
 
-def with_dashes(argv: Sequence[str], known: Container[str] = ()) -> list[str]:
+def with_dashes(argv: Sequence[str]) -> list[str]:
     """Spell flags with dashes up to a bare `--`: --num_beams is --num-beams.
 
-    Config keys, as in --config.train.num_steps, stay, and so do the names in `known`.
+    Config keys, as in --config.train.num_steps, stay.
     """
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
     for i, word in enumerate(words[:end]):
         flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--")
-        if flag == name or "." in name or name in known or name.removeprefix("no") in known:
-            continue
-        words[i] = flag.replace("_", "-") + equals + value
+        if flag.startswith("--") and "." not in flag:
+            words[i] = flag.replace("_", "-") + equals + value
     return words
 
 
@@ -74,8 +115,6 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
             return main(*args), ""
     except RunError as error:
         return error.code, f"error: {error}"
-    except app.UsageError as error:
-        return Exit.USAGE, f"error: {error} (--help lists flags)"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
     except ModuleNotFoundError as error:
@@ -96,21 +135,6 @@ def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
         return 128 + signal.SIGPIPE, ""
     except KeyboardInterrupt:  # training itself saves first: see lm/reliability/stop_signals.py
         return Exit.INTERRUPTED, "\ninterrupted; the same command goes on"
-
-
-def run_with_config(
-    main: Callable[[Sequence[str]], int],
-    config: ConfigFlag | None = None,
-    *,
-    allow_rest: bool = False,
-) -> None:
-    """`run` for scripts whose flags are absl's, --config among them where `config` is that flag.
-
-    `main` gets the arguments that are no flags; without `allow_rest` there may be none.
-    """
-    _use_huge_pages()
-    parse = functools.partial(_parse, config=config, allow_rest=allow_rest)
-    app.run(functools.partial(run, main), flags_parser=parse)
 
 
 @contextlib.contextmanager
@@ -153,40 +177,13 @@ def folder(path: str) -> str:
     return str(found)
 
 
-def define_workdir(sentence: str) -> Any:
-    """The flag --workdir of scripts whose flags are absl's: a holder of `folder` of its value."""
-    from absl import flags
+def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """The type in argparse of a flag such as 64,128, each of whose entries `kind` reads."""
 
-    class Parser(flags.ArgumentParser):
-        def parse(self, argument: str) -> str:
-            try:
-                return folder(argument)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(str(error)) from None
+    def entries(text: str) -> list[T]:
+        return [kind(entry) for entry in text.split(",")]
 
-    return flags.DEFINE(Parser(), "workdir", None, sentence)
-
-
-def _parse(argv: Sequence[str], config: ConfigFlag | None, allow_rest: bool) -> Sequence[str]:
-    from absl import flags
-
-    try:
-        argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
-        argv, settings = command_line.split(argv) if config else (argv, [])
-        argv = with_dashes(argv, flags.FLAGS)
-        rest = flags.FLAGS(argv, known_only=allow_rest)
-        if config is not None:
-            config.load(settings)
-    except (ValueError, flags.Error) as error:
-        text = str(error).replace("\n", " ")
-        if isinstance(error, flags.UnrecognizedFlagError) and "." in error.flagname:
-            text = f"{text.split('. Did')[0]}; did you mean --config.{error.flagname}?"
-        print(f"error: {text} (--help lists flags, --explain config keys)", file=sys.stderr)
-        sys.exit(2)
-    if len(rest) > 1 and not allow_rest:
-        print(f"error: unexpected arguments: {' '.join(rest[1:])}", file=sys.stderr)
-        sys.exit(2)
-    return rest
+    return entries
 
 
 def _use_huge_pages() -> None:
@@ -244,6 +241,7 @@ def _set_up() -> None:
     import jax
     from absl import logging
 
+    faulthandler.enable()
     sys.unraisablehook = _report
     logging.set_verbosity(logging.WARNING)  # Orbax logs some thirty lines a save
     logging.use_absl_handler()

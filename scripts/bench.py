@@ -24,6 +24,7 @@ several runs.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import importlib.util
@@ -45,13 +46,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from lm import cli
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
-from lm.config import command_line
 from lm.config.schema import LossConfig
+from lm.config.tree import ConfigTree
 from lm.data.pipeline import Pipeline
 from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
@@ -83,46 +83,48 @@ UNITS = {  # endings of names: the unit to show, and its size
 }
 Figures = dict[str, Any]
 
-_CONFIG = command_line.ConfigFlag()
-_PARTS = flags.DEFINE_list("parts", None, "Parts to measure; default: all of them.")
-_BATCH = flags.DEFINE_integer("batch", None, "Rows in a global batch; default: the config's.")
-_STEPS = flags.DEFINE_integer("steps", 20, "train: steps to time.", lower_bound=2)
-_WARMUP = flags.DEFINE_integer("warmup", 3, "train: steps before those.", lower_bound=1)
-_SHAPE = flags.DEFINE_string(
-    "loss-shape", "8x1024x768x50257", "loss_memory: batch x length x width x vocabulary."
-)
-_STORE = flags.DEFINE_string(
-    "store", None, "data: a store of config.data.tokenizer; default: one of random letters."
-)
-_JSON = flags.DEFINE_string("json", None, "File for the JSON, instead of the last line of stdout.")
 
-
-def main(argv: Sequence[str]) -> int:
-    del argv
-    config = _CONFIG.value
-    chosen = list(PARTS) if _PARTS.value is None else _PARTS.value
-    if unknown := set(chosen) - set(PARTS):
-        raise ValueError(f"--parts: no {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add = parser.add_argument
+    add("--parts", type=cli.list_of(str), default=[*PARTS], help="parts to measure; default: all")
+    add("--batch", type=int, help="rows in a global batch; default: the config's")
+    add("--steps", type=int, default=20, help="train: steps to time, at least 2")
+    add("--warmup", type=int, default=3, help="train: steps before those, at least 1")
+    add(
+        "--loss-shape",
+        default="8x1024x768x50257",
+        help="loss_memory: batch x length x width x vocabulary",
+    )
+    add("--store", help="data: a store of config.data.tokenizer; default: one of random letters")
+    add("--json", metavar="FILE", help="where the JSON goes, instead of the last line of stdout")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts: no {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    if args.steps < 2 or args.warmup < 1:
+        parser.error(f"--steps={args.steps} must be at least 2, --warmup={args.warmup} at least 1")
     jax.config.update("jax_enable_compilation_cache", False)
-    if _BATCH.value is not None:
-        config.data.batch_size, config.data.batch_size_per_device = _BATCH.value, None
+    config = args.config
+    if args.batch is not None:
+        config.data.batch_size, config.data.batch_size_per_device = args.batch, None
     results: Figures = {}
     for name in PARTS:
-        if name in chosen:
+        if name in args.parts:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name] = PARTS[name](config)
+            results[name] = PARTS[name](args)
             show(name, results[name])
     results["machine"] = machine()
     show("machine", results["machine"])
     results["config"] = config.to_dict()
-    if _JSON.value is None:
+    if args.json is None:
         print(jsonl.dumps(results))
     else:
-        Path(_JSON.value).write_text(jsonl.dumps(results, indent=2) + "\n")
+        Path(args.json).write_text(jsonl.dumps(results, indent=2) + "\n")
     return 0
 
 
-def experiment_on(config: Any, **data: Any) -> Experiment:
+def experiment_on(config: ConfigTree, **data: object) -> Experiment:
     """The experiment of a config on all devices; its data are random rows, or what `data` says."""
     config = config.copy_and_resolve_references()
     config.data.update({"weights": (), "validation": (), "tokenizer": "bytes"})
@@ -151,12 +153,13 @@ def seconds_of(call: Callable[[], jax.Array]) -> list[float]:
     return [timed(calls)[1] / repeat for _ in range(3)]
 
 
-def start(config: Any) -> Figures:
+def start(args: argparse.Namespace) -> Figures:
     """Seconds to the first step of a run, and what for: from its output, what jax logs, and the
     phases of its goodput.jsonl.
     """
-    figures: Figures = {"loader": config.loader.kind}
-    command = f"{sys.executable} {ROOT}/scripts/train.py --config={TINY}{config.loader.kind}"
+    kind = args.config.loader.kind
+    figures: Figures = {"loader": kind}
+    command = f"{sys.executable} {ROOT}/scripts/train.py --config={TINY}{kind}"
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         environment |= {"JAX_LOG_COMPILES": "1", "XDG_CACHE_HOME": folder}
@@ -192,13 +195,14 @@ def start(config: Any) -> Figures:
     return figures
 
 
-def loss_memory(config: Any) -> Figures:
+def loss_memory(args: argparse.Namespace) -> Figures:
     """Memory of the loss and its gradient in fresh processes, which have peaks of their own."""
-    if not re.fullmatch(r"\d+(x\d+){3}", _SHAPE.value):
-        raise ValueError(f"--loss-shape ({_SHAPE.value}) must be four sizes, like 8x1024x768x50257")
-    shape = [int(size) for size in _SHAPE.value.split("x")]
-    figures: Figures = {"shape": _SHAPE.value}
-    for name, chunk_size in (("chunked", config.loss.chunk_size), ("whole", 0)):
+    given = args.loss_shape
+    if not re.fullmatch(r"\d+(x\d+){3}", given):
+        raise ValueError(f"--loss-shape ({given}) must be four sizes, like 8x1024x768x50257")
+    shape = [int(size) for size in given.split("x")]
+    figures: Figures = {"shape": given}
+    for name, chunk_size in (("chunked", args.config.loss.chunk_size), ("whole", 0)):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(_loss_and_gradient, chunk_size, *shape).result()
         figures |= {f"{name}_{key}": value for key, value in measured.items()}
@@ -238,9 +242,9 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
     }
 
 
-def train(config: Any) -> Figures:
+def train(args: argparse.Namespace) -> Figures:
     """Speed of the training step: new data in each, sums read one step late, as in the loop."""
-    experiment = experiment_on(config)
+    experiment = experiment_on(args.config)
     c, mesh = experiment.config, experiment.rules.mesh
     device = mesh.devices.flat[0]
     lowered, lower = timed(experiment.lower_train_step)
@@ -249,7 +253,7 @@ def train(config: Any) -> Figures:
     vocab, length, batch_size = c.model.vocab_size, c.data.length, experiment.batch_size
     rows = Synthetic("random", vocab_size=vocab, length=length, document_length=2**31)
     source = Pipeline({"random": rows}, experiment.objective, batch_size=batch_size, seed=c.seed)
-    count = 1 + _WARMUP.value + _STEPS.value
+    count = 1 + args.warmup + args.steps
     batches = [
         experiment.make_global_batch(source.batch_at(i, experiment.rows)) for i in range(count)
     ]
@@ -264,7 +268,7 @@ def train(config: Any) -> Figures:
         seconds.append(now - clock)
         clock = now
     losses.append(metrics.means(jax.device_get(sums))["loss"])
-    seconds = seconds[-_STEPS.value :]
+    seconds = seconds[-args.steps :]
     for name, values in _gemms(experiment).items():
         gemms[name] += values  # before and after, as the machine's speed may change
 
@@ -327,9 +331,9 @@ class Ids(Tokenizer):
         return b"." * len(ids)  # a stream reports what has bytes
 
 
-def generate(config: Any) -> Figures:
+def generate(args: argparse.Namespace) -> Figures:
     """The speed of cached decoding after new random prompts, from untrained weights."""
-    experiment = experiment_on(config)
+    experiment = experiment_on(args.config)
     model = experiment.config.model
     generator = Generator(experiment.model, experiment.init_state().params, Ids(model.vocab_size))
     total = min(192, model.max_length)
@@ -358,9 +362,9 @@ def generate(config: Any) -> Figures:
     return figures
 
 
-def checkpoint(config: Any) -> Figures:
+def checkpoint(args: argparse.Namespace) -> Figures:
     """Times to save and to restore the state (the page cache helps), and to write a plain file."""
-    experiment = experiment_on(config)
+    experiment = experiment_on(args.config)
     state = jax.block_until_ready(experiment.init_state())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     figures: Figures = {"state_bytes": size}
@@ -381,12 +385,13 @@ def checkpoint(config: Any) -> Figures:
     return figures | {"plain_write_and_sync_bytes_per_s": size / (write + sync)}
 
 
-def data(config: Any) -> Figures:
+def data(args: argparse.Namespace) -> Figures:
     """Tokens/s of the pipeline over a token store, and how many cores were busy with that."""
     figures: Figures = {}
+    config = args.config
     with tempfile.TemporaryDirectory() as folder:
-        source = {"train": (_STORE.value,), "tokenizer": config.data.tokenizer}
-        if _STORE.value is None:
+        source = {"train": (args.store,), "tokenizer": config.data.tokenizer}
+        if args.store is None:
             source = {"train": (_random_store(f"{folder}/store"),)}
         for length in sorted({1024, config.data.length}):
             experiment = experiment_on(config, length=length, **source)
@@ -429,7 +434,7 @@ def _random_store(path: str) -> str:
 
 
 # A GPU's memory is this process's once it used it: the parts that start others come first.
-PARTS: dict[str, Callable[[Any], Figures]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "start": start,
     "loss_memory": loss_memory,
     "train": train,
@@ -479,4 +484,4 @@ def _row(name: str, value: Any) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

@@ -9,49 +9,54 @@ near 0; under the standard parametrization they are not. Writes OUT.png and OUT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
-
 from lm import cli
-from lm.config import command_line
 from lm.telemetry import jsonl
 
-_CONFIG = command_line.ConfigFlag()
-_WIDTHS = flags.DEFINE_list("widths", [], "Values of embed_dim, with more heads of one width.")
-_HEAD_DIMS = flags.DEFINE_list("head-dims", [], "Instead: values of embed_dim, with wider heads.")
-_DEPTHS = flags.DEFINE_list("depths", [], "Instead: values of num_layers.")
-_STEPS = flags.DEFINE_integer("steps", 5, "Steps of training.", lower_bound=1)
-_PARAMETRIZATIONS = flags.DEFINE_list("parametrizations", ["mup", "standard"], "Those to compare.")
-_OUT = flags.DEFINE_string("out", "coordinates", "Where the results go, without an ending.")
 
-
-def main(argv: Sequence[str]) -> int:
-    del argv
-    given = {"width": _WIDTHS.value, "head_dim": _HEAD_DIMS.value, "depth": _DEPTHS.value}
-    along = [name for name, sizes in given.items() if sizes]
-    config = _CONFIG.value
-    if len(along) != 1:
-        raise app.UsageError("one of --widths, --head-dims and --depths is needed")
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add = parser.add_argument
+    sizes = parser.add_mutually_exclusive_group(required=True).add_argument
+    sizes(
+        "--widths", type=cli.list_of(int), help="values of embed_dim, with more heads of one width"
+    )
+    sizes(
+        "--head-dims", type=cli.list_of(int), help="instead: values of embed_dim, with wider heads"
+    )
+    sizes("--depths", type=cli.list_of(int), help="instead: values of num_layers")
+    add("--steps", type=int, default=5, help="steps of training, at least 1")
+    add(
+        "--parametrizations",
+        type=cli.list_of(str),
+        default=["mup", "standard"],
+        help="those to compare",
+    )
+    add("--out", default="coordinates", help="where the results go, without an ending")
+    args = parser.parse_args()
+    given = {"width": args.widths, "head_dim": args.head_dims, "depth": args.depths}
+    [along] = [name for name, values in given.items() if values]
+    if args.steps < 1:
+        parser.error(f"--steps={args.steps} must be at least 1")
     import jax
 
     from lm.scaling import coord_check
 
-    sizes = [int(size) for size in given[along[0]]]
     checks = [
         coord_check.check(
-            config,
+            args.config,
             jax.devices(),
             parametrization=name,
-            sizes=sizes,
-            num_steps=_STEPS.value,
-            along=along[0],
+            sizes=given[along],
+            num_steps=args.steps,
+            along=along,
         )
-        for name in _PARAMETRIZATIONS.value
+        for name in args.parametrizations
     ]
     print(coord_check.table(checks))
-    out = Path(_OUT.value)
+    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.json").write_text(jsonl.dumps([found.to_json() for found in checks], indent=1))
     coord_check.draw(checks, f"{out}.png")
@@ -60,4 +65,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

@@ -22,54 +22,54 @@ nothing of it: its texts begin with `<|endoftext|>`, as documents did in its tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
-
 from lm import cli
-from lm.config import command_line
 
-_CONFIG = command_line.ConfigFlag(
-    "What config.json doesn't say, as FILE or FILE:ARG.",
-    str(Path(__file__).resolve().parent.parent / "configs" / "imported.py"),
-)
-_SOURCE = flags.DEFINE_string("source", None, "Folder with config.json, tensors and tokenizer.")
-_WORKDIR = cli.define_workdir("Folder of the run to make.")
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "A tokenizer in place of that of the source: a file, or bytes."
-)
-_SKIP = flags.DEFINE_multi_string(
-    "skip", [], "Regular expression of whole names of tensors to leave out; repeatable."
-)
-_IGNORE_KEY = flags.DEFINE_multi_string(
-    "ignore-key", [], "Key of config.json to read as if it were not there; repeatable."
-)
-_ALLOW_NONFINITE = flags.DEFINE_bool(
-    "allow-nonfinite", False, "Take tensors with entries that are NaN or infinite."
-)
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "imported.py"
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    if _SOURCE.value is None or _WORKDIR.value is None:
-        raise app.UsageError("--source=FOLDER and --workdir=FOLDER are needed")
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config(str(CONFIG), "what config.json doesn't say, as FILE or FILE:ARG")
+    add = parser.add_argument
+    add("--source", required=True, help="folder with config.json, tensors and tokenizer")
+    add("--workdir", type=cli.folder, required=True, help="folder of the run to make")
+    add("--tokenizer", help="a tokenizer in place of that of the source: a file, or bytes")
+    add(
+        "--skip",
+        action="append",
+        default=[],
+        help="regular expression of whole names of tensors to leave out; repeatable",
+    )
+    add(
+        "--ignore-key",
+        action="append",
+        default=[],
+        help="key of config.json to read as if it were not there; repeatable",
+    )
+    add(
+        "--allow-nonfinite",
+        action="store_true",
+        help="take tensors with entries that are NaN or infinite",
+    )
+    args = parser.parse_args()
     import jax
 
     from lm.hf.importing import import_folder
 
     import_folder(
-        _SOURCE.value,
-        _WORKDIR.value,
-        _CONFIG.value,
+        args.source,
+        args.workdir,
+        args.config,
         jax.devices()[:1],
-        tokenizer=_TOKENIZER.value,
-        skip=_SKIP.value,
-        ignored=_IGNORE_KEY.value,
-        allow_nonfinite=_ALLOW_NONFINITE.value,
+        tokenizer=args.tokenizer,
+        skip=args.skip,
+        ignored=args.ignore_key,
+        allow_nonfinite=args.allow_nonfinite,
     )
     return 0
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

@@ -10,55 +10,50 @@ test says where to look, not what is best. A run that diverges has shown what it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from absl import app, flags
-
 from lm import cli
-from lm.config import command_line
-
-_CONFIG = command_line.ConfigFlag()
-_WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
-_STEPS = flags.DEFINE_integer("steps", 200, "Steps of the test.", lower_bound=10)
-_LEAST = flags.DEFINE_float("least", 1e-5, "Learning rate of the first step.")
-_MOST = flags.DEFINE_float("most", 1.0, "Learning rate of the last step.")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    config = _CONFIG.value
-    if _WORKDIR.value is None:
-        raise app.UsageError("--workdir=FOLDER is needed")
-    if not 0 < _LEAST.value < _MOST.value:
-        raise app.UsageError(f"--least={_LEAST.value} must be between 0 and --most={_MOST.value}")
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add = parser.add_argument
+    add("--workdir", type=cli.folder, required=True, help="folder of the run; made if not there")
+    add("--steps", type=int, default=200, help="steps of the test, at least 10")
+    add("--least", type=float, default=1e-5, help="learning rate of the first step")
+    add("--most", type=float, default=1.0, help="learning rate of the last step")
+    args = parser.parse_args()
+    if not 0 < args.least < args.most:
+        parser.error(f"--least={args.least} must be between 0 and --most={args.most}")
+    if args.steps < 10:
+        parser.error(f"--steps={args.steps} must be at least 10")
     import jax
 
     from lm.telemetry import loss_curve
     from lm.training.loop import train
     from lm.training.session import Diverged
 
-    old = config.optimizer
+    config, old = args.config, args.config.optimizer
     changes = {
-        "optimizer.learning_rate": _MOST.value,
+        "optimizer.learning_rate": args.most,
         "optimizer.schedule.kind": "range",
         "optimizer.schedule.warmup_steps": 0,
-        "optimizer.schedule.final_fraction": _LEAST.value / _MOST.value,
-        "train.num_steps": _STEPS.value,
+        "optimizer.schedule.final_fraction": args.least / args.most,
+        "train.num_steps": args.steps,
         "train.log_every": 1,
         "data.validation": (),
     }
     if old.muon_learning_rate is not None:  # keeps its ratio
         ratio = old.muon_learning_rate / old.learning_rate
-        changes["optimizer.muon_learning_rate"] = ratio * _MOST.value
+        changes["optimizer.muon_learning_rate"] = ratio * args.most
     config.update_from_flattened_dict(changes)
     try:
-        train(config, _WORKDIR.value, jax.devices())
+        train(config, args.workdir, jax.devices())
     except Diverged as error:
         print(f"ended early: {error}")
-    path, rate = loss_curve.range_curve(_WORKDIR.value)
+    path, rate = loss_curve.range_curve(args.workdir)
     print(f"the loss is lowest at a learning rate of {rate:.3g}: {path}")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

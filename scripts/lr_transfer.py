@@ -9,45 +9,39 @@ after a kill the same command goes on. Ends with OUT.png and a table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from lm import cli
-from lm.config import command_line
-
-_CONFIG = command_line.ConfigFlag()
-_WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256", "512"], "Values of embed_dim.")
-_RATES = flags.DEFINE_list(
-    "rates", ["-9", "-8", "-7", "-6", "-5"], "Learning rates, as powers of two."
-)
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of weights and data.")
-_PARAMETRIZATIONS = flags.DEFINE_list("parametrizations", ["mup", "standard"], "Those to compare.")
-_OUT = flags.DEFINE_string("out", "transfer", "Where the results go, without an ending.")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    config = _CONFIG.value
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add, ints, names = parser.add_argument, cli.list_of(int), cli.list_of(str)
+    add("--widths", type=ints, default=[64, 128, 256, 512], help="values of embed_dim")
+    add("--rates", type=cli.list_of(float), default=[*range(-9, -4)], help="as powers of two")
+    add("--seeds", type=ints, default=[0, 1, 2], help="seeds of weights and data")
+    add("--parametrizations", type=names, default=["mup", "standard"], help="those to compare")
+    add("--out", default="transfer", help="where the results go, without an ending")
+    args = parser.parse_args()
     import jax
 
     from lm.scaling import lr_transfer
 
     runs = lr_transfer.sweep(
-        config,
+        args.config,
         jax.devices(),
-        Path(f"{_OUT.value}.jsonl"),
-        parametrizations=_PARAMETRIZATIONS.value,
-        widths=[int(width) for width in _WIDTHS.value],
-        rates=[2.0 ** float(rate) for rate in _RATES.value],
-        seeds=[int(seed) for seed in _SEEDS.value],
+        Path(f"{args.out}.jsonl"),
+        parametrizations=args.parametrizations,
+        widths=args.widths,
+        rates=[2.0**rate for rate in args.rates],
+        seeds=args.seeds,
     )
     print(lr_transfer.table(lr_transfer.best(runs)))
-    lr_transfer.draw(runs, f"{_OUT.value}.png")
-    print(f"{_OUT.value}.png, {_OUT.value}.jsonl")
+    lr_transfer.draw(runs, f"{args.out}.png")
+    print(f"{args.out}.png, {args.out}.jsonl")
     return 0
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

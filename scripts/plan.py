@@ -18,43 +18,21 @@ The exit code is 0 where the step fits and 1 where it doesn't.
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
 from lm import cli
-from lm.config import command_line
-
-_CONFIG = command_line.ConfigFlag()
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Devices: v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8."
-)
-_DECODE = flags.DEFINE_bool("decode", False, "Plan a step of generation instead of training.")
-_BATCH = flags.DEFINE_integer("decode-batch", 8, "--decode: rows.")
-_LENGTH = flags.DEFINE_integer("decode-length", 2048, "--decode: slots of the cache.")
-_JSON = flags.DEFINE_string("json", None, "Also write the plan to this file.")
-_PICTURE = flags.DEFINE_string("picture", None, "Also draw the plan to this PNG file.")
-_FRESH = flags.DEFINE_bool("fresh", False, "Compile again, whatever is in the cache.")
-_TOKENS = flags.DEFINE_string("tokens", None, "Also say how many days so many tokens take: 15T.")
-_SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, remat and micro-batch.")
-_COMPILE = flags.DEFINE_integer("search-compiles", 4, "--search: candidates to compile.")
-_LARGEST = flags.DEFINE_bool("largest-batch", False, "Find the most rows of a device that fit.")
-_FEWEST = flags.DEFINE_bool("fewest-chips", False, "Find the smallest slice that fits.")
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    if _CONFIG.value is None or _TOPOLOGY.value is None:
-        raise app.UsageError("--config=configs/NAME.py and --topology=NAME are needed")
+def main() -> int:
+    args = parse_args()
     from lm.planning import plan as plans
     from lm.planning import report
     from lm.telemetry import progress
 
-    decode = plans.Decode(_BATCH.value, _LENGTH.value) if _DECODE.value else None
-    name = _CONFIG.name
+    decode = plans.Decode(args.decode_batch, args.decode_length) if args.decode else None
     # a stream of its own: what the compiler writes to the other one is kept for the plan
     show = progress.Progress(os.fdopen(os.dup(2), "w"), pause=30)
 
@@ -62,44 +40,64 @@ def main(argv: Sequence[str]) -> int:
         return plans.make(
             config,
             topology,
-            config_name=name,
+            config_name=args.config_name,
             decode=decode,
             show=show,
-            folder=None if _FRESH.value else plans.cache_folder(),
+            folder=None if args.fresh else plans.cache_folder(),
         )
 
-    plan = _find(make, decode, show)
+    plan = _find(args, make, decode, show)
     if plan is None:
         return 1
     print(report.page(plan), end="")
-    if _TOKENS.value:
-        print("\n" + report.days(plan, _number(_TOKENS.value)))
-    if _JSON.value:
-        Path(_JSON.value).write_text(plan.to_json())
-    if _PICTURE.value:
+    if args.tokens:
+        print("\n" + report.days(plan, args.tokens))
+    if args.json:
+        Path(args.json).write_text(plan.to_json())
+    if args.picture:
         from lm.planning import picture
 
-        picture.save_picture(plan, _PICTURE.value)
-        print(f"\npicture: {_PICTURE.value}")
+        picture.save_picture(plan, args.picture)
+        print(f"\npicture: {args.picture}")
     return 0 if plan.fits else 1
 
 
-def _find(make: Any, decode: Any, show: Any) -> Any:
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add, yes = parser.add_argument, "store_true"
+    topologies = "v5p:4x4x4, 2xv5e:16x16, h100:64, h100:8x4, cpu:8"
+    add("--topology", required=True, metavar="NAME", help=f"devices: {topologies}")
+    add("--decode", action=yes, help="plan a step of generation instead of training")
+    add("--decode-batch", type=int, default=8, help="--decode: rows")
+    add("--decode-length", type=int, default=2048, help="--decode: slots of the cache")
+    add("--json", metavar="FILE", help="also write the plan to this file")
+    add("--picture", metavar="FILE", help="also draw the plan to this PNG file")
+    add("--fresh", action=yes, help="compile again, whatever is in the cache")
+    add("--tokens", type=_number, help="also say how many days so many tokens take: 15T")
+    add("--search-compiles", type=int, default=4, help="--search: candidates to compile")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--search", action=yes, help="find the fastest mesh, remat and micro-batch")
+    one("--largest-batch", action=yes, help="find the most rows of a device that fit")
+    one("--fewest-chips", action=yes, help="find the smallest slice that fits")
+    args = parser.parse_args()
+    if args.search and args.decode:
+        parser.error("--search ranks training steps only, not --decode")
+    return args
+
+
+def _find(args: argparse.Namespace, make: Any, decode: Any, show: Any) -> Any:
     """The plan that was asked for, by search or by its config; None where nothing fits."""
     from lm.planning import report, search, sizing
 
-    config, topology = _CONFIG.value, str(_TOPOLOGY.value)
-    if sum((_SEARCH.value, _LARGEST.value, _FEWEST.value)) > 1:
-        raise app.UsageError("one of --search, --largest-batch and --fewest-chips")
-    if _SEARCH.value:
-        if decode is not None:
-            raise app.UsageError("--search ranks training steps only, not --decode")
-        found = search.search(config, topology, make, num_compiled=_COMPILE.value, show=show)
-    elif _LARGEST.value or _FEWEST.value:
-        look = sizing.largest_batch if _LARGEST.value else sizing.fewest_chips
-        found = look(config, topology, make, decode=decode)
+    target = args.config, args.topology, make
+    if args.search:
+        found = search.search(*target, num_compiled=args.search_compiles, show=show)
+    elif args.largest_batch or args.fewest_chips:
+        look = sizing.largest_batch if args.largest_batch else sizing.fewest_chips
+        found = look(*target, decode=decode)
     else:
-        return make(config, topology, decode)
+        return make(args.config, args.topology, decode)
     print(report.trials_page(found))
     return found.winner.plan if found.winner else None
 
@@ -112,8 +110,9 @@ def _number(text: str) -> float:
             return float(text[:-1]) * scale[text[-1].upper()]
         return float(text)
     except ValueError:
-        raise ValueError(f"--tokens={text} is no number such as 15T, 300B or 2.5e9") from None
+        message = f"{text} is no number such as 15T, 300B or 2.5e9"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

@@ -11,6 +11,7 @@ summary.json.
 
 from __future__ import annotations
 
+import argparse
 import glob
 import gzip
 import hashlib
@@ -25,10 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from lm import cli
-from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
@@ -40,43 +38,25 @@ if TYPE_CHECKING:
     from lm.training.experiment import Experiment
     from lm.types import Params
 
-_CONFIG = command_line.ConfigFlag(
-    "The config to train; its data section is filled in here.",
-    str(Path(__file__).resolve().parent.parent / "configs" / "tiny.py"),
-)
-_WORKDIR = cli.define_workdir("Folder of the run; default: runs/CONFIG-CORPUS.")
-_STORES = flags.DEFINE_string(
-    "stores", None, "Folder of tokenizer and stores; default: data/CORPUS."
-)
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt", None, "Text that samples continue; repeatable; default: lines of the held-out text."
-)
-_DATA = cli.ArgumentParser(add_help=False)
-corpora.add_flags(_DATA)
-_DATA.set_defaults(split=None)  # by the number of documents
-
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.py"
 MAX_NEW_TOKENS = 120  # of a sample
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
+    args = parse_args()
     import jax
 
     from lm.telemetry import metrics
     from lm.training.loop import train
 
-    given = [*argv[1:]]
-    if not any(a.startswith("--data") for a in given):
-        given = ["--data=stdlib", *given]
-    arguments = _DATA.parse_args(given)
-    check_field(arguments.field)
-    is_given, arguments.split = arguments.split is not None, arguments.split or "hash"
-    corpus = corpora.from_flags(arguments)
+    check_field(args.field)
+    is_given, args.split = args.split is not None, args.split or "hash"
+    corpus = corpora.from_flags(args)
     name = corpus_name(corpus)
     corpus = corpus if is_given else corpora.choose_split(corpus)
-    config = _CONFIG.value
-    recipe = Path(_CONFIG.name).stem
-    workdir = Path(_WORKDIR.value or f"runs/{recipe}-{name}")
-    stores = Path(_STORES.value or f"data/{name}")
+    config, recipe = args.config, Path(args.config_name).stem
+    workdir = Path(args.workdir or f"runs/{recipe}-{name}")
+    stores = Path(args.stores or f"data/{name}")
 
     summary_file = workdir / "summary.json"
     step(1, f"tokenizer and token store of {' '.join(corpus.data)} in {stores}")
@@ -96,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     held_out = stores / "validation" if "validation" in corpus.splits else None
     config.data.validation = (str(held_out),) if held_out else ()
     text = held_out_text(held_out) if held_out else b""
-    prompts = _PROMPT.value or make_prompts(text, tokenizer, config.model.max_length)
+    prompts = args.prompt or make_prompts(text, tokenizer, config.model.max_length)
     check_prompts(prompts, tokenizer, config.model.max_length)
     step(2, f"training in {workdir}")
     code = train(config, str(workdir), jax.devices())
@@ -107,6 +87,24 @@ def main(argv: Sequence[str]) -> int:
         finish(workdir, text, prompts)
     report(workdir, prompts, config)
     return 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config(str(CONFIG), "the config to train; its data section is filled in here")
+    add = parser.add_argument
+    add("--workdir", type=cli.folder, help="folder of the run; default: runs/CONFIG-CORPUS")
+    add("--stores", help="folder of tokenizer and stores; default: data/CORPUS")
+    add(
+        "--prompt",
+        action="append",
+        help="text that samples continue; repeatable; default: lines of the held-out text",
+    )
+    corpora.add_flags(parser)
+    parser.set_defaults(split=None)  # by the number of documents
+    given = sys.argv[1:]
+    is_data = any(a.startswith("--data") for a in given)
+    return parser.parse_args(given if is_data else ["--data=stdlib", *given])
 
 
 def check_field(given: Sequence[str]) -> None:
@@ -378,4 +376,4 @@ def held_out_text(store: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG, allow_rest=True)
+    cli.run(main)

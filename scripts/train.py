@@ -14,43 +14,36 @@ scripts/launch), elsewhere say --coordinator=HOST:PORT --num-processes=N --proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from absl import app, flags
-
 from lm import cli
-from lm.config import command_line
 from lm.parallel import process_group
 
-_CONFIG = command_line.ConfigFlag()
-_WORKDIR = cli.define_workdir("Folder of the run; made if it doesn't exist.")
-_EXPLAIN = flags.DEFINE_bool(
-    "explain", False, "Print every config key with its value, default and meaning, and exit."
-)
-_INITIALIZE = process_group.define_flags()
 
-
-def main(argv: Sequence[str]) -> int:
-    del argv
-    config = _CONFIG.value
-    if _EXPLAIN.value:
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add = parser.add_argument
+    add("--workdir", type=cli.folder, help="folder of the run; made if it doesn't exist")
+    add("--explain", action="store_true", help="print every config key, its default and meaning")
+    process_group.add_flags(parser)
+    args = parser.parse_args()
+    if args.explain:
         from lm.config.conversion import explain
 
-        for path, value, default, sentence in explain(config):
+        for path, value, default, sentence in explain(args.config):
             note = "" if value == default else f"  (default {default!r})"
             print(f"--config.{path}={value!r}{note}\n      {sentence}")
         return 0
-    if _WORKDIR.value is None:
-        raise app.UsageError("--workdir=FOLDER is needed")
+    if args.workdir is None:
+        parser.error("--workdir=FOLDER is needed")
 
-    _INITIALIZE()
+    process_group.initialize_from(args)
     import jax
 
     from lm.telemetry.goodput import process_start
     from lm.training.loop import train
 
-    return train(config, _WORKDIR.value, jax.devices(), began=process_start())
+    return train(args.config, args.workdir, jax.devices(), began=process_start())
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

@@ -14,46 +14,34 @@ the exit code is 1 where anything differs by more than rounding.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from absl import app, flags
 
 from lm import cli
-from lm.config import command_line
+from lm.config.tree import ConfigTree
 from lm.parallel import process_group
-
-_CONFIG = command_line.ConfigFlag()
-_MESH = flags.DEFINE_list(
-    "mesh", ["data=2", "fsdp=2", "tensor=2"], "Sizes of mesh axes, and of slices: data=2,fsdp=4."
-)
-_SHRINK = flags.DEFINE_bool("shrink", True, "Make the model small, keeping its structure.")
-_MICROBATCHES = flags.DEFINE_integer("num-microbatches", 1, "Micro-batches on the mesh.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes to start, which share the devices.")
-_INITIALIZE = process_group.define_flags()
 
 # Without LLVM's optimisations compiling takes half the time, and running small programs no more;
 # XLA's own passes, partitioning among them, stay as they are.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def _sizes(entries: Sequence[str]) -> dict[str, int]:
+def _sizes(text: str) -> dict[str, int]:
     sizes = {}
-    for entry in entries:
+    for entry in text.split(","):
         name, _, size = entry.partition("=")
         if not size.isdecimal():
-            raise app.UsageError(f"--mesh: {entry!r} is not like fsdp=4")
+            raise argparse.ArgumentTypeError(f"{entry!r} is not like fsdp=4")
         sizes[name] = int(size)
     return sizes
 
 
-def _shrunk(config: Any) -> str:
+def _shrunk(given: ConfigTree, config: ConfigTree) -> str:
     """The sizes of the model that are others than in the config that was given."""
-    whole, small = _CONFIG.value.model, config.model
+    whole, small = given.model, config.model
     changed = {n: (whole[n], small[n]) for n in small if n in whole and whole[n] != small[n]}
     return ", ".join(
         f"{name} {old} -> {new}" for name, (old, new) in changed.items() if isinstance(new, int)
@@ -62,8 +50,6 @@ def _shrunk(config: Any) -> str:
 
 def _launch(processes: int, number: int) -> None:
     """Goes on as scripts/launch/local.py, which starts this command in every process."""
-    if number % processes:
-        raise app.UsageError(f"--processes={processes} must divide the devices ({number})")
     launcher = str(Path(__file__).parent / "launch" / "local.py")
     sizes = [f"--processes={processes}", f"--devices-per-process={number // processes}"]
     # the last one given counts
@@ -71,14 +57,27 @@ def _launch(processes: int, number: int) -> None:
     os.execv(sys.executable, [sys.executable, *command])
 
 
-def main(argv: Sequence[str]) -> int:
-    del argv
-    config = _CONFIG.value
-    sizes = _sizes(_MESH.value)
-    number = math.prod(size for name, size in sizes.items() if name != "slices")
-    if _PROCESSES.value > 1:
-        _launch(_PROCESSES.value, number)
-    processes = flags.FLAGS["num-processes"].value or 1
+def main() -> int:
+    parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config()
+    add = parser.add_argument
+    add(
+        "--mesh",
+        type=_sizes,
+        default="data=2,fsdp=2,tensor=2",
+        help="sizes of mesh axes, and of slices: data=2,fsdp=4",
+    )
+    add("--noshrink", "--no-shrink", action="store_true", help="keep the size of the model")
+    add("--num-microbatches", type=int, default=1, help="micro-batches on the mesh")
+    add("--processes", type=int, default=1, help="processes to start, which share the devices")
+    process_group.add_flags(parser)
+    args = parser.parse_args()
+    number = math.prod(size for name, size in args.mesh.items() if name != "slices")
+    if number % args.processes:
+        parser.error(f"--processes={args.processes} must divide the devices ({number})")
+    if args.processes > 1:
+        _launch(args.processes, number)
+    processes = args.num_processes or 1
     os.environ["JAX_PLATFORMS"] = "cpu"
     # collectives of fake devices wait in threads of XLA's pool, as many as it believes cores to be
     os.environ.setdefault("NPROC", "64")
@@ -86,22 +85,22 @@ def main(argv: Sequence[str]) -> int:
     devices = f"--xla_force_host_platform_device_count={number // processes}"
     os.environ["XLA_FLAGS"] = f"{QUICK} {given} {devices}"
     if processes > 1:  # never those of a cluster that this machine is part of
-        _INITIALIZE()
+        process_group.initialize_from(args)
     import jax
 
     from lm.planning import mesh_equivalence
 
     jax.config.update("jax_platforms", "cpu")
-    config = mesh_equivalence.shrink(config) if _SHRINK.value else config
+    config = args.config if args.noshrink else mesh_equivalence.shrink(args.config)
     lead = jax.process_index() == 0
-    if lead and _SHRINK.value:
-        print(f"model resized, its structure kept (--noshrink: as it is): {_shrunk(config)}")
+    if lead and not args.noshrink:
+        sizes = _shrunk(args.config, config)
+        print(f"model resized, its structure kept (--noshrink: as it is): {sizes}")
     if lead:
-        print(
-            f"{_MESH.value} against one device, float32, {mesh_equivalence.STEPS} steps", flush=True
-        )
+        mesh = [f"{name}={size}" for name, size in args.mesh.items()]
+        print(f"{mesh} against one device, float32, {mesh_equivalence.STEPS} steps", flush=True)
     report = mesh_equivalence.verify(
-        config, sizes, jax.devices(), num_microbatches=_MICROBATCHES.value
+        config, args.mesh, jax.devices(), num_microbatches=args.num_microbatches
     )
     if lead:
         print(mesh_equivalence.describe(report))
@@ -112,4 +111,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_with_config(main, _CONFIG)
+    cli.run(main)

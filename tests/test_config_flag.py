@@ -185,8 +185,9 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
         (["--config.modle.num_layers=2"], "--config.modle.num_layers=2 changes a config"),
         (
             ["--model.num_layers=2"],
-            "Unknown command line flag 'model.num_layers'; did you mean --config.model.num_layers?",
+            "unrecognized arguments: --model.num_layers=2; did you mean --config.model.num_layers?",
         ),
+        (["--wrokdir=x"], "unrecognized arguments: --wrokdir=x; did you mean --workdir?"),
         (
             ["--config=configs/tiny.py", "--config.modle.num_layers=2"],
             "config.modle is not a config key; did you mean config.model?",

@@ -24,42 +24,42 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Collectives in a loop, through the same entry as every script.
 SCRIPT = """
 import os, signal, sys, time
-from absl import flags
 from lm import cli
 from lm.parallel import process_group
 from lm.exit_codes import Exit, RunError
 
-what = flags.DEFINE_string("what", "", "What the last process does at step 5.")
-initialize = process_group.define_flags()
-
 class Full(RunError):
     code = Exit.SAVE_FAILED
 
-def main(argv):
-    env = initialize()
+def main():
+    parser = cli.ArgumentParser()
+    parser.add_argument("--what", default="", help="done by the last process at step 5")
+    process_group.add_flags(parser)
+    what = parser.parse_args().what
+    env = process_group.initialize_from(parser.parse_args())
     import jax, numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     last = env.process_id == env.num_processes - 1
-    seed = 1 if what.value == "seed" and last else 0
+    seed = 1 if what == "seed" and last else 0
     process_group.agree("code", {"commit": "abc"})
     process_group.agree("config", {"seed": seed, "model": {"dim": 3}})
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     x = jax.make_array_from_callback((len(jax.devices()),), sharding, lambda i: np.ones(8)[i])
     step = jax.jit(lambda x: x * 0.5 + x.sum(), out_shardings=sharding)
-    for i in range(20 if what.value in ("", "stop") else 1000):
+    for i in range(20 if what in ("", "stop") else 1000):
         x = jax.block_until_ready(step(x))
-        if i == 5 and last and what.value == "kill":
+        if i == 5 and last and what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if i == 5 and last and what.value == "full":
+        if i == 5 and last and what == "full":
             raise Full("no space left")
-        if i == 5 and last and what.value == "bug":
+        if i == 5 and last and what == "bug":
             raise KeyError("bug")
-        if i == 5 and what.value == "kill lead" and env.process_id == 0:
+        if i == 5 and what == "kill lead" and env.process_id == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)
-    return Exit.TERMINATED if what.value == "stop" else 0
+    return Exit.TERMINATED if what == "stop" else 0
 
-cli.run_with_config(main)
+cli.run(main)
 """
 
 

@@ -12,7 +12,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from lm import cli
 from scripts.project import config_page, lint_prose
@@ -58,46 +57,29 @@ class Parsed(BaseException):
 def parse(script, arguments, monkeypatch):
     """Parse the arguments by the script's own flags, and its config with them; run no more."""
 
-    def parsed_by_absl(main, config=None, *, allow_rest=False):
-        rest = cli._parse(sys.argv, config, allow_rest)[1:]
-        parsers = [v for v in main.__globals__.values() if isinstance(v, cli.ArgumentParser)]
-        if rest:
-            parsers[0].parse_args(rest)
-        raise Parsed
+    depth = []
 
-    outermost = []
-    of_argparse = cli.ArgumentParser.parse_known_args
-
-    def parsed_by_argparse(self, args=None, namespace=None):
-        outer = not outermost
-        outermost.append(self)
-        found, rest = of_argparse(self, args, namespace)
-        if outer:
+    def stop_after(method):
+        def parse(self, args=None, namespace=None):
+            depth.append(self)
+            found = method(self, args, namespace)
+            depth.pop()
+            if depth:
+                return found
+            rest = found[1] if isinstance(found, tuple) else []
             assert all(flag.startswith("--config.") for flag in rest), rest
             raise Parsed
-        return found, rest
 
-    # flags of scripts that other tests have imported make room for the script's
-    module_of = flags.FLAGS.find_module_defining_flag
-    others = {n: flags.FLAGS[n] for n in flags.FLAGS if not str(module_of(n)).startswith("absl")}
-    for name in others:
-        delattr(flags.FLAGS, name)
-    known = set(flags.FLAGS)
+        return parse
+
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.setattr(os, "execv", lambda *_: None)  # lm_eval.py starts itself again
-        patch.setattr(cli, "run_with_config", parsed_by_absl)
         patch.setattr(cli, "run", lambda main, *given: main(*given))
-        patch.setattr(cli.ArgumentParser, "parse_known_args", parsed_by_argparse)
-        try:
-            with pytest.raises(Parsed):
-                runpy.run_path(str(script), run_name="__main__")
-        finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            for name, flag in others.items():
-                flags.FLAGS[name] = flag
-            flags.FLAGS.unparse_flags()
+        for name in ("parse_args", "parse_known_args"):
+            patch.setattr(cli.ArgumentParser, name, stop_after(getattr(cli.ArgumentParser, name)))
+        with pytest.raises(Parsed):
+            runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

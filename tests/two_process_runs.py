@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 
-from absl import app
-
+from lm import cli
 from lm.parallel import process_group
 
 STEPS = 8
@@ -31,9 +30,13 @@ BASE = {
 }
 
 
-def main(argv):
+def main():
     os.environ.setdefault("NPROC", "64")
-    initialize()
+    parser = cli.ArgumentParser()
+    parser.add_argument("folder")
+    process_group.add_flags(parser)
+    args = parser.parse_args()
+    process_group.initialize_from(args)
     import jax
     import numpy as np
     from etils import epath
@@ -44,7 +47,7 @@ def main(argv):
     from lm.training import loop as training
     from lm.training.experiment import Experiment
 
-    root = epath.Path(argv[1])
+    root = epath.Path(args.folder)
     spoilt = {}
 
     class Injector(Experiment):
@@ -109,5 +112,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    initialize = process_group.define_flags()
-    app.run(main)
+    main()

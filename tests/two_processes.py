@@ -3,8 +3,7 @@
 import os
 import sys
 
-from absl import app
-
+from lm import cli
 from lm.parallel import process_group
 
 PIPELINE = "model.pipeline.num_microbatches"
@@ -23,10 +22,11 @@ COMBINATIONS = (
 )
 
 
-def main(argv):
-    del argv
+def main():
     os.environ.setdefault("NPROC", "64")
-    initialize()
+    parser = cli.ArgumentParser()
+    process_group.add_flags(parser)
+    process_group.initialize_from(parser.parse_args())
     import jax
 
     from configs import llama3, mixtral
@@ -54,5 +54,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    initialize = process_group.define_flags()
-    app.run(main)
+    main()

@@ -1,4 +1,4 @@
-"""The flag --config of a script, and --config.KEY=VALUE for every key of that config."""
+"""Flags of a script that name a config, --config=FILE, and change it, --config.KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
 from etils import epath
 
 from lm import storage
@@ -30,43 +29,6 @@ MISTAKES = (
     TypeError,
     ValueError,
 )
-
-
-class ConfigFlag:
-    """The flag --config=FILE of a script, with the file `default` where none is given.
-
-    After `load`, `value` is its config, and `name` the text of the flag. Without a file `value`
-    raises absl's UsageError.
-    """
-
-    def __init__(
-        self,
-        sentence: str = "A file with get_config(arg), as FILE or FILE:ARG, or a run's config.json.",
-        default: str | None = None,
-    ) -> None:
-        self._flag = flags.DEFINE_string("config", default, sentence)
-        self._value: ConfigTree | None = None
-
-    @property
-    def name(self) -> str:
-        return self._flag.value or ""
-
-    @property
-    def value(self) -> ConfigTree:
-        if self._value is None:
-            raise app.UsageError("--config=configs/NAME.py is needed")
-        return self._value
-
-    def load(self, settings: Sequence[str]) -> None:
-        """Set `value`. Raises ValueError as `read` does, and for settings without a config."""
-        if self._flag.value is None:
-            if settings:
-                raise ValueError(
-                    f"--config.{settings[0]} changes a config: name one with "
-                    "--config=configs/NAME.py"
-                )
-            return
-        self._value = read(self._flag.value, settings)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

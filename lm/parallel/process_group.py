@@ -8,6 +8,7 @@ that this process announced, else with `Exit.PEER_LOST`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -38,19 +39,23 @@ _peer_timeout = 300.0
 _count = itertools.count()
 
 
-def define_flags() -> Callable[[], Environment]:
-    """Define the absl flags of a process that may be one of several; return what reads them and
-    initializes.
-    """
-    from absl import flags
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a process that may be one of several; `initialize_from` reads them."""
+    add = parser.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, if nothing else says")
+    add("--num-processes", type=int, metavar="N", help="processes of the run; with --coordinator")
+    add("--process-id", type=int, metavar="I", help="this one, from 0; with --coordinator")
+    add("--peer-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for others")
 
-    names = [
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if nothing else says."),
-        flags.DEFINE_integer("num-processes", None, "Processes of the run; with --coordinator."),
-        flags.DEFINE_integer("process-id", None, "Which one this is, from 0; with --coordinator."),
-        flags.DEFINE_float("peer-timeout", 300.0, "Seconds to wait for the other processes."),
-    ]
-    return lambda: initialize(**{f.name.replace("-", "_"): f.value for f in names})
+
+def initialize_from(flags: argparse.Namespace) -> Environment:
+    """`initialize` as the flags of `add_flags` say."""
+    return initialize(
+        coordinator=flags.coordinator,
+        num_processes=flags.num_processes,
+        process_id=flags.process_id,
+        peer_timeout=flags.peer_timeout,
+    )
 
 
 def initialize(
