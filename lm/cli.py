@@ -34,18 +34,22 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
-        self._takes_config = False
+        self._takes_config = self._reads_config = False
 
     def add_config(
         self,
         default: str | None = None,
         help: str = "a file with get_config(arg), as FILE or FILE:ARG, or a run's config.json",
+        *,
+        read: bool = True,
     ) -> None:
         """Add --config=FILE and --config.KEY=VALUE, which give `parse_args` the locked `ConfigTree`
-        `config`, and the text of the flag as `config_name`.
+        `config`, the name of its file as `config_name`, and every KEY=VALUE in `settings`.
+
+        read: False leaves the file's name in `config`, for scripts that make a config of each run.
         """
         self.add_argument("--config", metavar="FILE", default=default, help=help)
-        self._takes_config = True
+        self._takes_config, self._reads_config = True, read
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
         args = with_dashes(sys.argv[1:] if args is None else args)
@@ -63,6 +67,8 @@ class ArgumentParser(argparse.ArgumentParser):
             hint = meant if is_key else suggestion(flag, self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         if self._takes_config:
+            found.settings = settings
+        if self._reads_config:
             found.config_name, found.config = found.config, self._config(found.config, settings)
         return found
 

@@ -32,13 +32,13 @@ def main() -> int:
     from lm.scaling import run_table
     from lm.training.loop import train
 
-    args, settings = _flags()
+    args = parse_args()
     root = Path(args.workdir)
     runs = []
     for size in args.sizes.split(","):
         config: Any = command_line.load(f"{args.config}:{size}")
-        for setting in settings:
-            conversion.assign(config, setting.removeprefix("--"))
+        for setting in args.settings:
+            conversion.assign(config, setting)
         runs += plan(config, size, args.fractions, root)
     for name, config in runs:
         folder = root / name
@@ -55,20 +55,15 @@ def main() -> int:
     return 0
 
 
-def _flags() -> tuple[argparse.Namespace, list[str]]:
-    """(flags of the ladder, flags --config.KEY=VALUE for all runs)."""
+def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config("configs/ladder.py", "a file with get_config(size)", read=False)
     add = parser.add_argument
-    add("--config", default="configs/ladder.py", help="a file with get_config(size)")
     add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")
     add("--fractions", type=_fractions, default=(0.25, 0.5), help="lengths of the other runs")
     add("--workdir", type=cli.folder, required=True, help="folder of the runs' folders")
     add("--out", help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)")
-    args, rest = parser.parse_known_args()
-    for flag in rest:
-        if not flag.startswith("--config.") or "=" not in flag:
-            parser.error(f"unrecognized argument {flag}; flags of all runs are --config.KEY=VALUE")
-    return args, rest
+    return parser.parse_args()
 
 
 def _fractions(text: str) -> tuple[float, ...]:

@@ -43,7 +43,8 @@ def main() -> int:
     from lm.scaling.sweep import cluster, pool, space
     from lm.scaling.sweep.pool import Outcome, Trial
 
-    args, settings = _flags()
+    args = parse_args()
+    settings = [f"--config.{setting}" for setting in args.settings]
     root, home = Path(args.workdir), args.runs or args.workdir
     grid = [space.parse(text) for text in args.grid]
     ranges = [space.parse(text) for text in args.range]
@@ -103,11 +104,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _flags() -> tuple[argparse.Namespace, list[str]]:
-    """(flags of the sweep, flags --config.KEY=VALUE for all runs)."""
+def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
+    parser.add_config(read=False)
     add = parser.add_argument
-    add("--config", required=True, help="a file with get_config(arg), as FILE or FILE:ARG")
     add(
         "--workdir",
         type=cli.folder,
@@ -136,17 +136,16 @@ def _flags() -> tuple[argparse.Namespace, list[str]]:
         metavar="URL",
         help="folder of a cluster's runs (default: WORKDIR)",
     )
-    args, rest = parser.parse_known_args()
+    args = parser.parse_args()
+    if args.config is None:
+        parser.error("--config=configs/NAME.py is needed")
     if "://" in args.workdir:
         parser.error(f"--workdir={args.workdir}: a sweep is kept on this machine; see --runs")
     if args.write and args.collect:
         parser.error("--write comes before the runs, --collect after them")
-    for flag in rest:
-        if not flag.startswith("--config.") or "=" not in flag:
-            parser.error(f"unrecognized argument {flag}; flags of all runs are --config.KEY=VALUE")
     if min(args.seeds, args.folds, args.slots) < 1:
         parser.error("--seeds, --folds and --slots must be at least 1")
-    return args, rest
+    return args
 
 
 def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> None:
