@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Mapping
@@ -235,21 +236,17 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> epath.Path:
         """Move a checkpoint to WORKDIR/bad_checkpoints, and return its new path there."""
-        k = process_group.from_lead("set aside", lambda: self._move_aside(step))
-        return self._aside(step, k)
+        name = process_group.from_lead("set aside", lambda: self._move_aside(step))
+        return self._bad / name
 
-    def _move_aside(self, step: int) -> int:
-        """Move a checkpoint, also in several processes at once; return the suffix of its name."""
+    def _move_aside(self, step: int) -> str:
+        """Move a checkpoint, also in several processes at once; return its name there."""
         self._bad.mkdir(parents=True, exist_ok=True)
-        k = 0
-        while self._aside(step, k).exists():
-            k += 1
+        names = itertools.chain([str(step)], (f"{step}-{k}" for k in itertools.count(1)))
+        name = next(name for name in names if not (self._bad / name).exists())
         with contextlib.suppress(FileNotFoundError):  # another process was first
-            (self.directory / str(step)).rename(self._aside(step, k))
-        return k
-
-    def _aside(self, step: int, k: int) -> epath.Path:
-        return self._bad / (f"{step}-{k}" if k else str(step))
+            (self.directory / str(step)).rename(self._bad / name)
+        return name
 
     # ---- restoring ----
 
@@ -332,5 +329,5 @@ class Checkpoints:
             return
         done = "passed over"
         if not self._read_only:
-            done = f"moved to {self._aside(step, self._move_aside(step))}"
+            done = f"moved to {self._bad / self._move_aside(step)}"
         print(f"the checkpoint of step {step} is bad and was {done}: {fault}", flush=True)

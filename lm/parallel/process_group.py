@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
+from lm.config.tree import leaves
 from lm.exit_codes import Exit, RunError
 from lm.parallel.cluster_env import Environment, detect, gce_metadata
 from lm.parallel.coordination_service import HEARTBEAT, CoordinationService
@@ -31,7 +32,6 @@ GRACE = 30.0
 COMMUNICATION = ("gloo", "nccl", "coordination", "peer", "unavailable")  # in texts of errors
 
 T = TypeVar("T")
-Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | bool | None"
 
 _peers: PeerConnections | None = None
 _service: CoordinationService | None = None  # in process 0
@@ -146,7 +146,7 @@ def _connect(found: Environment, timeout: float) -> PeerConnections:
     return peers
 
 
-def agree(name: str, value: Mapping[str, Json]) -> None:
+def agree(name: str, value: Mapping[str, object]) -> None:
     """Return once all processes have called it with the same JSON value under the same name.
 
     Process 0 compares and the others read its result, so that thousands of processes may agree.
@@ -173,10 +173,16 @@ def agree(name: str, value: Mapping[str, Json]) -> None:
         )
 
 
-def differences(name: str, first: Json, others: Mapping[int, Json], *, most: int = 8) -> list[str]:
-    """Lines such as "config.seed: process 0 has 0, process 1 has 1", at most `most` of them."""
-    lead, lines = _flat(first, name), []
-    rest = {process: _flat(value, name) for process, value in others.items()}
+def differences(
+    name: str, first: Mapping[str, object], others: Mapping[int, Mapping[str, object]]
+) -> list[str]:
+    """Lines such as "config.seed: process 0 has 0, process 1 has 1", at most eight of them."""
+
+    def flat(value: Mapping[str, object]) -> dict[str, str]:
+        return {f"{name}.{path}": json.dumps(leaf) for path, leaf in leaves(value)}
+
+    lead, lines = flat(first), []
+    rest = {process: flat(value) for process, value in others.items()}
     for path in sorted(set(lead).union(*rest.values())):
         wrong = [process for process, flat in rest.items() if flat.get(path) != lead.get(path)]
         if wrong:
@@ -185,18 +191,7 @@ def differences(name: str, first: Json, others: Mapping[int, Json], *, most: int
             lines.append(
                 f"{path}: process 0 has {lead.get(path, 'nothing')}, {', '.join(has)}{more}"
             )
-    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
-
-
-def _flat(value: Json, path: str) -> dict[str, str]:
-    """{dotted path: JSON} of every leaf; a list is one."""
-    if not isinstance(value, dict) or not value:
-        return {path: json.dumps(value)}
-    return {
-        key: leaf
-        for name, part in value.items()
-        for key, leaf in _flat(part, f"{path}.{name}").items()
-    }
+    return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
 
 
 def _wait_for(key: str, process: int, name: str) -> str:
