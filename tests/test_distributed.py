@@ -351,15 +351,15 @@ def test_a_stranger_on_the_port_and_a_process_started_again_do_no_harm():
 
 def test_differences_are_named_by_path_and_process():
     first = {"seed": 0, "model": {"dim": 3, "deep": {"x": [1]}}}
-    assert differences("config", first, {1: first}) == []
-    others = {1: {**first, "seed": 1}, 2: {**first, "model": {"dim": 3}, "extra": None}}
-    assert differences("config", first, others) == [
+    assert differences("config", {0: first, 1: first}) == []
+    others = {0: first, 1: {**first, "seed": 1}, 2: {**first, "model": {"dim": 3}, "extra": None}}
+    assert differences("config", others) == [
         "config.extra: process 0 has nothing, process 2 has null",
         "config.model.deep.x: process 0 has [1], process 2 has nothing",
         "config.seed: process 0 has 0, process 1 has 1",
     ]
-    many = {i: {**first, "seed": i} for i in range(1, 6)}
-    assert differences("config", first, many) == [
+    many = {i: {**first, "seed": i} for i in range(6)}
+    assert differences("config", many) == [
         "config.seed: process 0 has 0, process 1 has 1, process 2 has 2, 3 more differ"
     ]
 

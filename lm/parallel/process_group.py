@@ -165,7 +165,7 @@ def agree(name: str, value: Mapping[str, object]) -> None:
 
     def compare() -> list[str]:
         values = {p: json.loads(_wait_for(f"{prefix}/{p}", p, name)) for p in range(count)}
-        return differences(name, values.pop(0), values)
+        return differences(name, values)
 
     if lines := from_lead(name, compare):
         raise Mismatch(
@@ -173,24 +173,20 @@ def agree(name: str, value: Mapping[str, object]) -> None:
         )
 
 
-def differences(
-    name: str, first: Mapping[str, object], others: Mapping[int, Mapping[str, object]]
-) -> list[str]:
+def differences(name: str, values: Mapping[int, Mapping[str, object]]) -> list[str]:
     """Lines such as "config.seed: process 0 has 0, process 1 has 1", at most eight of them."""
-
-    def flat(value: Mapping[str, object]) -> dict[str, str]:
-        return {f"{name}.{path}": json.dumps(leaf) for path, leaf in leaves(value)}
-
-    lead, lines = flat(first), []
-    rest = {process: flat(value) for process, value in others.items()}
-    for path in sorted(set(lead).union(*rest.values())):
-        wrong = [process for process, flat in rest.items() if flat.get(path) != lead.get(path)]
+    flat = {
+        process: {f"{name}.{path}": json.dumps(leaf) for path, leaf in leaves(value)}
+        for process, value in values.items()
+    }
+    lines = []
+    for path in sorted(set().union(*flat.values())):
+        found = {process: tree.get(path, "nothing") for process, tree in flat.items()}
+        wrong = [process for process in found if found[process] != found[0]]
         if wrong:
-            has = [f"process {p} has {rest[p].get(path, 'nothing')}" for p in wrong[:2]]
-            more = f", {len(wrong) - 2} more differ" if len(wrong) > 2 else ""
-            lines.append(
-                f"{path}: process 0 has {lead.get(path, 'nothing')}, {', '.join(has)}{more}"
-            )
+            has = [f"process {process} has {found[process]}" for process in (0, *wrong[:2])]
+            more = [f"{len(wrong) - 2} more differ"] if len(wrong) > 2 else []
+            lines.append(f"{path}: {', '.join(has + more)}")
     return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
 
 
