@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm import cli
+from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data import tokenizer as tokenizers
@@ -308,8 +309,8 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     if config.model.name == "decoder" and prompts:
         _next("generate.py", run, f"--prompt={prompts[0]}", "--stream")
     _next("evaluate.py", run)
-    layers = f"--config.model.num_layers={2 * config.model.num_layers}"
-    _next("pretrain.py", *_last([*_arguments(), f"{run}-deeper", layers]))
+    deeper = f"model.num_layers={2 * config.model.num_layers}"
+    _next("pretrain.py", *repeat_with(sys.argv[1:], f"{workdir}-deeper", deeper))
     family, activation = export_family(config.model)
     if family and not activation:
         _next("hf_export.py", run, f"--out=exports/{family}")
@@ -326,26 +327,21 @@ def _next(script: str, *arguments: str) -> None:
     print(f"  {shlex.quote(python)} scripts/{script} {shlex.join(arguments)}")
 
 
-def _arguments() -> list[str]:
-    """This command's own, without the folder of the run and what is the default."""
-    given = iter(sys.argv[1:])
-    kept = []
-    for argument in given:
-        if argument.lstrip("-") == "workdir":
-            next(given, None)
-        elif not argument.lstrip("-").startswith("workdir="):
-            kept.append(argument)
-    return [a for a in kept if a not in ("--data=stdlib", "--config=configs/tiny.py")]
-
-
-def _last(arguments: Sequence[str]) -> list[str]:
-    """Arguments without the --config.KEY=VALUE that a later one of the same key overrides."""
-    keys = [re.sub(r"^-+(?=config)", "--", a.partition("=")[0]) for a in arguments]
-    return [
-        a
-        for i, (a, key) in enumerate(zip(arguments, keys, strict=True))
-        if not (key.startswith("--config.") and "=" in a and key in keys[i + 1 :])
-    ]
+def repeat_with(argv: Sequence[str], workdir: str, setting: str) -> list[str]:
+    """The arguments of this command for another folder and with a setting KEY=VALUE more, without
+    defaults and what a later setting overrides.
+    """
+    words, settings = command_line.split(argv)
+    kept, rest = [], iter(words)
+    for word in rest:
+        flag, equals, _ = word.lstrip("-").partition("=")
+        if flag != "workdir":
+            kept += [word] if word not in ("--data=stdlib", "--config=configs/tiny.py") else []
+        elif not equals:
+            next(rest, None)
+    last = dict(text.partition("=")[::2] for text in [*settings, setting])
+    changes = [f"--config.{key}={value}" for key, value in last.items()]
+    return [*kept, f"--workdir={workdir}", *changes]
 
 
 def export_family(model: Any) -> tuple[str, str]:

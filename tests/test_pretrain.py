@@ -148,5 +148,6 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_training():
 
 
 def test_of_a_repeated_setting_the_next_command_keeps_the_last():
-    given = ["--config.a=1", "--data=x", "--data=y", "-config.a=2", "--config.b=1", "--config.a=3"]
-    assert script._last(given) == ["--data=x", "--data=y", "--config.b=1", "--config.a=3"]
+    given = ["--config.a=1", "--data=x", "--workdir=r", "--data=y", "-config.a=2", "--config.b=1"]
+    found = script.repeat_with([*given, "--workdir", "s", "--data=stdlib"], "t", "a=3")
+    assert found == ["--data=x", "--data=y", "--workdir=t", "--config.a=3", "--config.b=1"]

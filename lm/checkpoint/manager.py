@@ -29,7 +29,6 @@ from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, step_files
 from lm.checkpoint.checksums import PyTree
 from lm.checkpoint.code_version import code_version
-from lm.checkpoint.literal_path import LiteralPath
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config.schema import CheckpointConfig
 from lm.exit_codes import Exit, RunError
@@ -67,7 +66,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        root = LiteralPath(workdir).resolve()
+        root = step_files.LiteralPath(workdir).resolve()
         self.directory = root / "checkpoints"
         self._bad = root / "bad_checkpoints"
         self._config = config

@@ -9,14 +9,17 @@ WORKDIR/bad_checkpoints/STEP[-K]/       checkpoints that didn't verify
 
 from __future__ import annotations
 
+import glob
 import itertools
+import os
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from etils.epath import gpath
 
 from lm import storage
 from lm.checkpoint.checksums import hexadecimal, host_checksums
@@ -37,6 +40,19 @@ _UNREADABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_
 
 class Unreadable(PermissionError):
     """Files that may not be read, or whose storage doesn't answer: their checkpoint may be good."""
+
+
+class LiteralPath(gpath.PosixGPath):
+    """A path whose own characters are literal in `glob`: etils takes the folder `runs/[x]*` for a
+    pattern, and Orbax then finds none of its files there.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        if storage.is_url(str(self)):
+            yield from super().glob(pattern)
+        else:
+            for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
+                yield self._new(path)
 
 
 def steps(directory: epath.Path) -> list[int]:
