@@ -18,7 +18,6 @@ from typing import Any, NoReturn, TypeVar
 
 from lm.config import command_line
 from lm.config.suggestions import suggestion
-from lm.config.tree import ConfigTree
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
 
@@ -43,7 +42,7 @@ class ArgumentParser(argparse.ArgumentParser):
         *,
         read: bool = True,
     ) -> None:
-        """Add --config=FILE and --config.KEY=VALUE, which give `parse_args` the locked `ConfigTree`
+        """Add --config=FILE and --config.KEY=VALUE: `parse_args` returns the locked `ConfigTree` as
         `config`, the name of its file as `config_name`, and every KEY=VALUE in `settings`.
 
         read: False leaves the file's name in `config`, for scripts that make a config of each run.
@@ -51,39 +50,31 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument("--config", metavar="FILE", default=default, help=help)
         self._takes_config, self._reads_config = True, read
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
-        args = with_dashes(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(args, namespace)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore
-        words, settings = sys.argv[1:] if args is None else args, []
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        words, settings = list(sys.argv[1:] if args is None else args), []
         if self._takes_config:
             words, settings = command_line.split(words)
-        found, rest = self.parse_known_args(words, namespace)
+        found, rest = self.parse_known_args(with_dashes(words), namespace or argparse.Namespace())
         if rest:
             flag = rest[0].partition("=")[0]
             is_key = self._takes_config and "." in flag
             meant = f"; did you mean --config.{flag.lstrip('-')}?"
             hint = meant if is_key else suggestion(flag, self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-        if self._takes_config:
-            found.settings = settings
+        if not self._takes_config:
+            return found
+        if found.config is None:
+            changes = f"--config.{settings[0]} changes a config: " if settings else ""
+            self.error(f"{changes}--config=configs/NAME.py is needed")
+        found.config_name, found.settings = found.config, settings
         if self._reads_config:
-            found.config_name, found.config = found.config, self._config(found.config, settings)
+            try:
+                found.config = command_line.read(found.config, settings)
+            except ValueError as error:
+                self.error(str(error).replace("\n", " "))
         return found
-
-    def _config(self, name: str | None, settings: Sequence[str]) -> ConfigTree:
-        if name is None:
-            if settings:
-                self.error(
-                    f"--config.{settings[0]} changes a config: name one with "
-                    "--config=configs/NAME.py"
-                )
-            self.error("--config=configs/NAME.py is needed")
-        try:
-            return command_line.read(name, settings)
-        except ValueError as error:
-            self.error(str(error).replace("\n", " "))
 
     def error(self, message: str) -> NoReturn:
         keys = ", train.py --explain config keys" if self._takes_config else ""
@@ -104,21 +95,21 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def run(main: Callable[..., int], *args: Any) -> None:
-    """End the process with the exit code of `main(*args)`, or of the error in it."""
+def run(main: Callable[[], int]) -> None:
+    """End the process with the exit code of `main`, or of the error in it."""
     _use_huge_pages()
     _set_up()
-    code, message = _outcome(main, *args)
+    code, message = _outcome(main)
     if message:
         print(message, file=sys.stderr)
     sys.exit(process_group.leave(code, message))
 
 
-def _outcome(main: Callable[..., int], *args: Any) -> tuple[int, str]:
-    """(exit code, message) of `main(*args)`; a mistake of the user is one line."""
+def _outcome(main: Callable[[], int]) -> tuple[int, str]:
+    """(exit code, message) of `main`; a mistake of the user is one line."""
     try:
         with process_group.peer_errors():
-            return main(*args), ""
+            return main(), ""
     except RunError as error:
         return error.code, f"error: {error}"
     except USER_ERRORS as error:
@@ -207,7 +198,7 @@ def _use_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def _report(unraisable: Any) -> None:
+def _report(unraisable: sys.UnraisableHookArgs) -> None:
     """sys.unraisablehook, but for TensorStore's threads: after the first write that fails Orbax
     closes the event loop that the others report to, and each would print a stack about that.
     """

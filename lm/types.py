@@ -20,8 +20,10 @@ import numpy as np
 from typing_extensions import TypeVar
 
 Array: TypeAlias = jax.Array  # a tracer too
+PyTree: TypeAlias = Any
+Tree = TypeVar("Tree")
 Params: TypeAlias = dict[str, Any]  # nested, with arrays for leaves
-Cache: TypeAlias = Any  # a pytree of the model that made it
+Cache: TypeAlias = PyTree  # a pytree of the model that made it
 Sums: TypeAlias = dict[str, Array]  # additive scalars: sums over tokens, and their counts
 StepInfo: TypeAlias = dict[str, Array]  # of one step, not additive: see lm/training/train_step.py
 
@@ -89,7 +91,7 @@ class TrainState:
 
     step: Array  # int32 []
     params: Params
-    opt_state: Any
+    opt_state: PyTree
 
 
 class Model(Protocol):

@@ -53,7 +53,8 @@ SMOKE = (
 )
 
 
-def main(argv: list[str]) -> int:
+def main() -> int:
+    argv = sys.argv[1:]
     own, of_train = argv, []
     if "--" in argv:
         at = argv.index("--")
@@ -315,4 +316,4 @@ class Job:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

@@ -137,8 +137,6 @@ def parse_args() -> argparse.Namespace:
         help="folder of a cluster's runs (default: WORKDIR)",
     )
     args = parser.parse_args()
-    if args.config is None:
-        parser.error("--config=configs/NAME.py is needed")
     if "://" in args.workdir:
         parser.error(f"--workdir={args.workdir}: a sweep is kept on this machine; see --runs")
     if args.write and args.collect:

@@ -66,7 +66,7 @@ def parse(script, arguments, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.setattr(os, "execv", lambda *_: None)  # lm_eval.py starts itself again
-        patch.setattr(cli, "run", lambda main, *given: main(*given))
+        patch.setattr(cli, "run", lambda main: main())
         patch.setattr(cli.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
             runpy.run_path(str(script), run_name="__main__")

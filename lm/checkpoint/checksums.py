@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm.parallel.sharding import mesh_axes
+from lm.types import PyTree, Tree
 
 U = np.uint32
 FACTORS = (U(0x85EBCA6B), U(0xC2B2AE35))
@@ -24,8 +25,6 @@ SEEDS = (U(0x9E3779B9), U(0x7F4A7C15))  # of the two sums: 64 bits of the golden
 COLUMNS = (U(0x85EBCA77), U(0xC2B2AE3D))  # odd, so that columns below 2^32 stay distinct
 BLOCK = 1 << 15  # elements that a host mixes at a time, so that they stay in its cache
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-PyTree: TypeAlias = Any
-Tree = TypeVar("Tree")
 Word = TypeVar("Word", jax.Array, np.ndarray)
 
 

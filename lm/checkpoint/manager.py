@@ -27,13 +27,12 @@ from etils import epath
 
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, step_files
-from lm.checkpoint.checksums import PyTree
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config.schema import CheckpointConfig
 from lm.exit_codes import Exit, RunError
 from lm.parallel import device_errors, process_group
-from lm.types import Params, TrainState
+from lm.types import Params, PyTree, TrainState
 
 # Errors of the file system, of TensorStore, and of a barrier that a process didn't reach.
 SAVE_ERRORS = (OSError, ValueError, TimeoutError, jax.errors.JaxRuntimeError)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lm.checkpoint.checksums import PyTree, hexadecimal
+from lm.checkpoint.checksums import hexadecimal
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.optim.param_tree import named_leaves
+from lm.types import PyTree
 
 FORMAT = 1
 

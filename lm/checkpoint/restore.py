@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 
 from lm.checkpoint import checksums, step_files
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint.checksums import PyTree
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.checkpoint.step_files import Unreadable
 from lm.parallel import sharding
+from lm.types import PyTree
 
 _CANNOT = "cannot be opened"  # the start of an Unreadable's fault
 T = TypeVar("T")

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config.fields import field
 from lm.parallel.sharding import Rules
-from lm.types import Array, Params
+from lm.types import Array, Params, PyTree, Tree
 
-Tree = TypeVar("Tree")
-PyTree: TypeAlias = Any
-Outputs: TypeAlias = Any  # a pytree that a layer returns
+Outputs: TypeAlias = PyTree  # that a layer returns
 
 STREAM = ("layers", None, "batch", "act_length", "act_embed")  # of [S, M / S, B / M, T, D]
 STATE = ("layers", "batch", "act_length", "act_embed")  # of [S, B / M, T, D]
@@ -212,12 +210,12 @@ def _on_stages(params: Params, schedule: Schedule, rules: Rules) -> Params:
 # ---- the loop ----
 
 # (parameters, per-layer arrays, x [b, T, D], result of `prepare`, key or None) -> (x, outputs)
-Layer = Callable[[Params, Any, Array, Any, Array | None], tuple[Array, Outputs]]
+Layer = Callable[[Params, PyTree, Array, PyTree, Array | None], tuple[Array, Outputs]]
 
 
 def pipeline(
     layer: Layer,
-    prepare: Callable[[Any, Any], Any],
+    prepare: Callable[[PyTree, PyTree], PyTree],
     params: Params,
     per_layer: PyTree,
     x: Array,

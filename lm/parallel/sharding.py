@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,11 +20,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config.schema import Config, MeshConfig
-from lm.types import Batch, Device, HostBatch, Params
+from lm.types import Batch, Device, HostBatch, Params, PyTree, Tree
 
-Tree = TypeVar("Tree")
 Out = TypeVar("Out")
-Specs: TypeAlias = Any  # a pytree of PartitionSpec
+Specs: TypeAlias = PyTree  # of PartitionSpec
 MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
