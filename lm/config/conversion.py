@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
@@ -118,11 +119,11 @@ def from_json(text: str) -> ConfigTree:
     return config
 
 
-def _fill(section: ConfigTree, tree: Mapping[str, object], path: str) -> None:
+def _fill(section: ml_collections.ConfigDict, tree: Mapping[str, object], path: str) -> None:
     """Set the values of `tree`, of whatever type: `resolve` checks those."""
     _check_keys(tree, section, path)
     for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(section[key], ConfigTree):
+        if isinstance(value, dict) and isinstance(section[key], ml_collections.ConfigDict):
             _fill(section[key], value, f"{path}.{key}")
         else:
             with section.ignore_type():
@@ -151,14 +152,14 @@ def assign(config: ConfigTree, setting: str) -> None:
         config[path.removesuffix(".name")].name = text
         return
     *sections, last = path.split(".")
-    node: Any = config
-    for depth, key in enumerate([*sections, last]):
+    node, name = config, "config"
+    for key in sections:
+        _check_keys([key], node, name)
+        node, name = node[key], f"{name}.{key}"
         if not isinstance(node, ml_collections.ConfigDict):
-            raise ValueError(f"config.{'.'.join(sections[:depth])} is a value and has no keys")
-        if f"{key}_" in node:  # init.from_: `from` is a keyword of Python
-            key = last = f"{key}_"
-        _check_keys([key], node.keys(), ".".join(["config", *sections[:depth]]))
-        node = node[key] if depth < len(sections) else node
+            raise ValueError(f"{name} is a value and has no keys")
+    last = f"{last}_" if f"{last}_" in node else last  # init.from_: `from` is a keyword of Python
+    _check_keys([last], node, name)
     kind = node.get_type(last)
     if issubclass(kind, ml_collections.ConfigDict) and not text.startswith("{"):
         raise ValueError(f"config.{path} is a section: set its keys, which --explain lists")
@@ -228,9 +229,14 @@ def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> 
     """Raises ValueError unless the configs `trees`, or some component of lm, have all `paths` of
     keys and sections, which are the value of `key`.
     """
-    known = {path for tree in trees for path in _prefixes(tree)}
+    known = _paths(trees)
     if not known.issuperset(paths):  # maybe of a component that the run had before
-        known.update(path for tree in _of_all_components() for path in _prefixes(tree))
+        known |= _paths(
+            default(**{key: name})
+            for key, package in COMPONENTS.items()
+            for name in names_in(package)
+            if hasattr(importlib.import_module(f"{package}.{name}"), "Config")
+        )
     for path in paths:
         if path not in known:
             section, _, word = path.rpartition(".")
@@ -239,18 +245,10 @@ def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> 
             raise ValueError(f"{key}: {path!r} is no path of the config{hint}")
 
 
-def _prefixes(tree: ConfigTree) -> Iterator[str]:
-    """The paths of all keys and sections of a config."""
-    for leaf, _ in leaves(tree.to_dict()):
-        parts = leaf.split(".")
-        yield from (".".join(parts[: n + 1]) for n in range(len(parts)))
-
-
-def _of_all_components() -> Iterator[ConfigTree]:
-    for key, package in COMPONENTS.items():
-        for name in names_in(package):
-            if hasattr(importlib.import_module(f"{package}.{name}"), "Config"):
-                yield default(**{key: name})
+def _paths(trees: Iterable[ConfigTree]) -> set[str]:
+    """The paths of all keys and sections of configs."""
+    keys = [path.split(".") for tree in trees for path, _ in leaves(tree.to_dict())]
+    return {path for words in keys for path in itertools.accumulate(words, "{}.{}".format)}
 
 
 def _check_keys(keys: Collection[str], known: Collection[str], path: str) -> None:
