@@ -108,24 +108,22 @@ def measure(
 def main() -> int:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:4x4")
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--lengths", type=cli.list_of(int), default=[*LENGTHS])
+    parser.add_argument("--kernels", type=cli.list_of(str), default=[*KERNELS])
     args = parser.parse_args()
-    lengths = [int(n) for n in args.lengths.split(",")]
-    names = args.kernels.split(",")
     rows = []
-    for length in lengths:
+    for length in args.lengths:
         sequence = max(1, length // SHARD) if length > SHARD else 1
         cells = [f"{length:,}", str(sequence)]
-        for name in names:
+        for name in args.kernels:
             if name == "XLA in a ring" and sequence == 1:
                 cells.append("")
                 continue
             cells.append(measure(args.topology, length, *KERNELS[name], sequence).cell())
             print(f"{length} {name}: {cells[-1]}", flush=True)
         rows.append("| " + " | ".join(cells) + " |")
-    if (args.lengths, args.kernels) == (",".join(map(str, LENGTHS)), ",".join(KERNELS)):
-        _write(args.topology, names, rows)
+    if (args.lengths, args.kernels) == ([*LENGTHS], [*KERNELS]):
+        _write(args.topology, args.kernels, rows)
     return 0
 
 
