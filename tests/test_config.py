@@ -359,6 +359,10 @@ def test_a_file_with_a_field_that_is_gone_is_refused_by_path():
     tree["optimizer"]["schedule"]["restart"] = 3
     with pytest.raises(ValueError, match=r"config\.optimizer\.schedule\.restart"):
         from_json(json.dumps(tree))
+    del tree["optimizer"]["schedule"]["restart"]
+    tree["optimizer"]["lookahead"] = {"steps": 5}
+    with pytest.raises(ValueError, match=r"config\.optimizer\.lookahead is not a config key"):
+        from_json(json.dumps(tree))
 
 
 def test_changed_lists_the_paths_that_differ_with_both_values():
