@@ -284,6 +284,13 @@ def test_values_of_tasks_are_held_to_the_ranges_of_their_objective():
         resolve(config)
 
 
+def test_tasks_that_are_no_section_are_refused():
+    tree = default(objective="multitask").to_dict()
+    tree["objective"]["tasks"] = 3
+    with pytest.raises(ValueError, match=r"config\.objective\.tasks must be dict, got 3"):
+        resolve(tree)
+
+
 def test_a_number_of_a_component_without_a_range_must_be_finite(component_outside):
     config = default(model=component_outside)
     config.model.smoothing = math.nan

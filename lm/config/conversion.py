@@ -283,13 +283,13 @@ def _to_task(tree: object, path: str) -> Task:
     return Task(tree["name"], sources, _from_dict(config, fields, path))
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: object, value: object, path: str) -> Any:
     """A value as the type of its field, or an error with its path."""
     kind, optional = without_none(hint)
     if optional and value is None:
         return None
     origin = typing.get_origin(kind) or kind
-    if kind == dict[str, Task]:
+    if kind == dict[str, Task] and isinstance(value, dict):
         return {name: _to_task(section, f"{path}.{name}") for name, section in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         kinds = typing.get_args(kind)
