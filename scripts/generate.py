@@ -40,6 +40,8 @@ from typing import TYPE_CHECKING, Any
 from lm import cli
 
 if TYPE_CHECKING:
+    from lm.generation.beam import BeamSearch
+    from lm.generation.sampling import Sampling
     from lm.generation.text import TextChunk
 
 
@@ -53,7 +55,7 @@ def main() -> int:
     from lm.training.experiment import load
     from lm.training.restore import restore_params
 
-    sampling = _checked(args)
+    sampling = _sampling(args)
     experiment = load(args.workdir, jax.devices())
     step, params = restore_params(experiment, args.workdir, args.step)
     tokenizer = experiment.tokenizer
@@ -222,28 +224,24 @@ def _without(ids: Any, start: tuple[int, ...]) -> Any:
     return ids[len(start) :] if tuple(ids[: len(start)]) == start else ids
 
 
-def _checked(args: argparse.Namespace) -> Any:
-    """The result of `_sampling`; a ValueError names the flag that is out of its range."""
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
-    try:
-        return _sampling(args)
-    except ValueError as error:
-        field, _, wanted = str(error).partition(" ")
-        raise ValueError(f"--{field.replace('_', '-')} {wanted}") from None
-
-
-def _sampling(args: argparse.Namespace) -> Any:
+def _sampling(args: argparse.Namespace) -> Sampling | BeamSearch:
+    """Settings of the continuations; a ValueError names the flag that is out of its range."""
     from lm.generation.beam import BeamSearch
     from lm.generation.sampling import Sampling
 
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be positive, got {args.max_new_tokens}")
     kind = Sampling if args.num_beams is None else BeamSearch
     values = vars(args) | {
         "temperature": 0.0 if args.greedy else args.temperature,
         "early_stopping": {"false": False, "true": True, "never": "never"}[args.early_stopping],
         "stop": tuple(stop.replace("\\n", "\n") for stop in args.stop),
     }
-    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+    try:
+        return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+    except ValueError as error:
+        field, _, wanted = str(error).partition(" ")
+        raise ValueError(f"--{field.replace('_', '-')} {wanted}") from None
 
 
 def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
