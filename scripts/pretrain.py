@@ -339,8 +339,8 @@ def repeat_with(argv: Sequence[str], workdir: str, setting: str) -> list[str]:
             kept += [word] if word not in ("--data=stdlib", "--config=configs/tiny.py") else []
         elif not equals:
             next(rest, None)
-    last = dict(text.partition("=")[::2] for text in [*settings, setting])
-    changes = [f"--config.{key}={value}" for key, value in last.items()]
+    last = {text.partition("=")[0]: text for text in [*settings, setting]}
+    changes = [f"--config.{text}" for text in last.values()]
     return [*kept, f"--workdir={workdir}", *changes]
 
 

@@ -121,10 +121,11 @@ def from_json(text: str) -> ConfigTree:
 
 def _fill(section: ml_collections.ConfigDict, tree: Mapping[str, object], path: str) -> None:
     """Set the values of `tree`, of whatever type: `resolve` checks those."""
-    _check_keys(tree, section, path)
+    _check_keys(tree, section.keys(), path)
     for key, value in tree.items():
-        if isinstance(value, dict) and isinstance(section[key], ml_collections.ConfigDict):
-            _fill(section[key], value, f"{path}.{key}")
+        inner = section[key]
+        if isinstance(value, dict) and isinstance(inner, ml_collections.ConfigDict):
+            _fill(inner, value, f"{path}.{key}")
         else:
             with section.ignore_type():
                 section[key] = as_tuples(value)
@@ -154,12 +155,12 @@ def assign(config: ConfigTree, setting: str) -> None:
     *sections, last = path.split(".")
     node, name = config, "config"
     for key in sections:
-        _check_keys([key], node, name)
+        _check_keys([key], node.keys(), name)
         node, name = node[key], f"{name}.{key}"
         if not isinstance(node, ml_collections.ConfigDict):
             raise ValueError(f"{name} is a value and has no keys")
     last = f"{last}_" if f"{last}_" in node else last  # init.from_: `from` is a keyword of Python
-    _check_keys([last], node, name)
+    _check_keys([last], node.keys(), name)
     kind = node.get_type(last)
     if issubclass(kind, ml_collections.ConfigDict) and not text.startswith("{"):
         raise ValueError(f"config.{path} is a section: set its keys, which --explain lists")

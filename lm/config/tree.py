@@ -71,7 +71,7 @@ class ComponentTree(ConfigTree):
             self.lock()
 
 
-_TREES: dict[str, type[ComponentTree]] = {
+_TREES: dict[str, Any] = {
     name: type(f"{name.title()}Tree", (ComponentTree,), {"key": name}) for name in COMPONENTS
 }
 
