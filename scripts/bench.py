@@ -57,7 +57,6 @@ from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
-from lm.data.workers import num_cores
 from lm.generation.generator import Generator
 from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
@@ -457,7 +456,7 @@ def machine() -> Figures:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "cores": num_cores(),
+        "cores": len(os.sched_getaffinity(0)),
         **{name: value if value is None else str(value) for name, value in code_version().items()},
         **{name: os.environ.get(name) for name in ("XLA_FLAGS", "GLIBC_TUNABLES")},
     }
