@@ -129,8 +129,7 @@ def test_an_entry_too_large_for_float16_is_named_also_beside_an_infinite_one(
     plain, tmp_path, devices
 ):
     experiment = load(str(tmp_path / "run"), devices[:1])
-    with Checkpoints(str(tmp_path / "run"), CheckpointConfig(), read_only=True) as checkpoints:
-        _, params = restore_params(experiment, checkpoints)
+    _, params = restore_params(experiment, str(tmp_path / "run"))
     options = {"dtype": "float16", "say": quiet}
     export_folder(experiment, params, str(tmp_path / "half"), **options)
     halves, whole = read(tmp_path / "half"), read(plain[0])
