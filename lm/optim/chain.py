@@ -1,6 +1,4 @@
-"""The chain of optax transformations that `config.optimizer` asks for, around an optimizer of
-`lm.optim.optimizers`.
-"""
+"""The optax chain that `config.optimizer` asks for, around one of `lm.optim.optimizers`."""
 
 from __future__ import annotations
 
@@ -98,9 +96,9 @@ def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientT
 class ParameterFactors:
     """The factors of one parameter on values of the config."""
 
-    rate: float  # on the learning rate
-    decay: float  # on the product of learning rate and weight decay; 0 where nothing decays
+    rate: float  # on the learning rate, but not on its product with the weight decay
     epsilon: float
+    decays: bool
 
 
 def make_factors(config: OptimizerConfig, boxed: Params, scaling: Scaling) -> Params:
@@ -108,11 +106,9 @@ def make_factors(config: OptimizerConfig, boxed: Params, scaling: Scaling) -> Pa
     steps = component(COMPONENTS["optimizer"], config.name).STEPS
 
     def one(path: KeyPath, leaf: nn.Partitioned, role: str) -> ParameterFactors:
-        row, in_block = _row(path, leaf), "layers" in leaf.names
-        rule = steps.get(role, steps["vector"])
-        decay = scaling.decay(row, in_block) if role in config.decay_roles else 0.0
-        rate = scaling.rate(row, rule, in_block)
-        return ParameterFactors(rate, decay, scaling.epsilon(row, in_block))
+        rule, in_block = steps.get(role, steps["vector"]), "layers" in leaf.names
+        rate = scaling.rate(_row(path, leaf), rule, in_block)
+        return ParameterFactors(rate, scaling.epsilon(in_block), role in config.decay_roles)
 
     return jax.tree_util.tree_map_with_path(one, boxed, parameter_roles(boxed), is_leaf=is_box)
 
@@ -124,7 +120,7 @@ def scale_and_decay(weight_decay: float, factors: Params) -> optax.GradientTrans
         if is_masked(update):
             return update
         update = update if f.rate == 1 else f.rate * update
-        return update + weight_decay * f.decay * param if f.decay else update
+        return update + weight_decay * param if f.decays else update
 
     return optax.stateless(lambda updates, params: jax.tree.map(one, factors, updates, params))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lm.types import Params
-
-T = TypeVar("T")
 
 
 class EmaState(NamedTuple):
@@ -55,13 +53,11 @@ def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
     """
 
     def init(params: optax.Params) -> NormState:
-        del params
         return NormState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
     def update(
         updates: optax.Updates, state: NormState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, NormState]:
-        del params
         log_norm = jnp.log(jnp.maximum(optax.tree.norm(updates), 1e-30))
         d = jnp.minimum(decay, state.steps / (state.steps + 1))  # a plain mean at first
         return updates, NormState(state.steps + 1, d * state.log_mean + (1 - d) * log_norm)
@@ -69,22 +65,15 @@ def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)  # pyright: ignore
 
 
-def _of_type(opt_state: optax.OptState, kind: type[T]) -> list[T]:
-    """The parts of an optimizer state that are of one type."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return [x for x in leaves if isinstance(x, kind)]
-
-
 def averaged_params(opt_state: optax.OptState) -> Params | None:
     """The averaged weights in an optimizer state, or None without any."""
-    found = _of_type(opt_state, EmaState)
-    return found[0].params if found else None
+    state: EmaState | None = optax.tree.get(opt_state, EmaState.__name__)
+    return None if state is None else state.params
 
 
 def norm_state(opt_state: optax.OptState) -> NormState:
     """The state of `track_norms` in an optimizer state."""
-    [state] = _of_type(opt_state, NormState)
-    return state
+    return optax.tree.get(opt_state, NormState.__name__)
 
 
 def is_spike(

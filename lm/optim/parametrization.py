@@ -27,6 +27,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 RULES = ("adam", "lion", "muon", "adafactor", "sgd")  # kinds of steps
+ROLES = ("embedding", "hidden", "router", "head", "vector")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,43 +47,31 @@ class RoleScaling:
 
     init: Power | None  # deviation at the start; None: what the config says, at the size itself
     rate: Mapping[str, Power]  # learning rate, by kind of step; a kind that is missing is refused
-    decay: Power = ONE  # the fraction that a step takes: base learning rate * weight decay
-    epsilon: Power = ONE  # Adam's, which has to shrink as gradients do
-    output: Power = ONE  # factor on what is made of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     rows: Mapping[str, RoleScaling]
+    epsilon: Power = ONE  # Adam's, which has to shrink as gradients do
+    logits: Power = ONE  # factor on the output of the head
     branch: Power = ONE  # factor on what a sublayer adds to the residual stream
     score: float = 0.0  # exponent of `head`, on the usual factor head_dim ** -0.5 of the scores
 
 
-_AS_GRADIENTS = Power(width=-1, depth=-1)
-_LIKE_A_SIGN = {"adam": Power(-1), "lion": Power(-1)}
-_KEPT = {"adam": ONE, "lion": ONE}
-
-# Embedding and head agree in all but the output, so that one table of vectors can be both. Learned
-# positions, token types and relative biases are embeddings; vectors are biases, scales of norms.
+# Embedding and head agree, so that one table of vectors can be both. Learned positions, token types
+# and relative biases are embeddings; vectors are biases, scales of norms.
 TABLES = {
-    "standard": Table(
-        {
-            role: RoleScaling(init=None, rate=dict.fromkeys(RULES, ONE))
-            for role in ("embedding", "hidden", "router", "head", "vector")
-        }
-    ),
+    "standard": Table(dict.fromkeys(ROLES, RoleScaling(None, dict.fromkeys(RULES, ONE)))),
     "mup": Table(
         {
-            "embedding": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
+            **dict.fromkeys(ROLES, RoleScaling(ONE, {"adam": ONE, "lion": ONE})),
             "hidden": RoleScaling(
-                Power(-0.5), {**_LIKE_A_SIGN, "muon": Power(-0.5)}, epsilon=_AS_GRADIENTS
+                Power(-0.5), {"adam": Power(-1), "lion": Power(-1), "muon": Power(-0.5)}
             ),
-            "router": RoleScaling(
-                Power(-1), {**_LIKE_A_SIGN, "muon": Power(-1)}, epsilon=_AS_GRADIENTS
-            ),
-            "head": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS, output=Power(-1)),
-            "vector": RoleScaling(Power(0), _KEPT, epsilon=_AS_GRADIENTS),
+            "router": RoleScaling(Power(-1), dict.fromkeys(("adam", "lion", "muon"), Power(-1))),
         },
+        epsilon=Power(width=-1, depth=-1),
+        logits=Power(-1),
         branch=Power(depth=-1),
         score=-0.5,
     ),
@@ -138,16 +127,13 @@ class Scaling:
     def rate(self, role: str, rule: str, in_block: bool) -> float:
         return self._factor(self._table.rows[role].rate[rule], in_block)
 
-    def decay(self, role: str, in_block: bool) -> float:
-        return self._factor(self._table.rows[role].decay, in_block)
-
-    def epsilon(self, role: str, in_block: bool) -> float:
-        return self._factor(self._table.rows[role].epsilon, in_block)
+    def epsilon(self, in_block: bool) -> float:
+        return self._factor(self._table.epsilon, in_block)
 
     @property
     def logits(self) -> float:
         """Factor on the logits."""
-        return self._factor(self._table.rows["head"].output, in_block=False)
+        return self._factor(self._table.logits, in_block=False)
 
     @property
     def branch(self) -> float:
