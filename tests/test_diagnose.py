@@ -9,15 +9,16 @@ import pytest
 
 from lm.layers.mlp import ACTIVATIONS
 from lm.optim.optimizer_state import NormState
-from lm.telemetry.deferred import DeferredMetrics, StepResult
+from lm.telemetry.deferred import StepResult, fetch
 from lm.training import bad_step_report as d
-from lm.training.bad_step_report import Outcome, verdict
+from lm.training.bad_step_report import verdict
 
 NAN = float("nan")
 
 
 def outcome(loss=1.0, *, bad=True, grad_norm=1.0):
-    return Outcome({"loss": loss, "objective": loss, "tokens": 2.0}, grad_norm, bad)
+    sums = {"loss": loss, "objective": loss, "tokens": 2.0}
+    return StepResult(3, sums, {"grad_norm": grad_norm, "bad": bad})
 
 
 @pytest.mark.parametrize(
@@ -44,10 +45,7 @@ def take(experiment, batch, step, state=None):
     state = experiment.init_state() if state is None else state
     state = state.replace(step=jnp.full_like(state.step, step))
     state, sums, info = experiment.train_step(state, batch)
-    deferred = DeferredMetrics()
-    deferred.push(step, sums, info)
-    [finished] = deferred.flush()
-    return state, finished
+    return state, fetch(step, sums, info)
 
 
 def judge(experiment, batch, step=3, state=None):
@@ -115,7 +113,7 @@ def test_what_does_not_repeat_is_hardware(make_experiment):
     batch = experiment.make_global_batch(local_batch(experiment))
     state, again = take(experiment, batch, 3)
     assert not again.bad
-    first = StepResult(3, {**again.sums, "loss": NAN}, {**again.info, "bad": True}, None, None)
+    first = StepResult(3, {**again.sums, "loss": NAN}, {**again.info, "bad": True})
     found = d.diagnose(experiment, state, batch, first, again)
     assert found["verdict"] == "hardware" and found["changed_bits"] == ["loss"]
     assert found["float32"] is None
@@ -194,11 +192,11 @@ def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatche
 def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
     experiment = make_experiment()
     found = judge(experiment, with_bad_row(experiment, 2))
-    assert d.diagnosed_steps(str(tmp_path)) == set()
+    assert d.diagnosed_steps(str(tmp_path)) == []
     d.write(str(tmp_path), found, active=False)
-    assert d.diagnosed_steps(str(tmp_path)) == set()
+    assert d.diagnosed_steps(str(tmp_path)) == []
     path = d.write(str(tmp_path), found, active=True)
-    assert d.diagnosed_steps(str(tmp_path)) == {3}
+    assert d.diagnosed_steps(str(tmp_path)) == [3]
     with open(path) as file:
         text = file.read()
 
@@ -214,13 +212,13 @@ def test_evidence_is_one_file_of_plain_json(make_experiment, tmp_path):
 def test_a_bad_step_is_described_in_a_line(make_experiment):
     sums = {"loss": 6.0, "objective": 6.0, "tokens": 2.0}
     info = {"grad_norm": np.float32(123.4), "bad": True, "finite_params": True}
-    spike = StepResult(7, sums, info, None, None)
+    spike = StepResult(7, sums, info)
     assert d.describe(spike) == "step 7: its gradient is a spike: loss 3, gradient norm 123.4"
-    overflow = StepResult(7, sums, {**info, "finite_params": False}, None, None)
+    overflow = StepResult(7, sums, {**info, "finite_params": False})
     assert d.describe(overflow) == (
         "step 7: its update is not finite (see config.optimizer): loss 3, gradient norm 123.4"
     )
     sums = {**sums, "loss": NAN, "objective": NAN}
     info = {"grad_norm": np.float32(NAN), "bad": True, "finite_params": False}
-    broken = StepResult(7, sums, info, None, None)
+    broken = StepResult(7, sums, info)
     assert d.describe(broken) == "step 7: not finite: loss nan, gradient norm nan"

@@ -75,12 +75,12 @@ def test_parts_without_tokens_count_for_nothing():
 def test_records_divide_means_over_steps():
     def finished(noise, signal):
         info = {"noise": np.float32(noise), "signal": np.float32(signal), "bad": False}
-        return StepResult(0, {}, info, None, None)
+        return StepResult(0, {}, info)
 
     found = writers._noise_scale([finished(8.0, 1.0), finished(4.0, 2.0)])
     assert found == {"noise": 6.0, "signal": 1.5, "noise_scale": 4.0}
     assert writers._noise_scale([finished(8.0, -1.0)]) == {"noise": 8.0, "signal": -1.0}
-    assert writers._noise_scale([StepResult(0, {}, {"bad": False}, None, None)]) == {}
+    assert writers._noise_scale([StepResult(0, {}, {"bad": False})]) == {}
 
 
 def test_a_run_without_micro_batches_is_refused(make_experiment):

@@ -24,12 +24,27 @@ class StepResult:
     step: int  # its number, from 0
     sums: dict[str, float]
     info: Mapping[str, np.ndarray]  # see lm/training/train_step.py
-    votes: Votes
-    seconds: float | None  # since the previous step; None after a pause and for the first step
+    votes: Votes = None
+    seconds: float | None = None  # since the previous step; None after a pause and for the first
 
     @property
     def bad(self) -> bool:
         return bool(self.info["bad"])
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self.info["grad_norm"])
+
+    @property
+    def loss(self) -> float:
+        """The mean per token."""
+        return self.sums["loss"] / max(self.sums["tokens"], 1.0)
+
+
+def fetch(step: int, sums: Sums, info: StepInfo, votes: Votes = None) -> StepResult:
+    """Wait for step number `step` and return its outputs."""
+    host_sums, host_info, votes = jax.device_get((sums, info, votes))
+    return StepResult(step, {name: float(x) for name, x in host_sums.items()}, host_info, votes)
 
 
 class DeferredMetrics:
@@ -64,10 +79,7 @@ class DeferredMetrics:
     def _fetch(self) -> list[StepResult]:
         if self._pending is None:
             return []
-        (step, *outputs), self._pending = self._pending, None
-        sums, info, votes = jax.device_get(outputs)  # waits for the step
-        now = time.monotonic()
-        seconds = None if self._clock is None else now - self._clock
-        self._clock = now
-        host_sums = {name: float(value) for name, value in sums.items()}
-        return [StepResult(step, host_sums, info, votes, seconds)]
+        pending, self._pending = self._pending, None
+        result, before, self._clock = fetch(*pending), self._clock, time.monotonic()
+        seconds = None if before is None else self._clock - before
+        return [dataclasses.replace(result, seconds=seconds)]

@@ -15,9 +15,8 @@ import math
 import os
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +26,8 @@ from lm import storage
 from lm.layers import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.optim import optimizer_state
-from lm.optim.param_tree import named_leaves
-from lm.telemetry.deferred import StepResult
+from lm.optim.param_tree import flatten, named_leaves
+from lm.telemetry.deferred import StepResult, fetch
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, StepInfo, Sums, TrainState
 
@@ -48,50 +47,7 @@ DETERMINISTIC = re.compile(
 )
 
 Evidence = dict[str, Any]  # JSON
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The values that a step computed."""
-
-    sums: dict[str, float]  # of the loss
-    grad_norm: float
-    bad: bool
-
-    def changed(self, other: Outcome) -> list[str]:
-        """Names of the values that differ in any bit; nan equals nan."""
-        a, b = ({**x.sums, "grad_norm": x.grad_norm} for x in (self, other))
-        return [name for name in a if a[name].hex() != b[name].hex()]
-
-    def to_json(self) -> Evidence:
-        mean = {"bad": self.bad, "loss": _mean_loss(self.sums), "grad_norm": self.grad_norm}
-        return {**mean, "sums": self.sums}
-
-
-class Size(NamedTuple):
-    """Norm and largest magnitude of the finite numbers of an array, and the count of others.
-
-    Each has shape [], or [L] for layers stacked in one array.
-    """
-
-    norm: jax.Array
-    max: jax.Array
-    not_finite: jax.Array
-
-
-class TokenLosses(NamedTuple):
-    """Arrays [B, T] of a batch."""
-
-    losses: jax.Array  # weighted, without dropout
-    scored: jax.Array  # bool
-    segments: jax.Array
-
-
-class Measurements(NamedTuple):
-    gradients: Params  # of Size
-    parameters: Params  # of Size
-    optimizer: Any  # the optimizer state's tree, with the number of values that are not finite
-    tokens: TokenLosses
+Size = dict[str, jax.Array]  # norm, max and not_finite, see `_size`
 
 
 def is_repeatable(experiment: Experiment) -> bool:
@@ -101,7 +57,7 @@ def is_repeatable(experiment: Experiment) -> bool:
 
 
 def verdict(
-    first: Outcome, replay: Outcome, float32: Outcome | None, *, repeats: bool = True
+    first: StepResult, replay: StepResult, float32: StepResult | None, *, repeats: bool = True
 ) -> str:
     """The cause that made `first` bad: hardware, numerics, data or unclear.
 
@@ -109,21 +65,26 @@ def verdict(
     float32 already. repeats: equal steps give equal bits, so that a difference proves an error of
     the hardware.
     """
-    if not replay.bad or (repeats and first.changed(replay)):
+    if not replay.bad or (repeats and _changed(first, replay)):
         return "hardware" if repeats else "unclear"
     return "data" if float32 is None or float32.bad else "numerics"
 
 
-def describe(step: StepResult) -> str:
+def _changed(first: StepResult, replay: StepResult) -> list[str]:
+    """Names of the values that differ in any bit; nan equals nan."""
+    a, b = ({**x.sums, "grad_norm": x.grad_norm} for x in (first, replay))
+    return [name for name in a if a[name].hex() != b[name].hex()]
+
+
+def describe(result: StepResult) -> str:
     """One line about a bad step."""
-    norm = float(step.info["grad_norm"])
     reason = "its gradient is a spike"
-    if not (math.isfinite(norm) and math.isfinite(step.sums["objective"])):
+    if not (math.isfinite(result.grad_norm) and math.isfinite(result.sums["objective"])):
         reason = "not finite"
-    elif not step.info["finite_params"]:
+    elif not result.info["finite_params"]:
         reason = "its update is not finite (see config.optimizer)"
-    loss = _mean_loss(step.sums)
-    return f"step {step.step}: {reason}: loss {loss:.4g}, gradient norm {norm:.4g}"
+    values = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    return f"step {result.step}: {reason}: {values}"
 
 
 def diagnose(
@@ -134,45 +95,40 @@ def diagnose(
     state: after `again`, the replay of the step on the same batch. If that was bad again, its
     parameters and optimizer state are those from before the step, which was not applied.
     """
-    step = first.step
-    outcomes = [Outcome(x.sums, float(x.info["grad_norm"]), x.bad) for x in (first, again)]
-    in_float32 = None
+    step, in_float32 = first.step, None
     if again.bad and experiment.config.model.dtype != "float32":
         in_float32 = _in_float32(experiment, state, batch, step)
-    cause = verdict(outcomes[0], outcomes[1], in_float32, repeats=is_repeatable(experiment))
-
+    cause = verdict(first, again, in_float32, repeats=is_repeatable(experiment))
+    outcomes = {
+        name: x and {"bad": x.bad, "loss": x.loss, "grad_norm": x.grad_norm, "sums": x.sums}
+        for name, x in (("first", first), ("again", again), ("float32", in_float32))
+    }
     measure = jax.jit(_measure, static_argnums=(0, 1), out_shardings=experiment.rules.sharding())
-    measured: Measurements = jax.device_get(measure(experiment, step, state, batch))
-    losses, scored = (np.asarray(x) for x in measured.tokens[:2])
-    row_losses = losses.sum(1) / np.maximum(scored.sum(1), 1)
+    sizes, tokens = jax.device_get(measure(experiment, step, state, batch))
+    row_losses = tokens["losses"].sum(1) / np.maximum(tokens["scored"].sum(1), 1)
     # those that are not finite first, then the highest losses
     worst = np.argsort(-np.nan_to_num(row_losses, nan=np.inf), kind="stable")[:NUM_ROWS]
-    optimizer = named_leaves(measured.optimizer)
-    not_finite = {
-        "gradients": _not_finite(measured.gradients),
-        "parameters": _not_finite(measured.parameters),
-        "optimizer": {name: int(count) for name, count in optimizer.items() if count},
+    counts = {
+        where: {name: int(np.sum(size["not_finite"])) for name, size in named.items()}
+        for where, named in sizes.items()
     }
     return {
         "step": step,
         "verdict": cause,
         "reason": REASONS[cause],
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "first": outcomes[0].to_json(),
-        "again": outcomes[1].to_json(),
-        "changed_bits": outcomes[0].changed(outcomes[1]),
-        "float32": None if in_float32 is None else in_float32.to_json(),
+        **outcomes,
+        "changed_bits": _changed(first, again),
         "usual_grad_norm": math.exp(float(optimizer_state.norm_state(state.opt_state).log_mean)),
-        "not_finite": not_finite,
-        "worst_rows": _describe_rows(experiment, step, worst, row_losses, measured.tokens),
+        "not_finite": {w: {n: k for n, k in of.items() if k} for w, of in counts.items()},
+        "worst_rows": _describe_rows(experiment, step, worst, row_losses, tokens),
         "row_losses": row_losses.tolist(),
-        "gradients": _per_layer(measured.gradients),
-        "parameters": _per_layer(measured.parameters),
+        "gradients": jax.tree.map(np.ndarray.tolist, sizes["gradients"]),
+        "parameters": jax.tree.map(np.ndarray.tolist, sizes["parameters"]),
     }
 
 
-def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: int) -> Outcome:
-    """The outcome of the step computed in float32."""
+def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: int) -> StepResult:
     k = experiment.config.train.num_microbatches
     parts = experiment.rules.size("batch") * experiment.model.num_microbatches
     if experiment.batch_size % (2 * k * parts) == 0:
@@ -185,42 +141,49 @@ def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: i
         return sums, {name: info[name] for name in ("grad_norm", "bad")}
 
     compiled = jax.jit(run, out_shardings=experiment.rules.sharding())
-    sums, info = jax.device_get(compiled(state, batch))
-    host_sums = {name: float(x) for name, x in sums.items()}
-    return Outcome(host_sums, float(info["grad_norm"]), bool(info["bad"]))
+    return fetch(step, *compiled(state, batch))
 
 
 # ---- on the devices ----
 
 
-def _measure(experiment: Experiment, step: int, state: TrainState, batch: Batch) -> Measurements:
+def _measure(
+    experiment: Experiment, step: int, state: TrainState, batch: Batch
+) -> tuple[dict[str, dict[str, Size]], dict[str, Array]]:
+    """({gradients, parameters, optimizer: sizes by name}, those of `_token_losses`)."""
     gradients, sums = experiment.gradients(state.params, batch, step)
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
-    is_stacked = jax.tree.map(
-        lambda x: isinstance(x, nn.Partitioned) and x.names[:1] == ("layers",),
-        experiment.boxed_params,
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
-    trained_is_stacked = experiment.initializer.trained(is_stacked)
-    return Measurements(
-        jax.tree.map(lambda g, stacked: _size(g * scale, stacked), gradients, trained_is_stacked),
-        jax.tree.map(_size, state.params, is_stacked),
-        jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x)), state.opt_state),
-        _token_losses(experiment, state.params, batch),
-    )
+    boxes = flatten(experiment.boxed_params)
+
+    def sizes(tree: Params) -> dict[str, Size]:
+        return {n: _size(x, boxes[n].names[:1] == ("layers",)) for n, x in flatten(tree).items()}
+
+    opt_state = named_leaves(state.opt_state).items()
+    found = {
+        "gradients": sizes(jax.tree.map(lambda g: g * scale, gradients)),
+        "parameters": sizes(state.params),
+        "optimizer": {name: {"not_finite": jnp.sum(~jnp.isfinite(x))} for name, x in opt_state},
+    }
+    return found, _token_losses(experiment, state.params, batch)
 
 
 def _size(x: Array, stacked: bool) -> Size:
+    """Norm and largest magnitude of the finite numbers of an array, and the count of others.
+
+    Each has shape [], or [L] for layers stacked in one array.
+    """
     axes = tuple(range(1 if stacked else 0, x.ndim))
     finite = jnp.isfinite(x)
     size = jnp.abs(jnp.where(finite, x, 0.0)).astype(jnp.float32)
     top = jnp.max(size, axis=axes, keepdims=True)
     squares = jnp.square(size / jnp.maximum(top, 1e-38))  # those of huge numbers would overflow
-    norm = jnp.squeeze(top, axes) * jnp.sqrt(jnp.sum(squares, axis=axes))
-    return Size(norm, jnp.squeeze(top, axes), jnp.sum(~finite, axis=axes))
+    largest = jnp.squeeze(top, axes)
+    norm = largest * jnp.sqrt(jnp.sum(squares, axis=axes))
+    return {"norm": norm, "max": largest, "not_finite": jnp.sum(~finite, axis=axes)}
 
 
-def _token_losses(experiment: Experiment, params: Params, batch: Batch) -> TokenLosses:
+def _token_losses(experiment: Experiment, params: Params, batch: Batch) -> dict[str, Array]:
+    """Arrays [B, T]: weighted losses without dropout, `scored` (bool) and `segments`."""
     model, chunk_size = experiment.model, experiment.config.loss.chunk_size
     variables = {"params": params}
     hidden = model.apply(variables, batch.inputs, encoder=batch.encoder, train=False).hidden
@@ -232,34 +195,12 @@ def _token_losses(experiment: Experiment, params: Params, batch: Batch) -> Token
         return token_nll(model.apply(variables, hidden, method="logits"), targets)[0]
 
     losses = jax.lax.map(chunk_losses, chunking.split((hidden, batch.targets), n))
-    losses = chunking.join(losses, length)
     scored = batch.weights != 0
-    return TokenLosses(
-        jnp.where(scored, losses * batch.weights, 0.0), scored, batch.inputs.segments
-    )
+    losses = jnp.where(scored, chunking.join(losses, length) * batch.weights, 0.0)
+    return {"losses": losses, "scored": scored, "segments": batch.inputs.segments}
 
 
 # ---- on the host ----
-
-
-def _mean_loss(sums: dict[str, float]) -> float:
-    return sums["loss"] / max(sums["tokens"], 1.0)
-
-
-def _named(sizes: Params) -> dict[str, Size]:
-    return named_leaves(sizes, is_leaf=lambda x: isinstance(x, Size))
-
-
-def _not_finite(sizes: Params) -> Evidence:
-    counts = {name: int(np.sum(size.not_finite)) for name, size in _named(sizes).items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _per_layer(sizes: Params) -> Evidence:
-    return {
-        name: {key: np.asarray(value).tolist() for key, value in size._asdict().items()}
-        for name, size in _named(sizes).items()
-    }
 
 
 def _describe_rows(
@@ -267,20 +208,21 @@ def _describe_rows(
     step: int,
     worst: np.ndarray,
     row_losses: np.ndarray,
-    tokens: TokenLosses,
+    tokens: dict[str, np.ndarray],
 ) -> list[Evidence]:
     """Source and documents of the worst rows, with the loss of each document."""
     origins = experiment.train_data.explain_batch(step, experiment.tokenizer, rows=worst)
     rows = []
-    for row, origin in zip(worst, origins, strict=True):
-        (losses, scored, segments), documents = (x[row] for x in tokens), []
-        for n, (span, text) in enumerate(zip(origin.documents, origin.text, strict=True)):
-            own = segments == n + 1
-            mean = float(losses[own].sum() / max(scored[own].sum(), 1))
-            documents.append({"loss": mean, **span._asdict(), "begins": text})
+    for row, origin in zip(worst.tolist(), origins, strict=True):
+        documents = []
+        for n, (span, text) in enumerate(zip(origin.documents, origin.text, strict=True), start=1):
+            own = tokens["segments"][row] == n
+            losses, scored = tokens["losses"][row][own], tokens["scored"][row][own]
+            loss = float(losses.sum() / max(scored.sum(), 1))
+            documents.append({"loss": loss, **span._asdict(), "begins": text})
         source = {"source": origin.source, "epoch": origin.epoch, "source_row": origin.row}
         loss = float(row_losses[row])
-        rows.append({"row": int(row), "loss": loss, **source, "documents": documents})
+        rows.append({"row": row, "loss": loss, **source, "documents": documents})
     return rows
 
 
@@ -312,35 +254,34 @@ def write(workdir: str, evidence: Evidence, *, active: bool) -> str:
     """The path of the evidence, WORKDIR/evidence/step-N.json, which an `active` process writes."""
     path = epath.Path(workdir) / FOLDER / f"step-{evidence['step']}.json"
     if active:
-        storage.write_atomically(path, _to_text(_plain(evidence)) + "\n")
+        storage.write_atomically(path, _to_text(evidence) + "\n")
     return str(path)
 
 
-def diagnosed_steps(workdir: str) -> set[int]:
+def diagnosed_steps(workdir: str) -> list[int]:
     """Numbers of the steps that a run has evidence about."""
     folder = epath.Path(workdir) / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     matches = (re.fullmatch(r"step-(\d+)\.json", name) for name in names)
-    return {int(match[1]) for match in matches if match}
+    return [int(match[1]) for match in matches if match]
 
 
-def _plain(value: Any) -> Any:
-    """`value` with floats of nine digits, those of float32, and "nan" and "inf" as strings."""
-    if isinstance(value, dict):
-        return {key: _plain(x) for key, x in value.items()}
-    if isinstance(value, list):
-        return [_plain(x) for x in value]
-    if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else str(value)
-    return value
+def _to_text(value: object, indent: str = "") -> str:
+    """JSON with a line for each entry; short ones and lists of numbers stay on one.
 
-
-def _to_text(value: Any, indent: str = "") -> str:
-    """JSON with a line for each entry; short ones and lists of numbers stay on one."""
+    Floats have nine digits, those of float32; "nan" and "inf" are strings.
+    """
     inner = indent + "  "
-    if isinstance(value, dict) and len(json.dumps(value, ensure_ascii=False)) > 160:
-        lines = [f"{inner}{json.dumps(k)}: {_to_text(x, inner)}" for k, x in value.items()]
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(inner + _to_text(x, inner) for x in value) + f"\n{indent}]"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return f"{value:.9g}" if math.isfinite(value) else f'"{value}"'
+    if isinstance(value, dict):
+        entries = [f"{json.dumps(key)}: {_to_text(x, inner)}" for key, x in value.items()]
+        (start, end), is_long = "{}", sum(map(len, entries)) > 160
+    elif isinstance(value, list):
+        entries = [_to_text(x, inner) for x in value]
+        (start, end), is_long = "[]", bool(value) and isinstance(value[0], dict)
+    else:
+        return json.dumps(value, ensure_ascii=False)
+    if is_long:
+        return f"{start}\n{inner}" + f",\n{inner}".join(entries) + f"\n{indent}{end}"
+    return start + ", ".join(entries) + end

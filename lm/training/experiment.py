@@ -243,7 +243,7 @@ class Experiment:
         if not self.config.init.branch_from:
             return None
         fork = Fork(self.config_dict)
-        fork.check(self.num_steps, self.num_steps_of(fork.manifest), self.batch_size)
+        fork.check_steps(self.num_steps, self.num_steps_of(fork.manifest), self.batch_size)
         return fork
 
     def _key(self, purpose: str) -> jax.Array:

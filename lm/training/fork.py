@@ -10,7 +10,6 @@ and a cool-down for each length give as many whole runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -27,13 +26,11 @@ SCHEDULE = "optimizer.schedule"
 BATCH = ("data.batch_size", "data.batch_size_per_device")
 
 
-class Fork:
+class Fork(ParentCheckpoint):
     """The checkpoint of another run that a run of this config continues."""
 
     def __init__(self, config: ConfigTree) -> None:
-        """Raises FileNotFoundError where there is no such checkpoint, ValueError where the config
-        does not say which one.
-        """
+        """Raises as `ParentCheckpoint`, and ValueError where the config does not say which one."""
         c = conversion.resolve(config)
         if c.init.from_ or c.init.word_vectors:
             raise ValueError(
@@ -42,19 +39,13 @@ class Fork:
             )
         if c.init.step is None:
             raise ValueError(f"{KEY} ({c.init.branch_from}) needs config.init.step")
-        self.workdir, self.step = c.init.branch_from, c.init.step
+        super().__init__(c.init.branch_from, c.init.step, key=KEY)
         self._config, self._config_dict = c, config
-        self._parent = ParentCheckpoint(self.workdir, self.step, key=KEY)
-        self.manifest = self._parent.manifest
 
     def __str__(self) -> str:
         return f"{self.workdir} at step {self.step}"
 
-    def describe(self) -> dict[str, Any]:
-        """The entry `parent` of the fork's manifests."""
-        return self._parent.describe()
-
-    def check(self, num_steps: int, trunk_num_steps: int, batch_size: int) -> None:
+    def check_steps(self, num_steps: int, trunk_num_steps: int, batch_size: int) -> None:
         """Check that both runs do the same steps before the fork.
 
         num_steps, batch_size: of the fork. trunk_num_steps: of the other run.
@@ -70,15 +61,11 @@ class Fork:
             )
         trunk_config = self.manifest.config_tree()
         allowed = self._config.checkpoint.allow_changed
-        both = (self._config_dict, trunk_config)
-        conversion.check_paths(allowed, both, "config.checkpoint.allow_changed")
+        key = "config.checkpoint.allow_changed"
+        conversion.check_paths(allowed, (self._config_dict, trunk_config), key)
         rows = self.manifest.resolved.get("batch_size")  # None in a checkpoint of older code
         exempt = (SCHEDULE, *allowed, *(BATCH if rows is not None else ()))
-        lines = [
-            f"config.{path}: {old!r} -> {new!r}"
-            for path, (old, new) in conversion.changed(trunk_config, self._config_dict).items()
-            if is_in(path, DETERMINES_STEPS) and not is_in(path, exempt)
-        ]
+        lines = changed_lines(trunk_config, self._config_dict, DETERMINES_STEPS, exempt)
         if rows not in (None, batch_size) and not any(is_in(path, allowed) for path in BATCH):
             lines.append(f"config.data.batch_size: {rows} -> {batch_size} rows a batch")
         if not is_in(SCHEDULE, allowed):
@@ -105,15 +92,25 @@ class Fork:
             ValueError: the checkpoint has other leaves, or no optimizer state.
             CorruptCheckpoint: the bits are not those that were saved.
         """
-        with Checkpoints(self.workdir, self._config.checkpoint, read_only=True) as checkpoints:
-            restored = checkpoints.restore(abstract, self.step)
-        assert restored is not None, "ParentCheckpoint found the step"
-        state, _ = restored
-        if state.opt_state is None:
+        if self.manifest.has_only_params:
             raise ValueError(
                 f"{KEY}: {self} has only parameters; use config.init.from to start from them"
             )
-        return state
+        with Checkpoints(self.workdir, self._config.checkpoint, read_only=True) as checkpoints:
+            restored = checkpoints.restore(abstract, self.step)
+        assert restored is not None, "the folder of the step is there"
+        return restored[0]
+
+
+def changed_lines(
+    old: ConfigTree, new: ConfigTree, sections: Sequence[str], exempt: Sequence[str] = ()
+) -> list[str]:
+    """One line for each value that differs and lies inside `sections`, but not inside `exempt`."""
+    return [
+        f"config.{path}: {before!r} -> {now!r}"
+        for path, (before, now) in conversion.changed(old, new).items()
+        if is_in(path, sections) and not is_in(path, exempt)
+    ]
 
 
 def is_in(path: str, sections: Sequence[str]) -> bool:

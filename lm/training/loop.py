@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 from etils import epath
 
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
-from lm.config.schema import LogConfig
 from lm.config.tree import ConfigTree
 from lm.data import loaders, run_tokenizer
 from lm.exit_codes import Exit
@@ -36,11 +36,8 @@ from lm.training.session import (
     RollbackRequired,
     TrainingSession,
     disk_errors_as_run_errors,
-    not_finite_losses,
 )
 from lm.types import Batch, Device, TrainState
-
-Batches = Generator[tuple[int, Batch], None, None]
 
 
 def train(
@@ -79,9 +76,14 @@ def train(
         record = resume.read(workdir)
         same_data = resume.check_config(record, workdir, experiment)
         if record.step >= experiment.num_steps:
-            return _already_finished(record, workdir, experiment)
-        resume.check_sizes(record, workdir, experiment)
-        resume.check_leaves(record, workdir, experiment)
+            print_on_lead(
+                f"{workdir}: finished, all {record.step} steps are done. For a longer run raise "
+                f"config.train.{given_length(experiment.config)}; where the schedule depends on "
+                "the length, begin another one with --config.init.from"
+            )
+            _check_last_evaluation(workdir, experiment.num_steps)
+            return Exit.SUCCESS
+        resume.check_checkpoint(record, workdir, experiment)
         with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
             _open_and_compile(experiment, workdir, record, phases, is_new=not checkpoints.steps())
             state, totals = restore_or_init(experiment, checkpoints, phases)
@@ -107,12 +109,12 @@ def train(
                 with phases("investigate"):
                     state = roll_back(session, rollback)
             session.close()
-    if (report := goodput.read(workdir)) is not None:
-        print_on_lead(str(report))
-    if stopped_by is not None:
-        return STOPS[stopped_by]
-    _check_last_evaluation(session.not_finite)
-    return Exit.SUCCESS
+        if (report := goodput.read(workdir)) is not None:
+            print_on_lead(str(report))
+        if stopped_by is not None:
+            return STOPS[stopped_by]
+        _check_last_evaluation(workdir, experiment.num_steps)
+        return Exit.SUCCESS
 
 
 def _train_steps(session: TrainingSession, state: TrainState) -> signal.Signals | None:
@@ -154,7 +156,7 @@ def _do_due_work(session: TrainingSession, state: TrainState, step: int) -> sign
         session.save(state)
     session.completed = step
     if vote.signal:
-        session.log_stop(vote.signal, step)
+        print_on_lead(f"\n{vote.signal.name}: saved at step {step}; run the same command to go on")
         return vote.signal
     session.deferred.resume()
     return None
@@ -164,41 +166,29 @@ def _is_due(step: int, every: int, num_steps: int) -> bool:
     return step == num_steps or (every > 0 and step % every == 0)
 
 
-def _batches(session: TrainingSession, start: int) -> Batches:
-    """(step, batch) of the steps from `start`; the wait for each counts as phase `data`."""
-    experiment = session.experiment
-    local = experiment.batches(start, experiment.num_steps)
+def _batches(session: TrainingSession, start: int) -> Generator[tuple[int, Batch], None, None]:
+    """(step, batch) of the steps from `start`; the wait for each counts as phase `data`.
+
+    The profiler is on in the window of `config.log`; closing the generator writes its trace.
+    """
+    experiment, log = session.experiment, session.experiment.config.log
+    window = range(log.profile_start, log.profile_start + log.profile_steps)
     with (
-        contextlib.closing(local),
-        contextlib.closing(_profiled(local, experiment.config.log, session.workdir)) as batches,
+        contextlib.closing(experiment.batches(start, experiment.num_steps)) as batches,
+        contextlib.ExitStack() as profiler,
     ):
         while True:
             with session.phases("data"):
                 item = next(batches, None)
             if item is None:
                 return
+            step = item[0]
+            if step in window and step in (start, window.start):
+                folder = str(epath.Path(session.workdir) / "profile")
+                profiler.enter_context(jax.profiler.trace(folder))
+            elif step == window.stop:
+                profiler.close()
             yield item
-
-
-def _profiled(batches: Iterator[tuple[int, Batch]], config: LogConfig, workdir: str) -> Batches:
-    """`batches`, with the profiler on during the steps of `config`'s window.
-
-    Closing it writes the trace of a window that is open.
-    """
-    first, last = config.profile_start, config.profile_start + config.profile_steps
-    running = False
-    try:
-        for step, batch in batches:
-            if running and step == last:
-                jax.profiler.stop_trace()
-                running = False
-            if first <= step < last and not running:
-                jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-                running = True
-            yield step, batch
-    finally:
-        if running:
-            jax.profiler.stop_trace()
 
 
 def _open_and_compile(
@@ -230,25 +220,14 @@ def _open_and_compile(
             _ = experiment.compare_replicas
 
 
-def _already_finished(record: resume.RunRecord, workdir: str, experiment: Experiment) -> Exit:
-    print_on_lead(
-        f"{workdir}: finished, all {record.step} steps are done. For a longer run raise "
-        f"config.train.{given_length(experiment.config)}; where the schedule depends on the "
-        "length, begin another one with --config.init.from"
-    )
-    losses = _evaluated_losses(workdir, experiment.num_steps)
-    _check_last_evaluation(not_finite_losses(losses))
-    return Exit.SUCCESS
-
-
 def _evaluated_losses(workdir: str, step: int) -> dict[str, float]:
     """{source: loss} of the evaluation after `step`, as the lead process reads them."""
 
-    def read() -> dict[str, str]:
+    def read() -> dict[str, float]:
         records = [r for r in metrics.read(workdir) if r["kind"] == "eval" and r["step"] == step]
-        return {r["source"]: str(r["loss"]) for r in records}  # text: JSON has no nan
+        return {r["source"]: r["loss"] for r in records}
 
-    return {s: float(loss) for s, loss in process_group.from_lead("evaluated", read).items()}
+    return process_group.from_lead("evaluated", read)
 
 
 def _evaluation_is_missing(experiment: Experiment, workdir: str, step: int) -> bool:
@@ -259,8 +238,9 @@ def _evaluation_is_missing(experiment: Experiment, workdir: str, step: int) -> b
     return not sources <= _evaluated_losses(workdir, step).keys()
 
 
-def _check_last_evaluation(not_finite: Sequence[str]) -> None:
-    if not_finite:
+def _check_last_evaluation(workdir: str, step: int) -> None:
+    losses = _evaluated_losses(workdir, step).items()
+    if not_finite := [f"{s}: loss {x:g}" for s, x in losses if not math.isfinite(x)]:
         raise Diverged(
             f"the last evaluation is not finite: {'; '.join(not_finite)}. The last checkpoint has "
             "such parameters; take an earlier one, or train again with a lower "

@@ -26,11 +26,12 @@ from lm.optim.schedules import fractions
 from lm.parallel import process_group
 from lm.parallel.process_group import print_on_lead
 from lm.training.experiment import CONFIG_FILE, Experiment
-from lm.training.fork import BATCH, SCHEDULE, is_in
+from lm.training.fork import BATCH, SCHEDULE, changed_lines, is_in
 from lm.training.restore import stored_state
 
 # A resumed run may not change these; every other change is reported.
 FIXED = ("model", "objective", "data", "seed")
+Change = tuple[str, str, bool]  # config path, line, is allowed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,46 +84,45 @@ def check_config(record: RunRecord, workdir: str, experiment: Experiment) -> boo
         return True
     batch_size = None if record.manifest is None else record.manifest.resolved.get("batch_size")
     same_data = batch_size in (None, experiment.batch_size)
-    refused: list[tuple[str, str]] = []
+    changes: list[Change] = []
     for key, (old, new) in conversion.changed(before, now).items():
         if key == "data.tokenizer" and (
             run_tokenizer.find(workdir, old) == run_tokenizer.find(workdir, new)
         ):
             continue  # the run's own copy, whose content `run_tokenizer.save` compares
-        line = f"config.{key}: {old!r} -> {new!r}"
-        by_value = key in BATCH and batch_size is not None  # see `check_sizes`
-        if is_in(key, FIXED) and not by_value and not is_in(key, allowed):
-            refused.append((line, key))
-        else:
-            print_on_lead(f"changed since this run began: {line}")
-            same_data &= by_value or not is_in(key, ("objective", "data", "seed"))
-    _refuse(refused, workdir, experiment)
+        by_value = key in BATCH and batch_size is not None  # see `check_checkpoint`
+        same_data &= by_value or not is_in(key, ("objective", "data", "seed"))
+        is_allowed = by_value or not is_in(key, FIXED) or is_in(key, allowed)
+        changes.append((key, f"config.{key}: {old!r} -> {new!r}", is_allowed))
+    _report(changes, workdir, allowed)
     return same_data
 
 
-def check_sizes(record: RunRecord, workdir: str, experiment: Experiment) -> None:
-    """Compare the batch size, and the learning rates of all steps that are done.
+def check_checkpoint(record: RunRecord, workdir: str, experiment: Experiment) -> None:
+    """Compare the run with its checkpoint: the batch size, the learning rates of all steps that are
+    done, and the arrays.
 
     Raises:
-        ValueError: they differ and `checkpoint.allow_changed` does not name it.
+        ValueError: sizes or rates differ and `checkpoint.allow_changed` does not name it, or a
+        change of the model or the optimizer gives it other arrays, whatever is allowed.
     """
-    if record.manifest is None or not record.step or not record.manifest.config:
+    manifest, c = record.manifest, experiment.config
+    if manifest is None or not manifest.config:
         return
-    lines, c = [], experiment.config
-    allowed = c.checkpoint.allow_changed
-    before, now = record.manifest.resolved.get("batch_size"), experiment.batch_size
-    if before not in (None, now):
-        name = BATCH[0] if c.data.batch_size is not None else BATCH[1]
-        given = f"config.{name} ({getattr(c.data, name.split('.')[1])})"
-        line = f"{given} on {experiment.rules.mesh.size} devices: {before} -> {now} rows a batch"
-        lines.append((line, any(is_in(key, allowed) for key in BATCH), name))
-    if line := _changed_rates(record.manifest, experiment):
-        lines.append((line, is_in(SCHEDULE, allowed), SCHEDULE))
-    for line, is_allowed, _ in lines:
-        if is_allowed:
-            print_on_lead(f"changed since this run began: {line}")
-    refused = [(line, key) for line, is_allowed, key in lines if not is_allowed]
-    _refuse(refused, workdir, experiment)
+    if manifest.step:
+        allowed, changes = c.checkpoint.allow_changed, []
+        before, now = manifest.resolved.get("batch_size"), experiment.batch_size
+        if before not in (None, now):
+            name = BATCH[0] if c.data.batch_size is not None else BATCH[1]
+            given = f"config.{name} ({getattr(c.data, name.split('.')[1])})"
+            line = (
+                f"{given} on {experiment.rules.mesh.size} devices: {before} -> {now} rows a batch"
+            )
+            changes.append((name, line, any(is_in(key, allowed) for key in BATCH)))
+        if line := _changed_rates(manifest, experiment):
+            changes.append((SCHEDULE, line, is_in(SCHEDULE, allowed)))
+        _report(changes, workdir, allowed)
+    _check_leaves(manifest, workdir, experiment)
 
 
 def _changed_rates(manifest: Manifest, experiment: Experiment) -> str:
@@ -144,45 +144,36 @@ def _changed_rates(manifest: Manifest, experiment: Experiment) -> str:
     )
 
 
-def check_leaves(record: RunRecord, workdir: str, experiment: Experiment) -> None:
-    """Check that a resumed run has the arrays of its checkpoint, whatever is allowed to change.
-
-    Raises:
-        ValueError: a change of the model or the optimizer gives it others.
-    """
-    if record.manifest is None or not record.manifest.config:
-        return
-    stored = {name: str(leaf) for name, leaf in record.manifest.leaves.items()}
+def _check_leaves(manifest: Manifest, workdir: str, experiment: Experiment) -> None:
     state = stored_state(experiment, experiment.abstract_state)
     tree = {"params": state.params, "opt_state": state.opt_state}
-    if record.manifest.has_only_params:  # an import
+    if manifest.has_only_params:  # an import
         del tree["opt_state"]
-    expected = {name: str(leaf) for name, leaf in manifests.leaves(tree).items()}
-    differ = {name for name, _ in expected.items() ^ stored.items()}
-    changes = conversion.changed(record.manifest.config_tree(), experiment.config_dict).items()
-    lines = [
-        f"config.{key}: {old!r} -> {new!r}"
-        for key, (old, new) in changes
-        if is_in(key, ("init", "model", "objective", "optimizer"))
-    ]
-    if differ and lines:
+    differences = manifests.differences(manifest.leaves, manifests.leaves(tree))
+    arrays = ("init", "model", "objective", "optimizer")
+    lines = changed_lines(manifest.config_tree(), experiment.config_dict, arrays)
+    if differences and lines:
         raise ValueError(
-            f"{workdir} can't go on with other arrays than its checkpoint has ({len(differ)} "
+            f"{workdir} can't go on with other arrays than its checkpoint has ({len(differences)} "
             "differ), and config.checkpoint.allow_changed doesn't help; change the config back, or "
             f"begin another run, in another --workdir, with --config.init.from={workdir}:\n  "
             + "\n  ".join(lines)
         )
 
 
-def _refuse(refused: Sequence[tuple[str, str]], workdir: str, experiment: Experiment) -> None:
-    """Raises ValueError with every (line, key), and the one flag that allows them all."""
+def _report(changes: Sequence[Change], workdir: str, allowed: Sequence[str]) -> None:
+    """Print the changes that are allowed; raise ValueError with all others, and the one flag that
+    allows them all.
+    """
+    refused = {key: line for key, line, is_allowed in changes if not is_allowed}
+    for key, line, _ in changes:
+        if key not in refused:
+            print_on_lead(f"changed since this run began: {line}")
     if refused:
-        allowed = experiment.config.checkpoint.allow_changed
-        keys = tuple(dict.fromkeys([*allowed, *(key for _, key in refused)]))
-        lines = "\n  ".join(line for line, _ in refused)
+        keys = tuple(dict.fromkeys([*allowed, *refused]))
         raise ValueError(
             f"{workdir} holds a run with another config; use another --workdir, or allow it with "
-            f'--config.checkpoint.allow_changed="{keys}":\n  {lines}'
+            f'--config.checkpoint.allow_changed="{keys}":\n  ' + "\n  ".join(refused.values())
         )
 
 

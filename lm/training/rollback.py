@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.telemetry.deferred import DeferredMetrics, StepResult
+from lm.telemetry.deferred import StepResult, fetch
 from lm.training import bad_step_report
 from lm.training.bad_step_report import Evidence
 from lm.training.restore import restore_or_init, stored_state
@@ -69,12 +69,8 @@ def _replay(
     for step, batch in experiment.batches(int(state.step), stop):
         session.phases.heartbeat()
         state, sums, info = experiment.train_step(state, batch)
-        deferred = DeferredMetrics()
-        deferred.push(step, sums, info)
-        [again] = deferred.flush()
-        session.ledger.record(
-            step, again.info, experiment.batch_size * experiment.config.data.length
-        )
+        again = fetch(step, sums, info)
+        session.add_to_ledger(again)
         if bad_step is not None and step == bad_step.step:
             # its update was not applied: the state is that from before it
             evidence = bad_step_report.diagnose(experiment, state, batch, bad_step, again)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import math
-import signal
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +93,8 @@ class TrainingSession:
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved_at = time.monotonic()
         self._bad_in_a_row = self._disagreements = 0
-        diagnosed = process_group.from_lead(
-            "diagnosed steps", lambda: sorted(bad_step_report.diagnosed_steps(workdir))
-        )
-        self.diagnosed: set[int] = set(diagnosed)
-        self.not_finite: list[str] = []  # losses of the last evaluation
+        diagnosed = functools.partial(bad_step_report.diagnosed_steps, workdir)
+        self.diagnosed = set(process_group.from_lead("diagnosed steps", diagnosed))
         first_step = ledger.totals()["steps"]
         self.completed = first_step  # all work due up to this step is done
         self._goodput = Goodput(workdir, phases, first_step=first_step)
@@ -134,9 +130,8 @@ class TrainingSession:
         Raises:
             LedgerMismatch, Diverged, RollbackRequired
         """
-        c = self.experiment.config
         for result in results:
-            self.ledger.record(result.step, result.info, self.experiment.batch_size * c.data.length)
+            self.add_to_ledger(result)
             if result.seconds is not None:
                 self._watchdog.add_step(result.seconds)
             extra = {}
@@ -150,13 +145,19 @@ class TrainingSession:
             if result.bad:
                 self._handle_bad_step(result)
 
+    def add_to_ledger(self, result: StepResult) -> None:
+        """Raises LedgerMismatch."""
+        batch_tokens = self.experiment.batch_size * self.experiment.config.data.length
+        self.ledger.record(result.step, result.info, batch_tokens)
+
     def _log_values(self, step: int) -> dict[str, float]:
-        peak = self.experiment.config.optimizer.learning_rate
-        values = {"learning_rate": peak * float(jnp.asarray(self._schedule(step)))}
-        values["tokens_seen"] = self.ledger.totals()["filled"]
-        values["flops_seen"] = values["tokens_seen"] * self.experiment.flops_per_token
-        values["goodput"] = self._goodput.write(step + 1)
-        return values
+        peak, seen = self.experiment.config.optimizer.learning_rate, self.ledger.totals()["filled"]
+        return {
+            "learning_rate": peak * float(jnp.asarray(self._schedule(step))),
+            "tokens_seen": seen,
+            "flops_seen": seen * self.experiment.flops_per_token,
+            "goodput": self._goodput.write(step + 1),
+        }
 
     def _handle_bad_step(self, result: StepResult) -> None:
         guard = self.experiment.config.guard
@@ -194,15 +195,16 @@ class TrainingSession:
         wrong = self.experiment.replica_mismatches(state)
         if not wrong:
             return
-        text = f"step {int(state.step)}: replicas hold different bits of {', '.join(wrong[:5])}"
-        text += f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        names = f"{', '.join(wrong[:5])}{more}"
+        text = f"step {int(state.step)}: replicas hold different bits of {names}"
         guard = self.experiment.config.guard
         self._disagreements += 1
-        if guard.policy == "rewind" and self._disagreements <= guard.max_skips:
-            raise RollbackRequired(f"{text}: hardware")
         if guard.policy == "rewind":
-            text += f", {self._disagreements} times since the last checkpoint (config.guard."
-            text += f"max_skips={guard.max_skips})"
+            if self._disagreements <= guard.max_skips:
+                raise RollbackRequired(f"{text}: hardware")
+            text += f", {self._disagreements} times since the last checkpoint"
+            text += f" (config.guard.max_skips={guard.max_skips})"
         raise ReplicasDisagree(
             f"{text}. A device has computed or kept something wrong; the checkpoints before it are "
             "good: run the same command, without that machine if it happens again"
@@ -234,17 +236,11 @@ class TrainingSession:
             params = eval_params(experiment, state)
             results = evaluate(experiment, params, max_batches=limit, report=self._report_progress)
             self.writer.eval(step, results)
-        self.not_finite = not_finite_losses({s: v["loss"] for s, v in results.items()})
 
     def _report_progress(self, text: str) -> None:
         self.phases.heartbeat()
         if self.is_lead:
             self.writer.progress.show(text)
-
-    def log_stop(self, number: signal.Signals, step: int) -> None:
-        process_group.print_on_lead(
-            f"\n{number.name}: saved at step {step}; run the same command to go on"
-        )
 
     def redo_from(self, step: int) -> None:
         """Make all work after `step` due again, and drop the metrics of later steps."""
@@ -260,8 +256,3 @@ class TrainingSession:
         self._goodput.close()
         self.writer.close()
         self.ledger.close()
-
-
-def not_finite_losses(losses: Mapping[str, float]) -> list[str]:
-    """A description of every loss, {source: loss}, that is not finite."""
-    return [f"{name}: loss {x:g}" for name, x in losses.items() if not math.isfinite(x)]
