@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, TypedDict
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,7 @@ from lm.layers.attention.kernels import attend
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.reference import SelfCheckFailed, compare
-from lm.types import Array, HostTokens, Tokens
-
-
-class AttentionOptions(TypedDict):
-    scale: float
-    window: int | None
-    softcap: float | None
+from lm.types import ArrayT, HostTokens, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +34,29 @@ class Heads:
     kernel: str
     causal: bool = True
 
-    @property
-    def options(self) -> AttentionOptions:
-        return {"scale": self.scale, "window": self.window, "softcap": self.softcap}
-
     def __str__(self) -> str:
-        parts = [f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}"]
-        parts += [] if self.window is None else [f"window {self.window}"]
-        parts += [] if self.softcap is None else [f"softcap {self.softcap:g}"]
-        parts += ["bias"] if self.bias else []
-        parts += [] if self.causal else ["both ways"]
-        return ", ".join([*parts, *([] if self.kernel == "auto" else [self.kernel])])
+        parts = {
+            f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}": True,
+            f"window {self.window}": self.window is not None,
+            f"softcap {self.softcap or 0:g}": self.softcap is not None,
+            "bias": self.bias,
+            "both ways": not self.causal,
+            self.kernel: self.kernel != "auto",
+        }
+        return ", ".join(part for part, is_shown in parts.items() if is_shown)
 
 
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v")
 
 
-class Inputs(NamedTuple):
+class Inputs(NamedTuple, Generic[ArrayT]):
     """Inputs of attention, and the cotangent of its output; a row for each probe."""
 
-    q: np.ndarray  # [B, N, T, H]
-    k: np.ndarray  # [B, K, T, H]
-    v: np.ndarray
-    bias: np.ndarray | None  # [1, N, T, T]
-    cotangent: np.ndarray
+    q: ArrayT  # [B, N, T, H]
+    k: ArrayT  # [B, K, T, H]
+    v: ArrayT
+    bias: ArrayT | None  # [1, N, T, T]
+    cotangent: ArrayT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +95,9 @@ def _probes(heads: Heads, tokens: HostTokens, ends: np.ndarray) -> list[Probe]:
     return [*probes, Probe("padding", tokens_only, ~tokens_only)]
 
 
-def _make_inputs(heads: Heads, probes: list[Probe], dtype: jnp.dtype) -> tuple[Inputs, Inputs]:
+def _make_inputs(
+    heads: Heads, probes: list[Probe], dtype: jnp.dtype
+) -> tuple[Inputs[np.ndarray], Inputs[np.ndarray]]:
     """Inputs with a row for each probe, and the same with other numbers where they are masked."""
     rng, length = np.random.default_rng(0), len(probes[0].queries)
     queries = np.stack([p.queries for p in probes])[:, None, :, None]  # [B, 1, T, 1]
@@ -117,7 +112,7 @@ def _make_inputs(heads: Heads, probes: list[Probe], dtype: jnp.dtype) -> tuple[I
     bias = normal(heads.num_heads, length) if heads.bias else None
     cotangent = (normal(heads.num_heads, heads.head_dim) * queries).astype(dtype)
 
-    def inputs(factor: float) -> Inputs:
+    def inputs(factor: float) -> Inputs[np.ndarray]:
         def scale(x: np.ndarray, where: np.ndarray) -> np.ndarray:
             return (x * np.where(where, np.float32(factor), 1)).astype(dtype)
 
@@ -126,61 +121,50 @@ def _make_inputs(heads: Heads, probes: list[Probe], dtype: jnp.dtype) -> tuple[I
     return inputs(1), inputs(-2)
 
 
-def check_attention(kinds: tuple[Heads, ...], dtype: jnp.dtype, rules: Rules) -> float:
+def check_attention(heads: Heads, dtype: jnp.dtype, rules: Rules) -> float:
     """The largest difference between `attend` and the reference, as a fraction of the allowed one.
 
     Raises:
         SelfCheckFailed: it reads masked keys, or a difference is too large.
     """
-    plain = rules.platform == "cpu" and all(heads.kernel in ("auto", "xla") for heads in kinds)
+    plain = rules.platform == "cpu" and heads.kernel in ("auto", "xla")
     length = 64 if plain else 384  # kernels work on blocks of 128
     tokens, ends = _row(length)
     # with so few tokens a wide window masks nothing, and a high cap caps nothing
-    kinds = tuple(
-        dataclasses.replace(
-            heads,
-            window=None if heads.window is None else min(heads.window, length // 8),
-            softcap=None if heads.softcap is None else min(heads.softcap, 2.0),
-        )
-        for heads in kinds
-    )
-    probes = [_probes(heads, tokens, ends) for heads in kinds]
-    inputs = [_make_inputs(heads, p, dtype) for heads, p in zip(kinds, probes, strict=True)]
-
-    def with_gradients(heads: Heads, x: Inputs) -> list[Array]:
-        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(x.q), axis=0), tokens)
-        mask = self_mask(rows, heads.causal)
-
-        def run(q: Array, k: Array, v: Array) -> Array:
-            bias = None if x.bias is None else jnp.asarray(x.bias)
-            kernel = {"rules": rules, "kernel": heads.kernel}
-            return attend(q, k, v, mask, bias=bias, **kernel, **heads.options)
-
-        out, pullback = jax.vjp(run, x.q, x.k, x.v)  # pyright: ignore[reportAssignmentType]
-        return [out, *pullback(x.cotangent)]
+    window = None if heads.window is None else min(heads.window, length // 8)
+    softcap = None if heads.softcap is None else min(heads.softcap, 2.0)
+    heads = dataclasses.replace(heads, window=window, softcap=softcap)
+    options = {"scale": heads.scale, "window": window, "softcap": softcap}
+    probes = _probes(heads, tokens, ends)
+    inputs, others = _make_inputs(heads, probes, dtype)
 
     @jax.jit
-    def run(inputs: list[Inputs]) -> list[list[Array]]:
-        return [with_gradients(heads, x) for heads, x in zip(kinds, inputs, strict=True)]
+    def run(x: Inputs) -> list[jax.Array]:
+        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(probes), axis=0), tokens)
+        mask = self_mask(rows, heads.causal)
+        kernel = {"rules": rules, "kernel": heads.kernel}
 
-    results = jax.device_get(run([same for same, _ in inputs]))
-    changed = jax.device_get(run([other for _, other in inputs]))
-    worst = 0.0
-    for i, heads in enumerate(kinds):
-        for row, probe in enumerate(probes[i]):
-            _check_probe(heads, probe, [x[row] for x in results[i]], changed[i][0][row])
-        last = jax.tree.map(lambda x: x[-1].astype(np.float32), inputs[i][0])
-        expected = reference.attention(
-            *(last.q, last.k, last.v, last.cotangent, tokens),
-            causal=heads.causal,
-            bias=last.bias,
-            **heads.options,
-        )
-        actual = [np.where(probes[i][-1].queries[:, None], x[-1], 0) for x in results[i]]
-        for name, a, b in zip(NAMES, actual, expected, strict=True):
-            what = f"the {name} of attention ({heads})"
-            worst = max(worst, compare(what, a, b, dtype, rules.platform))
-    return worst
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attend(q, k, v, mask, bias=x.bias, **kernel, **options)
+
+        out, pullback = jax.vjp(attention, x.q, x.k, x.v)
+        return [out, *pullback(x.cotangent)]
+
+    results, (changed, *_) = jax.device_get((run(inputs), run(others)))
+    for row, probe in enumerate(probes):
+        _check_probe(heads, probe, [x[row] for x in results], changed[row])
+    last = jax.tree.map(lambda x: x[-1].astype(np.float32), inputs)
+    expected = reference.attention(
+        *(last.q, last.k, last.v, last.cotangent, tokens),
+        causal=heads.causal,
+        bias=last.bias,
+        **options,
+    )
+    actual = [np.where(probes[-1].queries[:, None], x[-1], 0) for x in results]
+    return max(
+        compare(f"the {name} of attention ({heads})", a, b, dtype, rules.platform)
+        for name, a, b in zip(NAMES, actual, expected, strict=True)
+    )
 
 
 def _check_probe(

@@ -34,7 +34,7 @@ from lm.types import Device
 class KernelReport:
     """A passed check."""
 
-    checked: tuple[str, ...]
+    checked: list[str]
     worst: float  # the largest difference to the reference, as a fraction of the allowed one
     seconds: float
     cached: bool = False  # from an earlier start
@@ -56,32 +56,25 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
     device = rules.mesh.local_devices[0]
     one = Rules(sharding.make_mesh(MeshConfig(data=1), [device]), rules.table)
     # not part of the models' contract: one without attention or a soft cap has no such fields
-    kinds = tuple(Heads(**kind) for kind in getattr(config.model, "attention_kinds", ()))
+    kinds = [Heads(**kind) for kind in getattr(config.model, "attention_kinds", ())]
     softcap = getattr(config.model, "logit_softcap", None)
     dtype = jnp.dtype(config.model.dtype)
 
     key = _key([kinds, softcap, dtype.name, config.loss], device)
-    path = Path(cache_dir or _default_cache_dir()) / f"{key}.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(cache_dir or f"{cache}/lm/selfcheck") / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: check again
-        cached = json.loads(path.read_text())
-        return KernelReport(
-            tuple(cached["checked"]), cached["worst"], cached["seconds"], cached=True
-        )
+        return KernelReport(**{**json.loads(path.read_text()), "cached": True})
 
     with jax.default_device(device):
-        worst = check_attention(kinds, dtype, one) if kinds else 0.0
-        worst = max(worst, check_loss(config.loss, softcap, dtype, one))
+        found = [check_attention(heads, dtype, one) for heads in kinds]
+        worst = max([*found, check_loss(config.loss, softcap, dtype, one)])
     checked = [f"attention in {dtype.name}, {heads}" for heads in kinds]
     checked.append(f"loss in {dtype.name}, chunks of {config.loss.chunk_size} tokens")
-    report = KernelReport(tuple(checked), worst, time.monotonic() - began)
+    report = KernelReport(checked, worst, time.monotonic() - began)
     with contextlib.suppress(OSError):  # without a cache the next start checks again
         storage.write_atomically(path, json.dumps(dataclasses.asdict(report)))
     return report
-
-
-def _default_cache_dir() -> str:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(home, "lm", "selfcheck")
 
 
 def _key(values: list[object], device: Device) -> str:

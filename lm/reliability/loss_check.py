@@ -39,11 +39,8 @@ class _HiddenStates(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         table = jnp.asarray(self.get_variable("params", "table"))
-        return _cap(float32_product(1, hidden, table.astype(self.dtype)), self.config)
-
-
-def _cap(x: Array, softcap: float | None) -> Array:
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+        x, softcap = float32_product(1, hidden, table.astype(self.dtype)), self.config
+        return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def check_loss(config: LossConfig, softcap: float | None, dtype: jnp.dtype, rules: Rules) -> float:
