@@ -61,7 +61,7 @@ class Goodput:
         if self._file is None:
             self._file = jsonl.reopen(self._path, self._before)
         jsonl.append(self._file, record)
-        return report(_last_of_each_process([*self._before, record])).goodput
+        return report([*self._before, record]).goodput
 
     def close(self) -> None:
         if self._file is not None:
@@ -93,31 +93,28 @@ class GoodputReport:
 def read(workdir: str) -> GoodputReport | None:
     """The report of a run's folder; None before anything was written."""
     records = jsonl.read(epath.Path(workdir) / GOODPUT_FILE)
-    return report(_last_of_each_process(records)) if records else None
-
-
-def _last_of_each_process(records: Sequence[Record]) -> list[Record]:
-    return list({record["began"]: record for record in records}.values())
+    return report(records) if records else None
 
 
 def report(records: Sequence[Record]) -> GoodputReport:
-    """The report of the last records of all processes, in order; at least one.
+    """The report of the records of all processes, in order; at least one.
 
-    A step counts as redone when a later process started at or before it; its time is the mean step
-    time of the process that did it first.
+    The last one of each counts. A step counts as redone when a later process started at or before
+    it; its time is the mean step time of the process that did it first.
     """
-    losses = dict.fromkeys([p for p in PHASES if p != "step"] + ["redone", "down"], 0.0)
+    records = list({record["began"]: record for record in records}.values())
+    losses = dict.fromkeys([*PHASES, "redone", "down"], 0.0)
+    del losses["step"]
     productive = 0.0
     for i, record in enumerate(records):
-        seconds = record["seconds"]
-        for phase in PHASES:
-            if phase != "step":
-                losses[phase] += seconds.get(phase, 0.0)
+        seconds, in_steps = record["seconds"], record["seconds"].get("step", 0.0)
+        for phase in losses:
+            losses[phase] += seconds.get(phase, 0.0)
         steps = record["step"] - record["first_step"]
         kept = min([record["step"], *(r["first_step"] for r in records[i + 1 :])])
         share = max(0, kept - record["first_step"]) / steps if steps else 0.0
-        productive += seconds.get("step", 0.0) * share
-        losses["redone"] += seconds.get("step", 0.0) * (1 - share)
+        productive += in_steps * share
+        losses["redone"] += in_steps * (1 - share)
         if i:
             losses["down"] += max(0.0, record["began"] - records[i - 1]["wrote"])
     wall = records[-1]["wrote"] - records[0]["began"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -15,10 +15,7 @@ from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_q
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard events, without TensorFlow.
-
-    `tensorboard.summary.Writer` imports TensorFlow wherever it is installed.
-    """
+    """Scalars as TensorBoard events; `tensorboard.summary.Writer` would import TensorFlow."""
 
     def __init__(self, directory: epath.Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -37,18 +34,20 @@ class TensorBoardWriter:
         self._records.flush()
 
 
-class _Throughput(NamedTuple):
-    tokens_per_second: float  # non-padding tokens, scored or not: what model FLOPs count
-    step_seconds: float
-
-
-def _throughput(window: Sequence[StepResult]) -> _Throughput | None:
-    """Throughput of the steps that have a time; None where none has, as the first of a process."""
+def _throughput(window: Sequence[StepResult]) -> tuple[float, float] | None:
+    """(tokens per second, seconds per step) of the steps that have a time; None where none has, as
+    the first of a process. Tokens are those that model FLOPs count: non-padding, scored or not.
+    """
     timed = [(r.seconds, int(r.info["filled"])) for r in window if r.seconds is not None]
     elapsed = sum(seconds for seconds, _ in timed)
-    if not elapsed:
-        return None
-    return _Throughput(sum(tokens for _, tokens in timed) / elapsed, elapsed / len(timed))
+    return (sum(n for _, n in timed) / elapsed, elapsed / len(timed)) if elapsed else None
+
+
+def _means(applied: Sequence[StepResult]) -> dict[str, float]:
+    """Per-token means over the steps; {} where there are none."""
+    if not applied:
+        return {}
+    return metrics.means({n: sum(r.sums[n] for r in applied) for n in applied[-1].sums})
 
 
 def _noise_scale(window: Sequence[StepResult]) -> dict[str, float]:
@@ -88,7 +87,7 @@ class MetricsWriter:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._workdir, self._active = workdir, active
         self._window: list[StepResult] = []
-        self._last_throughput: _Throughput | None = None  # of the last window that has one
+        self._last_throughput: tuple[float, float] | None = None  # of the last window with one
         self._learning_rate: float | None = None
         self.progress = Progress()
         if active:
@@ -142,47 +141,42 @@ class MetricsWriter:
     def _write_window(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []
         applied = [r for r in window if not r.bad]
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"step": step, "kind": "train", **_means(applied)}
         if applied:
-            record = metrics.means({n: sum(r.sums[n] for r in applied) for n in applied[-1].sums})
-            record["grad_norm"] = float(applied[-1].info["grad_norm"])
-            record |= _noise_scale(applied)
+            record |= {"grad_norm": applied[-1].grad_norm, **_noise_scale(applied)}
         if len(applied) < len(window):
             record["skipped"] = len(window) - len(applied)
-        throughput = _throughput(window)
         record |= extra | {"seconds": sum(r.seconds or 0.0 for r in window)}
-        if throughput is not None:
-            record["tokens_per_second"] = throughput.tokens_per_second
+        if (throughput := _throughput(window)) is not None:
+            record["tokens_per_second"] = throughput[0]
             if self._peak_flops:
-                flops = throughput.tokens_per_second * self._flops_per_token
-                record["mfu"] = flops / self._peak_flops
-        self._write({"step": step, "kind": "train", **record}, "train")
+                record["mfu"] = throughput[0] * self._flops_per_token / self._peak_flops
+        self._write(record, "train")
         self._last_throughput = throughput or self._last_throughput
         self._learning_rate = extra.get("learning_rate", self._learning_rate)
         if self._active:
             line = self._progress_line(window, self._last_throughput)
             self.progress.show(line, keep=True, final=step == self._num_steps)
 
-    def _progress_line(self, window: Sequence[StepResult], throughput: _Throughput | None) -> str:
-        num_done, applied = window[-1].step + 1, [r for r in window if not r.bad]
+    def _progress_line(
+        self, window: Sequence[StepResult], throughput: tuple[float, float] | None
+    ) -> str:
+        num_done, means = window[-1].step + 1, _means([r for r in window if not r.bad])
+        skipped = "every update skipped" if len(window) > 1 else "update skipped"
         parts = [f"step {num_done}/{self._num_steps}"]
-        if applied:
-            tokens = sum(r.sums["tokens"] for r in applied)
-            parts.append(f"loss {sum(r.sums['loss'] for r in applied) / max(tokens, 1.0):.4f}")
-        else:
-            parts.append("every update skipped" if len(window) > 1 else "update skipped")
+        parts.append(f"loss {means['loss']:.4f}" if means else skipped)
+        speed = []
         if throughput is not None:
-            left = format_duration((self._num_steps - num_done) * throughput.step_seconds)
-            parts += [f"{format_quantity(throughput.tokens_per_second)} tok/s", f"{left} left"]
-        parts.append(f"grad norm {float(window[-1].info['grad_norm']):.3g}")
+            tokens_per_second, step_seconds = throughput
+            left = format_duration((self._num_steps - num_done) * step_seconds)
+            parts += [f"{format_quantity(tokens_per_second)} tok/s", f"{left} left"]
+            flops, peak = tokens_per_second * self._flops_per_token, self._peak_flops
+            mfu = f"{100 * flops / peak:.1f}% MFU" if peak else f"{format_quantity(flops)}FLOP/s"
+            speed = [mfu]
+        parts.append(f"grad norm {window[-1].grad_norm:.3g}")
         if self._learning_rate is not None:
             parts.append(f"lr {self._learning_rate:.2g}")
-        if throughput is not None:
-            flops = throughput.tokens_per_second * self._flops_per_token
-            peak = self._peak_flops
-            mfu = f"{100 * flops / peak:.1f}% MFU" if peak else f"{format_quantity(flops)}FLOP/s"
-            parts.append(mfu)
-        return SEPARATOR.join(parts)
+        return SEPARATOR.join([*parts, *speed])
 
     def _write(self, record: dict[str, Any], tag: str) -> None:
         """Append a record; its numbers are `tag`/NAME in TensorBoard."""
