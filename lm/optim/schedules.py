@@ -41,22 +41,18 @@ def make_schedule(config: ScheduleConfig, num_steps: int) -> optax.Schedule:
     """
     check(config, num_steps)
     warmup, final = config.warmup_steps, config.final_fraction
-    rest = max(1, num_steps - warmup)
-    main: optax.Schedule
-    if config.kind == "constant":
-        main = optax.constant_schedule(1.0)
-    elif config.kind == "cosine":
-        main = optax.cosine_decay_schedule(1.0, rest, alpha=final)
-    elif config.kind == "linear":
-        main = optax.linear_schedule(1.0, final, rest)
-    elif config.kind == "inverse_sqrt":
-        start = max(1, warmup)
-        main = lambda step: jnp.sqrt(start / (start + step))  # noqa: E731
-    elif config.kind == "range":  # arXiv:1506.01186, in equal ratios
-        main = lambda step: final ** (1 - step / max(1, rest - 1))  # noqa: E731
-    else:  # warm-up, stable, decay: arXiv:2404.06395
-        decay = decay_steps(config, num_steps)
-        main = optax.linear_schedule(1.0, final, decay, transition_begin=rest - decay)
+    rest, start, decay = max(1, num_steps - warmup), max(1, warmup), decay_steps(config, num_steps)
+    kinds: dict[str, optax.Schedule] = {
+        "constant": optax.constant_schedule(1.0),
+        "cosine": optax.cosine_decay_schedule(1.0, rest, alpha=final),
+        "linear": optax.linear_schedule(1.0, final, rest),
+        "inverse_sqrt": lambda step: jnp.sqrt(start / (start + step)),
+        # arXiv:1506.01186, in equal ratios
+        "range": lambda step: final ** (1 - step / max(1, rest - 1)),
+        # warm-up, stable, decay: arXiv:2404.06395
+        "wsd": optax.linear_schedule(1.0, final, decay, transition_begin=max(0, rest - decay)),
+    }
+    main = kinds[config.kind]
     if warmup == 0:
         return main
     ramp = optax.linear_schedule(1 / warmup, 1.0, max(1, warmup - 1))

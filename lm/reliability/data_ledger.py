@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lm.checkpoint.checksums import hexadecimal
 from lm.exit_codes import Exit, RunError
 from lm.telemetry import jsonl
 
@@ -86,8 +87,8 @@ class Ledger:
         filled = int(info["filled"])
         entry = {
             "step": step,
-            "records": _hex(info["records"]),
-            "content": _hex(info["content"]),
+            "records": hexadecimal(info["records"]),
+            "content": hexadecimal(info["content"]),
             "filled": filled,
             "padding": batch_tokens - filled,
             "scored": int(info["scored"]),
@@ -122,7 +123,3 @@ class Ledger:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _hex(words: np.ndarray) -> str:
-    return "".join(f"{int(word):08x}" for word in np.asarray(words).tolist())

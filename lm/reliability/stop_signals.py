@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 import threading
-from types import FrameType
 
 from lm.exit_codes import Exit
 from lm.parallel import process_group
@@ -30,7 +29,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # a handler must be set for the wakeup descriptor to be written; the thread does the work
-        self._previous = {number: signal.signal(number, _ignore) for number in STOPS}
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in STOPS}
         threading.Thread(target=self._read, name="signals", daemon=True).start()
         return self
 
@@ -49,7 +48,3 @@ class StopSignals:
                 print(f"\n{text}", file=sys.stderr, flush=True)
                 os._exit(process_group.leave(STOPS[signal.Signals(data[0])], text))
             self.received = signal.Signals(data[0])
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    del number, frame

@@ -49,14 +49,9 @@ class Watchdog:
         c = self._config
         if phase == "step" and len(self._step_seconds) >= 3:
             return max(c.step_seconds, c.step_factor * statistics.median(self._step_seconds))
-        return {
-            "step": c.compile_seconds,  # the first ones may still compile
-            "compile": c.compile_seconds,
-            "data": c.data_seconds,
-            "save": c.save_seconds,
-            "evaluate": c.evaluate_seconds,
-            "investigate": c.compile_seconds,
-        }.get(phase, c.start_seconds)
+        if phase in ("step", "investigate"):  # the first steps may still compile
+            phase = "compile"
+        return getattr(c, f"{phase}_seconds", c.start_seconds)
 
     def _watch(self) -> None:
         c = self._config

@@ -8,12 +8,12 @@ import jax
 import ml_collections
 
 from lm.checkpoint.parent import ParentCheckpoint
-from lm.config import conversion
 from lm.optim.param_tree import named_leaves
 from lm.parallel.process_group import print_on_lead
 from lm.telemetry.progress import format_quantity
 from lm.training import bad_step_report
 from lm.training.experiment import Experiment
+from lm.training.fork import changed_lines
 
 
 def describe(experiment: Experiment, *, is_new: bool) -> None:
@@ -75,9 +75,6 @@ def _parameter_table(experiment: Experiment) -> Iterator[str]:
 def _parent_lines(experiment: Experiment, parent: ParentCheckpoint) -> Iterator[str]:
     """The parent of a warm start, and the values of its model and tokenizer that differ."""
     yield f"warm start: parameters of {parent.workdir} at step {parent.step}"
-    old, new = parent.manifest.config, experiment.config_dict.to_dict()
-    for section in ("model", "data"):
-        keys = ("tokenizer",) if section == "data" else tuple(new[section])
-        a, b = ({k: tree.get(section, {}).get(k) for k in keys} for tree in (old, new))
-        for path, (was, now) in conversion.changed(*map(ml_collections.ConfigDict, (a, b))).items():
-            yield f"unlike the parent: config.{section}.{path}: {was!r} -> {now!r}"
+    old = ml_collections.ConfigDict(parent.manifest.config)
+    for line in changed_lines(old, experiment.config_dict, ("model", "data.tokenizer")):
+        yield f"unlike the parent: {line}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.parent import ParentCheckpoint
@@ -103,7 +104,7 @@ class Fork(ParentCheckpoint):
 
 
 def changed_lines(
-    old: ConfigTree, new: ConfigTree, sections: Sequence[str], exempt: Sequence[str] = ()
+    old: ConfigDict, new: ConfigDict, sections: Sequence[str], exempt: Sequence[str] = ()
 ) -> list[str]:
     """One line for each value that differs and lies inside `sections`, but not inside `exempt`."""
     return [
