@@ -172,8 +172,7 @@ def _check_probe(
 ) -> None:
     """Raises SelfCheckFailed if masked keys reach the outputs of the queries.
 
-    results: the output [N, T, H] and the gradients of q, k and v. changed: the output with other
-    numbers in the masked keys.
+    changed: the output with other numbers in the masked keys.
     """
     out, _, dk, dv = results
     before, after = (x[:, probe.queries].astype(np.float32) for x in (out, changed))

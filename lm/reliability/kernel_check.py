@@ -1,9 +1,8 @@
 """Kernel check at the start of a run: its attention and chunked loss against plain equations.
 
 Kernels have leaked: given only a causal mask, cuDNN's attends across packed documents, and the loss
-falls all the same. So the kernels that the run is about to use, with its own heads, dtype, windows
-and chunks, are compared with the plain equations on a small packed batch. Masked inputs must have a
-gradient of exactly zero and change no bit of the output; all else agrees up to rounding.
+falls all the same. On a small packed batch masked inputs must have a gradient of exactly zero and
+change no bit of the output; all else agrees with the equations up to rounding.
 """
 
 from __future__ import annotations

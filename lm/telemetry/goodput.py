@@ -23,9 +23,8 @@ Record = dict[str, Any]  # began, wrote, first_step, step, seconds: {phase: seco
 
 
 def process_start() -> float:
-    """time.monotonic() at which this process started, imports included; now, where that is unknown.
-
-    Linux counts both from the start of the machine, but for time spent suspended.
+    """time.monotonic() at which this process started, imports included; now, where that is unknown
+    (but on Linux).
     """
     try:
         with open("/proc/self/stat") as file:

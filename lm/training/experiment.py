@@ -163,12 +163,9 @@ class Experiment:
         )
 
     def num_steps_of(self, manifest: Manifest) -> int:
-        """The length of the run that wrote `manifest`, if on these devices and data.
-
-        Checkpoints of older code don't record it: it is computed from their config.
-        """
+        """The length of the run that wrote `manifest`, if on these devices and data."""
         if (recorded := manifest.resolved.get("num_steps")) is not None:
-            return recorded
+            return recorded  # not by older code: computed from the config
         train = conversion.resolve(manifest.config_tree()).train
         lengths = {f"train.{name}": getattr(train, name) for name in run_length.LENGTHS}
         return self.variant(lengths).num_steps
@@ -291,12 +288,6 @@ class Experiment:
             measure_noise=self.config.log.noise_scale,
         )
 
-    def _eval_step(self, params: Params, batch: Batch) -> Sums:
-        rng = self._key("train")  # unused: evaluation has no dropout
-        # plain cross-entropy, whatever the loss of training adds
-        plain = LossConfig(chunk_size=self.config.loss.chunk_size)
-        return self._loss(params, batch, rng, train=False, config=plain)[1]
-
     @functools.cached_property
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a global batch, from a row of batch 0."""
@@ -325,8 +316,16 @@ class Experiment:
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Batch], Sums]:
-        """(params, batch) -> sums, compiled once per batch structure."""
-        return jax.jit(self._eval_step, out_shardings=self.rules.sharding())
+        """(params, batch) -> sums of the plain cross-entropy, whatever the loss of training adds;
+        compiled once per batch structure.
+        """
+        plain = LossConfig(chunk_size=self.config.loss.chunk_size)
+
+        def sums(params: Params, batch: Batch) -> Sums:
+            rng = self._key("train")  # unused: evaluation has no dropout
+            return self._loss(params, batch, rng, train=False, config=plain)[1]
+
+        return jax.jit(sums, out_shardings=self.rules.sharding())
 
     @functools.cached_property
     def compare_replicas(self) -> Callable[[TrainState], TrainState]:

@@ -1,10 +1,9 @@
 """Fork: a run that continues another run's state in a folder of its own.
 
-A run is a function of (config, step), so two runs whose configs agree on all steps before step n
-have the same state there. A fork is allowed only where they do: it is then, bit for bit, the run
-that it would be by itself, and the shared steps are paid for once. With a warm-up-stable-decay
-schedule (arXiv:2404.06395) runs of all lengths share their steps up to the decay, so one long run
-and a cool-down for each length give as many whole runs.
+It is allowed only where both configs agree on all steps before: it is then, bit for bit, the run
+that it would be by itself. With a warm-up-stable-decay schedule (arXiv:2404.06395) runs of all
+lengths share their steps up to the decay, so one long run and a cool-down for each length give as
+many whole runs.
 """
 
 from __future__ import annotations
@@ -47,13 +46,10 @@ class Fork(ParentCheckpoint):
         return f"{self.workdir} at step {self.step}"
 
     def check_steps(self, num_steps: int, trunk_num_steps: int, batch_size: int) -> None:
-        """Check that both runs do the same steps before the fork.
+        """Raise ValueError, listing all differences, unless both runs do the same steps before the
+        fork, but for what `config.checkpoint.allow_changed` names.
 
         num_steps, batch_size: of the fork. trunk_num_steps: of the other run.
-        `config.checkpoint.allow_changed` names what may differ all the same.
-
-        Raises:
-            ValueError: they do not; lists all differences.
         """
         if self.step >= num_steps:
             raise ValueError(
@@ -87,11 +83,8 @@ class Fork(ParentCheckpoint):
             )
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The state in the shardings of `abstract`, every bit verified.
-
-        Raises:
-            ValueError: the checkpoint has other leaves, or no optimizer state.
-            CorruptCheckpoint: the bits are not those that were saved.
+        """The state in the shardings of `abstract`, every bit verified; raises as
+        `Checkpoints.restore`, and ValueError where there is no optimizer state.
         """
         if self.manifest.has_only_params:
             raise ValueError(

@@ -125,10 +125,8 @@ class Initializer:
         return param_tree.split(params, self.base_params)[1]
 
     def with_base_params(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
-        """All parameters, from those of a checkpoint and what its manifest says of the parent.
-
-        Raises:
-            ValueError: the parent's checkpoint is no longer the one that the run started from.
+        """All parameters, from those of a checkpoint and what its manifest says of the parent;
+        ValueError where that is no longer the checkpoint that the run started from.
         """
         if not self.base_params:
             return params

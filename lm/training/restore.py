@@ -49,11 +49,7 @@ def restore_or_init(
 def restore(
     experiment: Experiment, checkpoints: Checkpoints, step: int | None = None
 ) -> tuple[TrainState, Manifest] | None:
-    """As `Checkpoints.restore`, with the parameters that the parent's checkpoint holds.
-
-    Raises:
-        ValueError: the parent's checkpoint is no longer the one that the run started from.
-    """
+    """As `Checkpoints.restore`, with the parameters that the parent's checkpoint holds."""
     restored = checkpoints.restore(stored_state(experiment, experiment.abstract_state), step)
     if restored is None:
         return None

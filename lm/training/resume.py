@@ -1,9 +1,8 @@
 """Comparison of a resumed run with the run in its folder, before anything is compiled.
 
-A run is a function of (config, step). Resumed with another config it must still be one: the steps
-done so far must be those that the new config would have done. The text of a config is not enough,
-since the batch depends on the number of devices and the learning rate on the length of the run; so
-the batch size and the learning rates are compared too.
+The steps done so far must be those that the new config would have done. The text of a config is not
+enough, since the batch depends on the number of devices and the learning rate on the length of the
+run; so the batch size and the learning rates are compared too.
 """
 
 from __future__ import annotations

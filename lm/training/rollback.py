@@ -13,13 +13,11 @@ from lm.types import TrainState
 def roll_back(session: TrainingSession, rollback: RollbackRequired) -> TrainState:
     """Return the state to continue from, after writing the verdict on the bad step.
 
-    A run is a function of (config, step): a replay that differs from the first time is an error of
-    the hardware. That may have happened before the last checkpoint: where the step repeats from it,
-    a replay from the one before must reproduce that checkpoint.
-
-    After a hardware error, evaluations and checkpoints since may be wrong: the state is that of the
-    last good checkpoint, and all work after it is due again. Else it is the state after the bad
-    step.
+    A replay that differs from the first time is an error of the hardware. That may have happened
+    before the last checkpoint: where the step repeats from it, a replay from the one before must
+    reproduce that checkpoint. After a hardware error, evaluations and checkpoints since may be
+    wrong: the state is that of the last good checkpoint, and all work after it is due again. Else
+    it is the state after the bad step.
     """
     bad_step, checkpoints, note = rollback.bad_step, session.checkpoints, session.writer.note
     session.deferred.discard()

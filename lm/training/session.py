@@ -114,8 +114,7 @@ class TrainingSession:
     def record(self, step: int, sums: Sums, info: StepInfo, held_up: float) -> None:
         """Handle the results of the step before `step`, while the devices compute `step`.
 
-        held_up: seconds for which this host, not its devices, delayed the step. Raises as
-        `record_results`.
+        held_up: seconds for which this host, not its devices, delayed the step.
         """
         vote = self._consensus.start(self._own_vote(), held_up)
         self.record_results(self.deferred.push(step, sums, info, vote))
@@ -125,10 +124,8 @@ class TrainingSession:
         self.record_results(self.deferred.flush())
 
     def record_results(self, results: list[StepResult]) -> None:
-        """Add results to ledger and metrics, and apply the policy for bad steps.
-
-        Raises:
-            LedgerMismatch, Diverged, RollbackRequired
+        """Add results to ledger and metrics, and apply the policy for bad steps: raises
+        LedgerMismatch, Diverged or RollbackRequired.
         """
         for result in results:
             self.add_to_ledger(result)
@@ -185,12 +182,8 @@ class TrainingSession:
         return self._vote if jax.process_count() > 1 else self._own_vote()
 
     def check_replicas(self, state: TrainState) -> None:
-        """Check that all replicas of a leaf hold the same bits.
-
-        Raises:
-            RollbackRequired: they don't, and the policy is to roll back: at most `guard.max_skips`
-                times between two checkpoints.
-            ReplicasDisagree: they don't.
+        """Raise ReplicasDisagree unless all replicas of a leaf hold the same bits; where the policy
+        is to roll back, RollbackRequired the first `guard.max_skips` times after a checkpoint.
         """
         wrong = self.experiment.replica_mismatches(state)
         if not wrong:
