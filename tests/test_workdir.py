@@ -1,7 +1,6 @@
 """A run's folder: any legal name works or is refused in one line, and it may be moved."""
 
 import argparse
-import json
 import os
 
 import jax
@@ -90,7 +89,7 @@ def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(
     kept.touch()
     changes = {"data.tokenizer": "/old/run/tokenizer/tokenizer.json", "mesh.data": 1}
     old = make_config(changes)
-    record = resume.RunRecord(json.loads(conversion.to_json(old)))
+    record = resume.RunRecord(conversion.to_json(old))
     moved = make_experiment({"data.tokenizer": str(kept)})
     capsys.readouterr()
     assert resume.check_config(record, str(tmp_path / "moved"), moved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -26,11 +26,11 @@ def flatten(tree: Params) -> dict:
     return traverse_util.flatten_dict(dict(tree), sep=".")
 
 
-def named_leaves(tree: object, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+def named_leaves(tree: object) -> dict[str, Any]:
     """{name: leaf} of any pytree, in its order; names as those of `flatten`."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -51,16 +51,15 @@ def unstack_layers(tree: Params) -> Params:
         [device] = x.devices() if isinstance(x, jax.Array) else [None]
         return jax.device_put(np.asarray(x)[i], device, may_alias=True)
 
-    def unstacked() -> Iterable[tuple[str, jax.Array | np.ndarray]]:
-        for name, x in flatten(tree).items():
-            before, is_stacked, after = f".{name}".partition(".layers.")
-            if not is_stacked:
-                yield name, x
-                continue
+    leaves: dict[str, jax.Array | np.ndarray] = {}
+    for name, x in flatten(tree).items():
+        before, is_stacked, after = f".{name}".partition(".layers.")
+        if is_stacked:
             for i in range(len(x)):
-                yield f"{before}.layers.{i}.{after}".lstrip("."), layer(x, i)
-
-    return unflatten(dict(unstacked()))
+                leaves[f"{before}.layers.{i}.{after}".lstrip(".")] = layer(x, i)
+        else:
+            leaves[name] = x
+    return unflatten(leaves)
 
 
 def split(tree: Params, names: Iterable[str]) -> tuple[Params, Params]:

@@ -15,7 +15,6 @@ import collections
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,6 +22,7 @@ from etils import epath
 from lm.checkpoint.checksums import hexadecimal
 from lm.exit_codes import Exit, RunError
 from lm.telemetry import jsonl
+from lm.telemetry.jsonl import Record
 
 LEDGER_FILE = "ledger.jsonl"
 COUNTS = ("filled", "padding", "scored")
@@ -34,12 +34,12 @@ class LedgerMismatch(RunError):
     code = Exit.MISMATCH
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: str) -> list[Record]:
     """The lines of a run's ledger, without a last one that a kill has cut."""
     return jsonl.read(epath.Path(workdir) / LEDGER_FILE)
 
 
-def start_totals() -> dict[str, Any]:
+def start_totals() -> Record:
     """The totals before step 0."""
     return {"steps": 0, **dict.fromkeys(COUNTS, 0), "chain": "0" * 16}
 
@@ -48,7 +48,7 @@ class Ledger:
     """Record of all steps in order; all processes compare, the `active` one writes."""
 
     def __init__(
-        self, workdir: str, totals: Mapping[str, Any], *, compare: bool = True, active: bool = True
+        self, workdir: str, totals: Record, *, compare: bool = True, active: bool = True
     ) -> None:
         """totals: those of the checkpoint that the run resumes from.
 
@@ -67,12 +67,9 @@ class Ledger:
             )
         kept = written if compare else [e for e in written if e["step"] < start]
         self._before = {e["step"]: e for e in kept if e["step"] >= start}
-        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=10_000)
+        self._recent: collections.deque[Record] = collections.deque(maxlen=10_000)
         self._written = kept[-1]["step"] if kept else -1
-        self._file: jsonl.TextFile | None = None
-        if active:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = jsonl.reopen(self._path, kept)
+        self._file = jsonl.Writer(self._path, kept, active=active)
 
     def record(self, step: int, info: Mapping[str, np.ndarray], batch_tokens: int) -> None:
         """Add step number `step`.
@@ -107,19 +104,18 @@ class Ledger:
         for name in COUNTS:
             self._totals[name] += entry[name]
         self._recent.append(entry)
-        if step > self._written and self._file is not None:
-            jsonl.append(self._file, entry)
+        if step > self._written:
+            self._file.append(entry)
             self._written = step
 
-    def roll_back(self, totals: Mapping[str, Any]) -> None:
+    def roll_back(self, totals: Record) -> None:
         """Go back to the totals of an earlier checkpoint, from which steps are redone."""
         self._before |= {e["step"]: e for e in self._recent if e["step"] >= totals["steps"]}
         self._totals = dict(totals)
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> Record:
         """Steps, filled, padding and scored tokens up to now, and the chain."""
         return dict(self._totals)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()

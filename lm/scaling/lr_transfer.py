@@ -4,6 +4,7 @@ seeds, with one compiled step for each width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -60,8 +61,7 @@ def sweep(
     """Do all runs that the file has not, and append each when it is done."""
     found = [TrainedPoint(**record) for record in jsonl.read(path)]
     done = {run.key for run in found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with jsonl.reopen(path, map(dataclasses.asdict, found)) as file:
+    with contextlib.closing(jsonl.Writer(path, map(dataclasses.asdict, found))) as file:
         for name, width in itertools.product(parametrizations, widths):
             advance: Step | None = None
             for seed in seeds:
@@ -78,7 +78,7 @@ def sweep(
                     loss = _train(experiment, advance, first, rate)
                     seconds = time.monotonic() - start
                     found.append(TrainedPoint(name, width, rate, seed, loss, seconds))
-                    jsonl.append(file, dataclasses.asdict(found[-1]))
+                    file.append(dataclasses.asdict(found[-1]))
                     shown = "diverged" if loss is None else f"{loss:.4f}"
                     power = f"2^{math.log2(rate):g}"
                     print(f"{name} {width}: rate {power}, seed {seed}: {shown} ({seconds:.1f} s)")

@@ -11,15 +11,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
 from lm.telemetry import jsonl
+from lm.telemetry.jsonl import Record
 from lm.telemetry.phase_timer import PHASES, PhaseTimer
 
 GOODPUT_FILE = "goodput.jsonl"
-Record = dict[str, Any]  # began, wrote, first_step, step, seconds: {phase: seconds}
 
 
 def process_start() -> float:
@@ -36,12 +35,14 @@ def process_start() -> float:
 
 
 class Goodput:
-    """Writer of goodput.jsonl in the lead process."""
+    """Writer of goodput.jsonl, of one process if it is `active`."""
 
-    def __init__(self, workdir: str, phases: PhaseTimer, *, first_step: int) -> None:
-        self._path = epath.Path(workdir) / GOODPUT_FILE
-        self._before = jsonl.read(self._path)
-        self._file: jsonl.TextFile | None = None
+    def __init__(
+        self, workdir: str, phases: PhaseTimer, *, first_step: int, active: bool = True
+    ) -> None:
+        path = epath.Path(workdir) / GOODPUT_FILE
+        self._before = jsonl.read(path)
+        self._file = jsonl.Writer(path, self._before, active=active)
         self._phases, self._first_step = phases, first_step
         self._began = time.time() - (time.monotonic() - phases.began)
 
@@ -57,14 +58,11 @@ class Goodput:
             "step": step,
             "seconds": {k: round(v, 3) for k, v in self._phases.seconds().items() if v},
         }
-        if self._file is None:
-            self._file = jsonl.reopen(self._path, self._before)
-        jsonl.append(self._file, record)
+        self._file.append(record)
         return report([*self._before, record]).goodput
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 @dataclasses.dataclass(frozen=True)

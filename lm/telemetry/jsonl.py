@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-TextFile = IO[str]
+Record = dict[str, Any]
 
 
-def read(path: epath.PathLike) -> list[dict[str, Any]]:
+def read(path: epath.PathLike) -> list[Record]:
     """The objects of all complete lines; none if there is no file."""
     path = epath.Path(path)
     lines = path.read_text().split("\n") if path.exists() else [""]
@@ -26,7 +26,7 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line, object_hook=_with_floats) for line in lines[:-1]]
 
 
-def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
+def _with_floats(record: Record) -> Record:
     return {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
 
 
@@ -49,20 +49,34 @@ def line(record: Mapping[str, object]) -> str:
     return dumps(record) + "\n"
 
 
-def append(file: TextFile, record: Mapping[str, object]) -> None:
-    """Write one record at once: a kill loses none that was appended."""
-    file.write(line(record))
-    file.flush()
+class Writer:
+    """A file that grows by records; one that is not `active` writes nothing."""
 
+    def __init__(
+        self,
+        path: epath.PathLike,
+        records: Iterable[Mapping[str, object]],
+        *,
+        active: bool = True,
+    ) -> None:
+        """Replace the file by `records`, at once, and open it for more: a record that is appended
+        to a line that was cut would be lost with it.
+        """
+        self._file = None
+        if active:
+            path = epath.Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.parent / f"{path.name}.new"
+            new.write_text("".join(map(line, records)))
+            new.replace(path)
+            self._file = path.open("a")
 
-def reopen(path: epath.PathLike, records: Iterable[Mapping[str, object]]) -> TextFile:
-    """Replace the file by `records` and open it for more.
+    def append(self, record: Mapping[str, object]) -> None:
+        """Write one record at once: a kill loses none that was appended."""
+        if self._file is not None:
+            self._file.write(line(record))
+            self._file.flush()
 
-    A record that is appended to a line that was cut would be lost with it, so this comes first. A
-    kill leaves the old file or the new one.
-    """
-    path = epath.Path(path)
-    new = path.parent / f"{path.name}.new"
-    new.write_text("".join(line(record) for record in records))
-    new.replace(path)
-    return path.open("a")
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -12,7 +11,7 @@ from lm.telemetry import jsonl
 METRICS_FILE = "metrics.jsonl"
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: str) -> list[jsonl.Record]:
     """The records of metrics.jsonl, without a last line that a kill has cut."""
     return jsonl.read(epath.Path(workdir) / METRICS_FILE)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -90,22 +89,22 @@ class MetricsWriter:
         self._last_throughput: tuple[float, float] | None = None  # of the last window with one
         self._learning_rate: float | None = None
         self.progress = Progress()
+        self._file = self._open(first_step)
         if active:
-            self._file = self._reopen(first_step)
             directory = epath.Path(workdir) / "tensorboard"
             self._tensorboard = TensorBoardWriter(directory) if tensorboard else None
 
-    def _reopen(self, step: int) -> jsonl.TextFile:
-        """metrics.jsonl without the records of steps after `step`."""
+    def _open(self, step: int) -> jsonl.Writer:
+        """A writer of metrics.jsonl without the records of steps after `step`."""
         kept = [record for record in metrics.read(self._workdir) if record["step"] <= step]
-        return jsonl.reopen(epath.Path(self._workdir) / metrics.METRICS_FILE, kept)
+        path = epath.Path(self._workdir) / metrics.METRICS_FILE
+        return jsonl.Writer(path, kept, active=self._active)
 
     def roll_back(self, step: int) -> None:
         """Drop the records of steps after `step`, which will be redone."""
         self._window = [result for result in self._window if result.step < step]
-        if self._active:
-            self._file.close()
-            self._file = self._reopen(step)
+        self._file.close()
+        self._file = self._open(step)
 
     def is_due(self, num_done: int) -> bool:
         """True if a record is written after `num_done` steps."""
@@ -135,13 +134,12 @@ class MetricsWriter:
             self.progress.note(text)
 
     def close(self) -> None:
-        if self._active:
-            self._file.close()
+        self._file.close()
 
     def _write_window(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []
         applied = [r for r in window if not r.bad]
-        record: dict[str, Any] = {"step": step, "kind": "train", **_means(applied)}
+        record: jsonl.Record = {"step": step, "kind": "train", **_means(applied)}
         if applied:
             record |= {"grad_norm": applied[-1].grad_norm, **_noise_scale(applied)}
         if len(applied) < len(window):
@@ -178,11 +176,11 @@ class MetricsWriter:
             parts.append(f"lr {self._learning_rate:.2g}")
         return SEPARATOR.join([*parts, *speed])
 
-    def _write(self, record: dict[str, Any], tag: str) -> None:
+    def _write(self, record: jsonl.Record, tag: str) -> None:
         """Append a record; its numbers are `tag`/NAME in TensorBoard."""
         if not self._active:
             return
-        jsonl.append(self._file, record)
+        self._file.append(record)
         if self._tensorboard is not None:
             values = {f"{tag}/{k}": v for k, v in record.items() if isinstance(v, float)}
             self._tensorboard.write(record["step"], values)

@@ -84,7 +84,7 @@ class Experiment:
         self.model: Model = component("lm.models", config.model.name).build(c.model, self.rules)
         self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
 
-    def variant(self, changes: Mapping[str, Any]) -> Experiment:
+    def variant(self, changes: Mapping[str, object]) -> Experiment:
         """An experiment on the same devices with some values changed, {config path: value}."""
         config = self.config_dict.copy_and_resolve_references()
         config.update_from_flattened_dict(dict(changes))
@@ -373,7 +373,7 @@ def _shardings(abstract: Tree) -> Tree:
 
 
 def load(
-    workdir: str, devices: Sequence[Device], changes: Mapping[str, Any] | None = None
+    workdir: str, devices: Sequence[Device], changes: Mapping[str, object] | None = None
 ) -> Experiment:
     """The experiment of a run's folder on these devices, data-parallel unless `changes` say else.
 

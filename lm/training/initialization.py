@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +115,7 @@ class Initializer:
             return params
         return param_tree.join(params, self.parent.read(abstract_stored))
 
-    def trained(self, tree: Params) -> dict[str, Any]:
+    def trained(self, tree: Params) -> Params:
         """The trained part of a tree of parameters."""
         return param_tree.split(tree, self.frozen)[1]
 
@@ -124,7 +123,7 @@ class Initializer:
         """The part of the parameters that this run's checkpoints hold."""
         return param_tree.split(params, self.base_params)[1]
 
-    def with_base_params(self, params: Params, parent: Mapping[str, Any] | None) -> Params:
+    def with_base_params(self, params: Params, parent: Mapping | None) -> Params:
         """All parameters, from those of a checkpoint and what its manifest says of the parent;
         ValueError where that is no longer the checkpoint that the run started from.
         """

@@ -7,7 +7,6 @@ the parent, which is read again at every restore.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from lm.checkpoint.manifest import Manifest
 from lm.optim import optimizer_state, param_tree
 from lm.parallel import sharding
 from lm.reliability.data_ledger import start_totals
+from lm.telemetry.jsonl import Record
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.training.experiment import Experiment
 from lm.types import Params, TrainState
@@ -23,7 +23,7 @@ from lm.types import Params, TrainState
 
 def restore_or_init(
     experiment: Experiment, checkpoints: Checkpoints, phases: PhaseTimer, step: int | None = None
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Record]:
     """(state, ledger totals) of the newest good checkpoint, or of the one at `step`.
 
     Without checkpoints: those of the fork's checkpoint, else those before step 0.

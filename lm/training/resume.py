@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 
@@ -37,17 +36,12 @@ Change = tuple[str, str, bool]  # config path, line, is allowed
 class RunRecord:
     """The run in a folder, the same in all processes."""
 
-    config: dict[str, Any] | None = None  # of config.json; None before the run has started
+    config: str | None = None  # the text of config.json; None before the run has started
     manifest: Manifest | None = None  # of the newest checkpoint whose manifest can be read
 
     @property
     def step(self) -> int:
         return 0 if self.manifest is None else self.manifest.step
-
-
-def sizes(experiment: Experiment) -> dict[str, int]:
-    """The entry `resolved` of manifests: values that a config has on its devices and data."""
-    return {"batch_size": experiment.batch_size, "num_steps": experiment.num_steps}
 
 
 def read(workdir: str) -> RunRecord:
@@ -56,9 +50,9 @@ def read(workdir: str) -> RunRecord:
     return RunRecord(config, None if manifest is None else Manifest.from_json(manifest))
 
 
-def _read(workdir: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
+def _read(workdir: epath.Path) -> tuple[str | None, str | None]:
     path, checkpoints = workdir / CONFIG_FILE, workdir.resolve() / "checkpoints"
-    config = json.loads(path.read_text()) if path.exists() else None
+    config = path.read_text() if path.exists() else None
     for step in reversed(step_files.steps(checkpoints)):
         try:
             manifest = step_files.read_manifest(checkpoints / str(step))
@@ -76,7 +70,7 @@ def check_config(record: RunRecord, workdir: str, experiment: Experiment) -> boo
         names a path that does not exist.
     """
     now = experiment.config_dict
-    before = now if record.config is None else conversion.from_json(json.dumps(record.config))
+    before = now if record.config is None else conversion.from_json(record.config)
     allowed = experiment.config.checkpoint.allow_changed
     conversion.check_paths(allowed, [now, before], "config.checkpoint.allow_changed")
     if record.config is None:

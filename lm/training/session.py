@@ -24,7 +24,7 @@ from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.writers import MetricsWriter
-from lm.training import bad_step_report, resume
+from lm.training import bad_step_report
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 from lm.training.restore import eval_params, stored_state
@@ -97,7 +97,7 @@ class TrainingSession:
         self.diagnosed = set(process_group.from_lead("diagnosed steps", diagnosed))
         first_step = ledger.totals()["steps"]
         self.completed = first_step  # all work due up to this step is done
-        self._goodput = Goodput(workdir, phases, first_step=first_step)
+        self._goodput = Goodput(workdir, phases, first_step=first_step, active=self.is_lead)
         self.writer = MetricsWriter(
             workdir,
             first_step=first_step,
@@ -213,7 +213,10 @@ class TrainingSession:
             extras = {
                 "ledger": self.ledger.totals(),
                 "config": self.experiment.config_dict.to_dict(),
-                "resolved": resume.sizes(self.experiment),
+                "resolved": {
+                    "batch_size": self.experiment.batch_size,
+                    "num_steps": self.experiment.num_steps,
+                },
             }
             self.checkpoints.save(stored_state(self.experiment, state), manifest_extras=extras)
         self._saved_at, self._disagreements = time.monotonic(), 0
@@ -244,8 +247,7 @@ class TrainingSession:
         self.flush()
         with self.phases("save"):
             self.checkpoints.wait()
-        if self.is_lead:
-            self._goodput.write(self.ledger.totals()["steps"])
+        self._goodput.write(self.ledger.totals()["steps"])
         self._goodput.close()
         self.writer.close()
         self.ledger.close()
