@@ -25,13 +25,17 @@ def fonts_for(texts: Iterable[str], family: str = "sans-serif") -> Iterator[list
 
 def families(text: str, family: str = "sans-serif") -> list[str]:
     """`family` and the fewest other installed fonts, best first, that cover `text`."""
-    from matplotlib.font_manager import fontManager
+    from matplotlib.font_manager import FontEntry, fontManager
+
+    def distance_from_regular(entry: FontEntry) -> tuple[bool, int]:
+        weight = entry.weight if isinstance(entry.weight, int) else 400
+        return entry.style != "normal", abs(weight - 400)
 
     found = [family]
     missing = {c for c in text if c.isprintable()} - _letters(_path(family))
     if not missing:
         return found
-    entries = {e.name: e for e in sorted(fontManager.ttflist, key=_distance_from_regular)[::-1]}
+    entries = {e.name: e for e in sorted(fontManager.ttflist, key=distance_from_regular)[::-1]}
     fonts = {name: _letters(e.fname) for name, e in sorted(entries.items())}
     while fonts:
         name = max(fonts, key=lambda n: len(missing & fonts[n]))
@@ -68,9 +72,3 @@ def _letters(path: str) -> frozenset[str]:
     if not font.scalable or font.family_name.lstrip(".").startswith(_PLACEHOLDER):
         return frozenset()
     return frozenset(map(chr, font.get_charmap()))
-
-
-def _distance_from_regular(entry: object) -> tuple[bool, int]:
-    weight = getattr(entry, "weight", 400)
-    weight = weight if isinstance(weight, int) else 400
-    return getattr(entry, "style", "normal") != "normal", abs(weight - 400)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import jax
 import ml_collections
 
-from lm.checkpoint.parent import ParentCheckpoint
 from lm.optim.param_tree import named_leaves
 from lm.parallel.process_group import print_on_lead
 from lm.telemetry.progress import format_quantity
@@ -24,8 +23,11 @@ def describe(experiment: Experiment, *, is_new: bool) -> None:
 
 def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
     c, mesh, initializer = experiment.config, experiment.rules.mesh, experiment.initializer
-    if is_new and initializer.parent is not None:
-        yield from _parent_lines(experiment, initializer.parent)
+    if is_new and (parent := initializer.parent) is not None:
+        yield f"warm start: parameters of {parent.workdir} at step {parent.step}"
+        old = ml_collections.ConfigDict(parent.manifest.config)
+        for line in changed_lines(old, experiment.config_dict, ("model", "data.tokenizer")):
+            yield f"unlike the parent: {line}"
     if is_new and experiment.fork is not None:
         yield f"forked from {experiment.fork}"
     if is_new and initializer.word_vectors is not None:
@@ -70,11 +72,3 @@ def _parameter_table(experiment: Experiment) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for name, shape, rest in rows:
         yield f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {rest}".rstrip()
-
-
-def _parent_lines(experiment: Experiment, parent: ParentCheckpoint) -> Iterator[str]:
-    """The parent of a warm start, and the values of its model and tokenizer that differ."""
-    yield f"warm start: parameters of {parent.workdir} at step {parent.step}"
-    old = ml_collections.ConfigDict(parent.manifest.config)
-    for line in changed_lines(old, experiment.config_dict, ("model", "data.tokenizer")):
-        yield f"unlike the parent: {line}"

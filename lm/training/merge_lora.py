@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import storage
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
 from lm.data import run_tokenizer
 from lm.layers import lora
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
+from lm.training import resume
 from lm.training.experiment import CONFIG_FILE, Experiment, load
 from lm.training.restore import restore_params
 from lm.types import Device
@@ -58,5 +58,5 @@ def merge_run(
     writer.commit({"ledger": start_totals(), "config": config.to_dict(), "parent": parent})
     run_tokenizer.save(plain.tokenizer, out)
     config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
-    storage.write_atomically(folder / CONFIG_FILE, conversion.to_json(config))
+    resume.write_config(config, out)
     return plain

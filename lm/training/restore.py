@@ -30,20 +30,18 @@ def restore_or_init(
     """
     with phases("restore"):
         restored = restore(experiment, checkpoints, step)
-    if restored is not None:
+        if restored is None and (fork := experiment.fork) is not None:
+            checkpoints.parent = fork.describe()
+            restored = fork.restore(experiment.abstract_state), fork.manifest
+    with phases("init"):
+        if restored is None:
+            if (parent := experiment.initializer.parent) is not None:
+                checkpoints.parent = parent.describe()
+            return jax.block_until_ready(experiment.init_state()), start_totals()
         state, manifest = restored
         if state.opt_state is None:
-            with phases("init"):
-                state = jax.block_until_ready(experiment.init_optimizer(state))
+            state = jax.block_until_ready(experiment.init_optimizer(state))
         return state, dict(manifest.ledger)
-    if (fork := experiment.fork) is not None:
-        checkpoints.parent = fork.describe()
-        with phases("restore"):
-            return fork.restore(experiment.abstract_state), dict(fork.manifest.ledger)
-    with phases("init"):
-        if experiment.initializer.parent is not None:
-            checkpoints.parent = experiment.initializer.parent.describe()
-        return jax.block_until_ready(experiment.init_state()), start_totals()
 
 
 def restore(
