@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 _PLACEHOLDER = "Last Resort"  # has a box for every character
 
 
-@contextlib.contextmanager
-def fonts_for(texts: Iterable[str], family: str = "sans-serif") -> Iterator[list[str]]:
-    """A context whose figures use `family`, and other installed fonts for letters that it lacks.
-
-    Yields the names of the families, for text whose family is given. `readable` escapes letters
-    that none of them has.
-    """
-    import matplotlib
-
-    found = families("".join(texts), family)
-    with matplotlib.rc_context({"font.family": found}):
-        yield found
-
-
 def families(text: str, family: str = "sans-serif") -> list[str]:
-    """`family` and the fewest other installed fonts, best first, that cover `text`."""
+    """`family` and the fewest other installed fonts, best first, that cover `text`.
+
+    `readable` escapes letters that none of them has.
+    """
     from matplotlib.font_manager import FontEntry, fontManager
 
     def distance_from_regular(entry: FontEntry) -> tuple[bool, int]:

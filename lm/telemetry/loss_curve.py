@@ -31,6 +31,8 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
     Raises:
         ValueError: the run has written no loss yet.
     """
+    import matplotlib
+
     records = metrics.read(workdir)
     train = [r for r in records if r["kind"] == "train"]
     if not any("loss" in r for r in train):
@@ -43,16 +45,17 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
     names = metrics.short_names(sorted({r["source"] for r in evals}))
     title = epath.Path(workdir).resolve().name
     references = references or {}
-    with fonts.fonts_for([title, *names.values(), *references]) as families:
+    families = fonts.families("".join([title, *names.values(), *references]))
+    with matplotlib.rc_context({"font.family": families}):
         columns = 1 + any("bits_per_byte" in r for r in evals)
         figure, [axes] = make_figure(1, columns, size=(6.0, 4.4))
         losses = [r.get("loss", math.nan) for r in train]
         tokens = [tokens_at[r["step"]] for r in train]
         axes[0].plot(tokens, losses, color="0.6", linewidth=1, label="training")
+        located = [r for r in evals if r["step"] in tokens_at]
         for axis, key in zip(axes, ("loss", "bits_per_byte"), strict=False):
             for i, (source, name) in enumerate(names.items()):
-                own = [r for r in evals if r["source"] == source and key in r]
-                own = [r for r in own if r["step"] in tokens_at]
+                own = [r for r in located if r["source"] == source and key in r]
                 x, y = [tokens_at[r["step"]] for r in own], [r[key] for r in own]
                 label = fonts.readable(name, families)
                 axis.plot(x, y, marker="o", markersize=4, color=f"C{i}", label=label)
@@ -74,8 +77,7 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
                 high.append(min(found) * 1.6)
             if low:
                 axes[1].set_ylim(min(low) * 0.93, max(high) * 1.05)
-        _legend_below(figure, axes)
-        figure.suptitle(fonts.readable(title, families))
+        _add_title_and_legend(figure, axes, fonts.readable(title, families))
         return figure
 
 
@@ -89,6 +91,8 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
     Raises:
         ValueError: the run has written too few metrics.
     """
+    import matplotlib
+
     records = [r for r in metrics.read(workdir) if r["kind"] == "train" and "loss" in r]
     if len(records) < 2:
         raise ValueError(f"{workdir} has {len(records)} records of training: nothing to draw")
@@ -99,7 +103,8 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
         smooth.append(mean / (1 - smoothing ** (i + 1)))
     low = min(range(len(smooth)), key=lambda i: smooth[i])
     title = epath.Path(workdir).resolve().name
-    with fonts.fonts_for([title]) as families:
+    families = fonts.families(title)
+    with matplotlib.rc_context({"font.family": families}):
         figure, [[axis]] = make_figure(size=(6.0, 4.4))
         axis.plot(rates, losses, color="0.7", linewidth=1, label="each record")
         axis.plot(rates, smooth, label="running mean")
@@ -110,13 +115,13 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
         axis.set_ylabel("loss (nats per token)")
         span = smooth[0] - smooth[low] or 1.0
         axis.set_ylim(smooth[low] - 0.25 * span, smooth[0] + 0.5 * span)
-        _legend_below(figure, [axis])
-        figure.suptitle(fonts.readable(title, families))
+        _add_title_and_legend(figure, [axis], fonts.readable(title, families))
         return _save(figure, workdir, "lr_range.png"), rates[low]
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Draw one legend for all axes below them."""
+def _add_title_and_legend(figure: Figure, axes: Sequence[Axes], title: str) -> None:
+    """Add a title, and one legend for all axes below them."""
+    figure.suptitle(title)
     found = {}
     for axis in axes:
         for line in axis.lines:
