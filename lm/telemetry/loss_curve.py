@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import scipy.signal
 from etils import epath
 
 from lm.telemetry import fonts, metrics
@@ -97,11 +99,9 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
     if len(records) < 2:
         raise ValueError(f"{workdir} has {len(records)} records of training: nothing to draw")
     rates, losses = [r["learning_rate"] for r in records], [r["loss"] for r in records]
-    mean, smooth = 0.0, []
-    for i, loss in enumerate(losses):
-        mean = smoothing * mean + (1 - smoothing) * loss
-        smooth.append(mean / (1 - smoothing ** (i + 1)))
-    low = min(range(len(smooth)), key=lambda i: smooth[i])
+    smooth = scipy.signal.lfilter([1 - smoothing], [1, -smoothing], losses)
+    smooth /= 1 - smoothing ** np.arange(1, len(losses) + 1)
+    low = int(np.nanargmin(smooth))
     title = epath.Path(workdir).resolve().name
     families = fonts.families(title)
     with matplotlib.rc_context({"font.family": families}):

@@ -7,6 +7,8 @@ small gradient of one layer was clipped for a large one of another.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,7 +66,12 @@ def factored_rms(stacked: Params) -> optax.GradientTransformation:
     The state has the form of `optax`'s: moments of stacked parameters lead with [L], and stand-ins
     for missing ones don't.
     """
-    inner = optax.scale_by_factored_rms()
+    inner, structure = optax.scale_by_factored_rms(), jax.tree.structure(stacked)
+
+    def each(function: Callable[..., Sequence], *trees: optax.Params) -> Iterator[optax.Params]:
+        """Trees of the results of a function of (is stacked, one parameter's part of each tree)."""
+        results = map(function, *map(structure.flatten_up_to, (stacked, *trees)))
+        return map(structure.unflatten, zip(*results, strict=True))
 
     def axes(param: jax.Array) -> optax.FactoredState:
         """The dimension of layers of the state of a stacked parameter."""
@@ -73,39 +80,31 @@ def factored_rms(stacked: Params) -> optax.GradientTransformation:
         kept = (0, 0, None) if factored else (None, None, 0)
         return optax.FactoredState(None, *kept)  # pyright: ignore
 
-    def init_one(is_stacked: bool, param: jax.Array) -> optax.OptState:
-        if is_masked(param):
-            return optax.FactoredState(0, param, param, param)  # pyright: ignore
-        return (jax.vmap(inner.init, out_axes=axes(param)) if is_stacked else inner.init)(param)
-
-    def unzip(count: jax.typing.ArrayLike, states: Params) -> optax.FactoredState:
-        """The state of a tree, of a tree of states."""
-        fields = (jax.tree.map(lambda _, s, i=i: s[i], stacked, states) for i in range(1, 4))
-        return optax.FactoredState(count, *fields)  # pyright: ignore
-
     def init(params: optax.Params) -> optax.FactoredState:
-        states = jax.tree.map(init_one, stacked, params)
-        return unzip(jnp.zeros((), jnp.int32), states)
+        def one(is_stacked: bool, param: jax.Array) -> Sequence:
+            if is_masked(param):
+                return [param] * 3
+            run = jax.vmap(inner.init, out_axes=axes(param)) if is_stacked else inner.init
+            return run(param)[1:]
+
+        return optax.FactoredState(jnp.zeros((), jnp.int32), *each(one, params))
 
     def update(
         updates: optax.Updates, state: optax.FactoredState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.FactoredState]:
         def one(
             is_stacked: bool, update: jax.Array, param: jax.Array, *moments: jax.Array
-        ) -> tuple[optax.Updates, optax.OptState]:
-            own = optax.FactoredState(state.count, *moments)
+        ) -> Sequence:
             if is_masked(update):
-                return update, own
-            if not is_stacked:
-                return inner.update(update, own, param)
-            of_layers = axes(param)
-            each = jax.vmap(inner.update, in_axes=(0, of_layers, 0), out_axes=(0, of_layers))
-            return each(update, own, param)
+                return [update, *moments]
+            run, own = inner.update, optax.FactoredState(state.count, *moments)
+            if is_stacked:
+                layers = axes(param)
+                run = jax.vmap(run, in_axes=(0, layers, 0), out_axes=(0, layers))
+            update, new = run(update, own, param)
+            return [update, *new[1:]]
 
-        found = jax.tree.map(one, stacked, updates, params, state.v_row, state.v_col, state.v)
-        updates, states = (
-            jax.tree.map(lambda _, pair, i=i: pair[i], stacked, found) for i in range(2)
-        )
-        return updates, unzip(optax.safe_increment(state.count), states)
+        updates, *moments = each(one, updates, params, *state[1:])
+        return updates, optax.FactoredState(optax.safe_increment(state.count), *moments)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore
