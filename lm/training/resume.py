@@ -7,6 +7,7 @@ run; so the batch size and the learning rates are compared too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -54,11 +55,9 @@ def _read(workdir: epath.Path) -> tuple[str | None, str | None]:
     path, checkpoints = workdir / CONFIG_FILE, workdir.resolve() / "checkpoints"
     config = path.read_text() if path.exists() else None
     for step in reversed(step_files.steps(checkpoints)):
-        try:
+        with contextlib.suppress(Damaged):  # restoring passes over it, too, and says so
             manifest = step_files.read_manifest(checkpoints / str(step))
-        except Damaged:
-            continue  # restoring passes over it, too, and says so
-        return config, json.dumps(manifest.to_dict())
+            return config, json.dumps(manifest.to_dict())
     return config, None
 
 
