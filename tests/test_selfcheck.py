@@ -312,17 +312,11 @@ def test_reference_of_attention_has_the_gradient_of_its_output(pack, causal):
     k, v = rng.normal(size=(2, 2, 9, 3))
     bias = rng.normal(size=(4, 9, 9))
 
+    heads = Heads(4, 2, 3, 0.7, window=3, softcap=2.0, bias=True, kernel="auto", causal=causal)
+
     def run(**x):
-        return reference.attention(
-            **x,
-            cotangent=cotangent,
-            tokens=tokens,
-            scale=0.7,
-            window=3,
-            softcap=2.0,
-            bias=bias,
-            causal=causal,
-        )
+        inputs = attention_check.Inputs(**x, bias=bias, cotangent=cotangent)
+        return reference.attention(heads, inputs, tokens)
 
     inputs = {"q": q, "k": k, "v": v}
     _, *gradients = run(**inputs)

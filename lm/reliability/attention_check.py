@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Generic, NamedTuple
 
 import jax
@@ -134,7 +135,6 @@ def check_attention(heads: Heads, dtype: jnp.dtype, rules: Rules) -> float:
     window = None if heads.window is None else min(heads.window, length // 8)
     softcap = None if heads.softcap is None else min(heads.softcap, 2.0)
     heads = dataclasses.replace(heads, window=window, softcap=softcap)
-    options = {"scale": heads.scale, "window": window, "softcap": softcap}
     probes = _probes(heads, tokens, ends)
     inputs, others = _make_inputs(heads, probes, dtype)
 
@@ -142,10 +142,10 @@ def check_attention(heads: Heads, dtype: jnp.dtype, rules: Rules) -> float:
     def run(x: Inputs) -> list[jax.Array]:
         rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(probes), axis=0), tokens)
         mask = self_mask(rows, heads.causal)
-        kernel = {"rules": rules, "kernel": heads.kernel}
+        kernel = functools.partial(attend, rules=rules, kernel=heads.kernel, scale=heads.scale)
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attend(q, k, v, mask, bias=x.bias, **kernel, **options)
+            return kernel(q, k, v, mask, window=window, softcap=softcap, bias=x.bias)
 
         out, pullback = jax.vjp(attention, x.q, x.k, x.v)
         return [out, *pullback(x.cotangent)]
@@ -154,12 +154,7 @@ def check_attention(heads: Heads, dtype: jnp.dtype, rules: Rules) -> float:
     for row, probe in enumerate(probes):
         _check_probe(heads, probe, [x[row] for x in results], changed[row])
     last = jax.tree.map(lambda x: x[-1].astype(np.float32), inputs)
-    expected = reference.attention(
-        *(last.q, last.k, last.v, last.cotangent, tokens),
-        causal=heads.causal,
-        bias=last.bias,
-        **options,
-    )
+    expected = reference.attention(heads, last, tokens)
     actual = [np.where(probes[-1].queries[:, None], x[-1], 0) for x in results]
     return max(
         compare(f"the {name} of attention ({heads})", a, b, dtype, rules.platform)

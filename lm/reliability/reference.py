@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ import numpy as np
 from lm.config.schema import LossConfig
 from lm.exit_codes import Exit, RunError
 from lm.types import HostBatch, HostTokens
+
+if TYPE_CHECKING:
+    from lm.reliability.attention_check import Heads, Inputs
 
 
 class SelfCheckFailed(RunError):
@@ -49,40 +54,30 @@ def compare(
 
 
 def attention(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    cotangent: np.ndarray,
-    tokens: HostTokens,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    bias: np.ndarray | None,
-    causal: bool = True,
+    heads: Heads, x: Inputs[np.ndarray], tokens: HostTokens
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(output, gradients of q, k and v) of attention over one row of packed tokens [1, T].
 
     q and the cotangent of the output: [N, T, H]; k, v: [K, T, H]; bias: [N, T, T]; all
     float32.
     """
-    group = len(q) // len(k)
-    shared = (len(k), group, *k.shape[1:])
-    k, v = (np.repeat(x, group, axis=0) for x in (k, v))
-    scores, slope = _cap(scale * q @ k.swapaxes(1, 2), softcap)  # [N, T, S]
-    scores = scores if bias is None else scores + bias
+    q, cotangent, group = x.q, x.cotangent, len(x.q) // len(x.k)
+    shared = (len(x.k), group, *x.k.shape[1:])
+    k, v = (np.repeat(own, group, axis=0) for own in (x.k, x.v))
+    scores, slope = _cap(heads.scale * q @ k.swapaxes(1, 2), heads.softcap)  # [N, T, S]
+    scores = scores if x.bias is None else scores + x.bias
     segments, positions = tokens.segments[0], tokens.positions[0]
     distance = positions[:, None] - positions[None, :]
     seen = (segments[:, None] == segments[None, :]) & (segments[None, :] > 0)
-    if causal:
+    if heads.causal:
         seen &= distance >= 0
-    if window is not None:
-        seen &= np.abs(distance) < window
+    if heads.window is not None:
+        seen &= np.abs(distance) < heads.window
     weights = np.exp(scores - scores.max(-1, keepdims=True)) * seen
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)  # padding attends to nothing
     out = weights @ v
     d_scores = weights * (cotangent @ v.swapaxes(1, 2) - np.sum(cotangent * out, -1, keepdims=True))
-    d_scores *= scale * slope
+    d_scores *= heads.scale * slope
     dk, dv = d_scores.swapaxes(1, 2) @ q, weights.swapaxes(1, 2) @ cotangent
     return out, d_scores @ k, dk.reshape(shared).sum(1), dv.reshape(shared).sum(1)
 

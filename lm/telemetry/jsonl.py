@@ -53,11 +53,7 @@ class Writer:
     """A file that grows by records; one that is not `active` writes nothing."""
 
     def __init__(
-        self,
-        path: epath.PathLike,
-        records: Iterable[Mapping[str, object]],
-        *,
-        active: bool = True,
+        self, path: epath.PathLike, records: Iterable[Mapping[str, object]], *, active: bool = True
     ) -> None:
         """Replace the file by `records`, at once, and open it for more: a record that is appended
         to a line that was cut would be lost with it.

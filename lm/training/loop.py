@@ -41,11 +41,7 @@ from lm.types import Batch, Device, TrainState
 
 
 def train(
-    config: ConfigTree,
-    workdir: str,
-    devices: Sequence[Device],
-    *,
-    began: float | None = None,
+    config: ConfigTree, workdir: str, devices: Sequence[Device], *, began: float | None = None
 ) -> int:
     """Train to the end of the run, or to a SIGINT or SIGTERM, which saves first; return the exit
     code.

@@ -133,9 +133,7 @@ def train_step(
         )
     # selected, not multiplied by zero: 0 * nan is nan
     params, opt_state = jax.tree.map(
-        lambda old, new: jnp.where(bad, old, new),
-        (trained, state.opt_state),
-        (params, opt_state),
+        lambda old, new: jnp.where(bad, old, new), (trained, state.opt_state), (params, opt_state)
     )
     params = param_tree.join(params, frozen_params)
     info = {"grad_norm": norm, "bad": bad, "finite_params": finite, **fingerprint(batch)}
