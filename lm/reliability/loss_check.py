@@ -39,8 +39,8 @@ class _HiddenStates(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         table = jnp.asarray(self.get_variable("params", "table"))
-        x, softcap = float32_product(1, hidden, table.astype(self.dtype)), self.config
-        return x if softcap is None else softcap * jnp.tanh(x / softcap)
+        x: Array = float32_product(1, hidden, table.astype(self.dtype))
+        return x if self.config is None else self.config * jnp.tanh(x / self.config)
 
 
 def check_loss(config: LossConfig, softcap: float | None, dtype: jnp.dtype, rules: Rules) -> float:

@@ -8,6 +8,7 @@ small gradient of one layer was clipped for a large one of another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,10 @@ def factored_rms(stacked: Params) -> optax.GradientTransformation:
     The state has the form of `optax`'s: moments of stacked parameters lead with [L], and stand-ins
     for missing ones don't.
     """
-    inner, structure = optax.scale_by_factored_rms(), jax.tree.structure(stacked)
+    inner: Any = optax.scale_by_factored_rms()  # whose states have no type but that of any tree
+    structure = jax.tree.structure(stacked)
 
-    def each(function: Callable[..., Sequence], *trees: optax.Params) -> Iterator[optax.Params]:
+    def each(function: Callable[..., Sequence], *trees: object) -> Iterator[optax.Params]:
         """Trees of the results of a function of (is stacked, one parameter's part of each tree)."""
         results = map(function, *map(structure.flatten_up_to, (stacked, *trees)))
         return map(structure.unflatten, zip(*results, strict=True))
