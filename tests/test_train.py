@@ -1,12 +1,25 @@
 """The loop's work besides stepping."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from lm.config.schema import LogConfig
-from lm.training.loop import _profiled, train
+from lm.telemetry.phase_timer import PhaseTimer
+from lm.training.loop import _batches, train
+
+
+def profiled(folder, log, start, stop):
+    """(step, None) of the steps of a run that is profiled."""
+    experiment = SimpleNamespace(
+        config=SimpleNamespace(log=log),
+        num_steps=stop,
+        batches=lambda start, stop: ((i, None) for i in range(start, stop)),
+    )
+    session = SimpleNamespace(experiment=experiment, phases=PhaseTimer(), workdir=str(folder))
+    return _batches(session, start)
 
 
 def names_in_trace(folder):
@@ -18,7 +31,7 @@ def names_in_trace(folder):
 def test_the_profiler_sees_the_steps_of_its_window_alone(tmp_path, start, expected):
     config = LogConfig(profile_start=2, profile_steps=2)
     steps = []
-    for step, _ in _profiled(((i, None) for i in range(start, 6)), config, str(tmp_path)):
+    for step, _ in profiled(tmp_path, config, start, 6):
         with jax.profiler.TraceAnnotation(f"work{step}"):
             steps.append(step)
     assert steps == list(range(start, 6))
@@ -27,7 +40,7 @@ def test_the_profiler_sees_the_steps_of_its_window_alone(tmp_path, start, expect
 
 def test_a_window_that_the_run_ends_in_is_written(tmp_path):
     config = LogConfig(profile_start=1, profile_steps=100)
-    for step, _ in _profiled(((i, None) for i in range(3)), config, str(tmp_path)):
+    for step, _ in profiled(tmp_path, config, 0, 3):
         with jax.profiler.TraceAnnotation(f"work{step}"):
             pass
     assert names_in_trace(tmp_path) == {"work1", "work2"}
