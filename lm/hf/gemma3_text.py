@@ -31,30 +31,6 @@ DEFAULTS = {
 }
 
 
-def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
-    every = reader.take("sliding_window_pattern", None)
-    every = reader.take("_sliding_window_pattern", 6) if every is None else every
-    kinds = reader.take("layer_types", None) or [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention"
-        for i in range(fields["num_layers"])
-    ]
-    window = reader.take_or_none("sliding_window", 4096)
-    return {
-        **windows.from_hf(kinds, window, fields["num_layers"]),
-        "query_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
-        "embed_scale": fields["embed_dim"] ** 0.5,
-    }
-
-
-def _write(model: Config) -> Json:
-    scalar = effective_value(model, "query_scale") ** -2
-    is_whole = abs(scalar - round(scalar)) < 1e-9 * scalar  # but for rounding
-    return {
-        **windows.to_hf(model),
-        "query_pre_attn_scalar": round(scalar) if is_whole else scalar,
-    }
-
-
 def _read_rotary(reader: StrictConfigReader, fields: Fields) -> Fields:
     new = reader.take("rope_parameters", None) or {}
     if unknown := set(new) - {"full_attention", "sliding_attention"}:
@@ -69,9 +45,31 @@ def _read_rotary(reader: StrictConfigReader, fields: Fields) -> Fields:
     return {**rest, "rotary.local_theta": theta}
 
 
-def _write_rotary(model: Config) -> Json:
-    local = effective_value(model, "rotary.local_theta")
-    return {**rotary.to_hf(model), "rope_local_base_freq": local}
+def _read(reader: StrictConfigReader, fields: Fields) -> Fields:
+    every = reader.take("sliding_window_pattern", None)
+    every = reader.take("_sliding_window_pattern", 6) if every is None else every
+    kinds = reader.take("layer_types", None) or [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+        for i in range(fields["num_layers"])
+    ]
+    window = reader.take_or_none("sliding_window", 4096)
+    return {
+        **_read_rotary(reader, fields),
+        **windows.from_hf(kinds, window, fields["num_layers"]),
+        "query_scale": reader.take("query_pre_attn_scalar", 256) ** -0.5,
+        "embed_scale": fields["embed_dim"] ** 0.5,
+    }
+
+
+def _write(model: Config) -> Json:
+    scalar = effective_value(model, "query_scale") ** -2
+    is_whole = abs(scalar - round(scalar)) < 1e-9 * scalar  # but for rounding
+    return {
+        **rotary.to_hf(model),
+        **windows.to_hf(model),
+        "rope_local_base_freq": effective_value(model, "rotary.local_theta"),
+        "query_pre_attn_scalar": round(scalar) if is_whole else scalar,
+    }
 
 
 FAMILY = dataclasses.replace(
@@ -84,7 +82,6 @@ FAMILY = dataclasses.replace(
         Key("hidden_activation", "activation", "silu", llama.GATED),
         llama.ATTENTION_BIAS,
         Key("final_logit_softcapping", "logit_softcap", None),
-        KeyGroup(_read_rotary, _write_rotary),
         KeyGroup(_read, _write),
     ),
     modules=lambda model: {

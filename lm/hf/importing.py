@@ -94,14 +94,9 @@ def _with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree
     """
     config = config.copy_and_resolve_references()
     if config.model.name == section.name:
-        configured = dict(leaves(config.model.to_dict()))
-        section.update_from_flattened_dict(
-            {
-                path: value
-                for path, value in configured.items()
-                if path in structure.COMPUTE or path.partition(".")[0] in structure.COMPUTE
-            }
-        )
+        for path, value in leaves(config.model.to_dict()):
+            if path in structure.COMPUTE or path.partition(".")[0] in structure.COMPUTE:
+                section.update_from_flattened_dict({path: value})
     else:
         config.objective = conversion.default(objective=OBJECTIVES[section.name]).objective
         config.data.encoder_length = None
