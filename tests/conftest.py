@@ -31,6 +31,8 @@ os.environ.setdefault("NPROC", "64")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache/xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+# As scripts set it: they would start a second time.
+os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
 
 import jax
 import numpy as np

@@ -8,6 +8,7 @@ import faults
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import run_script
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config.schema import CheckpointConfig
@@ -17,13 +18,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "scripts" / "checkpoint.py"
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return run_script("checkpoint", *arguments)
 
 
 def state(step, change=0.0):
@@ -69,7 +64,8 @@ def test_verify_ends_with_44_where_a_bit_is_wrong_and_says_where(runs):
     lines = done.stdout.splitlines()
     assert [line.split(";")[0] for line in lines] == ["step 10: good", "step 20: good"]
     assert len(run("verify", runs / "a", "--step=10").stdout.splitlines()) == 1
-    done = run("verify", runs / "c")
+    command = [sys.executable, str(SCRIPT), "verify", str(runs / "c")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 44
     assert "step 5: BAD: " in done.stdout and done.stderr == ""
 

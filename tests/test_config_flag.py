@@ -6,19 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from environment import run_script
 
 from lm.config import command_line, conversion
 from lm.config.conversion import default, resolve, to_json
-
-
-def script(*flags, **environment):
-    return subprocess.run(
-        [sys.executable, "scripts/train.py", *flags],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from lm.telemetry import metrics
 
 
 def set_all(*settings, config=None):
@@ -199,28 +191,33 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(flags, expected):
-    done = script(*flags, "--workdir=never")
+    done = run_script("train", *flags, "--workdir=never")
     assert done.returncode == 2 and done.stderr.startswith(f"error: {expected}"), done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_x64_is_refused_at_the_start(tmp_path):
-    flags = ["--config=configs/smoke.py", f"--workdir={tmp_path}"]
-    done = script(*flags, JAX_ENABLE_X64="1")
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "--config=configs/smoke.py", f"--workdir={tmp_path}"],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: JAX_ENABLE_X64 is set"), done
     assert done.stderr.count("\n") == 1
 
 
 def test_the_config_of_a_run_runs_it_again(tmp_path):
     small = ["--config.train.num_steps=2", "--config.guard.self_check=False"]
-    first = script("--config=configs/smoke.py", f"--workdir={tmp_path / 'a'}", *small)
+    first = run_script("train", "--config=configs/smoke.py", f"--workdir={tmp_path / 'a'}", *small)
     assert first.returncode == 0, first.stderr
-    again = script(f"--config={tmp_path / 'a' / 'config.json'}", f"--workdir={tmp_path / 'b'}")
+    config = f"--config={tmp_path / 'a' / 'config.json'}"
+    again = run_script("train", config, f"--workdir={tmp_path / 'b'}")
     assert again.returncode == 0, again.stderr
     a, b = ((tmp_path / n / "config.json").read_text() for n in "ab")
     assert a == b
-    losses = [re.findall(r"loss [\d.]+", done.stderr + done.stdout) for done in (first, again)]
-    assert losses[0] and losses[0] == losses[1]
+    losses = [[r["loss"] for r in metrics.read(str(tmp_path / n))] for n in "ab"]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
 
 
 def test_another_name_brings_the_fields_of_that_component_in_a_config_too():

@@ -75,7 +75,7 @@ def parse(script, arguments, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_exist_with_their_flags(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for words in [words for block in blocks(page) for words in block.commands]:
         while re.match(r"[A-Z_]+=", words[0]):
             words = words[1:]

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from environment import run_script
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
@@ -156,10 +155,7 @@ def test_the_script_scores_without_bos(make_experiment, store, tmp_path, monkeyp
 def test_a_run_without_validation_stores_is_an_error_of_the_script(make_config, tmp_path):
     """Silence with code 0 read like success."""
     (tmp_path / CONFIG_FILE).write_text(conversion.to_json(make_config({"data.validation": ()})))
-    script = Path(__file__).parents[1] / "scripts" / "evaluate.py"
-    result = subprocess.run(
-        [sys.executable, str(script), f"--workdir={tmp_path}"], capture_output=True, text=True
-    )
+    result = run_script("evaluate", f"--workdir={tmp_path}")
     assert result.returncode == Exit.ERROR and not result.stdout
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: config.data.validation of ") and "--data" in line

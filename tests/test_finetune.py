@@ -1,13 +1,12 @@
 """Runs that begin with another run's parameters, keep some of them, or train adapters alone."""
 
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import run_script
 
 from lm.checkpoint import step_files
 from lm.checkpoint.manager import Checkpoints
@@ -153,11 +152,8 @@ def test_the_base_is_not_read_again_when_the_run_goes_on(tuned_config, base, dev
 
 def test_the_flag_is_spelled_init_from(tmp_path):
     """`from` is a keyword of Python, in which ml_collections reads the paths of flags."""
-    command = [sys.executable, "scripts/train.py", "--config=configs/smoke.py", "--explain"]
     for flag in (["--config.init.from=runs/x"], ["--config.init.from", "runs/x"]):
-        done = subprocess.run(
-            [*command, *flag], capture_output=True, text=True, check=True, timeout=600
-        )
+        done = run_script("train", "--config=configs/smoke.py", "--explain", *flag)
         assert "--config.init.from_='runs/x'" in done.stdout
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from environment import some
+from environment import fake_devices, run_script, some
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
@@ -432,19 +432,16 @@ def run_folder(make_experiment, tmp_path_factory):
     return folder, experiment
 
 
-def run_script(*args, stdin=b""):
-    script = Path(__file__).parent.parent / "scripts" / "generate.py"
-    command = [sys.executable, str(script), *args]
-    return subprocess.run(command, input=stdin, capture_output=True, check=False)
-
-
 @pytest.mark.parametrize(
     "stream", [pytest.param("--stream", marks=pytest.mark.slow), "--no-stream"]
 )
 def test_the_script_prints_what_the_generator_makes(run_folder, stream):
     folder, experiment = run_folder
-    flags = ["--max-new-tokens=20", "--top-k=9", "--num-samples=2", "--seed=4", stream]
-    run = run_script(f"--workdir={folder}", *flags, stdin="Größe\n".encode())
+    script = Path(__file__).parent.parent / "scripts" / "generate.py"
+    command = [sys.executable, str(script), f"--workdir={folder}", "--max-new-tokens=20"]
+    command += ["--top-k=9", "--num-samples=2", "--seed=4", stream]
+    streams = {"input": "Größe\n".encode(), "capture_output": True}
+    run = subprocess.run(command, env=fake_devices(1), **streams)
     assert run.returncode == 0, run.stderr
     generator = Generator(experiment.model, experiment.init_state().params, TOKENIZER)
     made = generator.generate(
@@ -472,10 +469,10 @@ def test_the_script_prints_what_the_generator_makes(run_folder, stream):
     ],
 )
 def test_the_script_answers_a_mistake_with_one_line(run_folder, args, message):
-    run = run_script(f"--workdir={run_folder[0]}", "--prompt=a", *args)
-    assert (run.returncode, run.stdout) == (1, b"")
-    assert run.stderr.decode().startswith("error: ") and message in run.stderr.decode()
-    assert run.stderr.count(b"\n") == 1
+    run = run_script("generate", f"--workdir={run_folder[0]}", "--prompt=a", *args)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("error: ") and message in run.stderr
+    assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import run_script
 
 from lm.data import corpus as corpus_module
 from lm.data import prepare as prepare_module
@@ -59,8 +60,12 @@ def model(texts):
     return str(path)
 
 
+def _words(texts, model, out, *more: str) -> list[str]:
+    return ["prepare_data", f"--data={texts}", f"--tokenizer={model}", f"--out={out}", *more]
+
+
 def _command(texts, model, out, *more: str) -> list[str]:
-    return [*SCRIPT, f"--data={texts}", f"--tokenizer={model}", f"--out={out}", *more]
+    return [*SCRIPT, *_words(texts, model, out, *more)[1:]]
 
 
 def _run(*command: str) -> str:
@@ -242,9 +247,7 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
     ],
 )
 def test_other_inputs_in_the_same_folder_are_refused(texts, model, prepared, flags, message):
-    result = subprocess.run(
-        _command(texts, model, prepared[0], *flags), capture_output=True, text=True
-    )
+    result = run_script(*_words(texts, model, prepared[0], *flags))
     assert result.returncode == 1
     assert result.stderr.startswith("prepare_data: ")
     assert len(result.stderr.splitlines()) == 1
@@ -356,7 +359,7 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     _write(tmp_path / "texts" / ".git" / "config", "x")
     (tmp_path / "texts" / "gone.md").symlink_to("nowhere")
     flags = [str(tmp_path / "texts"), "bytes", tmp_path / "out", "--validation-fraction=0.3"]
-    result = subprocess.run(_command(*flags), capture_output=True, text=True)
+    result = run_script(*_words(*flags))
     assert result.returncode == 1 and not (tmp_path / "out").exists()
     assert "files with 83.3% of the bytes are not read: 1 other_file_type" in result.stderr
     assert "(table.parquet)" in result.stderr and "--max-loss=0.84" in result.stderr
@@ -390,15 +393,11 @@ def test_names_that_are_no_utf8_are_prepared_and_printed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "file", "file/below"])
-def test_out_that_can_be_no_folder_is_one_line(tmp_path, name):
+def test_out_that_can_be_no_folder_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     _write(tmp_path / "a.txt", "text")
     _write(tmp_path / "file", "")
-    result = subprocess.run(
-        _command("a.txt", "bytes", name, "--validation-fraction=0"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    result = run_script(*_words("a.txt", "bytes", name, "--validation-fraction=0"))
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("prepare_data: ")
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "file"]
@@ -421,15 +420,15 @@ def test_documents_of_white_space_are_counted(tmp_path):
         ("file/x.model", "file"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_written_is_said_before_training(tmp_path, out, message):
+def test_a_tokenizer_that_cannot_be_written_is_said_before_training(
+    tmp_path, monkeypatch, out, message
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x.model").mkdir()
     _write(tmp_path / "file", "")
     _write(tmp_path / "a.txt", "text " * 1000)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), "--data=a.txt",
-         "--validation-fraction=0", "--vocab-size=300", f"--out={out}"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    flags = ["--data=a.txt", "--validation-fraction=0", "--vocab-size=300", f"--out={out}"]
+    result = run_script("train_tokenizer", *flags)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
@@ -557,8 +556,6 @@ def test_train_tokenizer_script_writes_a_model_that_prepares(texts, tmp_path):
     assert "trained on" in output
     assert os.listdir(model.parent) == ["x.model"]
     _run(*_command(first, model, tmp_path / "out", "--validation-fraction=0.3", "--max-loss=0.1"))
-    result = subprocess.run(
-        [*command, f"--data={first}", f"--out={model}x"], capture_output=True, text=True
-    )
+    result = run_script("train_tokenizer", f"--data={first}", f"--out={model}x")
     assert result.returncode == 1
     assert "must end in .model" in result.stderr

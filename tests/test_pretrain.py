@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from environment import fake_devices
+from environment import fake_devices, run_script
 
 from lm.data.corpus import Corpus, choose_split
 from lm.data.tokenizer import from_bytes
@@ -29,16 +29,8 @@ SMALL = {
 }
 
 
-def run(*arguments, cwd, **changes):
-    values = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments, *values],
-        cwd=cwd,
-        env=fake_devices(1),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def settings(**changes):
+    return [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
 
 
 def chinese(num_characters):
@@ -48,9 +40,17 @@ def chinese(num_characters):
     return "\n".join(text[i : i + 40] for i in range(0, len(text), 40))
 
 
-def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path):
+def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "红楼 梦.txt").write_text(chinese(12_000), encoding="utf-8")
-    done = run("--data=红楼 梦.txt", "--workdir=runs/my run", cwd=tmp_path)
+    flags = ["--data=红楼 梦.txt", "--workdir=runs/my run", *settings()]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *flags],
+        env=fake_devices(1),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert "the last 5% of each are held out" in done.stdout
     [store] = (tmp_path / "data").iterdir()
@@ -65,11 +65,12 @@ def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path):
     gzip = f"(gzip -9 {summary['gzip_bits_per_byte']:.3f} by zlib {zlib.ZLIB_RUNTIME_VERSION}, "
     assert gzip in done.stdout
 
-    other = run("--data=红楼 梦.txt", "--workdir=runs/b", cwd=tmp_path, **{"model.vocab_size": 512})
+    flags = ["--data=红楼 梦.txt", "--workdir=runs/b"]
+    other = run_script("pretrain", *flags, *settings(**{"model.vocab_size": 512}))
     assert other.returncode == 1
     assert other.stderr.startswith(f"error: data/{store.name}/tokenizer.model has 600 pieces and ")
     assert f"--stores=data/{store.name}-512" in other.stderr and other.stderr.count("\n") == 1
-    long = run("--data=红楼 梦.txt", "--workdir=runs/b", "--prompt=" + "的" * 99, cwd=tmp_path)
+    long = run_script("pretrain", *flags, "--prompt=" + "的" * 99, *settings())
     assert long.returncode == 1 and "config.model.max_length (32) must be larger" in long.stderr
     assert not (tmp_path / "runs/b").exists()
 

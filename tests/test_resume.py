@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from environment import fake_devices
+from environment import fake_devices, run_script
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
@@ -155,17 +155,21 @@ def test_ctrl_c_saves_at_the_step_it_came_in_and_the_run_goes_on(tmp_path):
     assert f"from step {stopped_at} to 80" in resumed.stdout
 
 
+def run_here(workdir: pathlib.Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """As `run`, on the eight devices of this process."""
+    return run_script("train", *command(workdir, *overrides)[2:])
+
+
 def test_a_finished_run_says_so(whole):
     folder, flags = whole(1, 100)
-    assert "finished" in run(folder, 1, *flags).stdout
+    assert "finished" in run_here(folder, *flags).stdout
 
 
 def test_a_changed_model_is_refused_unless_allowed_by_name(whole, tmp_path):
     folder, flags = whole(1, 100)
     shutil.copytree(folder, tmp_path / "run")
-    refused = run(
-        tmp_path / "run", 1, *flags, "--config.model.embed_dim=64", "--config.data.length=16"
-    )
+    changes = "--config.model.embed_dim=64", "--config.data.length=16"
+    refused = run_here(tmp_path / "run", *flags, *changes)
     assert refused.returncode == 1
     assert "config.model.embed_dim: 32 -> 64" in refused.stderr
     assert "config.data.length: 32 -> 16" in refused.stderr
@@ -189,26 +193,21 @@ def test_a_changed_model_is_refused_unless_allowed_by_name(whole, tmp_path):
             "--config.model.num_heads=5",
             "config.model.embed_dim (32) must be divisible by num_heads (5)",
         ),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("--config.model.num_layers=two", "config.model.num_layers must be int, got 'two'"),
-                ("--config.data.batch_size=9", "config.data.batch_size (9) must be divisible by"),
-                ("--config.mesh.fsdp=3", "must use all devices (2)"),
-                (
-                    "--config.data.length=64",
-                    "config.model.max_length (32) must be at least config.data.length (64)",
-                ),
-                (
-                    "--config.optimizer.name=adam",
-                    "config.optimizer.name ('adam') is not in lm.optim.optimizers",
-                ),
-            )
+        ("--config.model.num_layers=two", "config.model.num_layers must be int, got 'two'"),
+        ("--config.data.batch_size=9", "config.data.batch_size (9) must be divisible by"),
+        ("--config.mesh.fsdp=3", "must use all devices (8)"),
+        (
+            "--config.data.length=64",
+            "config.model.max_length (32) must be at least config.data.length (64)",
+        ),
+        (
+            "--config.optimizer.name=adam",
+            "config.optimizer.name ('adam') is not in lm.optim.optimizers",
         ),
     ],
 )
 def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override, message):
-    result = run(tmp_path / "run", 2, override)
+    result = run_here(tmp_path / "run", override)
     assert result.returncode in (1, 2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -217,7 +216,7 @@ def test_a_bad_value_gives_one_clear_error_before_any_compile(tmp_path, override
 
 def test_a_second_process_in_the_folder_of_a_run_ends_before_it_touches_anything(tmp_path):
     with lock_workdir(str(tmp_path / "run")):
-        second = run(tmp_path / "run", 1)
+        second = run_here(tmp_path / "run")
     assert second.returncode == Exit.ERROR
     assert f"process {os.getpid()} on " in second.stderr and "--workdir" in second.stderr
     assert "Traceback" not in second.stderr
@@ -226,14 +225,6 @@ def test_a_second_process_in_the_folder_of_a_run_ends_before_it_touches_anything
 
 def test_evaluation_of_a_run_uses_the_averaged_weights_as_training_did(whole):
     folder, _ = whole(1, 100)
-    script = str(ROOT / "scripts" / "evaluate.py")
-    result = subprocess.run(
-        [sys.executable, script, f"--workdir={folder}"],
-        env=fake_devices(1),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    result = run_script("evaluate", f"--workdir={folder}")
     trained = metrics.read(str(folder))[-1]
     assert json.loads(result.stdout)["loss"] == pytest.approx(trained["loss"], rel=1e-6)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import run_script
 
 from lm import cli
 from lm.exit_codes import Exit
@@ -52,12 +53,7 @@ def test_a_compiler_for_tpus_is_not_asked_for_tpus():
     ],
 )
 def test_a_value_can_be_unset(flags, expected):
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", "--config=configs/tiny.py", "--explain", *flags],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script("train", "--config=configs/tiny.py", "--explain", *flags)
     known = "nothing" not in expected
     assert (done.returncode == 0) == known, done.stderr
     if known:
@@ -84,11 +80,10 @@ def test_a_package_that_is_not_installed_is_one_line():
 
 @pytest.mark.parametrize(
     ("script", "missing"),
-    [("train.py", "--config"), ("evaluate.py", "--workdir"), ("prepare_data.py", "--tokenizer")],
+    [("train", "--config"), ("evaluate", "--workdir"), ("prepare_data", "--tokenizer")],
 )
 def test_a_missing_flag_is_one_line_and_a_code_of_its_own(script, missing):
-    command = [sys.executable, f"scripts/{script}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_script(script)
     assert (done.returncode, done.stdout) == (Exit.USAGE, "")
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and missing in line
@@ -103,12 +98,7 @@ def test_errors_name_the_flag_in_place_of_the_path_that_it_sets():
 
 
 def test_a_config_that_is_not_there_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", "--config=configs/tinny.py", "--workdir=never"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script("train", "--config=configs/tinny.py", "--workdir=never")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config=configs/tinny.py: no such file")
     assert done.stderr.count("\n") == 1
