@@ -47,6 +47,7 @@ LATE = {
     "zstandard",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+NUMPY_ALONE = ("lm.data", "lm.objectives")
 TENSORFLOW_FILES = {"lm.data.loaders", "lm.data.sources.tfds"}
 
 
@@ -108,9 +109,9 @@ def violations(module, source):
     return [f"{module}, line {found.line}: imports {found.name}" for found in wrong]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "lm"])
-def test_no_import_runs_up_a_floor_or_across_it(module):
-    assert not violations(module, MODULES[module].read_text())
+def test_no_import_runs_up_a_floor_or_across_it():
+    files = {module: path for module, path in MODULES.items() if module != "lm"}
+    assert [v for module, path in files.items() for v in violations(module, path.read_text())] == []
 
 
 def test_the_table_has_every_room_and_no_other():
@@ -134,22 +135,26 @@ def test_the_rule_finds_an_import_that_runs_up(module, source):
     assert violations(module, source)
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith(("lm.data", "lm.objectives"))])
-def test_data_and_objectives_never_import_jax(name):
-    found = [i for i in imports(MODULES[name].read_text()) if i.package in JAX]
-    assert not found, f"{name}: numpy only"
+def found_in(paths, wrong):
+    """file:line and module of every import in the files that is `wrong`."""
+    files = {path.relative_to(ROOT): imports(path.read_text()) for path in paths}
+    return [f"{path}:{i.line}: {i.name}" for path, all_ in files.items() for i in all_ if wrong(i)]
 
 
-@pytest.mark.parametrize("path", [*FILES, *sorted(ROOT.glob("scripts/**/*.py"))], ids=str)
-def test_heavy_packages_are_imported_where_they_are_used(path):
-    found = [i for i in imports(path.read_text()) if i.package in LATE and i.at_start]
-    assert not found, f"{path}: import it inside the function that needs it"
+def test_data_and_objectives_never_import_jax():
+    paths = [path for name, path in MODULES.items() if name.startswith(NUMPY_ALONE)]
+    assert len(paths) > 20 and found_in(paths, lambda i: i.package in JAX) == []
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_tensorflow_is_for_the_loader_and_tfds_alone(name):
-    wanted = {i.package for i in imports(MODULES[name].read_text())}
-    assert name in TENSORFLOW_FILES or not wanted & {"tensorflow", "tensorflow_datasets"}
+def test_heavy_packages_are_imported_where_they_are_used():
+    paths = [*FILES, *sorted(ROOT.glob("scripts/**/*.py"))]
+    found = found_in(paths, lambda i: i.package in LATE and i.at_start)
+    assert found == [], "import these inside the functions that need them"
+
+
+def test_tensorflow_is_for_the_loader_and_tfds_alone():
+    paths = [path for name, path in MODULES.items() if name not in TENSORFLOW_FILES]
+    assert found_in(paths, lambda i: i.package in ("tensorflow", "tensorflow_datasets")) == []
 
 
 def loaded_after(*modules):
@@ -163,7 +168,7 @@ def loaded_after(*modules):
 
 def test_config_loads_without_jax_and_data_without_tensorflow():
     assert not loaded_after("lm.config.schema", "lm.config.conversion") & (LATE | JAX)
-    data = [n for n in MODULES if n.startswith(("lm.data", "lm.objectives"))]
+    data = [n for n in MODULES if n.startswith(NUMPY_ALONE)]
     assert not loaded_after("lm.config.schema", *data) & {
         "tensorflow",
         "tensorflow_datasets",
