@@ -1,5 +1,6 @@
 """Eight fake CPU devices, and makers of tiny models, batches and experiments for all tests."""
 
+import functools
 import importlib.metadata
 import os
 import signal
@@ -37,6 +38,7 @@ os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from lm.config import conversion
 from lm.config import schema as configs
@@ -55,6 +57,14 @@ TINY = {
     "mlp_dim": 32,
     "init_std": 0.2,  # large enough that attention and the loss are far from uniform
 }
+
+
+# Keys of a config that no compiled step depends on.
+AROUND = (
+    *("checkpoint.", "loader.", "log.parameter_table", "log.profile", "log.tensorboard"),
+    *("data.validation", "train.eval_every", "train.log_every"),
+    *("guard.agreement_every", "guard.max_skips", "guard.policy", "guard.self_check"),
+)
 
 
 # What runs in the background of a shell ignores SIGINT, and so would every process started here.
@@ -161,6 +171,41 @@ def make_config():
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def step_cache():
+    """{what it depends on: compiled step}, of `shared_steps`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_steps(step_cache):
+    """Experiments share compiled steps unless they differ in something that a step depends on.
+
+    Tracing a step takes longer than a tiny run's training; the cache on disk has the program of an
+    equal trace anyway.
+    """
+
+    def shared(name):
+        make = vars(Experiment)[name].func
+
+        def get(experiment):
+            config = traverse_util.flatten_dict(experiment.config_dict.to_dict(), sep=".")
+            steps = [(k, repr(v)) for k, v in sorted(config.items()) if not k.startswith(AROUND)]
+            key = name, experiment.rules.mesh, tuple(steps)
+            if key not in step_cache:
+                step_cache[key] = make(experiment)
+            return step_cache[key]
+
+        found = functools.cached_property(get)
+        found.__set_name__(Experiment, name)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("boxed_params", "train_step", "eval_step", "compare_replicas"):
+            patch.setattr(Experiment, name, shared(name))
+        yield
 
 
 @pytest.fixture(scope="session")

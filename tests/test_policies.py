@@ -22,6 +22,8 @@ from lm.training import restore as restoring
 from lm.training.experiment import Experiment
 from lm.training.session import Diverged, ReplicasDisagree
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 STEPS = 12
 BAD = 7  # between the checkpoints at 4 and 8
 CHANGES = {
@@ -136,6 +138,7 @@ def test_rewinding_over_a_bad_batch_ends_as_skipping_it(run, tmp_path, make_conf
     assert ends[0] == ends[1]
 
 
+IN_FLOAT32 = {"model.dtype": "float32"}  # where a bad step isn't done again in another type
 VALIDATION = {"data.validation": ("synthetic:markov:16:7",), "train.eval_every": 4}
 
 
@@ -156,7 +159,7 @@ def test_a_step_is_done_again_on_eight_devices(run, tmp_path):
 @pytest.mark.parametrize("at", [BAD, pytest.param(STEPS - 1, id="the last step")])
 @pytest.mark.parametrize("due", ["every", pytest.param("at", marks=pytest.mark.slow)])
 def test_what_is_due_at_a_step_that_was_done_again_is_done(run, tmp_path, at, due):
-    changes = {"guard.policy": "rewind", "checkpoint.keep_last": 9, **VALIDATION}
+    changes = {**IN_FLOAT32, "guard.policy": "rewind", "checkpoint.keep_last": 9, **VALIDATION}
     if due == "at":
         changes |= {"checkpoint.every": 0, "checkpoint.at": (8,)}
     assert run(tmp_path, changes, spoil=spoil_row(np.nan, at)) == Exit.SUCCESS
@@ -193,7 +196,8 @@ def test_no_old_state_is_in_memory_while_a_step_is_done_again(run, tmp_path, mon
 
     monkeypatch.setattr(restoring, "restore", restore)
     before = sum(x.nbytes for x in jax.live_arrays())  # of other tests
-    assert run(tmp_path, {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == Exit.SUCCESS
+    changes = {**IN_FLOAT32, "guard.policy": "rewind"}
+    assert run(tmp_path, changes, spoil=spoil_row(np.nan)) == Exit.SUCCESS
     start, first, size, *_ = held
     assert start - before < 0.1 * size
     assert first - before < 0.5 * size  # batches that are prepared ahead
@@ -204,10 +208,11 @@ def test_where_bits_do_not_repeat_no_checkpoint_is_moved_and_no_hardware_blamed(
 ):
     monkeypatch.setattr(bad_step_report, "is_repeatable", lambda experiment: False)
     flip = flip_once(9, "norm.scale", 0)
-    assert run(tmp_path / "flip", {"guard.policy": "rewind"}, fault=flip) == Exit.SUCCESS
+    changes = {**IN_FLOAT32, "guard.policy": "rewind"}
+    assert run(tmp_path / "flip", changes, fault=flip) == Exit.SUCCESS
     [found] = (tmp_path / "flip" / "evidence").iterdir()
     assert json.loads(found.read_text())["verdict"] == "unclear"
-    assert run(tmp_path / "data", {"guard.policy": "rewind"}, spoil=spoil_row(np.nan)) == 0
+    assert run(tmp_path / "data", changes, spoil=spoil_row(np.nan)) == 0
     assert evidence(tmp_path / "data")["verdict"] == "data"
     assert not any((tmp_path / name / "bad_checkpoints").exists() for name in ("flip", "data"))
 
@@ -402,7 +407,8 @@ def test_a_trace_survives_what_happens_in_its_window(run, tmp_path, event):
 
     if event == "a rewind":
         spoil = spoil_row(np.nan)
-    changes = {"guard.policy": "rewind", "log.profile_start": 6, "log.profile_steps": 4}
+    changes = {**IN_FLOAT32, "guard.policy": "rewind"}
+    changes |= {"log.profile_start": 6, "log.profile_steps": 4}
     code = run(tmp_path, changes, spoil=spoil)
     assert code == (Exit.TERMINATED if event == "a signal" else Exit.SUCCESS)
     assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
