@@ -1,6 +1,7 @@
 """Eight fake CPU devices, and makers of tiny models, batches and experiments for all tests."""
 
 import functools
+import gc
 import importlib.metadata
 import os
 import signal
@@ -78,6 +79,15 @@ FIRST = ("resume", "processes", "launch", "kill", "verify", "notebooks", "pipeli
 def pytest_collection_modifyitems(items):
     names = [f"test_{name}" for name in FIRST]
     items.sort(key=lambda item: names.index(n) if (n := item.path.stem) in names else len(names))
+
+
+def pytest_collection_finish():
+    """Collect garbage less often: tracing makes much and leaves little of it, and JAX calls into
+    XLA at every pass.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
