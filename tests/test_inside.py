@@ -1,5 +1,7 @@
 """Between the layers: the lens ends at the model's answer, and attributions add up."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,8 @@ def tokens(model):
 
 @pytest.fixture(scope="module")
 def params(model, tokens):
-    made = model.init(jax.random.key(0), tokens, method=lambda m, t: m.logits(m(t).hidden))[
-        "params"
-    ]
-    return nn.meta.unbox(made)
+    init = functools.partial(model.init, method=lambda m, t: m.logits(m(t).hidden))
+    return nn.meta.unbox(jax.jit(init)(jax.random.key(0), tokens)["params"])
 
 
 def test_the_lens_after_the_last_layer_is_the_models_answer(model, params, tokens):

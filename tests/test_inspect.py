@@ -1,5 +1,7 @@
 """Attention weights and token losses are those of the model; tokens and heads are named rightly."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -29,7 +31,8 @@ def tokens(pack):
 
 def init(model, tokens):
     """Parameters with noise on them: zeros and ones, as biases and norms begin, hide mistakes."""
-    params = model.init(jax.random.key(0), tokens, method=lambda m, t: m.logits(m(t).hidden))
+    init = functools.partial(model.init, method=lambda m, t: m.logits(m(t).hidden))
+    params = jax.jit(init)(jax.random.key(0), tokens)
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), nn.unbox(params["params"])

@@ -71,9 +71,9 @@ def test_losses_of_tasks_are_those_of_their_rows_and_add_up(experiment, chunk_si
     assert names == ("a text", "prefix", "spans")
 
     def sums_of(batch, names=()):
-        return lm_loss(
-            experiment.model, params, batch, rng, train=False, config=config, tasks=names
-        )[1]
+        options = {"train": False, "config": config, "tasks": names}
+        run = jax.jit(lambda p, x: lm_loss(experiment.model, p, x, rng, **options)[1])
+        return run(params, batch)
 
     sums = sums_of(batch, names)
     for quantity in ("loss", "tokens"):
@@ -94,10 +94,9 @@ def test_losses_of_tasks_do_not_change_the_gradient_or_the_mesh(experiment, make
     wanted, sums = jax.jit(experiment.gradients)(
         state.params, experiment.make_global_batch(batch), 0
     )
-    plain = jax.grad(
-        lambda p: lm_loss(
-            experiment.model, p, batch, jax.random.key(0), train=False, config=LossConfig()
-        )[0]
+    options = {"train": False, "config": LossConfig()}
+    plain = jax.jit(
+        jax.grad(lambda p: lm_loss(experiment.model, p, batch, jax.random.key(0), **options)[0])
     )(state.params)
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

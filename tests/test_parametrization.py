@@ -1,6 +1,7 @@
 """At the base a parametrization changes no bit; elsewhere it does what its table says."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -129,7 +130,8 @@ def test_initial_weights_follow_the_table(init_std, rules_on):
     model, _ = boxed(config, rules_on)
     tokens = decoder.Tokens(*[jnp.zeros((1, 4), jnp.int32)] * 3)
     init = lambda m, x: m.logits(m(x).hidden)  # noqa: E731
-    params = nn.meta.unbox(model.init(jax.random.key(0), tokens, method=init)["params"])
+    made = jax.jit(functools.partial(model.init, method=init))(jax.random.key(0), tokens)
+    params = nn.meta.unbox(made["params"])
     found = param_tree.flatten(params)
     std = 0.02 if init_std is None else init_std
     of_base = {  # deviations at the base
@@ -234,9 +236,10 @@ def test_folded_weights_compute_the_same(case, rules_on, pack):
     assert section["parametrization"] == "standard"
     plain = module.build(module.Config(**section), rules_on())
     folded = param_tree.unflatten(leaves)
-    wanted = model.apply({"params": params}, tokens, method=logits)
-    found = plain.apply({"params": folded}, tokens, method=logits)
-    other = plain.apply({"params": params}, tokens, method=logits)
+    wanted, found, other = (
+        jax.jit(functools.partial(m.apply, method=logits))({"params": p}, tokens)
+        for m, p in ((model, params), (plain, folded), (plain, params))
+    )
     size = np.max(np.abs(wanted))
     np.testing.assert_allclose(found, wanted, atol=2e-5 * size)
     assert np.max(np.abs(other - wanted)) > 0.1 * size

@@ -1,6 +1,5 @@
 """Scores of given texts: against the whole forward pass of each, in batches and on meshes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from lm.generation import score
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer, windows
-from lm.types import Tokens
 from tests.test_generate import model_and_params, uncached_logprobs
 
 TOKENIZER = ByteTokenizer()
@@ -32,6 +30,14 @@ def expected(scorer, prompt, continuation):
         greedy &= int(jnp.argmax(logprobs[: TOKENIZER.vocab_size])) == token
         ids.append(token)
     return total, greedy
+
+
+def of_last(scorer, inputs, targets):
+    """The sum of the log-probabilities of `targets`, that of the last one after all inputs."""
+    first = len(inputs) - len(targets) + 1
+    rows = [inputs[: first + i] for i in range(len(targets))]
+    found = [np.asarray(uncached_logprobs(scorer.model, scorer.params, r)) for r in rows]
+    return sum(float(own[t]) for own, t in zip(found, targets, strict=True))
 
 
 PAIRS = [
@@ -70,13 +76,8 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(scorer):
     [found] = scorer.score([ids], [[1, 2, 3]])
     assert scorer.score([ids[-30:]], [[1, 2, 3]]) == [found]
     [with_bos] = scorer.score([ids[-29:]], [[1, 2, 3]])
-    row = np.array([*ids, 1, 2])[-LENGTH:]
-    tokens = Tokens(*(x[None] for x in (row, np.ones_like(row), np.arange(LENGTH))))
-    logits = scorer.model.apply(
-        {"params": scorer.params}, tokens, method=lambda m, t: m.logits(m(t).hidden)
-    )
-    own = jax.nn.log_softmax(logits)[0, -3:]
-    np.testing.assert_allclose(found.logprob, sum(own[i, i + 1] for i in range(3)), rtol=2e-5)
+    total = of_last(scorer, np.array([*ids, 1, 2])[-LENGTH:], [1, 2, 3])
+    np.testing.assert_allclose(found.logprob, total, rtol=2e-5)
     assert with_bos.logprob != found.logprob
 
 
@@ -114,14 +115,8 @@ def test_windows_score_every_token_once_after_what_came_before(start, count, con
 def test_a_long_text_is_the_sum_of_its_windows(scorer):
     ids = np.random.default_rng(2).integers(0, 256, 80)
     [found, short] = scorer.rolling([ids, ids[:5]], context=9)
-    total = 0.0
-    for inputs, targets in windows(ids, np.array([TOKENIZER.bos_id]), LENGTH, 9):
-        row = Tokens(*(x[None] for x in (inputs, np.ones_like(inputs), np.arange(len(inputs)))))
-        logits = scorer.model.apply(
-            {"params": scorer.params}, row, method=lambda m, t: m.logits(m(t).hidden)
-        )
-        own = jax.nn.log_softmax(logits)[0, -len(targets) :]
-        total += float(sum(own[i, t] for i, t in enumerate(targets)))
+    parts = windows(ids, np.array([TOKENIZER.bos_id]), LENGTH, 9)
+    total = sum(of_last(scorer, inputs, targets) for inputs, targets in parts)
     np.testing.assert_allclose(found.logprob, total, rtol=2e-5)
     assert (found.tokens, short.tokens) == (80, 5)
     np.testing.assert_allclose(short.logprob, expected(scorer, [], ids[:5])[0], rtol=2e-5)
