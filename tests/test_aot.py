@@ -190,6 +190,7 @@ def test_a_mesh_of_more_fields_than_are_known_is_refused():
         traffic._mesh_group(groups)
 
 
+@pytest.mark.slow  # of importing TensorFlow alone
 def test_fields_have_the_numbers_that_tensorflow_knows():
     hlo_pb2 = pytest.importorskip("tensorflow.compiler.xla.service.hlo_pb2")
     from tensorflow.compiler.xla import xla_data_pb2

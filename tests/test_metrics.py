@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -173,15 +175,23 @@ def test_evaluations_carry_their_source(tmp_path):
     assert read(str(tmp_path)) == expected
 
 
-def test_tensorboard_reads_what_was_written(tmp_path):
+@pytest.fixture
+def accumulator(monkeypatch):
+    """TensorBoard's reader of a folder as it is without TensorFlow, whose import takes seconds."""
+    name = "tensorboard.compat.notf"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator
+
+
+def test_tensorboard_reads_what_was_written(tmp_path, accumulator):
     writer = make_writer(tmp_path, tensorboard=True)
     for step in range(1, 5):
         writer.train(finished(step, 2, float(step)))
     writer.eval(4, {"held_out": {"loss": 3.25}})
     writer.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = accumulator(str(tmp_path / "tensorboard")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [(2, 1.5), (4, 3.5)]
     [event] = events.Scalars("eval/held_out/loss")
@@ -189,9 +199,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     assert abs(event.wall_time - time.time()) < 60
 
 
-def test_two_runs_with_their_stores_elsewhere_share_the_tags_of_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_two_runs_with_their_stores_elsewhere_share_the_tags_of_tensorboard(tmp_path, accumulator):
     tags = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
@@ -200,7 +208,7 @@ def test_two_runs_with_their_stores_elsewhere_share_the_tags_of_tensorboard(tmp_
         writer.eval(4, {path: {"loss": float(i)} for i, path in enumerate(paths)})
         writer.close()
         assert [r["source"] for r in read(str(tmp_path / place))] == paths
-        events = EventAccumulator(str(tmp_path / place / "tensorboard")).Reload()
+        events = accumulator(str(tmp_path / place / "tensorboard")).Reload()
         tags.append(events.Tags()["scalars"])
         assert events.Scalars("eval/code/validation/loss")[0].value == 1.0
     assert tags[0] == tags[1] == ["eval/books/validation/loss", "eval/code/validation/loss"]
