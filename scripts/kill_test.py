@@ -44,7 +44,7 @@ from lm.telemetry import goodput
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("whole", "killed")
-INTENTS = ("start", "step", "save", "evaluate")
+INTENTS = ("save", "evaluate", "step", "start")
 EVAL_EVERY = 15
 SMOKE = (
     f"--config={ROOT / 'configs' / 'smoke.py'}",

@@ -19,9 +19,11 @@ def kill_test(folder, *flags, timeout=600):
     return json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
 
 
-def test_kills_in_a_step_a_save_and_an_evaluation_change_nothing(tmp_path):
-    result = kill_test(tmp_path, "--kills=4", "--devices-per-process=2", *SHORT)
-    assert result["kills"] == 4 and result["leaves_that_differ"] == 0
+# by number of kills: a save, an evaluation, then a step and a start
+@pytest.mark.parametrize("kills", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_kills_in_a_save_and_an_evaluation_change_nothing(tmp_path, kills):
+    result = kill_test(tmp_path, f"--kills={kills}", "--devices-per-process=2", *SHORT)
+    assert result["kills"] == kills and result["leaves_that_differ"] == 0
     assert result["leaves"] > 20 and result["same_ledger"]
     assert result["inside_a_save"] >= 1
 

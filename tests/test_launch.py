@@ -191,11 +191,13 @@ STEPS = 24
 
 
 def train(workdir: pathlib.Path, processes: int, devices: int, *launcher: str):
+    """A run on as many devices as 2 processes of `devices` have."""
     return launch(
-        *(f"--processes={processes}", f"--devices-per-process={devices}", *launcher, "--"),
-        *(ROOT / "scripts" / "train.py", f"--config={ROOT / 'configs' / 'smoke.py'}"),
-        *(f"--workdir={workdir}", f"--config.train.num_steps={STEPS}"),
-        *("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.checkpoint.every=10"),
+        *(f"--processes={processes}", f"--devices-per-process={2 * devices // processes}"),
+        *(*launcher, "--", ROOT / "scripts" / "train.py"),
+        *(f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={workdir}"),
+        *(f"--config.train.num_steps={STEPS}", "--config.checkpoint.every=10"),
+        *(f"--config.mesh.data={devices}", "--config.mesh.fsdp=2"),
     )
 
 
@@ -250,27 +252,29 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run on 2 processes of 2 devices that nothing interrupted."""
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def whole(request, tmp_path_factory):
+    """(folder of a run on 2 processes that nothing interrupted, devices of each)."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    code, out, errors = finish(train(workdir, 2, 2))
+    code, out, errors = finish(train(workdir, 2, request.param))
     assert code == 0, out + errors
     assert "launcher: flags; 2 processes" in out
-    return workdir
+    return workdir, request.param
 
 
 def test_two_processes_train_as_one_with_as_many_devices(whole, tmp_path):
-    code, out, errors = finish(train(tmp_path, 1, 4))
+    workdir, devices = whole
+    code, out, errors = finish(train(tmp_path, 1, devices))
     assert code == 0, out + errors
-    one, two = losses(tmp_path), losses(whole)
+    one, two = losses(tmp_path), losses(workdir)
     assert list(one) == list(two) == list(range(1, STEPS + 1))
     # gloo adds in another order
     assert [two[step] for step in two] == pytest.approx([one[step] for step in one], rel=1e-5)
 
 
 def test_a_job_of_which_a_process_was_killed_goes_on_to_the_same_numbers(whole, tmp_path):
-    process = train(tmp_path, 2, 2, "--max-restarts=1", "--grace=60")
+    workdir, devices = whole
+    process = train(tmp_path, 2, devices, "--max-restarts=1", "--grace=60")
     try:
         wait_for(lambda: len(metrics.read(str(tmp_path))) >= 15)
         os.kill(children(process)[1], signal.SIGKILL)
@@ -280,4 +284,4 @@ def test_a_job_of_which_a_process_was_killed_goes_on_to_the_same_numbers(whole, 
     assert "error: process 1 went away" in errors
     assert "launch: process 1 was killed by SIGKILL" in errors
     assert f"from step 10 to {STEPS}" in out
-    assert losses(tmp_path) == losses(whole)
+    assert losses(tmp_path) == losses(workdir)

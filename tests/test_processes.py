@@ -104,7 +104,8 @@ def test_a_source_that_gives_nothing_ends_the_run_with_its_stacks(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py")]
     command += [f"--config={tmp_path / 'slow.py'}", f"--workdir={tmp_path / 'run'}"]
     command += ["--config.guard.data_seconds=2", "--config.train.log_every=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    options = {"env": fake_devices(1), "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, **options, check=False)
     assert done.returncode == Exit.HUNG, done.stderr
     assert "no progress for 2 s in phase 'data', whose budget is 2 s" in done.stderr
     assert "slow_objective.py" in (tmp_path / "run/stacks/process-0.txt").read_text()
@@ -115,14 +116,15 @@ def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
     command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'disk/run'}"]
     command += ["--config.checkpoint.keep_last=10", "--config.checkpoint.every=10"]
     command += ["--config.train.num_steps=80"]
+    options = {"env": fake_devices(1), "capture_output": True, "text": True, "timeout": 600}
     with faults.small_disk(tmp_path / "disk", megabytes=2):
-        full = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        full = subprocess.run(command, **options, check=False)
         assert full.returncode == Exit.SAVE_FAILED, full.stderr
         assert "No space left on device" in full.stderr
         assert "Traceback (most recent call last)" not in full.stderr
         good = max(checkpoints(tmp_path / "disk"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
-        again = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        again = subprocess.run(command, **options, check=False)
         assert again.returncode == Exit.SUCCESS, again.stderr
         assert f"from step {good} to 80" in again.stdout
         assert not (tmp_path / "disk/run/bad_checkpoints").exists()
@@ -158,13 +160,11 @@ def test_processes_with_different_configs_refuse_to_train_and_name_the_differenc
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder of the runs of tests/two_process_runs.py, and the exit codes of each."""
-    folder = tmp_path_factory.mktemp("runs")
+def run_two(folder, *names):
+    """(folder, exit codes of each run) of the named runs of tests/two_process_runs.py."""
     command = [sys.executable, str(ROOT / "scripts" / "launch" / "local.py"), "--processes=2"]
     command += ["--devices-per-process=1", "--grace=15", "--"]
-    command += [str(ROOT / "tests" / "two_process_runs.py"), str(folder)]
+    command += [str(ROOT / "tests" / "two_process_runs.py"), str(folder), *names]
     done = subprocess.run(
         command, env=fake_devices(1), capture_output=True, text=True, timeout=590, check=False
     )
@@ -174,6 +174,11 @@ def runs(tmp_path_factory):
         name, code = json.loads(line)
         codes.setdefault(name, []).append(code)
     return folder, codes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return run_two(tmp_path_factory.mktemp("runs"), "rewind", "diverges", "time")
 
 
 def saved(folder):
@@ -189,8 +194,9 @@ def test_two_processes_do_what_was_due_at_a_last_step_that_was_bad(runs):
     assert json.loads((folder / "rewind/evidence/step-7.json").read_text())["verdict"] == "data"
 
 
-def test_two_processes_with_their_state_in_host_memory_train_resume_and_save_the_same(runs):
-    folder, codes = runs
+@pytest.mark.slow  # on one process: tests/test_host_memory.py
+def test_two_processes_with_their_state_in_host_memory_train_resume_and_save_the_same(tmp_path):
+    folder, codes = run_two(tmp_path, "memory")
     # the last one of host: finished, though a process sees an old listing of the folder
     assert codes["device"] == [0, 0] and codes["host"] == [0, 0, 0]
     for step in (4, 8):
@@ -215,8 +221,8 @@ def test_two_processes_save_once_each_time_that_it_is_time(runs):
         json.loads((folder / f"time/checkpoints/{s}/manifest/manifest.json").read_text())["time"]
         for s in by_time
     ]
-    assert len(times) >= 4
-    assert min(b - a for a, b in itertools.pairwise(times)) > 1.4
+    assert len(times) >= 3
+    assert min(b - a for a, b in itertools.pairwise(times)) > 0.9
 
 
 def test_processes_with_different_code_refuse_to_train_and_say_so(tmp_path):

@@ -1,5 +1,6 @@
-"""Runs of two processes, which scripts/launch/local.py starts, and what happens to them: argument 1
-is the folder.
+"""Runs of two processes, which scripts/launch/local.py starts, and what happens to them.
+
+The first argument is the folder, the others are names of functions in `main`.
 """
 
 import json
@@ -34,6 +35,7 @@ def main():
     os.environ.setdefault("NPROC", "64")
     parser = cli.ArgumentParser()
     parser.add_argument("folder")
+    parser.add_argument("names", nargs="+")
     process_group.add_flags(parser)
     args = parser.parse_args()
     process_group.initialize_from(args)
@@ -82,29 +84,38 @@ def main():
             with (root / "codes.jsonl").open("a") as file:
                 file.write(json.dumps([name, int(code)]) + "\n")
 
-    run("rewind", bad=[STEPS - 1])
-    for memory in ("device", "host"):
-        run(memory, {"optimizer.memory": memory, "train.num_steps": 4})
-        run(memory, {"optimizer.memory": memory})
-    run("diverges", {"optimizer.learning_rate": 2e18, "train.num_steps": 1})
-    run("diverges", {"optimizer.learning_rate": 2e18, "train.num_steps": 1})  # finished
-    seconds = {"checkpoint.every": 0, "checkpoint.every_seconds": 1.5, "train.num_steps": 100_000}
+    def rewind():
+        run("rewind", bad=[STEPS - 1])
 
-    def batches(self, start, stop):
-        sent = jax.process_index() == 0  # the one that doesn't lead gets the signal
-        for step, batch in Experiment.batches(self, start, stop):
-            if not sent and len(step_files.steps(root / "time" / "checkpoints")) >= 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-                sent = True
-            yield step, batch
+    def memory():
+        for kind in ("device", "host"):
+            run(kind, {"optimizer.memory": kind, "train.num_steps": 4})
+            run(kind, {"optimizer.memory": kind})
+        # one process sees an old listing of the folder: both do what the lead sees
+        if jax.process_index() == 1:
+            step_files.steps = lambda directory: []
+        run("host", {"optimizer.memory": "host"})
 
-    Injector.batches = batches
-    run("time", seconds)
-    # one process sees an old listing of the folder: both do what the lead sees
-    if jax.process_index() == 1:
-        step_files.steps = lambda directory: []
-    Injector.batches = Experiment.batches
-    run("host", {"optimizer.memory": "host"})
+    def diverges():
+        for _ in range(2):  # the second time it is finished
+            run("diverges", {"optimizer.learning_rate": 2e18, "train.num_steps": 1})
+
+    def time():
+        def batches(self, start, stop):
+            sent = jax.process_index() == 0  # the one that doesn't lead gets the signal
+            for step, batch in Experiment.batches(self, start, stop):
+                if not sent and len(step_files.steps(root / "time" / "checkpoints")) >= 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    sent = True
+                yield step, batch
+
+        Injector.batches = batches
+        changes = {"checkpoint.every": 0, "checkpoint.every_seconds": 1.0}
+        run("time", {**changes, "train.num_steps": 100_000})
+
+    made = {f.__name__: f for f in (rewind, memory, diverges, time)}
+    for name in args.names:
+        made[name]()
     process_group.agree("end", {})  # nobody waits for a process that has ended
     code = process_group.leave(0)
     sys.stdout.flush()
