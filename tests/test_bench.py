@@ -61,12 +61,6 @@ def results(tmp_path_factory):
     return measure("start,loss_memory,generate,checkpoint,data", tmp_path_factory.mktemp("bench"))
 
 
-@pytest.fixture(scope="module")
-def quick_results(tmp_path_factory):
-    """The parts that take no time."""
-    return measure("loss_memory,checkpoint", tmp_path_factory.mktemp("bench"))
-
-
 def test_training_is_measured_without_tensorflow_or_any_file(tmp_path):
     script = WITHOUT.format(path=str(ROOT / "scripts/bench.py"))
     printed = run(["-c", script], "--parts=train", folder=tmp_path)
@@ -95,8 +89,8 @@ def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
 
 
 @pytest.mark.slow
-def test_the_chunked_loss_needs_less_memory_for_the_same_value(quick_results):
-    memory = quick_results["loss_memory"]
+def test_the_chunked_loss_needs_less_memory_for_the_same_value(results):
+    memory = results["loss_memory"]
     assert (memory["chunked_chunks"], memory["whole_chunks"]) == (2, 1)
     assert memory["chunked_loss"] == pytest.approx(memory["whole_loss"], rel=1e-6)
     assert memory["chunked_temporaries_bytes"] < memory["whole_temporaries_bytes"]
@@ -112,8 +106,8 @@ def test_generation_reports_both_batches_and_the_floor(results):
     assert generate["batch_8_tokens_per_s"] > 0
 
 
-def test_checkpoints_hold_parameters_and_moments(quick_results):
-    checkpoint = quick_results["checkpoint"]
+def test_checkpoints_hold_parameters_and_moments(tmp_path):
+    checkpoint = measure("checkpoint", tmp_path)["checkpoint"]
     assert 0 <= checkpoint["state_bytes"] - 3 * 4 * PARAMETERS < 64  # and a few counts
     assert checkpoint["second_blocking_s"] < checkpoint["second_save_s"]
     assert checkpoint["restore_s"] > 0

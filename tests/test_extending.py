@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from environment import fake_devices
 
 from lm.config import conversion
 from lm.training.experiment import Experiment
@@ -45,7 +45,7 @@ def package(tmp_path):
 def run(folder, script, *flags):
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / script, *flags],
-        env={**os.environ, "PYTHONPATH": "."},
+        env={**fake_devices(1), "PYTHONPATH": "."},
         cwd=folder,
         capture_output=True,
         text=True,

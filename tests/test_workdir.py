@@ -3,7 +3,6 @@
 import argparse
 import os
 
-import jax
 import pytest
 
 from lm import cli
@@ -61,24 +60,24 @@ def words(tmp_path):
     return folder / "words.json"
 
 
-def test_a_run_that_was_moved_has_its_tokenizer(tmp_path, make_config, words):
+def test_a_run_that_was_moved_has_its_tokenizer(tmp_path, make_config, words, devices):
     changes = {"data.tokenizer": str(words), "train.num_steps": 1, "guard.self_check": False}
     config = make_config(changes)
-    assert train(config, str(tmp_path / "my run"), jax.devices()) == Exit.SUCCESS
+    assert train(config, str(tmp_path / "my run"), devices[:1]) == Exit.SUCCESS
     model = words.read_bytes()
     (tmp_path / "my run").rename(tmp_path / "moved")
     words.unlink()
-    tokenizer = load(str(tmp_path / "moved"), jax.devices()).tokenizer
+    tokenizer = load(str(tmp_path / "moved"), devices[:1]).tokenizer
     assert tokenizer.model == model
     assert (tmp_path / "moved" / "tokenizer" / "chat_template.jinja").exists()
 
     words.write_bytes(train_words(["x y z"], vocab_size=8))
     config.train.num_steps = 2
     with pytest.raises(ValueError, match="is not the tokenizer that this run was trained with"):
-        train(config, str(tmp_path / "moved"), jax.devices())
+        train(config, str(tmp_path / "moved"), devices[:1])
     config.checkpoint.allow_changed = ("data.tokenizer",)
-    assert train(config, str(tmp_path / "moved"), jax.devices()) == Exit.SUCCESS
-    assert load(str(tmp_path / "moved"), jax.devices()).tokenizer.model == words.read_bytes()
+    assert train(config, str(tmp_path / "moved"), devices[:1]) == Exit.SUCCESS
+    assert load(str(tmp_path / "moved"), devices[:1]).tokenizer.model == words.read_bytes()
 
 
 def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(
