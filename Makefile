@@ -1,5 +1,6 @@
 # make pretrain   from nothing to a trained, evaluated, sampled model (about ten minutes on two cores)
 # make test       the default test suite
+# make test-all   all tests, the slow ones too: hours; SLURM's and compilers' where these are there
 # make lint       ruff, pyright and the wording of docstrings
 # make docs       docs/config.md and the tables of exit codes, from the code
 #
@@ -11,8 +12,9 @@ BIN := $(VENV)/bin
 DATA ?= stdlib
 CONFIG ?= configs/tiny.py
 ARGS ?=
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: pretrain test lint docs clean
+.PHONY: pretrain test test-all lint docs clean
 
 $(VENV)/ok: pyproject.toml requirements.txt constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
@@ -35,7 +37,10 @@ pretrain: $(VENV)/ok
 		$${WORKDIR:+--workdir="$$WORKDIR"} $(ARGS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/dev
+	$(PYTEST) -m '' $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check lm scripts configs tests
