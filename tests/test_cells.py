@@ -73,8 +73,8 @@ def steps():
 
 # These differ from others of their model only in what the host makes.
 SLOW = [
-    *(("encoder_decoder", name) for name in ("ul2", "denoising", "classification")),
-    *(("decoder", name) for name in ("denoising", "seq2seq")),
+    *(("encoder_decoder", name) for name in ("ul2", "denoising", *PAIRS)),
+    *(("decoder", name) for name in ("ul2", "denoising", *PAIRS)),
 ]
 
 
