@@ -24,7 +24,8 @@ from lm.telemetry import jsonl
 def main() -> int:
     args = parse_args()
     import jax
-    from lm_eval.utils import make_table  # before the run is read: it may not be installed
+    import lm_eval  # noqa: F401 (before the run is read: it may not be installed)
+    from lm_eval.utils import make_table
 
     from lm.evaluation import lm_eval_adapter
     from lm.generation.chat import DEFAULT, Chat, read
