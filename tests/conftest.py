@@ -16,8 +16,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        # jaxlib 0.12 has no such flag any more, and XLA ends a process that sets an unknown one
-        "--xla_cpu_use_fusion_emitters=false"
+        # jaxlib 0.12 has no such flags any more, and XLA ends a process that sets an unknown one;
+        # a program in one part instead of 32, for threads that have no core of their own
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         * importlib.metadata.version("jaxlib").startswith("0.10."),
         # a starved machine isn't a stuck one
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
