@@ -158,7 +158,7 @@ def test_the_gradient_of_a_routers_weight_is_the_sum_over_features(rules_on, way
     chosen = jnp.asarray(np.arange(tokens).reshape(2, -1, 1) % 2, jnp.int32)
 
     def apply(weights):
-        inputs = (x, chosen, weights, experts, jax.nn.relu, rules)
+        inputs = (x, chosen, weights, experts, "relu", rules)
         if way == "capacity":
             return with_capacity(*inputs, capacity=tokens)
         return dropless(*inputs)

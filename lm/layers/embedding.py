@@ -65,21 +65,15 @@ def _take(rules: Rules, axis: str | None, dtype: DTypeLike, weight: Array, ids: 
     return jnp.take(_collect(rules, axis, weight.astype(dtype)), ids, axis=0)
 
 
-def _take_forward(
-    rules: Rules, axis: str | None, dtype: DTypeLike, weight: Array, ids: Array
-) -> tuple[jax.Array, tuple[Array, Array]]:
-    return _take(rules, axis, dtype, weight, ids), (weight, ids)
-
-
 def _take_backward(
     rules: Rules,
     axis: str | None,
     dtype: DTypeLike,
-    residuals: tuple[Array, Array],
+    arrays: tuple[Array, Array],
     d_rows: jax.Array,
 ) -> tuple[jax.Array, None]:
     del dtype
-    weight, ids = residuals
+    weight, ids = arrays
     take = jax.linear_transpose(
         lambda table: jnp.take(_collect(rules, axis, table), ids, axis=0), weight
     )
@@ -87,4 +81,7 @@ def _take_backward(
     return d_weight, None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_take.defvjp(
+    lambda rules, axis, dtype, *arrays: (_take(rules, axis, dtype, *arrays), arrays),
+    _take_backward,
+)

@@ -31,16 +31,12 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
     return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return gelu(x), x
-
-
 def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return (dy * (_normal_cdf(x) + x * density),)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 _GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
 
 # name: (function, gated)
@@ -55,6 +51,13 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "geglu_tanh": (_GELU_TANH, True),
     "swiglu": (jax.nn.silu, True),
 }
+
+
+def hidden(activation: str, product: Callable[[str], jax.Array]) -> jax.Array:
+    """act(up), or, gated, act(gate) * up, of the products with the matrices of these names."""
+    act, gated = ACTIVATIONS[activation]
+    up = checkpoint_name(product("up"), "up")
+    return act(checkpoint_name(product("gate"), "gate")) * up if gated else act(up)
 
 
 class Mlp(nn.Module):
@@ -73,12 +76,6 @@ class Mlp(nn.Module):
         """x: [B, T, D] -> [B, T, D]."""
         c, narrow, wide = self.config, {"embed": self.config.embed_dim}, {"mlp": self.mlp_dim}
         linear = functools.partial(hidden_linear, c, self.rules, bias=self.bias)
-
-        def widen(name: str) -> jax.Array:
-            return checkpoint_name(linear(narrow, wide, name=name)(x), name)  # [B, T, F]
-
-        act, gated = ACTIVATIONS[c.activation]
-        up = widen("up")
-        h = act(widen("gate")) * up if gated else act(up)
+        h = hidden(c.activation, lambda name: linear(narrow, wide, name=name)(x))
         h = self.rules.constrain(h, "batch", "length", "mlp")
         return linear(wide, narrow, init_scale=self.out_scale, name="down")(h)

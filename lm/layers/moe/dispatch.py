@@ -21,16 +21,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lm.layers.linear import broadcast_as
+from lm.layers.mlp import hidden
 from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
 Experts = dict[str, jax.Array]  # up and, if gated, gate: [E, D, F], down: [E, F, D]
-Activation = Callable[[jax.Array], jax.Array]
+Grouped = Callable[[Array, Experts, Array], jax.Array]  # experts to rows in groups of these sizes
 Apply = Callable[[Array, Array, Experts], jax.Array]  # experts to rows and their weights
 
 AXES = {
@@ -44,14 +44,10 @@ ROOM = 1.25
 
 
 def _feed_forward(
-    rows: Array, experts: Experts, act: Activation, product: Callable[[Array, Array], jax.Array]
+    rows: Array, experts: Experts, activation: str, product: Callable[[Array, Array], jax.Array]
 ) -> jax.Array:
-    up = checkpoint_name(product(rows, experts["up"]), "up")
-    if "gate" in experts:
-        up = act(checkpoint_name(product(rows, experts["gate"]), "gate")) * up
-    else:
-        up = act(up)
-    return product(up, experts["down"])
+    h = hidden(activation, lambda name: product(rows, experts[name]))
+    return product(h, experts["down"])
 
 
 def _on_shards(
@@ -111,49 +107,44 @@ def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
 
 
 def dropless(
-    x: Array, chosen: Array, weights: Array, experts: Experts, act: Activation, rules: Rules
+    x: Array, chosen: Array, weights: Array, experts: Experts, activation: str, rules: Rules
 ) -> jax.Array:
     """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
     axes = rules.sharded_axes("expert")
+
+    def grouped(rows: Array, experts: Experts, sizes: Array) -> jax.Array:
+        product = functools.partial(grouped_matmul, rules.platform, sizes=sizes)
+        return _feed_forward(rows, experts, activation, product)
 
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
         # of n = b t tokens: [n, D], [n, k], [n, k]
         flat, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
         if not axes:
-            return _sorted(act, rules.platform, flat, chosen, weights, experts).reshape(x.shape)
+            return _sorted(grouped, flat, chosen, weights, experts).reshape(x.shape)
         here = experts["up"].shape[0]
         chosen = chosen - here * jax.lax.axis_index(axes)
         chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)
         tokens, k = chosen.shape
         size = min(math.ceil(ROOM * tokens * k / rules.size("expert")), tokens * min(k, here))
-        y: Array
-        y = _in_passes(act, rules.platform, size, flat, chosen, weights, experts)  # pyright: ignore
+        y: Array = _in_passes(grouped, size, flat, chosen, weights, experts)  # pyright: ignore
         return y.reshape(x.shape)
 
     return _on_shards(apply, x, chosen, weights, experts, rules, over=("expert", "mlp"))
 
 
 def _sorted(
-    act: Activation, platform: str, x: Array, chosen: Array, weights: Array, experts: Experts
+    grouped: Grouped, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> jax.Array:
     """All experts on all tokens [n, D], in one pass over their n k assignments."""
     order, slots, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
-    product = functools.partial(grouped_matmul, platform, sizes=sizes)
-    rows = spread(x, order, slots.reshape(chosen.shape))
-    y = _feed_forward(rows, experts, act, product)
+    y = grouped(spread(x, order, slots.reshape(chosen.shape)), experts, sizes)
     y = y * broadcast_as(spread(weights.reshape(-1, 1), order, slots[:, None]), y)
     return collect(y, order, slots.reshape(chosen.shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_passes(
-    act: Activation,
-    platform: str,
-    size: int,
-    x: Array,
-    chosen: Array,
-    weights: Array,
-    experts: Experts,
+    grouped: Grouped, size: int, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> jax.Array:
     """Some experts on the tokens of all shards [n, D]; chosen: [n, k], E for those elsewhere.
 
@@ -162,8 +153,7 @@ def _in_passes(
     size, but what would be beyond it takes another pass instead of being dropped. The loop's
     length being data, its gradient is written out: it computes each pass again.
     """
-    order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
-    part = _passes(act, platform, size, order, sizes, chosen.shape[1])
+    part, count = _passes(grouped, size, chosen, experts)
 
     def body(i: Array, out: jax.Array) -> jax.Array:
         apply, token, assignment = part(i)
@@ -171,19 +161,17 @@ def _in_passes(
         return out.at[token].add(y.astype(out.dtype), mode="drop")
 
     zeros = jnp.zeros(x.shape, jnp.float32)
-    return jax.lax.fori_loop(0, _count(sizes, size), body, zeros).astype(x.dtype)
+    return jax.lax.fori_loop(0, count, body, zeros).astype(x.dtype)
 
 
 def _in_passes_backward(
-    act: Activation,
-    platform: str,
+    grouped: Grouped,
     size: int,
     residuals: tuple[Array, Array, Array, Experts],
     dy: jax.Array,
 ) -> tuple[jax.Array, None, jax.Array, Experts]:
     x, chosen, weights, experts = residuals
-    order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
-    part = _passes(act, platform, size, order, sizes, chosen.shape[1])
+    part, count = _passes(grouped, size, chosen, experts)
     flat = weights.reshape(-1)
 
     def body(i: Array, sums: tuple[Array, Array, Experts]) -> tuple[Array, Array, Experts]:
@@ -195,26 +183,25 @@ def _in_passes_backward(
         d_flat = d_flat.at[assignment].add(d_weight, mode="drop")
         return dx, d_flat, jax.tree.map(jnp.add, d_experts, d_part)
 
-    def zeros(like: Array) -> jax.Array:  # sums over passes in float32
-        return jnp.zeros(like.shape, jnp.float32)
-
-    sums = zeros(x), zeros(flat), jax.tree.map(zeros, experts)
-    dx, d_flat, d_experts = jax.lax.fori_loop(0, _count(sizes, size), body, sums)
-    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
-    return dx.astype(x.dtype), None, d_flat.reshape(weights.shape), d_experts
+    inputs = x, flat, experts
+    sums = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), inputs)  # in float32
+    sums = jax.lax.fori_loop(0, count, body, sums)
+    dx, d_flat, d_experts = jax.tree.map(lambda d, a: d.astype(a.dtype), sums, inputs)
+    return dx, None, d_flat.reshape(weights.shape), d_experts
 
 
 _in_passes.defvjp(
-    lambda act, platform, size, *arrays: (_in_passes(act, platform, size, *arrays), arrays),
+    lambda grouped, size, *arrays: (_in_passes(grouped, size, *arrays), arrays),
     _in_passes_backward,
 )
 
 
 def _passes(
-    act: Activation, platform: str, size: int, order: Array, sizes: Array, k: int
-) -> Callable[[Array], tuple[Apply, jax.Array, jax.Array]]:
-    """i -> (the function of pass i, its tokens [size], its assignments [size])."""
-    none = order.shape[0]
+    grouped: Grouped, size: int, chosen: Array, experts: Experts
+) -> tuple[Callable[[Array], tuple[Apply, jax.Array, jax.Array]], jax.Array]:
+    """(i -> (the function of pass i, its tokens [size], its assignments [size]), their number)."""
+    order, _, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
+    none, k = order.shape[0], chosen.shape[1]
     padded = jnp.pad(order, (0, -none % size), constant_values=none)
     ends = jnp.cumsum(sizes)
 
@@ -222,19 +209,14 @@ def _passes(
         start = i * size
         assignment = jax.lax.dynamic_slice_in_dim(padded, start, size)
         within = [jnp.clip(edge, start, start + size) for edge in (ends, ends - sizes)]
-        product = functools.partial(grouped_matmul, platform, sizes=within[0] - within[1])
 
         def apply(rows: Array, weights: Array, experts: Experts) -> jax.Array:
-            y = _feed_forward(rows, experts, act, product)
+            y = grouped(rows, experts, within[0] - within[1])
             return y * broadcast_as(weights[:, None], y)
 
         return apply, assignment // k, assignment
 
-    return part
-
-
-def _count(sizes: Array, size: int) -> jax.Array:
-    return (jnp.sum(sizes) + size - 1) // size
+    return part, (jnp.sum(sizes) + size - 1) // size
 
 
 def _rows(a: Array, index: Array) -> jax.Array:
@@ -247,7 +229,7 @@ def with_capacity(
     chosen: Array,
     weights: Array,
     experts: Experts,
-    act: Activation,
+    activation: str,
     rules: Rules,
     *,
     capacity: int,
@@ -273,7 +255,7 @@ def with_capacity(
         rows = rows.reshape(b, num_experts, room, -1)
         if axes:
             rows = jax.lax.all_to_all(rows, axes, split_axis=1, concat_axis=0, tiled=True)
-        y = _feed_forward(rows, experts, act, product)
+        y = _feed_forward(rows, experts, activation, product)
         if axes:
             y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
         y = y.reshape(b, num_experts * room, -1)

@@ -8,7 +8,6 @@ row r is `order[r]` (n k: none), and the row of assignment a is `slots[a]` (R or
 from __future__ import annotations
 
 import functools
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +30,10 @@ def grouped_matmul(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.A
     return jax.lax.ragged_dot(x, weights, sizes)
 
 
-Residuals: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def _forward(
-    platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array
-) -> tuple[jax.Array, Residuals]:
-    return grouped_matmul(platform, x, weights, sizes), (x, weights, sizes)
-
-
 def _backward(
-    platform: str, residuals: Residuals, dy: jax.Array
+    platform: str, arrays: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    x, weights, sizes = residuals
+    x, weights, sizes = arrays
     rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
     dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)
     return dx, _weight_gradient(platform, x, dy, sizes).astype(weights.dtype), None
@@ -64,7 +54,9 @@ def _weight_gradient(platform: str, x: jax.Array, dy: jax.Array, sizes: jax.Arra
     return jax.lax.ragged_dot_general(x, dy, sizes, rows_contracted)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+grouped_matmul.defvjp(
+    lambda platform, *arrays: (grouped_matmul(platform, *arrays), arrays), _backward
+)
 
 
 def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -97,17 +89,11 @@ def collect(rows: jax.Array, order: jax.Array, slots: jax.Array) -> jax.Array:
     return jnp.sum(picked, axis=1, dtype=jnp.float32).astype(rows.dtype)
 
 
-def _spread_backward(
-    plan: tuple[jax.Array, jax.Array], d_rows: jax.Array
-) -> tuple[jax.Array, None, None]:
-    return collect(d_rows, *plan), None, None
-
-
-def _collect_backward(
-    plan: tuple[jax.Array, jax.Array], d_x: jax.Array
-) -> tuple[jax.Array, None, None]:
-    return spread(d_x, *plan), None, None
-
-
-spread.defvjp(lambda x, *plan: (spread(x, *plan), plan), _spread_backward)
-collect.defvjp(lambda rows, *plan: (collect(rows, *plan), plan), _collect_backward)
+spread.defvjp(
+    lambda x, *plan: (spread(x, *plan), plan),
+    lambda plan, d_rows: (collect(d_rows, *plan), None, None),
+)
+collect.defvjp(
+    lambda rows, *plan: (collect(rows, *plan), plan),
+    lambda plan, d_x: (spread(d_x, *plan), None, None),
+)

@@ -217,8 +217,7 @@ class Moe(nn.Module):
         logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision="highest")
         routing = route(logits, non_padding, moe, bias)
         report = balance(routing, non_padding, moe, bias)
-        act, _ = ACTIVATIONS[c.activation]
-        inputs = (x, routing.chosen, routing.weights, experts, act, self.rules)
+        inputs = (x, routing.chosen, routing.weights, experts, c.activation, self.rules)
         if moe.dispatch == "dropless":
             y = dropless(*inputs)
         else:
