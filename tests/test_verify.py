@@ -95,7 +95,7 @@ def test_a_mean_of_means_is_found(check, monkeypatch):
     """Every device divides the sums of its rows by its own tokens, and their means are averaged."""
     real = cross_entropy._on_each_device
 
-    def mean_of_means(rules, local, parameters, xs, trained=None):
+    def mean_of_means(rules, local, parameters, xs, trained=()):
         axes = rules.sharded_axes("act_batch", "length")
 
         def averaged(parameters, xs):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, custom_vjp_primal_tree_values
 from jax.sharding import PartitionSpec
 
 from lm.config.schema import LossConfig
@@ -23,6 +24,8 @@ from lm.types import Array, Batch, Model, Params, Sums
 
 # (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
 Project: TypeAlias = Callable[..., Array]
+Gradients: TypeAlias = dict[int, Array]  # by the index of the parameter
+Evaluated: TypeAlias = tuple[Sums, Gradients, Array | None]  # and the gradient of hidden
 T = TypeVar("T")
 
 
@@ -89,46 +92,47 @@ def chunked_loss(
     device; `task_loss` [K] with tasks.
     """
 
-    def local(parameters: list[Array], xs: Predictions) -> tuple[Sums, list[Array], tuple[()]]:
+    def local(parameters: list[Array], xs: Predictions) -> Evaluated:
         def chunk(sums: Sums | None, x: Predictions) -> tuple[Sums, None]:
             return _add(sums, _statistics(project(x.hidden, *parameters), x, config)[0]), None
 
         count = num_chunks(config.chunk_size, *xs.targets.shape)
-        return _over_chunks(chunk, count, xs)[0], [], ()
+        return _over_chunks(chunk, count, xs)[0], {}, None
 
     sums, _, _ = _on_each_device(rules, local, parameters, predictions)
     return sums["objective"], sums
 
 
 def _forward(
-    project: Project, config: LossConfig, rules: Rules | None, parameters: Any, predictions: Any
+    project: Project,
+    config: LossConfig,
+    rules: Rules | None,
+    parameters: list[CustomVJPPrimal],
+    predictions: Predictions,
 ) -> tuple[tuple[Array, Sums], tuple[list[Array | None], Array]]:
     # the gradient of a frozen vocabulary matrix would be carried from chunk to chunk for nothing
-    trained = [p.perturbed for p in parameters]
-    parameters, predictions = jax.tree.map(lambda p: p.value, (parameters, predictions))
+    trained = [i for i, p in enumerate(parameters) if p.perturbed]
+    values, predictions = custom_vjp_primal_tree_values((parameters, predictions))
 
-    def local(
-        parameters: list[Array], xs: Predictions
-    ) -> tuple[Sums, list[Array], tuple[Array | None]]:
+    def local(parameters: list[Array], xs: Predictions) -> Evaluated:
         def chunk(
-            carry: tuple[Sums, list[Array]] | None, x: Predictions
-        ) -> tuple[tuple[Sums, list[Array]], Array]:
-            def logits_of(h: Array, *chosen: Array) -> Array:
-                return project(h, *_merge(trained, chosen, parameters))
+            carry: tuple[Sums, Gradients] | None, x: Predictions
+        ) -> tuple[tuple[Sums, Gradients], Array]:
+            def logits_of(h: Array, chosen: Gradients) -> Array:
+                return project(h, *{**dict(enumerate(parameters)), **chosen}.values())
 
-            logits, pullback = jax.vjp(logits_of, x.hidden, *_chosen(trained, parameters))
+            logits, pullback = jax.vjp(logits_of, x.hidden, {i: parameters[i] for i in trained})
             new, log_z = _statistics(logits, x, config)
-            d_hidden, *d_parameters = pullback(_logit_gradient(logits, x, log_z, config))
-            d_parameters = [g.astype(jnp.float32) for g in d_parameters]
-            return _add(carry, (new, d_parameters)), d_hidden
+            d_hidden, found = pullback(_logit_gradient(logits, x, log_z, config))
+            found = {i: g.astype(jnp.float32) for i, g in found.items()}
+            return _add(carry, (new, found)), d_hidden
 
         count = num_chunks(config.chunk_size, *xs.targets.shape)
-        (sums, d_parameters), d_hidden = _over_chunks(chunk, count, xs)
-        return sums, d_parameters, (d_hidden,)
+        (sums, found), d_hidden = _over_chunks(chunk, count, xs)
+        return sums, found, d_hidden
 
-    sums, found, (d_hidden,) = _on_each_device(rules, local, parameters, predictions, trained)
-    kept = zip(found, _chosen(trained, parameters), strict=True)
-    d_parameters = _merge(trained, [g.astype(p.dtype) for g, p in kept], [None] * len(trained))
+    sums, found, d_hidden = _on_each_device(rules, local, values, predictions, trained)
+    d_parameters = [found[i].astype(p.dtype) if i in found else None for i, p in enumerate(values)]
     # the TPU compiler would put their reduction off, and hold whole ones until the layers are done
     return (sums["objective"], sums), jax.lax.optimization_barrier((d_parameters, d_hidden))
 
@@ -148,28 +152,15 @@ def _backward(
 chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chosen(flags: list[bool], values: Sequence[T]) -> list[T]:
-    return [value for flag, value in zip(flags, values, strict=True) if flag]
-
-
-def _merge(flags: list[bool], chosen: Sequence[T], others: Sequence[T]) -> list[T]:
-    """`chosen` at the indices of the flags, and `others` at the rest."""
-    left = iter(chosen)
-    return [next(left) if flag else other for flag, other in zip(flags, others, strict=True)]
-
-
-Local: TypeAlias = Callable[[list[Array], Predictions], tuple[Sums, list[Array], tuple[Any, ...]]]
-
-
 def _on_each_device(
     rules: Rules | None,
-    local: Local,
+    local: Callable[[list[Array], Predictions], Evaluated],
     parameters: list[Array],
     xs: Predictions,
-    trained: list[bool] | None = None,
-) -> tuple[Sums, list[Array], tuple[Any, ...]]:
-    """`local(parameters, xs) -> (sums, gradients of parameters, outputs like hidden)` of every
-    device's own rows and part of the length.
+    trained: Sequence[int] = (),
+) -> Evaluated:
+    """`local(parameters, xs)` of every device's own rows and part of the length; trained: indices
+    of the parameters that it returns gradients of.
 
     Sums and gradients are added up over devices once, at the end, and each device keeps its part of
     the gradients' embedding dimension. Left to the compiler, the gradient of the vocabulary matrix
@@ -185,22 +176,22 @@ def _on_each_device(
     shards, width = math.prod(rules.mesh.shape[axis] for axis in axes), xs.hidden.shape[-1]
     # with axes left to the compiler, jaxlib 0.10.2 ends the process at psum_scatter
     scatters = shards == rules.mesh.size and width % shards == 0
-    owners = [] if trained is None else _chosen(trained, parameters)  # of the gradients
-    dims = [p.shape.index(width) if scatters and width in p.shape else None for p in owners]
+    dims = [p.shape.index(width) if scatters and width in p.shape else None for p in parameters]
 
-    def add_up(
-        parameters: list[Array], xs: Predictions
-    ) -> tuple[Sums, list[Array], tuple[Any, ...]]:
-        sums, gradients, outputs = local(parameters, xs)
-        parts = [
-            jax.lax.psum(g, axes)
-            if dim is None
+    def add_up(parameters: list[Array], xs: Predictions) -> Evaluated:
+        sums, found, d_hidden = local(parameters, xs)
+        parts = {
+            i: jax.lax.psum(g, axes)
+            if (dim := dims[i]) is None
             else jax.lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)
-            for g, dim in zip(gradients, dims, strict=True)
-        ]
-        return jax.lax.psum(sums, axes), parts, outputs
+            for i, g in found.items()
+        }
+        return jax.lax.psum(sums, axes), parts, d_hidden
 
-    parts = [PartitionSpec() if d is None else PartitionSpec(*[None] * d, axes) for d in dims]
+    parts = {
+        i: PartitionSpec() if (dim := dims[i]) is None else PartitionSpec(*[None] * dim, axes)
+        for i in trained
+    }
     mapped = jax.shard_map(
         add_up,
         mesh=rules.mesh,

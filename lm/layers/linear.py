@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
@@ -51,15 +52,20 @@ def float32_product(dim: int, x: Array, weight: Array) -> jax.Array:
     return jax.lax.dot_general(x, weight, over, preferred_element_type=jnp.float32)
 
 
-def _product_forward(dim: int, x: Any, weight: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+Kept: TypeAlias = tuple[Array | None, Array | None]  # x and the weight, or their gradients
+
+
+def _product_forward(
+    dim: int, x: CustomVJPPrimal, weight: CustomVJPPrimal
+) -> tuple[jax.Array, Kept]:
     # what is frozen is spared the product that would be its gradient
     kept = (x.value if weight.perturbed else None, weight.value if x.perturbed else None)
     return float32_product(dim, x.value, weight.value), kept
 
 
-def _product_backward(dim: int, residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
-    x, weight = residuals
-    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+def _product_backward(dim: int, kept: Kept, dy: Array | SymbolicZero) -> Kept:
+    x, weight = kept
+    if isinstance(dy, SymbolicZero):
         return None, None
     dx = d_weight = None
     if weight is not None:
@@ -178,7 +184,7 @@ def hidden_linear(
     *,
     bias: bool,
     init_scale: float = 1.0,
-    name: str,
+    name: str | None = None,
 ) -> Linear:
     """A linear map inside the layers of a transformer, by its config."""
     return Linear(
