@@ -327,16 +327,6 @@ def test_optimizer_bytes_are_those_of_its_moments_and_averages(kind, moment_dtyp
     assert 0 < counters < 64
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped", "windows"])
-def test_cache_bytes_are_those_of_the_keys_and_values_of_a_cache(name):
-    config = variant(name)
-    for length in (12, 3):  # longer and shorter than the window
-        cache = jax.eval_shape(functools.partial(build(config).init_cache, 3, length))
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache["layers"]))
-        assert flops.kv_cache_bytes(config, length, batch_size=3) == size
-    assert flops.parameter_bytes(config) == 4 * flops.parameters(config).total
-
-
 def test_peak_is_found_by_the_longest_name_that_fits():
     assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12

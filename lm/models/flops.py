@@ -20,7 +20,6 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from lm.config.schema import OptimizerConfig
-from lm.layers.attention.scores import AttentionScores
 from lm.layers.block_config import BlockConfig
 from lm.models import ModelConfig, check_axes, init_params
 from lm.optim import chain, param_tree, parametrization
@@ -28,27 +27,23 @@ from lm.parallel.sharding import AXES, DEFAULT_TABLE, Rules
 from lm.types import Params
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
-FLOAT32_BYTES = 4
 STAGES = ("embedding", "encoder", "layers", "norm", "head")  # in the order of the forward pass
 
-# The group of a parameter by its name: the first that fits, else its role, else its module's name.
-_HEAD = r"^(head|head_bias|transform|logit_bias|pooler)(\.|$)"
-_GROUPS = (
-    (r"norm\.(scale|bias)$", "norm"),
-    (r"\bselection_bias$", "router_bias"),
-    (r"\brelative\.|^(\w+_)?position\.", "positions"),
-    (r"^type\.", "types"),
-    (_HEAD, "head"),
-    (r"attention\.", "attention"),
-    (r"\bshared\.", "mlp"),
+# The group of a parameter and its stage, None being that of its layers, by its name: the first that
+# fits, else by its role, else the module's name.
+_PARTS = (
+    (r"^(decoder\.)?norm\.", "norm", "norm"),
+    (r"^transform_norm\.", "norm", "head"),
+    (r"^embedding_norm\.", "norm", "embedding"),
+    (r"norm\.(scale|bias)$", "norm", None),
+    (r"\bselection_bias$", "router_bias", None),
+    (r"\brelative\.", "positions", None),
+    (r"^(\w+_)?position\.", "positions", "embedding"),
+    (r"^type\.", "types", "embedding"),
+    (r"^(head|head_bias|transform|logit_bias|pooler)(\.|$)", "head", "head"),
+    (r"attention\.", "attention", None),
+    (r"\bshared\.", "mlp", None),
 )
-# Of a `BlockConfig`: fields that change how a model runs, and none of its parameters.
-OF_EXECUTION = {
-    "remat": "none",
-    "scan_unroll": 1,
-    "attention_kernel": "xla",
-    "sequence_parallel": "gather",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +64,21 @@ class Parameter:
         return "expert" in self.axes[:-1]
 
     @functools.cached_property
+    def _part(self) -> tuple[str, str | None]:
+        for pattern, group, stage in _PARTS:
+            if re.search(pattern, self.name):
+                return group, stage
+        if self.is_expert or self.role == "router":
+            return "experts" if self.is_expert else "router", None
+        if self.role in ("embedding", "head"):
+            return self.role, self.role
+        modules = [n for n in self.name.split(".") if n not in ("encoder", "decoder", "layers")]
+        return modules[0], None
+
+    @property
     def group(self) -> str:
         """The part of the model that it belongs to."""
-        for pattern, group in _GROUPS:
-            if re.search(pattern, self.name):
-                return group
-        if self.is_expert or self.role in ("embedding", "head", "router"):
-            return "experts" if self.is_expert else self.role
-        modules = [n for n in self.name.split(".") if n not in ("encoder", "decoder", "layers")]
-        return modules[0]
+        return self._part[0]
 
     @functools.cached_property
     def reads_encoder(self) -> bool:
@@ -87,17 +88,10 @@ class Parameter:
         cross = re.search(r"\.cross_attention\.(key|value)\.", self.name)
         return bool(cross) or self.name.startswith("encoder.")
 
-    @functools.cached_property
+    @property
     def stage(self) -> str:
         """The first stage of the forward pass that depends on it."""
-        if re.match(r"(decoder\.)?norm\.", self.name):
-            return "norm"
-        if self.group == "head" or self.name.startswith("transform_norm."):
-            return "head"
-        is_table = self.group in TABLES and "relative." not in self.name
-        if is_table or self.name.startswith("embedding_norm."):
-            return "embedding"
-        return "encoder" if self.name.startswith("encoder.") else "layers"
+        return self._part[1] or ("encoder" if self.name.startswith("encoder.") else "layers")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -113,22 +107,18 @@ def _boxed_parameters(config: ModelConfig) -> Params:
     return boxed
 
 
-@functools.lru_cache(maxsize=1024)
-def _parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    return named_parameters(_boxed_parameters(config))
-
-
 def named_parameters(boxed: Params) -> tuple[Parameter, ...]:
     """The `Parameter` of every leaf of a tree of boxes, arrays or abstract ones."""
     leaves: dict[str, nn.Partitioned] = param_tree.flatten(boxed)
     return tuple(Parameter(n, math.prod(x.value.shape), x.names) for n, x in leaves.items())
 
 
+@functools.lru_cache(maxsize=1024)
 def abstract_parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The parameters of the model that the module of a Config builds, adapters among them, traced
     on no device.
     """
-    return _parameters(_without_execution(config))
+    return named_parameters(_boxed_parameters(_without_execution(config)))
 
 
 def _without_execution(config: ModelConfig) -> ModelConfig:
@@ -137,7 +127,8 @@ def _without_execution(config: ModelConfig) -> ModelConfig:
         return config
     pipeline = getattr(config, "pipeline", None)
     own = {} if pipeline is None else {"pipeline": type(pipeline)()}
-    return dataclasses.replace(config, **OF_EXECUTION, **own)
+    execution = {"remat": "none", "scan_unroll": 1, "sequence_parallel": "gather"}
+    return dataclasses.replace(config, attention_kernel="xla", **execution, **own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,20 +197,16 @@ def flops_per_token(
     Forward: 2 for every weight that the token is multiplied by, the vocabulary projection
     included, and 4 S N H for each layer's scores and weighted values, where S is the mean number
     of keys that causality and window leave (`mean_keys`). Documents packed into a row see fewer
-    still; that is not counted off, so MFU means the same for all data.
+    still; that is not counted off, so MFU means the same for all data. Experts count for the k that
+    a token is sent to, whatever their capacity and load.
 
-    Experts count for the k that a token is sent to: slots left empty by a capacity are not model
-    FLOPs, nor is what an uneven load makes others wait for.
-
-    full_square counts S = length instead, as appendix B of PaLM does (arXiv:2204.02311, 12 L H Q
-    T for training), and with it most published MFU. Compare like with like: on scores without
-    windows the default is (length + 1) / (2 length) of it, on the whole of GPT-2 124M at 1024 it
-    is 0.93 of it and on Llama 3 8B at 8192 0.89.
-
+    full_square: S = length instead, as in appendix B of PaLM (arXiv:2204.02311) and most published
+    MFU. On scores without windows the default is (length + 1) / (2 length) of it, on the whole of
+    GPT-2 124M at 1024 it is 0.93 of it and on Llama 3 8B at 8192 0.89.
+    parameters: unset: `abstract_parameters(config)`.
     frozen: names of parameters without a gradient, which are spared that third of their FLOPs. The
     third of their input's gradient is needed as long as something is trained in their own layers or
     before: with a trained head on a frozen body there is no backward pass but the head's.
-    parameters: unset: `abstract_parameters(config)`.
     """
     parameters = abstract_parameters(config) if parameters is None else parameters
     lengths = {"inputs": length, "encoder": encoder_length or 0}
@@ -249,11 +236,6 @@ def flops_per_token(
     return total
 
 
-def parameter_bytes(config: ModelConfig, bytes_per_parameter: int = FLOAT32_BYTES) -> int:
-    """Bytes of the parameters (float32 in training) or, the same, of their gradients."""
-    return parameters(config).total * bytes_per_parameter
-
-
 def optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
     """Bytes of the optimizer's state when all parameters are trained."""
     schedule = dataclasses.replace(optimizer.schedule, kind="constant", warmup_steps=0)
@@ -268,23 +250,6 @@ def _optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
     init = chain.make_optimizer(optimizer, boxed, num_steps=1).init
     state = jax.tree.leaves(jax.eval_shape(init, nn.meta.unbox(boxed)))
     return sum(x.size * x.dtype.itemsize for x in state)
-
-
-def kv_cache_bytes(
-    config: ModelConfig,
-    length: int,
-    encoder_length: int | None = None,
-    *,
-    batch_size: int = 1,
-    bytes_per_value: int = FLOAT32_BYTES,
-) -> int:
-    """Bytes of the keys and values of `batch_size` streams of `length` tokens (windows: fewer), and
-    of those that cross-attention makes of `encoder_length` tokens.
-    """
-    lengths = {"inputs": length, "encoder": encoder_length or 0}
-    scores: tuple[AttentionScores, ...] = getattr(config, "attention_scores", ())
-    cached = sum(s.cache_size(lengths) for s in scores if s.queries == "inputs")
-    return batch_size * cached * bytes_per_value
 
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`.
