@@ -19,8 +19,8 @@ def tokens(segments, positions=None, bidirectional=None):
     return Tokens(np.zeros_like(segments), segments, np.asarray([positions], np.int32), prefix)
 
 
-def picture(mask, window=None):
-    allowed = np.asarray(mask.allowed(window))[0]
+def picture(mask):
+    allowed = np.asarray(mask.allowed())[0]
     return ["".join("x" if seen else "." for seen in row) for row in allowed]
 
 
@@ -55,7 +55,7 @@ def test_padding_is_never_seen():
 
 
 def test_window_counts_the_token_itself():
-    assert picture(self_mask(tokens([1, 1, 1, 1, 1])), window=2) == [
+    assert picture(self_mask(tokens([1, 1, 1, 1, 1]), window=2)) == [
         "x....",
         "xx...",
         ".xx..",
@@ -65,7 +65,7 @@ def test_window_counts_the_token_itself():
 
 
 def test_window_of_one_sees_only_itself():
-    assert picture(self_mask(tokens([1, 1, 1])), window=1) == ["x..", ".x.", "..x"]
+    assert picture(self_mask(tokens([1, 1, 1]), window=1)) == ["x..", ".x.", "..x"]
 
 
 def test_bidirectional_prefix_is_seen_by_its_whole_segment():
@@ -91,7 +91,7 @@ def test_without_causality_a_segment_sees_all_of_itself():
 
 
 def test_window_without_causality_reaches_both_ways():
-    assert picture(self_mask(tokens([1, 1, 1, 1]), causal=False), window=2) == [
+    assert picture(self_mask(tokens([1, 1, 1, 1]), causal=False, window=2)) == [
         "xx..",
         "xxx.",
         ".xxx",
@@ -133,9 +133,9 @@ def test_attention_is_the_loop(num_kv_heads, softcap, window, with_bias):
     q, k, v = heads(4, num_kv_heads)
     bias = np.random.default_rng(1).normal(size=(2, 4, 7, 7)).astype(np.float32)
     bias = bias if with_bias else None
-    mask = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), self_mask(MASKED))
-    out = attend(q, k, v, mask, scale=0.7, window=window, softcap=softcap, bias=bias)
-    allowed = np.asarray(mask.allowed(window))
+    mask = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), self_mask(MASKED, window=window))
+    out = attend(q, k, v, mask, scale=0.7, softcap=softcap, bias=bias)
+    allowed = np.asarray(mask.allowed())
     expected = loop(q, k, v, allowed, 0.7, softcap, bias)
     np.testing.assert_allclose(out, expected, atol=3e-6)
 

@@ -13,9 +13,9 @@ import pytest
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
 from lm.layers.attention import attention
+from lm.layers.attention.scores import Heads
 from lm.models import encoder, flops
 from lm.models.encoder import Config
-from lm.reliability import kernel_check
 from lm.types import Tokens
 
 LENGTH, VOCAB = 12, 32
@@ -242,13 +242,13 @@ def test_it_lists_what_its_layers_call_attention_with(subject, rows, monkeypatch
     s, called = subject(name), []
 
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
-        options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(kernel_check.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
+        options |= {"window": mask.window, "bias": bias is not None, "causal": mask.causal}
+        called.append(Heads(q.shape[1], k.shape[1], q.shape[3], **options))
         return q
 
     monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(lambda p: s.model.apply({"params": p}, rows([12], [12], [12])), s.params)
-    assert set(called) == {kernel_check.Heads(**kind) for kind in s.config.attention_kinds}
+    assert set(called) == {scores.heads for scores in s.config.attention_scores}
 
 
 def test_what_an_encoder_cannot_do_is_refused(subject, rows, rules_on):

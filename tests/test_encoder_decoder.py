@@ -17,9 +17,9 @@ from environment import some
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
 from lm.layers.attention import attention
+from lm.layers.attention.scores import Heads
 from lm.models import encoder_decoder, flops
 from lm.models.encoder_decoder import Config
-from lm.reliability import kernel_check
 from lm.types import Tokens
 
 LENGTH, SOURCE, VOCAB = 10, 12, 32
@@ -405,14 +405,14 @@ def test_it_lists_what_its_layers_call_attention_with(subject, streams, monkeypa
     s, called = subject(name), []
 
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
-        options |= {"bias": bias is not None, "causal": mask.causal}
-        called.append(kernel_check.Heads(q.shape[1], k.shape[1], q.shape[3], **options))
+        options |= {"window": mask.window, "bias": bias is not None, "causal": mask.causal}
+        called.append(Heads(q.shape[1], k.shape[1], q.shape[3], **options))
         return q
 
     monkeypatch.setattr(attention, "attend", attend)
     inputs, encoder = streams([[10], [10]], [[12], [12]])
     jax.eval_shape(lambda p: s.model.apply({"params": p}, inputs, encoder=encoder), s.params)
-    assert set(called) == {kernel_check.Heads(**kind) for kind in s.config.attention_kinds}
+    assert set(called) == {scores.heads for scores in s.config.attention_scores}
 
 
 @pytest.mark.parametrize(

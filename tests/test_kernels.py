@@ -43,7 +43,16 @@ def results(f, tokens, arrays):
 
 
 def assert_is_the_equation(
-    rules, tokens, *, order=1, kernel, sequence_parallel="gather", bias=None, causal=True, **options
+    rules,
+    tokens,
+    *,
+    order=1,
+    kernel,
+    sequence_parallel="gather",
+    bias=None,
+    causal=True,
+    window=None,
+    **options,
 ):
     length = tokens.ids.shape[1]
     rng = np.random.default_rng(0)
@@ -56,12 +65,12 @@ def assert_is_the_equation(
     back = np.argsort(places)
 
     def expected(q, k, v):
-        mask = self_mask(tokens, causal)
+        mask = self_mask(tokens, causal, window=window)
         return dot_product.attend(q, k, v, mask, bias=bias, **options)
 
     def ours(q, k, v):
         q, k, v = (x[:, :, places] for x in (q, k, v))
-        mask = self_mask(jax.tree.map(lambda x: x[:, places], tokens), causal, order)
+        mask = self_mask(jax.tree.map(lambda x: x[:, places], tokens), causal, order, window)
         given = None if bias is None else bias[:, :, places][..., places]
         how = {"kernel": kernel, "sequence_parallel": sequence_parallel}
         y = kernels.attend(q, k, v, mask, rules=rules, bias=given, **how, **options)

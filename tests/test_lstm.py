@@ -120,7 +120,7 @@ def test_outputs_and_gradients_are_those_of_torch(rules_on):
     rng = np.random.default_rng(0)
     batch, length, size, width = 3, 7, 5, 6
     x = rng.standard_normal((batch, length, size)).astype(np.float32)
-    layer = recurrent.Lstm(embed_dim=size, hidden_dim=width, rules=rules_on())
+    layer = recurrent.Lstm(hidden_dim=width, rules=rules_on())
     where = Marks(*np.zeros((3, batch, length), bool)).replace(
         non_padding=np.ones((batch, length), bool)
     )

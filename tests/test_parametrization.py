@@ -193,7 +193,7 @@ def test_epsilon_shrinks_as_gradients_do():
 
 def test_scores_are_divided_by_the_width_of_a_head():
     config = decoder.Config(**{**TINY, **MUP, **BASE, "head_dim": 64})
-    assert config.attention_kinds[0]["scale"] == pytest.approx(4**0.5 / 64)
+    assert config.score_scale == pytest.approx(4**0.5 / 64)
     assert config.scaling.scores == (64 / 4) ** -0.5
 
 

@@ -13,7 +13,7 @@ import pytest
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.exit_codes import Exit, RunError
-from lm.layers import block_config
+from lm.layers import base_config
 from lm.reliability import data_ledger
 from lm.telemetry import metrics
 from lm.training import bad_step_report
@@ -304,7 +304,7 @@ def assert_no_trace(run, tmp_path, make_config, devices, changes=None):
 @pytest.mark.slow
 def test_an_overflow_of_the_compute_dtype_is_found_to_be_numerics(run, tmp_path, monkeypatch):
     # bfloat16 overflows where float32 does; float16, which configs refuse for it, at 65,504
-    for module in (conversion, block_config):
+    for module in (conversion, base_config):
         monkeypatch.setattr(module, "check_values", lambda config, path: None)
 
     def fault(state):

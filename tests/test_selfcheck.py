@@ -17,8 +17,8 @@ from lm.exit_codes import Exit
 from lm.layers import cross_entropy
 from lm.layers.attention import attention
 from lm.layers.attention.dot_product import Mask
+from lm.layers.attention.scores import Heads
 from lm.reliability import attention_check, kernel_check, reference
-from lm.reliability.attention_check import Heads
 from lm.reliability.kernel_check import check
 from lm.reliability.reference import SelfCheckFailed
 
@@ -66,8 +66,8 @@ def test_every_config_passes_with_its_own_heads_and_dtype(file, rules_on, tmp_pa
     spec.loader.exec_module(module)
     config = resolve(module.get_config())
     report = check(config, rules_on(), cache_dir=str(tmp_path))
-    for heads in getattr(config.model, "attention_kinds", ()):
-        assert f"{heads['num_heads']} heads of {heads['head_dim']}" in str(report)
+    for scores in getattr(config.model, "attention_scores", ()):
+        assert str(scores.heads) in str(report)
     assert report.checked
 
 
@@ -81,11 +81,11 @@ def test_check_of_a_sharded_run_needs_one_device(run):
 def allowed(*, segments=True, causal=True, padding=True, wider=0, block=1):
     """`Mask.allowed` with something left out."""
 
-    def broken(mask, window=None):
+    def broken(mask):
         distance = mask.query_positions[:, :, None] - mask.key_positions[:, None, :]
         seen = distance >= 0 if causal else jnp.ones_like(distance, bool)
-        if window is not None:
-            seen &= jnp.abs(distance) < window + wider
+        if mask.window is not None:
+            seen &= jnp.abs(distance) < mask.window + wider
         own, other = mask.query_segments[:, ::block], mask.key_segments[:, ::block]
         own, other = (jnp.repeat(x, block, axis=1) for x in (own, other))
         same = own[:, :, None] == other[:, None, :]
@@ -277,7 +277,7 @@ def test_decoder_lists_what_its_layers_call_attention_with(
     def attend(q, k, v, mask, *, rules, sequence_parallel, dropout, dropout_rng, bias, **options):
         heads, size = q.shape[1], q.shape[3]
         assert q.dtype == k.dtype == jnp.dtype(model.config.dtype)
-        options |= {"bias": bias is not None, "causal": mask.causal}
+        options |= {"window": mask.window, "bias": bias is not None, "causal": mask.causal}
         called.append(Heads(heads, k.shape[1], size, **options))
         return q
 
@@ -285,7 +285,7 @@ def test_decoder_lists_what_its_layers_call_attention_with(
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
     monkeypatch.setattr(attention, "attend", attend)
     jax.eval_shape(lambda variables: model.apply(variables, inputs), variables)
-    listed = {Heads(**kind) for kind in model.config.attention_kinds}
+    listed = {scores.heads for scores in model.config.attention_scores}
     assert set(called) == listed and len(listed) == len(model.config.kinds)
 
 

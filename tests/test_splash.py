@@ -87,9 +87,8 @@ def compile_gradient(chips, policy, *, length=1024, head_dim=128, dtype="bfloat1
 
     def loss(q, k, v, tokens):
         def run(q, k, v):
-            mask = self_mask(tokens, order=order)
-            options = {"scale": 0.1, "window": 300, "softcap": 20.0}
-            return kernels.attend(q, k, v, mask, rules=rules, **options)
+            mask = self_mask(tokens, order=order, window=300)
+            return kernels.attend(q, k, v, mask, rules=rules, scale=0.1, softcap=20.0)
 
         out = jax.checkpoint(run, policy=policy)(q, k, v)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))

@@ -42,19 +42,18 @@ def _weights(layer: Attention, context: LayerInputs, kind: Array | None) -> jax.
     q, k = (layer.get_variable("intermediates", name)[-1] for name in ("queries", "keys"))
 
     def of_kind(i: int) -> jax.Array:
-        mask, window, bias = context.masks[i], layer.config.windows[i], context.biases[i]
+        mask = context.masks[i]
         scores = attention_scores(
             q,
             k,
             mask,
             scale=layer.config.score_scale,
-            window=window,
             softcap=layer.config.attention_softcap,
-            bias=bias,
+            bias=context.biases[i],
         )
-        return jnp.where(mask.allowed(window)[:, None], jax.nn.softmax(scores), 0.0)
+        return jnp.where(mask.allowed()[:, None], jax.nn.softmax(scores), 0.0)
 
-    weights = [of_kind(i) for i in range(len(layer.config.windows))]
+    weights = [of_kind(i) for i in range(len(context.masks))]
     return weights[0] if kind is None else jnp.stack(weights)[kind]
 
 

@@ -148,7 +148,7 @@ def packing_figure(
     left.set(title="the batch", xlabel="position in the row", ylabel="row", yticks=[row])
     one = cut(tokens, row)
     for axis, window in zip(right, windows, strict=True):
-        axis.imshow(mask_image(self_mask(one).allowed(window)[0], one.segments[0]))
+        axis.imshow(mask_image(self_mask(one, window=window).allowed()[0], one.segments[0]))
         kind = "" if window is None else f", window {window}"
         axis.set(title=f"attention mask of row {row}{kind}", xlabel="key", ylabel="query")
     labels = [Patch(color=color, label=name) for name, color in _labels(explained)[:8]]

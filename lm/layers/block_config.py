@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import itertools
 
-from lm.config.fields import check_values, field
+from lm.config.fields import field
 from lm.layers import positions as pe
 from lm.layers.attention import kernels
-from lm.layers.attention.scores import AttentionScores
+from lm.layers.attention.scores import AttentionScores, Heads
+from lm.layers.base_config import BaseConfig, require
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.moe.moe import MoeConfig
@@ -17,20 +17,14 @@ from lm.layers.norm import KINDS as NORMS
 from lm.layers.stack import REMAT
 from lm.optim.parametrization import STANDARD, TABLES, Scaling
 
-DTYPES = ("float32", "bfloat16")
 PLACEMENTS = ("pre", "post", "both")
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(BaseConfig):
     """Config that all transformers share; each adds its own fields."""
 
-    vocab_size: int = field(
-        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
-    )
     max_length: int = field(1024, "Longest row; the table size of learned positions.", ge=1)
-    num_layers: int = field(12, "Blocks.", ge=1)
-    embed_dim: int = field(768, "Width of the residual stream.", ge=1)
     num_heads: int = field(12, "Query heads.", ge=1)
     num_kv_heads: int | None = field(None, "Key and value heads; unset: num_heads.", ge=1)
     head_dim: int | None = field(None, "Width of a head; unset: embed_dim / num_heads.", ge=1)
@@ -60,7 +54,6 @@ class BlockConfig:
     query_scale: float | None = field(None, "Factor on the scores; unset: head_dim ** -0.5.", gt=0)
     attention_softcap: float | None = field(None, "Soft cap of the scores.", gt=0)
     parallel_block: bool = field(False, "Attention and MLP read the same input (GPT-J, PaLM).")
-    dropout: float = field(0.0, "Dropout of embeddings and residual branches.", ge=0, lt=1)
     attention_dropout: float = field(0.0, "Dropout of attention weights.", ge=0, lt=1)
     attention_kernel: str = field(
         "auto",
@@ -85,19 +78,7 @@ class BlockConfig:
     base_num_layers: int | None = field(None, "mup: num_layers of the tuned model.", ge=1)
     base_head_dim: int | None = field(None, "mup: head_dim of the tuned model.", ge=1)
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
-    dtype: str = field("float32", "Compute type; parameters stay float32.", choices=DTYPES)
     remat: str = field("none", "Activations saved for the backward pass.", choices=REMAT)
-    scan_unroll: int = field(
-        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
-    )
-
-    @property
-    def is_causal(self) -> bool:
-        return True
-
-    @property
-    def takes_encoder(self) -> bool:
-        return False
 
     @property
     def kv_heads(self) -> int:
@@ -133,9 +114,7 @@ class BlockConfig:
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of every layer: [L]."""
-        return tuple(
-            self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers)
-        )
+        return tuple(itertools.islice(itertools.cycle(self.layer_pattern), self.num_layers))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -149,105 +128,94 @@ class BlockConfig:
         return self.scaling.scores * usual
 
     @property
-    def attention_kinds(self) -> tuple[dict[str, Any], ...]:
-        """Arguments of attention in each of `kinds`: the fields of `attention_check.Heads`."""
-        shared = {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.kv_heads,
-            "head_dim": self.head_size,
-            "scale": self.score_scale,
-            "softcap": self.attention_softcap,
-            "bias": self.positions in ("relative", "alibi"),
-            "kernel": self.attention_kernel,
-            "causal": self.is_causal,
-        }
-        return tuple({**shared, "window": window} for window in self.windows)
-
-    @property
     def attention_scores(self) -> tuple[AttentionScores, ...]:
         """The scores of self-attention in the layers of each of `kinds`."""
-        size = self.num_heads, self.kv_heads, self.head_size
+        heads = Heads(
+            self.num_heads,
+            self.kv_heads,
+            self.head_size,
+            scale=self.score_scale,
+            window=None,
+            softcap=self.attention_softcap,
+            bias=self.positions in ("relative", "alibi"),
+            kernel=self.attention_kernel,
+            causal=self.is_causal,
+        )
         return tuple(
-            AttentionScores(self.layer_kinds.count(kind), *size, window, self.is_causal)
+            AttentionScores(dataclasses.replace(heads, window=window), self.layer_kinds.count(kind))
             for kind, window in zip(self.kinds, self.windows, strict=True)
         )
 
     def check(self, length: int) -> None:
-        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
-        rows of `length`.
-        """
-        check_values(self, "config.model")
-
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(f"config.model.{message}")
-
-        need(
+        """As `BaseConfig.check`."""
+        super().check(length)
+        require(
             self.positions != "relative" or self.relative_buckets < 2 * self.relative_max_distance,
             f"relative_buckets ({self.relative_buckets}) must be less than twice "
             f"relative_max_distance ({self.relative_max_distance})",
         )
-        need(
+        require(
             self.head_dim is not None or self.embed_dim % self.num_heads == 0,
             f"embed_dim ({self.embed_dim}) must be divisible by num_heads ({self.num_heads}), "
             "or set head_dim",
         )
-        need(
+        require(
             self.num_heads % self.kv_heads == 0,
             f"num_heads ({self.num_heads}) must be divisible by num_kv_heads ({self.kv_heads})",
         )
-        need(
+        require(
             self.positions != "rotary" or self.head_size % 2 == 0,
             f"head_dim ({self.head_size}) must be even for rotary positions",
         )
-        need(
+        require(
             self.positions != "sinusoidal" or self.embed_dim % 2 == 0,
             f"embed_dim ({self.embed_dim}) must be even for sinusoidal positions",
         )
-        need(bool(self.layer_pattern), "layer_pattern must list global and local, got ()")
-        need(
+        require(bool(self.layer_pattern), "layer_pattern must list global and local, got ()")
+        require(
             ("local" in self.layer_pattern) == (self.window is not None),
             f"window ({self.window}) and layer_pattern {self.layer_pattern} must agree: "
             "local layers, and only they, need one",
         )
-        self._check_parametrization(need)
-        self.moe.check(need)
-        self.lora.check()
-        need(
-            not (self.moe.num_experts and self.mlp_bias),
-            f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
-            "no biases",
+        if self.parametrization != "standard":
+            self._check_parametrization()
+        e, k = self.moe.num_experts, self.moe.num_experts_per_token
+        require(
+            e == 0 or k <= e,
+            f"moe.num_experts_per_token ({k}) must be at most moe.num_experts ({e})",
         )
-        need(
-            self.scan_unroll <= self.num_layers,
-            f"scan_unroll ({self.scan_unroll}) must be at most num_layers ({self.num_layers})",
+        require(
+            not self.lora.rank or bool(self.lora.targets),
+            f"lora.targets ({self.lora.targets}) must be given with a rank ({self.lora.rank})",
         )
-        need(
+        require(
+            not (e and self.mlp_bias),
+            f"mlp_bias must be False with moe.num_experts ({e}): experts have no biases",
+        )
+        require(
             length <= self.max_length,
             f"max_length ({self.max_length}) must be at least config.data.length ({length})",
         )
 
-    def _check_parametrization(self, need: Callable[[bool, str], None]) -> None:
+    def _check_parametrization(self) -> None:
         name = self.parametrization
-        if name == "standard":
-            return
         for base in ("base_embed_dim", "base_num_layers", "base_head_dim"):
-            need(
+            require(
                 getattr(self, base) is not None, f"{base} must be given for parametrization={name}"
             )
         scaling = self.scaling
-        need(
+        require(
             self.query_scale is None or scaling.head == 1,
             f"query_scale ({self.query_scale}) must be unset for parametrization={name} where "
             f"head_dim ({self.head_size}) is not base_head_dim ({self.base_head_dim})",
         )
-        need(
+        require(
             self.norm_placement != "post" or scaling.depth == 1,
             f"num_layers ({self.num_layers}) must be base_num_layers ({self.base_num_layers}) for "
             f"parametrization={name} and norm_placement=post: norms undo what depth does to "
             "branches",
         )
-        need(
+        require(
             not self.lora.rank,
             f"lora.rank ({self.lora.rank}) must be 0 for parametrization={name}, whose table has "
             "no row for adapters",

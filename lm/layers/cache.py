@@ -7,37 +7,32 @@ from data and prompts may be padded on the left.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from lm.parallel.sharding import Rules
-from lm.types import Array, Tokens
+from lm.types import Array, Cache, Tokens
+
+if TYPE_CHECKING:
+    from lm.layers.block_config import BlockConfig
+
+Marks: TypeAlias = tuple[dict[str, Array], ...]  # segments and positions [B, S] of each kind
 
 
-def init(
-    windows: tuple[int | None, ...],
-    num_layers: tuple[int, ...],
-    *,
-    batch_size: int,
-    length: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: DTypeLike,
-    rules: Rules,
-) -> dict[str, Any]:
+def init(config: BlockConfig, rules: Rules, batch_size: int, length: int) -> Cache:
     """An empty cache: `index` int32 [] counts tokens; per kind, key and value [L, B, K, S, H],
     segments and positions [B, S].
     """
     entries, marks = [], []
-    for window, layers in zip(windows, num_layers, strict=True):
+    for kind, window in zip(config.kinds, config.windows, strict=True):
         slots = length if window is None else min(window, length)
-        shape = (layers, batch_size, num_kv_heads, slots, head_dim)
+        layers = config.layer_kinds.count(kind)
+        shape = (layers, batch_size, config.kv_heads, slots, config.head_size)
         axes = (None, "batch", "kv_heads", None, "head_dim")
         entries.append(
-            {name: rules.constrain(jnp.zeros(shape, dtype), *axes) for name in ("key", "value")}
+            {n: rules.constrain(jnp.zeros(shape, config.dtype), *axes) for n in ("key", "value")}
         )
         marks.append(
             {n: jnp.zeros((batch_size, slots), jnp.int32) for n in ("segments", "positions")}
@@ -58,20 +53,15 @@ def _write(old: Array, new: Array, index: Array, axis: int) -> jax.Array:
     return old.at[(slice(None),) * axis + (where,)].set(new)
 
 
-def mark(
-    cache: dict[str, Any], inputs: Tokens
-) -> tuple[tuple[dict[str, Array], ...], tuple[dict[str, Array], ...]]:
-    """(marks after adding `inputs`, marks of the keys that `append` will return), per kind."""
-    after, seen = [], []
-    for marks in cache["marks"]:
-        new = {"segments": inputs.segments, "positions": inputs.positions}
-        updated = {n: _write(marks[n], new[n], cache["index"], 1) for n in marks}
-        after.append(updated)
-        if inputs.ids.shape[1] == 1:
-            seen.append(updated)
-        else:
-            seen.append({n: jnp.concatenate([marks[n], new[n]], axis=1) for n in marks})
-    return tuple(after), tuple(seen)
+def mark(marks: Marks, inputs: Tokens, index: Array) -> tuple[Marks, Marks]:
+    """(marks after adding `inputs`, marks of the keys that `append` will return)."""
+    new = {"segments": inputs.segments, "positions": inputs.positions}
+    after = tuple({n: _write(old[n], new[n], index, 1) for n in new} for old in marks)
+    if inputs.ids.shape[1] == 1:
+        return after, after
+    return after, tuple(
+        {n: jnp.concatenate([old[n], new[n]], axis=1) for n in new} for old in marks
+    )
 
 
 def append(
@@ -84,18 +74,16 @@ def append(
     left the window. A longer piece attends to the slots before it and to itself, since its later
     tokens may overwrite what its first ones need.
     """
-    news = {"key": key, "value": value}
-    if key.shape[2] == 1:
-        updated = {
-            name: jax.lax.dynamic_update_slice(
-                old, news[name][None].astype(old.dtype), (layer, 0, 0, index % old.shape[3], 0)
-            )
-            for name, old in entry.items()
-        }
-        return updated["key"][layer], updated["value"][layer], updated
-    keys, updated = {}, {}
-    for name, old in entry.items():
-        new = news[name].astype(old.dtype)
-        keys[name] = jnp.concatenate([old[layer], new], axis=2)
-        updated[name] = old.at[layer].set(_write(old[layer], new, index, 2))
-    return keys["key"], keys["value"], updated
+
+    def one(old: Array, new: Array) -> tuple[jax.Array, jax.Array]:
+        new = new.astype(old.dtype)
+        if new.shape[2] == 1:
+            start = (layer, 0, 0, index % old.shape[3], 0)
+            updated = jax.lax.dynamic_update_slice(old, new[None], start)
+            return updated[layer], updated
+        seen = jnp.concatenate([old[layer], new], axis=2)
+        return seen, old.at[layer].set(_write(old[layer], new, index, 2))
+
+    keys, key = one(entry["key"], key)
+    values, value = one(entry["value"], value)
+    return keys, values, {"key": key, "value": value}

@@ -22,7 +22,6 @@ class GatedConvolution(nn.Module):
     [2, D].
     """
 
-    embed_dim: int
     kernel_size: int
     rules: Rules
     dtype: DTypeLike = jnp.float32
@@ -35,7 +34,7 @@ class GatedConvolution(nn.Module):
         """x: [B, T, D]; before: [B, kernel_size - 1, D], the tokens before it, or None where x
         is the start of rows -> ([B, T, D], the last kernel_size - 1 tokens or None).
         """
-        width, axes = self.embed_dim, ("embed", "taps", "gates", "mlp")
+        width, axes = x.shape[-1], ("embed", "taps", "gates", "mlp")
         init = initializer(self.init_std, width * self.kernel_size)
         shape = (width, self.kernel_size, 2, width)
         weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)

@@ -31,14 +31,6 @@ class LoraConfig:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def check(self) -> None:
-        """Raise ValueError, naming the config path, for a rank without targets."""
-        if self.rank and not self.targets:
-            raise ValueError(
-                f"config.model.lora.targets ({self.targets}) must be given with a rank "
-                f"({self.rank})"
-            )
-
 
 def adapters(names: Iterable[str]) -> frozenset[str]:
     """The names of adapters' parameters among `names`."""

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -16,7 +14,6 @@ import numpy as np
 
 from lm.config.fields import field
 from lm.layers.linear import parameter
-from lm.types import Array
 
 SCALINGS = ("none", "linear", "llama3", "yarn")
 KINDS = ("rotary", "learned", "sinusoidal", "relative", "alibi", "none")
@@ -57,30 +54,26 @@ def rotary_frequencies(
     theta = config.local_theta if own_theta else config.theta
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = np.asarray(theta, np.float64) ** -exponents
-    if own_theta or config.scaling == "none":
-        return frequencies.astype(np.float32), 1.0
-    if config.scaling == "linear":
-        return (frequencies / config.factor).astype(np.float32), 1.0
-    if config.scaling == "llama3":
+    scaling, factor, magnitude = "none" if own_theta else config.scaling, config.factor, 1.0
+
+    def dimension(turns: float) -> float:  # at which a frequency turns so often over the length
+        wavelength = config.original_length / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    if scaling == "linear":
+        frequencies = frequencies / factor
+    elif scaling == "llama3":
         turns = config.original_length * frequencies / (2 * np.pi)
         low, high = config.low_frequency_factor, config.high_frequency_factor
         keep = np.clip((turns - low) / (high - low), 0, 1)
-        return (frequencies * (keep + (1 - keep) / config.factor)).astype(np.float32), 1.0
-
-    def dimension(turns: float) -> float:  # at which a frequency turns so often over the length
-        return (
-            head_dim
-            * math.log(config.original_length / (turns * 2 * math.pi))
-            / (2 * math.log(config.theta))
-        )
-
-    first = max(math.floor(dimension(config.beta_fast)), 0)
-    last = min(math.ceil(dimension(config.beta_slow)), head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
-    scaled = frequencies * (1 - ramp) + frequencies / config.factor * ramp
-    return scaled.astype(np.float32), 0.1 * math.log(
-        config.factor
-    ) + 1.0 if config.factor > 1 else 1.0
+        frequencies = frequencies * (keep + (1 - keep) / factor)
+    elif scaling == "yarn":
+        first = max(math.floor(dimension(config.beta_fast)), 0)
+        last = min(math.ceil(dimension(config.beta_slow)), head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - first) / max(last - first, 1e-3), 0, 1)
+        frequencies = frequencies * (1 - ramp) + frequencies / factor * ramp
+        magnitude = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return frequencies.astype(np.float32), magnitude
 
 
 def rotary_tables(
@@ -105,19 +98,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
-Tables: TypeAlias = tuple[jax.Array, jax.Array]  # cos and sin
-
-
-def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Tables]:
-    return rotate(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(tables: Tables, dy: jax.Array) -> tuple[jax.Array, None, None]:
-    cos, sin = tables
-    return rotate(dy, cos, -sin), None, None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda tables, dy: (rotate(dy, tables[0], -tables[1]), None, None),
+)
 
 
 def sinusoids(positions: jax.Array, embed_dim: int) -> jax.Array:
@@ -125,21 +109,6 @@ def sinusoids(positions: jax.Array, embed_dim: int) -> jax.Array:
     rates = np.exp(-np.log(10_000.0) * np.arange(embed_dim // 2) / max(embed_dim // 2 - 1, 1))
     angles = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def add_absolute(
-    x: jax.Array, positions: jax.Array, kind: str, table: Callable[[Array], jax.Array] | None
-) -> jax.Array:
-    """Embeddings x: [B, T, D] with absolute positions added, for the kinds that add them there.
-
-    positions: int32 [B, T]; table: from them to [B, T, D], where they are learned.
-    """
-    if kind == "learned":
-        assert table is not None
-        return x + table(positions)
-    if kind == "sinusoidal":
-        return x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
-    return x
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -69,7 +69,6 @@ class Lstm(nn.Module):
     Initially the forget gate has the bias `forget_bias` (Jozefowicz et al. 2015), the others none.
     """
 
-    embed_dim: int
     hidden_dim: int
     rules: Rules
     dtype: DTypeLike = jnp.float32
@@ -90,7 +89,7 @@ class Lstm(nn.Module):
         gate = np.eye(4, dtype=np.float32)[FORGET]
         forget = nn.initializers.constant(self.forget_bias * gate[:, None])
         bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
-        inputs = project_gates(x, matrix("weight", self.embed_dim), self.rules)
+        inputs = project_gates(x, matrix("weight", x.shape[-1]), self.rules)
         inputs = inputs + broadcast_as(bias, inputs)
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
         recurrent = matrix("recurrent", self.hidden_dim)
@@ -116,8 +115,7 @@ def recurrence(
 
     The gates of a token are its inputs + weight * hidden of the token before.
     """
-    (hidden, last), _ = _forward(rules, inputs, weight, state, where)
-    return hidden, last
+    return _forward(rules, inputs, weight, state, where)[0]
 
 
 # gates [T, B, 4, F], memory and hidden before each token [T, B, F], weight, masks by time
@@ -137,7 +135,7 @@ def _forward(
         new = State(rules.constrain(new.hidden, "batch", None), new.memory)
         return new, (gates, memory, hidden, new.hidden)
 
-    masks = _by_time(where)
+    masks = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[..., None], where)  # [T, B, 1]
     xs = (jnp.swapaxes(inputs, 0, 1), masks.non_padding, masks.starts)
     last, (gates, memory, before, hidden) = jax.lax.scan(step, state, xs)
     return (jnp.swapaxes(hidden, 0, 1), last), (gates, memory, before, weight, masks)
@@ -173,8 +171,3 @@ def _backward(
 
 
 recurrence.defvjp(_forward, _backward)
-
-
-def _by_time(where: Marks) -> Marks:
-    """Marks as a loop over time reads them: [T, B, 1]."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[..., None], where)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -26,22 +27,18 @@ from lm.types import Array, Cache, Output, Tokens
 class Transformer(nn.Module):
     """A map from embedded tokens to hidden states. Parameters: `layers` (stacked), and `norm` and
     `relative` where used.
-
-    causal: a token sees only itself and those before it (and a bidirectional prefix).
     """
 
     config: BlockConfig
     rules: Rules
-    causal: bool = True
 
     def setup(self) -> None:
         c = self.config
         if c.positions == "relative":
             self.relative = pe.RelativeBias(
-                c.num_heads, c.relative_buckets, c.relative_max_distance, not self.causal
+                c.num_heads, c.relative_buckets, c.relative_max_distance, not c.is_causal
             )
-        unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
-        self.layers = stack(Block, c.num_layers, remat=c.remat, unroll=unroll)(c, self.rules)
+        self.layers = stack(Block, c.num_layers, remat=c.remat, unroll=c.unroll)(c, self.rules)
         if c.norm_placement != "post":
             self.norm = Norm(c.norm, c.norm_eps, c.norm_bias, jnp.dtype(c.dtype))
 
@@ -60,22 +57,27 @@ class Transformer(nn.Module):
         memory: states for cross-attention; a cache keeps them for the calls that follow.
         order: that of the length, as in `Mask`.
         """
-        index = marks = layer_cache = None
+        if cache is not None and inputs.bidirectional is not None:
+            raise ValueError(
+                "a cache keeps no bidirectional marks: encode such a prefix without one"
+            )
+        index = marks = layer_cache = encoded = None
         masks = self._masks(inputs, order)
         if cache is not None:
             index, layer_cache = cache["index"], cache["layers"]
             memory = cache.get("memory") if memory is None else memory
-            marks, seen = kv_cache.mark(cache, inputs)
+            marks, seen = kv_cache.mark(cache["marks"], inputs, cache["index"])
             masks = tuple(
-                Mask(inputs.segments, inputs.positions, s["segments"], s["positions"]) for s in seen
+                dataclasses.replace(
+                    mask, key_segments=s["segments"], key_positions=s["positions"], order=None
+                )
+                for mask, s in zip(masks, seen, strict=True)
             )
-        biases = tuple(self._bias(mask) for mask in masks)
-        encoded = None
         if memory is not None:
-            if memory.key is not None and memory.value is not None:
-                encoded = {"key": memory.key, "value": memory.value}
-            memory = EncoderStates(memory.segments, memory.hidden)
-        shared = self._shared(inputs, masks, biases, train=train, index=index, memory=memory)
+            memory, encoded = dataclasses.replace(memory, encoded=None), memory.encoded
+        biases = tuple(self._bias(mask) for mask in masks)
+        rotary = self._rotary(inputs.positions)
+        shared = LayerInputs(masks, biases, rotary, index, memory, train)
         block = Block(self.config, self.rules, parent=None)
         (x, layer_cache), (reports, encoded) = run(
             self.layers, block, (x, layer_cache), self._per_layer(encoded), shared
@@ -84,7 +86,7 @@ class Transformer(nn.Module):
             index = cache["index"] + inputs.ids.shape[1]
             cache = {"index": index, "layers": layer_cache, "marks": marks}
             if memory is not None:
-                cache["memory"] = EncoderStates(memory.segments, **encoded)
+                cache["memory"] = EncoderStates(memory.segments, encoded=encoded)
         return self.finish(x), cache, reports
 
     def finish(self, x: Array) -> jax.Array:
@@ -94,21 +96,12 @@ class Transformer(nn.Module):
 
     def _masks(self, tokens: Tokens, order: int) -> tuple[Mask, ...]:
         """The masks of a stream over itself, one for each kind of layer."""
-        return (self_mask(tokens, self.causal, order),) * len(self.config.kinds)
+        c = self.config
+        return tuple(self_mask(tokens, c.is_causal, order, window) for window in c.windows)
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """An empty cache for `length` tokens of `batch_size` streams."""
-        c = self.config
-        return kv_cache.init(
-            c.windows,
-            tuple(c.layer_kinds.count(kind) for kind in c.kinds),
-            batch_size=batch_size,
-            length=length,
-            num_kv_heads=c.kv_heads,
-            head_dim=c.head_size,
-            dtype=jnp.dtype(c.dtype),
-            rules=self.rules,
-        )
+        return kv_cache.init(self.config, self.rules, batch_size, length)
 
     def _per_layer(self, encoded: KeyValues | None = None) -> PerLayer:
         c = self.config
@@ -117,27 +110,15 @@ class Transformer(nn.Module):
         kind = jnp.asarray(kinds, jnp.int32) if len(c.kinds) > 1 else None
         return PerLayer(kind, jnp.asarray(index, jnp.int32), encoded)
 
-    def _shared(
-        self,
-        tokens: Tokens,
-        masks: tuple[Mask, ...],
-        biases: tuple[Array | None, ...],
-        *,
-        train: bool,
-        index: Array | None = None,
-        memory: EncoderStates | None = None,
-    ) -> LayerInputs:
-        c, cos, sin = self.config, None, None
-        if c.positions == "rotary":
-            tables = [
-                pe.rotary_tables(
-                    tokens.positions,
-                    *pe.rotary_frequencies(c.rotary, c.head_size, local=kind == "local"),
-                )
-                for kind in c.kinds
-            ]
-            cos, sin = (jnp.stack(table) for table in zip(*tables, strict=True))
-        return LayerInputs(masks, biases, cos, sin, index, memory, train)
+    def _rotary(self, positions: Array) -> tuple[Array, Array] | None:
+        """cos and sin, float32 [kinds, B, T, H/2], of positions: int32 [B, T]."""
+        c = self.config
+        if c.positions != "rotary":
+            return None
+        is_local = [kind == "local" for kind in c.kinds]
+        frequencies = [pe.rotary_frequencies(c.rotary, c.head_size, local) for local in is_local]
+        tables = [pe.rotary_tables(positions, *each) for each in frequencies]
+        return jax.tree.map(lambda *kinds: jnp.stack(kinds), *tables)
 
     def _bias(self, mask: Mask) -> jax.Array | None:
         kind = self.config.positions
@@ -158,16 +139,14 @@ def make_output(hidden: jax.Array, cache: Cache | None, reports: RouterReport | 
     """reports: of routers, stacked over layers; None without any."""
     if reports is None:
         return Output(hidden=hidden, cache=cache)
-    report = reports.mean()
+    report = jax.tree.map(lambda x: jnp.mean(x, axis=0), reports)
     return Output(hidden=hidden, cache=cache, aux=report.aux, stats=report.stats)
 
 
 def check_kernels(config: BlockConfig, rules: Rules) -> None:
     """Raise ValueError unless a kernel has the features of the config, whatever the length."""
-    c, shards = config, rules.size("length")
-    asked = {"bias": c.positions in ("relative", "alibi"), "dropout": c.attention_dropout > 0}
-    shape = (1, 1, 2 * shards * splash.LANES, c.head_size)
-    none: Any = None
+    c, none = config, cast(Any, None)
+    shape = (1, 1, 2 * rules.size("length") * splash.LANES, c.head_size)
     kernels.choose(
         c.attention_kernel,
         rules,
@@ -175,21 +154,6 @@ def check_kernels(config: BlockConfig, rules: Rules) -> None:
         jax.ShapeDtypeStruct(shape, jnp.dtype(c.dtype)),
         sequence_parallel=c.sequence_parallel,
         softcap=c.attention_softcap is not None,
-        **asked,
+        bias=c.positions in ("relative", "alibi"),
+        dropout=c.attention_dropout > 0,
     )
-    if c.sequence_parallel == "ring" and shards > 1:
-        for feature, reason in (
-            ("bias", "adds no bias to scores, as model.positions asks for"),
-            ("dropout", "drops no weights, as model.attention_dropout asks for"),
-        ):
-            if asked[feature]:
-                raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
-
-
-def check_stages(name: str, rules: Rules) -> None:
-    """Raise ValueError on a mesh with stages, for models that don't run in a pipeline."""
-    if (stages := rules.size("layers")) > 1:
-        raise ValueError(
-            f"config.mesh.stage ({stages}) must be 1 for config.model.name={name}: the pipeline is "
-            "the decoder's; spread parameters with config.mesh.fsdp and tensor"
-        )

@@ -19,10 +19,9 @@ cache, only in the first call, which keeps what later ones need). Every paramete
 names its logical axes, as `lm.layers.linear.parameter` and flax's `nn.with_partitioning` make them;
 its sharding, its learning rate and its FLOPs follow from them.
 
-A model with attention lists its kinds as `attention_kinds` (dicts of the fields of
-`lm.reliability.attention_check.Heads`) and perhaps `logit_softcap`, which the start-up check then
-covers, and as `attention_scores` (`lm.layers.attention.scores.AttentionScores`), whose FLOPs count.
-One with experts has `moe`, with `num_experts` and `num_experts_per_token`.
+A model with attention lists it as `attention_scores`, which count as FLOPs and which the start-up
+check covers, as it does a `logit_softcap` (`lm.layers.attention.scores.AttentionScores`). One with
+experts has `moe`, with `num_experts` and `num_experts_per_token`.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;
 beam search replaces rows by others. A cached call may begin with padding (segment 0), which leaves
@@ -59,16 +58,12 @@ class ModelConfig(Protocol):
     def __hash__(self) -> int: ...
 
 
-MEMBERS = ("vocab_size", "max_length", "dtype", "is_causal", "takes_encoder", "check")
-
-
 def check_config(config: object, name: str) -> None:
     """Raise ValueError, naming what is missing, unless the config of the model `name` has the
     members that the rest of the code reads.
     """
-    missing = [member for member in MEMBERS if not hasattr(config, member)]
-    if hasattr(config, "attention_kinds") and not hasattr(config, "attention_scores"):
-        missing.append("attention_scores (beside attention_kinds)")
+    members = [name for name in vars(ModelConfig) if not name.startswith("_")]
+    missing = [member for member in members if not hasattr(config, member)]
     if missing:
         raise ValueError(
             f"config.model.name ({name!r}): its Config has no {', '.join(missing)}, which the "

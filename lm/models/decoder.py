@@ -5,24 +5,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
-from lm.layers import positions as pe
-from lm.layers.attention.attention import LayerInputs
+from lm.layers.attention.attention import LayerInputs, PerLayer
 from lm.layers.block import Block
 from lm.layers.block_config import BlockConfig
-from lm.layers.linear import times
+from lm.layers.moe.moe import RouterReport
 from lm.layers.stack import REMAT
 from lm.layers.transformer import Transformer, check_kernels, make_output
 from lm.models.vocabulary import VocabularyModel
 from lm.parallel import pipeline_stages, zigzag
 from lm.parallel.sharding import Rules
-from lm.types import Array, Cache, Output, Tokens, check_head
+from lm.types import Array, Cache, Output, Params, Tokens, check_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +45,7 @@ class Decoder(VocabularyModel, Transformer):
 
     def setup(self) -> None:
         super().setup()
-        c = self.config
-        self.embedding = self.make_table(c.vocab_size, "vocab")
-        if c.positions == "learned":
-            self.position = self.make_table(c.max_length)
-        if c.has_head and not c.tie_embeddings:
-            self.head = self.make_head()
-        self.dropout = nn.Dropout(c.dropout)
+        self.position = self.make_positions()
 
     def __call__(
         self,
@@ -69,17 +60,11 @@ class Decoder(VocabularyModel, Transformer):
         """
         if encoder is not None:
             raise ValueError("config.model.name=decoder takes no encoder tokens")
-        if cache is not None and inputs.bidirectional is not None:
-            raise ValueError(
-                "a cache keeps no bidirectional marks: encode such a prefix without one"
-            )
         c, rules = self.config, self.rules
         order = rules.size("length") if self._balances(inputs, cache, train) else 1
         if order > 1:
             inputs = jax.tree.map(lambda x: zigzag.shuffle(x, rules), inputs)
-        x = self.embedding(inputs.ids) * jnp.asarray(c.embed_scale, jnp.dtype(c.dtype))
-        table = self.position if c.positions == "learned" else None
-        x = pe.add_absolute(x, inputs.positions, c.positions, table)
+        x = self.embed(inputs, self.position, c.embed_scale)
         length = "act_length" if cache is None else "length"
         x = rules.constrain(x, "act_batch", length, "act_embed")
         if self._is_pipelined(cache, train):
@@ -98,7 +83,7 @@ class Decoder(VocabularyModel, Transformer):
         """
         c = self.config
         check_head(c)
-        x = self.project(times(hidden, c.scaling.logits))
+        x = super().logits(hidden)
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     @property
@@ -122,7 +107,7 @@ class Decoder(VocabularyModel, Transformer):
 
     def _pipelined(
         self, x: Array, inputs: Tokens, train: bool, order: int
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, RouterReport | None]:
         """(x: [B, T, D] after the layers, micro-batch by micro-batch, and the means over
         micro-batches of the layers' outputs, [L, ...]).
         """
@@ -136,13 +121,16 @@ class Decoder(VocabularyModel, Transformer):
         # groups have the same kinds at the same index, and layers differ in nothing else
         per_layer = jax.tree.map(lambda a: a[: schedule.group_size], self._per_layer())
 
-        def prepare(tokens: Tokens, biases: Any) -> LayerInputs:
-            return self._shared(tokens, self._masks(tokens, order), biases, train=train)
+        def prepare(tokens: Tokens, biases: tuple[Array | None, ...]) -> LayerInputs:
+            rotary = self._rotary(tokens.positions)
+            return LayerInputs(self._masks(tokens, order), biases, rotary, train=train)
 
-        def layer(params: Any, own: Any, x: Array, shared: LayerInputs, rng: Any) -> Any:
+        def layer(
+            params: Params, own: PerLayer, x: Array, shared: LayerInputs, rng: Array | None
+        ) -> tuple[Array, RouterReport | None]:
             rngs = {} if rng is None else {"dropout": rng}
-            found: Any = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
-            (x, _), (report, _) = found
+            carry = x, None
+            (x, _), (report, _) = block.apply({"params": params}, carry, own, shared, rngs=rngs)  # pyright: ignore
             return x, report
 
         if c.remat != "none":
@@ -159,7 +147,7 @@ class Decoder(VocabularyModel, Transformer):
             schedule=schedule,
             rules=rules,
             rng=self.make_rng("dropout") if draws else None,
-            unroll=c.num_layers if c.scan_unroll == -1 else c.scan_unroll,
+            unroll=c.unroll,
         )
         outputs = jax.tree.map(lambda a: jnp.mean(a, axis=0), outputs)
         return pipeline_stages.merge(rules, x), outputs

@@ -5,32 +5,30 @@ those that came after it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
-from lm.layers import positions as pe
 from lm.layers.block_config import BlockConfig
-from lm.layers.linear import Linear, parameter, times
+from lm.layers.linear import hidden_linear, parameter
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
-from lm.layers.transformer import Transformer, check_kernels, check_stages, make_output
-from lm.models.vocabulary import VocabularyModel
+from lm.layers.transformer import Transformer, check_kernels, make_output
+from lm.models.vocabulary import NO_PIPELINE, VocabularyModel, check_unsharded
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BlockConfig):
+    is_causal = False
+
     has_head: bool = field(True, "A vocabulary projection; without one, hidden states alone.")
     num_types: int = field(2, "Token types, as many as rows of their table; 0: none.", ge=0)
     pooler_dim: int = field(0, "Width of the pooled output of a segment; 0: there is none.", ge=0)
-
-    @property
-    def is_causal(self) -> bool:
-        return False
 
 
 class Encoder(VocabularyModel, Transformer):
@@ -40,33 +38,24 @@ class Encoder(VocabularyModel, Transformer):
     """
 
     config: Config  # pyright: ignore
-    causal: bool = False
 
     def setup(self) -> None:
         super().setup()
-        c, rules, dtype = self.config, self.rules, jnp.dtype(self.config.dtype)
-        scale = c.scaling.init("hidden", c.init_std)
-
-        def linear(width: int) -> Linear:
-            shape = {"embed": c.embed_dim}, {"mlp": width}
-            return Linear(
-                *shape, rules, bias=c.mlp_bias, dtype=dtype, init_std=c.init_std, init_scale=scale
-            )
-
-        self.embedding = self.make_table(c.vocab_size, "vocab")
-        if c.positions == "learned":
-            self.position = self.make_table(c.max_length)
+        c = self.config
+        norm = functools.partial(Norm, c.norm, c.norm_eps, c.norm_bias, jnp.dtype(c.dtype))
+        embed = {"embed": c.embed_dim}
+        linear = functools.partial(hidden_linear, c, self.rules, embed, bias=c.mlp_bias)
+        self.position = self.make_positions()
         if c.num_types:
             self.type = self.make_table(c.num_types)
-        self.embedding_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
-        self.dropout = nn.Dropout(c.dropout)
+        self.embedding_norm = norm()
         if c.has_head:
-            self.transform = linear(c.embed_dim)
-            self.transform_norm = Norm(c.norm, c.norm_eps, c.norm_bias, dtype)
+            self.transform = linear({"mlp": c.embed_dim})
+            self.transform_norm = norm()
             zeros = nn.initializers.zeros
             self.logit_bias = parameter(self, "logit_bias", zeros, (c.vocab_size,), ("vocab",))
         if c.pooler_dim:
-            self.pooler = linear(c.pooler_dim)
+            self.pooler = linear({"mlp": c.pooler_dim})
 
     def __call__(
         self,
@@ -82,9 +71,7 @@ class Encoder(VocabularyModel, Transformer):
                 "config.model.name=encoder takes no encoder tokens beside its inputs, and no cache"
             )
         c = self.config
-        x = self.embedding(inputs.ids)
-        table = self.position if c.positions == "learned" else None
-        x = pe.add_absolute(x, inputs.positions, c.positions, table)
+        x = self.embed(inputs, self.position)
         if c.num_types:
             types = jnp.zeros_like(inputs.ids) if inputs.types is None else inputs.types
             x = x + self.type(types)
@@ -114,8 +101,7 @@ class Encoder(VocabularyModel, Transformer):
         """
         check_head(self.config)
         act, _ = ACTIVATIONS[self.config.activation]
-        x = self.transform_norm(act(self.transform(hidden)))
-        return self.project(times(x, self.config.scaling.logits)) + self.logit_bias
+        return super().logits(self.transform_norm(act(self.transform(hidden)))) + self.logit_bias
 
     @property
     def head_params(self) -> tuple[str, ...]:
@@ -131,6 +117,6 @@ class Encoder(VocabularyModel, Transformer):
 
 def build(config: Config, rules: Rules) -> Encoder:
     """Raise ValueError where the mesh can't do what the config asks for."""
-    check_stages("encoder", rules)
+    check_unsharded("encoder", rules, layers=NO_PIPELINE)
     check_kernels(config, rules)
     return Encoder(config, rules)

@@ -10,24 +10,28 @@ cut every `bptt` tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config.fields import check_values, field
+from lm.config.fields import field
 from lm.layers import recurrent
+from lm.layers.base_config import BaseConfig, require
 from lm.layers.linear import Linear, parameter
 from lm.layers.recurrent import Lstm, Marks, State
 from lm.layers.stack import run, stack
-from lm.models.vocabulary import VocabularyModel, check_left_to_right, check_scan_unroll
+from lm.models.vocabulary import VocabularyModel, check_left_to_right, check_unsharded
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(BaseConfig):
+    max_length = 2**31 - 1  # no row is too long for a state; positions are int32
+
     vocab_size: int = field(
         33_280, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
     )
@@ -51,41 +55,23 @@ class Config:
     init_std: float | None = field(
         0.05, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0
     )
-    dtype: str = field(
-        "float32", "Compute type; parameters stay float32.", choices=("float32", "bfloat16")
-    )
-    scan_unroll: int = field(
-        1, "Layers per iteration of the scan; -1: all of them, no loop.", ge=1, also=(-1,)
-    )
 
     @property
     def hidden_size(self) -> int:
         return self.embed_dim if self.hidden_dim is None else self.hidden_dim
 
     @property
-    def is_causal(self) -> bool:
-        return True
-
-    @property
-    def takes_encoder(self) -> bool:
-        return False
-
-    @property
-    def max_length(self) -> int:
-        """No row is too long for a state; positions are int32."""
-        return 2**31 - 1
+    def embed_init_std(self) -> float:
+        return 0.05 if self.init_std is None else self.init_std
 
     def check(self, length: int) -> None:
-        """Raise ValueError, naming config paths and numbers, unless the sizes fit together for
-        rows of `length`.
-        """
-        check_values(self, "config.model")
-        check_scan_unroll(self.scan_unroll, self.num_layers)
-        if self.bptt is not None and self.bptt > length:
-            raise ValueError(
-                f"config.model.bptt ({self.bptt}) must be at most config.data.length ({length}): "
-                "no state is carried from row to row"
-            )
+        """As `BaseConfig.check`."""
+        super().check(length)
+        require(
+            self.bptt is None or self.bptt <= length,
+            f"bptt ({self.bptt}) must be at most config.data.length ({length}): no state is "
+            "carried from row to row",
+        )
 
 
 class Layer(nn.Module):
@@ -100,7 +86,6 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, State]:
         c, (where, train) = self.config, shared
         x, state = Lstm(
-            embed_dim=c.hidden_size,
             hidden_dim=c.hidden_size,
             rules=self.rules,
             dtype=jnp.dtype(c.dtype),
@@ -120,22 +105,17 @@ class LanguageModel(VocabularyModel):
     config: Config  # pyright: ignore
 
     def setup(self) -> None:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        std = 0.05 if c.init_std is None else c.init_std
-        self.embedding = self.make_table(c.vocab_size, "vocab", std)
-        unroll = c.num_layers if c.scan_unroll == -1 else c.scan_unroll
-        self.layers = stack(Layer, c.num_layers, unroll=unroll)(c, self.rules)
-        shared = {"rules": self.rules, "dtype": dtype, "init_std": c.init_std}
+        super().setup()
+        c = self.config
+        self.layers = stack(Layer, c.num_layers, unroll=c.unroll)(c, self.rules)
         if c.hidden_size != c.embed_dim:
             narrow, wide = {"embed": c.embed_dim}, {"mlp": c.hidden_size}
-            self.up = Linear(narrow, wide, **shared)
-            self.down = Linear(wide, narrow, **shared)
-        if not c.tie_embeddings:
-            self.head = self.make_head()
+            linear = functools.partial(Linear, dtype=jnp.dtype(c.dtype), init_std=c.init_std)
+            self.up = linear(narrow, wide, self.rules)
+            self.down = linear(wide, narrow, self.rules)
         if c.head_bias:
             zeros = nn.initializers.zeros
             self.head_bias = parameter(self, "head_bias", zeros, (c.vocab_size,), ("vocab",))
-        self.dropout = nn.Dropout(c.dropout)
 
     def __call__(
         self,
@@ -149,16 +129,14 @@ class LanguageModel(VocabularyModel):
         holds.
         """
         check_left_to_right("lstm", inputs, encoder)
-        c = self.config
-        x = self.embedding(inputs.ids)
-        x = self.rules.constrain(x, "act_batch", "length", "act_embed")
+        x = self.rules.constrain(self.embed(inputs), "act_batch", "length", "act_embed")
         x = self.dropout(x, deterministic=not train)
-        if c.hidden_size != c.embed_dim:
-            x = self.up(x)
+        c = self.config
+        x = x if c.hidden_size == c.embed_dim else self.up(x)
         state = self.init_cache(inputs.ids.shape[0], 0) if cache is None else cache
         # a cached call goes on somewhere in a row: where it would be cut isn't known, nor needed
         where = recurrent.marks(inputs, c.bptt if cache is None else None)
-        layer = Layer(self.config, self.rules, parent=None)
+        layer = Layer(c, self.rules, parent=None)
         x, state = run(self.layers, layer, x, state, (where, train))
         return Output(hidden=self.finish(x), cache=None if cache is None else state)
 
@@ -167,8 +145,9 @@ class LanguageModel(VocabularyModel):
         x = x if self.config.hidden_size == self.config.embed_dim else self.down(x)
         return self.rules.constrain(x, "act_batch", "length", "act_embed")
 
-    def project(self, x: Array) -> jax.Array:
-        logits = super().project(x)
+    def logits(self, hidden: Array) -> jax.Array:
+        """hidden: [B, T, D] -> float32 [B, T, V]."""
+        logits = super().logits(hidden)
         return logits + self.head_bias if self.config.head_bias else logits
 
     @property
@@ -186,13 +165,10 @@ class LanguageModel(VocabularyModel):
 
 def build(config: Config, rules: Rules) -> LanguageModel:
     """Raise ValueError where the mesh can't do what the config asks for."""
-    for axis, reason in (
-        ("sequence", "a token's state waits for that of the token before"),
-        ("stage", "its layers are few; use data, fsdp or tensor"),
-    ):
-        size = rules.mesh.shape[axis]
-        if size > 1:
-            raise ValueError(
-                f"config.mesh.{axis} ({size}) must be 1 for config.model.name=lstm: {reason}"
-            )
+    check_unsharded(
+        "lstm",
+        rules,
+        length="a token's state waits for that of the token before",
+        layers="its layers are few; use data, fsdp or tensor",
+    )
     return LanguageModel(config, rules)

@@ -2,57 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lm.layers.embedding import Embedding
-from lm.layers.linear import Linear
+from lm.layers.linear import Linear, times
 from lm.layers.lora import LoraConfig
-from lm.optim.parametrization import STANDARD
+from lm.layers.positions import sinusoids
+from lm.optim.parametrization import STANDARD, Scaling
 from lm.parallel.sharding import Rules
 from lm.types import Array, Tokens
 
+Positions: TypeAlias = Callable[[Array], jax.Array] | None  # int32 [B, T] -> [B, T, D]
+
+NO_PIPELINE = "the pipeline is the decoder's; spread parameters with config.mesh.fsdp and tensor"
+
 
 class VocabularyModel(nn.Module):
-    """The base of models of tokens. Parameters: `embedding` [V, D] and, untied, `head` [D, V],
-    which `setup` makes of `make_table` and `make_head`.
-    """
+    """The base of models of tokens. Parameters: `embedding` [V, D] and, untied, `head` [D, V]."""
 
-    config: Any  # of a model: vocab_size, embed_dim, init_std, dtype, and what else it may have
+    config: Any  # of a model: the fields of `BaseConfig`, init_std, and what else it may have
     rules: Rules
+
+    def setup(self) -> None:
+        super().setup()
+        c = self.config
+        std = getattr(c, "embed_init_std", None)
+        self.embedding = self.make_table(c.vocab_size, "vocab", std)
+        if getattr(c, "has_head", True) and not self._is_tied:
+            self.head = Linear(
+                {"embed": c.embed_dim},
+                {"vocab": c.vocab_size},
+                self.rules,
+                dtype=jnp.dtype(c.dtype),
+                init_std=c.init_std,
+                init_scale=self._scaling.init("head", c.init_std),
+                lora=getattr(c, "lora", LoraConfig()),
+                unrounded=True,
+            )
+        self.dropout = nn.Dropout(c.dropout)
 
     def make_table(self, size: int, axis: str | None = None, std: float | None = None) -> Embedding:
         """A table of vectors [size, D]. std: of the initial ones; unset: init_std, or 0.02."""
         c = self.config
         own = next(s for s in (std, c.init_std, 0.02) if s is not None)
-        own *= getattr(c, "scaling", STANDARD).init("embedding", own)
+        own *= self._scaling.init("embedding", own)
         return Embedding(size, c.embed_dim, self.rules, axis, jnp.dtype(c.dtype), own)
 
-    def make_head(self) -> Linear:
-        """The vocabulary projection where it is not the embedding."""
+    def make_positions(self) -> Positions:
+        """Vectors [B, T, D] of positions: int32 [B, T], where a transformer adds absolute ones."""
         c = self.config
-        return Linear(
-            {"embed": c.embed_dim},
-            {"vocab": c.vocab_size},
-            self.rules,
-            dtype=jnp.dtype(c.dtype),
-            init_std=c.init_std,
-            init_scale=getattr(c, "scaling", STANDARD).init("head", c.init_std),
-            lora=getattr(c, "lora", LoraConfig()),
-            unrounded=True,
-        )
+        if c.positions == "learned":
+            return self.make_table(c.max_length)
+        if c.positions == "sinusoidal":
+            return functools.partial(sinusoids, embed_dim=c.embed_dim)
+        return None
 
-    def project(self, x: Array) -> jax.Array:
-        """Logits, float32 [B, T, V], of x: [B, T, D]."""
-        x = self.embedding.attend(x) if self._is_tied else self.head(x)
-        return self.rules.constrain(x, "act_batch", "length", "vocab")
+    def embed(self, tokens: Tokens, positions: Positions = None, scale: float = 1.0) -> jax.Array:
+        """Embeddings [B, T, D], times `scale`, with absolute positions added."""
+        x = times(self.embedding(tokens.ids), scale)
+        return x if positions is None else x + positions(tokens.positions).astype(x.dtype)
 
     def logits(self, hidden: Array) -> jax.Array:
         """hidden: [B, T, D] -> float32 [B, T, V]."""
-        return self.project(hidden)
+        x = times(hidden, self._scaling.logits)
+        x = self.embedding.attend(x) if self._is_tied else self.head(x)
+        return self.rules.constrain(x, "act_batch", "length", "vocab")
+
+    @property
+    def _scaling(self) -> Scaling:
+        return getattr(self.config, "scaling", STANDARD)
 
     @property
     def _is_tied(self) -> bool:
@@ -81,9 +105,13 @@ def check_left_to_right(name: str, inputs: Tokens, encoder: Tokens | None) -> No
         )
 
 
-def check_scan_unroll(unroll: int, num_layers: int) -> None:
-    """Raise ValueError for more layers in an iteration of the scan than there are."""
-    if unroll > num_layers:
-        raise ValueError(
-            f"config.model.scan_unroll ({unroll}) must be at most num_layers ({num_layers})"
-        )
+def check_unsharded(name: str, rules: Rules, **reasons: str) -> None:
+    """Raise ValueError, with the reason, for a logical axis that the mesh shards, and the model
+    `name` does not.
+    """
+    for logical, reason in reasons.items():
+        if (size := rules.size(logical)) > 1:
+            raise ValueError(
+                f"config.mesh.{'*'.join(rules.axes(logical))} ({size}) must be 1 for "
+                f"config.model.name={name}: {reason}"
+            )

@@ -12,40 +12,11 @@ import numpy as np
 
 from lm.layers.attention.dot_product import self_mask
 from lm.layers.attention.kernels import attend
+from lm.layers.attention.scores import Heads
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.reference import SelfCheckFailed, compare
 from lm.types import ArrayT, HostTokens, Tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """Arguments of `attend` in the layers of one kind.
-
-    The Config of a model with attention lists them as `attention_kinds`, dicts of these fields.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None
-    softcap: float | None
-    bias: bool
-    kernel: str
-    causal: bool = True
-
-    def __str__(self) -> str:
-        parts = {
-            f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}": True,
-            f"window {self.window}": self.window is not None,
-            f"softcap {self.softcap or 0:g}": self.softcap is not None,
-            "bias": self.bias,
-            "both ways": not self.causal,
-            self.kernel: self.kernel != "auto",
-        }
-        return ", ".join(part for part, is_shown in parts.items() if is_shown)
-
 
 NAMES = ("output", "gradient of q", "gradient of k", "gradient of v")
 
@@ -141,11 +112,11 @@ def check_attention(heads: Heads, dtype: jnp.dtype, rules: Rules) -> float:
     @jax.jit
     def run(x: Inputs) -> list[jax.Array]:
         rows = jax.tree.map(lambda leaf: jnp.repeat(leaf, len(probes), axis=0), tokens)
-        mask = self_mask(rows, heads.causal)
+        mask = self_mask(rows, heads.causal, window=window)
         kernel = functools.partial(attend, rules=rules, kernel=heads.kernel, scale=heads.scale)
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return kernel(q, k, v, mask, window=window, softcap=softcap, bias=x.bias)
+            return kernel(q, k, v, mask, softcap=softcap, bias=x.bias)
 
         out, pullback = jax.vjp(attention, x.q, x.k, x.v)
         return [out, *pullback(x.cotangent)]

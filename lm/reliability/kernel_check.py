@@ -24,7 +24,7 @@ from lm.config.schema import Config, MeshConfig
 from lm.parallel import sharding
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
-from lm.reliability.attention_check import Heads, check_attention
+from lm.reliability.attention_check import check_attention
 from lm.reliability.loss_check import check_loss
 from lm.types import Device
 
@@ -55,7 +55,7 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
     device = rules.mesh.local_devices[0]
     one = Rules(sharding.make_mesh(MeshConfig(data=1), [device]), rules.table)
     # not part of the models' contract: one without attention or a soft cap has no such fields
-    kinds = [Heads(**kind) for kind in getattr(config.model, "attention_kinds", ())]
+    kinds = list(dict.fromkeys(s.heads for s in getattr(config.model, "attention_scores", ())))
     softcap = getattr(config.model, "logit_softcap", None)
     dtype = jnp.dtype(config.model.dtype)
 

@@ -13,7 +13,8 @@ from lm.exit_codes import Exit, RunError
 from lm.types import HostBatch, HostTokens
 
 if TYPE_CHECKING:
-    from lm.reliability.attention_check import Heads, Inputs
+    from lm.layers.attention.scores import Heads
+    from lm.reliability.attention_check import Inputs
 
 
 class SelfCheckFailed(RunError):

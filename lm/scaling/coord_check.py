@@ -82,8 +82,7 @@ def activations(experiment: Experiment, params: Params, batch: Batch) -> Activat
     output, kept = model.apply({"params": params}, batch.inputs, mutable=["intermediates"])
     layers = kept["intermediates"]["layers"]
     [hidden], [q], [k] = layers["hidden"], *(layers["attention"][n] for n in ("queries", "keys"))
-    scale = c.attention_kinds[0]["scale"]
-    scores = scale * jnp.einsum(
+    scores = c.score_scale * jnp.einsum(
         "lbkgth,lbksh->lbkgts", q.reshape(*k.shape[:3], -1, *q.shape[3:]), k
     )
     logits = model.apply({"params": params}, output.hidden, method="logits")

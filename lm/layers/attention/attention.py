@@ -4,7 +4,7 @@ packed segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import TYPE_CHECKING, TypeAlias
 
 import flax.linen as nn
@@ -36,8 +36,7 @@ class EncoderStates:
 
     segments: Array  # int32 [B, S]; tokens read those of their own segment
     hidden: Array | None = None  # [B, S, D]
-    key: Array | None = None  # [L, B, K, S, H]
-    value: Array | None = None  # [L, B, K, S, H]
+    encoded: KeyValues | None = None  # [L, B, K, S, H]
 
 
 @flax.struct.dataclass
@@ -46,8 +45,7 @@ class LayerInputs:
 
     masks: tuple[Mask, ...]
     biases: tuple[Array | None, ...]  # float32 [B or 1, N, T, S], added to the scores
-    cos: Array | None = None  # float32 [kinds, B, T, H/2]
-    sin: Array | None = None
+    rotary: tuple[Array, Array] | None = None  # cos and sin, float32 [kinds, B, T, H/2]
     index: Array | None = None  # int32 []: tokens that the cache held before
     memory: EncoderStates | None = None  # for layers with cross-attention
     train: bool = flax.struct.field(pytree_node=False, default=False)
@@ -74,32 +72,26 @@ class MultiHead(nn.Module):
     rules: Rules
     out_scale: float = 1.0  # factor on the initial weights of `out`
 
-    def _norm(self, x: jax.Array, name: str) -> jax.Array:
-        c = self.config
-        if not c.qk_norm:
-            return x
-        kind = "rms" if c.norm == "layer" else c.norm
-        return Norm(kind, c.norm_eps, dtype=jnp.dtype(c.dtype), name=name)(x)
-
-    def _project(self, x: jax.Array, name: str, axis: str, init_scale: float = 1.0) -> jax.Array:
-        """x: [B, T, D] -> [B, T, heads of `axis`, H]."""
-        c = self.config
-        outputs = {axis: c.num_heads if axis == "heads" else c.kv_heads, "head_dim": c.head_size}
-        options = {"bias": c.qkv_bias, "init_scale": init_scale, "name": name}
-        return hidden_linear(c, self.rules, {"embed": c.embed_dim}, outputs, **options)(x)
-
-    def _query(self, x: jax.Array) -> jax.Array:
-        """x: [B, T, D] -> [B, T, N, H]."""
+    def _project(self, x: jax.Array, name: str) -> jax.Array:
+        """x: [B, T, D] -> queries [B, T, N, H], or keys or values [B, T, K, H]."""
         c, scale = self.config, 1.0
-        if c.init_std is None and c.query_scale is not None:
+        heads = {"heads": c.num_heads} if name == "query" else {"kv_heads": c.kv_heads}
+        if name == "query" and c.init_std is None and c.query_scale is not None:
             # weights of deviation fan_in ** -0.5 give scores of deviation 1 at any scale (T5)
             scale = c.head_size**-0.5 / c.query_scale
-        return self._norm(self._project(x, "query", "heads", scale), "query_norm")
-
-    def _key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x: [B, S, D] -> keys and values [B, S, K, H]."""
-        k, v = (self._project(x, name, "kv_heads") for name in ("key", "value"))
-        return self._norm(k, "key_norm"), v
+        x = hidden_linear(
+            c,
+            self.rules,
+            {"embed": c.embed_dim},
+            {**heads, "head_dim": c.head_size},
+            bias=c.qkv_bias,
+            init_scale=scale,
+            name=name,
+        )(x)
+        if name == "value" or not c.qk_norm:
+            return x
+        kind = "rms" if c.norm == "layer" else c.norm
+        return Norm(kind, c.norm_eps, dtype=jnp.dtype(c.dtype), name=f"{name}_norm")(x)
 
     def _by_head(self, x: jax.Array, name: str, length: str | None = "length") -> jax.Array:
         """x: [B, T, N, H] -> [B, N, T, H]: products over [T, H] and [T, S] are then plain batched
@@ -117,7 +109,6 @@ class MultiHead(nn.Module):
         mask: Mask,
         *,
         rng: Array | None,
-        window: int | None = None,
         bias: Array | None = None,
     ) -> jax.Array:
         """[B, N, T, H] of q: [B, N, T, H], k and v: [B, K, S, H]."""
@@ -132,7 +123,6 @@ class MultiHead(nn.Module):
             kernel="xla" if self.is_initializing() else c.attention_kernel,
             sequence_parallel=c.sequence_parallel,
             scale=c.score_scale,
-            window=window,
             softcap=c.attention_softcap,
             bias=bias,
             dropout=c.attention_dropout,
@@ -162,40 +152,30 @@ class Attention(MultiHead):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        inputs: LayerInputs,
-        layer: PerLayer,
-        cache: Cache = None,
+        self, x: jax.Array, inputs: LayerInputs, layer: PerLayer, cache: Cache = None
     ) -> tuple[jax.Array, Cache]:
         """x: [B, T, D] -> ([B, T, D], cache)."""
-        q = self._query(x)  # [B, T, N, H]
-        k, v = self._key_value(x)  # [B, T, K, H]
-        if inputs.cos is not None and inputs.sin is not None:
-            kind = 0 if layer.kind is None else layer.kind
-            cos, sin = inputs.cos[kind], inputs.sin[kind]
+        q, k, v = (self._project(x, name) for name in ("query", "key", "value"))
+        if inputs.rotary is not None:
+            cos, sin = (table[0 if layer.kind is None else layer.kind] for table in inputs.rotary)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (self._by_head(x, n) for x, n in ((q, "query"), (k, "key"), (v, "value")))
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
         rng = self._dropout_rng(inputs.train)
 
-        def of_kind(i: int, window: int | None) -> Callable[..., tuple[jax.Array, Cache]]:
-            def run(
-                q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
-            ) -> tuple[jax.Array, Cache]:
-                if cache is not None and inputs.index is not None:
-                    k, v, entry = kv_cache.append(cache[i], k, v, layer.index, inputs.index)
-                    cache = (*cache[:i], entry, *cache[i + 1 :])
-                mask, bias = inputs.masks[i], inputs.biases[i]
-                return self._attend(q, k, v, mask, rng=rng, window=window, bias=bias), cache
+        def of_kind(
+            i: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache
+        ) -> tuple[jax.Array, Cache]:
+            if cache is not None and inputs.index is not None:
+                k, v, entry = kv_cache.append(cache[i], k, v, layer.index, inputs.index)
+                cache = (*cache[:i], entry, *cache[i + 1 :])
+            return self._attend(q, k, v, inputs.masks[i], rng=rng, bias=inputs.biases[i]), cache
 
-            return run
-
-        kinds = [of_kind(i, window) for i, window in enumerate(self.config.windows)]
         if layer.kind is None:
-            y, cache = kinds[0](q, k, v, cache)
+            y, cache = of_kind(0, q, k, v, cache)
         else:
+            kinds = [functools.partial(of_kind, i) for i in range(len(inputs.masks))]
             y, cache = jax.lax.switch(layer.kind, kinds, q, k, v, cache)
         return self._out(y), cache
 
@@ -214,12 +194,13 @@ class CrossAttention(MultiHead):
         """
         memory = inputs.memory
         assert memory is not None, "cross-attention needs an encoder"
-        q = self._by_head(self._query(x), "query")
+        q = self._by_head(self._project(x, "query"), "query")
         if encoded is None:
             assert memory.hidden is not None, "no states of the encoder, and no cache of their keys"
-            k, v = self._key_value(memory.hidden)
-            # all of them on every device of the length, whose queries may need any
-            encoded = {n: self._by_head(x, n, length=None) for n, x in (("key", k), ("value", v))}
+            encoded = {  # all of them on every device of the length, whose queries may need any
+                name: self._by_head(self._project(memory.hidden, name), name, length=None)
+                for name in ("key", "value")
+            }
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", encoded["key"])
         rng = self._dropout_rng(inputs.train)

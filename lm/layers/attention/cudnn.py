@@ -17,14 +17,14 @@ from lm.types import Array
 LARGEST_HEAD = 128  # on every architecture that has the kernel
 
 
-def attend(q: Array, k: Array, v: Array, mask: Mask, *, scale: float, window: int | None) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Mask, *, scale: float) -> Array:
     """[B, N, T, H] of q: [B, N, T, H], k and v: [B, K, T, H], bfloat16, rows in order."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     y = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        mask=mask.allowed(window)[:, None],
+        mask=mask.allowed()[:, None],
         scale=scale,
         # says nothing that the mask doesn't, and spares the blocks of the future
         is_causal=mask.causal and mask.key_bidirectional is None,

@@ -16,8 +16,8 @@ class Mask:
     """The keys that each query sees, by segments and positions: no [T, S] array is stored.
 
     A key is seen from its own segment (never segment 0, padding): at positions up to the query's
-    when `causal`, or anywhere in a bidirectional prefix; and only less than `window` away, where
-    one is given.
+    when `causal`, or anywhere in a bidirectional prefix; and, with a window, only less than
+    `window` away.
 
     order: the number of shards whose zig-zag order (`lm.parallel.zigzag`) the length has, for
     queries and keys of one stream (1: as it came). None: they are of two, as with a cache, so that
@@ -31,8 +31,9 @@ class Mask:
     key_bidirectional: Array | None = None  # bool [B, S]
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     order: int | None = flax.struct.field(pytree_node=False, default=None)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
 
-    def allowed(self, window: int | None = None) -> jax.Array:
+    def allowed(self) -> jax.Array:
         """bool [B, T, S]."""
         distance = self.query_positions[:, :, None] - self.key_positions[:, None, :]
         seen = jnp.ones_like(distance, bool)
@@ -40,24 +41,26 @@ class Mask:
             seen = distance >= 0
             if self.key_bidirectional is not None:
                 seen |= self.key_bidirectional[:, None, :]
-        if window is not None:
-            seen &= jnp.abs(distance) < window
+        if self.window is not None:
+            seen &= jnp.abs(distance) < self.window
         same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
         return seen & same & (self.key_segments != 0)[:, None, :]
 
 
-def self_mask(tokens: Tokens, causal: bool = True, order: int = 1) -> Mask:
+def self_mask(
+    tokens: Tokens, causal: bool = True, order: int = 1, window: int | None = None
+) -> Mask:
     """The mask of a stream of tokens over itself."""
-    t = tokens
-    return Mask(t.segments, t.positions, t.segments, t.positions, t.bidirectional, causal, order)
+    own = tokens.segments, tokens.positions
+    return Mask(*own, *own, tokens.bidirectional, causal, order, window)
 
 
 def cross_mask(query_segments: Array, key_segments: Array) -> Mask:
     """The mask of one stream over another, of which it sees all tokens of the same segment number:
     int32 [B, T] and [B, S].
     """
-    nowhere = jnp.zeros_like(query_segments), jnp.zeros_like(key_segments)
-    return Mask(query_segments, nowhere[0], key_segments, nowhere[1], causal=False)
+    query_positions, key_positions = jnp.zeros_like(query_segments), jnp.zeros_like(key_segments)
+    return Mask(query_segments, query_positions, key_segments, key_positions, causal=False)
 
 
 def capped_scores(q: Array, k: Array, *, scale: float, softcap: float | None) -> jax.Array:
@@ -75,7 +78,6 @@ def attention_scores(
     mask: Mask,
     *,
     scale: float,
-    window: int | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
 ) -> jax.Array:
@@ -88,7 +90,7 @@ def attention_scores(
     if bias is not None:
         scores = scores + bias
     # added, not selected: the gradient then needs no mask
-    return scores + jnp.where(mask.allowed(window), 0.0, NEGATIVE)[:, None]
+    return scores + jnp.where(mask.allowed(), 0.0, NEGATIVE)[:, None]
 
 
 def attend(
@@ -98,7 +100,6 @@ def attend(
     mask: Mask,
     *,
     scale: float,
-    window: int | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
     dropout: float = 0.0,
@@ -109,7 +110,7 @@ def attend(
     The softmax, in float32, is normalised after the product with v: [T, H] numbers to divide
     instead of [T, S], and as many fewer to read for the row sums of its gradient.
     """
-    scores = attention_scores(q, k, mask, scale=scale, window=window, softcap=softcap, bias=bias)
+    scores = attention_scores(q, k, mask, scale=scale, softcap=softcap, bias=bias)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)  # [B, N, T, S]
     total = jnp.sum(weights, axis=-1, keepdims=True)

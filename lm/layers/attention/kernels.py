@@ -11,17 +11,14 @@ device to device (arXiv:2310.01889) and never holds more than its share.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from lm.layers.attention import cudnn, dot_product, splash
 from lm.layers.attention.dot_product import Mask
-from lm.layers.attention.ring import ring_attend
-from lm.parallel import zigzag
+from lm.layers.attention.ring import Options, ring_attend
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -44,32 +41,30 @@ def choose(
     """The kernel for queries like q: [B, N, T, H]: `kernel`, or the best one for `auto`.
 
     Raises:
-        ValueError: the kernel is named and cannot do it.
+        ValueError: the kernel is named and cannot do it, or a ring cannot.
     """
     if mask.order is None:  # a cache: too few queries for a kernel to gain anything
         return "xla"
     wanted = _BY_PLATFORM.get(rules.platform, "xla") if kernel == "auto" else kernel
-    if wanted == "xla":
-        return wanted
-    shards = rules.size("length")
-    broken = {
+    shards, size = rules.size("length"), q.shape[3]
+    is_ring = sequence_parallel == "ring" and shards > 1
+    chunk = q.shape[2] // shards // (2 if mask.order > 1 else 1)
+    lacking = {
         "adds no bias to scores, as model.positions asks for": bias,
         "drops no weights, as model.attention_dropout asks for": dropout,
     }
-    if wanted == "splash":
-        chunk = q.shape[2] // shards // (2 if mask.order > 1 else 1)
-        broken |= {
+    broken = {
+        "xla": {},
+        "splash": lacking
+        | {
             "knows no bidirectional prefix": mask.key_bidirectional is not None,
             "runs on TPUs, or interpreted on CPUs": rules.platform not in ("tpu", "cpu"),
-            "does not run in a ring: set model.sequence_parallel=gather": (
-                sequence_parallel == "ring" and shards > 1
-            ),
+            "does not run in a ring: set model.sequence_parallel=gather": is_ring,
             f"needs the consecutive tokens of a shard ({chunk}) to be a multiple of "
             f"{splash.LANES}": chunk % splash.LANES != 0,
-        }
-    else:
-        size = q.shape[3]
-        broken |= {
+        },
+        "cudnn": lacking
+        | {
             "runs on GPUs": rules.platform != "gpu",
             "has no soft cap, as model.attention_softcap asks for": softcap,
             f"computes in bfloat16, not {q.dtype}: set model.dtype": q.dtype != jnp.bfloat16,
@@ -77,13 +72,17 @@ def choose(
                 size % 8 != 0 or size > cudnn.LARGEST_HEAD
             ),
             f"needs whole rows: mesh.sequence ({shards}) must be 1": shards > 1,
-        }
-    reasons = [reason for reason, holds in broken.items() if holds]
-    if not reasons:
+        },
+    }
+    reasons = [reason for reason, holds in broken[wanted].items() if holds]
+    if reasons and kernel != "auto":
+        raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
+    if wanted != "xla" and not reasons:
         return wanted
-    if kernel == "auto":
-        return "xla"
-    raise ValueError(f"config.model.attention_kernel={kernel} {reasons[0]}")
+    for reason, holds in lacking.items():
+        if is_ring and holds:
+            raise ValueError(f"config.model.sequence_parallel=ring {reason}: set it to gather")
+    return "xla"
 
 
 def attend(
@@ -96,7 +95,6 @@ def attend(
     kernel: str = "auto",
     sequence_parallel: str = "gather",
     scale: float,
-    window: int | None = None,
     softcap: float | None = None,
     bias: Array | None = None,
     dropout: float = 0.0,
@@ -117,12 +115,11 @@ def attend(
         bias=bias is not None,
         dropout=dropout_rng is not None,
     )
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
     whole = rules.size("length") == 1 or mask.order is None
     # the bits of a dropout are those of one device only where the compiler shards them
     if chosen == "xla" and (whole or dropout_rng is not None):
-        extra = {"bias": bias, "dropout": dropout, "dropout_rng": dropout_rng}
-        y = dot_product.attend(q, k, v, mask, **options, **extra)
+        drop = {"dropout": dropout, "dropout_rng": dropout_rng}
+        y = dot_product.attend(q, k, v, mask, scale=scale, softcap=softcap, bias=bias, **drop)
         # pinned: else its gradient, and the scores', come in the layout of the residual stream
         y = rules.constrain(y, "batch", "heads", "length", "head_dim")
         return checkpoint_name(y, "attended")
@@ -130,23 +127,26 @@ def attend(
     queries = rules.spec("batch", "heads", "length", "head_dim")
     keys = rules.spec("batch", kv_axis, "length", "head_dim")
     if chosen == "splash":
-        return _splash(q, k, v, mask, rules, queries, keys, **options)
+        specs = queries, keys
+        return splash.attend(q, k, v, mask, rules, specs=specs, scale=scale, softcap=softcap)
     is_ring = chosen == "xla" and sequence_parallel == "ring"
 
     def local(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> jax.Array:
         if chosen == "cudnn":
-            return cudnn.attend(q, k, v, mask, scale=scale, window=window)
+            return cudnn.attend(q, k, v, mask, scale=scale)
         if is_ring:
-            assert bias is None, "refused by `lm.layers.transformer.check_kernels`"
-            axes, shards = rules.axes("length"), rules.size("length")
-            return ring_attend(q, k, v, mask, axes=axes, shards=shards, **options)
-        k, v = (_collect(x, rules, 2) for x in (k, v))
-        return dot_product.attend(q, k, v, mask, bias=bias, **options)
+            ring = Options(rules.axes("length"), rules.size("length"), scale, softcap)
+            return ring_attend(ring, q, k, v, mask)
+        k, v = (splash.gather_length(x, rules, 2) for x in (k, v))
+        return dot_product.attend(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
 
     key_length = "length" if chosen == "cudnn" or is_ring else None
+    marks = jax.tree_util.tree_map_with_path(
+        lambda path, _: rules.spec("batch", key_length if "key" in path[0].name else "length"), mask
+    )
     rows = "batch" if bias is not None and bias.shape[0] > 1 else None
     biases = None if bias is None else rules.spec(rows, "heads", "length", None)
-    in_specs = (queries, keys, keys, _mask_specs(mask, rules, key_length), biases)
+    in_specs = (queries, keys, keys, marks, biases)
     y = rules.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, mask, bias)
     return y if is_ring else checkpoint_name(y, "attended")
 
@@ -158,63 +158,3 @@ def _spread(k: Array, v: Array, rules: Rules) -> tuple[Array, Array, str]:
         return k, v, "kv_heads"
     copies = shards // math.gcd(k.shape[1], shards)
     return jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1), "heads"
-
-
-def _collect(x: Array, rules: Rules, axis: int) -> Array:
-    """The whole length of `x`, of which each device holds a part."""
-    if rules.size("length") == 1:
-        return x
-    return jax.lax.all_gather(x, rules.axes("length"), axis=axis, tiled=True)
-
-
-def _mask_specs(mask: Mask, rules: Rules, key_length: str | None) -> Mask:
-    """The specs of a mask's arrays, with the logical axis of the length of its keys."""
-    own: Any = rules.spec("batch", "length")
-    others: Any = rules.spec("batch", key_length)
-    marks = None if mask.key_bidirectional is None else others
-    return Mask(own, own, others, others, marks, mask.causal, mask.order)
-
-
-def _splash(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Mask,
-    rules: Rules,
-    queries: PartitionSpec,
-    keys: PartitionSpec,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> jax.Array:
-    shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
-    indices = zigzag.positions(length, order).reshape(shards, -1)
-    chunk = indices.shape[1] // (2 if order > 1 else 1)
-    sizes = splash.block_sizes(chunk, length)
-    infos = splash.mask_infos(indices, length, sizes, mask.causal, window)
-
-    def local(q: Array, k: Array, v: Array, segments: Array, infos: splash.MaskInfos) -> jax.Array:
-        k, v = (zigzag.restore(_collect(x, rules, 2), order, 2) for x in (k, v))
-        return splash.attend(
-            q,
-            k,
-            v,
-            segments,
-            zigzag.restore(_collect(segments, rules, 1), order, 1),
-            infos,
-            sizes=sizes,
-            scale=scale,
-            causal=mask.causal,
-            window=window,
-            softcap=softcap,
-            interpret=rules.platform == "cpu",
-        )
-
-    def spec(x: Array) -> PartitionSpec:
-        return rules.spec("length", *(None,) * (x.ndim - 1))
-
-    tokens = rules.spec("batch", "length")
-    in_specs = (queries, keys, keys, tokens, jax.tree.map(spec, infos))
-    run = rules.shard_map(local, in_specs=in_specs, out_specs=queries)
-    return run(q, k, v, mask.query_segments, infos)

@@ -1,4 +1,4 @@
-"""The scores of a model's attention, as its FLOPs and the size of its cache need them."""
+"""The attention of a model's layers, as its FLOPs and the check of its kernels need it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
+class Heads:
+    """Sizes and options of attention in the layers of one kind."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    bias: bool
+    kernel: str
+    causal: bool = True  # a token sees itself and those before it
+
+    def __str__(self) -> str:
+        parts = {
+            f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads}": True,
+            f"window {self.window}": self.window is not None,
+            f"softcap {self.softcap or 0:g}": self.softcap is not None,
+            "bias": self.bias,
+            "both ways": not self.causal,
+            self.kernel: self.kernel != "auto",
+        }
+        return ", ".join(part for part, is_shown in parts.items() if is_shown)
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionScores:
-    """Scores of `num_layers` layers; causal: a token sees itself and those before it.
+    """Scores of `num_layers` layers.
 
     queries and keys: the streams that they come from, `inputs` or `encoder`.
     """
 
+    heads: Heads
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int | None = None
-    causal: bool = True
     queries: str = "inputs"
     keys: str = "inputs"
 
@@ -27,19 +49,11 @@ class AttentionScores:
 
         lengths: of the rows of each stream. S is `mean_keys`, or with full_square all keys.
         """
-        keys: float = lengths[self.keys]
+        heads, keys = self.heads, float(lengths[self.keys])
         if not full_square and self.keys == self.queries and keys:
-            keys = mean_keys(lengths[self.keys], window=self.window, causal=self.causal)
+            keys = mean_keys(lengths[self.keys], window=heads.window, causal=heads.causal)
         queries = lengths[self.queries] / lengths["inputs"]
-        return 4 * self.num_layers * self.num_heads * self.head_dim * keys * queries
-
-    def cache_size(self, lengths: Mapping[str, int]) -> int:
-        """Numbers in the cached keys and values of one stream; a window keeps no more than it
-        sees.
-        """
-        length = lengths[self.keys]
-        slots = min(self.window or length, length)
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * slots
+        return 4 * self.num_layers * heads.num_heads * heads.head_dim * keys * queries
 
 
 def mean_keys(length: int, *, window: int | None = None, causal: bool = True) -> float:

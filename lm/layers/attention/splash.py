@@ -15,7 +15,11 @@ import jax
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jax.sharding import PartitionSpec
 
+from lm.layers.attention.dot_product import Mask
+from lm.parallel import zigzag
+from lm.parallel.sharding import Rules
 from lm.types import Array
 
 LANES = 128  # lengths are cut into multiples of it
@@ -111,36 +115,53 @@ def mask_infos(
     )
 
 
+def gather_length(x: Array, rules: Rules, axis: int) -> Array:
+    """The whole length of `x`, along `axis`, of which each device of a `shard_map` has a part."""
+    if rules.size("length") == 1:
+        return x
+    return jax.lax.all_gather(x, rules.axes("length"), axis=axis, tiled=True)
+
+
 def attend(
     q: Array,
     k: Array,
     v: Array,
-    query_segments: Array,
-    key_segments: Array,
-    infos: MaskInfos,
+    mask: Mask,
+    rules: Rules,
     *,
-    sizes: kernel.BlockSizes,
+    specs: tuple[PartitionSpec, PartitionSpec],
     scale: float,
-    causal: bool,
-    window: int | None,
     softcap: float | None,
-    interpret: bool,
 ) -> jax.Array:
-    """[B, N, T, H] of one shard, named "attended" with the log-sums of its softmax [B, N, T].
+    """[B, N, T, H], named "attended" with the log-sums of its softmax [B, N, T].
 
-    q: [B, N, T, H]; k, v: [B, K, S, H] in natural order; segments: [B, T] and [B, S]; infos: with a
-    leading [1]. Padding sees padding: finite, and no gradient from or to anything else.
+    q: [B, N, T, H]; k and v: [B, K, T, H]; specs: of q, and of k and v. Padding sees padding:
+    finite, and no gradient from or to anything else.
     """
-    run: Any = kernel.SplashAttentionKernel(
-        *infos,
-        block_sizes=sizes,
-        is_mqa=False,  # the other kernel groups heads as well, and takes one key head
-        save_residuals=False,
-        mask_value=kernel.DEFAULT_MASK_VALUE,
-        attn_logits_soft_cap=softcap,
-        residual_checkpoint_name="attended",
-        mask_function=_visible(causal, window),
-        interpret=interpret,
-    )
-    segments = kernel.SegmentIds(query_segments, key_segments)
-    return jax.vmap(run)(q * scale, k, v, segments)
+    shards, order, length = rules.size("length"), mask.order or 1, k.shape[2]
+    indices = zigzag.positions(length, order).reshape(shards, -1)
+    sizes = block_sizes(indices.shape[1] // (2 if order > 1 else 1), length)
+    infos = mask_infos(indices, length, sizes, mask.causal, mask.window)
+
+    def local(q: Array, k: Array, v: Array, segments: Array, infos: MaskInfos) -> jax.Array:
+        k, v, key_segments = (
+            zigzag.restore(gather_length(x, rules, axis), order, axis)
+            for x, axis in ((k, 2), (v, 2), (segments, 1))
+        )
+        run: Any = kernel.SplashAttentionKernel(
+            *infos,
+            block_sizes=sizes,
+            is_mqa=False,  # the other kernel groups heads as well, and takes one key head
+            save_residuals=False,
+            mask_value=kernel.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=softcap,
+            residual_checkpoint_name="attended",
+            mask_function=_visible(mask.causal, mask.window),
+            interpret=rules.platform == "cpu",
+        )
+        return jax.vmap(run)(q * scale, k, v, kernel.SegmentIds(segments, key_segments))
+
+    by_shard = jax.tree.map(lambda x: rules.spec("length", *(None,) * (x.ndim - 1)), infos)
+    in_specs = (specs[0], specs[1], specs[1], rules.spec("batch", "length"), by_shard)
+    run = rules.shard_map(local, in_specs=in_specs, out_specs=specs[0])
+    return run(q, k, v, mask.query_segments, infos)

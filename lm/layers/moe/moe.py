@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
@@ -74,14 +73,6 @@ class MoeConfig:
         "its load (arXiv:2408.15664).",
     )
 
-    def check(self, need: Callable[[bool, str], None]) -> None:
-        """Call `need(condition, message)` on each condition, with paths relative to the model's."""
-        e, k = self.num_experts, self.num_experts_per_token
-        need(
-            e == 0 or k <= e,
-            f"moe.num_experts_per_token ({k}) must be at most moe.num_experts ({e})",
-        )
-
     def capacity(self, length: int) -> int:
         """Slots of each expert in a row of `length` tokens: C."""
         balanced = length * self.num_experts_per_token / self.num_experts
@@ -94,10 +85,6 @@ class RouterReport:
 
     aux: dict[str, Array]
     stats: dict[str, Array]
-
-    def mean(self) -> RouterReport:
-        """The mean over layers, of reports stacked along a leading [L]."""
-        return jax.tree.map(lambda x: jnp.mean(x, axis=0), self)
 
 
 @flax.struct.dataclass
