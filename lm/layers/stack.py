@@ -14,7 +14,7 @@ Carry = TypeVar("Carry")
 PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
 
 
-Policy: TypeAlias = Callable[..., object]  # of `jax.checkpoint`
+Policy: TypeAlias = Callable[..., Any]  # of `jax.checkpoint`
 
 
 def _on_host(*names: str) -> Policy:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,8 +130,8 @@ class Decoder(VocabularyModel, Transformer):
             params: Params, own: PerLayer, x: Array, shared: LayerInputs, rng: Array | None
         ) -> tuple[Array, RouterReport | None]:
             rngs = {} if rng is None else {"dropout": rng}
-            carry = x, None
-            (x, _), (report, _) = block.apply({"params": params}, carry, own, shared, rngs=rngs)  # pyright: ignore
+            found: Any = block.apply({"params": params}, (x, None), own, shared, rngs=rngs)
+            (x, _), (report, _) = found
             return x, report
 
         if c.remat != "none":

@@ -28,7 +28,7 @@ OfKey = TypeVar("OfKey")
 Arrays: TypeAlias = tuple[Array, ...]
 KeyMarks: TypeAlias = tuple[Array, Array, Array | None]  # segments, positions, bidirectional
 Softmax: TypeAlias = tuple[Array, Array, Array]  # maximum, sum and weighted values so far
-Pair: TypeAlias = tuple[Array, Array]  # gradients of keys and values
+Pair: TypeAlias = tuple[Array, Array]  # keys and values, their gradients, or marks of queries
 Residuals: TypeAlias = tuple[Array, Array, Array, Mask, Array, Array]
 
 
@@ -115,7 +115,7 @@ def _visit(
         of_query, keys, marks, of_key = carry
         blocks = _blocks(keys, 2, columns)
 
-        def row(of_key: OfKey, each: tuple[OfQuery, Arrays, Arrays]) -> tuple[OfKey, OfQuery]:
+        def row(of_key: OfKey, each: tuple[OfQuery, Arrays, Pair]) -> tuple[OfKey, OfQuery]:
             of_query, queries, own = each
 
             def column(
