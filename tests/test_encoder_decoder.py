@@ -348,7 +348,7 @@ def test_cached_decode_is_the_whole_forward_pass(subject, streams, name):
     scored = inputs.segments != 0
     found = np.concatenate(found, axis=1)[scored]
     np.testing.assert_allclose(found, expected[scored], atol=2e-6 * np.abs(expected).max(), rtol=0)
-    kept = cache["memory"].key
+    kept = cache["memory"].encoded["key"]
     assert kept.shape == (s.config.num_layers, 2, s.config.kv_heads, SOURCE, s.config.head_size)
 
 
