@@ -50,11 +50,10 @@ def _folders(workdir: str, step: int | None = None) -> list[Any]:
     Raises:
         FileNotFoundError: there is none.
     """
-    from etils import epath
-
     from lm.checkpoint import step_files
+    from lm.storage.epaths import StoragePath
 
-    directory = epath.Path(workdir).resolve() / "checkpoints"
+    directory = StoragePath(workdir).resolve() / "checkpoints"
     steps = step_files.steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; train first")

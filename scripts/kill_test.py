@@ -2,6 +2,7 @@
 
     python scripts/kill_test.py --kills=20
     python scripts/kill_test.py --kills=50 --processes=2 --devices-per-process=2 --seed=1
+    python scripts/kill_test.py --kills=20 --workdir=gs://BUCKET/kills
     python scripts/kill_test.py --kills=6 --processes=2 --restart-on=1,2,4 -- \\
         --config=configs/tiny.py --config.train.num_steps=400
 
@@ -24,7 +25,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,11 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from lm import cli
 from lm.checkpoint import manifest, step_files
 from lm.reliability import data_ledger
+from lm.storage import files, growing
+from lm.storage.epaths import StoragePath
 from lm.telemetry import goodput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     train = list(of_train or (*SMOKE, f"--config.train.num_steps={max(200, 30 * flags.kills)}"))
     train.append(f"--config.train.eval_every={EVAL_EVERY}")
-    test = KillTest(folder, train, flags.devices_per_process)
+    runs = flags.workdir or str(folder)
+    test = KillTest(folder, runs, train, flags.devices_per_process)
     if not of_train:
         test.train.append(f"--config.data.train=('{prepare(folder, rng)}',)")
 
@@ -98,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,M,...",
         help="numbers of processes to go on with, one of them at random after every kill",
     )
-    parser.add_argument("--out", help="folder for the runs; default: a new one in $TMPDIR")
+    parser.add_argument("--out", help="folder for logs and data; default: a new one in $TMPDIR")
+    parser.add_argument(
+        "--workdir", help="folder for the two runs, also gs:// or s3://; default: --out"
+    )
     return parser
 
 
@@ -138,32 +143,35 @@ def prepare(folder: Path, rng: random.Random) -> Path:
 
 
 class KillTest:
-    """Two runs in a folder, `whole` and `killed`."""
+    """Two runs, `whole` and `killed`, below `runs`; their logs in `folder`."""
 
-    def __init__(self, folder: Path, train: list[str], devices: int) -> None:
+    def __init__(self, folder: Path, runs: str, train: list[str], devices: int) -> None:
         self.folder, self.train, self._devices = folder, train, devices
         self._start_seconds = 5.0  # from the command to the first step, measured
-        self.workdir = folder / "killed"
-        for name in RUNS:
-            shutil.rmtree(folder / name, ignore_errors=True)
+        self.workdirs = {name: f"{runs}/{name}" for name in RUNS}
+        self.workdir = self.workdirs["killed"]
+        self._checkpoints = StoragePath(self.workdir) / "checkpoints"
+        for workdir in self.workdirs.values():
+            files.delete(workdir)
 
     def begin(self, name: str, processes: int) -> Job:
         launcher = str(ROOT / "scripts" / "launch" / "local.py")
-        workdir = self.folder / name
         command = [sys.executable, launcher, f"--processes={processes}", "--grace=5"]
         command += [f"--devices-per-process={self._devices}", "--"]
-        command += [str(ROOT / "scripts" / "train.py"), *self.train, f"--workdir={workdir}"]
+        command += [
+            str(ROOT / "scripts" / "train.py"),
+            *self.train,
+            f"--workdir={self.workdirs[name]}",
+        ]
         return Job(command, self.folder / f"{name}.log")
 
     def last_step(self) -> int:
-        """The number of the last step in the ledger of the killed run, -1 before the first."""
-        path = self.workdir / data_ledger.LEDGER_FILE
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 600))
-            lines = file.read().split(b"\n")[:-1]
-            if lines:
-                return int(lines[-1].split(b'"step": ')[-1].split(b",")[0])
-        return -1
+        """The number of the last step in the ledger of the killed run, -1 before the first.
+
+        In a bucket it is some seconds old.
+        """
+        lines = growing.read(f"{self.workdir}/{data_ledger.LEDGER_FILE}").split(b"\n")[:-1]
+        return int(lines[-1].split(b'"step": ')[-1].split(b",")[0]) if lines else -1
 
     def kill(self, intent: str, processes: int, rng: random.Random) -> dict[str, Any] | None:
         """Start the killed run, kill it as intended, and say where it was; None if it ended."""
@@ -220,20 +228,23 @@ class KillTest:
         return "ready in" in job.output()
 
     def _saved(self) -> int:
-        folder = self.workdir / "checkpoints"
-        return max(step_files.steps(epath.Path(folder)), default=0) if folder.exists() else 0
+        return max(step_files.steps(self._checkpoints), default=0)
 
-    def _saving(self) -> list[Path]:
-        folder = self.workdir / "checkpoints"
-        return list(folder.glob(f"*{step_files.TEMPORARY}*")) if folder.exists() else []
+    def _saving(self) -> list[StoragePath]:
+        """The folders of saves that are under way."""
+        return [p for p in self._checkpoints_found() if not step_files.is_complete(p)]
+
+    def _checkpoints_found(self) -> list[StoragePath]:
+        return list(self._checkpoints.iterdir()) if self._checkpoints.exists() else []
 
     def compare(self, killed: list[dict[str, Any]], wanted: int, *, same_mesh: bool) -> int:
         """Print what differs; 0 if nothing does that must not."""
         whole, other = (self._last_manifest(name) for name in RUNS)
         differ = [p for p in whole.leaves if whole.leaves[p] != other.leaves.get(p)]
         chains = whole.ledger == other.ledger
-        lines = data_ledger.read(str(self.folder / "whole")) == data_ledger.read(str(self.workdir))
-        bad = self.workdir / "bad_checkpoints"
+        whole_ledger, killed_ledger = map(data_ledger.read, self.workdirs.values())
+        lines = whole_ledger == killed_ledger
+        bad = files.list_names(f"{self.workdir}/bad_checkpoints")
         counts = collections.Counter(kill["intent"] for kill in killed)
         result = {
             "kills": len(killed),
@@ -243,7 +254,7 @@ class KillTest:
             "leaves": len(whole.leaves),
             "leaves_that_differ": len(differ),
             "same_ledger": chains and lines,
-            "bad_checkpoints": len(list(bad.iterdir())) if bad.exists() else 0,
+            "bad_checkpoints": len(bad),
             "goodput": str(self._goodput()),
         }
         if not same_mesh:
@@ -256,16 +267,16 @@ class KillTest:
         return 1 if failed else 0
 
     def _last_manifest(self, name: str) -> manifest.Manifest:
-        folder = epath.Path(self.folder / name / "checkpoints")
+        folder = StoragePath(self.workdirs[name]) / "checkpoints"
         return step_files.read_manifest(folder / str(step_files.steps(folder)[-1]))
 
     def _goodput(self) -> Any:
-        return goodput.read(str(self.workdir))
+        return goodput.read(self.workdir)
 
     def _largest_difference(self, step: int) -> float:
         """The largest difference of two parameters, in parts of the largest of their array."""
         largest = 0.0
-        folders = [epath.Path(self.folder / n / "checkpoints") / str(step) for n in RUNS]
+        folders = [StoragePath(w) / "checkpoints" / str(step) for w in self.workdirs.values()]
         manifests = [step_files.read_manifest(folder) for folder in folders]
         for name, leaf in manifests[0].leaves.items():
             if name.startswith("params."):

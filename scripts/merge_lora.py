@@ -22,15 +22,15 @@ def main() -> int:
     args = parser.parse_args()
 
     import jax
-    from etils import epath
 
     from lm.checkpoint import step_files
+    from lm.storage.epaths import StoragePath
     from lm.training.merge_lora import merge_run
 
     merge_run(args.workdir, args.out, jax.devices()[:1], step=args.step)
     sizes = []
     for folder in (args.workdir, args.out):
-        directory = epath.Path(folder) / "checkpoints"
+        directory = StoragePath(folder) / "checkpoints"
         sizes.append(step_files.size(directory / str(step_files.steps(directory)[-1])) / 2**20)
     print(
         f"{args.out}: checkpoint of {sizes[1]:.2f} MiB; that of the adapters, with the optimizer's "

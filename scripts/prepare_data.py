@@ -16,8 +16,9 @@ import os
 import sys
 import time
 
-from lm import cli, storage
+from lm import cli
 from lm.data import corpus, prepare
+from lm.storage.paths import expand_path, printable
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -46,7 +47,7 @@ def main() -> None:
         else:
             for i in range(flags.folds):
                 fold = dataclasses.replace(whole, fold=(i, flags.folds))
-                _prepare(fold, os.path.join(storage.expand(flags.out, "--out"), str(i)), flags)
+                _prepare(fold, os.path.join(expand_path(flags.out, "--out"), str(i)), flags)
     except (ValueError, OSError) as error:
         sys.exit(f"prepare_data: {error}")
     except KeyboardInterrupt:
@@ -68,7 +69,7 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
             if result.was_complete
             else f"took {time.monotonic() - start:.1f} s"
         )
-        print(f"{prepare.summary(result.manifests)}\nstores in {storage.printable(out)} {done}")
+        print(f"{prepare.summary(result.manifests)}\nstores in {printable(out)} {done}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,93 @@
-"""Files are written whole or not at all."""
+"""One door to storage: the same promises on a local disk, in GCS and in S3 (emulated)."""
 
+import json
 import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import object_stores
 import pytest
 
-from lm import storage
+from lm.storage import files, growing, lease, paths
 
 
-def test_a_file_is_written_with_its_folders(tmp_path):
-    path = tmp_path / "a" / "b.txt"
-    storage.write_atomically(path, "café")
-    assert path.read_bytes() == "café".encode()
-    storage.write_atomically(path, memoryview(b"\x00\xff"))
-    assert path.read_bytes() == b"\x00\xff"
-    assert os.listdir(path.parent) == ["b.txt"]
+@pytest.fixture(scope="module")
+def buckets():
+    with object_stores.emulators() as environment:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        files.filesystem.cache_clear()
+        yield
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        files.filesystem.cache_clear()
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def folder(request, tmp_path):
+    """An empty folder."""
+    if request.param == "local":
+        return str(tmp_path)
+    request.getfixturevalue("buckets")
+    return f"{request.param}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+
+
+def test_a_file_is_written_with_its_folders(folder):
+    path = f"{folder}/a/b.txt"
+    files.write_atomically(path, "café")
+    assert files.read_bytes(path) == "café".encode()
+    files.write_atomically(path, memoryview(b"\x00\xff\x01"))
+    assert files.read_bytes(path) == b"\x00\xff\x01"
+    assert files.read_bytes(path, 1, 2) == b"\xff"
+    assert files.list_names(f"{folder}/a") == ["b.txt"]
+    assert files.list_names(folder) == ["a"] and files.list_names(f"{folder}/none") == []
+    assert files.exists(path) and files.exists(f"{folder}/a") and not files.exists(f"{folder}/b")
+
+
+def test_a_file_is_deleted_alone_and_a_folder_with_what_is_in_it(folder):
+    for name in ("a/b", "a/c", "a/d/e", "ab"):
+        files.write_atomically(f"{folder}/{name}", name)
+    files.delete(f"{folder}/a/b")
+    assert files.list_names(f"{folder}/a") == ["c", "d"]
+    files.delete(f"{folder}/a")
+    assert files.list_names(folder) == ["ab"]
+    files.delete(f"{folder}/a")  # nothing is there
+
+
+def test_a_missing_file_is_named(folder):
+    with pytest.raises(FileNotFoundError, match="none"):
+        files.read_bytes(f"{folder}/none")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_missing_bucket_is_named(buckets, scheme):
+    with pytest.raises(FileNotFoundError, match=f"{scheme}://nobody-has-it"):
+        files.write_atomically(f"{scheme}://nobody-has-it/a", "text")
+
+
+def test_one_of_many_creates_a_file(folder):
+    path = f"{folder}/lock"
+    with ThreadPoolExecutor(8) as executor:
+        made = list(executor.map(lambda i: files.create(path, str(i)), range(8)))
+    assert made.count(True) == 1
+    assert files.read_bytes(path).decode() == str(made.index(True))
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    storage.write_atomically(path, "old")
+    files.write_atomically(path, "old")
 
     def no_space(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
-        storage.write_atomically(path, "new")
+        files.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -35,14 +96,112 @@ def test_writers_at_once_leave_the_whole_content_of_one(tmp_path):
     path = tmp_path / "file"
     contents = [letter * 100_000 for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as executor:
-        list(executor.map(lambda content: storage.write_atomically(path, content), contents))
+        list(executor.map(lambda content: files.write_atomically(path, content), contents))
     assert path.read_text() in contents
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_object_behind_a_url_is_written(monkeypatch, tmp_path):
-    from etils import epath
+def test_a_growing_file_reads_as_what_was_appended(folder, monkeypatch):
+    monkeypatch.setattr(growing, "SECONDS", 0.01)
+    monkeypatch.setattr(growing, "MAX_SEGMENTS", 3)
+    path = f"{folder}/log"
+    assert growing.read(path) == b""
+    log = growing.GrowingFile(path, b"begin\n")
+    written = b"begin\n"
+    for i in range(40):
+        line = f"{i}\n".encode()
+        log.append(line)
+        written += line
+        if i % 4 == 0:
+            log.flush()
+            assert growing.read(path) == written
+        time.sleep(0.005)
+    log.close()
+    assert growing.read(path) == files.read_bytes(path) == written
+    assert files.list_names(folder) == ["log"]
 
-    monkeypatch.setattr(epath, "Path", lambda url: tmp_path / url.removeprefix("gs://"))
-    storage.write_atomically("gs://bucket/folder/file", "text")
-    assert (tmp_path / "bucket/folder/file").read_text() == "text"
+
+def test_a_growing_file_begins_anew_without_what_came_after(folder):
+    path = f"{folder}/log"
+    log = growing.GrowingFile(path, b"1\n2\n")
+    log.append(b"3\n")
+    log.flush()  # and no `close`: the process was killed
+    assert growing.read(path) == b"1\n2\n3\n"
+    again = growing.GrowingFile(path, b"1\n")
+    again.append(b"two\n")
+    again.flush()
+    assert growing.read(path) == b"1\ntwo\n"
+
+
+def test_appending_does_not_wait_for_the_network(buckets, monkeypatch):
+    path = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}/log"
+    log = growing.GrowingFile(path)
+    started, go_on = threading.Event(), threading.Event()
+    write = files.write_atomically
+
+    def slow(path, data):
+        started.set()
+        assert go_on.wait(30)
+        write(path, data)
+
+    monkeypatch.setattr(files, "write_atomically", slow)
+    monkeypatch.setattr(growing, "SECONDS", 0.01)
+    log.append(b"a\n")
+    flushing = threading.Thread(target=log.flush)
+    flushing.start()
+    assert started.wait(30)
+    before = time.perf_counter()
+    log.append(b"b\n")
+    assert time.perf_counter() - before < 1
+    go_on.set()
+    flushing.join()
+    log.flush()
+    assert growing.read(path) == b"a\nb\n"
+
+
+HOLD = """
+    import sys, time
+    from lm.storage import lease
+    with lease.lock(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_lock_is_held_by_one_and_lost_by_a_killed_process(folder):
+    path = f"{folder}/lock"
+    command = [sys.executable, "-c", textwrap.dedent(HOLD), path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(lease.Locked, match=str(holder.pid)), lease.lock(path):
+            pass
+        holder.kill()
+    with (
+        lease.lock(path),
+        pytest.raises(lease.Locked, match=str(os.getpid())),
+        lease.lock(path),
+    ):
+        pass
+    with lease.lock(path):
+        pass
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_lease_of_another_machine_is_lost_when_it_is_not_renewed(buckets, scheme):
+    path = f"{scheme}://{object_stores.BUCKET}/{uuid.uuid4().hex}/lock"
+    holder = {"host": "elsewhere", "pid": 7, "time": time.time() - lease.SECONDS / 2}
+    files.write_atomically(f"{path}/00000003", json.dumps(holder))
+    with (
+        pytest.raises(lease.Locked, match=r"process 7 on elsewhere.*in (29|30) seconds"),
+        lease.lock(path),
+    ):
+        pass
+    holder["time"] -= lease.SECONDS
+    files.write_atomically(f"{path}/00000003", json.dumps(holder))
+    with lease.lock(path):
+        assert files.list_names(path) == ["00000004"]
+
+
+def test_a_path_without_a_bucket_is_refused():
+    with pytest.raises(ValueError, match="--workdir: 'gs://' names no bucket"):
+        paths.expand_path("gs://", "--workdir")

@@ -23,15 +23,16 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import restore, step_files
+from lm.checkpoint import orbax_s3, restore, step_files
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config.schema import CheckpointConfig
 from lm.exit_codes import Exit, RunError
 from lm.parallel import device_errors, process_group
+from lm.storage import files
+from lm.storage.epaths import StoragePath
 from lm.types import Params, PyTree, TrainState
 
 # Errors of the file system, of TensorStore, and of a barrier that a process didn't reach.
@@ -65,7 +66,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        root = step_files.LiteralPath(workdir).resolve()
+        if workdir.startswith("s3://"):
+            orbax_s3.enable()
+        root = StoragePath(workdir).resolve()
         self.directory = root / "checkpoints"
         self._bad = root / "bad_checkpoints"
         self._config = config
@@ -232,7 +235,7 @@ class Checkpoints:
             if step not in keep:
                 step_files.delete(self.directory / str(step))
 
-    def set_aside(self, step: int) -> epath.Path:
+    def set_aside(self, step: int) -> StoragePath:
         """Move a checkpoint to WORKDIR/bad_checkpoints, and return its new path there."""
         name = process_group.from_lead("set aside", lambda: self._move_aside(step))
         return self._bad / name
@@ -243,7 +246,7 @@ class Checkpoints:
         names = itertools.chain([str(step)], (f"{step}-{k}" for k in itertools.count(1)))
         name = next(name for name in names if not (self._bad / name).exists())
         with contextlib.suppress(FileNotFoundError):  # another process was first
-            (self.directory / str(step)).rename(self._bad / name)
+            files.move_folder(self.directory / str(step), self._bad / name)
         return name
 
     # ---- restoring ----

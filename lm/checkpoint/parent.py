@@ -6,14 +6,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore, step_files
 from lm.checkpoint.manager import CorruptCheckpoint
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
 from lm.optim import param_tree
 from lm.parallel import process_group
+from lm.storage.epaths import StoragePath
 from lm.types import Params
 
 
@@ -28,7 +27,7 @@ class ParentCheckpoint:
     ) -> None:
         """Raises FileNotFoundError where there is no such checkpoint."""
         self._key = key
-        directory = epath.Path(workdir).resolve() / "checkpoints"
+        directory = StoragePath(workdir).resolve() / "checkpoints"
         steps: list[int] = process_group.from_lead("parent", lambda: step_files.steps(directory))
         if not steps:
             raise FileNotFoundError(f"{key}: {workdir} has no checkpoint")

@@ -14,7 +14,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from lm.checkpoint import checksums, step_files
@@ -22,6 +21,7 @@ from lm.checkpoint import manifest as manifests
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.checkpoint.step_files import Unreadable
 from lm.parallel import sharding
+from lm.storage.epaths import StoragePath
 from lm.types import PyTree
 
 _CANNOT = "cannot be opened"  # the start of an Unreadable's fault
@@ -30,7 +30,7 @@ NUM_READERS = 8  # leaves that are read at the same time
 
 
 def restore(
-    folder: epath.Path,
+    folder: StoragePath,
     abstract: dict[str, PyTree],
     *,
     verify: bool,
@@ -74,13 +74,13 @@ def restore(
     return tree, manifest
 
 
-def read_manifest(folder: epath.Path) -> Manifest:
+def read_manifest(folder: StoragePath) -> Manifest:
     """The manifest of a step's folder; Unreadable or Damaged in all processes if it is in any."""
     return _together(lambda: step_files.read_manifest(folder), folder)
 
 
 def _read_leaf(
-    folder: epath.Path, manifest: Manifest, name: str, abstract: jax.ShapeDtypeStruct
+    folder: StoragePath, manifest: Manifest, name: str, abstract: jax.ShapeDtypeStruct
 ) -> jax.Array:
     """A leaf in the sharding of `abstract`; each process reads the shards of its own devices.
 
@@ -127,7 +127,7 @@ def _stacked_checksums(mesh: jax.sharding.Mesh | None) -> Callable[[PyTree], jax
     return jax.jit(stacked, out_shardings=jax.sharding.NamedSharding(mesh, spec))
 
 
-def _together(read: Callable[[], T], folder: epath.Path) -> T:
+def _together(read: Callable[[], T], folder: StoragePath) -> T:
     """The result of `read`; raises its Unreadable or Damaged of any process in all of them."""
     results: list[T] = []
     fault = ""

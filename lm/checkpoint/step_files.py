@@ -9,27 +9,26 @@ WORKDIR/bad_checkpoints/STEP[-K]/       checkpoints that didn't verify
 
 from __future__ import annotations
 
-import glob
+import concurrent.futures
 import itertools
-import os
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
-from etils.epath import gpath
 
-from lm import storage
 from lm.checkpoint.checksums import hexadecimal, host_checksums
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest, check_bits
+from lm.storage.epaths import StoragePath
+from lm.storage.paths import is_url, kvstore_spec
 
 if TYPE_CHECKING:
     import tensorstore as ts
 
 T_co = TypeVar("T_co", covariant=True)
 ITEMS = ("params", "opt_state")
+READERS = 8  # a bucket answers each request after a while
 MANIFEST = "manifest"
 MANIFEST_FILE = "manifest.json"
 DELETING = "deleting"  # older code's file in a step's folder that is half deleted
@@ -42,38 +41,28 @@ class Unreadable(PermissionError):
     """Files that may not be read, or whose storage doesn't answer: their checkpoint may be good."""
 
 
-class LiteralPath(gpath.PosixGPath):
-    """A path whose own characters are literal in `glob`: etils takes the folder `runs/[x]*` for a
-    pattern, and Orbax then finds none of its files there.
-    """
-
-    def glob(self, pattern: str) -> Iterator[Self]:
-        if storage.is_url(str(self)):
-            yield from super().glob(pattern)
-        else:
-            for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
-                yield self._new(path)
-
-
-def steps(directory: epath.Path) -> list[int]:
+def steps(directory: StoragePath) -> list[int]:
     """The steps whose checkpoints in `directory` are complete, ascending."""
     if not directory.exists():
         return []
     names = [path.name for path in directory.iterdir()]
-    return sorted(int(n) for n in names if n.isdigit() and _is_complete(directory / n))
+    return sorted(int(n) for n in names if is_complete(directory / n))
 
 
-def can_rename(folder: epath.Path) -> bool:
+def can_rename(folder: StoragePath) -> bool:
     """True where a step gets its name by a rename once it is complete, instead of a commit file."""
-    return not str(folder).startswith("gs://")
+    return not is_url(str(folder))
 
 
-def _is_complete(folder: epath.Path) -> bool:
+def is_complete(folder: StoragePath) -> bool:
+    """True if a step's folder is whole; else its save or its deletion is under way."""
+    if not folder.name.isdigit():
+        return False
     is_committed = can_rename(folder) or (folder / COMMITTED).exists()
     return is_committed and not (folder / DELETING).exists()
 
 
-def delete(folder: epath.Path) -> None:
+def delete(folder: StoragePath) -> None:
     """Delete a checkpoint, first its name or its commit file: no half is left under the name."""
     if can_rename(folder):
         folder = folder.rename(folder.parent / f"{folder.name}{TEMPORARY}-{time.time_ns()}")
@@ -82,16 +71,16 @@ def delete(folder: epath.Path) -> None:
     folder.rmtree()
 
 
-def delete_leftovers(directory: epath.Path) -> None:
+def delete_leftovers(directory: StoragePath) -> None:
     """Delete remains of killed processes: incomplete saves and half deleted steps."""
     for path in directory.iterdir():
         if TEMPORARY in path.name:
             path.rmtree()
-        elif path.name.isdigit() and not _is_complete(path):
+        elif path.name.isdigit() and not is_complete(path):
             delete(path)
 
 
-def read_manifest(folder: epath.Path) -> Manifest:
+def read_manifest(folder: StoragePath) -> Manifest:
     """The manifest of a step's folder.
 
     Raises:
@@ -109,45 +98,50 @@ def read_manifest(folder: epath.Path) -> Manifest:
     return manifest
 
 
-def mark_verified(folder: epath.Path, part: int, parts: int) -> None:
+def mark_verified(folder: StoragePath, part: int, parts: int) -> None:
     (folder / f"verified-{part}-of-{parts}").touch()
 
 
-def is_verified(folder: epath.Path) -> bool:
+def is_verified(folder: StoragePath) -> bool:
     """True if every part of a step's files has been read back and verified."""
     marks = {path.name for path in folder.iterdir() if path.name.startswith("verified-")}
     counts = {int(name.rsplit("-", 1)[1]) for name in marks}
     return any(marks >= {f"verified-{i}-of-{n}" for i in range(n)} for n in counts)
 
 
-def size(folder: epath.Path) -> int:
+def size(folder: StoragePath) -> int:
     """Bytes of all files in a folder."""
     return sum(size(p) if p.is_dir() else p.stat().length for p in folder.iterdir())
 
 
-def verify(folder: epath.Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
-    """Read every `parts`-th leaf of a step's files, the largest first.
+def verify(folder: StoragePath, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Read every `parts`-th leaf of a step's files, the largest first, `READERS` at once.
 
     Raises:
         Unreadable: a leaf may not be read.
         Damaged: the first one that can't be read or has other bits.
     """
-    by_size = sorted(manifest.leaves, key=lambda n: (-np.prod(manifest.leaves[n].shape), n))
-    for name in by_size[part::parts]:
+
+    def check(name: str) -> None:
         leaf, sums = manifest.leaves[name], np.zeros(2, np.uint32)
         for start, block in _chunks(open_leaf(folder, name, leaf), name):
             sums += host_checksums(block, start, leaf.shape)
         check_bits({name: leaf}, {name: hexadecimal(sums)})
 
+    by_size = sorted(manifest.leaves, key=lambda n: (-np.prod(manifest.leaves[n].shape), n))
+    with concurrent.futures.ThreadPoolExecutor(READERS, "verify") as executor:
+        for _ in executor.map(check, by_size[part::parts]):
+            pass
 
-def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> ts.TensorStore:
+
+def open_leaf(folder: StoragePath, name: str, leaf: Leaf) -> ts.TensorStore:
     """The TensorStore of a leaf that the manifest lists, in Orbax's files; Damaged where it can't
     be opened, or has another shape or dtype.
     """
     import tensorstore as ts
 
     item, path = name.split(".", 1)
-    base = storage.kvstore(str(folder / item))
+    base = kvstore_spec(str(folder / item))
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     array = result(ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True), name)
     stored = Leaf(tuple(array.shape), array.dtype.name)
@@ -156,7 +150,7 @@ def open_leaf(folder: epath.Path, name: str, leaf: Leaf) -> ts.TensorStore:
     return array
 
 
-def read_leaf(folder: epath.Path, name: str, leaf: Leaf) -> np.ndarray:
+def read_leaf(folder: StoragePath, name: str, leaf: Leaf) -> np.ndarray:
     """All values of a leaf; raises as `open_leaf`."""
     return np.asarray(result(open_leaf(folder, name, leaf).read(), name))
 

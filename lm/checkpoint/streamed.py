@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from etils import epath
 
-from lm import storage
 from lm.checkpoint import step_files
 from lm.checkpoint.checksums import hexadecimal, host_checksums
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import SaveFailed
 from lm.checkpoint.manifest import Damaged, Leaf, Manifest
+from lm.storage.epaths import StoragePath
+from lm.storage.paths import kvstore_spec
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -32,7 +32,7 @@ class ParamsWriter:
 
     def __init__(self, workdir: str, step: int) -> None:
         """Raises ValueError where there are checkpoints: a run isn't overwritten."""
-        directory = epath.Path(workdir).resolve() / "checkpoints"
+        directory = StoragePath(workdir).resolve() / "checkpoints"
         if steps := step_files.steps(directory):
             raise ValueError(f"{workdir} has checkpoints already, of steps {steps}")
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class ParamsWriter:
         """Add a float32 leaf, whose blocks are indexed by its `num_stacked` leading axes."""
         import tensorstore as ts
 
-        base = storage.kvstore(str(self._writing / "params"))
+        base = kvstore_spec(str(self._writing / "params"))
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"},

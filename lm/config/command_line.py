@@ -10,11 +10,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from etils import epath
-
-from lm import storage
 from lm.config import conversion
 from lm.config.tree import ConfigTree
+from lm.storage.epaths import StoragePath
+from lm.storage.paths import expand_path
 
 # errors of Python in a config file with a mistake
 MISTAKES = (
@@ -73,7 +72,7 @@ def load(name: str) -> ConfigTree:
     if name.endswith(".json"):
         return _from_json_file(name)
     path, colon, arg = name.partition(":")
-    path = storage.expand(path, "--config")
+    path = expand_path(path, "--config")
     if not os.path.exists(path):
         raise ValueError(f"--config={path}: no such file")
     if os.path.isdir(path):
@@ -98,7 +97,7 @@ def load(name: str) -> ConfigTree:
 
 
 def _from_json_file(name: str) -> ConfigTree:
-    path = epath.Path(storage.expand(name, "--config"))
+    path = StoragePath(expand_path(name, "--config"))
     if not path.exists():
         raise ValueError(f"--config={name}: no such file")
     try:

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lm import storage
 from lm.data.corpus import Corpus, held_out, key_hash, read_all
 from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource
+from lm.storage.files import write_atomically
+from lm.storage.paths import expand_path, printable
 
 SNIPPET_LINES = 30
 FORMATS = ("records", "squad", "packages")
@@ -59,7 +60,7 @@ def _squad(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
     The key is the number of the paragraph in the file, so that translations of a file, question by
     question, are split alike.
     """
-    path = Path(storage.expand(spec, "--data"))
+    path = Path(expand_path(spec, "--data"))
     try:
         articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
@@ -126,7 +127,7 @@ def write(
     max_loss: share of the records that may be skipped. Raises ValueError where more are, or one of
     the two would be empty.
     """
-    out = Path(storage.expand(os.fspath(out), "--out"))
+    out = Path(expand_path(os.fspath(out), "--out"))
     report = SkipReport()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}
@@ -154,7 +155,7 @@ def write(
             )
         counts[split]["records"] = len(documents)
     for split, documents in found.items():
-        records = [{"id": storage.printable(d.id), **d.fields} for d in documents]
+        records = [{"id": printable(d.id), **d.fields} for d in documents]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        storage.write_atomically(out / f"{split}.jsonl", "".join(lines))
+        write_atomically(out / f"{split}.jsonl", "".join(lines))
     return counts

@@ -22,9 +22,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lm import storage
 from lm.data.sources import RowLayout, Rows, Span
 from lm.data.sources.tokens import TokenStore
+from lm.storage.files import write_atomically
 
 _PLAN_VERSION = 2
 
@@ -258,7 +258,7 @@ def cached_plan(
         content = io.BytesIO()
         np.save(content, np.concatenate([header, *arrays]).astype(np.int64))
         try:
-            storage.write_atomically(file, content.getbuffer())
+            write_atomically(file, content.getbuffer())
         except OSError as error:
             raise ValueError(
                 f"the packing plan cannot be kept in {cache} ({error}); "

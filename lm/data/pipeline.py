@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from lm import storage
 from lm.config.fields import check_values
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import loaders, packing
@@ -25,6 +24,7 @@ from lm.data.sources import RowLayout, Rows, RowSource, Span, synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
 from lm.data.tokenizer import Tokenizer
 from lm.exit_codes import Exit, RunError
+from lm.storage.paths import expand_path, is_url
 from lm.types import HostBatch, HostTokens
 
 Transform = Callable[[Rows, Callable[[int], np.random.Generator]], HostBatch]
@@ -224,9 +224,9 @@ def make_source(
     check_values(config, "config.data")
     if path.startswith("synthetic:"):
         return synthetic.make(path, layout, tokenizer)
-    path = storage.expand(path, "a token store")
-    inside = None if storage.is_url(path) else Path(path) / "packing"
-    cache_dir = cache_dir and storage.expand(cache_dir, "config.loader.cache_dir")
+    path = expand_path(path, "a token store")
+    inside = None if is_url(path) else Path(path) / "packing"
+    cache_dir = cache_dir and expand_path(cache_dir, "config.loader.cache_dir")
     stores = [TokenStore.open(path, field=field) for field in layout.fields]
     stores[0].check_tokenizer(tokenizer)
     if len(stores) > 1:

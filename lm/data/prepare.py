@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm import storage
 from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Part, key_hash, plan_parts, read_part
 from lm.data.joining import empty_split, join, part_file
@@ -36,6 +35,8 @@ from lm.data.sources import Document, DocumentSource, Skipped, document_ids
 from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
 from lm.data.workers import run_in_processes
+from lm.storage.files import write_atomically
+from lm.storage.paths import expand_path, printable
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
 
 _PARTS_VERSION = 3  # to be raised when what a part holds changes
@@ -65,9 +66,9 @@ def prepare(
     Raises ValueError for a missing or empty source, for a split without documents, where a larger
     share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
     """
-    out = Path(storage.expand(os.fspath(out), out_flag))
+    out = Path(expand_path(os.fspath(out), out_flag))
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out_flag}={storage.printable(str(out))} is a file, not a folder")
+        raise ValueError(f"{out_flag}={printable(str(out))} is a file, not a folder")
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
@@ -172,7 +173,7 @@ def _record_plan(out: Path, plan: dict, out_flag: str) -> dict:
             raise ValueError(
                 f"{out / taken[0]} exists and was not made here; choose another {out_flag}"
             )
-        storage.write_atomically(file, json.dumps(plan, indent=2) + "\n")
+        write_atomically(file, json.dumps(plan, indent=2) + "\n")
     found = json.loads(file.read_text())
     different = [
         f"other {key}"
@@ -267,7 +268,7 @@ def _write_part(
         allow_pickle=False,
         **block,
     )
-    storage.write_atomically(part_file(folder, i), content.getbuffer())
+    write_atomically(part_file(folder, i), content.getbuffer())
     return sum(len(block[f"tokens.{field}"]) for field in corpus.columns)
 
 

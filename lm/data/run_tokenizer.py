@@ -4,11 +4,10 @@ another machine needs no other path.
 
 from pathlib import PurePath
 
-from etils import epath
-
-from lm import storage
 from lm.data import special_tokens
 from lm.data.tokenizer import Tokenizer
+from lm.storage.epaths import StoragePath
+from lm.storage.files import write_atomically
 
 FOLDER = "tokenizer"
 # files beside the tokenizer's own, for `transformers` and chat templates
@@ -32,7 +31,7 @@ def save(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
     """
     if not tokenizer.model:  # bytes: no file
         return
-    source, folder = epath.Path(tokenizer.name), epath.Path(workdir) / FOLDER
+    source, folder = StoragePath(tokenizer.name), StoragePath(workdir) / FOLDER
     kept = folder / source.name
     if kept.exists() and kept.read_bytes() != tokenizer.model and not replace:
         raise ValueError(
@@ -44,10 +43,10 @@ def save(tokenizer: Tokenizer, workdir: str, *, replace: bool = False) -> None:
     contents = {name: file.read_bytes() for name, file in found.items() if file.exists()}
     for name, content in {**contents, source.name: tokenizer.model}.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
-            storage.write_atomically(folder / name, content)
+            write_atomically(folder / name, content)
 
 
 def find(workdir: str, name: str) -> str:
     """Return the path of the run's copy of the tokenizer `name`, or `name` where it has none."""
-    kept = epath.Path(workdir) / FOLDER / PurePath(name).name
+    kept = StoragePath(workdir) / FOLDER / PurePath(name).name
     return str(kept) if name != "bytes" and kept.exists() else name

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from lm.data.sources import Skipped
-from lm.storage import printable
+from lm.storage.paths import printable
 
 NUM_EXAMPLES = 3  # ids that are kept of each reason
 _WHOLE_FILE = ("other_file_type", "damaged_file", "unreadable", "utf_16")

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from etils import epath
+    from lm.storage.epaths import StoragePath
 
 TOKENIZER_FILE = "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -91,7 +91,7 @@ class DeclaredTokens:
 NO_DECLARATIONS = DeclaredTokens()
 
 
-def read(folder: epath.Path) -> DeclaredTokens:
+def read(folder: StoragePath) -> DeclaredTokens:
     """Return the declarations of the files in `folder`.
 
     Raises:
@@ -110,7 +110,7 @@ def is_published(tree: Mapping[str, object]) -> bool:
     return isinstance(tree.get("model_type"), str)
 
 
-def _read(file: epath.Path) -> dict[str, object]:
+def _read(file: StoragePath) -> dict[str, object]:
     if not file.exists():
         return {}
     try:

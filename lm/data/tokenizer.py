@@ -15,9 +15,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lm import storage
 from lm.data import special_tokens
 from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
+from lm.storage.paths import expand_path
 
 LONG_TEXT = 1 << 18
 _RULES = "1"  # part of every fingerprint: to be raised when a change below changes ids
@@ -110,10 +110,10 @@ def load(name: str) -> Tokenizer:
             f'tokenizer {name!r} is neither "bytes" nor the path of a SentencePiece .model or of a '
             "Hugging Face tokenizer.json"
         )
-    from etils import epath  # costs 0.1 s: only where a file is read
+    from lm.storage.epaths import StoragePath  # costs 0.1 s: only where a file is read
 
-    name = storage.expand(name, "tokenizer")
-    path = epath.Path(name)
+    name = expand_path(name, "tokenizer")
+    path = StoragePath(name)
     if path.is_dir():
         raise ValueError(f"tokenizer {name} is a folder: name the file in it")
     if not path.is_file():

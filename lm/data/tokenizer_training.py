@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lm import storage
 from lm.data.corpus import Corpus, held_out, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
 from lm.data.tokenizer import LONG_TEXT, split_long_text
+from lm.storage.files import write_atomically
+from lm.storage.paths import expand_path
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -192,7 +193,7 @@ def train_tokenizer(
 
     model_type: bpe or unigram (SentencePiece), or word, without subwords.
     """
-    out = Path(storage.expand(os.fspath(out), "--out"))
+    out = Path(expand_path(os.fspath(out), "--out"))
     suffix = ".json" if model_type == "word" else ".model"
     if out.suffix != suffix:
         raise ValueError(
@@ -214,5 +215,5 @@ def train_tokenizer(
             split_digits=split_digits,
             vocab_flag=vocab_flag,
         )
-    storage.write_atomically(out, model)
+    write_atomically(out, model)
     return sum(len(text.encode()) for text in texts)

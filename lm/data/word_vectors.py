@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 
-from lm import storage
 from lm.data.tokenizer import Tokenizer
+from lm.storage.paths import expand_path
 
 PATH = "config.init.word_vectors"
 
@@ -44,7 +44,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
     Raises ValueError where vectors are not `embed_dim` wide, a line cannot be read, or no word is
     in the vocabulary.
     """
-    from etils import epath  # costs 0.1 s: only where a file is read
+    from lm.storage.epaths import StoragePath  # costs 0.1 s: only where a file is read
 
     wanted: dict[bytes, list[int]] = {}
     for i in range(tokenizer.vocab_size):
@@ -52,7 +52,7 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
             wanted.setdefault(word, []).append(i)
     found: dict[int, np.ndarray] = {}
     num_words = 0
-    path = epath.Path(storage.expand(name, PATH))
+    path = StoragePath(expand_path(name, PATH))
     if not path.is_file():
         raise ValueError(f"{PATH} ({name}): no such file")
     try:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
@@ -27,6 +26,7 @@ from lm.hf.keys import Say
 from lm.hf.table import Shape
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
+from lm.storage.epaths import StoragePath
 from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.types import Device
 
@@ -58,7 +58,7 @@ def import_folder(
         ValueError: `workdir` holds a run; a file is a pointer of Git LFS; tensors hold entries
         that are NaN or infinite; or config.json, tensors and the family's table don't match.
     """
-    folder, out = Path(source), epath.Path(workdir)
+    folder, out = Path(source), StoragePath(workdir)
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{source} has no config.json")

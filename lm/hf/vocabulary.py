@@ -12,8 +12,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etils import epath
-
 from lm.data import special_tokens
 from lm.data import tokenizer as tokenizers
 from lm.data.huggingface_tokenizer import byte_level_alphabet
@@ -22,6 +20,7 @@ from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
 from lm.hf.keys import Json, Say
+from lm.storage.epaths import StoragePath
 
 if TYPE_CHECKING:
     from tokenizers.processors import TemplateProcessing
@@ -36,7 +35,7 @@ PROBES = (
 )
 
 
-def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
+def copy_tokenizer(folder: Path, to: StoragePath) -> StoragePath:
     """Copy the tokenizer of `folder`, or make it of the files there, and return the file in `to`.
 
     Raises:
@@ -62,7 +61,7 @@ def copy_tokenizer(folder: Path, to: epath.Path) -> epath.Path:
     return to / name
 
 
-def _companions(folder: Path | epath.Path) -> dict[str, bytes]:
+def _companions(folder: Path | StoragePath) -> dict[str, bytes]:
     """The content of the files beside a tokenizer."""
     return {n: (folder / n).read_bytes() for n in COMPANION_FILES if (folder / n).exists()}
 
@@ -116,7 +115,7 @@ def compare(tokenizer: Tokenizer, tree: Json, say: Say) -> None:
 def special_ids(tokenizer: Tokenizer, *, is_encoder_decoder: bool) -> Json:
     """The keys of config.json for special tokens, those of the published model if there is one."""
     if tokenizer.file_name:
-        published = special_tokens.read(epath.Path(tokenizer.name).parent).model
+        published = special_tokens.read(StoragePath(tokenizer.name).parent).model
         if special_tokens.is_published(published):
             return {key: published[key] for key in special_tokens.IDS if key in published}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
@@ -129,7 +128,7 @@ def export(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     Raises:
         ValueError: a SentencePiece model that the `tokenizers` library can't represent.
     """
-    beside = {} if tokenizer.name == "bytes" else _companions(epath.Path(tokenizer.name).parent)
+    beside = {} if tokenizer.name == "bytes" else _companions(StoragePath(tokenizer.name).parent)
     beside.pop(special_tokens.MODEL_FILE, None)  # the model's own is written
     for name, content in beside.items():
         (folder / name).write_bytes(content)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from etils import epath
 
 from lm.config import conversion
 from lm.data.pipeline import ExplainedRow
@@ -29,6 +28,7 @@ from lm.interpret.markup import (
 )
 from lm.interpret.token_losses import TokenLosses
 from lm.layers.attention.dot_product import self_mask
+from lm.storage.epaths import StoragePath
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
 from lm.telemetry.progress import format_quantity
@@ -45,7 +45,7 @@ _HOT = (240, 90, 60)  # the colour of the highest loss; zero is white
 
 def references(workdir: str) -> dict[str, float]:
     """Bits per byte of gzip and xz on the held-out text, if the run has a summary.json."""
-    path = epath.Path(workdir) / "summary.json"
+    path = StoragePath(workdir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     names = {"gzip -9": "gzip_bits_per_byte", "xz -9": "xz_bits_per_byte"}
     return {name: summary[key] for name, key in names.items() if key in summary}

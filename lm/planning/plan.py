@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax
 
-from lm import storage
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.generation.decode import lower_decode
@@ -41,6 +40,7 @@ from lm.planning.interconnect import Transfer
 from lm.planning.memory import Line, Memory
 from lm.planning.roofline import StepTimeBounds
 from lm.planning.topology import Topology
+from lm.storage.files import write_atomically
 from lm.telemetry.progress import Progress
 from lm.training.experiment import Experiment
 
@@ -198,7 +198,7 @@ def make(
         path = folder / f"{key(config, name, decode)}.json"
         if not path.exists():
             plan = make(config, name, config_name=config_name, decode=decode, show=show)
-            storage.write_atomically(path, plan.to_json())
+            write_atomically(path, plan.to_json())
         return dataclasses.replace(from_json(path.read_text()), name=config_name)
     target = topology.parse(name)
     experiment = Experiment(without_data(config), topology.devices(target))

@@ -17,10 +17,10 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
-from etils import epath
 
 from lm.checkpoint.checksums import hexadecimal
 from lm.exit_codes import Exit, RunError
+from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 from lm.telemetry.jsonl import Record
 
@@ -36,7 +36,7 @@ class LedgerMismatch(RunError):
 
 def read(workdir: str) -> list[Record]:
     """The lines of a run's ledger, without a last one that a kill has cut."""
-    return jsonl.read(epath.Path(workdir) / LEDGER_FILE)
+    return jsonl.read(StoragePath(workdir) / LEDGER_FILE)
 
 
 def start_totals() -> Record:
@@ -56,7 +56,7 @@ class Ledger:
         then dropped.
         """
         self._totals = dict(totals)
-        self._path = epath.Path(workdir) / LEDGER_FILE
+        self._path = StoragePath(workdir) / LEDGER_FILE
         written = read(workdir)
         start = totals["steps"]
         before = next((e for e in reversed(written) if e["step"] == start - 1), None)
@@ -116,6 +116,10 @@ class Ledger:
     def totals(self) -> Record:
         """Steps, filled, padding and scored tokens up to now, and the chain."""
         return dict(self._totals)
+
+    def flush(self) -> None:
+        """Return when all steps are stored, as before a checkpoint that refers to them."""
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

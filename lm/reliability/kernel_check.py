@@ -19,13 +19,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lm import storage
 from lm.config.schema import Config, MeshConfig
 from lm.parallel import sharding
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.attention_check import check_attention
 from lm.reliability.loss_check import check_loss
+from lm.storage.files import write_atomically
 from lm.types import Device
 
 
@@ -72,7 +72,7 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
     checked.append(f"loss in {dtype.name}, chunks of {config.loss.chunk_size} tokens")
     report = KernelReport(checked, worst, time.monotonic() - began)
     with contextlib.suppress(OSError):  # without a cache the next start checks again
-        storage.write_atomically(path, json.dumps(dataclasses.asdict(report)))
+        write_atomically(path, json.dumps(dataclasses.asdict(report)))
     return report
 
 

@@ -7,15 +7,16 @@ import faulthandler
 import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 
 import jax
-from etils import epath
 
 from lm.config.schema import GuardConfig
 from lm.exit_codes import Exit
 from lm.parallel import process_group
+from lm.storage.files import write_atomically
 from lm.telemetry.phase_timer import PhaseTimer
 
 
@@ -28,7 +29,7 @@ class Watchdog:
 
     def __init__(self, config: GuardConfig, phases: PhaseTimer, workdir: str) -> None:
         self._config, self._phases = config, phases
-        self._folder = epath.Path(workdir) / "stacks"
+        self._folder = f"{workdir}/stacks"
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=101)
         self._stop = threading.Event()
 
@@ -65,17 +66,16 @@ class Watchdog:
 
     def _end(self, phase: str, waited: float) -> None:
         process = jax.process_index()
-        path = self._folder / f"process-{process}.txt"
+        path = f"{self._folder}/process-{process}.txt"
         text = (
             f"process {process}: no progress for {waited:.0f} s in phase {phase!r}, whose budget "
             f"is {self.budget(phase):.0f} s (config.guard); stacks in {path}"
         )
         print(f"\nhung: {text}", file=sys.stderr, flush=True)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "w") as file:
-                file.write(f"{text}\n\n")
-                file.flush()
+            with tempfile.TemporaryFile() as file:  # faulthandler wants a file descriptor
                 faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                write_atomically(path, f"{text}\n\n".encode() + file.read())
         finally:
             os._exit(process_group.leave(Exit.HUNG, text))

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from lm.exit_codes import RunError
+from lm.storage import lease
 
 LOCK_FILE = "lock"
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 
 
 class WorkdirLocked(RunError):
@@ -22,32 +17,17 @@ class WorkdirLocked(RunError):
 
 @contextlib.contextmanager
 def lock_workdir(workdir: str, *, active: bool = True) -> Iterator[None]:
-    """Hold the lock of the run's folder.
-
-    It is the kernel's (flock) and ends with the process, however that ends. Object stores and some
-    network file systems have none.
+    """Hold the lock of the run's folder (`lm.storage.lease.lock`), in an `active` process.
 
     Raises:
         WorkdirLocked: another process holds it.
     """
-    if not active or "://" in workdir:
-        yield
-        return
-    path = Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK_FILE).open("a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            if active:
+                stack.enter_context(lease.lock(f"{workdir}/{LOCK_FILE}"))
+        except lease.Locked as error:
             raise WorkdirLocked(
-                f"{workdir}: {file.read() or 'another process'} trains there; wait until it ends, "
-                "or give another --workdir"
+                f"{workdir}: {error} trains there; wait until it ends, or give another --workdir"
             ) from None
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         yield

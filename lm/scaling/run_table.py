@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from etils import epath
 
-from lm import storage
 from lm.config import conversion
 from lm.config.schema import Config
 from lm.models import flops
 from lm.reliability import data_ledger
+from lm.storage.epaths import StoragePath
+from lm.storage.files import write_atomically
 from lm.telemetry import jsonl, metrics
 
 Row: TypeAlias = dict[str, Any]  # a row of a table, or a record of a run's metrics
@@ -67,7 +67,7 @@ def read(workdir: str) -> Result | None:
         return None
     count, entry = flops.parameters(config.model), entries[-1]
     return Result(
-        run=epath.Path(workdir).name,
+        run=StoragePath(workdir).name,
         parameters=count.total,
         non_embedding_parameters=count.non_embedding,
         tokens=tokens,
@@ -88,12 +88,12 @@ def is_finished(workdir: str) -> bool:
     if config is None:
         return False
     steps = config.train.num_steps
-    saved = (epath.Path(workdir) / "checkpoints" / str(steps)).exists()
+    saved = (StoragePath(workdir) / "checkpoints" / str(steps)).exists()
     return saved and steps in mean_losses(metrics.read(workdir))
 
 
 def _config(workdir: str) -> Config | None:
-    path = epath.Path(workdir) / "config.json"
+    path = StoragePath(workdir) / "config.json"
     return conversion.resolve(conversion.from_json(path.read_text())) if path.exists() else None
 
 
@@ -150,7 +150,7 @@ def write(path: str | Path, table: Sequence[Row]) -> None:
         writer.writeheader()
         writer.writerows({key: _cell(value) for key, value in row.items()} for row in table)
         text = file.getvalue()
-    storage.write_atomically(path, text)
+    write_atomically(path, text)
 
 
 def _cell(value: object) -> object:

@@ -12,8 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from etils import epath
-
+from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 from lm.telemetry.jsonl import Record
 from lm.telemetry.phase_timer import PHASES, PhaseTimer
@@ -40,7 +39,7 @@ class Goodput:
     def __init__(
         self, workdir: str, phases: PhaseTimer, *, first_step: int, active: bool = True
     ) -> None:
-        path = epath.Path(workdir) / GOODPUT_FILE
+        path = StoragePath(workdir) / GOODPUT_FILE
         self._before = jsonl.read(path)
         self._file = jsonl.Writer(path, self._before, active=active)
         self._phases, self._first_step = phases, first_step
@@ -89,7 +88,7 @@ class GoodputReport:
 
 def read(workdir: str) -> GoodputReport | None:
     """The report of a run's folder; None before anything was written."""
-    records = jsonl.read(epath.Path(workdir) / GOODPUT_FILE)
+    records = jsonl.read(StoragePath(workdir) / GOODPUT_FILE)
     return report(records) if records else None
 
 

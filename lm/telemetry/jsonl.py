@@ -12,16 +12,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from etils import epath
+from lm.storage import growing
+from lm.storage.files import PathLike
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Record = dict[str, Any]
 
 
-def read(path: epath.PathLike) -> list[Record]:
+def read(path: PathLike) -> list[Record]:
     """The objects of all complete lines; none if there is no file."""
-    path = epath.Path(path)
-    lines = path.read_text().split("\n") if path.exists() else [""]
+    lines = growing.read(path).decode().split("\n")
     # after the last newline comes a line that was cut, or ""
     return [json.loads(line, object_hook=_with_floats) for line in lines[:-1]]
 
@@ -53,24 +53,22 @@ class Writer:
     """A file that grows by records; one that is not `active` writes nothing."""
 
     def __init__(
-        self, path: epath.PathLike, records: Iterable[Mapping[str, object]], *, active: bool = True
+        self, path: PathLike, records: Iterable[Mapping[str, object]], *, active: bool = True
     ) -> None:
         """Replace the file by `records`, at once, and open it for more: a record that is appended
         to a line that was cut would be lost with it.
         """
-        self._file = None
-        if active:
-            path = epath.Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.parent / f"{path.name}.new"
-            new.write_text("".join(map(line, records)))
-            new.replace(path)
-            self._file = path.open("a")
+        content = "".join(map(line, records)).encode()
+        self._file = growing.GrowingFile(path, content) if active else None
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Write one record at once: a kill loses none that was appended."""
+        """Append one record: a kill loses none of a local file, some seconds' of a bucket's."""
         if self._file is not None:
-            self._file.write(line(record))
+            self._file.append(line(record).encode())
+
+    def flush(self) -> None:
+        """Return when all records are stored."""
+        if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.signal
-from etils import epath
 
+from lm.storage.epaths import StoragePath
 from lm.telemetry import fonts, metrics
 from lm.telemetry.figures import make_figure
 
@@ -45,7 +45,7 @@ def loss_figure(workdir: str, references: Mapping[str, float] | None = None) -> 
         seen += r.get("tokens", 0.0)  # a window of skipped updates has none
         tokens_at[r["step"]] = seen / 1e6
     names = metrics.short_names(sorted({r["source"] for r in evals}))
-    title = epath.Path(workdir).resolve().name
+    title = StoragePath(workdir).resolve().name
     references = references or {}
     families = fonts.families("".join([title, *names.values(), *references]))
     with matplotlib.rc_context({"font.family": families}):
@@ -102,7 +102,7 @@ def range_curve(workdir: str, smoothing: float = 0.9) -> tuple[str, float]:
     smooth = scipy.signal.lfilter([1 - smoothing], [1, -smoothing], losses)
     smooth /= 1 - smoothing ** np.arange(1, len(losses) + 1)
     low = int(np.nanargmin(smooth))
-    title = epath.Path(workdir).resolve().name
+    title = StoragePath(workdir).resolve().name
     families = fonts.families(title)
     with matplotlib.rc_context({"font.family": families}):
         figure, [[axis]] = make_figure(size=(6.0, 4.4))
@@ -137,6 +137,6 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 
 def _save(figure: Figure, workdir: str, name: str) -> str:
-    path = epath.Path(workdir) / name
+    path = StoragePath(workdir) / name
     figure.savefig(str(path), dpi=120)
     return str(path)

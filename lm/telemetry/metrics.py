@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
+from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 
 METRICS_FILE = "metrics.jsonl"
@@ -13,7 +12,7 @@ METRICS_FILE = "metrics.jsonl"
 
 def read(workdir: str) -> list[jsonl.Record]:
     """The records of metrics.jsonl, without a last line that a kill has cut."""
-    return jsonl.read(epath.Path(workdir) / METRICS_FILE)
+    return jsonl.read(StoragePath(workdir) / METRICS_FILE)
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from etils import epath
-
+from lm.storage.epaths import StoragePath
+from lm.storage.growing import RewrittenFile
 from lm.telemetry import jsonl, metrics
 from lm.telemetry.deferred import StepResult
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
@@ -16,12 +16,12 @@ from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_q
 class TensorBoardWriter:
     """Scalars as TensorBoard events; `tensorboard.summary.Writer` would import TensorFlow."""
 
-    def __init__(self, directory: epath.Path) -> None:
+    def __init__(self, directory: str) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
-        self._records = RecordWriter((directory / name).open("wb"))
+        self._file = RewrittenFile(f"{directory}/{name}")
+        self._records = RecordWriter(self._file)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -31,6 +31,9 @@ class TensorBoardWriter:
         event.summary.CopyFrom(summary_pb2.Summary(value=scalars))  # pyright: ignore
         self._records.write(event.SerializeToString())
         self._records.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _throughput(window: Sequence[StepResult]) -> tuple[float, float] | None:
@@ -91,13 +94,12 @@ class MetricsWriter:
         self.progress = Progress()
         self._file = self._open(first_step)
         if active:
-            directory = epath.Path(workdir) / "tensorboard"
-            self._tensorboard = TensorBoardWriter(directory) if tensorboard else None
+            self._tensorboard = TensorBoardWriter(f"{workdir}/tensorboard") if tensorboard else None
 
     def _open(self, step: int) -> jsonl.Writer:
         """A writer of metrics.jsonl without the records of steps after `step`."""
         kept = [record for record in metrics.read(self._workdir) if record["step"] <= step]
-        path = epath.Path(self._workdir) / metrics.METRICS_FILE
+        path = StoragePath(self._workdir) / metrics.METRICS_FILE
         return jsonl.Writer(path, kept, active=self._active)
 
     def roll_back(self, step: int) -> None:
@@ -135,6 +137,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def _write_window(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []

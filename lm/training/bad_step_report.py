@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from lm import storage
 from lm.layers import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.optim import optimizer_state
 from lm.optim.param_tree import flatten, named_leaves
+from lm.storage.epaths import StoragePath
+from lm.storage.files import write_atomically
 from lm.telemetry.deferred import StepResult, fetch
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Params, StepInfo, Sums, TrainState
@@ -252,15 +252,15 @@ def summary(evidence: Evidence) -> str:
 
 def write(workdir: str, evidence: Evidence, *, active: bool) -> str:
     """The path of the evidence, WORKDIR/evidence/step-N.json, which an `active` process writes."""
-    path = epath.Path(workdir) / FOLDER / f"step-{evidence['step']}.json"
+    path = StoragePath(workdir) / FOLDER / f"step-{evidence['step']}.json"
     if active:
-        storage.write_atomically(path, _to_text(evidence) + "\n")
+        write_atomically(path, _to_text(evidence) + "\n")
     return str(path)
 
 
 def diagnosed_steps(workdir: str) -> list[int]:
     """Numbers of the steps that a run has evidence about."""
-    folder = epath.Path(workdir) / FOLDER
+    folder = StoragePath(workdir) / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     matches = (re.fullmatch(r"step-(\d+)\.json", name) for name in names)
     return [int(match[1]) for match in matches if match]

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 from lm import models
 from lm.checkpoint import checksums
@@ -32,6 +31,7 @@ from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
 from lm.parallel import pipeline_stages, sharding
+from lm.storage.epaths import StoragePath
 from lm.training import run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
@@ -384,7 +384,7 @@ def load(
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    path = StoragePath(workdir) / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = conversion.from_json(path.read_text())

@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Sequence
 
 import jax
-from etils import epath
 
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
@@ -23,6 +22,7 @@ from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import STOPS, StopSignals
 from lm.reliability.watchdog import Watchdog
 from lm.reliability.workdir_lock import lock_workdir
+from lm.storage.epaths import StoragePath
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.training import resume
@@ -180,7 +180,7 @@ def _batches(session: TrainingSession, start: int) -> Generator[tuple[int, Batch
                 return
             step = item[0]
             if step in window and step in (start, window.start):
-                folder = str(epath.Path(session.workdir) / "profile")
+                folder = str(StoragePath(session.workdir) / "profile")
                 profiler.enter_context(jax.profiler.trace(folder))
             elif step == window.stop:
                 profiler.close()

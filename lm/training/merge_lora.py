@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from etils import epath
 
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
@@ -18,6 +17,7 @@ from lm.data import run_tokenizer
 from lm.layers import lora
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
+from lm.storage.epaths import StoragePath
 from lm.training import resume
 from lm.training.experiment import CONFIG_FILE, Experiment, load
 from lm.training.restore import restore_params
@@ -38,7 +38,7 @@ def merge_run(
     section = getattr(experiment.config.model, "lora", lora.LoraConfig())
     if not section.rank:
         raise ValueError(f"{workdir} has no adapters to merge: config.model.lora.rank is 0")
-    folder = epath.Path(out)
+    folder = StoragePath(out)
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{out} holds a run already; merge into a new folder")
     step, params = restore_params(experiment, workdir, step)

@@ -12,9 +12,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from etils import epath
-
-from lm import storage
 from lm.checkpoint import manifest as manifests
 from lm.checkpoint import step_files
 from lm.checkpoint.manifest import Damaged, Manifest
@@ -24,6 +21,8 @@ from lm.data import run_tokenizer
 from lm.optim.schedules import fractions
 from lm.parallel import process_group
 from lm.parallel.process_group import print_on_lead
+from lm.storage.epaths import StoragePath
+from lm.storage.files import write_atomically
 from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.training.fork import BATCH, SCHEDULE, changed_lines, is_in
 from lm.training.restore import stored_state
@@ -47,11 +46,11 @@ class RunRecord:
 
 def read(workdir: str) -> RunRecord:
     """Read the record of a folder in the lead process; all processes call it together."""
-    config, manifest = process_group.from_lead("run record", lambda: _read(epath.Path(workdir)))
+    config, manifest = process_group.from_lead("run record", lambda: _read(StoragePath(workdir)))
     return RunRecord(config, None if manifest is None else Manifest.from_json(manifest))
 
 
-def _read(workdir: epath.Path) -> tuple[str | None, str | None]:
+def _read(workdir: StoragePath) -> tuple[str | None, str | None]:
     path, checkpoints = workdir / CONFIG_FILE, workdir.resolve() / "checkpoints"
     config = path.read_text() if path.exists() else None
     for step in reversed(step_files.steps(checkpoints)):
@@ -171,4 +170,4 @@ def _report(changes: Sequence[Change], workdir: str, allowed: Sequence[str]) -> 
 
 def write_config(config: ConfigTree, workdir: str) -> None:
     """Write config.json, whole or not at all."""
-    storage.write_atomically(epath.Path(workdir) / CONFIG_FILE, conversion.to_json(config))
+    write_atomically(f"{workdir}/{CONFIG_FILE}", conversion.to_json(config))

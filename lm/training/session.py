@@ -210,6 +210,7 @@ class TrainingSession:
         self.flush()
         with self.phases("save"):
             self.check_replicas(state)  # one replica is saved
+            self.ledger.flush()  # the checkpoint refers to it
             extras = {
                 "ledger": self.ledger.totals(),
                 "config": self.experiment.config_dict.to_dict(),

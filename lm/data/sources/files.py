@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lm import storage
 from lm.data.sources import Skipped
+from lm.storage.paths import expand_path
 
 COMPRESSED = (".gz", ".zst")
 _BLOCK = 1 << 20
@@ -69,7 +69,7 @@ def resolve(spec: str) -> tuple[Path, list[str] | None]:
     """Return the folder that names are relative to, and the parts of a pattern of files below it;
     None: all of its files. Raises ValueError for a file that is none or cannot be read.
     """
-    path = storage.expand(spec, "--data")
+    path = expand_path(spec, "--data")
     if os.path.isdir(path):
         return Path(path), None
     if os.path.lexists(path):

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm import storage
 from lm.data.sources import Document, Skipped, Unit, files
 from lm.data.sources.records import LINES, UTF16, column_names, from_bytes
+from lm.storage.paths import expand_path
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".tsv")
 # pydoc_data is one generated file of documentation, 7% of the corpus, and would be most of the
@@ -128,7 +128,7 @@ class TextSource:
             return files.Listing(root, [name for name in names if name.endswith(".py")], [])
         listing = files.find(self.spec)
         unknown = [name for name in listing.names if not _suffix(name)]
-        if unknown and not os.path.isdir(storage.expand(self.spec, "--data")):
+        if unknown and not os.path.isdir(expand_path(self.spec, "--data")):
             raise ValueError(f"{listing.root / unknown[0]}: unknown file type; known are {_KNOWN}")
         if len(unknown) == len(listing.names):
             raise ValueError(f"data {self.spec!r}: no files; known types are {_KNOWN}")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from lm import storage
 from lm.data.sources import Document, Skipped, Unit
 from lm.data.sources.records import column_names, from_record
+from lm.storage.paths import expand_path
 
 Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, whose own annotations are wrong
 
@@ -97,8 +97,8 @@ class TfdsSource:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core import dataset_info, read_only_builder, registered
 
-        name = storage.expand(self.name, "--data=tfds:")
-        data_dir = self.data_dir and storage.expand(self.data_dir, "--tfds-data-dir")
+        name = expand_path(self.name, "--data=tfds:")
+        data_dir = self.data_dir and expand_path(self.data_dir, "--tfds-data-dir")
         if os.path.isdir(name):
             try:
                 return tfds.builder_from_directory(name)

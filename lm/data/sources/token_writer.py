@@ -12,10 +12,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lm import storage
 from lm.data.sources import Document
 from lm.data.sources.tokens import FORMAT, MANIFEST
 from lm.data.tokenizer import Tokenizer
+from lm.storage.files import write_atomically
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 
@@ -134,7 +134,7 @@ def write_blocks(
         "content_hash": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
         "files": entries,
     }
-    storage.write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lm import storage
 from lm.data import tokenizer as tokenizers
 from lm.data.special_tokens import DeclaredTokens
+from lm.storage.paths import expand_path, is_url, kvstore_spec
 
 # (starts, stops) -> the ranges of an array
 ReadRanges = Callable[[Sequence[int], Sequence[int]], list[np.ndarray]]
@@ -69,8 +69,8 @@ class TokenStore:
 
         Raises NoStore if there is no complete store, ValueError if it has no such field.
         """
-        path = storage.expand(os.fspath(path), "a token store")
-        files = _RemoteFiles(path) if storage.is_url(path) else _LocalFiles(path)
+        path = expand_path(os.fspath(path), "a token store")
+        files = _RemoteFiles(path) if is_url(path) else _LocalFiles(path)
         content = files.read(MANIFEST)
         if content is None:
             raise NoStore(f"{path}: {files.absence()}")
@@ -203,7 +203,7 @@ class _RemoteFiles:
         import tensorstore
 
         self._url = url.rstrip("/")
-        self._store = tensorstore.KvStore.open(storage.kvstore(self._url)).result()
+        self._store = tensorstore.KvStore.open(kvstore_spec(self._url)).result()
 
     def absence(self) -> str:
         return _INCOMPLETE

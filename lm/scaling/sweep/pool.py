@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from lm import storage
 from lm.exit_codes import Exit, restarts
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.workdir_lock import LOCK_FILE
 from lm.scaling import run_table
 from lm.scaling.sweep.space import Point
+from lm.storage.files import write_atomically
 
 CODES = "codes"  # folder of exit codes, a file for each run, that a cluster's commands write
 LOG_FILE, OUTCOME_FILE, SWEEP_LOCK_FILE = "log.txt", "outcome.json", "sweep.lock"
@@ -88,7 +88,7 @@ def _cluster_outcome(code: int) -> Outcome | None:
 
 def record(root: Path, name: str, outcome: Outcome) -> None:
     text = json.dumps(dataclasses.asdict(outcome)) + "\n"
-    storage.write_atomically(root / name / OUTCOME_FILE, text)
+    write_atomically(root / name / OUTCOME_FILE, text)
 
 
 def _start(root: Path, run: Trial, command: Sequence[str]) -> subprocess.Popen[bytes] | None:

@@ -1,0 +1,217 @@
+"""Whole files, wherever they lie: read, written atomically, created once, listed, copied, deleted.
+
+Every function takes a local path, `gs://BUCKET/NAME` or `s3://BUCKET/NAME`. Requests are repeated
+with growing, random pauses by gcsfs and botocore; a folder of a bucket is the common beginning of
+its objects' names, and is never cached, as other hosts write there, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+import fsspec.config
+
+from lm.storage.paths import BUCKETS, is_url
+
+PathLike = str | os.PathLike[str]
+_PACKAGE = {"gs": "gcsfs", "s3": "s3fs"}
+_OPTIONS = {
+    "gs": {"use_listings_cache": False},
+    "s3": {
+        "use_listings_cache": False,
+        "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}},
+    },
+}
+
+
+class StorageError(OSError):
+    """A bucket that is not there or not open to this user, or one that does not answer."""
+
+
+def configure() -> None:
+    """Give fsspec its options, also for the file systems that other libraries make with it."""
+    for scheme, options in _OPTIONS.items():
+        fsspec.config.conf.setdefault(scheme, {}).update(options)
+
+
+@functools.cache
+def filesystem(scheme: str) -> fsspec.AbstractFileSystem:
+    """Return fsspec's file system of "gs", "s3" or "file".
+
+    Raises:
+        StorageError: the package of the scheme is not installed.
+    """
+    configure()
+    try:
+        return fsspec.filesystem(scheme)
+    except ImportError:
+        package = _PACKAGE[scheme]
+        raise StorageError(
+            f"{scheme}:// needs {package}: pip install 'lm[{scheme}]', or pip install {package}"
+        ) from None
+
+
+def _open(path: PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path, and the path as that file system spells it."""
+    name = os.fspath(path)
+    scheme, _, rest = name.partition("://")
+    if is_url(name) and scheme in BUCKETS:
+        return filesystem(scheme), rest.rstrip("/")
+    return filesystem("file"), os.path.abspath(name)
+
+
+@contextlib.contextmanager
+def _named_errors(path: PathLike, *, writing: bool = False) -> Iterator[None]:
+    """Raise what a bucket's library raises as one of Python's errors of files, with the path."""
+    name = os.fspath(path)
+    if not is_url(name):
+        yield
+        return
+    bucket = "/".join(name.split("/")[:3])
+    try:
+        yield
+    except FileNotFoundError as error:
+        if writing or ("bucket" in str(error) and "does not exist" in str(error)):
+            raise FileNotFoundError(f"{name}: there is no bucket {bucket}") from error
+        raise FileNotFoundError(f"{name} does not exist") from error
+    except (FileExistsError, IsADirectoryError, NotADirectoryError):
+        raise
+    except Exception as error:  # each library has its own family of errors, without a common root
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
+        if _is_about_credentials(text):
+            raise StorageError(
+                f"{name}: no access to {bucket} ({text}); "
+                + (
+                    "run `gcloud auth application-default login`, or give the service account of "
+                    "this machine a role on the bucket"
+                    if name.startswith("gs:")
+                    else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                )
+            ) from error
+        raise StorageError(f"{name}: {text}") from error
+
+
+def _is_about_credentials(text: str) -> bool:
+    signs = (
+        "credential",
+        "forbidden",
+        "unauthorized",
+        "anonymous",
+        "access denied",
+        "invalid_grant",
+    )
+    return any(sign in text.lower() for sign in signs)
+
+
+def read_bytes(path: PathLike, start: int | None = None, end: int | None = None) -> bytes:
+    """Return the bytes of a file, or those from `start` to `end`.
+
+    Raises:
+        FileNotFoundError: there is no such file or bucket.
+        StorageError: the bucket gives no access or does not answer.
+    """
+    fs, name = _open(path)
+    with _named_errors(path):
+        return fs.cat_file(name, start=start, end=end)
+
+
+def exists(path: PathLike) -> bool:
+    """Return True if there is a file or folder of this name."""
+    fs, name = _open(path)
+    with _named_errors(path):
+        return fs.exists(name)
+
+
+def list_names(folder: PathLike) -> list[str]:
+    """Return the names in a folder, sorted; none if there is no such folder."""
+    fs, name = _open(folder)
+    with _named_errors(folder):
+        try:
+            found = fs.ls(name, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted({posixpath.basename(entry.rstrip("/")) for entry in found} - {""})
+
+
+def delete(path: PathLike) -> None:
+    """Delete a file, or a folder with all that is in it; nothing if there is neither."""
+    fs, name = _open(path)
+    with _named_errors(path), contextlib.suppress(FileNotFoundError):
+        fs.rm(name, recursive=True)
+
+
+def move_folder(folder: PathLike, to: PathLike) -> None:
+    """Move a folder to a name that nothing has yet: a rename, or a copy inside a bucket.
+
+    A bucket's files are at the new name before the first is deleted at the old one.
+    """
+    if not is_url(folder):
+        os.rename(folder, to)
+        return
+    (fs, name), (_, new) = _open(folder), _open(to)
+    with _named_errors(folder):
+        found = fs.find(name)
+        if not found:
+            raise FileNotFoundError(folder)
+        fs.copy(found, [new + entry.removeprefix(name) for entry in found])
+        fs.rm(found)
+
+
+def write_atomically(path: PathLike, content: str | bytes | memoryview) -> None:
+    """Write a file that is there whole or as it was, whatever is killed and however many write it.
+
+    A local file is synced under another name and renamed; objects of a bucket appear whole by
+    themselves. Missing folders are made. Text is UTF-8.
+    """
+    data = content.encode() if isinstance(content, str) else bytes(content)
+    if is_url(path):
+        fs, name = _open(path)
+        with _named_errors(path, writing=True):
+            fs.pipe_file(name, data)
+        return
+    with _synced(os.fspath(path), data) as temporary:
+        os.replace(temporary, path)
+
+
+def create(path: PathLike, content: str | bytes) -> bool:
+    """Write a file that is not there yet; return False, and change nothing, if it is.
+
+    Of many that create the same file at once, one gets True.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_url(path):
+        fs, name = _open(path)
+        with _named_errors(path, writing=True):
+            try:
+                fs.pipe_file(name, data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+    with _synced(os.fspath(path), data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _synced(path: str, data: bytes | memoryview) -> Iterator[str]:
+    """Yield the name of a synced file with `data` beside `path`; it is gone after the block."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
