@@ -5,7 +5,7 @@
         --config.data.train="('data/web/train',)" --config.optimizer.learning_rate=1e-3
 
 Every value of the config can be given as --config.SECTION.KEY=VALUE; --explain lists them all. The
-folder gets config.json, metrics.jsonl, tensorboard/ and checkpoints/. The same command, run again,
+folder, local, gs:// or s3://, gets the files that README.md lists. The same command, run again,
 resumes from the last checkpoint.
 
 On several machines start it once on each: SLURM, Kubernetes and Cloud TPUs are recognized (see

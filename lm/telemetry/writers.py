@@ -93,8 +93,9 @@ class MetricsWriter:
         self._learning_rate: float | None = None
         self.progress = Progress()
         self._file = self._open(first_step)
-        if active:
-            self._tensorboard = TensorBoardWriter(f"{workdir}/tensorboard") if tensorboard else None
+        self._tensorboard = None
+        if active and tensorboard:
+            self._tensorboard = TensorBoardWriter(f"{workdir}/tensorboard")
 
     def _open(self, step: int) -> jsonl.Writer:
         """A writer of metrics.jsonl without the records of steps after `step`."""

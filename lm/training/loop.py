@@ -46,8 +46,7 @@ def train(
     """Train to the end of the run, or to a SIGINT or SIGTERM, which saves first; return the exit
     code.
 
-    `workdir` gets lock, config.json, metrics.jsonl, ledger.jsonl, goodput.jsonl, tensorboard/ and
-    checkpoints/; stacks/, evidence/ and bad_checkpoints/ where something went wrong.
+    README.md lists the files that `workdir` gets.
 
     began: time.monotonic() from which goodput counts, such as the start of the process; None: now.
 
