@@ -56,11 +56,11 @@ from lm.data.pipeline import Pipeline
 from lm.data.sources import Document
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
-from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.generation.generator import Generator
 from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
 from lm.telemetry import jsonl, metrics
+from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from lm.training.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,10 +30,10 @@ from lm import cli
 from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
-from lm.data import tokenizer as tokenizers
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import Tokenizer
 from lm.telemetry import jsonl
+from lm.tokenizers import tokenizer as tokenizers
+from lm.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lm.training.experiment import Experiment

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.sources import Rows
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, causal
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id

@@ -13,8 +13,8 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
-from lm.data.tokenizer import ByteTokenizer
 from lm.planning import mesh_equivalence
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.training.experiment import Experiment
 from lm.training.restore import restore
 from tests.test_encoders_training import make_config as encoder_config

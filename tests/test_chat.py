@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from lm.data.huggingface_tokenizer import HuggingFaceTokenizer
-from lm.data.tokenizer import ByteTokenizer
 from lm.generation.chat import DEFAULT, Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.text import TextChunk
+from lm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from lm.tokenizers.tokenizer import ByteTokenizer
 from scripts import generate as script
 from tests.test_generate import model_and_params
 

@@ -7,8 +7,8 @@ from lm.data.pairs import Pairs
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, classification
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lm.data.sources import Rows
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, denoising
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 EOS, MASK = TOKENIZER.eos_id, 259

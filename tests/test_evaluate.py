@@ -13,9 +13,9 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
-from lm.data.tokenizer import load
 from lm.exit_codes import Exit
 from lm.optim.optimizer_state import averaged_params
+from lm.tokenizers.tokenizer import load
 from lm.training.evaluation import _add, evaluate
 from lm.training.experiment import CONFIG_FILE
 from scripts import evaluate as evaluate_script

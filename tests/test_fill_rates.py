@@ -7,7 +7,7 @@ import numpy as np
 
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
-from lm.data.tokenizer import ByteTokenizer
+from lm.tokenizers.tokenizer import ByteTokenizer
 from scripts import fill_rates
 
 

@@ -19,7 +19,6 @@ from environment import fake_devices, run_script, some
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.config.schema import MeshConfig
-from lm.data.tokenizer import ByteTokenizer
 from lm.generation.beam import BeamSearch
 from lm.generation.decode import CHUNK
 from lm.generation.generator import Generator
@@ -27,6 +26,7 @@ from lm.generation.sampling import Sampling, choose
 from lm.models import decoder
 from lm.parallel.sharding import make_rules
 from lm.telemetry.progress import format_quantity
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.types import Tokens
 from scripts import generate as generate_script
 

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from lm.evaluation import lm_eval_adapter
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer
+from lm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from tests.test_chat import tokenizer_json  # noqa: F401 - a fixture
 
 make_table = pytest.importorskip("lm_eval.utils").make_table

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm.data import tokenizer as tokenizers
 from lm.data.tokenizer_training import train_sentencepiece
 from lm.hf import vocabulary
+from lm.tokenizers import tokenizer as tokenizers
 
 DATA = Path(__file__).parents[1] / "../shared/data/tokenizers"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data/tokenizers is not there")

@@ -18,7 +18,7 @@ MODULES = {
 # A room may import from rooms on lower floors, and a file from its own room.
 FLOORS = (
     ("types", "exit_codes", "storage"),
-    ("config", "telemetry"),
+    ("config", "telemetry", "tokenizers"),
     ("data", "parallel", "optim"),
     ("layers", "objectives", "checkpoint", "cli", "__main__"),
     ("models", "generation", "reliability"),
@@ -47,7 +47,7 @@ LATE = {
     "zstandard",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NUMPY_ALONE = ("lm.data", "lm.objectives")
+NUMPY_ALONE = ("lm.data", "lm.objectives", "lm.tokenizers")
 TENSORFLOW_FILES = {"lm.data.loaders", "lm.data.sources.tfds"}
 
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import ByteTokenizer
 from lm.interpret import attention_maps, markup, token_losses
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.training.evaluation import evaluate
 from lm.types import Tokens
 

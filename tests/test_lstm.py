@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import ByteTokenizer
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.layers import recurrent
 from lm.layers.recurrent import Marks, State
 from lm.models import flops, lstm
 from lm.planning import mesh_equivalence
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.types import Tokens
 from tests.test_flops import forward, product_flops
 

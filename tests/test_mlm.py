@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lm.data.sources import Rows
-from lm.data.tokenizer import ByteTokenizer, from_bytes
 from lm.objectives import ModelInterface, mlm
+from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 
 TOKENIZER = ByteTokenizer()
 EOS, MASK = TOKENIZER.eos_id, 259

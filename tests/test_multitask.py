@@ -7,10 +7,10 @@ import pytest
 from lm.config import conversion
 from lm.config.conversion import task
 from lm.config.schema import LossConfig
-from lm.data.tokenizer import ByteTokenizer
 from lm.layers.cross_entropy import lm_loss
 from lm.objectives import ModelInterface, multitask
 from lm.telemetry import metrics
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 SOURCES = ("synthetic:markov:64", "synthetic:random:64:2", "synthetic:copy:64:1")  # by task
 TASKS = {

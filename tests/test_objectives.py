@@ -12,9 +12,9 @@ from lm.data.sources import Document, Rows
 from lm.data.sources.synthetic import Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer
 from lm.layers.attention.dot_product import self_mask
 from lm.objectives import ModelInterface
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id

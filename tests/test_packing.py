@@ -14,8 +14,8 @@ from lm.data import packing
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, causal
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 EOS = ByteTokenizer().eos_id
 PACKINGS = [packing.split, packing.best_fit]

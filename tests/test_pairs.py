@@ -10,7 +10,7 @@ from lm.data import pairs, pipeline
 from lm.data.sources import Document, RowLayout
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 FIELDS = ("source", "target")
 EOS = ByteTokenizer().eos_id

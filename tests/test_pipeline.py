@@ -18,8 +18,8 @@ from lm.data.sources import Document, RowLayout
 from lm.data.sources.synthetic import KINDS, Synthetic
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, causal
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.types import Batch, Tokens
 
 TOKENIZER = ByteTokenizer()
@@ -265,7 +265,7 @@ def test_batches_and_the_thread_loader_need_no_tensorflow(stores):
         "import sys; sys.modules['tensorflow'] = None\n"
         "from lm.config.schema import DataConfig, LoaderConfig\n"
         "from lm.data.pipeline import make_pipeline\n"
-        "from lm.data.tokenizer import load\n"
+        "from lm.tokenizers.tokenizer import load\n"
         "from lm.objectives import ModelInterface, causal\n"
         "tokenizer = load('bytes')\n"
         "config = DataConfig(train=(sys.argv[1],), length=16)\n"

@@ -17,8 +17,8 @@ from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.prepare import prepare, summary
 from lm.data.sources import Skipped
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import load
 from lm.data.tokenizer_training import train_tokenizer, training_texts
+from lm.tokenizers.tokenizer import load
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]

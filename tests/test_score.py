@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import ByteTokenizer
 from lm.generation import score
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer, windows
+from lm.tokenizers.tokenizer import ByteTokenizer
 from tests.test_generate import model_and_params, uncached_logprobs
 
 TOKENIZER = ByteTokenizer()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lm.data.sources import Rows
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, seq2seq
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id

@@ -10,10 +10,10 @@ import pytest
 
 from lm.data.pipeline import ExplainedRow
 from lm.data.sources import Span
-from lm.data.tokenizer import ByteTokenizer
 from lm.interpret import run_report
 from lm.interpret.markup import COLORS
 from lm.interpret.token_losses import TokenLosses
+from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.types import Batch
 
 TOKENIZER = ByteTokenizer()

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.sources import Rows
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, span_corruption
 from lm.objectives.span_corruption import GroupedText, SpanNoise, random_spans
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id

@@ -9,8 +9,6 @@ import json
 import numpy as np
 import pytest
 
-from lm.data import tokenizer as tokenizers
-from lm.data.huggingface_tokenizer import byte_level_alphabet
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
@@ -18,6 +16,8 @@ from lm.generation.chat import Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf.exporting import export_folder
+from lm.tokenizers import tokenizer as tokenizers
+from lm.tokenizers.huggingface_tokenizer import byte_level_alphabet
 from tests.test_chat import CHATML
 from tests.test_generate import model_and_params
 

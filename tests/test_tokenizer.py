@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lm.data import tokenizer as tokenizer_module
-from lm.data.tokenizer import LONG_TEXT, ByteTokenizer, from_bytes, load
 from lm.data.tokenizer_training import train_sentencepiece, train_words
+from lm.tokenizers import tokenizer as tokenizer_module
+from lm.tokenizers.tokenizer import LONG_TEXT, ByteTokenizer, from_bytes, load
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tokenizers"
 WIKITEXT = SHARED.parent / "text" / "wikitext-2"

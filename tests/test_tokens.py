@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lm.data.sources import Document
 from lm.data.sources.token_writer import encode_block, write_blocks, write_store
 from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer import ByteTokenizer, from_bytes
 from lm.data.tokenizer_training import train_sentencepiece
+from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 
 TEXTS = ["first", "zweiter Text äöü", "", "the fourth document\n" * 30]
 DOCUMENTS = [Document(f"ids/{i} é", {"text": text}) for i, text in enumerate(TEXTS)]

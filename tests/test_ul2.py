@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lm.data.tokenizer import ByteTokenizer
 from lm.objectives import ModelInterface, ul2
+from lm.tokenizers.tokenizer import ByteTokenizer
 from tests.test_span_corruption import make_rows, parts, pieces, rebuilt
 
 TOKENIZER = ByteTokenizer()

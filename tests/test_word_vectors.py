@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm.data import word_vectors
-from lm.data.tokenizer import ByteTokenizer, from_bytes
 from lm.data.tokenizer_training import train_words
+from lm.tokenizers import word_vectors
+from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 
 TEXT = "the cat sat on the mat\nthe dog sat\n"
 GLOVE = "the 1 2 3\ncat -1.5 0 2e-1\n. . . 7 7 7\nzebra 4 5 6\nthe 9 9 9\n"

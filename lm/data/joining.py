@@ -12,7 +12,7 @@ from lm.data.corpus import Corpus
 from lm.data.skip_report import SkipReport
 from lm.data.sources import DocumentSource, skipped_files
 from lm.data.sources.token_writer import Block, write_blocks
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 
 
 def part_file(folder: str | os.PathLike, i: int) -> Path:

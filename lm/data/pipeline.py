@@ -22,9 +22,9 @@ from lm.data.pairs import Pairs
 from lm.data.sampler import Sampler, hash_words
 from lm.data.sources import RowLayout, Rows, RowSource, Span, synthetic
 from lm.data.sources.tokens import NoStore, TokenStore
-from lm.data.tokenizer import Tokenizer
 from lm.exit_codes import Exit, RunError
 from lm.storage.paths import expand_path, is_url
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch, HostTokens
 
 Transform = Callable[[Rows, Callable[[int], np.random.Generator]], HostBatch]

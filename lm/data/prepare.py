@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.data import tokenizer as tokenizers
 from lm.data.corpus import Corpus, Part, key_hash, plan_parts, read_part
 from lm.data.joining import empty_split, join, part_file
 from lm.data.skip_report import SkipReport
@@ -38,6 +37,7 @@ from lm.data.workers import run_in_processes
 from lm.storage.files import write_atomically
 from lm.storage.paths import expand_path, printable
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
+from lm.tokenizers import tokenizer as tokenizers
 
 _PARTS_VERSION = 3  # to be raised when what a part holds changes
 

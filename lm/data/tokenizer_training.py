@@ -10,9 +10,9 @@ from pathlib import Path
 from lm.data.corpus import Corpus, held_out, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
-from lm.data.tokenizer import LONG_TEXT, split_long_text
 from lm.storage.files import write_atomically
 from lm.storage.paths import expand_path
+from lm.tokenizers.tokenizer import LONG_TEXT, split_long_text
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3

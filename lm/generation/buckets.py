@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostTokens, Tokens
 
 Prompt: TypeAlias = str | Sequence[int] | np.ndarray  # text, or ids without bos

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 
 # role (system, user or assistant), and content: a text, or a list of {"type": "text", "text": ...}
 Message: TypeAlias = Mapping[str, object]

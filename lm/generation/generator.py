@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
 from lm.generation.beam import BeamSearch, beam_search
 from lm.generation.buckets import Prompt, batch_size, bucket, encode, pad
 from lm.generation.decode import CHUNK, decode, prefill, without_length
 from lm.generation.sampling import Sampling
 from lm.generation.text import Generation, TextChunk, TextStream
 from lm.optim.param_tree import unstack_layers
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostTokens, Model, Params, check_head
 
 DEFAULT = Sampling()

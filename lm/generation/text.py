@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

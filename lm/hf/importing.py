@@ -18,7 +18,6 @@ import numpy as np
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
 from lm.config.tree import ConfigTree, leaves
-from lm.data.run_tokenizer import FOLDER
 from lm.hf import structure, table, vocabulary
 from lm.hf.family import Family
 from lm.hf.files import StoredTensor, check_dtypes, open_tensors, read_json
@@ -27,6 +26,7 @@ from lm.hf.table import Shape
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.storage.epaths import StoragePath
+from lm.tokenizers.run_tokenizer import FOLDER
 from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.types import Device
 

@@ -19,7 +19,7 @@ WITHOUT_EFFECT = {
     "what is returned beside the logits": """
         output_attentions output_hidden_states output_scores return_dict use_return_dict
         return_dict_in_generate""",
-    "special tokens: lm/data/special_tokens.py": """
+    "special tokens: lm/tokenizers/special_tokens.py": """
         bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
         decoder_start_token_id n_special predict_special_tokens eos_token_ids""",
     "how texts are generated": """

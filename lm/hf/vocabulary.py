@@ -12,15 +12,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.data import special_tokens
-from lm.data import tokenizer as tokenizers
-from lm.data.huggingface_tokenizer import byte_level_alphabet
-from lm.data.run_tokenizer import COMPANION_FILES
-from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from lm.data.tokenizer import ByteTokenizer, Tokenizer
 from lm.hf.files import check_pointer, read_json
 from lm.hf.keys import Json, Say
 from lm.storage.epaths import StoragePath
+from lm.tokenizers import special_tokens
+from lm.tokenizers import tokenizer as tokenizers
+from lm.tokenizers.huggingface_tokenizer import byte_level_alphabet
+from lm.tokenizers.run_tokenizer import COMPANION_FILES
+from lm.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from tokenizers.processors import TemplateProcessing

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Array
 
 # The colours of the documents of a row, in turn; light enough for text on top.

@@ -12,7 +12,6 @@ import numpy as np
 
 from lm.config import conversion
 from lm.data.pipeline import ExplainedRow
-from lm.data.tokenizer import Tokenizer
 from lm.interpret.attention_maps import cut, mean_distances
 from lm.interpret.markup import (
     COLORS,
@@ -32,6 +31,7 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure
 from lm.telemetry.progress import format_quantity
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.training.experiment import Experiment
 from lm.types import Array, Batch, Tokens
 

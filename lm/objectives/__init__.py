@@ -30,7 +30,7 @@ from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens
 
 

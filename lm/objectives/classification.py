@@ -10,9 +10,9 @@ from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import Rows
 from lm.data.streams import Stream
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch, mask_id
 from lm.objectives.seq2seq import pair_layout
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens
 
 

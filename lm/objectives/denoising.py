@@ -10,7 +10,6 @@ from lm.config.fields import check_values, field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import (
     ModelInterface,
     Objective,
@@ -19,6 +18,7 @@ from lm.objectives import (
     mask_field,
     mask_id,
 )
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch
 
 NOISES = ("mask", "delete", "infill", "shuffle", "rotate")

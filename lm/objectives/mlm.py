@@ -8,8 +8,8 @@ import numpy as np
 
 from lm.config.fields import check_values, field
 from lm.data.sources import RowLayout, Rows
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, mask_field, mask_id
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens
 
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # inside a UTF-8 character

@@ -7,8 +7,8 @@ import dataclasses
 from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch
 
 

@@ -12,8 +12,8 @@ from lm.config.fields import field
 from lm.data import streams
 from lm.data.sources import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch
 
 

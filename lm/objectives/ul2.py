@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 
 from lm.config.fields import field
-from lm.data.tokenizer import Tokenizer
 from lm.objectives import ModelInterface, Objective
 from lm.objectives.span_corruption import make_denoiser, make_noise, mixture, sentinel_field
+from lm.tokenizers.tokenizer import Tokenizer
 
 MODES = ("R", "S", "X")
 

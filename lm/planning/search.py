@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from lm.config import conversion
 from lm.config.schema import Config, MeshConfig
 from lm.config.tree import ConfigTree
-from lm.data import tokenizer
 from lm.layers.block_config import BlockConfig
 from lm.layers.stack import REMAT
 from lm.models import flops
@@ -28,6 +27,7 @@ from lm.planning import topology as topologies
 from lm.planning.estimate import Estimate, estimate
 from lm.planning.plan import Make, Plan, Trial, Trials, with_changes
 from lm.telemetry.progress import Progress
+from lm.tokenizers import tokenizer
 from lm.training.initialization import Initializer
 
 if TYPE_CHECKING:

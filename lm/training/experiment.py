@@ -21,10 +21,8 @@ from lm.config import conversion
 from lm.config.components import component
 from lm.config.schema import LossConfig
 from lm.config.tree import ConfigTree
-from lm.data import pipeline, run_tokenizer
-from lm.data import tokenizer as tokenizers
+from lm.data import pipeline
 from lm.data.pipeline import Pipeline
-from lm.data.tokenizer import Tokenizer
 from lm.layers import cross_entropy
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
@@ -32,6 +30,9 @@ from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
 from lm.parallel import pipeline_stages, sharding
 from lm.storage.epaths import StoragePath
+from lm.tokenizers import run_tokenizer
+from lm.tokenizers import tokenizer as tokenizers
+from lm.tokenizers.tokenizer import Tokenizer
 from lm.training import run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer

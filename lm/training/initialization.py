@@ -11,11 +11,11 @@ import numpy as np
 
 from lm.checkpoint.parent import ParentCheckpoint
 from lm.config.schema import Config
-from lm.data import word_vectors
-from lm.data.tokenizer import Tokenizer
-from lm.data.word_vectors import WordVectors
 from lm.layers import lora
 from lm.optim import param_tree
+from lm.tokenizers import word_vectors
+from lm.tokenizers.tokenizer import Tokenizer
+from lm.tokenizers.word_vectors import WordVectors
 from lm.types import Params
 
 TABLE = "embedding.weight"  # the models' name of the embedding

@@ -13,7 +13,7 @@ import jax
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
 from lm.config.tree import ConfigTree
-from lm.data import loaders, run_tokenizer
+from lm.data import loaders
 from lm.exit_codes import Exit
 from lm.parallel import process_group
 from lm.parallel.process_group import print_on_lead
@@ -25,6 +25,7 @@ from lm.reliability.workdir_lock import lock_workdir
 from lm.storage.epaths import StoragePath
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
+from lm.tokenizers import run_tokenizer
 from lm.training import resume
 from lm.training.describe import describe
 from lm.training.experiment import Experiment

@@ -13,11 +13,11 @@ import numpy as np
 
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
-from lm.data import run_tokenizer
 from lm.layers import lora
 from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.storage.epaths import StoragePath
+from lm.tokenizers import run_tokenizer
 from lm.training import resume
 from lm.training.experiment import CONFIG_FILE, Experiment, load
 from lm.training.restore import restore_params

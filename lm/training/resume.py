@@ -17,12 +17,12 @@ from lm.checkpoint import step_files
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config import conversion
 from lm.config.tree import ConfigTree
-from lm.data import run_tokenizer
 from lm.optim.schedules import fractions
 from lm.parallel import process_group
 from lm.parallel.process_group import print_on_lead
 from lm.storage.epaths import StoragePath
 from lm.storage.files import write_atomically
+from lm.tokenizers import run_tokenizer
 from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.training.fork import BATCH, SCHEDULE, changed_lines, is_in
 from lm.training.restore import stored_state

@@ -21,7 +21,7 @@ from lm.data.packing import check_rows
 from lm.data.pairs import Pairs
 from lm.data.sampler import hash_words, scale_hash
 from lm.data.sources import RowLayout, Rows, RowSource, Span
-from lm.data.tokenizer import Tokenizer
+from lm.tokenizers.tokenizer import Tokenizer
 
 KINDS = ("random", "markov", "copy")
 _PERIOD = 8

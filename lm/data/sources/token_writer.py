@@ -14,8 +14,8 @@ import numpy as np
 
 from lm.data.sources import Document
 from lm.data.sources.tokens import FORMAT, MANIFEST
-from lm.data.tokenizer import Tokenizer
 from lm.storage.files import write_atomically
+from lm.tokenizers.tokenizer import Tokenizer
 
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
 

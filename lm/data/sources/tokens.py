@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.data import tokenizer as tokenizers
-from lm.data.special_tokens import DeclaredTokens
 from lm.storage.paths import expand_path, is_url, kvstore_spec
+from lm.tokenizers import tokenizer as tokenizers
+from lm.tokenizers.special_tokens import DeclaredTokens
 
 # (starts, stops) -> the ranges of an array
 ReadRanges = Callable[[Sequence[int], Sequence[int]], list[np.ndarray]]

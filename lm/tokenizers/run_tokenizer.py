@@ -4,10 +4,10 @@ another machine needs no other path.
 
 from pathlib import PurePath
 
-from lm.data import special_tokens
-from lm.data.tokenizer import Tokenizer
 from lm.storage.epaths import StoragePath
 from lm.storage.files import write_atomically
+from lm.tokenizers import special_tokens
+from lm.tokenizers.tokenizer import Tokenizer
 
 FOLDER = "tokenizer"
 # files beside the tokenizer's own, for `transformers` and chat templates

@@ -11,8 +11,8 @@ from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
 from lm.storage.paths import expand_path
+from lm.tokenizers.tokenizer import Tokenizer
 
 PATH = "config.init.word_vectors"
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
-from lm.data.tokenizer import Tokenizer, fingerprint
+from lm.tokenizers.special_tokens import NO_DECLARATIONS, DeclaredTokens
+from lm.tokenizers.tokenizer import Tokenizer, fingerprint
 
 if TYPE_CHECKING:
     import sentencepiece

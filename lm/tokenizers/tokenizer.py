@@ -15,9 +15,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lm.data import special_tokens
-from lm.data.special_tokens import NO_DECLARATIONS, DeclaredTokens
 from lm.storage.paths import expand_path
+from lm.tokenizers import special_tokens
+from lm.tokenizers.special_tokens import NO_DECLARATIONS, DeclaredTokens
 
 LONG_TEXT = 1 << 18
 _RULES = "1"  # part of every fingerprint: to be raised when a change below changes ids
@@ -132,10 +132,10 @@ def from_bytes(name: str, model: bytes, declared: DeclaredTokens = NO_DECLARATIO
     if name == "bytes":
         return ByteTokenizer()
     if name.endswith(".model"):
-        from lm.data.sentencepiece_tokenizer import SentencePieceTokenizer
+        from lm.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
         return SentencePieceTokenizer(name, model, declared)
-    from lm.data.huggingface_tokenizer import HuggingFaceTokenizer
+    from lm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer(name, model, declared)
 

@@ -1,0 +1,1 @@
+"""Tokenizers: bytes, SentencePiece and Hugging Face files, their special tokens and vectors."""
