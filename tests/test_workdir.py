@@ -9,7 +9,7 @@ from lm import cli
 from lm.config import conversion
 from lm.data.tokenizer_training import train_words
 from lm.exit_codes import Exit
-from lm.training import resume
+from lm.training import compatibility
 from lm.training.experiment import load
 from lm.training.loop import train
 
@@ -88,10 +88,10 @@ def test_a_moved_run_may_name_its_tokenizer_by_its_new_path(
     kept.touch()
     changes = {"data.tokenizer": "/old/run/tokenizer/tokenizer.json", "mesh.data": 1}
     old = make_config(changes)
-    record = resume.RunRecord(conversion.to_json(old))
+    record = compatibility.RunRecord(conversion.to_json(old))
     moved = make_experiment({"data.tokenizer": str(kept)})
     capsys.readouterr()
-    assert resume.check_config(record, str(tmp_path / "moved"), moved)
+    assert compatibility.check_config(record, str(tmp_path / "moved"), moved)
     assert not capsys.readouterr().out
     with pytest.raises(ValueError, match=r"config\.data\.tokenizer: .*'bytes'"):
-        resume.check_config(record, str(tmp_path / "moved"), make_experiment())
+        compatibility.check_config(record, str(tmp_path / "moved"), make_experiment())

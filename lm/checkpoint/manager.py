@@ -54,7 +54,7 @@ class CorruptCheckpoint(RunError):
 @dataclasses.dataclass(frozen=True)
 class _Save:
     step: int
-    committed: threading.Event  # Orbax is ready for the next save
+    orbax_is_free: threading.Event  # ready for the next save, also after one that failed
     verified: concurrent.futures.Future[None]
 
 
@@ -138,7 +138,7 @@ class Checkpoints:
         step = int(state.step)
         self.poll()
         if self._saves:
-            self._saves[-1].committed.wait()
+            self._saves[-1].orbax_is_free.wait()
         if step in self.steps():
             return False
         tree = {"params": state.params, "opt_state": state.opt_state}
@@ -158,9 +158,9 @@ class Checkpoints:
             self._checkpointer.save(self.directory / str(step), args=args)
         except SAVE_ERRORS as error:
             raise self._failed(step, error) from error
-        committed = threading.Event()
-        verified = self._worker.submit(self._finish, step, committed)
-        self._saves.append(_Save(step, committed, verified))
+        orbax_is_free = threading.Event()
+        verified = self._worker.submit(self._finish, step, orbax_is_free)
+        self._saves.append(_Save(step, orbax_is_free, verified))
         return True
 
     def poll(self) -> None:
@@ -190,12 +190,12 @@ class Checkpoints:
         failed.code = device_errors.exit_code(error) or failed.code
         return failed
 
-    def _finish(self, step: int, committed: threading.Event) -> None:
+    def _finish(self, step: int, orbax_is_free: threading.Event) -> None:
         """Complete and verify a save, then delete old ones; in the background."""
         try:
             self._checkpointer.wait_until_finished()
         finally:
-            committed.set()
+            orbax_is_free.set()
         folder = self.directory / str(step)
         part, parts = jax.process_index(), jax.process_count()
         if self._config.verify:

@@ -277,7 +277,7 @@ def lm_loss(
     return objective, {**sums, "objective": objective}
 
 
-def of_objective(
+def objective_loss(
     own: Callable[..., tuple[Array, Sums]],
     model: Model,
     params: Params,

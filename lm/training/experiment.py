@@ -257,7 +257,7 @@ class Experiment:
 
     def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
         if self.objective.loss is not None:
-            return cross_entropy.of_objective(
+            return cross_entropy.objective_loss(
                 self.objective.loss, self.model, params, batch, rng, **options
             )
         tasks = self.objective.tasks if batch.tasks is not None else ()

@@ -26,7 +26,7 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.tokenizers import run_tokenizer
-from lm.training import resume
+from lm.training import compatibility
 from lm.training.describe import describe
 from lm.training.experiment import Experiment
 from lm.training.restore import restore_or_init
@@ -69,8 +69,8 @@ def train(
         disk_errors_as_run_errors(workdir),
         lock_workdir(workdir, active=is_lead),
     ):
-        record = resume.read(workdir)
-        same_data = resume.check_config(record, workdir, experiment)
+        record = compatibility.read(workdir)
+        same_data = compatibility.check_config(record, workdir, experiment)
         if record.step >= experiment.num_steps:
             print_on_lead(
                 f"{workdir}: finished, all {record.step} steps are done. For a longer run raise "
@@ -79,12 +79,12 @@ def train(
             )
             _check_last_evaluation(workdir, experiment.num_steps)
             return Exit.SUCCESS
-        resume.check_checkpoint(record, workdir, experiment)
+        compatibility.check_checkpoint(record, workdir, experiment)
         with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
             _open_and_compile(experiment, workdir, record, phases, is_new=not checkpoints.steps())
             state, totals = restore_or_init(experiment, checkpoints, phases)
             if is_lead:  # no sooner: where a run failed to start, another config may
-                resume.write_config(experiment.config_dict, workdir)
+                compatibility.write_config(experiment.config_dict, workdir)
             print_on_lead(
                 f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "
                 f"to {experiment.num_steps}"
@@ -126,7 +126,9 @@ def _train_steps(session: TrainingSession, state: TrainState) -> signal.Signals 
             held_up = time.monotonic() - ready_since
             with phases("step"):
                 state, sums, info = experiment.train_step(state, batch)
-                session.record(step, sums, info, held_up)  # reads the previous step's: no stall
+                session.push_results(
+                    step, sums, info, held_up
+                )  # reads the previous step's: no stall
                 ready_since = time.monotonic()
                 session.checkpoints.poll()
                 if _is_due(step + 1, every, num_steps):
@@ -190,7 +192,7 @@ def _batches(session: TrainingSession, start: int) -> Generator[tuple[int, Batch
 def _open_and_compile(
     experiment: Experiment,
     workdir: str,
-    record: resume.RunRecord,
+    record: compatibility.RunRecord,
     phases: PhaseTimer,
     *,
     is_new: bool,

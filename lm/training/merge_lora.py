@@ -18,7 +18,7 @@ from lm.optim import param_tree
 from lm.reliability.data_ledger import start_totals
 from lm.storage.epaths import StoragePath
 from lm.tokenizers import run_tokenizer
-from lm.training import resume
+from lm.training import compatibility
 from lm.training.experiment import CONFIG_FILE, Experiment, load
 from lm.training.restore import restore_params
 from lm.types import Device
@@ -58,5 +58,5 @@ def merge_run(
     writer.commit({"ledger": start_totals(), "config": config.to_dict(), "parent": parent})
     run_tokenizer.save(plain.tokenizer, out)
     config.data.tokenizer = run_tokenizer.find(out, config.data.tokenizer)
-    resume.write_config(config, out)
+    compatibility.write_config(config, out)
     return plain

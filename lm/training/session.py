@@ -111,7 +111,7 @@ class TrainingSession:
 
     # ---- results of steps ----
 
-    def record(self, step: int, sums: Sums, info: StepInfo, held_up: float) -> None:
+    def push_results(self, step: int, sums: Sums, info: StepInfo, held_up: float) -> None:
         """Handle the results of the step before `step`, while the devices compute `step`.
 
         held_up: seconds for which this host, not its devices, delayed the step.
