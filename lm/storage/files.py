@@ -13,6 +13,7 @@ import os
 import posixpath
 import uuid
 from collections.abc import Iterator
+from typing import cast
 
 import fsspec
 import fsspec.config
@@ -118,7 +119,7 @@ def read_bytes(path: PathLike, start: int | None = None, end: int | None = None)
     """
     fs, name = _open(path)
     with _named_errors(path):
-        return fs.cat_file(name, start=start, end=end)
+        return cast(bytes, fs.cat_file(name, start=start, end=end))
 
 
 def exists(path: PathLike) -> bool:

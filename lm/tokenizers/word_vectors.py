@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import zlib
 from collections.abc import Container, Iterable, Iterator
+from typing import IO, cast
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def load(name: str, tokenizer: Tokenizer, embed_dim: int) -> WordVectors:
         raise ValueError(f"{PATH} ({name}): no such file")
     try:
         with path.open("rb") as file:
-            stream = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+            packed = cast("IO[bytes]", file)
+            stream = gzip.GzipFile(fileobj=packed) if name.endswith(".gz") else packed
             for word, vector in _vectors(stream, embed_dim, wanted):
                 num_words += 1
                 if vector is not None:
