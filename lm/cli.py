@@ -20,6 +20,7 @@ from lm.config import command_line
 from lm.config.suggestions import suggestion
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
+from lm.storage.paths import expand_path
 
 T = TypeVar("T")
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
@@ -155,6 +156,10 @@ def folder(path: str) -> str:
     """A flag's path of a run's folder, with `~` expanded; its type in argparse. Raises
     argparse.ArgumentTypeError where no folder can have this name, or something else has it.
     """
+    try:
+        expand_path(path, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("it: ")) from None
     if "://" in path:
         return path
     try:

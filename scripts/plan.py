@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from lm import cli
+from lm.storage.files import write_atomically
+from lm.storage.paths import expand_path
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def main() -> int:
     if args.tokens:
         print("\n" + report.days(plan, args.tokens))
     if args.json:
-        Path(args.json).write_text(plan.to_json())
+        write_atomically(expand_path(args.json, "--json"), plan.to_json())
     if args.picture:
         from lm.planning import picture
 

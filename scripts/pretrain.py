@@ -31,6 +31,7 @@ from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data.sources.tokens import TokenStore
+from lm.storage.paths import expand_local_path
 from lm.telemetry import jsonl
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
@@ -56,8 +57,8 @@ def main() -> int:
     name = corpus_name(corpus)
     corpus = corpus if is_given else corpora.choose_split(corpus)
     config, recipe = args.config, Path(args.config_name).stem
-    workdir = Path(args.workdir or f"runs/{recipe}-{name}")
-    stores = Path(args.stores or f"data/{name}")
+    workdir = Path(expand_local_path(args.workdir or f"runs/{recipe}-{name}", "--workdir"))
+    stores = Path(expand_local_path(args.stores or f"data/{name}", "--stores"))
 
     summary_file = workdir / "summary.json"
     step(1, f"tokenizer and token store of {' '.join(corpus.data)} in {stores}")

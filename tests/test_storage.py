@@ -10,6 +10,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import environment
 import object_stores
 import pytest
 
@@ -205,3 +206,21 @@ def test_a_lease_of_another_machine_is_lost_when_it_is_not_renewed(buckets, sche
 def test_a_path_without_a_bucket_is_refused():
     with pytest.raises(ValueError, match="--workdir: 'gs://' names no bucket"):
         paths.expand_path("gs://", "--workdir")
+
+
+@pytest.mark.parametrize(
+    "path", ["gs:/bucket/a", "gcs://bucket/a", "s3a://bucket/a", "s3:/bucket/a"]
+)
+def test_a_mistyped_bucket_is_no_local_folder(path):
+    with pytest.raises(ValueError, match=r"--workdir: .* write (gs|s3)://BUCKET/FOLDER"):
+        paths.expand_path(path, "--workdir")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["prepare_data --data=stdlib --tokenizer=bytes --out", "pretrain --data=stdlib --workdir"],
+)
+def test_what_is_written_locally_alone_refuses_a_bucket(command):
+    script, *flags = f"{command}=gs://bucket/a".split()
+    done = environment.run_script(script, *flags)
+    assert done.returncode and "in a bucket, and this is written locally" in done.stderr

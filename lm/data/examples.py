@@ -19,7 +19,7 @@ from lm.data.sources import Document, Skipped
 from lm.data.sources.records import from_record
 from lm.data.sources.text import TextSource
 from lm.storage.files import write_atomically
-from lm.storage.paths import expand_path, printable
+from lm.storage.paths import expand_local_path, expand_path, printable
 
 SNIPPET_LINES = 30
 FORMATS = ("records", "squad", "packages")
@@ -127,7 +127,7 @@ def write(
     max_loss: share of the records that may be skipped. Raises ValueError where more are, or one of
     the two would be empty.
     """
-    out = Path(expand_path(os.fspath(out), "--out"))
+    out = Path(expand_local_path(os.fspath(out), "--out"))
     report = SkipReport()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}

@@ -35,7 +35,7 @@ from lm.data.sources.token_writer import encode_block
 from lm.data.sources.tokens import MANIFEST
 from lm.data.workers import run_in_processes
 from lm.storage.files import write_atomically
-from lm.storage.paths import expand_path, printable
+from lm.storage.paths import expand_local_path, printable
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
 from lm.tokenizers import tokenizer as tokenizers
 
@@ -66,7 +66,7 @@ def prepare(
     Raises ValueError for a missing or empty source, for a split without documents, where a larger
     share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
     """
-    out = Path(expand_path(os.fspath(out), out_flag))
+    out = Path(expand_local_path(os.fspath(out), out_flag))
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out_flag}={printable(str(out))} is a file, not a folder")
     index, count = shard

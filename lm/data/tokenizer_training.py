@@ -11,7 +11,7 @@ from lm.data.corpus import Corpus, held_out, plan_parts, read_part
 from lm.data.sources import Skipped
 from lm.data.sources.records import column_names
 from lm.storage.files import write_atomically
-from lm.storage.paths import expand_path
+from lm.storage.paths import expand_local_path
 from lm.tokenizers.tokenizer import LONG_TEXT, split_long_text
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
@@ -193,7 +193,7 @@ def train_tokenizer(
 
     model_type: bpe or unigram (SentencePiece), or word, without subwords.
     """
-    out = Path(expand_path(os.fspath(out), "--out"))
+    out = Path(expand_local_path(os.fspath(out), "--out"))
     suffix = ".json" if model_type == "word" else ".model"
     if out.suffix != suffix:
         raise ValueError(

@@ -47,7 +47,7 @@ def check_targets(config: LoraConfig, names: Iterable[str]) -> None:
             there = {n.split(".")[-2] for n in names if n.endswith(".weight") and "." in n}
             raise ValueError(
                 f"config.model.lora.targets: no linear map of this model is named {target!r}; "
-                f"weights are those of {', '.join(sorted(there))}"
+                f"weights are those of {', '.join(sorted(there - {'embedding'}))}"
             )
 
 

@@ -6,9 +6,13 @@ Every legal name means itself, also with characters that are special in URLs and
 from __future__ import annotations
 
 import os
+import re
 import urllib.parse
+from typing import Any
 
 BUCKETS = {"gs": "gcs", "s3": "s3"}  # scheme of the URL -> TensorStore's driver
+_SCHEME_OF = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}  # as people write them
+_MISTYPED = re.compile(r"(?!gs://|s3://)(gs|gcs|s3a|s3):/")
 _SCHEMES = (*BUCKETS, "file", "http", "https", "memory")
 
 
@@ -31,10 +35,27 @@ def expand_path(path: str, name: str) -> str:
     scheme, found, rest = path.partition("://")
     if found and scheme in BUCKETS and not rest.partition("/")[0]:
         raise ValueError(f"{name}: {path!r} names no bucket; write {scheme}://BUCKET/FOLDER")
+    if mistyped := _MISTYPED.match(path):  # else it would be a local folder, silently
+        scheme = _SCHEME_OF[mistyped[1]]
+        raise ValueError(f"{name}: {path!r} is no bucket's URL; write {scheme}://BUCKET/FOLDER")
     return path if is_url(path) else os.path.expanduser(path)
 
 
-def kvstore_spec(folder: str) -> dict[str, str]:
+def expand_local_path(path: str, name: str) -> str:
+    """As `expand_path`, of a file or folder that is written on this machine's disk alone.
+
+    Raises:
+        ValueError: it is empty, or in a bucket.
+    """
+    if is_url(path):
+        raise ValueError(
+            f"{name}: {path!r} is in a bucket, and this is written locally; name a local path, "
+            "and copy it there"
+        )
+    return expand_path(path, name)
+
+
+def kvstore_spec(folder: str) -> dict[str, Any]:
     """Return TensorStore's spec of a folder: a local path, `gs://` or `s3://` (both without
     escapes), `file://` or `http://` (both URLs, with %20 for a space).
     """
@@ -53,6 +74,9 @@ def kvstore_spec(folder: str) -> dict[str, str]:
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         # botocore reads both variables by itself, TensorStore neither
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:
+        # else it looks for files first, and prints an error for each that is not there
+        spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 

@@ -60,6 +60,10 @@ class Goodput:
         self._file.append(record)
         return report([*self._before, record]).goodput
 
+    def flush(self) -> None:
+        """Return when all records are stored."""
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
 

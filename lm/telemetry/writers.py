@@ -136,6 +136,10 @@ class MetricsWriter:
         if self._active:
             self.progress.note(text)
 
+    def flush(self) -> None:
+        """Return when all records are stored."""
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:

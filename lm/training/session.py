@@ -58,8 +58,9 @@ def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise CannotWrite(
-            f"{workdir} can't be written: {error.strerror}; make space, and run the same command: "
-            "it resumes from the last checkpoint"
+            f"{workdir} can't be written: {error.strerror}; "
+            f"{'make it writable' if error.errno == errno.EROFS else 'make space'}, and run the "
+            "same command: it resumes from the last checkpoint"
         ) from error
 
 
@@ -210,7 +211,10 @@ class TrainingSession:
         self.flush()
         with self.phases("save"):
             self.check_replicas(state)  # one replica is saved
-            self.ledger.flush()  # the checkpoint refers to it
+            for log in (self.ledger, self.writer, self._goodput):
+                log.flush()  # what the checkpoint refers to is stored before it
+            self._goodput.flush()
+            self.writer.flush()
             extras = {
                 "ledger": self.ledger.totals(),
                 "config": self.experiment.config_dict.to_dict(),
