@@ -156,10 +156,12 @@ def folder(path: str) -> str:
     """A flag's path of a run's folder, with `~` expanded; its type in argparse. Raises
     argparse.ArgumentTypeError where no folder can have this name, or something else has it.
     """
+    if not path.strip():
+        raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
     try:
-        expand_path(path, "it")
+        expand_path(path, "")
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("it: ")) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
     if "://" in path:
         return path
     try:
@@ -168,8 +170,6 @@ def folder(path: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{os.fsencode(path)!r} is not UTF-8, and config.json of a run holds names: rename it"
         ) from None
-    if not path.strip():
-        raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
     found = Path(os.path.expanduser(path))
     for part in (found, *found.parents):
         if part.is_symlink() and not part.exists():

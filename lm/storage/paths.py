@@ -70,7 +70,7 @@ def kvstore_spec(folder: str) -> dict[str, Any]:
     if scheme not in BUCKETS:
         return {"driver": "http", "base_url": folder}
     bucket, _, path = rest.partition("/")
-    spec = {"driver": BUCKETS[scheme], "bucket": bucket, "path": path}
+    spec: dict[str, Any] = {"driver": BUCKETS[scheme], "bucket": bucket, "path": path}
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         # botocore reads both variables by itself, TensorStore neither
         spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
