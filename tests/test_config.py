@@ -412,7 +412,8 @@ def test_explain_tells_values_from_defaults():
 
 
 def test_an_unknown_component_is_refused_with_those_that_exist():
-    message = r"config\.model\.name \('decodre'\) is not in lm\.models; there are: .*mean decoder\?"
+    names = "conv, decoder, encoder, encoder_decoder, lstm; did you mean decoder"
+    message = rf"config\.model\.name \('decodre'\) is not in lm\.models; there are: {names}\?"
     with pytest.raises(ValueError, match=message):
         component("lm.models", "decodre")
     message = r"config\.objective\.name \('x'\) is not in lm\.objectives; there are: .*causal"

@@ -42,7 +42,7 @@ def component(package: str, name: str) -> types.ModuleType:
     if "." in name:
         return import_component(name, config_path, needed=needed)
     if not name.isidentifier() or importlib.util.find_spec(f"{package}.{name}") is None:
-        known = names_in(package)
+        known = components_in(package)
         raise ValueError(
             f"{config_path} is not in {package}; there are: {', '.join(known)}"
             f"{suggestion(name, known)}"
@@ -54,6 +54,12 @@ def names_in(package: str) -> list[str]:
     """The names of a package's modules, sorted."""
     home = importlib.import_module(package)
     return sorted(module.name for module in pkgutil.iter_modules(home.__path__))
+
+
+def components_in(package: str) -> list[str]:
+    """The names of a package's components, sorted: of its modules with a `Config`."""
+    modules = {name: importlib.import_module(f"{package}.{name}") for name in names_in(package)}
+    return [name for name, module in modules.items() if hasattr(module, "Config")]
 
 
 def import_component(module: str, asked_by: str, *, needed: Iterable[str]) -> types.ModuleType:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import itertools
 import json
 import typing
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 
-from lm.config.components import COMPONENTS, Task, component, names_in
+from lm.config.components import COMPONENTS, Task, component, components_in
 from lm.config.fields import check_values, is_section
 from lm.config.schema import Config, OptimizerConfig
 from lm.config.suggestions import closest_path
@@ -235,8 +234,7 @@ def check_paths(paths: Sequence[str], trees: Sequence[ConfigTree], key: str) -> 
         known |= _paths(
             default(**{key: name})
             for key, package in COMPONENTS.items()
-            for name in names_in(package)
-            if hasattr(importlib.import_module(f"{package}.{name}"), "Config")
+            for name in components_in(package)
         )
     for path in paths:
         if path not in known:

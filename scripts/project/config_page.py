@@ -9,12 +9,11 @@ a kind is listed in full, each other one by what differs from it, unless that is
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lm.config import conversion
-from lm.config.components import COMPONENTS, names_in
+from lm.config.components import COMPONENTS, components_in
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 HEAD = """# Every key of a config
@@ -35,7 +34,7 @@ def rows(**components: str) -> list[Row]:
 
 def names(package: str) -> list[str]:
     """The components of a package: its modules that have a `Config`."""
-    return [n for n in names_in(package) if hasattr(import_module(f"{package}.{n}"), "Config")]
+    return components_in(package)
 
 
 def table(found: list[Row]) -> str:
