@@ -16,6 +16,7 @@ from lm.storage import files
 from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from lm.training.loop import train
+from lm.training.session import CannotWrite, disk_errors_as_run_errors
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -101,3 +102,11 @@ def test_a_run_in_a_bucket_that_is_killed_ends_with_the_bits_of_a_local_one(buck
 def test_a_missing_bucket_ends_a_run_before_it_compiles(buckets, make_config, devices):
     with pytest.raises(FileNotFoundError, match="there is no bucket gs://nobody-has-it"):
         train(make_config({}), "gs://nobody-has-it/run", devices[:1])
+
+
+def test_a_bucket_that_fails_ends_a_run_as_a_full_disk_does():
+    with (
+        pytest.raises(CannotWrite, match=r"gs://b/a: 503; run the same command"),
+        disk_errors_as_run_errors("gs://b"),
+    ):
+        raise files.StorageError("gs://b/a: 503")

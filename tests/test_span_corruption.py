@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lm.data.sources import Rows
 from lm.objectives import ModelInterface, span_corruption
-from lm.objectives.span_corruption import GroupedText, SpanNoise, random_spans
+from lm.objectives.spans import GroupedText, SpanNoise, random_spans
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -32,7 +32,7 @@ _OPTIONS = {
 
 
 class StorageError(OSError):
-    """A bucket that is not there or not open to this user, or one that does not answer."""
+    """A bucket does not answer, also after requests were repeated."""
 
 
 def configure() -> None:
@@ -46,15 +46,16 @@ def filesystem(scheme: str) -> fsspec.AbstractFileSystem:
     """Return fsspec's file system of "gs", "s3" or "file".
 
     Raises:
-        StorageError: the package of the scheme is not installed.
+        ModuleNotFoundError: the package of the scheme is not installed.
     """
     configure()
     try:
         return fsspec.filesystem(scheme)
     except ImportError:
         package = _PACKAGE[scheme]
-        raise StorageError(
-            f"{scheme}:// needs {package}: pip install 'lm[{scheme}]', or pip install {package}"
+        raise ModuleNotFoundError(
+            f"{scheme}:// needs {package}: pip install 'lm[{scheme}]', or pip install {package}",
+            name=package,
         ) from None
 
 
@@ -86,7 +87,7 @@ def _named_errors(path: PathLike, *, writing: bool = False) -> Iterator[None]:
     except Exception as error:  # each library has its own family of errors, without a common root
         text = f"{type(error).__name__}: {error}".split("\n")[0]
         if _is_about_credentials(text):
-            raise StorageError(
+            raise PermissionError(
                 f"{name}: no access to {bucket} ({text}); "
                 + (
                     "run `gcloud auth application-default login`, or give the service account of "
@@ -115,7 +116,8 @@ def read_bytes(path: PathLike, start: int | None = None, end: int | None = None)
 
     Raises:
         FileNotFoundError: there is no such file or bucket.
-        StorageError: the bucket gives no access or does not answer.
+        PermissionError: the bucket is not open to this user.
+        StorageError: it does not answer.
     """
     fs, name = _open(path)
     with _named_errors(path):
@@ -170,11 +172,11 @@ def write_atomically(path: PathLike, content: str | bytes | memoryview) -> None:
     A local file is synced under another name and renamed; objects of a bucket appear whole by
     themselves. Missing folders are made. Text is UTF-8.
     """
-    data = content.encode() if isinstance(content, str) else bytes(content)
+    data = content.encode() if isinstance(content, str) else content
     if is_url(path):
         fs, name = _open(path)
         with _named_errors(path, writing=True):
-            fs.pipe_file(name, data)
+            fs.pipe_file(name, bytes(data))
         return
     with _synced(os.fspath(path), data) as temporary:
         os.replace(temporary, path)

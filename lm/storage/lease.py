@@ -30,7 +30,8 @@ def lock(path: str) -> Iterator[None]:
     On a local disk it is flock's, and ends with the process, however that ends. In a bucket it is a
     lease, `PATH/NUMBER`: an object that its holder rewrites every `SECONDS / 4`. The next holder
     creates the next number, which one of many can. A dead holder's lease is lost after `SECONDS`,
-    and at once to a process of its own machine.
+    and at once to a process of its own machine. Clocks of machines may differ by seconds. A holder
+    that was cut off for longer than `SECONDS` is not stopped when another one has come.
 
     Raises:
         Locked: another process holds it.
@@ -86,7 +87,10 @@ def _take(folder: str) -> int:
     numbers = [int(name) for name in files.list_names(folder) if name.isdigit()]
     last = max(numbers, default=0)
     if numbers:
-        holder = json.loads(files.read_bytes(f"{folder}/{last:08d}"))
+        try:
+            holder = json.loads(files.read_bytes(f"{folder}/{last:08d}"))
+        except FileNotFoundError:  # its successor has just deleted it
+            raise Locked("a process that began at the same moment") from None
         left = _seconds_left(holder)
         if left > 0:
             raise Locked(

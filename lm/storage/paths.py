@@ -72,8 +72,9 @@ def kvstore_spec(folder: str) -> dict[str, Any]:
     bucket, _, path = rest.partition("/")
     spec: dict[str, Any] = {"driver": BUCKETS[scheme], "bucket": bucket, "path": path}
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        # botocore reads both variables by itself, TensorStore neither
-        spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+        # botocore reads these variables by itself, TensorStore none of them
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        spec |= {"endpoint": endpoint, "aws_region": region}
     if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:
         # else it looks for files first, and prints an error for each that is not there
         spec["aws_credentials"] = {"type": "environment"}

@@ -20,6 +20,7 @@ from lm.parallel.consensus import Consensus, Vote
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
+from lm.storage.files import StorageError
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
@@ -44,16 +45,21 @@ class ReplicasDisagree(RunError):
 
 
 class CannotWrite(RunError):
-    """The disk of the run's folder is full or read-only."""
+    """The disk of the run's folder is full or read-only, or its bucket does not answer."""
 
     code = Exit.SAVE_FAILED
 
 
 @contextlib.contextmanager
 def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
-    """A context that raises CannotWrite for the errors of a full or read-only disk."""
+    """A context that raises CannotWrite where a disk is full or read-only, or a bucket fails."""
     try:
         yield
+    except StorageError as error:
+        raise CannotWrite(
+            f"{error}; run the same command when the bucket answers: it resumes from the last "
+            "checkpoint"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -213,8 +219,6 @@ class TrainingSession:
             self.check_replicas(state)  # one replica is saved
             for log in (self.ledger, self.writer, self._goodput):
                 log.flush()  # what the checkpoint refers to is stored before it
-            self._goodput.flush()
-            self.writer.flush()
             extras = {
                 "ledger": self.ledger.totals(),
                 "config": self.experiment.config_dict.to_dict(),
