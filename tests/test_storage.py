@@ -134,6 +134,15 @@ def test_a_growing_file_begins_anew_without_what_came_after(folder):
     assert growing.read(path) == b"1\ntwo\n"
 
 
+def test_segments_of_an_older_beginning_are_void(buckets):
+    path = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}/log"
+    log = growing.GrowingFile(path, b"1\n")
+    log.append(b"2\n")
+    log.flush()
+    files.write_atomically(path, b"0\n")  # and killed before the segments were deleted
+    assert files.list_names(f"{path}.more") and growing.read(path) == b"0\n"
+
+
 def test_appending_does_not_wait_for_the_network(buckets, monkeypatch):
     path = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}/log"
     log = growing.GrowingFile(path)
@@ -172,11 +181,14 @@ HOLD = """
 def test_a_lock_is_held_by_one_and_lost_by_a_killed_process(folder):
     path = f"{folder}/lock"
     command = [sys.executable, "-c", textwrap.dedent(HOLD), path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(lease.Locked, match=str(holder.pid)), lease.lock(path):
             pass
+    finally:
         holder.kill()
+        holder.communicate()
     with (
         lease.lock(path),
         pytest.raises(lease.Locked, match=str(os.getpid())),
