@@ -60,9 +60,13 @@ class ArgumentParser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(with_dashes(words), namespace or argparse.Namespace())
         if rest:
             flag = rest[0].partition("=")[0]
-            is_key = self._takes_config and "." in flag
-            meant = f"; did you mean --config.{flag.lstrip('-')}?"
-            hint = meant if is_key else suggestion(flag, self._option_string_actions)
+            section, dot, key = flag.lstrip("-").partition(".")
+            if not self._takes_config or not dot:
+                hint = suggestion(flag, self._option_string_actions)
+            elif suggestion(section, ["config"]):  # --confg.train.num_steps
+                hint = f"; did you mean --config.{key}?"
+            else:
+                hint = f"; did you mean --config.{section}.{key}?"
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         if not self._takes_config:
             return found

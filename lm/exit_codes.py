@@ -47,6 +47,11 @@ class Exit(enum.IntEnum):
     SELF_CHECK = 47, "the start-up check found a kernel that computes something else", "no"
     DEVICE_ERROR = 48, "a device failed: an error of JAX's runtime", RESTARTED
     OUT_OF_MEMORY = 49, "out of memory, of a device or of the machine", "with a smaller config"
+    LOCK_LOST = (
+        50,
+        "cut off from the bucket of its folder for so long that another process took over",
+        "no: the other one goes on",
+    )
     INTERRUPTED = (
         130,
         "Ctrl-C: saved in all processes at the same step (a second one ends at once, unsaved)",

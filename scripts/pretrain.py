@@ -302,7 +302,7 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
         f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
         f"{summary['parameters'] / 1e6:.2f}M parameters\n"
         f"run                      {workdir}   "
-        "(checkpoints/, metrics.jsonl, tensorboard/, summary.json)\n"
+        f"(checkpoints/, metrics.jsonl, {'tensorboard/, ' * config.log.tensorboard}summary.json)\n"
         f"loss curve               {workdir / 'loss.png'}\n\n"
         "What next:"
     )

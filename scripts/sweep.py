@@ -57,6 +57,11 @@ def main() -> int:
         )
     if args.folds > 1 and not any("{fold}" in setting for setting in settings):
         raise ValueError("--folds needs {fold} in a flag, such as --config.data.train")
+    if not (grid or ranges) and args.seeds * args.folds == 1:
+        raise ValueError(
+            "a sweep needs an axis: --grid=optimizer.learning_rate=1e-3,3e-3, a --range, --seeds "
+            "or --folds; for a single run there is scripts/train.py"
+        )
     if args.runs and not (args.write or args.collect):
         raise ValueError(f"--runs={args.runs} needs --write or --collect: here runs are in WORKDIR")
     space.check_config(args.config, [*grid, *ranges], settings)

@@ -39,10 +39,20 @@ def main() -> int:
     process_group.initialize_from(args)
     import jax
 
+    from lm.exit_codes import Exit
+    from lm.parallel import device_errors
     from lm.telemetry.goodput import process_start
     from lm.training.loop import train
 
-    return train(args.config, args.workdir, jax.devices(), began=process_start())
+    try:
+        return train(args.config, args.workdir, jax.devices(), began=process_start())
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if device_errors.exit_code(error) == Exit.OUT_OF_MEMORY:
+            from lm.planning import out_of_memory
+
+            flags = [f"--config={args.config_name}", *(f"--config.{s}" for s in args.settings)]
+            error.add_note(out_of_memory.advice(args.config, jax.devices(), flags))
+        raise
 
 
 if __name__ == "__main__":

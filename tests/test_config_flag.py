@@ -179,6 +179,11 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
             ["--model.num_layers=2"],
             "unrecognized arguments: --model.num_layers=2; did you mean --config.model.num_layers?",
         ),
+        (
+            ["--confg.train.num_steps=4"],
+            "unrecognized arguments: --confg.train.num_steps=4; did you mean "
+            "--config.train.num_steps?",
+        ),
         (["--wrokdir=x"], "unrecognized arguments: --wrokdir=x; did you mean --workdir?"),
         (
             ["--config=configs/tiny.py", "--config.modle.num_layers=2"],

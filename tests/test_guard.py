@@ -113,6 +113,19 @@ def test_a_folder_is_for_one_process_until_that_is_gone(tmp_path):
             assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_lock_that_nothing_came_of_leaves_no_trace(tmp_path, is_there):
+    folder = tmp_path / "run"
+    if is_there:
+        folder.mkdir()
+    with lock_workdir(str(folder)):
+        pass
+    assert folder.exists() == is_there and not (folder / "lock").exists()
+    with lock_workdir(str(folder)):
+        (folder / "config.json").touch()
+    assert (folder / "lock").exists()
+
+
 @pytest.mark.parametrize("phase", ["compile", "step", "data", "save", "evaluate"])
 def test_a_phase_without_progress_ends_the_process_with_its_stacks(tmp_path, phase):
     began = time.monotonic()

@@ -244,7 +244,9 @@ def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(tmp_pat
     )
     assert code == Exit.OUT_OF_MEMORY, out + errors
     assert "error: out of memory: RESOURCE_EXHAUSTED" in errors
-    assert "config.train.num_microbatches" in errors and "starting again" not in errors
+    assert "Try --config.train.num_microbatches=2 (half the rows at a time)" in errors
+    assert f"scripts/plan.py {flags[0]} --config.model.mlp_dim={2**40} " in errors
+    assert "--topology=cpu:1` compiles it" in errors and "starting again" not in errors
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:

@@ -215,6 +215,61 @@ def test_a_lease_of_another_machine_is_lost_when_it_is_not_renewed(buckets, sche
         assert files.list_names(path) == ["00000004"]
 
 
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_holder_that_was_cut_off_finds_its_successor(buckets, scheme, monkeypatch):
+    monkeypatch.setattr(lease, "SECONDS", 0.4)
+    path = f"{scheme}://{object_stores.BUCKET}/{uuid.uuid4().hex}/lock"
+    write, cut_off = files.write_atomically, threading.Event()
+
+    def cut(*arguments):
+        if cut_off.is_set():
+            raise files.StorageError("no route to the bucket")
+        write(*arguments)
+
+    with lease.lock(path) as held:
+        held.check(ask=True)
+        monkeypatch.setattr(files, "write_atomically", cut)
+        cut_off.set()
+        time.sleep(0.6)  # its object is too old by now
+        held.check(ask=True)  # and nobody has come
+        monkeypatch.setattr(lease.socket, "gethostname", lambda: "elsewhere")
+        with lease.lock(path):
+            cut_off.clear()
+            with pytest.raises(lease.LeaseLost, match="00000002"):
+                held.check(ask=True)
+            with pytest.raises(lease.LeaseLost):
+                held.check()
+            assert files.list_names(path) == ["00000002"]
+    assert files.list_names(path) == ["00000002"]  # the first holder has released nothing
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_holder_that_was_cut_off_hears_of_its_successor_by_itself(buckets, scheme, monkeypatch):
+    monkeypatch.setattr(lease, "SECONDS", 0.4)
+    path = f"{scheme}://{object_stores.BUCKET}/{uuid.uuid4().hex}/lock"
+    with lease.lock(path) as held:
+        files.create(f"{path}/00000002", "{}")
+        deadline = time.monotonic() + 20
+        with pytest.raises(lease.LeaseLost, match="00000002"):
+            while time.monotonic() < deadline:
+                held.check()
+                time.sleep(0.02)
+
+
+def test_a_log_that_another_process_rewrote_is_left_to_it(buckets):
+    path = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}/log"
+    old = growing.GrowingFile(path, b"1\n")
+    old.append(b"2\n")
+    old.flush()
+    new = growing.GrowingFile(path, b"1\n2\n")
+    new.append(b"3\n")
+    new.flush()
+    old.append(b"lost\n")
+    with pytest.raises(files.StorageError, match="another process has rewritten it"):
+        old.close()
+    assert growing.read(path) == b"1\n2\n3\n"
+
+
 def test_a_path_without_a_bucket_is_refused():
     with pytest.raises(ValueError, match="--workdir: 'gs://' names no bucket"):
         paths.expand_path("gs://", "--workdir")

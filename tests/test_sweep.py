@@ -16,9 +16,10 @@ import time
 
 import numpy as np
 import pytest
-from environment import fake_devices
+from environment import fake_devices, run_script
 
 from lm.config import conversion
+from lm.exit_codes import Exit
 from lm.reliability import data_ledger, workdir_lock
 from lm.scaling import run_table
 from lm.scaling.sweep import cluster, pool, report, space
@@ -402,6 +403,13 @@ def sweep(root, *flags, rates="1e-3,3e-3,1e30", steps=600):
         f"--workdir={root}", f"--grid={RATE}={rates}", f"--config.train.num_steps={steps}",
         "--config.checkpoint.every=20", "--config.guard.self_check=False", *flags,
     ]  # fmt: skip
+
+
+def test_a_sweep_without_an_axis_is_refused(tmp_path):
+    root = tmp_path / "sweep"
+    done = run_script("sweep", "--config=configs/smoke.py", f"--workdir={root}")
+    assert done.returncode == Exit.ERROR and done.stderr.count("\n") == 1
+    assert "a sweep needs an axis: --grid=" in done.stderr and not root.exists()
 
 
 def test_a_small_sweep_trains_its_runs_and_ranks_them(tmp_path):

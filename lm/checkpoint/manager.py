@@ -81,8 +81,7 @@ class Checkpoints:
             if not self.directory.exists():
                 raise FileNotFoundError(f"{workdir} has no checkpoints; train first")
             return
-        if self._lead:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        if self._lead and self.directory.exists():
             step_files.delete_leftovers(self.directory)
         handler = ocp.CompositeCheckpointHandler(
             params=ocp.StandardCheckpointHandler(),

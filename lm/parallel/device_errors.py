@@ -12,7 +12,7 @@ NO_MEMORY = ("resource_exhausted", "out of memory", "out_of_memory")
 ADVICE = {
     Exit.OUT_OF_MEMORY: (
         "Lower config.data.batch_size or data.length, raise config.train.num_microbatches, set "
-        "config.model.remat, or use more devices; scripts/plan.py says what fits"
+        "config.model.remat, or use more devices; `lm plan` says what fits"
     ),
     Exit.DEVICE_ERROR: "The same command resumes from the last checkpoint",
 }
@@ -31,6 +31,10 @@ def exit_code(error: BaseException) -> Exit | None:
 
 
 def describe(code: Exit, error: BaseException) -> str:
-    """One line for the user about an error with this exit code."""
+    """One line for the user about an error with this exit code; notes of the error (PEP 678) of one
+    line, which JAX's own are not, replace the usual advice.
+    """
     text = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return f"{KINDS[code]}: {text}. {ADVICE[code]}"
+    notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
+    advice = " ".join(notes) or ADVICE[code]
+    return f"{KINDS[code]}: {text}. {advice}"

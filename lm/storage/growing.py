@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from lm.storage import files
-from lm.storage.files import PathLike
+from lm.storage.files import PathLike, StorageError
 from lm.storage.paths import is_url
 
 SECONDS = 5.0  # between two uploads
@@ -134,6 +134,8 @@ class GrowingFile:
                 self._num_segments += 1
             if self._num_segments >= (max_segments or MAX_SEGMENTS):
                 content = read(self._path)
+                if _token(_read_base(self._path)) != self._token:
+                    raise StorageError(f"{self._path}: another process has rewritten it")
                 files.write_atomically(self._path, content)
                 self._token, self._num_segments = _token(content), 0
                 files.delete(f"{self._path}.more")

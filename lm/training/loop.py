@@ -67,7 +67,7 @@ def train(
         StopSignals() as signals,
         process_group.peer_errors(),
         disk_errors_as_run_errors(workdir),
-        lock_workdir(workdir, active=is_lead),
+        lock_workdir(workdir, active=is_lead) as lock,
     ):
         record = compatibility.read(workdir)
         same_data = compatibility.check_config(record, workdir, experiment)
@@ -91,7 +91,7 @@ def train(
             )
             ledger = Ledger(workdir, totals, compare=same_data, active=is_lead)
             session = TrainingSession(
-                experiment, workdir, checkpoints, watchdog, signals, phases, ledger
+                experiment, workdir, checkpoints, watchdog, signals, phases, ledger, lock
             )
             if record.step and _evaluation_is_missing(experiment, workdir, int(state.step)):
                 session.completed -= 1  # a signal stopped the run before it

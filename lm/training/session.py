@@ -21,6 +21,7 @@ from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
 from lm.storage.files import StorageError
+from lm.storage.lease import Lock
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
@@ -90,12 +91,13 @@ class TrainingSession:
         signals: StopSignals,
         phases: PhaseTimer,
         ledger: Ledger,
+        lock: Lock,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
         self.phases, self.ledger, self.deferred = phases, ledger, DeferredMetrics()
         self.is_lead = jax.process_index() == 0
-        self._watchdog, self._signals = watchdog, signals
+        self._watchdog, self._signals, self._lock = watchdog, signals, lock
         self._consensus, self._vote = Consensus(experiment.rules), Vote()
         self._schedule = make_schedule(c.optimizer.schedule, experiment.num_steps)
         self._saved_at = time.monotonic()
@@ -123,6 +125,7 @@ class TrainingSession:
 
         held_up: seconds for which this host, not its devices, delayed the step.
         """
+        self._lock.check()
         vote = self._consensus.start(self._own_vote(), held_up)
         self.record_results(self.deferred.push(step, sums, info, vote))
 
@@ -216,6 +219,7 @@ class TrainingSession:
         """Start saving `state`, after handling the results of its last step."""
         self.flush()
         with self.phases("save"):
+            self._lock.check(ask=True)
             self.check_replicas(state)  # one replica is saved
             for log in (self.ledger, self.writer, self._goodput):
                 log.flush()  # what the checkpoint refers to is stored before it
