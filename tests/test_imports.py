@@ -27,16 +27,21 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LATE = {
+    "datatrove",
     "jinja2",
     "lm_eval",
     "matplotlib",
     "optuna",
+    "phonenumbers",
+    "py3langid",
     "pyarrow",
     "rouge_score",
     "sacrebleu",
     "safetensors",
     "sentencepiece",
     "sklearn",
+    "spacy",
+    "stdnum",
     "tensorboard",
     "tensorflow",
     "tensorflow_datasets",

@@ -13,10 +13,14 @@ import numpy as np
 
 
 class Document(NamedTuple):
-    """One document: an id that is the same on every machine, and its text by field."""
+    """One document: an id that is the same on every machine, and its text by field.
+
+    masked: counts of what filters have masked in it, by kind.
+    """
 
     id: str
     fields: dict[str, str]
+    masked: tuple[tuple[str, int], ...] = ()
 
 
 class Skipped(NamedTuple):
