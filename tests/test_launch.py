@@ -274,6 +274,7 @@ def test_two_processes_train_as_one_with_as_many_devices(whole, tmp_path):
     assert [two[step] for step in two] == pytest.approx([one[step] for step in one], rel=1e-5)
 
 
+@pytest.mark.slow  # with a failing device instead: above
 def test_a_job_of_which_a_process_was_killed_goes_on_to_the_same_numbers(whole, tmp_path):
     workdir, devices = whole
     process = train(tmp_path, 2, devices, "--max-restarts=1", "--grace=60")

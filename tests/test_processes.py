@@ -75,6 +75,7 @@ def test_a_sigterm_to_one_of_two_saves_both_at_the_same_step(start, tmp_path):
     assert manifest["ledger"]["steps"] == step == len(data_ledger.read(str(tmp_path / "run")))
 
 
+@pytest.mark.slow  # a run that hangs: test_a_source_that_gives_nothing
 def test_a_stopped_process_ends_both_with_their_stacks(start, tmp_path):
     process = start("--config.guard.step_seconds=4", "--config.guard.step_factor=2")
     reach(tmp_path, process, 20)
@@ -111,6 +112,7 @@ def test_a_source_that_gives_nothing_ends_the_run_with_its_stacks(tmp_path):
     assert "slow_objective.py" in (tmp_path / "run/stacks/process-0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_its_last_good_checkpoint(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py")]
     command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'disk/run'}"]

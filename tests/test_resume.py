@@ -94,10 +94,8 @@ def whole(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("num_devices", "num_steps"),
-    [(1, 100), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1, 200), (4, 75), (4, 200)))],
-)
+@pytest.mark.slow  # with two kills in one run: tests/test_kill.py
+@pytest.mark.parametrize(("num_devices", "num_steps"), [(1, 100), (1, 200), (4, 75), (4, 200)])
 def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     whole, tmp_path, num_devices, num_steps
 ):
