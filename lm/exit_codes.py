@@ -52,6 +52,11 @@ class Exit(enum.IntEnum):
         "cut off from the bucket of its folder for so long that another process took over",
         "no: the other one goes on",
     )
+    NO_PROGRESS = (
+        51,
+        "attempts in a row failed at one step, or without a new checkpoint; see `RUN/evidence`",
+        "look first",
+    )
     INTERRUPTED = (
         130,
         "Ctrl-C: saved in all processes at the same step (a second one ends at once, unsaved)",
@@ -72,6 +77,19 @@ def restarts(code: int) -> bool:
     checkpoint, and may do better.
     """
     return code in KILLS or (code in list(Exit) and Exit(code).again == RESTARTED)
+
+
+# Seconds to wait at most before the second attempt in a row without progress, the third, ...; half
+# of it or more, at random, so that jobs that failed together don't all come back at once.
+PAUSES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 300)
+# Seconds after which launchers, which don't see checkpoints, take an attempt for progress: twice
+# the default of config.checkpoint.every_seconds.
+PROGRESS = 1200
+
+
+def longest_pause(failures: int) -> int:
+    """The entry of PAUSES after so many attempts in a row without progress; 0 after none."""
+    return PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0
 
 
 class RunError(Exception):

@@ -66,6 +66,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     train = list(of_train or (*SMOKE, f"--config.train.num_steps={max(200, 30 * flags.kills)}"))
     train.append(f"--config.train.eval_every={EVAL_EVERY}")
+    train += ["--config.guard.step_attempts=0", "--config.guard.max_attempts=0"]  # kills on purpose
     runs = flags.workdir or str(folder)
     test = KillTest(folder, runs, train, flags.devices_per_process)
     if not of_train:

@@ -11,7 +11,10 @@ import time
 
 import pytest
 
+from lm.checkpoint import step_files
 from lm.exit_codes import Exit, restarts
+from lm.reliability import attempts
+from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from scripts.launch.local import decisive
 
@@ -218,17 +221,26 @@ def get_config(arg=None):
 """
 
 
-def test_a_job_whose_device_fails_starts_again_and_goes_on(tmp_path):
+def test_a_job_whose_device_fails_starts_again_and_ends_with_the_same_bits(tmp_path):
     path = tmp_path / "failing.py"
     path.write_text(FAILING.format(root=str(ROOT), marker=str(tmp_path / "failed")))
-    flags = [f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.mesh.data=2"]
-    flags += ["--config.train.num_steps=24", "--config.checkpoint.every=5"]
-    flags += ["--config.guard.self_check=False"]
-    code, out, errors = finish(
-        launch("--processes=2", "--max-restarts=1", "--", ROOT / "scripts" / "train.py", *flags)
-    )
+    flags = ["--config.mesh.data=2", "--config.train.num_steps=24", "--config.checkpoint.every=5"]
+    flags += [f"--config={path}", "--config.guard.self_check=False"]
+
+    def train(name: str) -> tuple[int, str, str]:
+        command = ["--processes=2", "--max-restarts=1", "--", ROOT / "scripts" / "train.py"]
+        return finish(launch(*command, *flags, f"--workdir={tmp_path / name}"))
+
+    code, out, errors = train("run")
     assert code == 0, out + errors
-    assert (tmp_path / "failed").exists()
+    [first, second] = attempts.read(str(tmp_path / "run"))
+    assert (first["code"], second["code"]) == (Exit.DEVICE_ERROR, 0)
+    assert first["step"] in (11, 12)  # its results were read, or not yet
+    assert "the link to the chip is down" in first["error"]
+    undisturbed = train("undisturbed")  # as the marker of the failure is there
+    assert undisturbed[0] == 0 and "starting again" not in undisturbed[2]
+    found, expected = (saved_leaves(tmp_path / name, 24) for name in ("run", "undisturbed"))
+    assert len(found) > 10 and found == expected
     assert "JaxRuntimeError: INTERNAL" in errors and "the link to the chip is down" in errors
     assert "error: a device failed: INTERNAL" in errors
     assert "launch: process 0 ended with exit code 48 (DEVICE_ERROR)" in errors
@@ -247,6 +259,11 @@ def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(tmp_pat
     assert "Try --config.train.num_microbatches=2 (half the rows at a time)" in errors
     assert f"scripts/plan.py {flags[0]} --config.model.mlp_dim={2**40} " in errors
     assert "--topology=cpu:1` compiles it" in errors and "starting again" not in errors
+
+
+def saved_leaves(workdir: pathlib.Path, step: int):
+    """Shape, dtype and checksum of all arrays of a checkpoint."""
+    return step_files.read_manifest(StoragePath(workdir) / "checkpoints" / str(step)).leaves
 
 
 def losses(workdir: pathlib.Path) -> dict[int, float]:

@@ -22,7 +22,7 @@ import jsonschema
 import pytest
 import yaml
 
-from lm.exit_codes import KILLS, Exit, restarts
+from lm.exit_codes import KILLS, Exit, longest_pause, restarts
 from lm.parallel.cluster_env import detect
 from scripts.launch import exit_codes
 
@@ -168,17 +168,44 @@ def commands(tmp_path):
     return write
 
 
+# `show job` prints the count of restarts, $BEFORE; anything else is printed
+SCONTROL = """
+[[ $1 != show ]] || exec echo "JobId=7 ${BEFORE:+Comment=lm-restarts-$BEFORE}"
+echo scontrol $*
+"""
+
+
 def test_a_job_requeues_itself_after_what_a_restart_mends(commands):
-    path = commands({"srun": "exit $CODE", "scontrol": "echo scontrol $*"})
+    path = commands({"srun": "exit $CODE", "scontrol": SCONTROL, "sleep": "echo sleep $*"})
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "path": path}
     for code in CODES:
         done = shell("scripts/launch/slurm.sbatch", CODE=str(code), **job)
         assert done.returncode == code
         assert ("scontrol requeue 7" in done.stdout) == (code in AGAIN), code
+    for before, progress, again in (("3", "9", False), ("3", "0", True), ("2", "9", True)):
+        limits = {"MAX_RESTARTS": "3", "PROGRESS": progress}
+        done = shell("scripts/launch/slurm.sbatch", CODE="46", BEFORE=before, **limits, **job)
+        assert ("giving up" in done.stdout) != again
+        assert ("scontrol requeue" in done.stdout) == again
+    assert "JobId=7 Comment=lm-restarts-3" in done.stdout
+    # its third restart in a row waits for 2 to 4 seconds; one after progress would be its first
+    assert re.search(r"^sleep [234]$", done.stdout, re.MULTILINE)
+
+
+def test_pauses_in_bash_and_python_grow_up_to_five_minutes_with_jitter():
     done = shell(
-        "scripts/launch/slurm.sbatch", CODE="46", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3", **job
+        "source scripts/launch/exit_codes.sh; for n in 1 5 9 40; do for i in {1..30}; do "
+        "echo $n $(pause $n); done; done"
     )
-    assert "giving up" in done.stdout and "scontrol" not in done.stdout
+    drawn: dict[int, set[int]] = {}
+    for line in done.stdout.splitlines():
+        count, seconds = map(int, line.split())
+        drawn.setdefault(count, set()).add(seconds)
+    for count, seconds in drawn.items():
+        longest = longest_pause(count)
+        assert longest - longest // 2 <= min(seconds) and max(seconds) <= longest
+        assert longest < 16 or len(seconds) > 3
+    assert longest_pause(0) == 0 and longest_pause(9) == 256 and longest_pause(40) == 300
 
 
 def test_outside_a_job_it_submits_itself(commands):

@@ -240,6 +240,15 @@ class GuardConfig:
     )
     self_check: bool = field(True, "Check attention and loss against a reference at the start.")
     watchdog: bool = field(True, "End a process that makes no progress, with all stacks written.")
+    step_attempts: int = field(
+        3, "Attempts in a row that fail at one step, after which the run stops; 0: any.", ge=0
+    )
+    max_attempts: int = field(
+        20,
+        "Attempts in a row without a new checkpoint, after which the run stops; each waits for "
+        "longer, up to 300 s. 0: any, without waiting.",
+        ge=0,
+    )
     start_seconds: float = field(1800.0, "Budget of start, initialisation and restoring.", gt=0)
     compile_seconds: float = field(3600.0, "Budget of compiling, and of the first step.", gt=0)
     step_seconds: float = field(120.0, "Smallest budget of a step.", gt=0)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -32,6 +33,7 @@ class Watchdog:
         self._folder = f"{workdir}/stacks"
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=101)
         self._stop = threading.Event()
+        self.on_end: Callable[[str], object] = lambda text: None  # called with what is known
 
     def __enter__(self) -> Watchdog:
         if self._config.watchdog:
@@ -77,5 +79,6 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
                 file.seek(0)
                 write_atomically(path, f"{text}\n\n".encode() + file.read())
+            self.on_end(text)
         finally:
             os._exit(process_group.leave(Exit.HUNG, text))

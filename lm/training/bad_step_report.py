@@ -226,6 +226,25 @@ def _describe_rows(
     return rows
 
 
+def batch_records(experiment: Experiment, step: int, *, count: int) -> dict[int, list[Evidence]]:
+    """Source and documents of every row of the batches of `count` steps, as far as the run goes."""
+    steps = range(step, min(step + count, experiment.num_steps))
+    return {step: _records(experiment, step) for step in steps}
+
+
+def _records(experiment: Experiment, step: int) -> list[Evidence]:
+    origins = experiment.train_data.explain_batch(step, experiment.tokenizer, num_tokens=0)
+    return [
+        {
+            "source": origin.source,
+            "epoch": origin.epoch,
+            "source_row": origin.row,
+            "documents": [span._asdict() for span in origin.documents],
+        }
+        for origin in origins
+    ]
+
+
 def summary(evidence: Evidence) -> str:
     """The evidence in a paragraph."""
     lines = [f"step {evidence['step']}: {evidence['verdict']}: {evidence['reason']}"]

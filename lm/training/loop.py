@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -18,6 +19,7 @@ from lm.exit_codes import Exit
 from lm.parallel import process_group
 from lm.parallel.process_group import print_on_lead
 from lm.reliability import kernel_check
+from lm.reliability.attempts import Attempts
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import STOPS, StopSignals
 from lm.reliability.watchdog import Watchdog
@@ -26,7 +28,7 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.tokenizers import run_tokenizer
-from lm.training import compatibility
+from lm.training import bad_step_report, compatibility
 from lm.training.describe import describe
 from lm.training.experiment import Experiment
 from lm.training.restore import restore_or_init
@@ -82,29 +84,49 @@ def train(
         compatibility.check_checkpoint(record, workdir, experiment)
         with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
             _open_and_compile(experiment, workdir, record, phases, is_new=not checkpoints.steps())
-            state, totals = restore_or_init(experiment, checkpoints, phases)
-            if is_lead:  # no sooner: where a run failed to start, another config may
-                compatibility.write_config(experiment.config_dict, workdir)
-            print_on_lead(
-                f"ready in {time.monotonic() - phases.began:.1f} s; from step {int(state.step)} "
-                f"to {experiment.num_steps}"
+            attempts = Attempts(
+                workdir,
+                experiment.config.guard,
+                max(checkpoints.steps(), default=0),
+                active=is_lead,
             )
-            ledger = Ledger(workdir, totals, compare=same_data, active=is_lead)
-            session = TrainingSession(
-                experiment, workdir, checkpoints, watchdog, signals, phases, ledger, lock
+            attempts.check(
+                functools.partial(bad_step_report.batch_records, experiment, count=2),
+                interrupted=lambda: signals.received is not None,
             )
-            if record.step and _evaluation_is_missing(experiment, workdir, int(state.step)):
-                session.completed -= 1  # a signal stopped the run before it
-            while True:
-                try:
-                    stopped_by = _train_steps(session, state)
-                    break
-                except RollbackRequired as error:
-                    rollback = error.with_traceback(None)  # its frames hold the state
-                del state  # before another one is made
-                with phases("investigate"):
-                    state = roll_back(session, rollback)
-            session.close()
+            watchdog.on_end = functools.partial(attempts.end, Exit.HUNG)
+            with attempts, process_group.peer_errors():
+                state, totals = restore_or_init(experiment, checkpoints, phases)
+                if is_lead:  # no sooner: where a run failed to start, another config may
+                    compatibility.write_config(experiment.config_dict, workdir)
+                took, step = time.monotonic() - phases.began, int(state.step)
+                print_on_lead(f"ready in {took:.1f} s; from step {step} to {experiment.num_steps}")
+                ledger = Ledger(workdir, totals, compare=same_data, active=is_lead)
+                session = TrainingSession(
+                    experiment,
+                    workdir,
+                    checkpoints,
+                    watchdog,
+                    signals,
+                    phases,
+                    ledger,
+                    lock,
+                    attempts,
+                )
+                if record.step and _evaluation_is_missing(experiment, workdir, step):
+                    session.completed -= 1  # a signal stopped the run before it
+                while True:
+                    try:
+                        stopped_by = _train_steps(session, state)
+                        break
+                    except RollbackRequired as error:
+                        rollback = error.with_traceback(None)  # its frames hold the state
+                    del state  # before another one is made
+                    with phases("investigate"):
+                        state = roll_back(session, rollback)
+                session.close()
+                if stopped_by is not None:
+                    attempts.stop_code = STOPS[stopped_by]
         if (report := goodput.read(workdir)) is not None:
             print_on_lead(str(report))
         if stopped_by is not None:
@@ -118,6 +140,7 @@ def _train_steps(session: TrainingSession, state: TrainState) -> signal.Signals 
     experiment, phases = session.experiment, session.phases
     every, num_steps = experiment.config.guard.agreement_every, experiment.num_steps
     start = int(state.step)
+    session.attempts.begin_steps()
     if start > session.completed and (stopped_by := _do_due_work(session, state, start)):
         return stopped_by
     with contextlib.closing(_batches(session, start)) as batches:

@@ -17,6 +17,7 @@ from lm.exit_codes import Exit, RunError
 from lm.optim.schedules import make_schedule
 from lm.parallel import process_group
 from lm.parallel.consensus import Consensus, Vote
+from lm.reliability.attempts import Attempts
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
@@ -92,10 +93,12 @@ class TrainingSession:
         phases: PhaseTimer,
         ledger: Ledger,
         lock: Lock,
+        attempts: Attempts,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
         self.phases, self.ledger, self.deferred = phases, ledger, DeferredMetrics()
+        self.attempts = attempts
         self.is_lead = jax.process_index() == 0
         self._watchdog, self._signals, self._lock = watchdog, signals, lock
         self._consensus, self._vote = Consensus(experiment.rules), Vote()
@@ -156,6 +159,7 @@ class TrainingSession:
         """Raises LedgerMismatch."""
         batch_tokens = self.experiment.batch_size * self.experiment.config.data.length
         self.ledger.record(result.step, result.info, batch_tokens)
+        self.attempts.end_step(result.step)
 
     def _log_values(self, step: int) -> dict[str, float]:
         peak, seen = self.experiment.config.optimizer.learning_rate, self.ledger.totals()["filled"]

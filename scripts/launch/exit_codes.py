@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lm.exit_codes import KILLED, KILLS, RESTARTED, Exit, restarts
+from lm.exit_codes import KILLED, KILLS, PAUSES, PROGRESS, RESTARTED, Exit, restarts
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- scripts/launch/exit_codes.py writes this table -->\n"
@@ -21,14 +21,22 @@ def main() -> None:
 
 
 def shell() -> str:
-    """The codes that are restarted, as bash."""
+    """The codes that are restarted, and the pauses before that, as bash."""
     codes = sorted(code for code in [*Exit, *KILLS] if restarts(code))
     return (
         "# shellcheck shell=bash\n"
         "# Written by scripts/launch/exit_codes.py from lm/exit_codes.py: the codes after which a\n"
-        "# launcher starts the run again.\n"
+        "# launcher starts the run again, the pauses before that, by the number of restarts in a\n"
+        "# row, and the seconds after which an attempt counts as progress: they start anew.\n"
         f"RESTART_CODES=({' '.join(str(int(code)) for code in codes)})\n"
+        f"PAUSES=({' '.join(map(str, PAUSES))})\nPROGRESS=${{PROGRESS:-{PROGRESS}}}\n"
         '\nrestarts() { [[ " ${RESTART_CODES[*]} " == *" $1 "* ]]; }\n'
+        "\n# The pause before restart $1 in a row: at most that of PAUSES, less up to half of it.\n"
+        "pause() {\n"
+        "  local last=$((${#PAUSES[@]} - 1)) longest\n"
+        "  longest=${PAUSES[$(($1 - 1 < last ? $1 - 1 : last))]}\n"
+        "  echo $((longest - RANDOM % (longest / 2 + 1)))\n"
+        "}\n"
     )
 
 

@@ -13,7 +13,8 @@
 #     delete        end it: the processes get SIGTERM and GRACE seconds to save
 #
 # The JobSet starts all processes again, from the last checkpoint, when one loses its node or ends
-# with a code that asks for it (docs/reliability.md; exit_codes.sh). The node pools must be there.
+# with a code that asks for it (docs/reliability.md; exit_codes.sh), MAX_RESTARTS times in all; a run
+# that fails again and again waits before it begins, and stops by itself. The node pools must be there.
 # The variables, with their defaults:
 #
 #     NAME IMAGE          of the JobSet; with this repository as its working folder
@@ -24,7 +25,7 @@
 #     NODES=1             GPU nodes; for TPUs the chips of TOPOLOGY / DEVICES_PER_NODE
 #     DEVICES_PER_NODE=   4 TPU chips, 8 GPUs
 #     GRACE=300           seconds from SIGTERM to SIGKILL
-#     MAX_RESTARTS=100
+#     MAX_RESTARTS=1000   preemptions count, too
 #     NAMESPACE=default
 set -eo pipefail
 
@@ -33,7 +34,7 @@ NAMESPACE=${NAMESPACE:-default}
 SLICES=${SLICES:-1}
 NODES=${NODES:-1}
 GRACE=${GRACE:-300}
-MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_RESTARTS=${MAX_RESTARTS:-1000}
 # shellcheck source=scripts/launch/exit_codes.sh
 source "$(dirname "$0")/exit_codes.sh"
 

@@ -6,7 +6,9 @@
 Each process gets --coordinator, --num-processes and --process-id. Ctrl-C and SIGTERM go to all of
 them; a second one kills them. When one fails, the others get --grace seconds to end by themselves.
 The exit code is that of the first that failed, before those that only lost it. After some of them
-(lm/exit_codes.py has the table) the job starts again, --max-restarts times.
+(lm/exit_codes.py has the table) the job starts again, --max-restarts times in a row, with growing,
+random pauses; an attempt of 20 minutes starts both anew. What a run itself counts, by its
+checkpoints, is in lm/reliability/attempts.py.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import random
 import re
 import signal
 import socket
@@ -29,7 +32,7 @@ from types import FrameType
 from typing import IO, Any
 
 from lm import cli
-from lm.exit_codes import Exit, restarts
+from lm.exit_codes import PROGRESS, Exit, longest_pause, restarts
 
 # The processes end so together, when each is ready: none of them keeps the others waiting for long.
 TOGETHER = (Exit.SUCCESS, Exit.INTERRUPTED, Exit.TERMINATED)
@@ -65,6 +68,7 @@ class Stop:
     def __init__(self) -> None:
         self.children: list[Child] = []
         self.received = False
+        self._event = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -74,12 +78,19 @@ class Stop:
             child.send(signal.SIGKILL if self.received else signal.Signals(number))
             child.send(signal.SIGCONT)  # a stopped process gets nothing else
         self.received = True
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, at most until a signal comes; True if one has come."""
+        return self._event.wait(seconds)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     stop = Stop()
-    for restart in range(arguments.max_restarts + 1):
+    restarted = 0  # in a row
+    while True:
+        began = time.monotonic()
         children = stop.children = _start(arguments)
         if stop.received:  # while they were started
             for child in children:
@@ -92,12 +103,18 @@ def main(argv: Sequence[str]) -> int:
         if code == 0:
             return 0
         print(f"launch: {why}", file=sys.stderr)
-        if stop.received or not restarts(code) or restart == arguments.max_restarts:
+        if time.monotonic() - began > PROGRESS:
+            restarted = 0
+        if stop.received or not restarts(code) or restarted == arguments.max_restarts:
             return code
+        restarted += 1
+        pause = longest_pause(restarted) * random.uniform(0.5, 1.0)
         print(
-            f"launch: starting again ({restart + 1} of {arguments.max_restarts})", file=sys.stderr
+            f"launch: starting again in {pause:.1f} s ({restarted} of {arguments.max_restarts})",
+            file=sys.stderr,
         )
-    raise AssertionError("the last round returns")
+        if stop.wait(pause):
+            return code
 
 
 def decisive(codes: Sequence[int]) -> int:
@@ -113,7 +130,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--devices-per-process", type=int, default=1)
-    parser.add_argument("--max-restarts", type=int, default=0, help="of the whole job")
+    parser.add_argument("--max-restarts", type=int, default=0, help="of the whole job, in a row")
     parser.add_argument("--grace", type=float, default=20.0, help="seconds")
     parser.add_argument("--log-dir", type=Path, help="also write what process I says to I.log")
     parser.add_argument("command", nargs="+", metavar="SCRIPT", help="the script and its arguments")

@@ -28,7 +28,8 @@
 #     CREATE_FLAGS=     more for the request, such as "--reserved --network=mine"
 #     SSH_FLAGS=        such as --internal-ip or --tunnel-through-iap
 #     POLL=30           seconds between looks at the state
-#     MAX_RESTARTS=100  of `train`
+#     MAX_RESTARTS=100  of `train` in a row, with growing, random pauses between them; after
+#                       PROGRESS=1200 seconds an attempt starts both anew
 #
 # gcloud wants `ssh-add ~/.ssh/google_compute_engine` first, where there are several hosts.
 set -eo pipefail # and not -u: macOS has a bash that takes an empty array for an unset variable
@@ -149,31 +150,36 @@ stop() { everywhere "$HOST stop"; }
 # ---- until it is over ----
 
 train() {
-  local restart code silent=0
+  local restart=0 all=0 code silent=0 began
   [[ " $*" =~ \ --?workdir[=\ ][a-z0-9]+:// ]] ||
     fail "--workdir=gs://BUCKET/FOLDER is needed: a folder of the hosts is deleted with them"
-  for ((restart = 0; restart <= MAX_RESTARTS; restart++)); do
+  while ((restart <= MAX_RESTARTS)); do
     there
+    began=$SECONDS
     if ! { install && start "$@"; }; then
       # Perhaps the slices went away and the state doesn't say so yet; perhaps it never will.
       ((++silent < 3)) || delete || true
+      ((++restart))
       sleep "$POLL"
       continue
     fi
     silent=0 code=0
     logs || code=$?
-    note "exit code $code after $restart restarts"
+    note "exit code $code after $((all++)) restarts"
+    ((SECONDS - began < PROGRESS)) || restart=0
+    ((++restart))
     if ((code == 0)); then
       delete && return
     elif ((code == LOST)); then
       sleep "$POLL"
     elif restarts "$code"; then
       everywhere "$HOST kill" || true # some may still run
+      sleep "$(pause "$restart")"
     else
       note "the slices are still there" && return "$code"
     fi
   done
-  fail "gave up after $MAX_RESTARTS restarts"
+  fail "gave up after $MAX_RESTARTS restarts in a row"
 }
 
 # Returns when there are slices, new ones where there were none, or dead ones.
