@@ -7,7 +7,7 @@ import pytest
 from lm.data import examples
 from lm.data.corpus import Corpus, held_out
 from lm.data.sources import Document, Skipped
-from lm.data.sources.text import TextSource
+from lm.data.sources.file_source import FileSource
 
 
 def corpus(data, **columns):
@@ -133,7 +133,7 @@ def test_packages_are_snippets_of_files_below_folders(tmp_path):
 def test_files_are_held_out_as_prepare_data_holds_them_out():
     """A model that is pretrained on the train store of the library has not seen test's files."""
     split = Corpus(data=["stdlib"], validation_fraction=0.25)
-    names = {unit.name for unit in TextSource("stdlib", {"text": "text"}).units()}
+    names = {unit.name for unit in FileSource("stdlib", {"text": "text"}).units()}
     assert {n for n in names if split.split_of(n) == "validation"} == {
         n for n in names if held_out(n, 0.25)
     }

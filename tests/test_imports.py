@@ -48,7 +48,9 @@ LATE = {
     "tensorstore",
     "tokenizers",
     "torch",
+    "trafilatura",
     "transformers",
+    "warcio",
     "zstandard",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

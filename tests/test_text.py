@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.sources import Document, Skipped, files, text
-from lm.data.sources.text import TextSource
+from lm.data.sources.file_source import FileSource
 
 TEXT = {"text": "text"}
 
 
 def _read(spec, columns=TEXT, separator=""):
-    source = TextSource(str(spec), columns, separator)
+    source = FileSource(str(spec), columns, separator)
     return [item for unit in source.units() for item in source.read(unit)]
 
 
@@ -68,7 +68,7 @@ def test_folder_counts_files_of_other_types_and_hidden_ones(tmp_path):
     for name in ("a.txt", "b.png", ".git/c.txt", ".d.txt"):
         _write(tmp_path / name, "content")
     hidden = [Skipped(".d.txt", "hidden"), Skipped(".git", "hidden")]
-    assert TextSource(str(tmp_path), TEXT).skipped_files() == hidden
+    assert FileSource(str(tmp_path), TEXT).skipped_files() == hidden
     assert _read(tmp_path) == [
         Document("a.txt", {"text": "content"}),
         Skipped("b.png", "other_file_type"),
@@ -125,7 +125,7 @@ def test_two_fields_come_from_their_columns(tmp_path):
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_separator_makes_several_documents_of_a_file(tmp_path, monkeypatch, separator, block):
-    monkeypatch.setattr(files, "_BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     file = _write(tmp_path / "a.txt", separator.join(["one", "two äö", " ", "three"]) + separator)
     items = _read(file, separator=separator)
     assert [i.reason if isinstance(i, Skipped) else i.fields["text"] for i in items] == [
@@ -150,7 +150,7 @@ def test_ranges_of_a_file_hold_each_record_once(tmp_path_factory, lines, step, b
     whole = _read(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "_RANGE", step)
-        patch.setattr(files, "_BLOCK", block)
+        patch.setattr(files, "BLOCK", block)
         ranged = _read(file)
     assert whole == ranged
     assert len(whole) == max(len(lines), 1)
@@ -172,7 +172,7 @@ def test_missing_empty_and_unknown_data_are_errors(tmp_path, spec, message):
     (tmp_path / "empty").mkdir()
     _write(tmp_path / "pictures" / "a.png", "x")
     with pytest.raises(ValueError, match=message):
-        TextSource(str(tmp_path / spec), TEXT).units()
+        FileSource(str(tmp_path / spec), TEXT).units()
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.txt.zst"])
@@ -189,7 +189,7 @@ def test_a_damaged_compressed_file_is_skipped_by_name(tmp_path, name):
 
 def test_file_changed_after_planning_is_an_error(tmp_path):
     file = _write(tmp_path / "a.txt", "before")
-    source = TextSource(str(file), TEXT)
+    source = FileSource(str(file), TEXT)
     (unit,) = source.units()
     _write(file, "afterwards")
     with pytest.raises(ValueError, match="was changed"):
@@ -197,14 +197,14 @@ def test_file_changed_after_planning_is_an_error(tmp_path):
 
 
 def test_stdlib_is_source_without_tests_and_installed_packages():
-    source = TextSource("stdlib", TEXT)
+    source = FileSource("stdlib", TEXT)
     units = source.units()
     names = {unit.name for unit in units}
     assert {"argparse.py", "asyncio/events.py"} <= names
     folders = {folder for name in names for folder in Path(name).parts[:-1]}
     assert not folders & {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     assert 5e6 < sum(unit.size for unit in units) < 20e6
-    everything = {unit.name for unit in TextSource("stdlib:all", TEXT).units()}
+    everything = {unit.name for unit in FileSource("stdlib:all", TEXT).units()}
     assert names < everything
     document = next(i for u in units if u.name == "argparse.py" for i in source.read(u))
     file = Path(sysconfig.get_path("stdlib"), "argparse.py")
@@ -261,7 +261,7 @@ def test_odd_entries_of_a_folder_are_counted_and_the_rest_is_read(tmp_path):
     (root / "linked").symlink_to(tmp_path / "outside")
     os.mkfifo(root / "pipe.txt")
     for spec in (root, root / "**" / "*.txt"):
-        source = TextSource(str(spec), TEXT)
+        source = FileSource(str(spec), TEXT)
         documents = [item.id for unit in source.units() for item in source.read(unit)]
         assert documents == ["a.txt", "linked/d.txt", "sub/b.txt", "z/c.txt"]
         reasons = {item.id: item.reason for item in source.skipped_files()}
@@ -285,7 +285,7 @@ def test_unreadable_files_and_folders_are_counted():
         (root / "closed").chmod(0)
         (root / "secret.txt").chmod(0)
         os.seteuid(65534)
-        source = TextSource(str(root), TEXT)
+        source = FileSource(str(root), TEXT)
         items = [item for unit in source.units() for item in source.read(unit)]
         assert items == [
             Document("a.txt", {"text": "a.txt"}),
@@ -307,7 +307,7 @@ def test_patterns_match_as_glob_does(tmp_path):
             if os.path.isfile(path)
         }
         listing = files.find(str(tmp_path / pattern))
-        assert {str((listing.root / n).relative_to(tmp_path)) for n in listing.names} == expected
+        assert {os.path.relpath(file.path, tmp_path) for file in listing.files} == expected
 
 
 @pytest.mark.parametrize("name", ["my texts", "[1999]", "a*b", "%41", "what?", "{0}", "~x", "a\nb"])
@@ -336,7 +336,7 @@ def test_zstandard_frames_with_long_windows_are_read(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 20])
 def test_a_separator_of_lines_is_found_where_lines_end_in_crlf(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(files, "_BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     file = _write(tmp_path / "a.txt", "one\r\n\r\ntwo\r\nlines\r\n\nthree\n\nfour\r\n")
     for separator in ("\n\n", "\r\n\r\n"):
         texts = [item.fields["text"] for item in _read(file, separator=separator)]

@@ -17,11 +17,13 @@ import tensorflow_datasets as tfds
 class Poems(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name, version="1.0.0") for name in ("short", "large")
+        tfds.core.BuilderConfig(name=name, version="1.0.0") for name in ("short", "large", "shards")
     ]
 
     def _info(self):
         features = {"poem": tfds.features.Text(), "title": tfds.features.Text(), "year": np.int64}
+        features["by"] = {"name": tfds.features.Text(), "age": np.int64}
+        features["lines"] = tfds.features.Sequence(tfds.features.Text())
         features["mood"] = tfds.features.ClassLabel(names=["sad", "glad"])
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -33,15 +35,18 @@ class Poems(tfds.core.GeneratorBasedBuilder):
             large = 4000 if self.builder_config.name == "large" else 1
             poem = b"\\xff" if i == 7 else large * f"poem {i} \\u00e4\\n".encode() * 20
             mood = -1 if i == 3 else i % 2
-            yield i, {"poem": poem, "title": f"title {i}", "year": i, "mood": mood}
+            more = {"by": {"name": f"poet {i}", "age": i}, "lines": ["first", f"second {i}"]}
+            yield i, {"poem": poem, "title": f"title {i}", "year": i, "mood": mood, **more}
 """
 RUN = """
 import sys
 import tensorflow_datasets as tfds
 from poems import Poems
 one_shard = tfds.download.DownloadConfig(num_shards=1)
+shards = tfds.download.DownloadConfig(num_shards=3)
 Poems(data_dir=sys.argv[1], config="short").download_and_prepare()
 Poems(data_dir=sys.argv[1], config="large").download_and_prepare(download_config=one_shard)
+Poems(data_dir=sys.argv[1], config="shards").download_and_prepare(download_config=shards)
 Poems(
     data_dir=sys.argv[1] + "/array", config="short", file_format="array_record"
 ).download_and_prepare()
@@ -90,12 +95,20 @@ def test_prepared_data_set_gives_its_records(data_dir):
     assert items[0].id == "poems/short/1.0.0/train@0"
 
 
-def test_units_of_any_size_give_the_same_documents_as_the_folder(data_dir, monkeypatch):
+def test_units_are_whole_shards_and_the_same_by_the_name_of_the_folder(data_dir):
     whole = _read(TfdsSource("poems/short", {"text": "poem"}, data_dir=str(data_dir)))
-    monkeypatch.setattr("lm.data.sources.tfds._UNIT_BYTES", 1500)
     source = TfdsSource(str(data_dir / "poems/short/1.0.0"), {"text": "poem"})
-    assert len(source.units()) > 5
     assert _read(source) == whole
+    folder = data_dir / "poems/shards/1.0.0"
+    units = TfdsSource(str(folder), {"text": "poem"}).units()
+    assert len(units) == len(list(folder.glob("*train*"))) == 3
+    assert sum(unit.stop - unit.start for unit in units) == 40
+
+
+def test_a_feature_is_named_by_its_path(data_dir):
+    columns = {"text": "{by.name}, {lines.1}"}
+    items = _read(TfdsSource("poems/short", columns, "test", str(data_dir)))
+    assert sorted(_poems(items)) == [f"poet {i}, second {i}" for i in range(3)]
 
 
 def test_array_records_are_read_as_well(data_dir, monkeypatch):

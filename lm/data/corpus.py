@@ -18,7 +18,7 @@ import numpy as np
 from lm.config.components import import_component
 from lm.config.fields import Range, check_value
 from lm.data.sources import Document, DocumentSource, Skipped, Unit, skipped_files
-from lm.data.sources.text import TextSource
+from lm.data.sources.file_source import FileSource
 from lm.data.sources.tfds import TfdsSource
 
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):(.*)")  # PACKAGE.MODULE:ARGUMENT
@@ -50,7 +50,8 @@ class Corpus:
 
     data: Sequence[str] = _flag(
         MISSING,
-        "a file, folder or pattern (** recurses) of .txt .md .py .jsonl .tsv, also .gz or "
+        "a file, folder or pattern (** recurses), locally or in a bucket (gs://, s3://), of "
+        ".txt .md .py .jsonl .tsv .parquet .arrow .tar (WebDataset) .warc .wet, most also .gz or "
         ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
         "tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
         "(docs/extending.md). Repeatable; the order matters where documents are "
@@ -60,8 +61,9 @@ class Corpus:
     )
     columns: dict[str, str] = _flag(
         {"text": "text"},
-        "store field and its column in jsonl or TFDS, its number in tab-separated lines, or a "
-        "template with columns in braces (default: text). Repeatable: "
+        "store field and its column: a key or a path (message.content, answers.0), its number in "
+        "tab-separated lines, or a template with columns in braces; a list of chat messages is "
+        "the text of the dialogue (default: text). Repeatable: "
         "--field='source=Translate to Chinese: {1}' --field=target=2",
         flag="--field",
         action="append",
@@ -133,7 +135,7 @@ class Corpus:
         if own and not os.path.lexists(spec):
             module = import_component(own[1], f"--data={spec}", needed=("build",))
             return module.build(own[2], self.columns)
-        return TextSource(spec, self.columns, self.separator)
+        return FileSource(spec, self.columns, self.separator)
 
     def assign(self, document: Document) -> list[tuple[str, Document]]:
         """Return the document with its split; both parts of it where `split` is "tail"."""

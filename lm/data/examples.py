@@ -16,8 +16,8 @@ from typing import NamedTuple
 from lm.data.corpus import Corpus, held_out, key_hash, read_all
 from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, Skipped
+from lm.data.sources.file_source import FileSource
 from lm.data.sources.records import from_record
-from lm.data.sources.text import TextSource
 from lm.storage.files import write_atomically
 from lm.storage.paths import expand_local_path, expand_path, printable
 
@@ -89,7 +89,7 @@ def _packages(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
 
     Files outside of packages, and the lines after a file's last whole snippet, are dropped.
     """
-    source = TextSource(spec, {"text": "text"})
+    source = FileSource(spec, {"text": "text"})
     for unit in source.units():
         package, _, rest = unit.name.partition(os.sep)
         for item in source.read(unit) if rest else ():

@@ -12,7 +12,9 @@ from lm.storage.paths import printable
 NUM_EXAMPLES = 3  # ids that are kept of each reason
 _WHOLE_FILE = ("other_file_type", "damaged_file", "unreadable", "utf_16")
 # Nothing is lost with these: they hold no text, or text that is read elsewhere.
-_NO_LOSS = {"duplicate", "empty", "white_space", "hidden", "folder_seen_before"}
+_NO_LOSS = {
+    *("duplicate", "empty", "white_space", "hidden", "folder_seen_before", "metadata", "no_page"),
+}
 
 
 @dataclass

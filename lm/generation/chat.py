@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from lm.data.sources.messages import content_text
 from lm.tokenizers.tokenizer import Tokenizer
 
 # role (system, user or assistant), and content: a text, or a list of {"type": "text", "text": ...}
@@ -151,18 +152,13 @@ def _plain(i: int, message: object) -> dict[str, str]:
         got = [*message] if isinstance(message, Mapping) else message
         raise ValueError(f"message {i} must have a role and a content, got {got}")
     role, content = message["role"], message["content"]
-    parts = [] if content is None else content if isinstance(content, list) else [content]
-    texts = []
-    for part in parts:
-        is_text = isinstance(part, Mapping) and part.get("type") == "text"
-        text = part.get("text") if is_text else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"message {i} has a part that is no text: {kind}")
-        texts.append(text)
+    try:
+        text = content_text(content)
+    except ValueError as error:
+        raise ValueError(f"message {i} {error}") from None
     if not isinstance(role, str):
         raise ValueError(f"message {i} must have a text as its role, got {role!r}")
-    return {"role": role, "content": "".join(texts)}
+    return {"role": role, "content": text}
 
 
 def _raise(message: str) -> None:

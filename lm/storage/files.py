@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import posixpath
 import uuid
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import fsspec
 import fsspec.config
@@ -21,6 +22,7 @@ import fsspec.config
 from lm.storage.paths import BUCKETS, is_url
 
 PathLike = str | os.PathLike[str]
+BLOCK = 8 << 20  # bytes of a request when a file of a bucket is read from beginning to end
 _PACKAGE = {"gs": "gcsfs", "s3": "s3fs"}
 _OPTIONS = {
     "gs": {"use_listings_cache": False},
@@ -129,6 +131,93 @@ def exists(path: PathLike) -> bool:
     fs, name = _open(path)
     with _named_errors(path):
         return fs.exists(name)
+
+
+class FileInfo(NamedTuple):
+    """The size of a file in bytes, and a text that changes when its content does."""
+
+    size: int
+    stamp: str
+
+
+def _info(found: dict[str, Any]) -> FileInfo:
+    """Return what a listing says: the stamp is a generation or hash, else the time of a change."""
+    keys = ("generation", "ETag", "etag", "mtime")
+    stamp = next(str(found[key]) for key in keys if found.get(key))
+    return FileInfo(int(found["size"]), f"{found['size']}:{stamp.strip(chr(34))}")
+
+
+def stat(path: PathLike) -> FileInfo:
+    """Return the size and stamp of a file.
+
+    Raises:
+        FileNotFoundError: no file has this name; a folder may.
+    """
+    if not is_url(path):
+        found = os.stat(path)
+        return FileInfo(found.st_size, f"{found.st_size}:{found.st_mtime_ns}")
+    fs, name = _open(path)
+    with _named_errors(path):
+        found = fs.info(name)
+        if found["type"] != "file":
+            raise FileNotFoundError(name)
+        return _info(found)
+
+
+def is_folder(path: PathLike) -> bool:
+    """Return True if there is a folder of this name: in a bucket, one with a file in it."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    fs, name = _open(path)
+    with _named_errors(path):
+        return fs.isdir(name)
+
+
+def find(folder: PathLike, depth: int | None = None) -> dict[str, FileInfo]:
+    """Return the files below a folder of a bucket by their names relative to it, sorted.
+
+    depth: the largest number of parts of a name; None: any. Raises FileNotFoundError where there is
+    no such bucket.
+    """
+    fs, name = _open(folder)
+    with _named_errors(folder):
+        found: dict[str, Any] = fs.find(name, maxdepth=depth, detail=True)  # pyright: ignore
+        if not found:  # an empty folder is none, and a missing bucket looks like one
+            fs.ls(name.partition("/")[0])
+    below = {entry.removeprefix(name).lstrip("/"): info for entry, info in found.items()}
+    kept = {entry: info for entry, info in below.items() if entry and not entry.endswith("/")}
+    return {entry: _info(info) for entry, info in sorted(kept.items())}
+
+
+class _Ranges(io.RawIOBase):
+    """A file of a bucket, of which each read is a request for a range."""
+
+    def __init__(self, path: PathLike):
+        self._path, self._at, self._size = path, 0, stat(path).size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = read_bytes(self._path, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def open_file(path: PathLike) -> io.BufferedReader:
+    """Open a file to read it, in blocks of `BLOCK` bytes where it is in a bucket; its `raw` reads
+    what it is asked for. Errors are those of `read_bytes`.
+    """
+    return io.BufferedReader(_Ranges(path), BLOCK) if is_url(path) else open(path, "rb")
 
 
 def list_names(folder: PathLike) -> list[str]:

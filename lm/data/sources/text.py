@@ -1,158 +1,82 @@
-"""Documents from text files, and from Python's own standard library.
+"""Text, JSON lines and tables: a document a file, a separated part of it, or a line.
 
-A file is one document, or several with a separator; a line of `.jsonl` or of a table (`.tsv`, or
-`.txt` where the columns are numbers) is one. Lines end at LF. Ids are paths below the folder or the
-fixed part of the pattern, with `@offset` (bytes of uncompressed text) for a record: they, and the
-split by their hash, do not depend on where the folder is. Unreadable ones are `Skipped`.
+A line of `.jsonl`, `.ndjson`, of `.json` that holds an object in its first line, or of a table
+(`.tsv`, or `.txt` where the columns are numbers) is a document. Lines end at LF. Ids are names of
+files, with `@offset` (bytes of uncompressed text) for a record. Units are ranges of bytes; a
+compressed file is one, and is streamed.
 """
 
 import codecs
-import functools
-import os
+import json
 import re
-import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
-from lm.data.sources import Document, Skipped, Unit, files
+from lm.data.sources import Document, Skipped, files
 from lm.data.sources.records import LINES, UTF16, column_names, from_bytes
-from lm.storage.paths import expand_path
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".tsv")
-# pydoc_data is one generated file of documentation, 7% of the corpus, and would be most of the
-# held-out text if it fell there; encodings are mostly generated tables that differ in a few lines,
-# so that those held out would be known from training.
-_GENERATED = {"pydoc_data", "encodings"}
-_NOT_CORPUS = frozenset({"site-packages", "dist-packages", "__pycache__"} | _GENERATED)
-_TESTS = {"test", "tests", "idle_test"}
+SUFFIXES = (".txt", ".md", ".py", *LINES)
 _RANGE = 1 << 26  # bytes; a longer .jsonl file is read in ranges, by several workers
-_WHOLE = -1
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """The files of `spec`: a file, a folder, a pattern (`**` recurses), "stdlib" or "stdlib:all".
+def form_of(suffix: str, columns: Mapping[str, str]) -> str:
+    """Return the suffix, of a table where the columns of a .txt are numbers."""
+    are_numbers = all(column.isdecimal() for column in column_names(columns))
+    return ".tsv" if suffix == ".txt" and are_numbers else suffix
 
-    columns: store field -> column or template (see `records`); files that are no tables have only
-      the field "text".
-    separator: between the documents of a file, where LF also matches CR LF; empty: a file is
-      one document.
+
+def ranges(file: files.DataFile, form: str) -> list[files.Range]:
+    if form not in LINES or file.name.endswith(files.COMPRESSED):
+        return [files.whole(file)]
+    starts = range(0, max(file.size, 1), _RANGE)
+    stops = [min(start + _RANGE, file.size) for start in starts]
+    return [files.Range(a, b, b - a) for a, b in zip(starts, stops, strict=True)]
+
+
+def read(
+    file: files.DataFile,
+    start: int,
+    stop: int,
+    form: str,
+    columns: Mapping[str, str],
+    separator: str,
+) -> Iterator[Document | Skipped]:
+    """Yield the records that begin at offsets `start` to `stop`, or the one of the file."""
+    if form not in LINES and not separator:
+        content = b"".join(files.blocks(file.path)).removeprefix(codecs.BOM_UTF8)
+        yield from_bytes(file.name, content, form, columns)
+        return
+    if form == ".json" and not _has_objects_in_lines(file.path):
+        yield Skipped(file.name, "other_file_type", detail="no JSON object in its first line")
+        return
+    empty = True
+    for offset, record in _records(file.path, "" if form in LINES else separator, start, stop):
+        empty = False
+        if not offset:
+            if record.startswith(UTF16):
+                yield Skipped(file.name, "utf_16")
+                return
+            record = record.removeprefix(codecs.BOM_UTF8)
+        record = record if form in LINES else record.strip()
+        yield from_bytes(f"{file.name}@{offset}", record, form, columns)
+    if empty and start == 0:
+        yield Skipped(file.name, "empty")
+
+
+def _has_objects_in_lines(path: str) -> bool:
+    """Return True if the first line is a JSON object, or the beginning of one as long as a block,
+    or of an encoding that is reported later; also of an empty file.
     """
-
-    spec: str
-    columns: Mapping[str, str]
-    separator: str = ""
-
-    def units(self) -> list[Unit]:
-        root, names, _ = self._files
-        units = []
-        for name in names:
-            stat = os.stat(root / name)
-            stamp = f"{stat.st_size}:{stat.st_mtime_ns}"
-            form = self._form(name)
-            if form and form not in LINES and list(self.columns) != ["text"]:
-                raise ValueError(
-                    f"{root / name}: a {form} file has only the field text, not "
-                    f"{', '.join(self.columns)}; use .jsonl for several fields, or name the "
-                    "columns of tab-separated lines by their numbers"
-                )
-            in_ranges = form in LINES and not name.endswith(files.COMPRESSED)
-            step = _RANGE if in_ranges else max(stat.st_size, 1)
-            for start in range(0, max(stat.st_size, 1), step):
-                stop = min(start + step, stat.st_size) if in_ranges else _WHOLE
-                size = min(step, stat.st_size - start)
-                units.append(Unit(name, start, stop, size, stamp))
-        return units
-
-    def skipped_files(self) -> list[Skipped]:
-        return self._files.skipped
-
-    def document_ids(self, unit: Unit) -> list[str] | None:
-        form = self._form(unit.name)
-        if not form:
-            return []
-        return None if form in LINES or self.separator else [unit.name]
-
-    def read(self, unit: Unit) -> Iterator[Document | Skipped]:
-        path = _root(self.spec) / unit.name
-        try:
-            stat = os.stat(path)
-        except FileNotFoundError:
-            stat = None
-        if stat is None or unit.stamp != f"{stat.st_size}:{stat.st_mtime_ns}":
-            raise ValueError(
-                f"{path} was changed during the preparation; start again in a new --out"
-            )
-        form = self._form(unit.name)
-        try:
-            if not form:
-                yield Skipped(unit.name, "other_file_type")
-            elif form in LINES or self.separator:
-                yield from self._read_records(path, unit, form)
-            else:
-                content = b"".join(files.blocks(path)).removeprefix(codecs.BOM_UTF8)
-                yield from_bytes(unit.name, content, form, self.columns)
-        except files.DamagedFile as error:
-            yield Skipped(unit.name, "damaged_file", detail=str(error))
-        except OSError as error:
-            yield Skipped(unit.name, "unreadable", detail=error.strerror or "")
-
-    def _read_records(self, path: Path, unit: Unit, form: str) -> Iterator[Document | Skipped]:
-        separator = "" if form in LINES else self.separator
-        empty = True
-        for offset, record in _records(path, separator, unit.start, unit.stop):
-            empty = False
-            if not offset:
-                if record.startswith(UTF16):
-                    yield Skipped(unit.name, "utf_16")
-                    return
-                record = record.removeprefix(codecs.BOM_UTF8)
-            record = record if form in LINES else record.strip()
-            yield from_bytes(f"{unit.name}@{offset}", record, form, self.columns)
-        if empty and unit.start == 0:
-            yield Skipped(unit.name, "empty")
-
-    def _form(self, name: str) -> str:
-        """Return the suffix of the file's format; "" if it is unknown."""
-        suffix = _suffix(name)
-        are_numbers = all(column.isdecimal() for column in column_names(self.columns))
-        return ".tsv" if suffix == ".txt" and are_numbers else suffix
-
-    @functools.cached_property
-    def _files(self) -> files.Listing:
-        root = _root(self.spec)
-        if self.spec in _STDLIB:
-            excluded = _NOT_CORPUS if self.spec == "stdlib:all" else _NOT_CORPUS | _TESTS
-            names = files.list_folder(root, excluded).names
-            return files.Listing(root, [name for name in names if name.endswith(".py")], [])
-        listing = files.find(self.spec)
-        unknown = [name for name in listing.names if not _suffix(name)]
-        if unknown and not os.path.isdir(expand_path(self.spec, "--data")):
-            raise ValueError(f"{listing.root / unknown[0]}: unknown file type; known are {_KNOWN}")
-        if len(unknown) == len(listing.names):
-            raise ValueError(f"data {self.spec!r}: no files; known types are {_KNOWN}")
-        return listing
+    block = next(files.blocks(path), b"").removeprefix(codecs.BOM_UTF8)
+    line, newline, _ = block.partition(b"\n")
+    if (not newline and len(block) >= files.BLOCK) or not block or block.startswith(UTF16):
+        return True
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-_STDLIB = ("stdlib", "stdlib:all")
-_KNOWN = f"{' '.join(SUFFIXES)}, and {' '.join(files.COMPRESSED)} of these"
-
-
-def _root(spec: str) -> Path:
-    """Return the folder that ids of `spec` are relative to."""
-    return Path(sysconfig.get_path("stdlib")) if spec in _STDLIB else files.resolve(spec)[0]
-
-
-def _suffix(name: str) -> str:
-    """Return the suffix of the uncompressed file, "" if it is unknown."""
-    for compressed in files.COMPRESSED:
-        name = name.removesuffix(compressed)
-    suffix = os.path.splitext(name)[1]
-    return suffix if suffix in SUFFIXES else ""
-
-
-def _records(path: Path, separator: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+def _records(path: str, separator: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, record) of the records that begin at offsets `start` to `stop`.
 
     separator: "" is a line feed, the one that ranges can have; another one matches CR LF where it
@@ -173,7 +97,7 @@ def _records(path: Path, separator: str, start: int, stop: int) -> Iterator[tupl
                 yield offset + begin, bytes(buffer[begin : match.start()])
             skip = False
             begin = match.end()
-            if stop != _WHOLE and offset + begin >= stop:
+            if stop != files.WHOLE and offset + begin >= stop:
                 return
         del buffer[:begin]
         offset += begin

@@ -1,21 +1,21 @@
 """Documents from a data set that tensorflow-datasets has prepared (imported only for `tfds:`)."""
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from lm.data.sources import Document, Skipped, Unit
-from lm.data.sources.records import column_names, from_record
+from lm.data.sources.records import column_names, from_record, stored_columns
 from lm.storage.paths import expand_path
 
 Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, whose own annotations are wrong
 
-# Shards of TFRecords have no random access: units are whole shards, cut only where they are so
-# large (TFDS's own are of 64 MiB to 1 GiB) that memory would be short.
-_UNIT_BYTES = 1 << 28
-_ARRAY_RECORD_UNIT_BYTES = 1 << 22  # with random access
+_ARRAY_RECORD_UNIT_BYTES = 1 << 22  # shards of other formats have no random access: each is a unit
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class TfdsSource:
     def units(self) -> list[Unit]:
         builder = self._builder(download=self.download)
         info = builder.info
-        missing = [name for name in column_names(self.columns) if name not in info.features]
-        if missing:
+        if stored_columns(self.columns, list(info.features)) is None:
+            names = column_names(self.columns)
+            [missing, *_] = [
+                n for n in names if stored_columns({"": n}, list(info.features)) is None
+            ]
             raise ValueError(
-                f"tfds:{self.name}: no feature {missing[0]!r}; it has {', '.join(info.features)}: "
+                f"tfds:{self.name}: no feature {missing!r}; it has {', '.join(info.features)}: "
                 "name the text with --field text=FEATURE"
             )
         units = []
@@ -67,7 +70,7 @@ class TfdsSource:
         builder = self._builder(download=False)
         labels = {
             name: feature.names
-            for name in column_names(self.columns)
+            for name in stored_columns(self.columns, list(builder.info.features)) or ()
             if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
         }
         records = iter(_records(builder, unit))
@@ -86,7 +89,7 @@ class TfdsSource:
                 yield Skipped(document_id, "no_label")  # of test sets that keep them secret
                 continue
             texts = {name: names[record[name]] for name, names in labels.items()}
-            yield from_record(document_id, {**record, **texts}, self.columns)
+            yield from_record(document_id, {**_plain(record), **texts}, self.columns)
 
     def _builder(self, *, download: bool) -> Builder:
         """Return the builder of the data set on disk; ValueError where there is none.
@@ -133,19 +136,23 @@ class TfdsSource:
 def _ranges(builder: Builder, split: str) -> list[tuple[int, int]]:
     """Return (start, stop) of every unit of a split, in records."""
     info = builder.info.splits[split]
-    count, size = info.num_examples, info.num_bytes
-    lengths, limit = info.shard_lengths, _UNIT_BYTES
+    count, lengths = info.num_examples, info.shard_lengths
     if _is_array_record(builder):
-        lengths, limit = [count], _ARRAY_RECORD_UNIT_BYTES
-    elif sum(lengths or ()) != count:  # old data sets have none
+        step = max(count * _ARRAY_RECORD_UNIT_BYTES // max(info.num_bytes, 1), 1)
+        return [(start, min(start + step, count)) for start in range(0, count, step)]
+    if sum(lengths or ()) != count:  # old data sets have none
         lengths = [count]
-    step = max(count * limit // max(size, 1), 1)
-    ranges, begin = [], 0
-    for length in lengths:
-        end = begin + length
-        ranges += [(start, min(start + step, end)) for start in range(begin, end, step)]
-        begin = end
-    return ranges
+    ends = list(itertools.accumulate(lengths))
+    return [(end - length, end) for end, length in zip(ends, lengths, strict=True) if length]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of TFDS with lists in place of arrays, also in records in records."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return value
 
 
 def _is_array_record(builder: Builder) -> bool:

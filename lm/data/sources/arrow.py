@@ -1,0 +1,172 @@
+"""Arrow's streams and files, as `datasets` of Hugging Face keeps them; ids are `name@offset.row`.
+
+Units are consecutive record batches, about 64 MB of the file. Both forms are a row of messages,
+each with its length at its beginning, so that the batches are found without reading them:
+https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
+"""
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lm.data.sources import Document, Skipped, files
+from lm.data.sources.records import from_record, stored_columns, text_columns
+from lm.storage import files as storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_BYTES = 4 << 20  # of a table, that are Python objects at one time
+_UNIT_BYTES = 1 << 26
+_MAGIC = b"ARROW1\0\0"  # of a file; a stream has none
+_CONTINUED = b"\xff\xff\xff\xff"
+
+
+@contextlib.contextmanager
+def arrow_errors() -> Iterator[None]:
+    """Raise what pyarrow raises for damaged content as `DamagedFile`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise files.DamagedFile(str(error).partition("\n")[0]) from error
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
+            raise  # of the disk or the bucket
+        raise files.DamagedFile(str(error).partition("\n")[0]) from error
+
+
+def ranges(file: files.DataFile) -> list[files.Range]:
+    """Return the offsets of the record batches of each unit; a small file is one."""
+    if file.size <= _UNIT_BYTES:
+        return [files.whole(file)]
+    with storage.open_file(file.path) as opened, arrow_errors():
+        schema, at = _read_schema(opened.raw)
+        if _has_dictionaries(schema):  # a batch is not read without those before it
+            return [files.whole(file)]
+        found, start = [], at
+        while at < file.size and (size := _message_size(opened.raw, at)):
+            at += size
+            if at - start >= _UNIT_BYTES:
+                found.append(files.Range(start, at, at - start))
+                start = at
+    return [*found, files.Range(start, at, at - start)] if at > start else found
+
+
+def read(
+    file: files.DataFile, start: int, stop: int, columns: Mapping[str, str]
+) -> Iterator[Document | Skipped]:
+    with storage.open_file(file.path) as opened, arrow_errors():
+        schema, first = _read_schema(opened)
+        wanted = stored_columns(columns, schema.names)
+        empty = True
+        for at, batch in _batches(opened, schema, start or first, stop):
+            empty = empty and not batch.num_rows
+            if wanted is None:
+                yield from missing_columns(_checked(batch), batch.num_rows, f"{file.name}@{at}.", 0)
+                continue
+            batch = _checked(batch.select(wanted))
+            step = max(batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1), 1)
+            for row in range(0, batch.num_rows, step):
+                part = batch.slice(row, step)
+                yield from batch_documents(part, f"{file.name}@{at}.", row, columns)
+        if empty and start == 0:
+            yield Skipped(file.name, "empty")
+
+
+def batch_documents(
+    batch: "pa.RecordBatch", prefix: str, row: int, columns: Mapping[str, str]
+) -> Iterator[Document | Skipped]:
+    """Yield the documents of rows, the first of which has the number `row`."""
+    try:
+        records = batch.to_pylist()
+    except UnicodeDecodeError:  # of one of them
+        if batch.num_rows == 1:
+            yield Skipped(f"{prefix}{row}", "invalid_utf8")
+            return
+        for i in range(batch.num_rows):
+            yield from batch_documents(batch.slice(i, 1), prefix, row + i, columns)
+        return
+    for i, record in enumerate(records, row):
+        yield from_record(f"{prefix}{i}", record, columns)
+
+
+def missing_columns(
+    batch: "pa.RecordBatch", num_rows: int, prefix: str, row: int
+) -> Iterator[Skipped]:
+    """Yield the rows of a table without a wanted column, which has those of its first row."""
+    found = text_columns(batch.slice(0, 1).to_pylist()[0]) if batch.num_rows else ()
+    for i in range(row, row + num_rows):
+        yield Skipped(f"{prefix}{i}", "missing_field", found)
+
+
+def _checked(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+    """Return a batch whose offsets lie inside of it, with texts as bytes, that are not decoded yet.
+
+    Arrow trusts what it reads: without the check a damaged file can end the process.
+    """
+    import pyarrow as pa
+
+    bytes_of = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    columns = [c.view(bytes_of.get(c.type, c.type)) for c in batch.columns]
+    batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+    batch.validate(full=True)
+    return batch
+
+
+def _read_schema(file: Any) -> "tuple[pa.Schema, int]":
+    """Return the schema, and the offset after its message."""
+    import pyarrow as pa
+
+    file.seek(0)
+    start = len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 0
+    file.seek(start)
+    schema = pa.ipc.read_schema(pa.ipc.read_message(file))
+    return schema, start + _message_size(file, start)
+
+
+def _has_dictionaries(schema: "pa.Schema") -> bool:
+    return "dictionary<" in str(schema)  # also inside of lists and structs
+
+
+def _message_size(file: Any, at: int) -> int:
+    """Return the bytes of the message at an offset, 0 at the end of the messages."""
+    file.seek(at)
+    head = file.read(4096) or b""
+    length = int.from_bytes(head[4:8], "little")
+    if not length:
+        return 0
+    if head[:4] != _CONTINUED:
+        raise files.DamagedFile(f"no message of Arrow at offset {at}")
+    metadata = head[8 : 8 + length] + (file.read(max(length + 8 - len(head), 0)) or b"")
+    try:  # a table of flatbuffers, whose field number 3, if it has one, is the body's length
+        table = int.from_bytes(metadata[:4], "little")
+        fields = table - struct.unpack_from("<i", metadata, table)[0]
+        num_bytes, *found = struct.unpack_from("<HHHHHH", metadata, fields)
+        field = found[4] if num_bytes > 2 * 5 else 0
+        body = struct.unpack_from("<q", metadata, table + field)[0] if field else 0
+    except struct.error as error:
+        raise files.DamagedFile(f"no message of Arrow at offset {at}") from error
+    if body < 0 or at + 8 + length + body > file.seek(0, os.SEEK_END):
+        raise files.DamagedFile(f"cut short in the message at offset {at}")
+    return 8 + length + body
+
+
+def _batches(
+    file: Any, schema: "pa.Schema", start: int, stop: int
+) -> "Iterator[tuple[int, pa.RecordBatch]]":
+    """Yield (offset, batch) from `start` to `stop`; their numbers where there are dictionaries."""
+    import pyarrow as pa
+
+    if _has_dictionaries(schema):
+        file.seek(0)
+        file.seek(len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 0)
+        yield from enumerate(pa.ipc.open_stream(file))
+        return
+    while (stop == files.WHOLE or start < stop) and (size := _message_size(file, start)):
+        file.seek(start)
+        yield start, pa.ipc.read_record_batch(pa.ipc.read_message(file), schema)
+        start += size
