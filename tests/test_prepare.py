@@ -355,17 +355,17 @@ def test_all_that_is_wrong_with_a_corpus_is_said_at_once(tmp_path):
 def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     for i in range(30):
         _write(tmp_path / "texts" / f"{i}.md", f"text {i}")
-    _write(tmp_path / "texts" / "table.parquet", b"x" * 1000)
+    _write(tmp_path / "texts" / "table.xlsx", b"x" * 1000)
     _write(tmp_path / "texts" / ".git" / "config", "x")
     (tmp_path / "texts" / "gone.md").symlink_to("nowhere")
     flags = [str(tmp_path / "texts"), "bytes", tmp_path / "out", "--validation-fraction=0.3"]
     result = run_script(*_words(*flags))
     assert result.returncode == 1 and not (tmp_path / "out").exists()
     assert "files with 83.3% of the bytes are not read: 1 other_file_type" in result.stderr
-    assert "(table.parquet)" in result.stderr and "--max-loss=0.84" in result.stderr
+    assert "(table.xlsx)" in result.stderr and "--max-loss=0.84" in result.stderr
     table = _run(*_command(*flags, "--max-loss=0.9"))
     assert "1 dangling_link, 1 hidden, 1 other_file_type" in table
-    for line in ("dangling_link: gone.md", "hidden: .git", "other_file_type: table.parquet"):
+    for line in ("dangling_link: gone.md", "hidden: .git", "other_file_type: table.xlsx"):
         assert f"  {line}\n" in table
 
 
