@@ -20,10 +20,17 @@ from lm.config import command_line
 from lm.config.suggestions import suggestion
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
+from lm.storage.files import StorageError
 from lm.storage.paths import expand_path
 
 T = TypeVar("T")
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    PermissionError,
+    FloatingPointError,
+    StorageError,
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -246,6 +253,10 @@ def _set_up() -> None:
     skip_absent_tpu()
     import jax
     from absl import logging
+
+    platforms = jax.config.values["jax_platforms"]
+    if platforms and "cpu" not in platforms.split(","):  # the host, which computes checksums
+        jax.config.update("jax_platforms", f"{platforms},cpu")
 
     faulthandler.enable()
     sys.unraisablehook = _report

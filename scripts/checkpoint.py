@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -73,6 +74,7 @@ def _find(text: str) -> Any:
 def _ls(workdir: str) -> int:
     from lm.checkpoint import step_files
     from lm.checkpoint.manifest import Damaged
+    from lm.storage import files
     from lm.telemetry import progress
 
     folders = _folders(workdir)
@@ -82,14 +84,14 @@ def _ls(workdir: str) -> int:
         try:
             manifest = step_files.read_manifest(folder)
         except Damaged as error:
-            rows.append((folder.name, "?", _size(step_files.size(folder)), "BAD", "?", str(error)))
+            rows.append((folder.name, "?", _size(files.total_size(folder)), "BAD", "?", str(error)))
             continue
         tokens, parent = manifest.ledger.get("filled"), manifest.parent
         rows.append(
             (
                 folder.name,
                 _time(manifest.time),
-                _size(step_files.size(folder)),
+                _size(files.total_size(folder)),
                 verified,
                 "-" if tokens is None else progress.format_quantity(tokens),
                 "-" if parent is None else f"{parent['workdir']}@{parent['step']}",
@@ -104,7 +106,7 @@ def _ls(workdir: str) -> int:
 
 
 def _verify(workdir: str, step: int | None) -> int:
-    from lm.checkpoint import step_files
+    from lm.checkpoint import step_files, verification
     from lm.checkpoint.manifest import Damaged
     from lm.exit_codes import Exit
 
@@ -113,55 +115,45 @@ def _verify(workdir: str, step: int | None) -> int:
         start = time.monotonic()
         try:
             manifest = step_files.read_manifest(folder)
-            step_files.verify(folder, manifest)
+            num_bytes = verification.verify(folder, manifest)
         except Damaged as fault:
             code = int(Exit.CORRUPT)
             print(f"step {folder.name}: BAD: {fault}")
             continue
-        size, seconds = _size(step_files.size(folder)), time.monotonic() - start
+        size, seconds = _size(num_bytes), time.monotonic() - start
         leaves = len(manifest.leaves)
         print(f"step {folder.name}: good; {leaves} leaves, {size} read in {seconds:.1f} s")
     return code
 
 
 def _diff(a: str, b: str) -> int:
-    from lm.checkpoint import step_files
+    from lm.checkpoint import comparison, step_files
 
     folders = [_find(a), _find(b)]
     left, right = (step_files.read_manifest(folder).leaves for folder in folders)
-    rows, equal = [("leaf", "bits", "largest", "relative")], 0
+    same_kind = {n: x for n, x in left.items() if n in right and str(right[n]) == str(x)}
+    unequal = {name: leaf for name, leaf in same_kind.items() if right[name] != leaf}
+    found = comparison.distances(folders, unequal)
+    rows = [("leaf", "bits", "largest", "relative")]
     for name in [*left, *(n for n in right if n not in left)]:
-        if name not in left or name not in right:
-            rows.append((name, f"only in {'A' if name in left else 'B'}", "", ""))
-        elif str(left[name]) != str(right[name]):
-            rows.append((name, f"{left[name]} / {right[name]}", "", ""))
-        elif left[name] == right[name]:
-            equal += 1
+        if name in found:
+            rows.append((name, "differ", f"{found[name].largest:.3g}", f"{found[name].relative:.3g}"))
+        elif name in same_kind:
             rows.append((name, "equal", "", ""))
+        elif name in left and name in right:
+            rows.append((name, f"{left[name]} / {right[name]}", "", ""))
         else:
-            values = (step_files.read_leaf(f, name, left[name]) for f in folders)
-            rows.append((name, "differ", *_distance(*values)))
+            rows.append((name, f"only in {'A' if name in left else 'B'}", "", ""))
     _print_table(rows)
+    equal = len(same_kind) - len(unequal)
     others = len(rows) - 1 - equal
     print(f"A {folders[0]}\nB {folders[1]}\n{equal} leaves are equal, {others} are not")
     return int(others > 0)
 
 
-def _distance(a: Any, b: Any) -> tuple[str, str]:
-    """(largest absolute difference, norm of the difference over the norm of `a`)."""
-    import numpy as np
-
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    norm = np.linalg.norm(a.ravel())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.linalg.norm((a - b).ravel()) / norm
-        return f"{np.max(np.abs(a - b)):.3g}", f"{relative:.3g}"
-
-
 def _show(checkpoint: str) -> int:
-    import numpy as np
-
-    from lm.checkpoint import step_files
+    from lm.checkpoint import comparison, step_files
+    from lm.storage import files
     from lm.telemetry import progress
 
     folder = _find(checkpoint)
@@ -170,23 +162,21 @@ def _show(checkpoint: str) -> int:
         ("folder", str(folder)),
         ("step", str(manifest.step)),
         ("saved", _time(manifest.time)),
-        ("size", _size(step_files.size(folder))),
+        ("size", _size(files.total_size(folder))),
         ("verified", "yes" if step_files.is_verified(folder) else "no"),
     ]
     for section in ("ledger", "code", "parent", "config"):
         rows += _flat(section, getattr(manifest, section))
     _print_table(rows)
     print()
-    table, count = [("parameter", "shape", "dtype", "norm")], 0
-    for name, leaf in manifest.leaves.items():
-        if name.startswith("params."):
-            values = step_files.read_leaf(folder, name, leaf).astype(np.float64)
-            norm = np.linalg.norm(values.ravel())
-            shape = str(list(leaf.shape))
-            table.append((name.removeprefix("params."), shape, leaf.dtype, f"{norm:.6g}"))
-            count += values.size
+    params = {n: x for n, x in manifest.leaves.items() if n.startswith("params.")}
+    table = [("parameter", "shape", "dtype", "norm")]
+    for name, distance in comparison.distances([folder], params).items():
+        shape, dtype = str(list(params[name].shape)), params[name].dtype
+        table.append((name.removeprefix("params."), shape, dtype, f"{distance.norm_of_a:.6g}"))
     _print_table(table)
-    others = len(manifest.leaves) - len(table) + 1
+    count = sum(math.prod(leaf.shape) for leaf in params.values())
+    others = len(manifest.leaves) - len(params)
     print(f"{progress.format_quantity(count)} parameters; {others} leaves of the optimizer's state")
     return 0
 

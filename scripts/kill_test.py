@@ -38,6 +38,7 @@ import numpy as np
 
 from lm import cli
 from lm.checkpoint import manifest, step_files
+from lm.checkpoint.arrays import StoredArrays
 from lm.reliability import data_ledger
 from lm.storage import files, growing
 from lm.storage.epaths import StoragePath
@@ -279,12 +280,10 @@ class KillTest:
         largest = 0.0
         folders = [StoragePath(w) / "checkpoints" / str(step) for w in self.workdirs.values()]
         manifests = [step_files.read_manifest(folder) for folder in folders]
-        for name, leaf in manifests[0].leaves.items():
+        stored = [StoredArrays(f, m.leaves) for f, m in zip(folders, manifests, strict=True)]
+        for name in manifests[0].leaves:
             if name.startswith("params."):
-                a, b = (
-                    np.asarray(step_files.open_leaf(folder, name, leaf).read().result())
-                    for folder in folders
-                )
+                a, b = (arrays.read(name) for arrays in stored)
                 largest = max(largest, float(np.abs(a - b).max() / np.abs(a).max()))
         return largest
 

@@ -24,6 +24,7 @@ def main() -> int:
     import jax
 
     from lm.checkpoint import step_files
+    from lm.storage import files
     from lm.storage.epaths import StoragePath
     from lm.training.merge_lora import merge_run
 
@@ -31,7 +32,8 @@ def main() -> int:
     sizes = []
     for folder in (args.workdir, args.out):
         directory = StoragePath(folder) / "checkpoints"
-        sizes.append(step_files.size(directory / str(step_files.steps(directory)[-1])) / 2**20)
+        newest = directory / str(step_files.steps(directory)[-1])
+        sizes.append(files.total_size(newest) / 2**20)
     print(
         f"{args.out}: checkpoint of {sizes[1]:.2f} MiB; that of the adapters, with the optimizer's "
         f"state, has {sizes[0]:.2f} MiB"

@@ -21,7 +21,8 @@ import pytest
 from environment import fake_devices
 from etils import epath
 
-from lm.checkpoint import step_files
+from lm.checkpoint import step_files, verification
+from lm.checkpoint.arrays import StoredArrays
 from lm.checkpoint.manager import Checkpoints, CorruptCheckpoint, SaveFailed
 from lm.config.schema import CheckpointConfig
 from lm.exit_codes import Exit
@@ -272,8 +273,8 @@ def test_a_folder_of_any_name_holds_its_checkpoints(name, tmp_path, capsys):
     assert capsys.readouterr().out == ""  # nothing was passed over
     folder = epath.Path(workdir) / "checkpoints" / "2"
     manifest = step_files.read_manifest(folder)
-    step_files.verify(folder, manifest)
-    w = step_files.read_leaf(folder, "params.w", manifest.leaves["params.w"])
+    verification.verify(folder, manifest)
+    w = StoredArrays(folder, manifest.leaves).read("params.w")
     np.testing.assert_array_equal(w, small(2).params["w"])
 
 
@@ -418,7 +419,7 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_of_it(three, monkey
                 allowed += 1
         for step in step_files.steps(directory):
             folder = directory / str(step)
-            step_files.verify(folder, step_files.read_manifest(folder))
+            verification.verify(folder, step_files.read_manifest(folder))
         step_files.delete_leftovers(directory)
         assert set(step_files.steps(directory)) >= {2, 3}
         shutil.rmtree(directory / "1", ignore_errors=True)
@@ -604,8 +605,18 @@ def state(step):
 abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0)
 )
+from lm.checkpoint.arrays import StoredArray
+read, read_bytes = StoredArray.read, []
+def counted(self, index=None):
+    found = read(self, index)
+    read_bytes.append(found.nbytes)
+    return found
+StoredArray.read = counted
 with Checkpoints(workdir, CheckpointConfig(keep_last=3)) as checkpoints:
-    for step in (1, 2, 3, 4):
+    checkpoints.save(state(1))
+    checkpoints.wait()
+    share = sum(read_bytes)
+    for step in (2, 3, 4):
         assert checkpoints.save(state(step))
         assert not checkpoints.save(state(step))
     checkpoints.wait()
@@ -643,12 +654,12 @@ with Checkpoints(workdir + "/slow", CheckpointConfig(keep_last=1)) as checkpoint
         if index == 1:
             checkpoints._worker.submit(go_on.wait)
         checkpoints.save(state(step_saved))
-        while not (folder / "verified-0-of-2").exists():
+        while not folder.exists():
             time.sleep(0.01)
-        time.sleep(0.3)
+        time.sleep(0.5)
         found.append(checkpoints.steps())
         multihost_utils.sync_global_devices(f"seen {step_saved}")
-        if index == 1 and step_saved == 3:  # it verifies the second largest leaf, w
+        if index == 1 and step_saved == 3:  # it verifies the last leaf, w
             for path in pathlib.Path(folder / "params").glob("ocdbt.process_1/d/*"):
                 path.unlink()
         go_on.set()
@@ -667,7 +678,7 @@ if index == 1:
 with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
     parent = ParentCheckpoint(workdir)
     stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, parent.step]
-print("RESULT", json.dumps([manifest.step, step, all(jax.tree.leaves(same)), marks, found, stale]))
+print("RESULT", json.dumps([manifest.step, step, all(jax.tree.leaves(same)), marks, found, stale, share]))
 """
 
 
@@ -702,12 +713,15 @@ def run_processes(code, workdir):
 
 def test_two_processes_verify_together_and_agree_on_what_is_bad(tmp_path):
     outputs = run_processes(PROCESS, tmp_path)
-    for out in outputs:
-        result = json.loads(out.split("RESULT", 1)[1])
+    results = [json.loads(out.split("RESULT", 1)[1]) for out in outputs]
+    assert sum(result[6] for result in results) == 32 + 8192 + 16384
+    for result in results:
         assert result[:3] == [2, 2, True]
-        assert {"verified-0-of-2", "verified-1-of-2"} <= set(result[3])
+        assert "verified-0-of-1" in result[3]
         waiting, verified, again, failed, after = result[4]
         assert result[5] == [[2], 2, 2]
+        # half of the bytes of b, w and m, and a chunk (of m) at most; both together read all
+        assert result[6] <= (32 + 8192 + 16384) / 2 + 4096
         assert (waiting, verified, again, after) == ([1, 2], [2], [2, 3], [2])
         assert "the checkpoint of step 3 doesn't read back" in failed
     assert sorted(p.name for p in (tmp_path / "bad_checkpoints").iterdir()) == ["3", "4"]

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from lm.checkpoint import step_files
+from lm.checkpoint.arrays import StoredArrays
 from lm.config import command_line, conversion
 from lm.hf.exporting import export_folder
 from lm.hf.files import open_tensors, write_tensors
@@ -51,7 +52,7 @@ def bring(tmp_path, devices):
         import_folder(str(folder), str(workdir), small_config(), devices[:1], **options)
         place = workdir / "checkpoints" / "0"
         leaves = step_files.read_manifest(place).leaves
-        return {name: step_files.read_leaf(place, name, leaf) for name, leaf in leaves.items()}
+        return {name: StoredArrays(place, leaves).read(name) for name in leaves}
 
     return make
 

@@ -73,6 +73,38 @@ def test_one_changed_element_changes_both_sums(dtype):
         assert (sums_of.host_checksums(changed) != before).all()
 
 
+def by_definition(x):
+    """The checksum of an array of 4-byte elements, element by element."""
+
+    def fmix(h):
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+
+    totals = [0, 0]
+    for index, bits in np.ndenumerate(np.asarray(x).view(np.uint32)):
+        row = int(np.ravel_multi_index(index[:-1], x.shape[:-1])) if index[:-1] else 0
+        for i, (seed, odd) in enumerate([(0x9E3779B9, 0x85EBCA77), (0x7F4A7C15, 0xC2B2AE3D)]):
+            mixed = fmix((row + seed) % 2**32) ^ (index[-1] * odd % 2**32)
+            totals[i] += fmix((int(bits) + mixed) % 2**32)
+    return [total % 2**32 for total in totals]
+
+
+@pytest.mark.parametrize("shape", [(7,), (513,), (3, 4, 5), (40, 9), (5, 65), (2, 2, 513), (9, 1)])
+def test_the_checksum_is_the_one_that_old_checkpoints_have(shape):
+    x = np.asarray(noise(shape))
+    assert sums_of.host_checksums(x).tolist() == by_definition(x)
+    assert checksums(x).tolist() == by_definition(x)
+
+
+@pytest.mark.parametrize("shape", [(1_500_007,), (1100, 1601), (700_001, 3), (3, 700, 333)])
+@pytest.mark.parametrize("offset", [0, 4, 20])
+def test_large_blocks_in_memory_of_any_alignment_have_the_checksum_of_the_device(shape, offset):
+    x = np.frombuffer(np.random.default_rng(2).bytes(4 * np.prod(shape) + offset), np.float32)
+    x = x[offset // 4 :].reshape(shape)
+    np.testing.assert_array_equal(sums_of.host_checksums(x), checksums(x))
+
+
 def test_values_that_compare_equal_but_have_other_bits_differ():
     zeros = jnp.zeros((4, 4))
     assert (checksums(zeros) != checksums(-zeros)).all()

@@ -8,9 +8,10 @@ both as they were with a probability of 2^-64.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ U = np.uint32
 FACTORS = (U(0x85EBCA6B), U(0xC2B2AE35))
 SEEDS = (U(0x9E3779B9), U(0x7F4A7C15))  # of the two sums: 64 bits of the golden ratio
 COLUMNS = (U(0x85EBCA77), U(0xC2B2AE3D))  # odd, so that columns below 2^32 stay distinct
-BLOCK = 1 << 15  # elements that a host mixes at a time, so that they stay in its cache
+PAIRS = tuple(zip(SEEDS, COLUMNS, strict=True))
+TILES = (1 << 12, 1 << 18)  # elements that a host mixes at a time, of a small and a large block
+WIDTHS = (1, 8, 64, 512)  # of a line of a tile
+ALIGNMENT = 64  # bytes
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-Word = TypeVar("Word", jax.Array, np.ndarray)
 
 
-def _fmix(h: Word) -> Word:
+def _fmix(h: jax.Array) -> jax.Array:
     """MurmurHash3's finalizer: a bijection of 32 bits, each input bit flips half of the output."""
     h = (h ^ (h >> U(16))) * FACTORS[0]
     h = (h ^ (h >> U(13))) * FACTORS[1]
@@ -57,17 +60,22 @@ def _checksum(x: jax.Array) -> jax.Array:
         stride = U(math.prod(leading[dim + 1 :]) % 2**32)
         row += jax.lax.broadcasted_iota(jnp.uint32, row.shape, dim) * stride
     column = jax.lax.iota(jnp.uint32, columns)
-    mixed = [
-        _fmix(bits + (_fmix(row + seed) ^ (column * odd)))
-        for seed, odd in zip(SEEDS, COLUMNS, strict=True)
-    ]
-    # One reduction of both: XLA's CPU compiler makes a vectorized pass of it, six times as fast as
-    # two plain sums.
+    return _sum([_mix(bits, _fmix(row + seed), column * odd) for seed, odd in PAIRS])
+
+
+def _mix(bits: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    return _fmix(bits + (row ^ column))
+
+
+def _sum(mixed: list[jax.Array]) -> jax.Array:
+    """Both sums in one reduction: XLA's CPU compiler makes a vectorized pass of it, six times as
+    fast as two plain sums.
+    """
     sums = jax.lax.reduce(
         mixed,
         [U(0), U(0)],
         lambda a, b: [a[0] + b[0], a[1] + b[1]],
-        dimensions=tuple(range(bits.ndim)),
+        dimensions=tuple(range(mixed[0].ndim)),
     )
     return jnp.stack(sums)
 
@@ -84,6 +92,9 @@ def host_checksums(
 ) -> np.ndarray:
     """The contribution of `block` to the checksum of its array, uint32 [2].
 
+    Computed by XLA on the host, beside whatever devices there are, in tiles of one shape: a few
+    small programs serve all arrays, and temporary memory is bounded.
+
     start: the block's first index in an array of `shape`; without them the block is the whole
     array. Contributions of blocks that cover an array add up (as uint32) to its `checksums`.
     """
@@ -94,37 +105,79 @@ def host_checksums(
     sums = np.zeros(2, U)
     if not block.size:
         return sums
-    bits = block.view(WORDS[block.dtype.itemsize]).reshape(-1, block.shape[-1])
-
+    bits = block.view(WORDS[block.dtype.itemsize]).reshape(-1)
+    columns = block.shape[-1]
     row = np.zeros(block.shape[:-1], U)
     for dim in range(len(shape) - 1):
         stride = math.prod(shape[dim + 1 : -1])
         at = (np.arange(block.shape[dim], dtype=np.uint64) + start[dim]) * stride % 2**32
         row += at.astype(U).reshape((-1,) + (1,) * (len(shape) - 2 - dim))
-    row = row.reshape(-1, 1)
-    column = np.arange(block.shape[-1], dtype=U) + U(start[-1])
+    row = row.reshape(-1)
 
-    wide = min(BLOCK, bits.shape[1])
-    high = BLOCK // wide
-    for i, (seed, odd) in enumerate(zip(SEEDS, COLUMNS, strict=True)):
-        rows, columns = _fmix(row + seed), column * odd
-        for r in range(0, bits.shape[0], high):
-            for c in range(0, bits.shape[1], wide):
-                h = rows[r : r + high] ^ columns[c : c + wide]
-                h += bits[r : r + high, c : c + wide]
-                sums[i : i + 1] += _fmix_in_place(h).sum(dtype=U)  # an array wraps silently
+    width = max(w for w in WIDTHS if w <= columns)
+    size = max(n for n in TILES if n == TILES[0] or n * 4 <= bits.size)
+    first_of_line = np.arange(0, size, width)
+    spare = _aligned(size, bits.dtype)
+    # XLA copies what isn't aligned, to new memory: all but the first and the last tile are
+    head = -bits.ctypes.data % ALIGNMENT // bits.itemsize
+    bounds = sorted({0, *range(head if bits.size > size else 0, bits.size, size), bits.size})
+    for offset, end in itertools.pairwise(bounds):
+        tile, count = bits[offset:end], end - offset
+        if count < size:
+            spare[:count] = tile
+            tile = spare
+        at, column = np.divmod(np.minimum(first_of_line + offset, bits.size - 1), columns)
+        lines = row[at], row[np.minimum(at + 1, row.size - 1)], column.astype(U)
+        scalars = U(start[-1]), U(columns), U(count)
+        with jax.default_device(_host_device()):
+            sums += np.asarray(_sum_of_tile(tile.reshape(-1, width), *lines, *scalars))
     return sums
 
 
-def _fmix_in_place(h: np.ndarray) -> np.ndarray:
-    """`_fmix` that allocates once: fresh memory for each step would cost more than the step."""
-    spare = np.empty_like(h)
-    for shift, factor in ((16, FACTORS[0]), (13, FACTORS[1]), (16, None)):
-        np.right_shift(h, U(shift), out=spare)
-        h ^= spare
-        if factor is not None:
-            h *= factor
-    return h
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """Memory of a tile that XLA's CPU client reads in place."""
+    memory = np.zeros(size * dtype.itemsize + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + size * dtype.itemsize].view(dtype)
+
+
+@jax.jit
+def _sum_of_tile(
+    bits: jax.Array,
+    row: jax.Array,
+    next_row: jax.Array,
+    column: jax.Array,
+    first_column: jax.Array,
+    columns: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """The sums of `count` consecutive elements of a block of `columns` columns.
+
+    bits: [lines, width], where width <= columns. row, column: [lines], the indices of a line's
+    first element in the block's rows and columns; next_row: of the row after it, where it goes on.
+    """
+    lines, width = bits.shape
+    place = jax.lax.iota(U, width)
+    at = column[:, None] + place
+    wraps = at >= columns
+    at = first_column + jnp.where(wraps, at - columns, at)
+    is_element = jax.lax.iota(U, lines)[:, None] * U(width) + place < count
+    mixed = []
+    for seed, odd in PAIRS:
+        rows = jnp.where(wraps, _fmix(next_row + seed)[:, None], _fmix(row + seed)[:, None])
+        mixed.append(jnp.where(is_element, _mix(bits.astype(U), rows, at * odd), U(0)))
+    return _sum(mixed)
+
+
+@functools.cache
+def _host_device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms} leaves the host out, which computes "
+            f"checksums: write {jax.config.jax_platforms},cpu"
+        ) from error
 
 
 def replica_mismatches(tree: Tree, shardings: Tree) -> Tree:
@@ -172,3 +225,8 @@ def replica_mismatches(tree: Tree, shardings: Tree) -> Tree:
 def hexadecimal(sums: np.ndarray) -> str:
     """16 hex digits of a checksum, uint32 [2]."""
     return "".join(f"{int(s):08x}" for s in sums)
+
+
+def from_hexadecimal(digits: str) -> np.ndarray:
+    """The checksum of which `hexadecimal` made these digits."""
+    return np.array([int(digits[:8], 16), int(digits[8:], 16)], U)

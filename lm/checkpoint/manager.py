@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -24,8 +24,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lm.checkpoint import arrays, orbax_s3, restore, step_files, verification
 from lm.checkpoint import manifest as manifests
-from lm.checkpoint import orbax_s3, restore, step_files
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.config.schema import CheckpointConfig
@@ -35,6 +35,7 @@ from lm.storage import files
 from lm.storage.epaths import StoragePath
 from lm.types import Params, PyTree, TrainState
 
+CHUNK_BYTES = 64 << 20  # of a leaf, at most: what a host reads and decodes at once
 # Errors of the file system, of TensorStore, and of a barrier that a process didn't reach.
 SAVE_ERRORS = (OSError, ValueError, TimeoutError, jax.errors.JaxRuntimeError)
 
@@ -83,9 +84,13 @@ class Checkpoints:
             return
         if self._lead and self.directory.exists():
             step_files.delete_leftovers(self.directory)
+        # Not Orbax's files of shardings and of each process's metadata, which nothing here reads:
+        # process 0 would read those of all, and each costs requests in a bucket.
+        of_arrays = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, of_arrays))
         handler = ocp.CompositeCheckpointHandler(
-            params=ocp.StandardCheckpointHandler(),
-            opt_state=ocp.StandardCheckpointHandler(),
+            params=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            opt_state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             manifest=ocp.JsonCheckpointHandler(filename=step_files.MANIFEST_FILE),
         )
         # In the background, a folder that can't be created leaves threads that wait five minutes
@@ -149,8 +154,8 @@ class Checkpoints:
             **{"parent": self.parent, **(manifest_extras or {})},
         )
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
+            params=_save_args(state.params),
+            opt_state=_save_args(state.opt_state),
             manifest=ocp.args.JsonSave(manifest.to_dict()),
         )
         try:
@@ -158,7 +163,8 @@ class Checkpoints:
         except SAVE_ERRORS as error:
             raise self._failed(step, error) from error
         orbax_is_free = threading.Event()
-        verified = self._worker.submit(self._finish, step, orbax_is_free)
+        key = process_group.background_key(f"verification of step {step}")
+        verified = self._worker.submit(self._finish, manifest, orbax_is_free, key)
         self._saves.append(_Save(step, orbax_is_free, verified))
         return True
 
@@ -183,40 +189,43 @@ class Checkpoints:
         others = [s for s in step_files.steps(self.directory) if s != step]
         failed = SaveFailed(
             f"the checkpoint of step {step} could not be saved in {self.directory}: "
-            f"{step_files.first_line(error)}; "
+            f"{arrays.first_line(error)}; "
             + (f"the last one is of step {others[-1]}" if others else "there is no other one")
         )
         failed.code = device_errors.exit_code(error) or failed.code
         return failed
 
-    def _finish(self, step: int, orbax_is_free: threading.Event) -> None:
+    def _finish(self, manifest: Manifest, orbax_is_free: threading.Event, key: str) -> None:
         """Complete and verify a save, then delete old ones; in the background."""
         try:
             self._checkpointer.wait_until_finished()
         finally:
             orbax_is_free.set()
-        folder = self.directory / str(step)
-        part, parts = jax.process_index(), jax.process_count()
         if self._config.verify:
-            try:
-                step_files.verify(folder, step_files.read_manifest(folder), part, parts)
-            except Damaged as fault:
-                self._move_aside(step)
-                raise SaveFailed(
-                    f"the checkpoint of step {step} doesn't read back: {fault}; "
-                    f"it was moved to {self._bad}"
-                ) from None
-            step_files.mark_verified(folder, part, parts)
-            while self._lead and not step_files.is_verified(folder):
-                if self._closing.wait(0.05):
-                    return
-                if not folder.exists():
-                    raise SaveFailed(
-                        f"another process found that the checkpoint of step {step} doesn't read "
-                        f"back, and moved it to {self._bad}"
-                    )
+            self._verify(manifest, key)
         if self._lead:
-            self._delete_old(step)
+            self._delete_old(manifest.step)
+
+    def _verify(self, manifest: Manifest, key: str) -> None:
+        """Read the files of a save back together with all processes; mark it, or move it aside."""
+        folder = self.directory / str(manifest.step)
+        report = verification.report(folder, manifest, jax.process_index(), jax.process_count())
+
+        def decide(reports: Iterator[str]) -> str:
+            try:
+                verification.check_reports(folder, reports)
+                step_files.mark_verified(folder)
+            except Damaged as fault:
+                moved = self._bad / self._move_aside(manifest.step)
+                return f"doesn't read back: {fault}; it was moved to {moved}"
+            except OSError as error:
+                return f"can't be read back: {error}"
+            return ""
+
+        if fault := process_group.reduce_on_lead(
+            key, report, decide, stopped=self._closing.is_set
+        ):
+            raise SaveFailed(f"the checkpoint of step {manifest.step} {fault}")
 
     def _delete_old(self, newest: int) -> None:
         """Delete what none of keep_last, keep_every and at keeps, now that `newest` is good."""
@@ -310,7 +319,7 @@ class Checkpoints:
             self.parent = manifest.parent
             marks = self._lead and not self._read_only and verify
             if marks and set(items) == set(step_files.ITEMS) and not step_files.is_verified(folder):
-                step_files.mark_verified(folder, 0, 1)
+                step_files.mark_verified(folder)
             return tree, manifest
         if step is not None:
             raise FileNotFoundError(
@@ -331,3 +340,8 @@ class Checkpoints:
         if not self._read_only:
             done = f"moved to {self._bad / self._move_aside(step)}"
         print(f"the checkpoint of step {step} is bad and was {done}: {fault}", flush=True)
+
+
+def _save_args(tree: PyTree) -> ocp.args.PyTreeSave:
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    return ocp.args.PyTreeSave(tree, save_args=chunked)

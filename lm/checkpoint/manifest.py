@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,10 @@ class Leaf:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def leaves(tree: PyTree, sums: np.ndarray | None = None) -> dict[str, Leaf]:

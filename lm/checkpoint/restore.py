@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm.checkpoint import checksums, step_files
+from lm.checkpoint import arrays, checksums, step_files
 from lm.checkpoint import manifest as manifests
+from lm.checkpoint.arrays import StoredArrays
 from lm.checkpoint.manifest import Damaged, Manifest
 from lm.checkpoint.step_files import Unreadable
 from lm.parallel import sharding
@@ -61,7 +62,7 @@ def restore(
             f"the checkpoint {folder} has other leaves than this run:\n  " + "\n  ".join(lines)
         )
     leaves, structure = jax.tree.flatten(abstract)
-    read = functools.partial(_read_leaf, folder, manifest)
+    read = functools.partial(_read_leaf, StoredArrays(folder, manifest.leaves))
 
     def read_all() -> dict[str, PyTree]:
         with concurrent.futures.ThreadPoolExecutor(NUM_READERS) as readers:
@@ -79,15 +80,13 @@ def read_manifest(folder: StoragePath) -> Manifest:
     return _together(lambda: step_files.read_manifest(folder), folder)
 
 
-def _read_leaf(
-    folder: StoragePath, manifest: Manifest, name: str, abstract: jax.ShapeDtypeStruct
-) -> jax.Array:
+def _read_leaf(stored: StoredArrays, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """A leaf in the sharding of `abstract`; each process reads the shards of its own devices.
 
     Not through Orbax, which has barriers, and which reads files beside the arrays that no checksum
     covers.
     """
-    array = step_files.open_leaf(folder, name, manifest.leaves[name])
+    array = stored.open(name)
     shape, layout = abstract.shape, abstract.sharding
     assert layout is not None
     indices = {
@@ -96,10 +95,10 @@ def _read_leaf(
         if index is not None
     }
     # replicas share one read; all reads of the leaf are under way before the first result
-    reads = {str(index): array[index].read() for index in indices.values()}
+    reads = {str(index): array.start(index) for index in indices.values()}
     shards = [
         jax.device_put(
-            np.asarray(step_files.result(reads[str(index)], name)),
+            np.asarray(arrays.result(reads[str(index)], name)),
             jax.sharding.SingleDeviceSharding(device, memory_kind=layout.memory_kind),
             may_alias=False,
         )

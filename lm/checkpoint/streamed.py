@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm.checkpoint import step_files
+from lm.checkpoint import arrays, step_files, verification
 from lm.checkpoint.checksums import hexadecimal, host_checksums
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import SaveFailed
@@ -44,7 +44,7 @@ class ParamsWriter:
         self._writing.mkdir()
         self._arrays: dict[str, ts.TensorStore] = {}
         self._sums: dict[str, np.ndarray] = {}
-        self._pending: tuple[str, step_files.Future[object]] | None = None
+        self._pending: tuple[str, arrays.Future[object]] | None = None
 
     def add(self, name: str, shape: Shape, num_stacked: int) -> None:
         """Add a float32 leaf, whose blocks are indexed by its `num_stacked` leading axes."""
@@ -62,7 +62,7 @@ class ParamsWriter:
             },
         }
         leaf = f"params.{name}"
-        self._arrays[leaf] = step_files.result(ts.open(spec, create=True), leaf)
+        self._arrays[leaf] = arrays.result(ts.open(spec, create=True), leaf)
         self._sums[leaf] = np.zeros(2, np.uint32)
 
     def write(self, name: str, index: Shape, block: np.ndarray) -> None:
@@ -77,7 +77,7 @@ class ParamsWriter:
     def _wait(self) -> None:
         if self._pending is not None:
             leaf, future = self._pending
-            step_files.result(future, leaf)
+            arrays.result(future, leaf)
             self._pending = None
 
     def commit(self, extras: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ class ParamsWriter:
         folder.mkdir()
         (folder / step_files.MANIFEST_FILE).write_text(json.dumps(manifest.to_dict()))
         try:
-            step_files.verify(self._writing, manifest)
+            verification.verify(self._writing, manifest)
         except Damaged as fault:
             message = f"what was written to {self._writing} doesn't read back: {fault}"
             raise SaveFailed(message) from None
@@ -103,4 +103,4 @@ class ParamsWriter:
             (self._folder / step_files.COMMITTED).touch()
         else:
             self._writing.rename(self._folder)
-        step_files.mark_verified(self._folder, 0, 1)
+        step_files.mark_verified(self._folder)

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -190,19 +191,23 @@ def differences(name: str, values: Mapping[int, Mapping[str, object]]) -> list[s
     return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
 
 
-def _wait_for(key: str, process: int, name: str) -> str:
-    """The value that `process` sets for `key`."""
+def _wait_for(
+    key: str, process: int, name: str, stopped: Callable[[], bool] | None = None
+) -> str:
+    """The value that `process` sets for `key`, within `_peer_timeout` or until `stopped`."""
     import jax
     from jax._src.distributed import global_state as state
 
     assert state.client is not None
-    deadline = time.monotonic() + _peer_timeout
+    deadline = time.monotonic() + (_peer_timeout if stopped is None else math.inf)
     while True:
         try:
             return state.client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if _peers is not None and (loss := _peers.loss()):
                 raise loss.error() from error
+            if stopped is not None and stopped():
+                raise PeerLost(f"process {process} had said nothing of its {name} yet") from error
             if time.monotonic() > deadline:
                 raise PeerLost(
                     f"process {process} said nothing of its {name} in {_peer_timeout:g} s"
@@ -223,6 +228,42 @@ def from_lead(name: str, make: Callable[[], T]) -> T:
     if state.process_id == 0:
         state.client.key_value_set(key, json.dumps(make()))
     return json.loads(_wait_for(key, 0, name))
+
+
+def background_key(name: str) -> str:
+    """A key for `reduce_on_lead`; all processes call it together, in their main threads."""
+    return f"lm/{next(_count)}/{name}"
+
+
+def reduce_on_lead(
+    key: str, text: str, reduce: Callable[[Iterator[str]], str], *, stopped: Callable[[], bool]
+) -> str:
+    """The result of `reduce`, which process 0 calls with the texts of all processes, in every
+    process. For threads in the background, which may neither join collectives nor hold them up.
+
+    reduce: takes the texts one at a time. stopped: called every second; True ends the waiting.
+
+    Raises:
+        PeerLost: a process died, or the waiting was stopped.
+    """
+    from jax._src.distributed import global_state as state
+
+    client, name = state.client, key.rpartition("/")[2]
+    if client is None:  # one process
+        return reduce(iter([text]))
+    if state.process_id:
+        client.key_value_set(f"{key}/{state.process_id}", text)
+        return _wait_for(f"{key}/result", 0, name, stopped)
+
+    def texts() -> Iterator[str]:
+        yield text
+        for process in range(1, state.num_processes):
+            yield _wait_for(f"{key}/{process}", process, name, stopped)
+            client.key_value_delete(f"{key}/{process}")
+
+    result = reduce(texts())
+    client.key_value_set(f"{key}/result", result)
+    return result
 
 
 def print_on_lead(text: str) -> None:

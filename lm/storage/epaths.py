@@ -5,14 +5,61 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
-from typing import Self
+from typing import IO, Any, Self
 
 os.environ["EPATH_USE_TF"] = "false"  # TensorFlow's file system knows no s3:// and no emulator
 
-from etils.epath import backend, gpath
+import fsspec
+from etils.epath import backend, gpath, stat_utils
 
 from lm.storage import files
+from lm.storage.files import PathLike
 from lm.storage.paths import is_url
+
+
+class _Bucket(type(backend.fsspec_backend)):
+    """etils' operations in a bucket by `files`: its errors are those of files, and each costs one
+    request, two at most. Folders need not be made there.
+    """
+
+    def fs(self, path: PathLike) -> fsspec.AbstractFileSystem:
+        return files.filesystem(os.fspath(path).partition("://")[0])
+
+    def exists(self, path: PathLike) -> bool:
+        return files.exists(path)
+
+    def isdir(self, path: PathLike) -> bool:
+        return bool(files.list_names(path))
+
+    def listdir(self, path: PathLike) -> list[str]:
+        return files.list_names(path)
+
+    def open(self, path: PathLike, mode: str) -> IO[Any]:
+        with files.named_errors(path):
+            return super().open(path, mode)
+
+    def mkdir(self, path: PathLike, *, exist_ok: bool = False, mode: int | None = None) -> None:
+        if not exist_ok and self.exists(path):
+            raise FileExistsError(f"{os.fspath(path)} exists")
+
+    makedirs = mkdir
+
+    def remove(self, path: PathLike) -> None:
+        files.delete_file(path)
+
+    def rmtree(self, path: PathLike) -> None:
+        files.delete(path)
+
+    def glob(self, path: PathLike) -> list[str]:
+        with files.named_errors(path):
+            return super().glob(path)
+
+    def stat(self, path: PathLike) -> stat_utils.StatResult:
+        with files.named_errors(path):
+            return super().stat(path)
+
+
+_BUCKET = _Bucket()
 
 
 class StoragePath(gpath.PosixGPath):
@@ -24,7 +71,7 @@ class StoragePath(gpath.PosixGPath):
     @property
     def _backend(self) -> backend.Backend:
         files.configure()
-        return backend.fsspec_backend if is_url(str(self)) else backend.os_backend
+        return _BUCKET if is_url(str(self)) else backend.os_backend
 
     def glob(self, pattern: str) -> Iterator[Self]:
         if is_url(str(self)):
@@ -33,19 +80,30 @@ class StoragePath(gpath.PosixGPath):
             for path in glob.glob(os.path.join(glob.escape(str(self)), pattern)):
                 yield self._new(path)
 
-    def iterdir(self) -> Iterator[Self]:
-        """Yield what is in the folder; nothing where an empty one is, which buckets do not keep."""
-        if not is_url(str(self)):
-            yield from super().iterdir()
-            return
-        for name in files.list_names(self):
-            yield self._new(self, name)
+    def read_bytes(self) -> bytes:
+        return files.read_bytes(self) if is_url(str(self)) else super().read_bytes()
 
-    def rmtree(self, missing_ok: bool = False) -> None:
-        if is_url(str(self)):
-            files.delete(self)
-        else:
-            super().rmtree(missing_ok)
+    def read_text(self, encoding: str | None = None) -> str:
+        return self.read_bytes().decode() if is_url(str(self)) else super().read_text(encoding)
+
+    def write_bytes(self, data: bytes) -> int:
+        if not is_url(str(self)):
+            return super().write_bytes(data)
+        files.write_atomically(self, data)
+        return len(data)
+
+    def write_text(
+        self, data: str, encoding: str | None = None, errors: str | None = None
+    ) -> int:
+        if not is_url(str(self)):
+            return super().write_text(data, encoding, errors)
+        return self.write_bytes(data.encode())
+
+    def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
+        if not is_url(str(self)):
+            super().touch(mode, exist_ok)
+        elif not files.create(self, b"") and not exist_ok:
+            raise FileExistsError(f"{self} exists")
 
     def resolve(self, strict: bool = False) -> Self:
         return self if is_url(str(self)) else super().resolve(strict)

@@ -24,6 +24,8 @@ from lm.storage.paths import BUCKETS, is_url
 PathLike = str | os.PathLike[str]
 BLOCK = 8 << 20  # bytes of a request when a file of a bucket is read from beginning to end
 _PACKAGE = {"gs": "gcsfs", "s3": "s3fs"}
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
+_FOUND_BUCKETS: set[str] = set()
 _OPTIONS = {
     "gs": {"use_listings_cache": False},
     "s3": {
@@ -71,7 +73,7 @@ def _open(path: PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 @contextlib.contextmanager
-def _named_errors(path: PathLike, *, writing: bool = False) -> Iterator[None]:
+def named_errors(path: PathLike) -> Iterator[None]:
     """Raise what a bucket's library raises as one of Python's errors of files, with the path."""
     name = os.fspath(path)
     if not is_url(name):
@@ -81,12 +83,13 @@ def _named_errors(path: PathLike, *, writing: bool = False) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if writing or ("bucket" in str(error) and "does not exist" in str(error)):
-            raise FileNotFoundError(f"{name}: there is no bucket {bucket}") from error
+        check_bucket(path)
         raise FileNotFoundError(f"{name} does not exist") from error
     except (FileExistsError, IsADirectoryError, NotADirectoryError):
         raise
     except Exception as error:  # each library has its own family of errors, without a common root
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
+            raise
         text = f"{type(error).__name__}: {error}".split("\n")[0]
         if _is_about_credentials(text):
             raise PermissionError(
@@ -99,6 +102,24 @@ def _named_errors(path: PathLike, *, writing: bool = False) -> Iterator[None]:
                 )
             ) from error
         raise StorageError(f"{name}: {text}") from error
+
+
+def check_bucket(path: PathLike) -> None:
+    """Raise FileNotFoundError where the bucket of a path is missing: where nothing is found, for an
+    empty bucket and a missing one look alike. A local path has none.
+    """
+    fs, name = _open(path)
+    if not is_url(path) or (bucket := name.partition("/")[0]) in _FOUND_BUCKETS:
+        return
+    try:
+        fs.ls(bucket, detail=False)
+    except FileNotFoundError:
+        url = os.fspath(path)
+        scheme = url.partition("://")[0]
+        raise FileNotFoundError(f"{url}: there is no bucket {scheme}://{bucket}") from None
+    except OSError:  # who may read some names need not be allowed to list all
+        return
+    _FOUND_BUCKETS.add(bucket)
 
 
 def _is_about_credentials(text: str) -> bool:
@@ -122,15 +143,18 @@ def read_bytes(path: PathLike, start: int | None = None, end: int | None = None)
         StorageError: it does not answer.
     """
     fs, name = _open(path)
-    with _named_errors(path):
+    with named_errors(path):
         return cast(bytes, fs.cat_file(name, start=start, end=end))
 
 
 def exists(path: PathLike) -> bool:
     """Return True if there is a file or folder of this name."""
     fs, name = _open(path)
-    with _named_errors(path):
-        return fs.exists(name)
+    with named_errors(path):
+        if found := fs.exists(name):
+            return found
+        check_bucket(path)
+    return False
 
 
 class FileInfo(NamedTuple):
@@ -221,21 +245,48 @@ def open_file(path: PathLike) -> io.BufferedReader:
 
 
 def list_names(folder: PathLike) -> list[str]:
-    """Return the names in a folder, sorted; none if there is no such folder."""
+    """Return the names in a folder, sorted; none if there is no such folder.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
     fs, name = _open(folder)
-    with _named_errors(folder):
+    with named_errors(folder):
         try:
             found = fs.ls(name, detail=False)
         except (FileNotFoundError, NotADirectoryError):
-            return []
+            found = []
+        if not found:
+            check_bucket(folder)
     return sorted({posixpath.basename(entry.rstrip("/")) for entry in found} - {""})
+
+
+def total_size(folder: PathLike) -> int:
+    """Return the bytes of all files in a folder."""
+    fs, name = _open(folder)
+    with named_errors(folder):
+        return int(fs.du(name))
 
 
 def delete(path: PathLike) -> None:
     """Delete a file, or a folder with all that is in it; nothing if there is neither."""
     fs, name = _open(path)
-    with _named_errors(path), contextlib.suppress(FileNotFoundError):
-        fs.rm(name, recursive=True)
+    with named_errors(path), contextlib.suppress(FileNotFoundError):
+        if not is_url(path):
+            fs.rm(name, recursive=True)
+        elif found := fs.find(name):  # `rm` would ask for each folder in it, too
+            fs.rm(found)
+
+
+def delete_file(path: PathLike) -> None:
+    """Delete a file, with one request in a bucket.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    fs, name = _open(path)
+    with named_errors(path):
+        fs.rm_file(name)
 
 
 def move_folder(folder: PathLike, to: PathLike) -> None:
@@ -247,7 +298,7 @@ def move_folder(folder: PathLike, to: PathLike) -> None:
         os.rename(folder, to)
         return
     (fs, name), (_, new) = _open(folder), _open(to)
-    with _named_errors(folder):
+    with named_errors(folder):
         found = fs.find(name)
         if not found:
             raise FileNotFoundError(folder)
@@ -264,7 +315,7 @@ def write_atomically(path: PathLike, content: str | bytes | memoryview) -> None:
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
         fs, name = _open(path)
-        with _named_errors(path, writing=True):
+        with named_errors(path):
             fs.pipe_file(name, bytes(data))
         return
     with _synced(os.fspath(path), data) as temporary:
@@ -279,7 +330,7 @@ def create(path: PathLike, content: str | bytes) -> bool:
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
         fs, name = _open(path)
-        with _named_errors(path, writing=True):
+        with named_errors(path):
             try:
                 fs.pipe_file(name, data, mode="create")
             except FileExistsError:
