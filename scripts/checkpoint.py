@@ -137,7 +137,9 @@ def _diff(a: str, b: str) -> int:
     rows = [("leaf", "bits", "largest", "relative")]
     for name in [*left, *(n for n in right if n not in left)]:
         if name in found:
-            rows.append((name, "differ", f"{found[name].largest:.3g}", f"{found[name].relative:.3g}"))
+            rows.append(
+                (name, "differ", f"{found[name].largest:.3g}", f"{found[name].relative:.3g}")
+            )
         elif name in same_kind:
             rows.append((name, "equal", "", ""))
         elif name in left and name in right:

@@ -678,7 +678,8 @@ if index == 1:
 with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
     parent = ParentCheckpoint(workdir)
     stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, parent.step]
-print("RESULT", json.dumps([manifest.step, step, all(jax.tree.leaves(same)), marks, found, stale, share]))
+same = all(jax.tree.leaves(same))
+print("RESULT", json.dumps([manifest.step, step, same, marks, found, stale, share]))
 """
 
 

@@ -196,7 +196,7 @@ def test_the_memory_of_a_process_that_verifies_a_huge_leaf_stays_within_the_boun
     size, max_bytes = 640 << 20, 72 << 20  # of two chunks
     noise = np.random.default_rng(0).integers(0, 2**30, 1 << 22, np.uint32).view(np.float32)
     huge = np.tile(noise, size >> 24).reshape(1024, -1)
-    for name, array in (("small", huge[:, :1 << 16]), ("huge", huge)):
+    for name, array in (("small", huge[:, : 1 << 16]), ("huge", huge)):
         save(tmp_path / name, {"w": array}, monkeypatch, 36 << 20)
     command = [sys.executable, "-c", textwrap.dedent(RESIDENT), str(max_bytes)]
     command += [str(tmp_path / "small"), str(tmp_path / "huge")]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.parallel.sharding import mesh_axes
-from lm.types import PyTree, Tree
+from lm.types import Device, PyTree, Tree
 
 U = np.uint32
 FACTORS = (U(0x85EBCA6B), U(0xC2B2AE35))
@@ -170,13 +170,14 @@ def _sum_of_tile(
 
 
 @functools.cache
-def _host_device() -> jax.Device:
+def _host_device() -> Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
+        platforms = jax.config.values["jax_platforms"]
         raise ValueError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms} leaves the host out, which computes "
-            f"checksums: write {jax.config.jax_platforms},cpu"
+            f"JAX_PLATFORMS={platforms} leaves out the host, which computes checksums: write "
+            f"{platforms},cpu"
         ) from error
 
 

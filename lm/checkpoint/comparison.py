@@ -45,14 +45,15 @@ def _distance(a: np.ndarray, b: np.ndarray | None) -> Distance:
     """The distance between two arrays, or between one and zero."""
     total = Distance()
     for start in range(0, a.size, BLOCK):
-        x, y = (
-            np.float64(0) if v is None else v.reshape(-1)[start : start + BLOCK].astype(np.float64)
-            for v in (a, b)
-        )
-        with np.errstate(invalid="ignore"):
-            difference = x - y
+        end = start + BLOCK
+        x = a.reshape(-1)[start:end].astype(np.float64)
+        difference = x
+        if b is not None:
+            with np.errstate(invalid="ignore"):
+                difference = x - b.reshape(-1)[start:end].astype(np.float64)
+        squares, squares_of_a = np.vdot(difference, difference), np.vdot(x, x)
         largest = float(np.abs(difference).max())
-        total.add(Distance(largest, float(difference @ difference), float(x @ x)))
+        total.add(Distance(largest, float(squares), float(squares_of_a)))
     return total
 
 

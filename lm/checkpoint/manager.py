@@ -222,9 +222,7 @@ class Checkpoints:
                 return f"can't be read back: {error}"
             return ""
 
-        if fault := process_group.reduce_on_lead(
-            key, report, decide, stopped=self._closing.is_set
-        ):
+        if fault := process_group.reduce_on_lead(key, report, decide, stopped=self._closing.is_set):
             raise SaveFailed(f"the checkpoint of step {manifest.step} {fault}")
 
     def _delete_old(self, newest: int) -> None:

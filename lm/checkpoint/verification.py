@@ -15,8 +15,8 @@ import numpy as np
 
 from lm.checkpoint import step_files
 from lm.checkpoint.arrays import StoredArray, StoredArrays
-from lm.checkpoint.chunk_readers import for_each
 from lm.checkpoint.checksums import from_hexadecimal, hexadecimal, host_checksums
+from lm.checkpoint.chunk_readers import for_each
 from lm.checkpoint.manifest import Damaged, Manifest, check_bits
 from lm.checkpoint.step_files import Unreadable
 from lm.storage.epaths import StoragePath

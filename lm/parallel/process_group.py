@@ -191,9 +191,7 @@ def differences(name: str, values: Mapping[int, Mapping[str, object]]) -> list[s
     return lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
 
 
-def _wait_for(
-    key: str, process: int, name: str, stopped: Callable[[], bool] | None = None
-) -> str:
+def _wait_for(key: str, process: int, name: str, stopped: Callable[[], bool] | None = None) -> str:
     """The value that `process` sets for `key`, within `_peer_timeout` or until `stopped`."""
     import jax
     from jax._src.distributed import global_state as state

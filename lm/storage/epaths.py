@@ -92,9 +92,7 @@ class StoragePath(gpath.PosixGPath):
         files.write_atomically(self, data)
         return len(data)
 
-    def write_text(
-        self, data: str, encoding: str | None = None, errors: str | None = None
-    ) -> int:
+    def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
         if not is_url(str(self)):
             return super().write_text(data, encoding, errors)
         return self.write_bytes(data.encode())

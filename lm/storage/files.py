@@ -265,7 +265,7 @@ def total_size(folder: PathLike) -> int:
     """Return the bytes of all files in a folder."""
     fs, name = _open(folder)
     with named_errors(folder):
-        return int(fs.du(name))
+        return cast(int, fs.du(name))
 
 
 def delete(path: PathLike) -> None:
