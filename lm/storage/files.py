@@ -181,7 +181,7 @@ def stat(path: PathLike) -> FileInfo:
         found = os.stat(path)
         return FileInfo(found.st_size, f"{found.st_size}:{found.st_mtime_ns}")
     fs, name = _open(path)
-    with _named_errors(path):
+    with named_errors(path):
         found = fs.info(name)
         if found["type"] != "file":
             raise FileNotFoundError(name)
@@ -193,7 +193,7 @@ def is_folder(path: PathLike) -> bool:
     if not is_url(path):
         return os.path.isdir(path)
     fs, name = _open(path)
-    with _named_errors(path):
+    with named_errors(path):
         return fs.isdir(name)
 
 
@@ -204,10 +204,10 @@ def find(folder: PathLike, depth: int | None = None) -> dict[str, FileInfo]:
     no such bucket.
     """
     fs, name = _open(folder)
-    with _named_errors(folder):
+    with named_errors(folder):
         found: dict[str, Any] = fs.find(name, maxdepth=depth, detail=True)  # pyright: ignore
         if not found:  # an empty folder is none, and a missing bucket looks like one
-            fs.ls(name.partition("/")[0])
+            check_bucket(folder)
     below = {entry.removeprefix(name).lstrip("/"): info for entry, info in found.items()}
     kept = {entry: info for entry, info in below.items() if entry and not entry.endswith("/")}
     return {entry: _info(info) for entry, info in sorted(kept.items())}
