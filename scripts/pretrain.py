@@ -60,6 +60,7 @@ def main() -> int:
     workdir = Path(expand_local_path(args.workdir or f"runs/{recipe}-{name}", "--workdir"))
     stores = Path(expand_local_path(args.stores or f"data/{name}", "--stores"))
 
+    check_config(config)
     summary_file = workdir / "summary.json"
     step(1, f"tokenizer and token store of {' '.join(corpus.data)} in {stores}")
     tokenizer = make_tokenizer(corpus, stores / "tokenizer.model", config.model.vocab_size)
@@ -118,6 +119,18 @@ def check_field(given: Sequence[str]) -> None:
             f"--field={given[0]} makes a store with the field {name}, and a text is read from the "
             f"field text: say --field=text={column or name}"
         )
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for what is wrong with a config whatever the data, before they are read."""
+    import jax
+
+    from lm.training import run_length
+    from lm.training.experiment import Experiment
+
+    experiment = Experiment(config, jax.devices())
+    if run_length.given_length(experiment.config) != "num_epochs":
+        run_length.num_steps(experiment.config, experiment.batch_size, lambda _: sys.maxsize)
 
 
 def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Tokenizer:
@@ -308,7 +321,7 @@ def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
     )
     run = f"--workdir={workdir}"
     if config.model.name == "decoder" and prompts:
-        _next("generate.py", run, f"--prompt={prompts[0]}", "--stream")
+        _next("generate.py", run, f"--prompt={prompts[0]}")
     _next("evaluate.py", run)
     deeper = f"model.num_layers={2 * config.model.num_layers}"
     _next("pretrain.py", *repeat_with(sys.argv[1:], f"{workdir}-deeper", deeper))

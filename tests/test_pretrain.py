@@ -1,6 +1,7 @@
 """`make pretrain` on a text of one's own: the commonest kinds of text, and what the end needs."""
 
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -40,6 +41,25 @@ def chinese(num_characters):
     return "\n".join(text[i : i + 40] for i in range(0, len(text), 40))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.schedule.warmup_steps": 9}, r"warmup_steps \(9\) and decay need"),
+        ({"data.batch_size": 3}, r"config.data.batch_size \(3\) must be divisible"),
+        ({"train.num_tokens": 9}, "set one of config.train.num_steps"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_the_data_are_read(
+    tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    changes = {"data.batch_size": 8, **changes}
+    done = run_script("pretrain", "--data=a.txt", *settings(**changes))
+    assert done.returncode and re.search(message, done.stderr) and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "红楼 梦.txt").write_text(chinese(12_000), encoding="utf-8")
@@ -66,11 +86,12 @@ def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path, 
     assert gzip in done.stdout
 
     flags = ["--data=红楼 梦.txt", "--workdir=runs/b"]
-    other = run_script("pretrain", *flags, *settings(**{"model.vocab_size": 512}))
+    eight = {"data.batch_size": 8}  # rows, for the devices of this process
+    other = run_script("pretrain", *flags, *settings(**eight, **{"model.vocab_size": 512}))
     assert other.returncode == 1
     assert other.stderr.startswith(f"error: data/{store.name}/tokenizer.model has 600 pieces and ")
     assert f"--stores=data/{store.name}-512" in other.stderr and other.stderr.count("\n") == 1
-    long = run_script("pretrain", *flags, "--prompt=" + "的" * 99, *settings())
+    long = run_script("pretrain", *flags, "--prompt=" + "的" * 99, *settings(**eight))
     assert long.returncode == 1 and "config.model.max_length (32) must be larger" in long.stderr
     assert not (tmp_path / "runs/b").exists()
 

@@ -5,9 +5,13 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import uuid
+import zlib
 
+import numpy as np
 import object_stores
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +19,11 @@ import pytest
 import zstandard
 
 from lm.data.corpus import Corpus
+from lm.data.prepare import prepare
 from lm.data.sources import Document, Skipped, arrow, files, parquet, text
 from lm.data.sources.file_source import FileSource
 from lm.data.sources.records import from_record
+from lm.data.tokenizer_training import training_texts
 from lm.storage import files as storage
 
 TEXTS = [f"document {i} \u00e4\n" * (i % 7 + 1) for i in range(200)]
@@ -167,6 +173,7 @@ def test_files_of_a_bucket_are_found_as_those_of_a_folder(folder, tmp_path):
     folder += "/here"
     for name in names:
         storage.write_atomically(f"{folder}/{name}", name)
+        storage.write_atomically(f"{folder}after/{name}", name)
         storage.write_atomically(str(tmp_path / "there" / name), name)
     specs = (
         "",
@@ -192,7 +199,7 @@ def test_files_of_a_bucket_are_found_as_those_of_a_folder(folder, tmp_path):
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_bucket_that_is_not_there_is_one_error(buckets, scheme):
     for spec in ("", "/a.txt", "/*.txt"):
-        with pytest.raises(OSError, match=f"{scheme}://nobody-has-it"):
+        with pytest.raises(OSError, match=f"no bucket {scheme}://nobody-has-it"):
             FileSource(f"{scheme}://nobody-has-it{spec}", {"text": "text"}).units()
 
 
@@ -391,6 +398,34 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package
         FileSource(str(tmp_path / name), {"text": "text"}).units()
 
 
+def test_the_columns_that_records_have_begin_with_the_longest_text(tmp_path):
+    record = {"id": 3, "key": "x1", "by": {"name": "me"}, "body": "a long text", "scores": [1, 2]}
+    item = from_record("a", record, {"text": "text"})
+    assert item == Skipped("a", "missing_field", ("body", "key", "by.name"))
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match=r"body, key, by\.name and not text: say --field=text=body"
+    ):
+        list(training_texts(Corpus(data=[str(tmp_path)]), sample_bytes=1000))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_corpus_in_a_bucket_makes_the_stores_of_a_local_one(buckets, tmp_path, scheme):
+    folder = f"{scheme}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    names = ("a.jsonl.gz", "a.parquet", "stream.arrow", "a.tar")
+    for name in names:
+        for place in (folder, tmp_path / "data"):
+            storage.write_atomically(f"{place}/{name}", EVERY_KIND[name]())
+    found = []
+    for i, place in enumerate((tmp_path / "data", folder)):
+        corpus = Corpus(data=[f"{place}/{name}" for name in names], columns={"text": "{text}"})
+        prepare(corpus, tokenizer="bytes", out=tmp_path / str(i), num_workers=1)
+        paths = [p for p in sorted((tmp_path / str(i)).rglob("*")) if p.is_file()]
+        files = {p.relative_to(tmp_path / str(i)): p.read_bytes() for p in paths}
+        found.append({path: data for path, data in files.items() if path.suffix != ".json"})
+    assert found[0] == found[1] and len(found[0]) > 6
+
+
 def test_json_that_is_no_lines_is_another_type_of_file(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_RANGE", 100)
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
@@ -411,6 +446,45 @@ def test_a_compressed_file_is_streamed(tmp_path):
     documents = source.read(unit)
     assert sum(len(next(documents).fields["text"]) for _ in range(1000)) == 1_000_000
     documents.close()
+
+
+MEMORY = """
+import sys
+from lm.data.sources.file_source import FileSource
+source = FileSource(sys.argv[1], {"text": "text"})
+print(sum(len(item.fields["text"]) for unit in source.units() for item in source.read(unit)))
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.tar.gz"])
+def test_memory_does_not_grow_with_a_file(tmp_path, name):
+    """800 MB of text; of Parquet in one row group."""
+    texts = [np.random.default_rng(i).bytes(4000).hex() for i in range(1000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    with open(tmp_path / name, "wb") as file:
+        if name == "a.parquet":
+            whole = pa.concat_tables([pa.table({"text": texts})] * 100)
+            pq.write_table(whole, file, use_dictionary=False, row_group_size=len(whole))
+        elif name == "a.arrow":
+            table = pa.table({"text": texts})
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                for _ in range(100):
+                    writer.write_table(table, max_chunksize=100)
+        elif name == "a.tar.gz":
+            compressor = zlib.compressobj(0, wbits=31)
+            for i in range(100):
+                members = [(f"{i}/{j}.txt", text.encode()) for j, text in enumerate(texts)]
+                file.write(compressor.compress(tar_bytes(members)[: len(texts) * (8192 + 512)]))
+            file.write(compressor.compress(bytes(1024)) + compressor.flush())
+        else:
+            block = (gzip if name.endswith("gz") else zstandard).compress(lines)
+            file.write(block * 100)
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    length, megabytes = map(int, done.stdout.split())
+    assert length == 800_000_000 and megabytes < 200
 
 
 def test_sources_of_a_corpus_take_every_kind(tmp_path):

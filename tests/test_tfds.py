@@ -1,13 +1,16 @@
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import object_stores
 import pytest
 
-from lm.data.sources import Document, Skipped
+from lm.data.sources import Document, Skipped, tfds
 from lm.data.sources.tfds import TfdsSource
+from lm.storage import files as storage
 
 BUILDER = """
 import numpy as np
@@ -103,6 +106,24 @@ def test_units_are_whole_shards_and_the_same_by_the_name_of_the_folder(data_dir)
     units = TfdsSource(str(folder), {"text": "poem"}).units()
     assert len(units) == len(list(folder.glob("*train*"))) == 3
     assert sum(unit.stop - unit.start for unit in units) == 40
+
+
+@pytest.mark.parametrize("folder", ["poems/shards", "array/poems/short"])
+def test_a_data_set_in_a_bucket_gives_what_it_gives_on_disk(data_dir, monkeypatch, folder):
+    columns = {"text": "{mood}: {poem}"}
+    local = TfdsSource(str(data_dir / folder / "1.0.0"), columns)
+    with object_stores.emulators() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        storage.filesystem.cache_clear()
+        there = f"gs://{object_stores.BUCKET}/{folder}"
+        for file in (data_dir / folder / "1.0.0").iterdir():
+            storage.write_atomically(f"{there}/{file.name}", file.read_bytes())
+        source = TfdsSource(there, columns)
+        assert _read(source) == _read(local)
+        copied = os.listdir(tfds._description_on_disk(there).name)
+        assert "dataset_info.json" in copied and not [n for n in copied if "-of-" in n]
+    storage.filesystem.cache_clear()
 
 
 def test_a_feature_is_named_by_its_path(data_dir):

@@ -18,7 +18,7 @@ from lm.data.skip_report import SkipReport
 from lm.data.sources import Document, Skipped
 from lm.data.sources.file_source import FileSource
 from lm.data.sources.records import from_record
-from lm.storage.files import write_atomically
+from lm.storage.files import read_bytes, write_atomically
 from lm.storage.paths import expand_local_path, expand_path, printable
 
 SNIPPET_LINES = 30
@@ -60,15 +60,15 @@ def _squad(spec: str, columns: Mapping[str, str]) -> Iterator[Example]:
     The key is the number of the paragraph in the file, so that translations of a file, question by
     question, are split alike.
     """
-    path = Path(expand_path(spec, "--data"))
+    path = expand_path(spec, "--data")
     try:
-        articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
+        articles = json.loads(read_bytes(path).decode("utf-8-sig"))["data"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no file of SQuAD's form ({error})") from None
     for a, article in enumerate(articles):
         for p, paragraph in enumerate(article.get("paragraphs", ())):
             for q, question in enumerate(paragraph.get("qas", ())):
-                name = f"{path.name}@{question.get('id', f'{a}/{p}/{q}')}"
+                name = f"{os.path.basename(path)}@{question.get('id', f'{a}/{p}/{q}')}"
                 try:
                     answers = dict.fromkeys(answer["text"] for answer in question["answers"])
                     record = {

@@ -14,7 +14,7 @@ of the dialogue (see `messages`).
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm.data.sources import Document, Skipped
@@ -56,14 +56,20 @@ def value_at(record: object, path: str) -> Any:
 
 
 def text_columns(record: object) -> tuple[str, ...]:
-    """Return the columns of a record that hold a text or a dialogue, also inside objects."""
-    found = []
+    """Return the columns of a record that hold a text or a dialogue, the longest ones first."""
+    found = list(_text_columns(record, ""))
+    return tuple(name for name, _ in sorted(found, key=lambda column: -column[1]))
+
+
+def _text_columns(record: object, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield (column, length), also of those in objects."""
     for name, value in record.items() if isinstance(record, dict) else ():
-        if isinstance(value, dict):
-            found += [f"{name}.{inner}" for inner in text_columns(value)]
-        elif isinstance(value, str | bytes) or is_dialogue(value):
-            found.append(str(name))
-    return tuple(found)
+        if isinstance(value, str | bytes):
+            yield f"{prefix}{name}", len(value)
+        elif is_dialogue(value):
+            yield f"{prefix}{name}", sum(len(str(message["content"])) for message in value)
+        else:
+            yield from _text_columns(value, f"{prefix}{name}.")
 
 
 def from_bytes(

@@ -1,21 +1,29 @@
 """Documents from a data set that tensorflow-datasets has prepared (imported only for `tfds:`)."""
 
+import contextlib
+import functools
 import importlib.util
 import itertools
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lm.data.sources import Document, Skipped, Unit
 from lm.data.sources.records import column_names, from_record, stored_columns
-from lm.storage.paths import expand_path
+from lm.storage import files as storage
+from lm.storage.paths import expand_path, is_url
 
 Builder: TypeAlias = Any  # tfds.core.DatasetBuilder, whose own annotations are wrong
 
 _ARRAY_RECORD_UNIT_BYTES = 1 << 22  # shards of other formats have no random access: each is a unit
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,8 @@ class TfdsSource:
     """The records of splits of a data set, in the order of its files; class labels by their names.
 
     name: "name", "name/config" or "name/config:version" below `data_dir` (TFDS's own folder if
-    None), or the path of a prepared data set. split: names joined by "+". download: download and
-    prepare what is not on disk yet.
+    None), or the path of a prepared data set, also in a bucket. split: names joined by "+".
+    download: download and prepare what is not on disk yet.
     """
 
     name: str
@@ -56,7 +64,7 @@ class TfdsSource:
             stamp, name = f"{count}:{size}", f"{info.full_name}/{split}"
             units += [
                 Unit(name, start, stop, size * (stop - start) // count, stamp)
-                for start, stop in _ranges(builder, split)
+                for start, stop in _ranges(builder, split, shards=is_url(self.name))
             ]
         return units
 
@@ -73,23 +81,28 @@ class TfdsSource:
             for name in stored_columns(self.columns, list(builder.info.features)) or ()
             if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
         }
-        records = iter(_records(builder, unit))
-        for i in range(unit.start, unit.stop):
-            document_id = f"{unit.name}@{i}"
-            try:
-                record = next(records)
-            except (RuntimeError, tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-                yield Skipped(document_id, "damaged_file", detail=_first_line(error))
-                if isinstance(error, RuntimeError):  # of ArrayRecord: others can be read
+        with _shards_on_disk(self.name, builder, unit):
+            records = iter(_records(builder, unit))
+            for i in range(unit.start, unit.stop):
+                document_id = f"{unit.name}@{i}"
+                try:
+                    record = next(records)
+                except (
+                    RuntimeError,
+                    tf.errors.DataLossError,
+                    tf.errors.InvalidArgumentError,
+                ) as error:
+                    yield Skipped(document_id, "damaged_file", detail=_first_line(error))
+                    if isinstance(error, RuntimeError):  # of ArrayRecord: others can be read
+                        continue
+                    for j in range(i + 1, unit.stop):  # nothing after it can be found in the shard
+                        yield Skipped(f"{unit.name}@{j}", "damaged_file")
+                    return
+                if any(record[name] < 0 for name in labels):
+                    yield Skipped(document_id, "no_label")  # of test sets that keep them secret
                     continue
-                for j in range(i + 1, unit.stop):  # nothing after it can be found in the shard
-                    yield Skipped(f"{unit.name}@{j}", "damaged_file")
-                return
-            if any(record[name] < 0 for name in labels):
-                yield Skipped(document_id, "no_label")  # of test sets that keep them secret
-                continue
-            texts = {name: names[record[name]] for name, names in labels.items()}
-            yield from_record(document_id, {**_plain(record), **texts}, self.columns)
+                texts = {name: names[record[name]] for name, names in labels.items()}
+                yield from_record(document_id, {**_plain(record), **texts}, self.columns)
 
     def _builder(self, *, download: bool) -> Builder:
         """Return the builder of the data set on disk; ValueError where there is none.
@@ -102,6 +115,8 @@ class TfdsSource:
 
         name = expand_path(self.name, "--data=tfds:")
         data_dir = self.data_dir and expand_path(self.data_dir, "--tfds-data-dir")
+        if is_url(name):
+            name = _description_on_disk(name).name
         if os.path.isdir(name):
             try:
                 return tfds.builder_from_directory(name)
@@ -133,17 +148,51 @@ class TfdsSource:
             ) from error
 
 
-def _ranges(builder: Builder, split: str) -> list[tuple[int, int]]:
-    """Return (start, stop) of every unit of a split, in records."""
+def _ranges(builder: Builder, split: str, *, shards: bool) -> list[tuple[int, int]]:
+    """Return (start, stop) of every unit of a split, in records; shards: never parts of one."""
     info = builder.info.splits[split]
     count, lengths = info.num_examples, info.shard_lengths
-    if _is_array_record(builder):
+    if _is_array_record(builder) and not shards:
         step = max(count * _ARRAY_RECORD_UNIT_BYTES // max(info.num_bytes, 1), 1)
         return [(start, min(start + step, count)) for start in range(0, count, step)]
     if sum(lengths or ()) != count:  # old data sets have none
         lengths = [count]
     ends = list(itertools.accumulate(lengths))
     return [(end - length, end) for end, length in zip(ends, lengths, strict=True) if length]
+
+
+@functools.cache
+def _description_on_disk(folder: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with what is in one of a bucket but the shards, which TFDS itself reads from
+    buckets only by TensorFlow's own client, or not at all.
+    """
+    copy = tempfile.TemporaryDirectory(prefix="tfds-")
+    for name in storage.find(folder, depth=1):
+        if not _SHARD.search(name):
+            storage.write_atomically(f"{copy.name}/{name}", storage.read_bytes(f"{folder}/{name}"))
+    return copy
+
+
+@contextlib.contextmanager
+def _shards_on_disk(name: str, builder: Builder, unit: Unit) -> Iterator[None]:
+    """Copy the shards of a unit from a bucket, as long as they are read."""
+    if not is_url(name):
+        yield
+        return
+    of_unit = builder.info.splits[f"{_split(unit)}[{unit.start}:{unit.stop}]"]
+    paths = [Path(found.filename) for found in of_unit.file_instructions]
+    try:
+        for path in paths:
+            with storage.open_file(f"{name}/{path.name}") as shard, open(path, "wb") as copy:
+                shutil.copyfileobj(shard, copy, storage.BLOCK)
+        yield
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _split(unit: Unit) -> str:
+    return unit.name.rpartition("/")[2]
 
 
 def _plain(value: Any) -> Any:
@@ -177,12 +226,12 @@ def _records(builder: Builder, unit: Unit) -> Iterable[Mapping[str, Any]]:
     """Return the records of a unit, in the order of the files."""
     import tensorflow_datasets as tfds
 
-    split = unit.name.rpartition("/")[2]
+    split = f"{_split(unit)}[{unit.start}:{unit.stop}]"
     if _is_array_record(builder):
         source = builder.as_data_source(split=split)
-        return map(source.__getitem__, range(unit.start, unit.stop))
+        return map(source.__getitem__, range(len(source)))
     dataset = builder.as_dataset(
-        split=f"{split}[{unit.start}:{unit.stop}]",
+        split=split,
         shuffle_files=False,
         read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
     )
