@@ -82,8 +82,8 @@ def targets_of_spans(length: int) -> int:
 def classes(path: str) -> dict[str, tuple[str, ...]]:
     """The fields of classification's config: the targets that a store has, a character for each."""
     store = TokenStore.open(path, field=FIELDS[1])
-    tokenizer, ends = store.tokenizer(), store.offsets.tolist()
-    ids = {store.tokens(a, b - 1).tobytes() for a, b in itertools.pairwise(ends)}
+    tokenizer = store.tokenizer()
+    ids = {store.document(i)[:-1].tobytes() for i in range(store.num_documents)}
     labels = sorted(tokenizer.decode(np.frombuffer(x, np.int32)) for x in ids)
     single = (chr(i) for i in range(33, 2**16) if len(tokenizer.encode(chr(i))) == 1)
     return {"labels": tuple(labels), "verbalizers": tuple(itertools.islice(single, len(labels)))}

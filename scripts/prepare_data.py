@@ -18,6 +18,7 @@ import time
 
 from lm import cli
 from lm.data import corpus, prepare
+from lm.data.bins import Packing
 from lm.storage.paths import expand_path, printable
 
 
@@ -35,9 +36,25 @@ def main() -> None:
         help="bytes, a SentencePiece .model (scripts/train_tokenizer.py), or a Hugging Face "
         "tokenizer.json",
     )
-    parser.add_argument("--out", required=True, help="folder of the stores")
+    parser.add_argument("--out", required=True, help="folder of the stores; gs:// and s3://, too")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="default: 0/1")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument(
+        "--rows",
+        action="append",
+        type=cli.list_of(int),
+        default=[],
+        metavar="LENGTH[,LENGTH]",
+        help="store the plan of data.packing=best_fit for rows of so many tokens, else made at the "
+        "first use; of several fields, which are then in the order of the objective: one "
+        "length for all of them, or each one's own. Repeatable",
+    )
+    parser.add_argument(
+        "--too-long",
+        choices=("error", "cut", "drop"),
+        default="error",
+        help="data.too_long of the plans of --rows (default: error)",
+    )
     parser.add_argument("--folds", type=int, default=1, help="pairs of stores, for all documents")
     flags = parser.parse_args()
     try:
@@ -48,7 +65,7 @@ def main() -> None:
             for i in range(flags.folds):
                 fold = dataclasses.replace(whole, fold=(i, flags.folds))
                 _prepare(fold, os.path.join(expand_path(flags.out, "--out"), str(i)), flags)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"prepare_data: {error}")
     except KeyboardInterrupt:
         sys.exit("prepare_data: interrupted; the same command goes on from here")
@@ -62,6 +79,10 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
         out=out,
         shard=flags.shard,
         num_workers=flags.workers,
+        packings=[
+            Packing(tuple(documents.columns), tuple(lengths), flags.too_long)
+            for lengths in flags.rows
+        ],
     )
     if result.manifests:
         done = (

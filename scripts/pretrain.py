@@ -378,11 +378,8 @@ def export_family(model: Any) -> tuple[str, str]:
 def held_out_text(store: Path) -> bytes:
     """The documents of a store, one after the other, as the bytes that they were made of."""
     tokens = TokenStore.open(str(store))
-    tokenizer, ends = tokens.tokenizer(), tokens.offsets
-    return b"".join(
-        tokenizer.decode_bytes(tokens.tokens(int(ends[i]), int(ends[i + 1])))
-        for i in range(tokens.num_documents)
-    )
+    tokenizer, documents = tokens.tokenizer(), range(tokens.num_documents)
+    return b"".join(tokenizer.decode_bytes(tokens.document(i)) for i in documents)
 
 
 if __name__ == "__main__":

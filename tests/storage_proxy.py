@@ -143,6 +143,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if key and now and query.get("ifGenerationNotMatch") == str(now):
             return 304, [], b""
         status, answered, content = proxy.forward(self.command, self.path, headers, body)
+        if status == 206 and not content:  # a range behind the end, as the real services answer it
+            status, answered = 416, []
         if found and status < 300:
             self._remember(key, content)
         answered = [(k, v.replace(f"http://{proxy.target.netloc}", proxy.url)) for k, v in answered]

@@ -7,10 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import object_stores
 import pytest
 
 from lm.checkpoint import step_files
+from lm.data import packing
+from lm.data.bins import Packing
+from lm.data.corpus import Corpus
+from lm.data.prepare import prepare
+from lm.data.sources.tokens import TokenStore
+from lm.data.tokenizer_training import train_tokenizer
 from lm.reliability import data_ledger
 from lm.storage import files
 from lm.storage.epaths import StoragePath
@@ -97,6 +104,29 @@ def test_a_run_in_a_bucket_that_is_killed_ends_with_the_bits_of_a_local_one(buck
     losses = [[r["loss"] for r in metrics.read(w)] for w in (workdir, local)]
     assert losses[0] == losses[1]
     assert files.list_names(f"{workdir}/lock") == ["00000002"]
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_stores_and_tokenizers_in_a_bucket_are_those_of_a_disk(buckets, tmp_path, scheme):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"document {i % 35}\n" * (50 + i))
+    corpus, options = Corpus([f"{tmp_path}/*.txt"], validation_fraction=0.2), {"num_workers": 1}
+    options["packings"] = [Packing(("text",), (64,))]
+    rows = []
+    for out in (str(tmp_path / "out"), f"{scheme}://{object_stores.BUCKET}/data"):
+        tokenizer = f"{out}/tokenizer.model"
+        sizes = {"vocab_size": 300, "sample_bytes": 10**6}
+        choices = {"model_type": "bpe", "piece_span": "line", "split_digits": False}
+        train_tokenizer(corpus, out=tokenizer, **sizes, **choices)
+        prepared = prepare(corpus, tokenizer=tokenizer, out=out, **options)
+        assert not [n for n in files.list_names(out) if n.startswith(("parts-", ".writable"))]
+        store = TokenStore.open(f"{out}/train")
+        store.verify()
+        packed = packing.best_fit(store, 64)
+        found = [source.read(np.arange(20)).ids for source in (packing.split(store, 50), packed)]
+        content = [prepared.manifests[split]["content_hash"] for split in corpus.splits]
+        rows.append([content, *(ids.tolist() for ids in found), packed.documents(np.arange(20))])
+    assert rows[0] == rows[1]
 
 
 def test_a_missing_bucket_ends_a_run_before_it_compiles(buckets, make_config, devices):

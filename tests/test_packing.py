@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data import packing
+from lm.data.bins import assign_bins, plan_chunks
 from lm.data.sources import Document
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
@@ -158,7 +159,7 @@ def test_a_row_that_does_not_exist_is_an_error(pack, row, tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_best_fit_never_cuts_a_document_that_fits(lengths, length):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    row_offsets, starts, stops = packing.plan(offsets, length)
+    row_offsets, starts, stops = plan_chunks(offsets, length)
     assert (np.add.reduceat(stops - starts, row_offsets[:-1]) <= length).all()
     pieces = sorted(zip(starts.tolist(), stops.tolist(), strict=True))
     expected = [
@@ -185,14 +186,14 @@ def best_fit_decreasing(lengths, capacity):
 @settings(max_examples=150, deadline=None)
 def test_bins_are_those_of_best_fit_decreasing(data, capacity):
     lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80))
-    bins = packing.assign_bins(np.array(lengths), capacity)
+    bins = assign_bins(np.array(lengths), capacity)
     filled = np.bincount(bins, weights=lengths).astype(int)
     assert sorted((capacity - filled).tolist()) == best_fit_decreasing(lengths, capacity)
 
 
 def test_best_fit_wastes_less_than_one_percent_of_typical_documents():
     lengths = np.random.default_rng(0).lognormal(6, 1.3, 100_000).astype(np.int64) + 1
-    row_offsets, _, _ = packing.plan(np.concatenate([[0], np.cumsum(lengths)]), 2048)
+    row_offsets, _, _ = plan_chunks(np.concatenate([[0], np.cumsum(lengths)]), 2048)
     assert lengths.sum() / (2048 * (len(row_offsets) - 1)) > 0.99
 
 
@@ -231,7 +232,7 @@ def test_several_processes_share_a_cache(tmp_path):
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(set(outputs)) == 1
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".npy"]
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".bin"]
 
 
 def test_a_cache_that_cannot_be_written_says_which_key_to_set(tmp_path):

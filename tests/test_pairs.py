@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lm.config.schema import DataConfig
 from lm.data import pairs, pipeline
+from lm.data.bins import assign_bins_with_capacities
 from lm.data.sources import Document, RowLayout
 from lm.data.sources.token_writer import write_store
 from lm.data.sources.tokens import TokenStore
@@ -103,7 +104,7 @@ def test_a_row_does_not_depend_on_the_rows_read_with_it(many):
 def test_no_bin_holds_more_than_its_lanes_and_none_is_opened_in_vain(data, lanes):
     item = st.tuples(st.integers(1, lanes[0]), st.integers(1, lanes[1]))
     lengths = np.array(data.draw(st.lists(item, min_size=1, max_size=50)))
-    bins = pairs.assign_bins_with_capacities(lengths, lanes)
+    bins = assign_bins_with_capacities(lengths, lanes)
     used = np.stack([np.bincount(bins, weights=lengths[:, f]) for f in (0, 1)], 1)
     assert (used[np.unique(bins)] > 0).all() and (used <= lanes).all()
     assert sorted(np.unique(bins)) == list(range(bins.max() + 1))
@@ -116,7 +117,7 @@ def test_typical_pairs_waste_less_than_five_percent_of_the_tighter_part():
     rng = np.random.default_rng(0)
     source = np.clip(rng.lognormal(3, 0.6, 50_000), 2, 256).astype(int)
     target = np.clip(source * rng.lognormal(0, 0.2, 50_000), 2, 256).astype(int)
-    bins = pairs.assign_bins_with_capacities(np.stack([source, target], 1), (256, 256))
+    bins = assign_bins_with_capacities(np.stack([source, target], 1), (256, 256))
     fill = max(source.sum(), target.sum()) / (256 * (bins.max() + 1))
     assert fill > 0.95
 

@@ -12,7 +12,7 @@ import pytest
 from environment import run_script
 
 from lm.data import corpus as corpus_module
-from lm.data import prepare as prepare_module
+from lm.data import stages as stages_module
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.prepare import prepare, summary
 from lm.data.sources import Skipped
@@ -102,10 +102,10 @@ def test_every_byte_is_a_document_of_a_store_or_a_counted_skip(texts, model, pre
         tokenizer = store.tokenizer()
         store.check_tokenizer(load(model))
         for i in range(store.num_documents):
-            tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+            tokens = store.document(i)
             text = tokenizer.decode(tokens)
             assert tokens[-1] == tokenizer.eos_id
-            assert store.document_bytes[i] == len(text.encode())
+            assert store.document_bytes(i) == len(text.encode())
             assert corpus.split_of(store.document_ids(i)) == split
             found[store.document_ids(i)] = text
         for reason, count in store.manifest["skipped"].items():
@@ -128,7 +128,7 @@ def test_stores_are_the_same_for_any_workers_and_shards(texts, model, prepared, 
         assert bool(result.manifests) == (i == 1)
         assert (tmp_path / "shards" / "train").exists() == (i == 1)
     expected = _content(prepared[0])
-    assert len(expected) == 1 + 2 * 7
+    assert len(expected) == 1 + 2 * 8
     assert _content(tmp_path / "workers") == expected
     assert _content(tmp_path / "shards") == expected
 
@@ -156,8 +156,9 @@ def _complete_stores(out: Path) -> list[str]:
 def test_killed_anywhere_and_run_again_gives_the_same_bytes(texts, model, prepared, tmp_path):
     out = tmp_path / "out"
     kills = 0
-    stages = ["plan.json", "parts-*/*.npz", "parts-*/part-*3.npz", "*.partial"]
-    for stage in [*stages, *stages[-1:]]:
+    written = ["part-*0.json", "part-*3.json", "bucket-*", "split-*/count-*2.json"]
+    written += ["split-*/shards.json", "split-*/shard-*0.json"]
+    for stage in ["plan.json", *(f"parts-*/{name}" for name in written)]:
         process = subprocess.Popen(
             _command(texts, model, out, "--workers=1"),
             stdout=subprocess.DEVNULL,
@@ -168,9 +169,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(texts, model, prepar
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         assert len(_complete_stores(out)) < 2
-    assert kills >= 3
-    finished = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*.npz")}
-    assert finished
+    assert kills >= 4
     _run(*_command(texts, model, out, "--workers=1"))
     assert _content(out) == _content(prepared[0])
 
@@ -178,10 +177,10 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(texts, model, prepar
 def test_finished_parts_are_kept(texts, model, tmp_path):
     corpus, out = Corpus(data=[str(texts)]), tmp_path / "out"
     prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
-    before = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*")}
+    before = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/part-*")}
     prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
-    assert before == {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*")}
-    assert len(before) == (len(plan_parts(corpus.sources())) + 1) // 2
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("parts-*/part-*")}
+    assert len(before) == 3 * ((len(plan_parts(corpus.sources())) + 1) // 2)
 
 
 def test_interrupted_run_says_how_to_go_on(texts, model, prepared, tmp_path):
@@ -191,7 +190,7 @@ def test_interrupted_run_says_how_to_go_on(texts, model, prepared, tmp_path):
         text=True,
         start_new_session=True,
     )
-    while not list((tmp_path / "out").glob("parts-*/*.npz")) and process.poll() is None:
+    while not list((tmp_path / "out").glob("parts-*/part-*.json")) and process.poll() is None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     _, errors = process.communicate()
@@ -300,12 +299,13 @@ def test_parts_survive_a_split_without_documents(tmp_path, monkeypatch):
     corpus = Corpus(data=data, validation_fraction=1e-9)
     with pytest.raises(ValueError, match=r"none of the 4 documents .* keeps what is done"):
         prepare(corpus, tokenizer="bytes", out=out, num_workers=1)
-    parts = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/*.npz")}
+    parts = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/part-*.json")}
     assert len(parts) == 4 and not (out / "train").exists()
-    written = []
-    monkeypatch.setattr(prepare_module, "_write_part", lambda *call: written.append(call))
-    prepared = prepare(Corpus(data=data, validation_fraction=0.5), tokenizer="bytes", out=out)
-    assert not written  # the finished parts were joined
+    read = []
+    monkeypatch.setattr(stages_module, "read_part", lambda *call: read.append(call))
+    corpus = Corpus(data=data, validation_fraction=0.5)
+    prepared = prepare(corpus, tokenizer="bytes", out=out, num_workers=1)
+    assert not read  # the finished parts were joined
     assert sum(m["num_documents"] for m in prepared.manifests.values()) == 4
     assert not list(out.glob("parts-*"))
     monkeypatch.undo()
@@ -508,8 +508,8 @@ def test_two_fields_are_prepared_side_by_side(tmp_path):
     inputs, targets = (TokenStore.open(out / "train", field=f) for f in ("inputs", "targets"))
     decode = inputs.tokenizer().decode
     for i in range(inputs.num_documents):
-        question = decode(inputs.tokens(inputs.offsets[i], inputs.offsets[i + 1]))
-        answer = decode(targets.tokens(targets.offsets[i], targets.offsets[i + 1]))
+        question = decode(inputs.document(i))
+        answer = decode(targets.document(i))
         assert question.replace("question", "answer") == answer
 
 
@@ -536,8 +536,8 @@ def test_tokenizer_is_trained_on_the_train_split_alone(texts):
     expected = [
         item.fields["text"]
         for part in plan_parts(corpus.sources())
-        for split, item, _ in read_part(corpus, part)
-        if split == "train" and not isinstance(item, Skipped)
+        for item, _ in read_part(corpus, part)
+        if not isinstance(item, Skipped) and corpus.split_of(item.id) == "train"
     ]
     trained = list(training_texts(corpus, sample_bytes=10**9))
     assert set(trained) == set(expected)

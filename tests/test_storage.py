@@ -285,7 +285,7 @@ def test_a_mistyped_bucket_is_no_local_folder(path):
 
 @pytest.mark.parametrize(
     "command",
-    ["prepare_data --data=stdlib --tokenizer=bytes --out", "pretrain --data=stdlib --workdir"],
+    ["pretrain --data=stdlib --workdir"],
 )
 def test_what_is_written_locally_alone_refuses_a_bucket(command):
     script, *flags = f"{command}=gs://bucket/a".split()

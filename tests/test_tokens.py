@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.sources import Document
-from lm.data.sources.token_writer import encode_block, write_blocks, write_store
+from lm.data import packing, pairs
+from lm.data.bins import Packing
+from lm.data.sources import Document, RowLayout, store_files
+from lm.data.sources.token_writer import encode_block, write_manifest, write_shard, write_store
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer_training import train_sentencepiece
 from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 
+SHARD = "shard-00000"
 TEXTS = ["first", "zweiter Text äöü", "", "the fourth document\n" * 30]
 DOCUMENTS = [Document(f"ids/{i} é", {"text": text}) for i, text in enumerate(TEXTS)]
 STREAM = [i for text in TEXTS for i in [*text.encode(), ByteTokenizer.eos_id]]
@@ -83,14 +86,14 @@ def store(request, folder, monkeypatch):
 
 def test_store_holds_every_document_and_its_end(store):
     assert (store.num_documents, store.num_tokens) == (len(TEXTS), len(STREAM))
-    assert store.num_bytes == sum(store.document_bytes) == sum(len(t.encode()) for t in TEXTS)
+    assert store.num_bytes == sum(len(t.encode()) for t in TEXTS)
     for i, document in enumerate(DOCUMENTS):
-        tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+        tokens = store.document(i)
         assert tokens.dtype == np.int32
         assert tokens[-1] == ByteTokenizer.eos_id
         assert ByteTokenizer().decode(tokens) == document.fields["text"]
         assert store.document_ids(i) == document.id
-        assert store.document_bytes[i] == len(document.fields["text"].encode())
+        assert store.document_bytes(i) == len(document.fields["text"].encode())
     store.verify()
     assert store.tokenizer().fingerprint == ByteTokenizer.fingerprint
 
@@ -176,7 +179,7 @@ def test_two_fields_share_ids_and_have_their_own_streams(tmp_path):
     targets = TokenStore.open(tmp_path / "s", field="targets")
     for i, document in enumerate(documents):
         for store, text in zip((inputs, targets), document.fields.values(), strict=True):
-            tokens = store.tokens(store.offsets[i], store.offsets[i + 1])
+            tokens = store.document(i)
             assert ByteTokenizer().decode(tokens) == text
             assert store.document_ids(i) == document.id
     with pytest.raises(ValueError, match="no field 'text'; it has inputs, targets"):
@@ -217,23 +220,28 @@ def _damaged(folder, tmp_path, name, change):
     ("name", "change", "message"),
     [
         ("manifest.json", lambda b: None, r"no manifest\.json"),
-        ("text/tokens.bin", lambda b: b[:-1], "tokens.bin .*manifest says"),
-        ("text/tokens.bin", lambda b: b + b"0", "tokens.bin .*manifest says"),
-        ("text/tokens.bin", lambda b: None, "tokens.bin is missing"),
-        ("text/offsets.bin", lambda b: b[:8], "offsets.bin .*manifest says"),
-        ("ids.bin", lambda b: b"", "ids.bin .*manifest says"),
-        ("manifest.json", lambda b: b.replace(b'"format": 1', b'"format": 9'), "format 9"),
+        (f"{SHARD}/text/tokens.bin", lambda b: b[:-1], "tokens.bin .*manifest says"),
+        (f"{SHARD}/text/tokens.bin", lambda b: b + b"0", "tokens.bin .*manifest says"),
+        (f"{SHARD}/text/tokens.bin", lambda b: None, "tokens.bin is missing"),
+        (f"{SHARD}/text/offsets.bin", lambda b: b[:8], "offsets.bin .*manifest says"),
+        (f"{SHARD}/ids.bin", lambda b: b"", "ids.bin .*manifest says"),
+        ("manifest.json", lambda b: b.replace(b'"format": 2', b'"format": 9'), "format 9"),
     ],
 )
-def test_damaged_store_does_not_open(folder, tmp_path, scheme, name, change, message):
+def test_a_damaged_file_is_found_when_it_is_first_read(
+    folder, tmp_path, scheme, name, change, message
+):
     path = _damaged(folder, tmp_path, name, change)
     with pytest.raises(ValueError, match=message):
-        TokenStore.open(f"{scheme}{path}")
+        store = TokenStore.open(f"{scheme}{path}")
+        assert store.document_ids(1) and len(store.document(1))
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_verify_finds_a_changed_token(folder, tmp_path, scheme):
-    path = _damaged(folder, tmp_path, "text/tokens.bin", lambda b: b[:100] + b"?" + b[101:])
+    path = _damaged(
+        folder, tmp_path, f"{SHARD}/text/tokens.bin", lambda b: b[:100] + b"?" + b[101:]
+    )
     store = TokenStore.open(f"{scheme}{path}")
     with pytest.raises(ValueError, match=r"text/tokens\.bin: content hash"):
         store.verify()
@@ -257,28 +265,95 @@ def test_store_moved_elsewhere_needs_nothing_outside(folder, tmp_path):
     store.check_tokenizer(store.tokenizer())
 
 
-def _blocks(documents, check=lambda: None):
-    for document in documents:
-        yield encode_block([document], ByteTokenizer(), fields=["text"]), np.ones(1, bool)
-        check()
-
-
-def test_store_appears_only_when_complete(tmp_path):
-    def check():
-        for path in tmp_path.iterdir():
+def test_store_appears_only_when_complete(folder, tmp_path):
+    def blocks():
+        for document in DOCUMENTS:
+            yield encode_block([document], ByteTokenizer(), fields=["text"])
             with pytest.raises(ValueError, match="not a complete token store"):
-                TokenStore.open(path)
+                TokenStore.open(tmp_path / "s")
 
-    blocks = _blocks(DOCUMENTS, check)
-    write_blocks(tmp_path / "s", blocks, ByteTokenizer(), fields=["text"], tokenizer_name="bytes")
-    assert os.listdir(tmp_path) == ["s"]
-    assert TokenStore.open(tmp_path / "s").num_documents == len(DOCUMENTS)
-
-
-def test_blocks_appended_one_by_one_give_the_same_bytes(folder, tmp_path):
-    blocks = _blocks(DOCUMENTS)
-    write_blocks(tmp_path / "s", blocks, ByteTokenizer(), fields=["text"], tokenizer_name="bytes")
-    one, other = (
+    options = {"fields": ["text"]}
+    shard = write_shard(tmp_path / "s", 0, blocks(), **options)
+    write_shard(tmp_path / "s", 1, [], **options)  # left by an attempt with more shards
+    write_manifest(tmp_path / "s", [shard], ByteTokenizer(), tokenizer_name="bytes", **options)
+    assert sorted(os.listdir(tmp_path / "s")) == ["manifest.json", SHARD]
+    one, other = (  # blocks one by one give the same bytes
         json.loads((path / "manifest.json").read_text()) for path in (folder, tmp_path / "s")
     )
     assert one == other
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """300 documents in one shard, and in shards of 1 to 1,000 tokens with a plan in each."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("shards")
+    documents = [
+        Document(f"d{i}", {"text": "x" * int(n), "more": "y" * (i % 7)})
+        for i, n in enumerate(rng.integers(0, 60, 300))
+    ]
+    fields, packings = ("text", "more"), [Packing(("text",), (32,)), PAIRS]
+    write_store(root / "one", documents, ByteTokenizer(), fields=fields)
+    more = {"fields": fields, "shard_documents": 7, "packings": packings}
+    write_store(root / "many", documents, ByteTokenizer(), **more)
+    return root
+
+
+PAIRS = Packing(("text", "more"), (70,))
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_shards_hold_the_documents_and_rows_of_one_store(many_shards, scheme):
+    one = TokenStore.open(many_shards / "one")
+    many = TokenStore.open(f"{scheme}{many_shards / 'many'}")
+    many.verify()
+    assert len(many.shards) == 43 and many.num_tokens == one.num_tokens
+    assert one.tokens(0, one.num_tokens).tolist() == many.tokens(0, one.num_tokens).tolist()
+    assert (many.offsets[np.arange(301)] == one.offsets[np.arange(301)]).all()
+    everywhere = np.random.default_rng(1).permutation(one.num_tokens)
+    assert (many.offsets.find(everywhere) == one.offsets.find(everywhere)).all()
+    for i in (0, 6, 7, 299):
+        assert many.document_ids(i) == f"d{i}"
+        assert many.document_bytes(i) == len(many.document(i)) - 1
+    rows = np.random.default_rng(2).permutation(-(-one.num_tokens // 50))
+    first, second = (packing.split(store, 50) for store in (one, many))
+    assert first.documents(rows) == second.documents(rows)
+    for name in ("ids", "segments", "positions", "previous"):
+        found = [getattr(source.read(rows), name) for source in (first, second)]
+        np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_packed_rows_keep_to_a_shard_and_are_those_of_the_stored_plan(many_shards, scheme):
+    stores = [TokenStore.open(f"{scheme}{many_shards / 'many'}", field=f) for f in PAIRS.fields]
+    stored = packing.best_fit(stores[0], 32), pairs.Pairs(stores, RowLayout((70,), PAIRS.fields))
+    for store in stores:
+        for shard in store.shards:
+            shard.plans.clear()
+    made = packing.best_fit(stores[0], 32), pairs.Pairs(stores, RowLayout((70,), PAIRS.fields))
+    for first, second in zip(stored, made, strict=True):
+        rows = np.random.default_rng(0).permutation(len(first))
+        spans = first.documents(rows)
+        np.testing.assert_array_equal(first.read(rows).ids, second.read(rows).ids)
+        assert spans == second.documents(rows)
+        assert all(len({span.document // 7 for span in row}) == 1 for row in spans)
+        seen = sorted((span.document, span.start) for row in spans for span in row)
+        assert {document for document, _ in seen} == set(range(300))
+
+
+def test_documents_and_rows_outside_of_the_shards_are_refused(many_shards):
+    store = TokenStore.open(many_shards / "many")
+    for read in (store.document, store.document_ids, store.document_bytes):
+        for i in (-1, 300):
+            with pytest.raises(IndexError, match="no document"):
+                read(i)
+
+
+def test_no_more_files_stay_open_than_a_process_may_have(many_shards):
+    store_files._mapped.cache_clear()
+    before = len(os.listdir("/proc/self/fd"))
+    for field in PAIRS.fields:
+        store = TokenStore.open(many_shards / "many", field=field)
+        for i in range(300):
+            store.document(i), store.document_ids(i), store.document_bytes(i)
+    assert store_files._mapped.cache_info().misses > 300
+    assert len(os.listdir("/proc/self/fd")) - before <= store_files._MAX_MAPPED

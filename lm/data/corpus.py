@@ -17,6 +17,7 @@ import numpy as np
 
 from lm.config.components import import_component
 from lm.config.fields import Range, check_value
+from lm.data.filters import Filter, apply
 from lm.data.sources import Document, DocumentSource, Skipped, Unit, skipped_files
 from lm.data.sources.file_source import FileSource
 from lm.data.sources.tfds import TfdsSource
@@ -26,6 +27,8 @@ _SPLIT_FLAGS = ("validation_fraction", "split")
 _MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
 FEW_DOCUMENTS = 100
 _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
+_MANY_PARTS = 1 << 14  # reached before parts grow beyond _MAX_PART
+_MAX_SEEN = 1 << 19  # digests of a part that are kept in memory
 
 
 def _flag(default: object, sentence: str, *, repr: bool = True, **options: object) -> Any:
@@ -137,15 +140,16 @@ class Corpus:
             return module.build(own[2], self.columns)
         return FileSource(spec, self.columns, self.separator)
 
-    def assign(self, document: Document) -> list[tuple[str, Document]]:
+    def assign(self, document: Document) -> list[tuple[str, Document | Skipped]]:
         """Return the document with its split; both parts of it where `split` is "tail"."""
         if not self.cuts_documents:
             return [(self.split_of(document.id), document)]
         ((name, text),) = document.fields.items()
         cut = int(len(text) * (1 - self.validation_fraction))
+        empty = Skipped(document.id, "empty")
         return [
-            ("train", Document(document.id, {name: text[:cut]})),
-            ("validation", Document(document.id, {name: text[cut:]})),
+            (split, Document(document.id, {name: part}) if part else empty)
+            for split, part in (("train", text[:cut]), ("validation", text[cut:]))
         ]
 
     @property
@@ -177,7 +181,7 @@ def choose_split(corpus: Corpus) -> Corpus:
     """
     if corpus.split == "tail" or corpus.fold or len(corpus.columns) > 1:
         return corpus
-    read = (item for part in plan_parts(corpus.sources()) for _, item, _ in read_part(corpus, part))
+    read = (item for part in plan_parts(corpus.sources()) for item, _ in read_part(corpus, part))
     documents = (item for item in read if isinstance(item, Document))
     few = sum(1 for _ in itertools.islice(documents, FEW_DOCUMENTS)) < FEW_DOCUMENTS
     return replace(corpus, split="tail") if few and corpus.validation_fraction else corpus
@@ -209,7 +213,7 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
     """Return the units of all sources, in order, grouped into parts of similar size."""
     units = [(i, unit) for i, source in enumerate(sources) for unit in source.units()]
     total = sum(unit.size for _, unit in units)
-    limit = min(max(total // _MAX_PARTS, _MIN_PART), _MAX_PART)
+    limit = max(min(max(total // _MAX_PARTS, _MIN_PART), _MAX_PART), total // _MANY_PARTS)
     parts: list[Part] = [[]]
     size = 0
     for i, unit in units:
@@ -221,27 +225,34 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
     return parts
 
 
-def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[str, Document | Skipped, bytes]]:
-    """Yield (split, document or what was skipped, digest of the whole document), in order.
+def read_part(
+    corpus: Corpus, part: Part, filters: Sequence[Filter] = ()
+) -> Iterator[tuple[Document | Skipped, bytes]]:
+    """Yield (document or what was skipped, digest of the document), in order.
 
-    A repeated document of the part is skipped, and so is one with a field of white space alone.
+    A document with a field of white space alone is skipped; so is one that was among the last
+    `_MAX_SEEN` of the part (later repetitions are found by their digests), and one that a filter
+    drops. The digest is of the text that the filters return.
     """
     sources, seen = corpus.sources(), set()
     for i, unit in part:
         for item in sources[i].read(unit):
-            if not isinstance(item, Skipped):
+            digest = b""
+            if isinstance(item, Document):
+                item = apply((_skip_white_space, *filters), item)
+            if isinstance(item, Document):
                 digest = _digest(item)
-                if any(text.isspace() for text in item.fields.values()):
-                    item = Skipped(item.id, "white_space")
-                elif digest in seen:
+                if digest in seen:
                     item = Skipped(item.id, "duplicate")
-                else:
-                    seen.add(digest)
-                    for split, document in corpus.assign(item):
-                        is_empty = not all(document.fields.values())
-                        yield split, Skipped(item.id, "empty") if is_empty else document, digest
-                    continue
-            yield corpus.split_of(item.id), item, b""
+                if len(seen) >= _MAX_SEEN:
+                    seen.clear()
+                seen.add(digest)
+            yield item, digest
+
+
+def _skip_white_space(document: Document) -> Document | Skipped:
+    is_white = any(text.isspace() for text in document.fields.values())
+    return Skipped(document.id, "white_space") if is_white else document
 
 
 def _digest(document: Document) -> bytes:

@@ -1,9 +1,8 @@
 """Documents to rows of a fixed length, as sources: `split` and `best_fit`.
 
 split     Concatenate and cut: row r is the tokens [r * T, (r + 1) * T) of the store.
-best_fit  Best-fit decreasing (Ding et al. 2024, "Fewer truncations improve language modeling"):
-          whole documents, each assigned to the fullest row that still has room. Only a document
-          longer than T is cut, into chunks of T and a rest.
+best_fit  Best-fit decreasing (see `bins`), in each shard of the store by itself: whole documents;
+          only one longer than T is cut, into chunks of T and a rest.
 
 Both have every token of the store in exactly one row. A row is a list of chunks: ranges of the
 store inside one document.
@@ -11,36 +10,17 @@ store inside one document.
 
 from __future__ import annotations
 
-import bisect
-import hashlib
-import io
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from lm.data.bins import Packing, ranges
+from lm.data.plans import ShardPlans
 from lm.data.sources import RowLayout, Rows, Span
 from lm.data.sources.tokens import TokenStore
-from lm.storage.files import write_atomically
-
-_PLAN_VERSION = 2
-
-
-class FieldStore(Protocol):
-    """The part of a `TokenStore` that rows are read from: one field of its documents."""
-
-    path: str
-    offsets: np.ndarray
-
-    @property
-    def eos_id(self) -> int: ...
-
-    def document_ids(self, i: int) -> str: ...
-
-    def read_ranges(self, starts: Sequence[int], stops: Sequence[int], /) -> list[np.ndarray]: ...
 
 
 class Chunks(NamedTuple):
@@ -74,7 +54,7 @@ class PackedRows:
 
     def __init__(
         self,
-        stores: Sequence[FieldStore],
+        stores: Sequence[TokenStore],
         layout: RowLayout,
         num_rows: int,
         chunks_of: Callable[[np.ndarray], Chunks],
@@ -131,9 +111,8 @@ class PackedRows:
         else:
             part = part + field
         segment = ranges(np.ones_like(counts), counts)[:, None]
-        first, last = (
-            np.stack([store.offsets[documents + i] for store in self.stores], 1) for i in (0, 1)
-        )
+        both = np.stack([documents, documents + 1])
+        first, last = np.stack([store.offsets[both] for store in self.stores], 2)
         columns = np.broadcast_arrays(part, field, segment, position, starts, stops, first, last)
         pieces = _Pieces(*(column.ravel() for column in columns))
         free = np.tile(self.layout.lengths, len(counts))
@@ -172,16 +151,17 @@ class PackedRows:
 
 def split(store: TokenStore, length: int) -> PackedRows:
     """Return the store cut into rows of `length` tokens; the last row is padded."""
-    offsets = store.offsets
+    _check_tokens(store)
 
     def chunks_of(rows: np.ndarray) -> Chunks:
         begin = rows * length
         end = np.minimum(begin + length, store.num_tokens)
-        first = np.searchsorted(offsets, begin, "right") - 1
-        counts = np.searchsorted(offsets, end, "left") - first
+        first, last = store.offsets.find(np.concatenate([begin, end - 1])).reshape(2, -1)
+        counts = last + 1 - first
         documents = ranges(first, counts)
-        starts = np.maximum(offsets[documents], np.repeat(begin, counts))
-        stops = np.minimum(offsets[documents + 1], np.repeat(end, counts))
+        limits = store.offsets[np.stack([documents, documents + 1])]
+        starts = np.maximum(limits[0], np.repeat(begin, counts))
+        stops = np.minimum(limits[1], np.repeat(end, counts))
         return Chunks(counts, documents, starts[:, None], stops[:, None])
 
     return _single_field(store, length, -(-store.num_tokens // length), chunks_of)
@@ -192,29 +172,31 @@ def best_fit(
 ) -> PackedRows:
     """Return the store packed into rows of `length` tokens without cutting a document that fits.
 
-    Rows are in the order of their first document. In a row, the rest of a document that was cut
-    comes first. The plan is kept in the folder `cache` (None: in memory only), which any number of
-    processes may share.
+    Rows are of one shard, and in the order of their first document. In a row, the rest of a
+    document that was cut comes first. Plans that the preparation has not stored are kept in the
+    folder `cache` (None: in memory only), which any number of processes may share.
     """
-    row_offsets, starts, stops = cached_plan(
-        lambda: plan(store.offsets, length), f"best_fit-{length}", [store.offsets], cache
-    )
+    _check_tokens(store)
+    plans = ShardPlans([store], Packing((store.field,), (length,)), cache)
 
     def chunks_of(rows: np.ndarray) -> Chunks:
-        counts, chosen = items_of_rows(row_offsets, rows)
-        documents = np.searchsorted(store.offsets, starts[chosen], "right") - 1
-        return Chunks(counts, documents, starts[chosen, None], stops[chosen, None])
+        counts, shards, chunks = plans.items(rows)
+        starts, stops = chunks + store.first_tokens[shards]
+        return Chunks(counts, store.offsets.find(starts), starts[:, None], stops[:, None])
 
-    return _single_field(store, length, len(row_offsets) - 1, chunks_of)
+    return _single_field(store, length, int(plans.first_rows[-1]), chunks_of)
 
 
 def _single_field(
     store: TokenStore, length: int, num_rows: int, chunks_of: Callable[[np.ndarray], Chunks]
 ) -> PackedRows:
-    if not store.num_tokens:
-        raise ValueError(f"{store.path}: the store has no tokens")
     ratio = store.num_bytes / store.num_tokens
     return PackedRows([store], RowLayout((length,)), num_rows, chunks_of, bytes_per_token=ratio)
+
+
+def _check_tokens(store: TokenStore) -> None:
+    if not store.num_tokens:
+        raise ValueError(f"{store.path}: the store has no tokens")
 
 
 def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
@@ -223,118 +205,3 @@ def check_rows(rows: np.ndarray, num_rows: int, path: str) -> np.ndarray:
     if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
         raise IndexError(f"{path}: no rows {rows.min()} to {rows.max()} in {num_rows} rows")
     return rows
-
-
-def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return counts[0] integers from first[0] up, then counts[1] from first[1] up, ..."""
-    return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-
-
-def items_of_rows(row_offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of items of each row [B], and their indices, row after row.
-
-    row_offsets: int64 [R + 1], row r has the items row_offsets[r] to row_offsets[r + 1] of a plan.
-    """
-    counts = row_offsets[rows + 1] - row_offsets[rows]
-    return counts, ranges(row_offsets[rows], counts)
-
-
-def cached_plan(
-    make: Callable[[], tuple[np.ndarray, ...]],
-    name: str,
-    inputs: Sequence[np.ndarray],
-    cache: str | os.PathLike | None,
-) -> tuple[np.ndarray, ...]:
-    """Return the int64 arrays of `make()`, from the folder `cache` if they are there (None: no
-    cache). The key is the name and the hash of `inputs`.
-    """
-    if cache is None:
-        return make()
-    key = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in inputs)).hexdigest()
-    file = Path(cache) / f"{name}-{_PLAN_VERSION}-{key[:16]}.npy"
-    if not file.exists():
-        arrays = make()
-        header = [len(arrays), *map(len, arrays)]
-        content = io.BytesIO()
-        np.save(content, np.concatenate([header, *arrays]).astype(np.int64))
-        try:
-            write_atomically(file, content.getbuffer())
-        except OSError as error:
-            raise ValueError(
-                f"the packing plan cannot be kept in {cache} ({error}); "
-                "set loader.cache_dir to a folder that can be written"
-            ) from error
-    content = np.load(file, mmap_mode="r")
-    count = int(content[0])
-    ends = np.cumsum(content[1 : 1 + count])
-    return tuple(np.split(content[1 + count :], ends[:-1]))
-
-
-def plan(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row_offsets [R + 1], and starts and stops [P] of the chunks, all int64.
-
-    Row r has the chunks row_offsets[r] to row_offsets[r + 1]. offsets: int64 [num_documents + 1].
-    """
-    num_chunks = -(-np.diff(offsets) // length)
-    begins = np.repeat(offsets[:-1], num_chunks)
-    starts = begins + length * ranges(np.zeros_like(num_chunks), num_chunks)
-    stops = np.minimum(starts + length, np.repeat(offsets[1:], num_chunks))
-    row_offsets, order = rows_of_bins(assign_bins(stops - starts, length), starts == begins)
-    return row_offsets, starts[order], stops[order]
-
-
-def rows_of_bins(bins: np.ndarray, is_late: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return row_offsets int64 [R + 1] and the items row after row [P], for the bin of each item.
-
-    Rows are in the order of their first items; is_late: bool [P], items behind others of the row.
-    """
-    _, first, bins = np.unique(bins, return_index=True, return_inverse=True)
-    bins = np.argsort(np.argsort(first))[bins]
-    order = np.argsort(2 * bins + is_late, kind="stable")
-    return np.concatenate([[0], np.cumsum(np.bincount(bins))]), order
-
-
-def assign_bins(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Return int64 [P]: the bin of every item by best-fit decreasing; 1 <= lengths <= capacity.
-
-    Items of one length are assigned together: the fullest bin with room for one takes as many as
-    it can hold before the next fullest gets any, so that bins with equal room are filled in one
-    vectorised move.
-    """
-    order = np.argsort(-lengths.astype(np.int32), kind="stable")
-    counts = np.bincount(lengths, minlength=capacity + 1)
-    result = np.empty(len(lengths), np.int64)
-    rooms: list[int] = []  # the rooms that open bins have, ascending
-    bins_by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
-
-    def put(room: int, bins: np.ndarray) -> None:
-        if room and len(bins):
-            if not bins_by_room[room]:
-                bisect.insort(rooms, room)
-            bins_by_room[room].append(bins)
-
-    placed = num_bins = 0
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        missing = int(counts[length])
-        while missing:
-            at = bisect.bisect_left(rooms, length)
-            room = rooms[at] if at < len(rooms) else capacity
-            each = room // length
-            needed = -(-missing // each)
-            if at < len(rooms):
-                bins = bins_by_room[room].pop()
-                if not bins_by_room[room]:
-                    rooms.pop(at)
-                put(room, bins[needed:])
-                bins = bins[:needed]
-            else:
-                bins = np.arange(num_bins, num_bins + needed)
-                num_bins += needed
-            taken = min(missing, each * len(bins))
-            result[order[placed : placed + taken]] = np.repeat(bins, each)[:taken]
-            full = taken // each
-            put(room - each * length, bins[:full])
-            put(room - taken % each * length, bins[full:])
-            placed += taken
-            missing -= taken
-    return result

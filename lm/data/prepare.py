@@ -1,45 +1,42 @@
-"""Documents to token stores, in parallel, resumable and atomic.
+"""Documents to token stores, in parallel, resumable and atomic, on this machine's processes.
 
     OUT/plan.json             the inputs of the preparation: another run must agree with it
-    OUT/parts-HASH/           one file per finished part, until the stores are complete
+    OUT/parts-HASH/           what finished tasks have written, until the stores are complete
     OUT/train  OUT/validation the stores (see sources/tokens.py)
 
-Parts, a pure function of the data, are independent: workers and shards share them out, and a
-killed run resumes from the finished ones. The process that sees all parts finished joins them in
-order, without repeated documents, and splits whole ones by the hash of their id. So the stores are
-byte for byte the same whatever the workers, the shards and the kills.
+The work is divided into stages of independent tasks (see stages.py): processes and machines take
+them in any order, and a killed run resumes from the finished ones. Repeated documents are dropped,
+and whole ones split by the hash of their id. So the stores are byte for byte the same whatever the
+workers, the shards and the kills. OUT may be in a bucket.
 """
 
-import contextlib
-import fcntl
-import functools
+import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from lm.data.corpus import Corpus, Part, key_hash, plan_parts, read_part
-from lm.data.joining import empty_split, join, part_file
+from lm.data.bins import Packing
+from lm.data.corpus import Corpus, Part, plan_parts
+from lm.data.job import Job
+from lm.data.sharding import empty_split
 from lm.data.skip_report import SkipReport
-from lm.data.sources import Document, DocumentSource, Skipped, document_ids
-from lm.data.sources.token_writer import encode_block
-from lm.data.sources.tokens import MANIFEST
-from lm.data.workers import run_in_processes
-from lm.storage.files import write_atomically
-from lm.storage.paths import expand_local_path, printable
+from lm.data.sources import DocumentSource, Skipped, document_ids, skipped_files
+from lm.data.sources.store_files import MANIFEST
+from lm.data.stages import Stage, stages
+from lm.data.workers import Workers
+from lm.storage import files as storage
+from lm.storage import lease
+from lm.storage.paths import expand_path, is_url, printable
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
 from lm.tokenizers import tokenizer as tokenizers
 
-_PARTS_VERSION = 3  # to be raised when what a part holds changes
+_PARTS_VERSION = 4  # to be raised when what a part holds changes
+_MANY_TASKS = 8  # of a stage, whose progress is then shown
 
 
 class Prepared(NamedTuple):
@@ -57,54 +54,123 @@ def prepare(
     shard: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
     out_flag: str = "--out",
+    packings: Sequence[Packing] = (),
 ) -> Prepared:
     """Make the stores in `out`, as far as they are missing, and return their manifests.
 
-    shard: (i, n) does every n-th part; the shard that finishes last joins all parts.
-    num_workers: processes; all cores if None. out_flag: the flag of `out`, for errors.
+    shard: (i, n) tokenizes every n-th part; the shard that finishes last does the rest.
+    num_workers: processes; all cores if None. out_flag: the flag of `out`, for errors. packings:
+    of which a plan is stored in each shard.
 
     Raises ValueError for a missing or empty source, for a split without documents, where a larger
     share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
     """
-    out = Path(expand_local_path(os.fspath(out), out_flag))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out_flag}={printable(str(out))} is a file, not a folder")
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
-    loaded = tokenizers.load(tokenizer)
-    sources = corpus.sources()
-    parts = plan_parts(sources)
-    plan = _plan(corpus, loaded, parts)
-    folder = out / f"parts-{_parts_hash(plan, corpus)[:16]}"
-    was_complete = (out / "plan.json").is_file() and _is_complete(out, corpus)
-    if not was_complete:
-        _check_sources(corpus, sources, parts)
-    plan = _record_plan(out, plan, out_flag)
-    if not was_complete:
-        missing = [i for i in _missing(folder, parts) if i % count == index]
-        folder.mkdir(exist_ok=True)
-        sizes = {i: sum(unit.size for _, unit in parts[i]) for i in range(index, len(parts), count)}
-        job = (corpus, tokenizer, loaded.fingerprint, folder)
-        calls = [(*job, i, parts[i]) for i in missing]
-        _write_parts(calls, [sizes[i] for i in missing], sum(sizes.values()), num_workers)
-        left = _missing(folder, parts)
-        if left and not _is_complete(out, corpus):
+    job = begin(corpus, tokenizer=tokenizer, out=out, out_flag=out_flag, packings=packings)
+    if was_complete := job.is_complete():
+        return Prepared(finish(job), was_complete)
+    first, *others = stages(job)
+    with Workers(num_workers) as workers:
+        mine = range(index, job.num_parts, count)
+        _tokenize(job, workers, first, sorted({*first.missing()} & {*mine}), mine)
+        left = first.missing()
+        if left and not job.is_complete():
             print(
-                f"{len(left)} of {len(parts)} parts are left to other shards; "
+                f"{len(left)} of {job.num_parts} parts are left to other shards; "
                 "the last one joins them"
             )
             return Prepared({}, was_complete=False)
-        with _lock(out):
-            if not _is_complete(out, corpus):
-                join(out, folder, len(parts), corpus, loaded, plan, sources)
-    for left in out.glob("parts-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    manifests = {split: json.loads((out / split / MANIFEST).read_text()) for split in corpus.splits}
-    return Prepared(manifests, was_complete)
+        try:
+            with lease.lock(f"{job.out}/lock"):
+                for stage in () if job.is_complete() else others:
+                    _run(workers, stage)
+        except lease.Locked as error:
+            print(f"{error} is joining the parts")
+            return Prepared({}, was_complete=False)
+    return Prepared(finish(job), was_complete)
 
 
-def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]) -> dict:
+def begin(
+    corpus: Corpus,
+    *,
+    tokenizer: str,
+    out: str | os.PathLike,
+    out_flag: str = "--out",
+    packings: Sequence[Packing] = (),
+) -> Job:
+    """Record the plan in `out` and return the job of its stages; raises as `prepare`."""
+    folder = expand_path(os.fspath(out), out_flag).rstrip("/") or "/"
+    if not is_url(folder) and os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{out_flag}={printable(folder)} is a file, not a folder")
+    loaded = tokenizers.load(tokenizer)
+    for fields, lengths, _ in packings:
+        if min(lengths) < 1 or len(lengths) not in (1, len(fields)):
+            raise ValueError(
+                f"--rows={','.join(map(str, lengths))}: give one positive length, or one for each "
+                f"of the {len(fields)} fields"
+            )
+    sources = corpus.sources()
+    parts = plan_parts(sources)
+    plan = _plan(corpus, loaded, parts, packings)
+    parts_hash = _parts_hash(plan, corpus)
+    is_new = not storage.exists(f"{folder}/plan.json")
+    job = Job(
+        corpus, tokenizer, loaded.fingerprint, folder, plan, parts_hash, len(parts), (*packings,)
+    )
+    if is_new or not job.is_complete():
+        _check_sources(corpus, sources, parts)
+    job = dataclasses.replace(job, plan=_record_plan(folder, plan, out_flag))
+    if not job.is_complete() and not storage.exists(f"{job.work}/skipped.json"):
+        report = SkipReport()
+        for item in itertools.chain.from_iterable(map(skipped_files, sources)):
+            report.add(item)
+        job.write_parts(parts)
+        storage.write_atomically(f"{job.work}/skipped.json", report.to_json())
+    return job
+
+
+def finish(job: Job) -> dict[str, dict]:
+    """Remove the files of the work, and return the manifests of the stores by split."""
+    for name in storage.list_names(job.out):
+        if name.startswith("parts-") or name == "lock":
+            storage.delete(f"{job.out}/{name}")
+    files = {split: f"{job.out}/{split}/{MANIFEST}" for split in job.corpus.splits}
+    return {split: json.loads(storage.read_bytes(file)) for split, file in files.items()}
+
+
+def _tokenize(
+    job: Job, workers: Workers, stage: Stage, missing: Sequence[int], mine: Sequence[int]
+) -> None:
+    """Run the first stage, and show the progress of the parts `mine` of this machine."""
+    sizes = job.part_sizes()
+    total, left, num_tokens = sum(sizes[i] for i in mine), sum(sizes[i] for i in missing), 0
+    progress, start, all_left = Progress(), time.monotonic(), left
+    for i, count in workers.run(stage.run, missing):
+        num_tokens, left = num_tokens + count, left - sizes[i]
+        seconds = max(time.monotonic() - start, 1e-3)
+        parts = (
+            f"{format_quantity(total - left)}B of {format_quantity(total)}B",
+            f"{num_tokens / seconds:,.0f} tokens/s",
+            f"{format_duration(seconds * left / max(all_left - left, 1))} left",
+        )
+        progress.show(SEPARATOR.join(parts), final=not left)
+
+
+def _run(workers: Workers, stage: Stage) -> None:
+    missing, progress = stage.missing(), Progress()
+    for done, _ in enumerate(workers.run(stage.run, missing), 1):
+        if len(missing) > _MANY_TASKS:
+            progress.show(f"{stage.name}: {done} of {len(missing)}", final=done == len(missing))
+
+
+def _plan(
+    corpus: Corpus,
+    tokenizer: tokenizers.Tokenizer,
+    parts: Sequence[Part],
+    packings: Sequence[Packing],
+) -> dict:
     """Return all that the stores depend on, and under "names" the tokenizer and data as given."""
     units = [(i, *unit) for part in parts for i, unit in part]
     plan = {
@@ -118,6 +184,8 @@ def _plan(corpus: Corpus, tokenizer: tokenizers.Tokenizer, parts: Sequence[Part]
         "num_source_bytes": sum(unit.size for part in parts for _, unit in part),
         "units": _hash(units),
     }
+    if packings:
+        plan["rows"] = [packing.name for packing in packings]
     plan["hash"] = _hash(plan)
     plan["names"] = {"tokenizer": tokenizer.name, "data": list(corpus.data)}
     return plan
@@ -164,23 +232,23 @@ def _check_sources(
         raise ValueError("; and ".join(filter(None, errors)))
 
 
-def _record_plan(out: Path, plan: dict, out_flag: str) -> dict:
+def _record_plan(out: str, plan: dict, out_flag: str) -> dict:
     """Return the plan of `out`, now `plan` if it had none. Raises ValueError if it differs."""
-    file = out / "plan.json"
-    if not file.is_file():
-        taken = [split for split in ("train", "validation") if (out / split).exists()]
+    file = f"{out}/plan.json"
+    if not storage.exists(file):
+        taken = [split for split in ("train", "validation") if storage.exists(f"{out}/{split}")]
         if taken:
             raise ValueError(
-                f"{out / taken[0]} exists and was not made here; choose another {out_flag}"
+                f"{out}/{taken[0]} exists and was not made here; choose another {out_flag}"
             )
-        write_atomically(file, json.dumps(plan, indent=2) + "\n")
-    found = json.loads(file.read_text())
+        storage.write_atomically(file, json.dumps(plan, indent=2) + "\n")
+    found = json.loads(storage.read_bytes(file))
     different = [
         f"other {key}"
         if key in ("units", "tokenizer")  # a hash says nothing
-        else f"{key} (there {found.get(key)}, now {plan[key]})"
-        for key in plan
-        if key not in ("hash", "names") and found.get(key) != plan[key]
+        else f"{key} (there {found.get(key)}, now {plan.get(key)})"
+        for key in dict.fromkeys([*plan, *found])
+        if key not in ("hash", "names") and found.get(key) != plan.get(key)
     ]
     if different:
         raise ValueError(
@@ -189,87 +257,6 @@ def _record_plan(out: Path, plan: dict, out_flag: str) -> dict:
             f"Choose another {out_flag}, or remove it if it is of no use any more"
         )
     return found
-
-
-def _is_complete(out: Path, corpus: Corpus) -> bool:
-    return all((out / split / MANIFEST).is_file() for split in corpus.splits)
-
-
-def _missing(folder: Path, parts: Sequence[Part]) -> list[int]:
-    return [i for i in range(len(parts)) if not part_file(folder, i).is_file()]
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Let one process at a time join the parts; a killed process releases its lock."""
-    with open(out / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        (out / "lock").unlink(missing_ok=True)
-
-
-@functools.cache
-def _load(name: str, fingerprint: str) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.load(name)
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"tokenizer {name} was changed during the preparation; start again")
-    return tokenizer
-
-
-def _write_parts(
-    calls: Sequence[tuple], sizes: Sequence[int], total: int, num_workers: int | None
-) -> None:
-    """Call `_write_part` in processes, and show the progress of a shard of `total` bytes.
-
-    sizes: bytes of the parts to write.
-    """
-    progress, start = Progress(), time.monotonic()
-    num_tokens, left = 0, sum(sizes)
-    for position, count in run_in_processes(_write_part, calls, num_workers=num_workers):
-        num_tokens, left = num_tokens + count, left - sizes[position]
-        seconds = max(time.monotonic() - start, 1e-3)
-        parts = (
-            f"{format_quantity(total - left)}B of {format_quantity(total)}B",
-            f"{num_tokens / seconds:,.0f} tokens/s",
-            f"{format_duration(seconds * left / max(sum(sizes) - left, 1))} left",
-        )
-        progress.show(SEPARATOR.join(parts), final=not left)
-
-
-def _write_part(
-    corpus: Corpus, tokenizer_name: str, fingerprint: str, folder: Path, i: int, part: Part
-) -> int:
-    """Write the file of part `i` and return the number of its tokens.
-
-    The file has the digests of its documents, the block of their tokens, the number of each one's
-    digest, the hash of its id and, where documents are cut, its split; and what was skipped.
-    """
-    tokenizer = _load(tokenizer_name, fingerprint)
-    documents: list[Document] = []
-    numbers, is_validation = [], []
-    report, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
-    order = {}  # digest -> its number in the part
-    for split, item, digest in read_part(corpus, part):
-        if isinstance(item, Skipped):
-            report.add(item, sizes.get(item.id, 0))
-        else:
-            documents.append(item)
-            numbers.append(order.setdefault(digest, len(order)))
-            is_validation.append(split == "validation")
-    block = encode_block(documents, tokenizer, fields=list(corpus.columns))
-    content = io.BytesIO()
-    np.savez(
-        content,
-        digests=np.frombuffer(b"".join(order), "<u8").reshape(-1, 2),
-        skipped=np.frombuffer(report.to_json(), np.uint8),
-        numbers=np.array(numbers, np.int64),
-        hashes=np.array([key_hash(document.id) for document in documents], np.uint64),
-        is_validation=np.array(is_validation, bool),
-        allow_pickle=False,
-        **block,
-    )
-    write_atomically(part_file(folder, i), content.getbuffer())
-    return sum(len(block[f"tokens.{field}"]) for field in corpus.columns)
 
 
 def summary(manifests: dict[str, dict]) -> str:

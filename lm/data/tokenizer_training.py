@@ -2,51 +2,59 @@
 
 import collections
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from lm.data.corpus import Corpus, held_out, plan_parts, read_part
-from lm.data.sources import Skipped
+from lm.data.corpus import Corpus, held_out, key_hash, plan_parts, read_part
+from lm.data.sources import Document, Skipped, Unit
 from lm.data.sources.records import column_names
-from lm.storage.files import write_atomically
-from lm.storage.paths import expand_local_path
+from lm.storage import files as storage
+from lm.storage.paths import expand_path
 from lm.tokenizers.tokenizer import LONG_TEXT, split_long_text
 
 _LINE = re.compile(r"(?<!\n)(?=\n)")  # before the first of several newlines
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 NUM_SPECIAL, NUM_BYTES = 4, 256  # pieces that every vocabulary has
 COVERAGE = 0.9999  # share of the text whose characters are pieces
+_READ = 8  # times the sample, at most
+_MIN_UNITS = 16  # that a sample of a larger corpus is from
 UNKNOWN_WORD, END_OF_LINE = "<unk>", "<eos>"
 
 
 def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
     """Yield texts of the train split, without duplicates, about `sample_bytes` of them in all.
 
-    The sample takes documents by a hash of their id, spread over the whole corpus.
+    The sample takes documents by a hash of their id, spread over the whole corpus; of a corpus of
+    more than `_READ` times as much, from units that a hash of their names chooses, and of each the
+    first bytes alone, so that no more than that is read.
     Raises ValueError where there is none, with the reasons why records were skipped.
     """
-    parts = plan_parts(corpus.sources())
-    total = sum(unit.size for part in parts for _, unit in part)
-    share = sample_bytes / max(total, 1)
+    units = _sampled_units(corpus, _READ * sample_bytes)
+    share = sample_bytes / max(sum(limit for *_, limit in units), 1)
     seen, size = set(), 0
     skipped: collections.Counter[str] = collections.Counter()
     fields: dict[str, None] = {}
-    for part in parts:
-        for split, item, digest in read_part(corpus, part):
+    for source, unit, limit in units:
+        num_read = 0
+        for item, digest in read_part(corpus, [(source, unit)]):
             if isinstance(item, Skipped):
                 skipped[item.reason] += 1
                 fields |= dict.fromkeys(item.fields)
                 continue
-            if split != "train" or digest in seen or not held_out(f"sample:{item.id}", share):
-                continue
-            seen.add(digest)
-            for text in item.fields.values():
-                size += len(text.encode())
-                yield text
+            num_read += sum(map(len, item.fields.values()))
+            if digest not in seen and held_out(f"sample:{item.id}", share):
+                for split, part in corpus.assign(item):
+                    if split == "train" and isinstance(part, Document):
+                        seen.add(digest)
+                        for text in part.fields.values():
+                            size += len(text.encode())
+                            yield text
             if size >= sample_bytes:  # compressed files hold more than their sizes say
                 return
+            if limit < unit.size and num_read >= limit:
+                break
     if not size:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "nothing"
         error = f"no text to train a tokenizer on in {', '.join(corpus.data)}; skipped: {reasons}"
@@ -57,6 +65,23 @@ def training_texts(corpus: Corpus, *, sample_bytes: int) -> Iterator[str]:
                 f"--field={next(iter(corpus.columns))}={next(iter(fields))}"
             )
         raise ValueError(error)
+
+
+def _sampled_units(corpus: Corpus, num_bytes: int) -> list[tuple[int, Unit, int]]:
+    """Return (number of the source, unit, bytes of it to read) in order: all units of a corpus of
+    `num_bytes` or less, else some that have as many together.
+    """
+    units = list(itertools.chain.from_iterable(plan_parts(corpus.sources())))
+    if sum(unit.size for _, unit in units) <= num_bytes:
+        return [(source, unit, unit.size) for source, unit in units]
+    most = max(num_bytes // _MIN_UNITS, 1)
+    left, chosen = num_bytes, []
+    for i in sorted(range(len(units)), key=lambda i: key_hash(f"sample:{units[i]}")):
+        if left <= 0:
+            break
+        chosen.append((i, min(units[i][1].size, most)))
+        left -= chosen[-1][1]
+    return [(*units[i], limit) for i, limit in sorted(chosen)]
 
 
 def train_sentencepiece(
@@ -193,16 +218,16 @@ def train_tokenizer(
 
     model_type: bpe or unigram (SentencePiece), or word, without subwords.
     """
-    out = Path(expand_local_path(os.fspath(out), "--out"))
+    out = expand_path(os.fspath(out), "--out").rstrip("/")
     suffix = ".json" if model_type == "word" else ".model"
-    if out.suffix != suffix:
+    if not out.endswith(suffix):
         raise ValueError(
             f"--out={out} must end in {suffix}, by which a file of --model-type={model_type} is "
             "known"
         )
-    if out.is_dir():
+    if os.path.isdir(out):
         raise ValueError(f"--out={out} is a folder, not a file")
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    storage.make_folder(os.path.dirname(out) or ".")  # before the work, not after it
     texts = list(training_texts(corpus, sample_bytes=sample_bytes))
     if model_type == "word":
         model = train_words(texts, vocab_size=vocab_size)
@@ -215,5 +240,5 @@ def train_tokenizer(
             split_digits=split_digits,
             vocab_flag=vocab_flag,
         )
-    write_atomically(out, model)
+    storage.write_atomically(out, model)
     return sum(len(text.encode()) for text in texts)

@@ -1,5 +1,7 @@
 """Processes that share out calls."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import signal
@@ -13,33 +15,48 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def run_in_processes(
-    function: Callable[..., T], calls: Sequence[tuple], *, num_workers: int | None
-) -> Iterator[tuple[int, T]]:
-    """Yield (i, function(*calls[i])) as calls finish.
+class Workers:
+    """A pool of processes, started when there is more than one call.
 
     num_workers: processes; all cores if None. One worker is this process.
-    Raises what a call raises, and ValueError if a worker is killed.
     """
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(calls))
-    if num_workers <= 1:
-        for i, call in enumerate(calls):
-            yield i, function(*call)
-        return
-    executor = ProcessPoolExecutor(
-        num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_init_worker
-    )
-    try:
-        futures = {executor.submit(function, *call): i for i, call in enumerate(calls)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process was killed, perhaps for want of memory; run again, with fewer "
-            "workers: finished parts are kept"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
+
+    def __init__(self, num_workers: int | None = None):
+        self.num_workers = num_workers or len(os.sched_getaffinity(0))
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def run(self, function: Callable[[int], T], calls: Sequence[int]) -> Iterator[tuple[int, T]]:
+        """Yield (i, function(i)) of every i in `calls` as they finish; a process that is free takes
+        the next one.
+
+        Raises what a call raises, and ValueError if a worker is killed.
+        """
+        if self.num_workers <= 1 or len(calls) <= 1:
+            for i in calls:
+                yield i, function(i)
+            return
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self.num_workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_init_worker,
+            )
+        try:
+            futures = {self._executor.submit(function, i): i for i in calls}
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process was killed, perhaps for want of memory; run again, with fewer "
+                "workers: what is finished is kept"
+            ) from error
 
 
 def _init_worker() -> None:

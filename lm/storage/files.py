@@ -13,8 +13,8 @@ import io
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence, Set
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 import fsspec.config
@@ -26,6 +26,7 @@ BLOCK = 8 << 20  # bytes of a request when a file of a bucket is read from begin
 _PACKAGE = {"gs": "gcsfs", "s3": "s3fs"}
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
 _FOUND_BUCKETS: set[str] = set()
+_PART_BYTES = 32 << 20  # of an upload in parts
 _OPTIONS = {
     "gs": {"use_listings_cache": False},
     "s3": {
@@ -147,6 +148,17 @@ def read_bytes(path: PathLike, start: int | None = None, end: int | None = None)
         return cast(bytes, fs.cat_file(name, start=start, end=end))
 
 
+def read_ranges(ranges: Sequence[tuple[PathLike, int | None, int | None]]) -> list[bytes]:
+    """Return the bytes of many ranges (file, start, end) of one file system, read side by side."""
+    if not ranges:
+        return []
+    fs, _ = _open(ranges[0][0])
+    paths = [_open(path)[1] for path, _, _ in ranges]
+    starts, ends = ([r[i] for r in ranges] for i in (1, 2))
+    with named_errors(ranges[0][0]):
+        return fs.cat_ranges(paths, starts, ends, on_error="raise")
+
+
 def exists(path: PathLike) -> bool:
     """Return True if there is a file or folder of this name."""
     fs, name = _open(path)
@@ -258,7 +270,8 @@ def list_names(folder: PathLike) -> list[str]:
             found = []
         if not found:
             check_bucket(folder)
-    return sorted({posixpath.basename(entry.rstrip("/")) for entry in found} - {""})
+    below = [entry.rstrip("/") for entry in found if entry.rstrip("/") != name]  # itself: of a file
+    return sorted({posixpath.basename(entry) for entry in below} - {""})
 
 
 def total_size(folder: PathLike) -> int:
@@ -287,6 +300,27 @@ def delete_file(path: PathLike) -> None:
     fs, name = _open(path)
     with named_errors(path):
         fs.rm_file(name)
+
+
+def make_folder(folder: PathLike) -> None:
+    """Make a folder, with those above it; of a bucket, make sure that it can be written to."""
+    if not is_url(folder):
+        os.makedirs(folder, exist_ok=True)
+        return
+    write_atomically(f"{folder}/.writable", b"")
+    delete(f"{folder}/.writable")
+
+
+def keep_only(folder: PathLike, names: Set[str]) -> None:
+    """Delete all files below a folder but those of these names, relative to it with `/`."""
+    fs, root = _open(folder)
+    with named_errors(folder):
+        for path in fs.find(root):
+            if path[len(root) + 1 :] not in names:
+                fs.rm_file(path)
+    for path, _, _ in [] if is_url(folder) else os.walk(root, topdown=False):
+        if not os.listdir(path):
+            os.rmdir(path)
 
 
 def move_folder(folder: PathLike, to: PathLike) -> None:
@@ -322,6 +356,55 @@ def write_atomically(path: PathLike, content: str | bytes | memoryview) -> None:
         os.replace(temporary, path)
 
 
+class _Upload(io.RawIOBase):
+    """An object of a bucket, written in parts; there is none before `finish`."""
+
+    def __init__(self, path: PathLike) -> None:
+        fs, name = _open(path)
+        self._path = path
+        with named_errors(path):
+            self._file = cast(Any, fs.open(name, "wb", block_size=_PART_BYTES))
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        with named_errors(self._path):
+            return self._file.write(data)
+
+    def finish(self) -> None:
+        with named_errors(self._path):
+            self._file.close()
+
+    def discard(self) -> None:
+        self._file.closed = True  # or the object would be completed when it is collected
+        with contextlib.suppress(Exception):  # parts of a failed upload expire
+            self._file.discard()
+
+
+@contextlib.contextmanager
+def writing(path: PathLike) -> Iterator[BinaryIO]:
+    """Yield a file of any size to write to; it is there whole after the block, or as it was where
+    the block raises or is killed.
+    """
+    if is_url(path):
+        upload = _Upload(path)
+        try:
+            yield cast(BinaryIO, upload)
+        except BaseException:
+            upload.discard()
+            raise
+        upload.finish()
+        return
+    name = os.fspath(path)
+    with _temporary(name) as temporary:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name)
+
+
 def create(path: PathLike, content: str | bytes) -> bool:
     """Write a file that is not there yet; return False, and change nothing, if it is.
 
@@ -347,13 +430,20 @@ def create(path: PathLike, content: str | bytes) -> bool:
 @contextlib.contextmanager
 def _synced(path: str, data: bytes | memoryview) -> Iterator[str]:
     """Yield the name of a synced file with `data` beside `path`; it is gone after the block."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
+    with _temporary(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        yield temporary
+
+
+@contextlib.contextmanager
+def _temporary(path: str) -> Iterator[str]:
+    """Yield a new name beside `path`, in a folder that is made; it is gone after the block."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
         yield temporary
     finally:
         with contextlib.suppress(FileNotFoundError):

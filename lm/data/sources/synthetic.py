@@ -12,7 +12,6 @@ Documents have random lengths and end with their row. There are no special token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
@@ -21,6 +20,8 @@ from lm.data.packing import check_rows
 from lm.data.pairs import Pairs
 from lm.data.sampler import hash_words, scale_hash
 from lm.data.sources import RowLayout, Rows, RowSource, Span
+from lm.data.sources.store_files import MemoryFiles
+from lm.data.sources.tokens import FORMAT, TokenStore
 from lm.tokenizers.tokenizer import Tokenizer
 
 KINDS = ("random", "markov", "copy")
@@ -99,22 +100,6 @@ class Synthetic:
         return ids
 
 
-@dataclass
-class _Field:
-    """One field of documents in memory."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    eos_id: int
-    path: str = "synthetic:reverse"
-
-    def document_ids(self, i: int) -> str:
-        return f"reverse/{i}"
-
-    def read_ranges(self, starts: Sequence[int], stops: Sequence[int], /) -> list[np.ndarray]:
-        return [self.tokens[a:b] for a, b in zip(starts, stops, strict=True)]
-
-
 def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:
     """Return `num_rows` pairs of a random source of 1 to 15 tokens and its reverse."""
     rng = np.random.default_rng([seed, num_rows])
@@ -126,7 +111,25 @@ def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int =
     document = np.searchsorted(offsets, at, "right") - 1
     backwards = offsets[document] + offsets[document + 1] - 2 - at
     target = tokens[np.where(tokens == eos_id, at, backwards)]
-    return Pairs([_Field(x, offsets, eos_id) for x in (tokens, target)], layout)
+    ids = [f"reverse/{i}".encode() for i in range(num_rows)]
+    arrays = {
+        "ids.bin": np.frombuffer(b"".join(ids), np.uint8),
+        "id_offsets.bin": np.cumsum([0, *map(len, ids)]),
+    }
+    for field, values in zip(layout.fields, (tokens, target), strict=True):
+        arrays |= {f"{field}/tokens.bin": values, f"{field}/offsets.bin": offsets}
+    shard = {
+        "name": "",
+        "num_documents": num_rows,
+        "fields": {key: {"num_tokens": len(tokens), "num_bytes": 0} for key in layout.fields},
+        "plans": {},
+        "files": {name: {"size": x.nbytes, "sha256": ""} for name, x in arrays.items()},
+    }
+    manifest = shard | {
+        "format": FORMAT, "dtype": "<i4", "tokenizer": {"eos_id": eos_id}, "shards": [shard]
+    }  # fmt: skip
+    path, files = "synthetic:reverse", MemoryFiles(arrays)
+    return Pairs([TokenStore(path, field, files, manifest) for field in layout.fields], layout)
 
 
 def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:

@@ -1,28 +1,35 @@
-"""Writer of token stores: documents to blocks of tokens, blocks to the files of `tokens.py`."""
+"""Writer of token stores: documents to blocks of tokens, blocks to shards, shards to a manifest.
 
-import collections
+A block is an Arrow record batch of some documents, with the columns of `schema`. Blocks go to disk
+between the stages of a preparation, and lose documents that are not kept by `RecordBatch.filter`.
+"""
+
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from lm.data import arrow_files
+from lm.data.bins import Packing, make_plan
+from lm.data.plans import plan_entry, to_bytes
 from lm.data.sources import Document
-from lm.data.sources.tokens import FORMAT, MANIFEST
-from lm.storage.files import write_atomically
+from lm.data.sources.store_files import BLOCK, MANIFEST
+from lm.data.sources.tokens import FORMAT
+from lm.storage import files as storage
 from lm.tokenizers.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _BATCH = 1 << 20  # characters handed to the tokenizer at once
-
-
-# n documents, by name: "ids" (UTF-8) and "tokens.FIELD" (eos included) are joined, "id_lengths" and
-# "lengths.FIELD" their lengths, "bytes.FIELD" the UTF-8 bytes of the texts; lengths are int64 [n]
-Block = Mapping[str, np.ndarray]
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -32,27 +39,30 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 def encode_block(
     documents: Sequence[Document], tokenizer: Tokenizer, *, fields: Sequence[str]
-) -> Block:
-    """Return the documents as tokens, each followed by eos."""
+) -> pa.RecordBatch:
+    """Return the documents as tokens, each followed by eos: the columns `id`, and `tokens.FIELD`
+    and `bytes.FIELD` (UTF-8 bytes of the text) of every field.
+    """
+    import pyarrow as pa
+
     ids = [document.id.encode(errors="surrogateescape") for document in documents]
-    block = {"ids": np.frombuffer(b"".join(ids), np.uint8), "id_lengths": _lengths(ids)}
+    columns: dict[str, pa.Array] = {"id": arrow_files.bytes_column(ids)}
     dtype = token_dtype(tokenizer)
     eos = np.array([tokenizer.eos_id], dtype)
     for field in fields:
         texts = [document.fields[field] for document in documents]
-        tokens = [
-            np.append(encoded.astype(dtype), eos)
-            for batch in _batches(texts)
-            for encoded in tokenizer.encode_batch(batch)
-        ]
-        block[f"tokens.{field}"] = np.concatenate([np.empty(0, dtype), *tokens])
-        block[f"lengths.{field}"] = _lengths(tokens)
-        block[f"bytes.{field}"] = _lengths([text.encode() for text in texts])
-    return block
-
-
-def _lengths(items: Sequence[bytes | np.ndarray]) -> np.ndarray:
-    return np.array([len(item) for item in items], np.int64)
+        tokens = []
+        for batch in _batches(texts):
+            for encoded in tokenizer.encode_batch(batch):
+                tokens += [encoded.astype(dtype), eos]
+        values = np.concatenate([np.empty(0, dtype), *tokens])
+        lengths = [len(encoded) + 1 for encoded in tokens[::2]]
+        columns[f"tokens.{field}"] = pa.LargeListArray.from_arrays(
+            arrow_files.column(_offsets(lengths)), arrow_files.column(values)
+        )
+        num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+        columns[f"bytes.{field}"] = arrow_files.column(num_bytes)
+    return pa.RecordBatch.from_arrays([*columns.values()], [*columns])
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -62,63 +72,125 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield [text for _, text in group]
 
 
-def write_blocks(
-    path: str | os.PathLike,
-    blocks: Iterable[tuple[Block, np.ndarray]],
-    tokenizer: Tokenizer,
+def document_sizes(block: pa.RecordBatch, fields: Sequence[str]) -> np.ndarray:
+    """Return the bytes that each document takes in a shard, int64 [n]."""
+    sizes = 8 + np.diff(_limits(block, "id")[0])
+    for field in fields:
+        offsets, values = _limits(block, f"tokens.{field}")
+        sizes += 16 + np.diff(offsets) * values.itemsize
+    return sizes
+
+
+def _limits(block: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the offsets [n + 1] of a column of lists or bytes from its first, and its values."""
+    column = block.column(name)
+    if not len(column):
+        return np.zeros(1, np.int64), np.empty(0, np.uint8)
+    if name == "id":
+        _, offsets, data = column.buffers()
+        offsets = np.frombuffer(offsets, np.int64)[column.offset :][: len(column) + 1]
+        values = np.frombuffer(data or b"", np.uint8)
+    else:
+        offsets, values = map(arrow_files.numbers, (column.offsets, column.values))
+    return offsets - offsets[0], values[offsets[0] : offsets[-1]]
+
+
+def write_shard(
+    store: str | os.PathLike,
+    number: int,
+    blocks: Iterable[pa.RecordBatch],
     *,
     fields: Sequence[str],
+    packings: Sequence[Packing] = (),
+) -> dict[str, Any]:
+    """Write a shard of the store at `store`; return its entry in the manifest.
+
+    Every file is there whole or not at all. packings: of which a plan is stored beside the tokens.
+    """
+    name = f"shard-{number:05d}"
+    columns: dict[str, list[np.ndarray]] = {"id": []}
+    entries: dict[str, dict] = {}
+    with contextlib.ExitStack() as stack:
+
+        def create(file: str) -> _HashedFile:
+            return _HashedFile(stack.enter_context(storage.writing(f"{store}/{name}/{file}")))
+
+        joined = {"id": create("ids.bin")}
+        joined |= {f"tokens.{field}": create(f"{field}/tokens.bin") for field in fields}
+        columns |= {column: [] for column in joined}
+        columns |= {f"bytes.{field}": [] for field in fields}
+        for block in blocks:
+            for column, file in joined.items():
+                offsets, values = _limits(block, column)
+                file.write(values)
+                columns[column].append(np.diff(offsets))
+            for field in fields:
+                columns[f"bytes.{field}"].append(
+                    arrow_files.numbers(block.column(f"bytes.{field}"))
+                )
+        none = np.zeros(0, np.int64)
+        found = {column: np.concatenate([none, *parts]) for column, parts in columns.items()}
+        entries["ids.bin"] = joined["id"].entry()
+        small = {"id_offsets.bin": _offsets(found["id"])}
+        counts = {}
+        for field in fields:
+            entries[f"{field}/tokens.bin"] = joined[f"tokens.{field}"].entry()
+            offsets, num_bytes = _offsets(found[f"tokens.{field}"]), found[f"bytes.{field}"]
+            small[f"{field}/offsets.bin"] = offsets
+            small[f"{field}/index.bin"] = offsets[::BLOCK]
+            small[f"{field}/bytes.bin"] = num_bytes
+            counts[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
+        plans = {}
+        for packing in packings:
+            plan = make_plan(packing, [small[f"{field}/offsets.bin"] for field in packing.fields])
+            plans[packing.name] = plan_entry(plan)
+            small[f"{packing.name}.bin"] = np.frombuffer(to_bytes(plan), "<i8")
+        for file, values in small.items():
+            hashed = create(file)
+            hashed.write(values.astype("<i8"))
+            entries[file] = hashed.entry()
+    return {
+        "name": name,
+        "num_documents": len(found["id"]),
+        "fields": counts,
+        "plans": plans,
+        "files": dict(sorted(entries.items())),
+    }
+
+
+def write_manifest(
+    store: str | os.PathLike,
+    shards: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
     tokenizer_name: str,
+    fields: Sequence[str],
     source: Sequence[str] = (),
     split: str = "",
     skipped: Mapping[str, int] = MappingProxyType({}),
     skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
-    """Write the store at `path`, of the documents where the bool mask of each block is true.
+    """Complete the store of these shards; what earlier attempts have left in its folder goes.
 
-    It is written beside its path and moved there, complete; what an interrupted writer has left is
-    removed. The same documents in the same order give the same bytes. skipped, skipped_examples:
-    the number of skipped records by reason, and the first ids.
+    skipped, skipped_examples: the number of skipped records by reason, and the first ids.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    files: dict[str, _HashedFile] = {}
-    columns: dict[str, list[np.ndarray]] = collections.defaultdict(list)
-
-    def append(name: str, values: np.ndarray) -> None:
-        if name not in files:
-            (partial / name).parent.mkdir(exist_ok=True)
-            files[name] = _HashedFile(partial / name)
-        files[name].write(values)
-
-    joined = [("ids.bin", "ids", "id_lengths")]
-    joined += [(f"{field}/tokens.bin", f"tokens.{field}", f"lengths.{field}") for field in fields]
-    for block, keep in blocks:
-        for file, values, lengths in joined:
-            found = block[values]
-            append(file, found if keep.all() else found[np.repeat(keep, block[lengths])])
-        for name in (*(lengths for _, _, lengths in joined), *(f"bytes.{f}" for f in fields)):
-            columns[name].append(block[name][keep])
-    id_offsets = _offsets(columns["id_lengths"])
-    append("id_offsets.bin", id_offsets)
-    sizes = {}
-    for field in fields:
-        offsets = _offsets(columns[f"lengths.{field}"])
-        num_bytes = np.concatenate(columns[f"bytes.{field}"])
-        append(f"{field}/offsets.bin", offsets)
-        append(f"{field}/bytes.bin", num_bytes)
-        sizes[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
+    files = {}
     if tokenizer.file_name:
-        append(tokenizer.file_name, np.frombuffer(tokenizer.model, np.uint8))
-    entries = {name: file.close() for name, file in sorted(files.items())}
+        storage.write_atomically(f"{store}/{tokenizer.file_name}", tokenizer.model)
+        digest = hashlib.sha256(tokenizer.model).hexdigest()
+        files[tokenizer.file_name] = {"size": len(tokenizer.model), "sha256": digest}
+    of_shards = {f"{shard['name']}/{name}" for shard in shards for name in shard["files"]}
+    storage.keep_only(store, {*files, *of_shards})
+    keys = ("num_tokens", "num_bytes")
     manifest = {
         "format": FORMAT,
         "split": split,
         "source": list(source),
-        "num_documents": len(id_offsets) - 1,
-        "fields": sizes,
+        "num_documents": sum(shard["num_documents"] for shard in shards),
+        "fields": {
+            field: {key: sum(shard["fields"][field][key] for shard in shards) for key in keys}
+            for field in fields
+        },
         "skipped": dict(sorted(skipped.items())),
         "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
         "dtype": token_dtype(tokenizer),
@@ -131,13 +203,11 @@ def write_blocks(
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
         },
-        "content_hash": hashlib.sha256(json.dumps(entries).encode()).hexdigest(),
-        "files": entries,
+        "content_hash": hashlib.sha256(json.dumps([files, shards]).encode()).hexdigest(),
+        "files": files,
+        "shards": list(shards),
     }
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    storage.write_atomically(f"{store}/{MANIFEST}", json.dumps(manifest, indent=1) + "\n")
 
 
 def write_store(
@@ -146,31 +216,37 @@ def write_store(
     tokenizer: Tokenizer,
     *,
     fields: Sequence[str] = ("text",),
+    shard_documents: int | None = None,
+    packings: Sequence[Packing] = (),
 ) -> None:
-    """Write a small store of `documents`, without splits: for tests and experiments."""
+    """Write a small store of `documents`, without splits: for tests and experiments.
+
+    shard_documents: of a shard; None: there is one shard.
+    """
     documents = list(documents)
-    block = encode_block(documents, tokenizer, fields=fields), np.ones(len(documents), bool)
-    write_blocks(path, [block], tokenizer, fields=fields, tokenizer_name=tokenizer.name)
+    step = shard_documents or max(len(documents), 1)
+    shards = []
+    for number, start in enumerate(range(0, max(len(documents), 1), step)):
+        block = encode_block(documents[start : start + step], tokenizer, fields=fields)
+        shards.append(write_shard(path, number, [block], fields=fields, packings=packings))
+    write_manifest(path, shards, tokenizer, tokenizer_name=tokenizer.name, fields=fields)
 
 
 class _HashedFile:
     """A file that is hashed while it is written."""
 
-    def __init__(self, path: Path):
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._hash = hashlib.sha256()
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
 
     def write(self, values: np.ndarray) -> None:
-        content = values.tobytes()
+        content = np.ascontiguousarray(values).view(np.uint8).data
         self._file.write(content)
         self._hash.update(content)
+        self._size += len(content)
 
-    def close(self) -> dict:
-        with self._file as file:
-            file.flush()
-            os.fsync(file.fileno())
-            return {"size": file.tell(), "sha256": self._hash.hexdigest()}
+    def entry(self) -> dict[str, Any]:
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
 
 
-def _offsets(lengths: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum().astype("<i8")
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], lengths]).astype(np.int64).cumsum()
