@@ -18,10 +18,10 @@ happened, does what is left: finished runs are kept, interrupted ones go on. Fai
 runs are recorded as such, and the sweep goes on without them. It ends with sweep.csv and
 sweep.jsonl, a ranking and sweep.png. Its exit code is 1 if runs failed; a diverged one is a result.
 
---write=slurm and --write=tpu_vm write the commands for a cluster instead of running them; later the
+--write=slurm, tpu_vm or gke writes the commands for a cluster instead of running them; later the
 same command with --collect in place of --write starts nothing and ends with the table of what has
-finished. Machines of Cloud TPUs are deleted after a run: their runs are kept in a bucket,
---runs=gs://BUCKET/FOLDER.
+finished. Machines of Cloud TPUs and pods of GKE are deleted after a run: their runs are kept in a
+bucket, --runs=gs://BUCKET/FOLDER.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> int:
         runs = [Trial(space.name(p), p, space.arguments(args.config, p, settings)) for p in points]
         source = iter(runs)
     if args.write:
-        write = {"slurm": cluster.write_slurm, "tpu_vm": cluster.write_tpu_vm}[args.write]
+        write = getattr(cluster, f"write_{args.write}")
         print(f"{len(runs)} runs in {write(root, runs, args.slots, home)}")
         return 0
     if args.collect:
@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="runs of each point, with config.seed 0 and up")
     add("--folds", type=int, default=1, help="runs of each point, one for each fold")
     add("--slots", type=int, default=1, help="runs at a time (default: 1)")
-    add("--write", choices=("slurm", "tpu_vm"), help="write commands for a cluster instead")
+    add("--write", choices=("slurm", "tpu_vm", "gke"), help="write commands for a cluster instead")
     add("--collect", action="store_true", help="make the table of what a cluster has done")
     add(
         "--runs",

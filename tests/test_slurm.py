@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -11,9 +12,10 @@ import sys
 import time
 
 import pytest
+from test_launch import FAILING, saved_leaves
 
-from lm.scaling.sweep import cluster, report, space
-from lm.scaling.sweep.pool import Trial
+from lm.exit_codes import Exit
+from lm.reliability import attempts
 from lm.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -95,7 +97,9 @@ def submit(tmp_path):
     jobs = []
 
     def start(*flags: str, options: tuple[str, ...] = ()) -> Job:
-        jobs.append(Job(tmp_path, *flags, options=options))
+        folder = tmp_path / str(len(jobs))
+        folder.mkdir()
+        jobs.append(Job(folder, *flags, options=options))
         return jobs[-1]
 
     yield start
@@ -140,6 +144,31 @@ def test_a_mistake_ends_the_job(submit):
     assert job.record()["ExitCode"] == "1:0" and "num_heads" in job.said()
 
 
+def test_a_job_whose_device_fails_ends_with_the_bits_of_an_undisturbed_one(submit, tmp_path):
+    path, marker = tmp_path / "failing.py", tmp_path / "failed"
+    path.write_text(FAILING.format(root=str(ROOT), marker=str(marker)))
+    flags = [f"--config={path}", "--config.checkpoint.every=5", "--config.train.num_steps=24"]
+    job = submit(*flags)
+    job.go_on()
+    assert marker.exists() and "exit code 48: back into the queue" in job.said()
+    assert "error: a device failed: INTERNAL" in job.said()
+    job.wait_until("COMPLETED")
+    [first, second] = attempts.read(str(job.workdir))
+    assert (first["code"], second["code"], second["from_step"]) == (Exit.DEVICE_ERROR, 0, 10)
+    assert job.record()["Comment"] == "lm-restarts-1"
+    undisturbed = submit(*flags)  # as the marker is there
+    undisturbed.wait_until("COMPLETED")
+    assert undisturbed.record()["Restarts"] == "0"
+    assert saved_leaves(job.workdir, 24) == saved_leaves(undisturbed.workdir, 24)
+
+
+def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(submit):
+    job = submit(f"--config.model.mlp_dim={2**40}", "--config.guard.self_check=False")
+    job.wait_until("FAILED")
+    assert job.record()["ExitCode"] == "49:0" and "back into the queue" not in job.said()
+    assert "Try --config.train.num_microbatches=2" in job.said()
+
+
 def test_a_cancelled_job_stays_cancelled(submit):
     job = submit("--config.train.num_steps=100000")
     job.wait_for(lambda: len(job.steps()) > 5)
@@ -151,26 +180,29 @@ def test_a_cancelled_job_stays_cancelled(submit):
 
 def test_a_sweep_in_a_folder_of_any_name_is_an_array(tmp_path):
     root = tmp_path / 'a b\'s "c" %j 100% {} [*]? # & ; $HOME `x` é'
-    flags = ["--config.train.num_steps=4", "--config.guard.self_check=False"]
-    points = [{"optimizer.learning_rate": rate} for rate in (1e-3, 1e30)]
-    runs = [Trial(space.name(p), p, space.arguments("configs/smoke.py", p, flags)) for p in points]
-    path = cluster.write_slurm(root, runs, 2, str(root))
+    command = [sys.executable, "scripts/sweep.py", "--config=configs/smoke.py", f"--workdir={root}"]
+    command += ["--grid=optimizer.learning_rate=1e-3,1e30", "--slots=2"]
+    command += ["--config.train.num_steps=4", "--config.guard.self_check=False"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable}
-    done = subprocess.run(
-        ["sbatch", "--parsable", "--overcommit", "--oversubscribe", str(path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    go = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    written = subprocess.run([*command, "--write=slurm"], **go)
+    assert written.returncode == 0 and "2 runs in" in written.stdout, written.stderr
+    submit = ["sbatch", "--parsable", "--overcommit", "--oversubscribe", str(root / "array.sbatch")]
+    done = subprocess.run(submit, **go)
     assert done.returncode == 0, done.stderr
     number = done.stdout.strip()
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while len(list((root / "codes").iterdir())) < 2:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.5)
     finally:
         subprocess.run(["scancel", number], capture_output=True)
-    table = report.collect(root, runs)
-    assert [row["status"] for row in table] == ["finished", "diverged"]
+    collected = subprocess.run([*command, "--collect"], **go)
+    assert collected.returncode == 0, collected.stderr
+    assert "2 runs: 1 finished, 1 diverged" in collected.stdout
+    rows = [json.loads(line) for line in (root / "sweep.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["finished", "diverged"]
     logs = [root / f"lm-{number}_{task}.log" for task in (0, 1)]
     assert [log.read_text().splitlines()[-1] for log in logs] == [
         "slurm.sbatch: exit code 0",

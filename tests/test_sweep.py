@@ -319,7 +319,20 @@ def test_a_slurm_array_gives_every_task_the_flags_of_its_run(tmp_path):
     assert word == f"--output={root}/".replace("%", "%%") + "%x-%A_%a.log"
 
 
-@pytest.mark.parametrize("write", [cluster.write_slurm, cluster.write_tpu_vm])
+WRITERS = [cluster.write_slurm, cluster.write_tpu_vm, cluster.write_gke]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("home", ["gs://bucket/a sweep", "s3://bucket/sweep"])
+def test_runs_in_a_bucket_stay_there(tmp_path, write, home):
+    runs = make_runs([0.1])
+    path = write(tmp_path, runs, 1, home)
+    commands = tmp_path / "commands.txt"
+    text = (commands if commands.exists() else path).read_text()
+    assert f"--workdir={home}/{runs[0].name}" in shlex.split(text, comments=True)
+
+
+@pytest.mark.parametrize("write", WRITERS)
 def test_a_flag_that_no_line_can_hold_is_refused(tmp_path, write):
     with pytest.raises(ValueError, match="has a line break"):
         write(tmp_path, make_runs([0.1], "--config.x='a\nb'"), 1, "gs://b/x")
@@ -349,9 +362,48 @@ def test_commands_for_tpus_train_every_run_once_on_its_resource(tmp_path):
     assert run_task(path, cluster.TPU_VM, **environment)[1] == []
 
 
-def test_runs_that_would_be_lost_with_their_machines_are_refused(tmp_path):
+KUBECTL = r"""
+# JobSets are lines of `applied`; one whose rate is 1 diverges
+case "$*" in
+  *apply*) manifest=$(cat) && folder=${manifest##*workdir=}
+    echo "$NAME ${folder%%\"*}" >>"$CLOUD/applied"
+    [[ $manifest == *learning_rate=1\"* ]] && echo Failed >"$CLOUD/state-$NAME" ||
+      echo Completed >"$CLOUD/state-$NAME" ;;
+  *"get jobset"*) cat "$CLOUD/state-$NAME" ;;
+  *"get pods"*) echo 0 41 ;;
+  *"delete jobset"*) rm "$CLOUD/state-$NAME" ;;
+esac
+"""
+
+
+def test_commands_for_gke_train_every_run_once_in_a_jobset(tmp_path):
+    runs = make_runs([0.1, 1, 0.3])
+    path = cluster.write_gke(tmp_path / "sweep", runs, slots=2, home="gs://b/s")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "kubectl").write_text(f"#!/bin/bash\n{KUBECTL}")
+    (folder / "kubectl").chmod(0o755)
+    environment = {
+        **os.environ,
+        **{"PATH": f"{folder}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "NAME": "s"},
+        **{"IMAGE": "example.com/lm:1", "ACCELERATOR": "nvidia-h100-80gb", "POLL": "0.01"},
+    }
+    for expected in (3, 4):  # what has finished is not trained again
+        done = subprocess.run([path], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        applied = (tmp_path / "applied").read_text().splitlines()
+        assert len(applied) == expected
+    assert {line.split()[0] for line in applied} == {"s-0", "s-1"}
+    assert all(any(f"gs://b/s/{run.name}" in line for line in applied) for run in runs)
+    codes = [(tmp_path / "sweep" / "codes" / run.name).read_text() for run in runs]
+    assert codes == ["0\n", "41\n", "0\n"]
+    assert not list(tmp_path.glob("state-*"))  # every JobSet was deleted
+
+
+@pytest.mark.parametrize("write", [cluster.write_tpu_vm, cluster.write_gke])
+def test_runs_that_would_be_lost_with_their_machines_are_refused(tmp_path, write):
     with pytest.raises(ValueError, match=r"would be lost.*--runs=gs://BUCKET"):
-        cluster.write_tpu_vm(tmp_path, make_runs([0.1]), slots=1, home=str(tmp_path))
+        write(tmp_path, make_runs([0.1]), slots=1, home=str(tmp_path))
 
 
 def test_collecting_takes_what_a_cluster_has_recorded_and_starts_nothing(tmp_path, fake):

@@ -211,6 +211,16 @@ class CheckpointConfig:
     keep_every: int = field(0, "Also keep every checkpoint at a multiple of this; 0: none.", ge=0)
     at: tuple[int, ...] = field((), "Steps to save at and to keep, to fork other runs from.", ge=0)
     allow_changed: tuple[str, ...] = field((), "Config paths that may differ from the saved run's.")
+    memory_every: int = field(
+        0,
+        "Steps between snapshots in the memory of hosts, each with a copy at the next process; a "
+        "restart on the same hosts goes on from them. 0: none.",
+        ge=0,
+    )
+    memory_dir: str = field(
+        "",
+        "Folder in memory (tmpfs) for the snapshots; empty: /dev/shm/lm-UID, for this user only.",
+    )
     verify: bool = field(True, "Check every bit after a save, from its files, and after a restore.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from lm.exit_codes import Exit
+from lm.exit_codes import Exit, RunError
 
 # Errors of the program on any device: a restart changes nothing, and the traceback locates them.
 PROGRAM_ERRORS = ("INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -28,6 +28,15 @@ def exit_code(error: BaseException) -> Exit | None:
         return None
     lacks = any(words in text.lower() for words in NO_MEMORY)
     return Exit.OUT_OF_MEMORY if lacks else Exit.DEVICE_ERROR
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a run that ends with this error."""
+    if isinstance(error, RunError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    return exit_code(error) or Exit.ERROR
 
 
 def describe(code: Exit, error: BaseException) -> str:

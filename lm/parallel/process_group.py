@@ -218,14 +218,19 @@ def from_lead(name: str, make: Callable[[], T]) -> T:
 
     For decisions that each process would otherwise make by its own view of a file system.
     """
+    return from_process(0, name, make)
+
+
+def from_process(process: int, name: str, make: Callable[[], T]) -> T:
+    """As `from_lead`, of another process."""
     from jax._src.distributed import global_state as state
 
     if state.client is None:  # one process
         return json.loads(json.dumps(make()))
     key = f"lm/{next(_count)}/{name}"
-    if state.process_id == 0:
+    if state.process_id == process:
         state.client.key_value_set(key, json.dumps(make()))
-    return json.loads(_wait_for(key, 0, name))
+    return json.loads(_wait_for(key, process, name))
 
 
 def background_key(name: str) -> str:

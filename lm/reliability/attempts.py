@@ -198,19 +198,11 @@ class Attempts:
             self.end(self.stop_code, "")
         else:
             text = str(error) or type(error).__name__
-            self.end(_code_of(error), text)
+            self.end(device_errors.code_of(error), text)
 
     def _append(self, fields: Record) -> None:
         assert self._file is not None
         self._file.append({"attempt": self._own["attempt"], **fields})
-
-
-def _code_of(error: BaseException) -> int:
-    if isinstance(error, RunError):
-        return error.code
-    if isinstance(error, KeyboardInterrupt):
-        return Exit.INTERRUPTED
-    return device_errors.exit_code(error) or Exit.ERROR
 
 
 def _with_last_words(attempts: list[Record], done: int) -> list[Record]:

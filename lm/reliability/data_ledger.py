@@ -39,6 +39,12 @@ def read(workdir: str) -> list[Record]:
     return jsonl.read(StoragePath(workdir) / LEDGER_FILE)
 
 
+def chain_at(workdir: str, steps: int) -> str | None:
+    """The chain after so many steps of a run; None if its ledger has not come so far."""
+    found = (entry["chain"] for entry in read(workdir) if entry["step"] == steps - 1)
+    return next(found, None)
+
+
 def start_totals() -> Record:
     """The totals before step 0."""
     return {"steps": 0, **dict.fromkeys(COUNTS, 0), "chain": "0" * 16}

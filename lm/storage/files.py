@@ -281,6 +281,11 @@ def total_size(folder: PathLike) -> int:
         return cast(int, fs.du(name))
 
 
+def make_private_folder(path: str) -> None:
+    """Make a local folder that only this user may read, and those above it, if it is not there."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+
+
 def delete(path: PathLike) -> None:
     """Delete a file, or a folder with all that is in it; nothing if there is neither."""
     fs, name = _open(path)

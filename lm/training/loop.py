@@ -31,7 +31,7 @@ from lm.tokenizers import run_tokenizer
 from lm.training import bad_step_report, compatibility
 from lm.training.describe import describe
 from lm.training.experiment import Experiment
-from lm.training.restore import restore_or_init
+from lm.training.restore import find_snapshot, memory_snapshots, restore_or_init
 from lm.training.rollback import roll_back
 from lm.training.run_length import given_length
 from lm.training.session import (
@@ -84,19 +84,20 @@ def train(
         compatibility.check_checkpoint(record, workdir, experiment)
         with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
             _open_and_compile(experiment, workdir, record, phases, is_new=not checkpoints.steps())
-            attempts = Attempts(
-                workdir,
-                experiment.config.guard,
-                max(checkpoints.steps(), default=0),
-                active=is_lead,
-            )
+            snapshots = memory_snapshots(experiment, workdir)
+            from_step = max(checkpoints.steps(), default=0)
+            if found := find_snapshot(snapshots, workdir, from_step):
+                from_step = found.manifest.step
+            attempts = Attempts(workdir, experiment.config.guard, from_step, active=is_lead)
             attempts.check(
                 functools.partial(bad_step_report.batch_records, experiment, count=2),
                 interrupted=lambda: signals.received is not None,
             )
             watchdog.on_end = functools.partial(attempts.end, Exit.HUNG)
-            with attempts, process_group.peer_errors():
-                state, totals = restore_or_init(experiment, checkpoints, phases)
+            with attempts, snapshots or contextlib.nullcontext(), process_group.peer_errors():
+                state, totals = restore_or_init(
+                    experiment, checkpoints, phases, snapshots=snapshots, found=found
+                )
                 if is_lead:  # no sooner: where a run failed to start, another config may
                     compatibility.write_config(experiment.config_dict, workdir)
                 took, step = time.monotonic() - phases.began, int(state.step)
@@ -112,6 +113,7 @@ def train(
                     ledger,
                     lock,
                     attempts,
+                    snapshots,
                 )
                 if record.step and _evaluation_is_missing(experiment, workdir, step):
                     session.completed -= 1  # a signal stopped the run before it
@@ -176,6 +178,9 @@ def _do_due_work(session: TrainingSession, state: TrainState, step: int) -> sign
     if save_due or vote.save or vote.signal:
         session.save(state)
     session.completed = step
+    in_memory = c.checkpoint.memory_every
+    if in_memory and step % in_memory == 0 and step < num_steps and not vote.signal:
+        session.keep_in_memory(state)
     if vote.signal:
         print_on_lead(f"\n{vote.signal.name}: saved at step {step}; run the same command to go on")
         return vote.signal

@@ -11,10 +11,12 @@ import dataclasses
 import jax
 
 from lm.checkpoint.manager import Checkpoints
-from lm.checkpoint.manifest import Manifest
+from lm.checkpoint.manifest import Damaged, Manifest
+from lm.checkpoint.memory import Found, MemorySnapshots
 from lm.optim import optimizer_state, param_tree
-from lm.parallel import sharding
-from lm.reliability.data_ledger import start_totals
+from lm.parallel import process_group, sharding
+from lm.reliability.data_ledger import chain_at, start_totals
+from lm.storage.epaths import StoragePath
 from lm.telemetry.jsonl import Record
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.training.experiment import Experiment
@@ -22,13 +24,23 @@ from lm.types import Params, TrainState
 
 
 def restore_or_init(
-    experiment: Experiment, checkpoints: Checkpoints, phases: PhaseTimer, step: int | None = None
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    phases: PhaseTimer,
+    step: int | None = None,
+    *,
+    snapshots: MemorySnapshots | None = None,
+    found: Found | None = None,
 ) -> tuple[TrainState, Record]:
-    """(state, ledger totals) of the newest good checkpoint, or of the one at `step`.
+    """(state, ledger totals) of the snapshot `found` in memory, if there is one and it is good,
+    else of the newest good checkpoint, or of the one at `step`.
 
     Without checkpoints: those of the fork's checkpoint, else those before step 0.
     """
     with phases("restore"):
+        if snapshots and found and (kept := _restore_snapshot(experiment, snapshots, found)):
+            checkpoints.parent = found.manifest.parent
+            return kept, dict(found.manifest.ledger)
         restored = restore(experiment, checkpoints, step)
         if restored is None and (fork := experiment.fork) is not None:
             checkpoints.parent = fork.describe()
@@ -54,6 +66,44 @@ def restore(
     state, manifest = restored
     params = experiment.initializer.with_base_params(state.params, manifest.parent)
     return dataclasses.replace(state, params=params), manifest
+
+
+def memory_snapshots(experiment: Experiment, workdir: str) -> MemorySnapshots | None:
+    """The snapshots in memory that `config.checkpoint.memory_every` asks for."""
+    c = experiment.config.checkpoint
+    if not c.memory_every:
+        return None
+    abstract = stored_state(experiment, experiment.abstract_state)
+    folder = str(StoragePath(workdir).resolve())
+    return MemorySnapshots(c.memory_dir, folder, experiment.config_dict.to_dict(), abstract)
+
+
+def find_snapshot(snapshots: MemorySnapshots | None, workdir: str, at_least: int) -> Found | None:
+    """The newest snapshot of this run in memory, of step `at_least` or later; None if there is
+    none. That of another run, which once had the same folder, has steps that the ledger lacks.
+    """
+    found = None if snapshots is None else snapshots.find(at_least)
+    if snapshots is None or found is None:
+        return None
+    step, chain = found.manifest.step, found.manifest.ledger["chain"]
+    if process_group.from_lead("same run", lambda: chain_at(workdir, step) == chain):
+        return found
+    snapshots.clear()
+    return None
+
+
+def _restore_snapshot(
+    experiment: Experiment, snapshots: MemorySnapshots, found: Found
+) -> TrainState | None:
+    """The state of a snapshot; None where its bits are not those that were kept."""
+    try:
+        state = snapshots.restore(found)
+    except Damaged as error:
+        process_group.print_on_lead(f"not from {found}: {error}")
+        return None
+    params = experiment.initializer.with_base_params(state.params, found.manifest.parent)
+    process_group.print_on_lead(f"restored from {found}")
+    return dataclasses.replace(state, params=params)
 
 
 def restore_params(

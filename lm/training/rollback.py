@@ -21,6 +21,8 @@ def roll_back(session: TrainingSession, rollback: RollbackRequired) -> TrainStat
     """
     bad_step, checkpoints, note = rollback.bad_step, session.checkpoints, session.writer.note
     session.deferred.discard()
+    if session.snapshots is not None:
+        session.snapshots.clear()  # of a state that may be wrong, or that is not gone back to
     checkpoints.wait()
     state = _restore(session)
     start = int(state.step)

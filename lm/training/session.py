@@ -8,11 +8,13 @@ import errno
 import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm.checkpoint.manager import Checkpoints
+from lm.checkpoint.memory import MemorySnapshots
 from lm.exit_codes import Exit, RunError
 from lm.optim.schedules import make_schedule
 from lm.parallel import process_group
@@ -94,11 +96,12 @@ class TrainingSession:
         ledger: Ledger,
         lock: Lock,
         attempts: Attempts,
+        snapshots: MemorySnapshots | None,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
         self.phases, self.ledger, self.deferred = phases, ledger, DeferredMetrics()
-        self.attempts = attempts
+        self.attempts, self.snapshots = attempts, snapshots
         self.is_lead = jax.process_index() == 0
         self._watchdog, self._signals, self._lock = watchdog, signals, lock
         self._consensus, self._vote = Consensus(experiment.rules), Vote()
@@ -225,20 +228,33 @@ class TrainingSession:
         with self.phases("save"):
             self._lock.check(ask=True)
             self.check_replicas(state)  # one replica is saved
-            for log in (self.ledger, self.writer, self._goodput):
-                log.flush()  # what the checkpoint refers to is stored before it
-            extras = {
-                "ledger": self.ledger.totals(),
-                "config": self.experiment.config_dict.to_dict(),
-                "resolved": {
-                    "batch_size": self.experiment.batch_size,
-                    "num_steps": self.experiment.num_steps,
-                },
-            }
+            extras = self._store_logs()
             self.checkpoints.save(stored_state(self.experiment, state), manifest_extras=extras)
         self._saved_at, self._disagreements = time.monotonic(), 0
         # votes of the last step were cast before this save and must not ask for another one
         self._vote = dataclasses.replace(self._vote, save=False)
+
+    def keep_in_memory(self, state: TrainState) -> None:
+        """Keep a snapshot of `state` in the memory of the hosts, as complete as a checkpoint."""
+        assert self.snapshots is not None, "config.checkpoint.memory_every is set"
+        self.flush()
+        with self.phases("save"):
+            self.check_replicas(state)
+            extras = {"parent": self.checkpoints.parent, **self._store_logs()}
+            self.snapshots.save(stored_state(self.experiment, state), extras)
+
+    def _store_logs(self) -> dict[str, Any]:
+        """Store all that a checkpoint refers to, before it, and return what its manifest says."""
+        for log in (self.ledger, self.writer, self._goodput):
+            log.flush()
+        return {
+            "ledger": self.ledger.totals(),
+            "config": self.experiment.config_dict.to_dict(),
+            "resolved": {
+                "batch_size": self.experiment.batch_size,
+                "num_steps": self.experiment.num_steps,
+            },
+        }
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluate all validation data after the last step, else `train.eval_batches` of it."""

@@ -10,6 +10,7 @@
 #     apply FLAGS   start scripts/train.py FLAGS in IMAGE (see Dockerfile); the workdir is in a bucket
 #     logs          follow the log of process 0
 #     status        the JobSet and its pods
+#     await         return when it is over, with the exit code of the run (lm/exit_codes.py)
 #     delete        end it: the processes get SIGTERM and GRACE seconds to save
 #
 # The JobSet starts all processes again, from the last checkpoint, when one loses its node or ends
@@ -27,10 +28,12 @@
 #     GRACE=300           seconds from SIGTERM to SIGKILL
 #     MAX_RESTARTS=1000   preemptions count, too
 #     NAMESPACE=default
+#     POLL=30             seconds between looks at the state
 set -eo pipefail
 
 DEVICES_PER_NODE=${DEVICES_PER_NODE:-}
 NAMESPACE=${NAMESPACE:-default}
+POLL=${POLL:-30}
 SLICES=${SLICES:-1}
 NODES=${NODES:-1}
 GRACE=${GRACE:-300}
@@ -42,7 +45,7 @@ main() {
   dry=
   [[ ${1:-} == --dry-run ]] && dry=1 && shift
   case ${1:-} in
-    apply | logs | status | delete) ;;
+    apply | logs | status | await | delete) ;;
     --help) usage && return ;;
     *) usage >&2 && return 2 ;;
   esac
@@ -127,6 +130,22 @@ logs() {
 }
 
 status() { kubectl_ get jobsets,pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME"; }
+
+# A JobSet that failed has pods of its last attempt; a process that lost another one has its code.
+await() {
+  local state="" codes code
+  until [[ $state || $dry ]]; do
+    state=$(kubectl_ get jobset "$NAME" --output='jsonpath={.status.terminalState}') || sleep "$POLL"
+    [[ $state ]] || sleep "$POLL"
+  done
+  [[ $state == Failed ]] || return 0
+  codes=$(kubectl_ get pods --selector="jobset.sigs.k8s.io/jobset-name=$NAME" \
+    --output='jsonpath={.items[*].status.containerStatuses[*].state.terminated.exitCode}')
+  for code in $codes; do
+    ((code == 0)) || return "$code"
+  done
+  return 1
+}
 
 delete() { kubectl_ delete jobset "$NAME"; }
 

@@ -11,6 +11,7 @@ from lm.scaling.sweep.pool import CODES, Trial
 
 SLURM = "scripts/launch/slurm.sbatch"
 TPU_VM = "scripts/launch/tpu_vm.sh"
+GKE = "scripts/launch/gke.sh"
 
 _ARRAY = """\
 #!/bin/bash
@@ -71,23 +72,52 @@ def write_tpu_vm(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Pa
     home: URL of the runs' folders; ValueError for a path, which would be deleted with the machines.
     A run leaves its exit code in ROOT/codes.
     """
+    head = [
+        f"# {len(runs)} runs on {slots} queued resources, made and deleted for each run. In the",
+        f"# folder of the repository:  NAME=sweep ZONE=… TYPE=… {shlex.quote(f'{root}/tpu_vm.sh')}",
+        ': "${NAME:?name of the queued resources}" "${ZONE:?zone}" "${TYPE:?accelerator type}"',
+        "export ZONE TYPE",
+    ]
+    return _write_slots(root / "tpu_vm.sh", head, [f'{TPU_VM} train "${{@:2}}"'], runs, slots, home)
+
+
+def write_gke(root: Path, runs: Sequence[Trial], slots: int, home: str) -> Path:
+    """As `write_tpu_vm`: write ROOT/gke.sh, which trains the runs in JobSets."""
+    head = [
+        f"# {len(runs)} runs, {slots} JobSets at a time. In the folder of the repository, with the",
+        f"# other variables of {GKE}:  NAME=sweep IMAGE=… ACCELERATOR=… "
+        f"{shlex.quote(f'{root}/gke.sh')}",
+        ': "${NAME:?name of the JobSets}" "${IMAGE:?image}" "${ACCELERATOR:?accelerator}"',
+        "export IMAGE ACCELERATOR",
+    ]
+    # what an earlier start of these commands has applied goes on
+    train = [f'{GKE} apply "${{@:2}}" && {GKE} await', "local code=$?", f"{GKE} delete"]
+    return _write_slots(root / "gke.sh", head, [*train, "(exit $code)"], runs, slots, home)
+
+
+def _write_slots(
+    path: Path, head: list[str], train: list[str], runs: Sequence[Trial], slots: int, home: str
+) -> Path:
+    """Write a script that trains the runs one after the other in `slots` shells, each with a $NAME
+    of its own.
+
+    head: comments and checks; train: commands whose last one has the exit code of the run with the
+    flags "${@:2}".
+    """
     if "://" not in home:
         raise ValueError(
-            f"--write=tpu_vm: runs in {home} would be lost with the machines that they ran on; "
-            "give --runs=gs://BUCKET/FOLDER"
+            f"--write={path.stem}: runs in {home} would be lost with the machines that they ran "
+            "on; give --runs=gs://BUCKET/FOLDER"
         )
-    (root / CODES).mkdir(parents=True, exist_ok=True)
-    path = root / "tpu_vm.sh"
+    (path.parent / CODES).mkdir(parents=True, exist_ok=True)
     lines = [
         "#!/bin/bash",
-        f"# {len(runs)} runs on {slots} queued resources, made and deleted for each run. In the",
-        f"# folder of the repository:  NAME=sweep ZONE=… TYPE=… {shlex.quote(str(path))}",
-        ': "${NAME:?name of the queued resources}" "${ZONE:?zone}" "${TYPE:?accelerator type}"',
-        "name=$NAME; export NAME ZONE TYPE",
-        f"codes={shlex.quote(str(root / CODES))}",
+        *head,
+        "name=$NAME; export NAME",
+        f"codes={shlex.quote(str(path.parent / CODES))}",
         "train() { # a run, unless an earlier start of these commands has finished it",
         '  [[ $(cat "$codes/$1" 2>/dev/null) == 0 ]] && return',
-        f'  {TPU_VM} train "${{@:2}}"',
+        *(f"  {command}" for command in train),
         '  echo $? >"$codes/$1"',
         "}",
     ]

@@ -1,0 +1,360 @@
+"""Snapshots of the state in the memory of hosts, from which a run goes on after a process failed.
+
+MEMORY_DIR/RUN/process-I/own-STEP     the shards of process I
+                         copy-STEP    those of the process before it, in a ring
+
+Files in a folder in memory (tmpfs), which outlive their process. The copy goes from device to
+device, by a collective of all processes. A restart on the same hosts goes on from the newest step
+whose shards are all there, each in one of its two files. Lost are the memory of a machine that goes
+down, and both files of a process whose host and whose successor's host do; then there is storage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lm.checkpoint import manifest as manifests
+from lm.checkpoint import restore
+from lm.checkpoint.code_version import code_version
+from lm.checkpoint.manifest import Damaged, Manifest
+from lm.exit_codes import restarts
+from lm.parallel import device_errors, process_group
+from lm.storage import files
+from lm.storage.paths import expand_local_path
+from lm.types import TrainState
+
+KINDS = ("own", "copy")
+KEPT = 2  # steps: the newest may not be complete in all processes
+GIB = 2**30
+Shards = list[list[np.ndarray]]  # of each leaf, of each device of a process
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A step whose shards are all in memory; `lost`: processes whose own files are not."""
+
+    manifest: Manifest
+    lost: tuple[int, ...]
+
+    def __str__(self) -> str:
+        text = f"the memory of the hosts at step {self.manifest.step}"
+        if self.lost:
+            text += f", the shards of process {', '.join(map(str, self.lost))} from its neighbour's"
+        return text
+
+
+class MemorySnapshots:
+    """The snapshots of one run, a context. All processes call its methods together.
+
+    After an end that no restart follows the memory is free again.
+    """
+
+    def __init__(
+        self, memory_dir: str, workdir: str, config: Mapping[str, Any], abstract: TrainState
+    ) -> None:
+        """config: that of the run, in JSON; abstract: the arrays that a checkpoint of it has.
+
+        Raises:
+            ValueError: the folder has not enough space, or the processes differ in their devices.
+        """
+        tree = {"params": abstract.params, "opt_state": abstract.opt_state}
+        self._abstract, self._structure = jax.tree.flatten(tree)
+        self._step_sharding = abstract.step.sharding
+        self._config = json.loads(json.dumps(config))
+        self._mesh = self._abstract[0].sharding.mesh
+        self._count, self._process = jax.process_count(), jax.process_index()
+        self._devices = [
+            [i for i, d in enumerate(self._mesh.devices.flat) if d.process_index == process]
+            for process in range(self._count)
+        ]
+        if len(set(map(len, self._devices))) > 1:
+            raise ValueError("config.checkpoint.memory_every: the processes differ in devices")
+        name = "config.checkpoint.memory_dir"
+        place = expand_local_path(memory_dir, name) if memory_dir else _default_folder()
+        run = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
+        self._folder = f"{place}/{run}/process-{self._process}"
+        files.make_private_folder(place)
+        self._check_space(place)
+
+    def __enter__(self) -> MemorySnapshots:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or not restarts(device_errors.code_of(error)):
+            self.clear()
+
+    def _check_space(self, place: str) -> None:
+        own = sum(len(self._firsts(i, self._process)) * _nbytes(x) for i, x in self._leaves())
+        hosts = multihost_utils.process_allgather(np.uint32(zlib.crc32(_host())))
+        sharing = int((np.atleast_1d(hosts) == zlib.crc32(_host())).sum())
+        need = (KEPT + 1) * len(self._kinds) * own * sharing
+        free = shutil.disk_usage(place).free + sum(
+            os.path.getsize(path) for kind in KINDS for path in self._paths(kind).values()
+        )
+        if free < need:
+            raise ValueError(
+                f"config.checkpoint.memory_every: snapshots of {sharing} processes need "
+                f"{need / GIB:.3g} GiB in {place} (config.checkpoint.memory_dir), which has "
+                f"{free / GIB:.3g} free"
+            )
+
+    # ---- making snapshots ----
+
+    def save(self, state: TrainState, extras: Mapping[str, Any]) -> None:
+        """Keep the shards of `state`, and those of the neighbour; return when they are kept.
+
+        extras: as `manifest_extras` of `Checkpoints.save`.
+        """
+        tree = {"params": state.params, "opt_state": state.opt_state}
+        manifest = Manifest(
+            step=int(state.step),
+            leaves=manifests.leaves(tree, restore.device_checksums(tree)),
+            code=code_version(),
+            **extras,
+        )
+        parts: dict[str, list[bytes]] = {kind: [] for kind in self._kinds}
+        for i, leaf in enumerate(jax.tree.leaves(tree)):
+            own = _local(leaf)
+            parts["own"] += [own[j].tobytes() for j in self._firsts(i, self._process)]
+            if "copy" in parts:
+                copy = _local(self._shift(i, 1)(_in_device_memory(leaf)))
+                parts["copy"] += [copy[j].tobytes() for j in self._firsts(i, self._before)]
+        for kind in self._kinds:
+            content = b"".join(parts.pop(kind))
+            header = {"manifest": manifest.to_dict(), "crc32": zlib.crc32(content)}
+            text = json.dumps({**header, "mesh": self._mesh_text}).encode()
+            files.write_atomically(f"{self._folder}/{kind}-{manifest.step}", text + b"\n" + content)
+        steps = sorted(self._paths("own"))
+        self._delete(set(steps) - set(steps[-KEPT:]))
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return KINDS if self._count > 1 else KINDS[:1]
+
+    @property
+    def _before(self) -> int:
+        return (self._process - 1) % self._count
+
+    @property
+    def _mesh_text(self) -> str:
+        return f"{dict(self._mesh.shape)} {self._devices}"
+
+    # ---- restoring ----
+
+    def find(self, at_least: int) -> Found | None:
+        """The newest step, `at_least` this one, whose shards are all in memory and good; None if
+        there is none. Files of other steps are deleted.
+        """
+        steps = {kind: [s for s in self._good_steps(kind) if s >= at_least] for kind in KINDS}
+        held = np.full((len(KINDS), KEPT + 1), -1, np.int32)
+        for row, kind in zip(held, KINDS, strict=True):
+            newest = sorted(steps[kind])[-len(row) :]
+            row[: len(newest)] = newest
+        everywhere = multihost_utils.process_allgather(held).reshape(self._count, *held.shape)
+        own, copies = everywhere[:, 0], np.roll(everywhere[:, 1], -1, axis=0)
+        for step in sorted({int(s) for s in own.flat if s >= 0}, reverse=True):
+            has_own = (own == step).any(axis=1)
+            if not (has_own | (copies == step).any(axis=1)).all():
+                continue
+            holder = int(has_own.argmax())
+            text = process_group.from_process(
+                holder, "snapshot", lambda step=step: self._read("own", step)[0]["manifest"]
+            )
+            self._delete(set().union(*(self._paths(kind) for kind in KINDS)) - {step})
+            lost = tuple(int(p) for p in np.flatnonzero(~has_own))
+            return Found(Manifest.from_json(json.dumps(text)), lost)
+        self.clear()
+        return None
+
+    def restore(self, found: Found) -> TrainState:
+        """The state of a step that `find` found. Raises Damaged in all processes where its bits
+        are not those of the manifest.
+        """
+        step, received = found.manifest.step, None
+        if found.lost:
+            source = self._shards("copy", step) if self._before in found.lost else None
+            received = [self._send_back(i, source) for i, _ in self._leaves()]
+        own = self._shards("own", step) if self._process not in found.lost else received
+        assert own is not None
+        arrays = [_assemble(x, shards) for (_, x), shards in zip(self._leaves(), own, strict=True)]
+        tree = self._structure.unflatten(arrays)
+        leaves = manifests.leaves(tree, restore.device_checksums(tree))
+        manifests.check_bits(
+            found.manifest.leaves, {name: leaf.checksum for name, leaf in leaves.items()}
+        )
+        count = jax.device_put(np.int32(step), self._step_sharding)
+        return TrainState(count, tree["params"], tree["opt_state"])
+
+    def _send_back(self, i: int, source: Shards | None) -> list[np.ndarray]:
+        """The shards of leaf `i` that the next process holds of this one; `source`: those that this
+        one holds of the process before it, where they are wanted.
+        """
+        leaf = self._abstract[i]
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        shards = [np.zeros(shape, leaf.dtype)] * len(self._devices[0])
+        x = _assemble(_in_device_memory(leaf), shards if source is None else source[i])
+        return _local(self._shift(i, -1)(x))
+
+    def _good_steps(self, kind: str) -> Iterator[int]:
+        """Steps of the files that are whole, and of this config, code and mesh."""
+        for step in self._paths(kind):
+            try:
+                header = self._read(kind, step)[0]
+                manifest = Manifest.from_json(json.dumps(header["manifest"]))
+            except (Damaged, ValueError, KeyError):
+                continue
+            is_same = manifest.config == self._config and _source(manifest.code) == _source(
+                code_version()
+            )
+            if is_same and header["mesh"] == self._mesh_text and manifest.step == step:
+                yield step
+
+    def _read(self, kind: str, step: int) -> tuple[dict[str, Any], memoryview]:
+        """(header, content) of a file. Raises Damaged."""
+        data = files.read_bytes(f"{self._folder}/{kind}-{step}")
+        end = data.find(b"\n")
+        header, content = json.loads(data[: max(end, 0)]), memoryview(data)[end + 1 :]
+        if zlib.crc32(content) != header["crc32"]:
+            raise Damaged(f"{kind}-{step}: not what was written")
+        return header, content
+
+    def _shards(self, kind: str, step: int) -> Shards:
+        """The content of a file, of each leaf and device of its process."""
+        process = self._process if kind == "own" else self._before
+        content, start, found = self._read(kind, step)[1], 0, []
+        for i, leaf in self._leaves():
+            shape, firsts = leaf.sharding.shard_shape(leaf.shape), self._firsts(i, process)
+            blocks = {}
+            for first in firsts:
+                stop = start + _nbytes(leaf)
+                blocks[first] = np.frombuffer(content[start:stop], leaf.dtype).reshape(shape)
+                start = stop
+            found.append([blocks[j] for j in self._replicas(i, process)])
+        return found
+
+    # ---- leaves, files, devices ----
+
+    def _leaves(self) -> Iterator[tuple[int, jax.ShapeDtypeStruct]]:
+        return enumerate(self._abstract)
+
+    def _replicas(self, i: int, process: int) -> list[int]:
+        """For each device of a process, the first one there with the same shard of leaf `i`."""
+        leaf, first = self._abstract[i], {}
+        where = leaf.sharding.devices_indices_map(leaf.shape)
+        devices = self._mesh.devices.flat
+        keys = [str(where[devices[flat]]) for flat in self._devices[process]]
+        return [first.setdefault(key, j) for j, key in enumerate(keys)]
+
+    def _firsts(self, i: int, process: int) -> list[int]:
+        return sorted(set(self._replicas(i, process)))
+
+    def _shift(self, i: int, by: int) -> Any:
+        """A function that moves the shards of an array like leaf `i` by as many processes."""
+        pairs = tuple(
+            pair
+            for process in range(self._count)
+            for pair in zip(
+                self._devices[process], self._devices[(process + by) % self._count], strict=True
+            )
+        )
+        return _make_shift(self._mesh, self._abstract[i].sharding.spec, pairs)
+
+    def _paths(self, kind: str) -> dict[int, str]:
+        """{step: path} of this process's files."""
+        names = files.list_names(self._folder)
+        pairs = [name.partition("-") for name in names]
+        return {int(s): f"{self._folder}/{k}-{s}" for k, _, s in pairs if k == kind and s.isdigit()}
+
+    def _delete(self, steps: set[int]) -> None:
+        for kind in KINDS:
+            for step, path in self._paths(kind).items():
+                if step in steps:
+                    files.delete(path)
+
+    def clear(self) -> None:
+        """Delete the snapshots of this process, and what a kill has left of one."""
+        files.delete(self._folder)
+
+
+@functools.cache
+def _make_shift(
+    mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, pairs: tuple[tuple[int, int], ...]
+) -> Any:
+    def shift(x: jax.Array) -> jax.Array:
+        return jax.lax.ppermute(x, mesh.axis_names, pairs)
+
+    # the shards of a replicated array stay as they are: no result is checked for being equal
+    mapped = jax.shard_map(shift, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(mapped)
+
+
+def _local(x: jax.Array) -> list[np.ndarray]:
+    """The shards on this process's devices, in the order of the mesh."""
+    by_device = {shard.device: shard.data for shard in x.addressable_shards}
+    mesh: Any = x.sharding
+    return [np.asarray(by_device[d]) for d in mesh.mesh.devices.flat if d in by_device]
+
+
+def _assemble(abstract: jax.ShapeDtypeStruct, shards: Sequence[np.ndarray]) -> jax.Array:
+    """The array whose shards on this process's devices are these, in the order of the mesh."""
+    layout: Any = abstract.sharding
+    own = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
+    placed = [
+        jax.device_put(
+            shard,
+            jax.sharding.SingleDeviceSharding(device, memory_kind=layout.memory_kind),
+            may_alias=False,
+        )
+        for device, shard in zip(own, shards, strict=True)
+    ]
+    return jax.make_array_from_single_device_arrays(abstract.shape, layout, placed)
+
+
+def _in_device_memory(x: Any) -> Any:
+    """An array, or an abstract one, whose memory is the devices'."""
+    if x.sharding.memory_kind != "pinned_host":
+        return x
+    layout = x.sharding.with_memory_kind("device")
+    if isinstance(x, jax.Array):
+        return jax.device_put(x, layout)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+
+def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """The size of a shard."""
+    assert leaf.sharding is not None
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+
+def _source(code: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that computes: a commit may come during a run without a change of its files."""
+    return {key: value for key, value in code.items() if key not in ("commit", "dirty")}
+
+
+def _host() -> bytes:
+    return socket.gethostname().encode()
+
+
+def _default_folder() -> str:
+    if not os.path.isdir("/dev/shm"):
+        raise ValueError("config.checkpoint.memory_dir: there is no /dev/shm here; name a folder")
+    return f"/dev/shm/lm-{os.getuid()}"
