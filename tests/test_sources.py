@@ -116,12 +116,13 @@ EVERY_KIND = {
     "file.arrow": lambda: arrow_bytes(TABLE, pa.ipc.new_file),
     "a.tar": lambda: tar_bytes(SAMPLES),
     "a.tar.gz": lambda: gzip.compress(tar_bytes(SAMPLES)),
+    "b.tgz": lambda: gzip.compress(tar_bytes(SAMPLES)),
 }
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_every_kind_of_file_gives_its_documents_in_order(folder, name, monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK", 1000)  # so that a file has many
+    monkeypatch.setattr(storage, "BLOCK", 9000)  # so that a file has many
     storage.write_atomically(f"{folder}/sub/{name}", EVERY_KIND[name]())
     whole = read(folder)
     assert texts(whole) == TEXTS
@@ -129,7 +130,7 @@ def test_every_kind_of_file_gives_its_documents_in_order(folder, name, monkeypat
     for module, size in ((text, "_RANGE"), (parquet, "_UNIT_BYTES"), (arrow, "_UNIT_BYTES")):
         monkeypatch.setattr(module, size, 3000)
     assert read(folder) == whole
-    streamed = name.endswith((".gz", ".zst", ".tar"))
+    streamed = name.endswith(("gz", ".zst", ".tar"))
     assert (len(FileSource(folder, {"text": "text"}).units()) > 2) != streamed
     [pattern] = [f"{folder}/**/*{name[-4:]}"]
     assert read(pattern) == whole
@@ -244,6 +245,46 @@ def test_damaged_files_are_counted(tmp_path, monkeypatch, name):
             assert kind == "middle" or reasons
             assert all(item.detail for item in reasons)
             assert len(texts(items)) < len(TEXTS) or kind == "middle"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "a.jsonl.gz"])
+def test_damaged_files_of_a_bucket_are_counted(buckets, monkeypatch, name):
+    monkeypatch.setattr(parquet, "_UNIT_BYTES", 3000)
+    monkeypatch.setattr(arrow, "_UNIT_BYTES", 3000)
+    folder = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    content = EVERY_KIND[name]()
+    for damaged in (content[: len(content) // 2], b"no such format\n" * 500):
+        storage.write_atomically(f"{folder}/{name}", damaged)
+        assert texts(read(folder))[-1] == "damaged_file"
+
+
+@pytest.mark.slow
+def test_files_are_read_although_requests_fail(monkeypatch):
+    folder = f"gs://{object_stores.BUCKET}/a"
+    with object_stores.emulators(fail=0.2) as environment, monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr(storage, "BLOCK", 2000)
+        storage.filesystem.cache_clear()
+        for name in ("a.jsonl.gz", "a.parquet", "stream.arrow"):
+            storage.write_atomically(f"{folder}/{name}", EVERY_KIND[name]())
+            assert texts(read(f"{folder}/{name}")) == TEXTS
+    storage.filesystem.cache_clear()
+
+
+def test_a_small_file_of_a_bucket_is_two_requests(buckets, monkeypatch):
+    folder = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    storage.write_atomically(f"{folder}/a.txt", "text")
+    source = FileSource(folder, {"text": "text"})
+    [unit] = source.units()
+    calls = []
+    for function in ("stat", "read_bytes", "find", "is_folder"):
+        original = getattr(storage, function)
+        monkeypatch.setattr(
+            storage, function, lambda *a, f=function, o=original: (calls.append(f), o(*a))[1]
+        )
+    assert texts(source.read(unit)) == texts(source.read(unit)) == ["text"]
+    assert calls == ["is_folder", *2 * ["stat", "read_bytes"]]  # the first: once a worker
 
 
 def test_a_table_without_the_column_says_which_it_has(tmp_path):

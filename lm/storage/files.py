@@ -228,8 +228,8 @@ def find(folder: PathLike, depth: int | None = None) -> dict[str, FileInfo]:
 class _Ranges(io.RawIOBase):
     """A file of a bucket, of which each read is a request for a range."""
 
-    def __init__(self, path: PathLike):
-        self._path, self._at, self._size = path, 0, stat(path).size
+    def __init__(self, path: PathLike, size: int):
+        self._path, self._at, self._size = path, 0, size
 
     def readable(self) -> bool:
         return True
@@ -249,11 +249,15 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def open_file(path: PathLike) -> io.BufferedReader:
+def open_file(path: PathLike, size: int | None = None) -> io.BufferedReader:
     """Open a file to read it, in blocks of `BLOCK` bytes where it is in a bucket; its `raw` reads
     what it is asked for. Errors are those of `read_bytes`.
+
+    size: of the file; where it is not given, one more request asks for it.
     """
-    return io.BufferedReader(_Ranges(path), BLOCK) if is_url(path) else open(path, "rb")
+    if not is_url(path):
+        return open(path, "rb")
+    return io.BufferedReader(_Ranges(path, stat(path).size if size is None else size), BLOCK)
 
 
 def list_names(folder: PathLike) -> list[str]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from lm.data.sources import Document, Skipped, files
 from lm.data.sources.records import from_record, stored_columns, text_columns
-from lm.storage import files as storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +42,7 @@ def ranges(file: files.DataFile) -> list[files.Range]:
     """Return the offsets of the record batches of each unit; a small file is one."""
     if file.size <= _UNIT_BYTES:
         return [files.whole(file)]
-    with storage.open_file(file.path) as opened, arrow_errors():
+    with files.open_file(file) as opened, arrow_errors():
         schema, at = _read_schema(opened.raw)
         if _has_dictionaries(schema):  # a batch is not read without those before it
             return [files.whole(file)]
@@ -59,7 +58,7 @@ def ranges(file: files.DataFile) -> list[files.Range]:
 def read(
     file: files.DataFile, start: int, stop: int, columns: Mapping[str, str]
 ) -> Iterator[Document | Skipped]:
-    with storage.open_file(file.path) as opened, arrow_errors():
+    with files.open_file(file) as opened, arrow_errors():
         schema, first = _read_schema(opened)
         wanted = stored_columns(columns, schema.names)
         empty = True
@@ -98,7 +97,11 @@ def missing_columns(
     batch: "pa.RecordBatch", num_rows: int, prefix: str, row: int
 ) -> Iterator[Skipped]:
     """Yield the rows of a table without a wanted column, which has those of its first row."""
-    found = text_columns(batch.slice(0, 1).to_pylist()[0]) if batch.num_rows else ()
+    first = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        with contextlib.suppress(ValueError):  # of a time that is none of Python's
+            first[name] = column[0].as_py() if num_rows else None
+    found = text_columns(first)
     for i in range(row, row + num_rows):
         yield Skipped(f"{prefix}{i}", "missing_field", found)
 
@@ -111,7 +114,7 @@ def _checked(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     import pyarrow as pa
 
     bytes_of = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    columns = [c.view(bytes_of.get(c.type, c.type)) for c in batch.columns]
+    columns = [c.view(bytes_of[c.type]) if c.type in bytes_of else c for c in batch.columns]
     batch = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
     batch.validate(full=True)
     return batch

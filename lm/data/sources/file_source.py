@@ -116,8 +116,8 @@ class FileSource:
         if _FORMATS[form] is not text:
             try:
                 return _FORMATS[form].ranges(file)
-            except (files.DamagedFile, OSError):
-                if is_url(file.path):
+            except (files.DamagedFile, OSError) as error:
+                if isinstance(error, OSError) and is_url(file.path):
                     raise
                 return [files.whole(file)]  # `read` reports it
         if form not in LINES and list(self.columns) != ["text"]:

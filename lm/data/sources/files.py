@@ -127,11 +127,11 @@ def resolve(spec: str) -> tuple[str, list[str] | None]:
     return _join(parts[:fixed]), list(parts[fixed:])
 
 
-def stream(path: str) -> io.RawIOBase:
+def stream(file: DataFile) -> io.RawIOBase:
     """Return the uncompressed content as a file that is read forward; a read may return less than
     it is asked for, so that nothing before a damage is lost.
     """
-    return _Blocks(blocks(path))
+    return _Blocks(blocks(file))
 
 
 class _Blocks(io.RawIOBase):
@@ -151,23 +151,27 @@ class _Blocks(io.RawIOBase):
         return size
 
 
-def blocks(path: str, offset: int = 0) -> Iterator[bytes]:
+def blocks(file: DataFile, offset: int = 0) -> Iterator[bytes]:
     """Yield the uncompressed content, from `offset` on where the file is not compressed.
 
     Raises DamagedFile, and OSError if it is unreadable.
     """
-    with storage.open_file(path) as file:
-        if path.endswith(".zst"):
-            yield from _zstandard_blocks(file)
-        elif path.endswith((".gz", ".tgz")):
+    with open_file(file) as content:
+        if file.name.endswith(".zst"):
+            yield from _zstandard_blocks(content)
+        elif file.name.endswith((".gz", ".tgz")):
             try:
-                yield from _decompressed(file, lambda: zlib.decompressobj(_GZIP))
+                yield from _decompressed(content, lambda: zlib.decompressobj(_GZIP))
             except zlib.error as error:
                 raise DamagedFile(str(error)) from error
         else:
-            file.seek(offset)
-            while block := file.read(BLOCK):
+            content.seek(offset)
+            while block := content.read(BLOCK):
                 yield block
+
+
+def open_file(file: DataFile) -> io.BufferedReader:
+    return storage.open_file(file.path, file.size)
 
 
 _EXPLAINED = {

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from lm.data.sources import Document, Skipped, files
 from lm.data.sources.arrow import BATCH_BYTES, arrow_errors, batch_documents, missing_columns
 from lm.data.sources.records import stored_columns
-from lm.storage import files as storage
 
 _UNIT_BYTES = 1 << 26
 
@@ -21,7 +20,7 @@ def ranges(file: files.DataFile) -> list[files.Range]:
 
     if file.size <= _UNIT_BYTES:
         return [files.whole(file)]
-    with storage.open_file(file.path) as opened, arrow_errors():
+    with files.open_file(file) as opened, arrow_errors():
         metadata = pq.read_metadata(opened.raw)
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     ends = [file.size * end // max(sum(sizes), 1) for end in itertools.accumulate(sizes)]
@@ -38,7 +37,7 @@ def read(
 ) -> Iterator[Document | Skipped]:
     import pyarrow.parquet as pq
 
-    with storage.open_file(file.path) as opened, arrow_errors():
+    with files.open_file(file) as opened, arrow_errors():
         table = pq.ParquetFile(opened.raw, buffer_size=1 << 20, pre_buffer=False)
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         row = sum(group.num_rows for group in groups[:start])

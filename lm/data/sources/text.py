@@ -42,14 +42,15 @@ def read(
 ) -> Iterator[Document | Skipped]:
     """Yield the records that begin at offsets `start` to `stop`, or the one of the file."""
     if form not in LINES and not separator:
-        content = b"".join(files.blocks(file.path)).removeprefix(codecs.BOM_UTF8)
+        content = b"".join(files.blocks(file)).removeprefix(codecs.BOM_UTF8)
         yield from_bytes(file.name, content, form, columns)
         return
-    if form == ".json" and not _has_objects_in_lines(file.path):
-        yield Skipped(file.name, "other_file_type", detail="no JSON object in its first line")
+    if form == ".json" and not _has_objects_in_lines(file):
+        detail = "no JSON object in its first line; jq -c '.[]' makes lines of a list"
+        yield Skipped(file.name, "other_file_type", detail=detail)
         return
     empty = True
-    for offset, record in _records(file.path, "" if form in LINES else separator, start, stop):
+    for offset, record in _records(file, "" if form in LINES else separator, start, stop):
         empty = False
         if not offset:
             if record.startswith(UTF16):
@@ -62,13 +63,15 @@ def read(
         yield Skipped(file.name, "empty")
 
 
-def _has_objects_in_lines(path: str) -> bool:
+def _has_objects_in_lines(file: files.DataFile) -> bool:
     """Return True if the first line is a JSON object, or the beginning of one as long as a block,
     or of an encoding that is reported later; also of an empty file.
     """
-    block = next(files.blocks(path), b"").removeprefix(codecs.BOM_UTF8)
+    block = next(files.blocks(file), b"").removeprefix(codecs.BOM_UTF8)
     line, newline, _ = block.partition(b"\n")
-    if (not newline and len(block) >= files.BLOCK) or not block or block.startswith(UTF16):
+    if not newline and len(block) >= files.BLOCK:
+        return block.startswith(b"{")
+    if not block or block.startswith(UTF16):
         return True
     try:
         return isinstance(json.loads(line), dict)
@@ -76,7 +79,9 @@ def _has_objects_in_lines(path: str) -> bool:
         return False
 
 
-def _records(path: str, separator: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+def _records(
+    file: files.DataFile, separator: str, start: int, stop: int
+) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, record) of the records that begin at offsets `start` to `stop`.
 
     separator: "" is a line feed, the one that ranges can have; another one matches CR LF where it
@@ -89,7 +94,7 @@ def _records(path: str, separator: str, start: int, stop: int) -> Iterator[tuple
     skip = start > 0
     buffer = bytearray()
     searched = 0
-    for block in files.blocks(path, offset):
+    for block in files.blocks(file, offset):
         buffer += block
         begin = 0
         while match := pattern.search(buffer, max(begin, searched)):

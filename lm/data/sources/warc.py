@@ -27,7 +27,7 @@ def read(
     from warcio.exceptions import ArchiveLoadFailed
 
     empty = True
-    with files.stream(file.path) as content:
+    with files.stream(file) as content:
         records: Any = ArchiveIterator(content, no_record_parse=True, verify_http=False)
         records.INC_RECORD = ""  # what it would print of a record of another length than it says
         try:

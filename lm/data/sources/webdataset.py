@@ -53,7 +53,7 @@ def read(
 
 def _members(file: files.DataFile, wanted: set[str]) -> Iterator[tuple[str, str, bytes]]:
     """Yield (sample, kind, content) of each member; of other kinds without content."""
-    with files.stream(file.path) as content:
+    with files.stream(file) as content:
         try:
             with tarfile.open(fileobj=content, mode="r|", tarinfo=_Header) as tar:
                 while member := tar.next():
