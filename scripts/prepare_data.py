@@ -40,6 +40,12 @@ def main() -> None:
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="default: 0/1")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
+        "--engine",
+        metavar="NAME [KEY=VALUE ...]",
+        help="instead of processes here: 'slurm partition=cpu time=24:00:00', 'ray', or 'local "
+        "workers=8', with the parameters of datatrove's executors (docs/corpora.md)",
+    )
+    parser.add_argument(
         "--rows",
         action="append",
         type=cli.list_of(int),
@@ -79,6 +85,7 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
         out=out,
         shard=flags.shard,
         num_workers=flags.workers,
+        engine=flags.engine,
         packings=[
             Packing(tuple(documents.columns), tuple(lengths), flags.too_long)
             for lengths in flags.rows

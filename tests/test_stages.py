@@ -117,7 +117,7 @@ def test_filters_and_keys_of_near_duplicates_drop_documents(data, tmp_path, tiny
         hashes = [corpus_module.key_hash(f"{i} {number[i : i + 3]}") for i in (0, 1)]
         return np.array(hashes, np.uint64)
 
-    monkeypatch.setattr(job.Job, "filters", lambda self: (no_sevens,))
+    monkeypatch.setattr(Corpus, "load_filters", lambda self: [no_sevens])
     monkeypatch.setattr(job.Job, "near_keys", lambda self: keys)
     corpus = Corpus([str(data)], validation_fraction=0, max_loss=1)
     manifests = run(prepare.begin(corpus, tokenizer="bytes", out=tmp_path))

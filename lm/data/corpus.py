@@ -4,7 +4,9 @@ Preparation and tokenizer training read documents through here, so both hold out
 """
 
 import argparse
+import copy
 import hashlib
+import inspect
 import itertools
 import math
 import os
@@ -17,7 +19,9 @@ import numpy as np
 
 from lm.config.components import import_component
 from lm.config.fields import Range, check_value
-from lm.data.filters import Filter, apply
+from lm.data import call_flags
+from lm.data import filters as document_filters
+from lm.data.filters.minhash import MinHash
 from lm.data.sources import Document, DocumentSource, Skipped, Unit, skipped_files
 from lm.data.sources.file_source import FileSource
 from lm.data.sources.tfds import TfdsSource
@@ -34,8 +38,8 @@ _MAX_SEEN = 1 << 19  # digests of a part that are kept in memory
 def _flag(default: object, sentence: str, *, repr: bool = True, **options: object) -> Any:
     """Return a field of `Corpus` with the description of its flag; options: of `add_argument`."""
     metadata = {"help": sentence, **options}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, repr=repr, metadata=metadata)
 
 
@@ -106,6 +110,25 @@ class Corpus:
         False, "let TFDS download what is not prepared", action="store_true"
     )
 
+    filters: Sequence[str] = _flag(
+        [],
+        "drops or changes documents: gopher_quality, gopher_repetition, c4, fineweb, language, "
+        "pii, decontaminate, or a module of your own, with parameters: "
+        "--filter='language keep=en,de'. Repeatable, applied in order (docs/corpora.md)",
+        flag="--filter",
+        dest="filters",
+        action="append",
+        metavar="NAME",
+    )
+    near_duplicates: str | None = _flag(
+        None,
+        "drop documents that are similar to an earlier one, by MinHash; its parameters may "
+        "follow: --near-duplicates='bands=20 rows=8 ngram=5 seed=0' (the default)",
+        nargs="?",
+        const="",
+        metavar="KEY=VALUE",
+    )
+
     def __post_init__(self):
         for f in fields(self):
             check_value(getattr(self, f.name), f.metadata, _flag_of(f))
@@ -139,6 +162,21 @@ class Corpus:
             module = import_component(own[1], f"--data={spec}", needed=("build",))
             return module.build(own[2], self.columns)
         return FileSource(spec, self.columns, self.separator)
+
+    def load_filters(self) -> list[document_filters.Filter]:
+        """Return the filters of documents. Raises ValueError for a wrong flag."""
+        return [document_filters.load(text) for text in self.filters]
+
+    @property
+    def min_hash(self) -> MinHash | None:
+        """The keys of near-duplicates; None where those are kept. Raises ValueError."""
+        if self.near_duplicates is None:
+            return None
+        flag = "--near-duplicates"
+        name, words = call_flags.split(self.near_duplicates, flag)
+        if name:
+            raise ValueError(f"{flag}: {name!r} is no parameter KEY=VALUE")
+        return MinHash(**call_flags.arguments(inspect.signature(MinHash), words, flag))
 
     def assign(self, document: Document) -> list[tuple[str, Document | Skipped]]:
         """Return the document with its split; both parts of it where `split` is "tail"."""
@@ -225,9 +263,7 @@ def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
     return parts
 
 
-def read_part(
-    corpus: Corpus, part: Part, filters: Sequence[Filter] = ()
-) -> Iterator[tuple[Document | Skipped, bytes]]:
+def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skipped, bytes]]:
     """Yield (document or what was skipped, digest of the document), in order.
 
     A document with a field of white space alone is skipped; so is one that was among the last
@@ -235,11 +271,12 @@ def read_part(
     drops. The digest is of the text that the filters return.
     """
     sources, seen = corpus.sources(), set()
+    filters = [_skip_white_space, *corpus.load_filters()]
     for i, unit in part:
         for item in sources[i].read(unit):
             digest = b""
             if isinstance(item, Document):
-                item = apply((_skip_white_space, *filters), item)
+                item = document_filters.apply(filters, item)
             if isinstance(item, Document):
                 digest = _digest(item)
                 if digest in seen:

@@ -12,7 +12,6 @@ import numpy as np
 
 from lm.data.bins import Packing
 from lm.data.corpus import Corpus, Part
-from lm.data.filters import Filter
 from lm.data.sources import Document, Unit
 from lm.data.sources.store_files import MANIFEST
 from lm.storage import files as storage
@@ -43,14 +42,20 @@ class Job:
         return f"{self.out}/parts-{self.parts_hash[:16]}"
 
     @property
+    def contaminated(self) -> str:
+        """The folder of what the filter `decontaminate` has dropped, a file for each part."""
+        return f"{self.out}/contaminated-{self.parts_hash[:16]}"
+
+    @property
     def split(self) -> str:
         return f"{self.work}/split-{self.plan['hash'][:16]}"
 
     @property
     def num_buckets(self) -> int:
         """The number of buckets of keys, a power of two."""
-        wanted = max(self.plan["num_source_bytes"] // _BUCKET_SOURCE, 1)
-        return min(1 << (wanted - 1).bit_length(), _MAX_BUCKETS)
+        keys = 1 if (min_hash := self.corpus.min_hash) is None else 1 + min_hash.bands
+        wanted = max(self.plan["num_source_bytes"] * keys // _BUCKET_SOURCE, 1)
+        return min(1 << (wanted - 1).bit_length(), _MAX_BUCKETS if keys == 1 else 4 * _MAX_BUCKETS)
 
     @property
     def fields(self) -> list[str]:
@@ -82,15 +87,13 @@ class Job:
     def load_tokenizer(self) -> tokenizers.Tokenizer:
         return _load(self.tokenizer, self.fingerprint)
 
-    def filters(self) -> Sequence[Filter]:
-        """Return the filters of documents, in their order."""
-        return ()
-
     def near_keys(self) -> Callable[[Document], np.ndarray] | None:
         """Return the function from a document to keys, uint64 [n], of which a near-duplicate has
         one, too; None: only equal documents are dropped.
         """
-        return None
+        if (min_hash := self.corpus.min_hash) is None:
+            return None
+        return lambda document: min_hash.keys("\n".join(document.fields.values()))
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lm.data import engines, filters
 from lm.data.bins import Packing
 from lm.data.corpus import Corpus, Part, plan_parts
 from lm.data.job import Job
@@ -53,14 +54,15 @@ def prepare(
     out: str | os.PathLike,
     shard: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
+    engine: str | None = None,
     out_flag: str = "--out",
     packings: Sequence[Packing] = (),
 ) -> Prepared:
     """Make the stores in `out`, as far as they are missing, and return their manifests.
 
     shard: (i, n) tokenizes every n-th part; the shard that finishes last does the rest.
-    num_workers: processes; all cores if None. out_flag: the flag of `out`, for errors. packings:
-    of which a plan is stored in each shard.
+    num_workers: processes; all cores if None. engine: runs the tasks in their place (engines.py).
+    out_flag: the flag of `out`, for errors. packings: of which a plan is stored in each shard.
 
     Raises ValueError for a missing or empty source, for a split without documents, where a larger
     share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
@@ -68,11 +70,13 @@ def prepare(
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
+    if engine is not None:
+        engines.parse(engine)
     job = begin(corpus, tokenizer=tokenizer, out=out, out_flag=out_flag, packings=packings)
     if was_complete := job.is_complete():
         return Prepared(finish(job), was_complete)
     first, *others = stages(job)
-    with Workers(num_workers) as workers:
+    with Workers(num_workers) if engine is None else engines.Engine(engine, job.work) as workers:
         mine = range(index, job.num_parts, count)
         _tokenize(job, workers, first, sorted({*first.missing()} & {*mine}), mine)
         left = first.missing()
@@ -134,14 +138,19 @@ def begin(
 def finish(job: Job) -> dict[str, dict]:
     """Remove the files of the work, and return the manifests of the stores by split."""
     for name in storage.list_names(job.out):
-        if name.startswith("parts-") or name == "lock":
+        is_old = name.startswith("contaminated-") and f"{job.out}/{name}" != job.contaminated
+        if name.startswith("parts-") or name == "lock" or is_old:
             storage.delete(f"{job.out}/{name}")
     files = {split: f"{job.out}/{split}/{MANIFEST}" for split in job.corpus.splits}
     return {split: json.loads(storage.read_bytes(file)) for split, file in files.items()}
 
 
 def _tokenize(
-    job: Job, workers: Workers, stage: Stage, missing: Sequence[int], mine: Sequence[int]
+    job: Job,
+    workers: Workers | engines.Engine,
+    stage: Stage,
+    missing: Sequence[int],
+    mine: Sequence[int],
 ) -> None:
     """Run the first stage, and show the progress of the parts `mine` of this machine."""
     sizes = job.part_sizes()
@@ -158,11 +167,15 @@ def _tokenize(
         progress.show(SEPARATOR.join(parts), final=not left)
 
 
-def _run(workers: Workers, stage: Stage) -> None:
+def _run(workers: Workers | engines.Engine, stage: Stage) -> None:
     missing, progress = stage.missing(), Progress()
     for done, _ in enumerate(workers.run(stage.run, missing), 1):
         if len(missing) > _MANY_TASKS:
             progress.show(f"{stage.name}: {done} of {len(missing)}", final=done == len(missing))
+    if missing and (left := stage.missing()):
+        raise ValueError(
+            f"stage {stage.name}: {len(left)} of {stage.num_tasks()} tasks have failed"
+        )
 
 
 def _plan(
@@ -186,6 +199,10 @@ def _plan(
     }
     if packings:
         plan["rows"] = [packing.name for packing in packings]
+    if corpus.filters:
+        plan["filters"] = [filters.identity(text) for text in corpus.filters]
+    if (min_hash := corpus.min_hash) is not None:
+        plan["near_duplicates"] = dataclasses.asdict(min_hash)
     plan["hash"] = _hash(plan)
     plan["names"] = {"tokenizer": tokenizer.name, "data": list(corpus.data)}
     return plan
@@ -195,12 +212,14 @@ def inputs_hash(corpus: Corpus) -> str:
     """Return a hash of the documents of a corpus, by file sizes and times, and of their split."""
     units = [(i, *unit) for part in plan_parts(corpus.sources()) for i, unit in part]
     content = [dict(corpus.columns), corpus.separator, corpus.split, corpus.validation_fraction]
+    content += [filters.identity(text) for text in corpus.filters]
     return _hash([content, units])
 
 
 def _parts_hash(plan: dict, corpus: Corpus) -> str:
     """Return a hash of what the parts depend on: the split only where it cuts documents."""
     keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
+    keys += [key for key in ("filters", "near_duplicates") if key in plan]
     if corpus.cuts_documents:
         keys += ["split", "validation_fraction"]
     return _hash([_PARTS_VERSION, [plan[key] for key in keys]])
@@ -245,7 +264,7 @@ def _record_plan(out: str, plan: dict, out_flag: str) -> dict:
     found = json.loads(storage.read_bytes(file))
     different = [
         f"other {key}"
-        if key in ("units", "tokenizer")  # a hash says nothing
+        if key in ("units", "tokenizer", "filters")  # a hash says nothing
         else f"{key} (there {found.get(key)}, now {plan.get(key)})"
         for key in dict.fromkeys([*plan, *found])
         if key not in ("hash", "names") and found.get(key) != plan.get(key)

@@ -73,7 +73,7 @@ def divide(job: Job, _: int) -> int:
     report = SkipReport.from_json(storage.read_bytes(f"{job.work}/skipped.json"))
     dropped: Counter[tuple[str, str]] = Counter()
     for part in found:
-        report.update(SkipReport(Counter(part["report"][0]), *part["report"][1:]))
+        report.update(SkipReport.from_json(json.dumps(part["report"]).encode()))
         for split, reason, number in part["dropped"]:
             dropped[split, reason] += number
     shards, totals = [], {}
@@ -90,6 +90,7 @@ def divide(job: Job, _: int) -> int:
         "shards": shards,
         "skipped": {split: +counts for split, counts in skipped.items()},
         "skipped_examples": report.examples,
+        "masked": report.masked,
     }
     storage.write_atomically(f"{job.split}/shards.json", json.dumps(content))
     return 0
@@ -193,6 +194,7 @@ def complete(job: Job, i: int) -> int:
         split=split,
         skipped=plan["skipped"][split],
         skipped_examples=plan["skipped_examples"] if split == "train" else {},
+        masked=plan["masked"] if split == "train" else {},
     )
     storage.write_atomically(f"{job.split}/complete-{i}", b"")
     return 0

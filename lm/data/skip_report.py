@@ -17,17 +17,23 @@ _NO_LOSS = {
 }
 
 
+def _is_loss(reason: str) -> bool:
+    return reason not in _NO_LOSS and "/" not in reason  # FILTER/WHY: dropped on purpose
+
+
 @dataclass
 class SkipReport:
     """Skipped records of a part or of a corpus.
 
     counts: by reason. examples: by reason, the first ids, with details.
-    num_bytes: of source, in files that are skipped as a whole.
+    num_bytes: of source, in files that are skipped as a whole. masked: what filters have masked in
+    documents that are not skipped, by kind.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     num_bytes: int = 0
+    masked: Counter[str] = field(default_factory=Counter)
 
     def add(self, skipped: Skipped, num_bytes: int = 0) -> None:
         """Count one; num_bytes: of source, where it is a whole file."""
@@ -46,23 +52,24 @@ class SkipReport:
             kept = self.examples.setdefault(reason, [])
             kept += examples[: NUM_EXAMPLES - len(kept)]
         self.num_bytes += other.num_bytes
+        self.masked.update(other.masked)
 
     def to_json(self) -> bytes:
-        return json.dumps([self.counts, self.examples, self.num_bytes]).encode()
+        return json.dumps([self.counts, self.examples, self.num_bytes, self.masked]).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> SkipReport:
-        counts, examples, num_bytes = json.loads(content)
-        return cls(Counter(counts), examples, num_bytes)
+        counts, examples, num_bytes, masked = json.loads(content)
+        return cls(Counter(counts), examples, num_bytes, Counter(masked))
 
     def describe(self, *, lost_only: bool = False) -> str:
         """ "3 missing_field (a.jsonl@0 (it has body), ...), 1 other_file_type (b.parquet)"."""
-        reasons = sorted(+self.counts, key=lambda reason: (reason in _NO_LOSS, reason))
+        reasons = sorted(+self.counts, key=lambda reason: (not _is_loss(reason), reason))
         texts = {reason: f"{self.counts[reason]:,} {reason}" for reason in reasons}
         return ", ".join(
             f"{text} ({', '.join(self.examples[reason])})" if self.examples.get(reason) else text
             for reason, text in texts.items()
-            if not (lost_only and reason in _NO_LOSS)
+            if _is_loss(reason) or not lost_only
         )
 
     def advice(self) -> str:
@@ -81,7 +88,7 @@ class SkipReport:
 
         num_documents: those that were read. num_bytes: of source, of all units.
         """
-        num_lost = sum(n for reason, n in self.counts.items() if reason not in _NO_LOSS)
+        num_lost = sum(n for reason, n in self.counts.items() if _is_loss(reason))
         records = num_lost / max(num_lost + num_documents, 1)
         files = self.num_bytes / max(num_bytes, 1)
         if max(records, files) <= max_loss:

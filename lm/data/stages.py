@@ -111,6 +111,7 @@ def _tokenize(job: Job, i: int) -> int:
     report, sizes = SkipReport(), {unit.name: unit.size for _, unit in part}
     duplicates: Counter[str] = Counter()
     keys, rows, num_tokens, number = Keys(job.num_buckets), [], 0, 0
+    contaminated: list[str] = []
     documents: list[tuple[int, str, Document]] = []
     with contextlib.ExitStack() as stack:
         blocks, key_file = (
@@ -127,13 +128,18 @@ def _tokenize(job: Job, i: int) -> int:
             documents.clear()
 
         size = 0
-        for item, digest in read_part(job.corpus, part, job.filters()):
+        for item, digest in read_part(job.corpus, part):
             if isinstance(item, Skipped):
                 if item.reason == "duplicate":
                     duplicates[job.corpus.split_of(item.id)] += 1
                 else:
                     report.add(item, sizes.get(item.id, 0))
+                if item.reason.startswith("decontaminate/"):
+                    evaluation_set = item.reason.partition("/")[2]
+                    line = {"id": item.id, "set": evaluation_set, "match": item.detail}
+                    contaminated.append(json.dumps(line) + "\n")
                 continue
+            report.masked.update(dict(item.masked))
             keys.add(number, digest, None if near_keys is None else near_keys(item))
             for split, document in job.corpus.assign(item):
                 if isinstance(document, Skipped):
@@ -149,6 +155,8 @@ def _tokenize(job: Job, i: int) -> int:
                 keys.flush(key_file)
         flush()
         keys.flush(key_file)
+    if contaminated:
+        storage.write_atomically(f"{job.contaminated}/{i:06d}.jsonl", "".join(contaminated))
     content = {
         "rows": rows,
         "num_documents": number,

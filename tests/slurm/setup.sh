@@ -80,7 +80,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 ReturnToService=2
 KillWait=30
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(free --mebi | awk 'NR == 2 {print $2}') State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 }

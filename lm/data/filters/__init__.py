@@ -8,12 +8,10 @@ applied in the order of the flags, to each field of a document by itself. A docu
 is counted as skipped, with the reason NAME/WHY.
 """
 
-import ast
 import functools
 import importlib
 import inspect
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import ModuleType
@@ -21,6 +19,7 @@ from typing import Any
 
 from lm.config.components import import_component
 from lm.config.suggestions import suggestion
+from lm.data import call_flags
 from lm.data.sources import Document, Skipped
 
 Filter = Callable[[Document], Document | Skipped]
@@ -67,18 +66,9 @@ def identity(text: str) -> dict[str, Any]:
 def _parse(text: str) -> tuple[str, Callable[..., Filter], dict[str, Any]]:
     """Return the name, the function that builds the filter, and the parameters that are given."""
     flag = f"--filter={text!r}"
-    try:
-        name, *pairs = shlex.split(text) or [""]
-    except ValueError as error:  # of quotes
-        raise ValueError(f"{flag}: {error}") from None
+    name, pairs = call_flags.split(text, flag)
     build = _builder(name, flag)
-    parameters, given = inspect.signature(build).parameters, {}
-    for key, is_pair, value in (pair.partition("=") for pair in pairs):
-        if not is_pair or key not in parameters:
-            known = f"{', '.join(parameters)}{suggestion(key, parameters)}"
-            raise ValueError(f"{flag}: {key!r} is no parameter KEY=VALUE; there are: {known}")
-        given[key] = _value(value, parameters[key], f"{flag}: {key}")
-    return name, build, given
+    return name, build, call_flags.arguments(inspect.signature(build), pairs, flag)
 
 
 def _builder(name: str, flag: str) -> Callable[..., Filter]:
@@ -90,25 +80,6 @@ def _builder(name: str, flag: str) -> Callable[..., Filter]:
         known = f"{', '.join(NAMES)}{suggestion(name, NAMES)}"
         raise ValueError(f"{flag} is no filter; there are: {known}, and modules of your own")
     return import_component(name, flag, needed=("build",)).build
-
-
-def _value(text: str, parameter: inspect.Parameter, path: str) -> Any:
-    """Return the value of a parameter, of the type of its default (None: words separated by
-    commas). Raises ValueError.
-    """
-    default = parameter.default
-    if default is None or isinstance(default, str):
-        return tuple(text.split(",")) if default is None else text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    can_be_none = "None" in str(parameter.annotation)
-    if type(value) is not type(default) and not (value is None and can_be_none):
-        raise ValueError(f"{path}={text} is no {type(default).__name__} such as {default}")
-    return value
 
 
 def installed(module: str, package: str = "") -> ModuleType:

@@ -3,9 +3,9 @@
 Parameters and their defaults are those of datatrove's classes. C4's rules also remove lines.
 """
 
-import inspect
 from collections.abc import Callable
 
+from lm.data import call_flags
 from lm.data.filters import Filter, each_field, installed
 
 PACKAGES = ("datatrove", "spacy")  # a version may judge otherwise
@@ -24,8 +24,7 @@ def builder(name: str) -> Callable[..., Filter]:
     def build(**parameters) -> Filter:
         return _build(name, step(**parameters))
 
-    known = inspect.signature(step).parameters.values()
-    build.__signature__ = inspect.Signature([p for p in known if p.name != "exclusion_writer"])
+    build.__signature__ = call_flags.signature(step, hidden=("exclusion_writer",))
     return build
 
 

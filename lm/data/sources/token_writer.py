@@ -169,10 +169,12 @@ def write_manifest(
     split: str = "",
     skipped: Mapping[str, int] = MappingProxyType({}),
     skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    masked: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Complete the store of these shards; what earlier attempts have left in its folder goes.
 
-    skipped, skipped_examples: the number of skipped records by reason, and the first ids.
+    skipped, skipped_examples: the number of skipped records by reason, and the first ids. masked:
+    what filters have masked in the documents of all splits, by kind.
     """
     files = {}
     if tokenizer.file_name:
@@ -193,6 +195,7 @@ def write_manifest(
         },
         "skipped": dict(sorted(skipped.items())),
         "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
+        **({"masked": dict(sorted(masked.items()))} if masked else {}),
         "dtype": token_dtype(tokenizer),
         "tokenizer": {
             "name": tokenizer_name,
