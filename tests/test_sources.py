@@ -120,7 +120,15 @@ EVERY_KIND = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY_KIND)
+PLACES = [
+    pytest.param(place, name, marks=pytest.mark.slow if place == "s3" and name in slow else ())
+    for slow in [EVERY_KIND.keys() - {"a.jsonl.gz", "a.parquet"}]
+    for place in ("local", "gs", "s3")
+    for name in EVERY_KIND
+]
+
+
+@pytest.mark.parametrize(("folder", "name"), PLACES, indirect=["folder"])
 def test_every_kind_of_file_gives_its_documents_in_order(folder, name, monkeypatch):
     monkeypatch.setattr(storage, "BLOCK", 9000)  # so that a file has many
     storage.write_atomically(f"{folder}/sub/{name}", EVERY_KIND[name]())
@@ -162,11 +170,43 @@ def test_a_saved_folder_of_hugging_face_is_read_without_its_metadata(tmp_path):
     for i in range(2):
         part = arrow_bytes(TABLE.slice(100 * i, 100))
         (tmp_path / f"data-0000{i}-of-00002.arrow").write_bytes(part)
-    for name in ("state.json", "dataset_info.json"):
+    for name in ("state.json", "dataset_info.json", "a.lock"):
         (tmp_path / name).write_text('{\n  "features": {}\n}')
     assert texts(read(tmp_path)) == TEXTS
     skipped = FileSource(str(tmp_path), {"text": "text"}).skipped_files()
     assert {item.reason for item in skipped} == {"metadata"}
+
+
+def test_classes_of_hugging_face_have_their_names(tmp_path):
+    features = {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}, "text": {}}
+    table = pa.table({"text": ["a", "b", "c", "d"], "label": [1, 0, -1, None]})
+    table = table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(table))
+    (tmp_path / "a.arrow").write_bytes(arrow_bytes(table))
+    for name in ("a.parquet", "a.arrow"):
+        found = texts(read(tmp_path / name, {"text": "{label}: {text}"}))
+        assert found == ["good: a", "bad: b", "empty", "empty"]
+
+
+@pytest.mark.slow
+def test_what_hugging_face_writes_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    messages = [[{"role": "user", "content": t}, {"role": "tool", "content": None}] for t in TEXTS]
+    columns = {"text": TEXTS, "messages": messages, "label": [i % 2 for i in range(200)]}
+    made = datasets.Dataset.from_dict(columns)
+    made = made.cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    made.save_to_disk(tmp_path / "saved", num_shards=3)
+    datasets.DatasetDict(train=made, test=made).save_to_disk(tmp_path / "dict")
+    made.to_parquet(tmp_path / "a.parquet")
+    made.map(lambda record: record, cache_file_name=str(tmp_path / "cache" / "a.arrow"))
+    for spec in ("saved", "dict/train", "a.parquet", "cache"):
+        assert texts(read(tmp_path / spec)) == TEXTS
+        labels = texts(read(tmp_path / spec, {"text": "label"}))
+        assert labels == ["bad", "good"] * 100
+        [first, *_] = texts(read(tmp_path / spec, {"text": "messages"}))
+        assert first == f"user: {TEXTS[0]}\ntool: "
 
 
 def test_files_of_a_bucket_are_found_as_those_of_a_folder(folder, tmp_path):

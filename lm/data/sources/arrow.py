@@ -6,6 +6,7 @@ https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
 """
 
 import contextlib
+import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ def read(
     with files.open_file(file) as opened, arrow_errors():
         schema, first = _read_schema(opened)
         wanted = stored_columns(columns, schema.names)
-        empty = True
+        labels, empty = class_labels(schema), True
         for at, batch in _batches(opened, schema, start or first, stop):
             empty = empty and not batch.num_rows
             if wanted is None:
@@ -71,13 +72,27 @@ def read(
             step = max(batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1), 1)
             for row in range(0, batch.num_rows, step):
                 part = batch.slice(row, step)
-                yield from batch_documents(part, f"{file.name}@{at}.", row, columns)
+                yield from batch_documents(part, f"{file.name}@{at}.", row, columns, labels)
         if empty and start == 0:
             yield Skipped(file.name, "empty")
 
 
+def class_labels(schema: "pa.Schema") -> dict[str, list[str]]:
+    """Return the names of the classes of columns that `datasets` keeps as numbers."""
+    try:
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = [*metadata["info"]["features"].items()]
+        return {name: f["names"] for name, f in features if f.get("_type") == "ClassLabel"}
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another library, or damaged
+        return {}
+
+
 def batch_documents(
-    batch: "pa.RecordBatch", prefix: str, row: int, columns: Mapping[str, str]
+    batch: "pa.RecordBatch",
+    prefix: str,
+    row: int,
+    columns: Mapping[str, str],
+    labels: Mapping[str, list[str]],
 ) -> Iterator[Document | Skipped]:
     """Yield the documents of rows, the first of which has the number `row`."""
     try:
@@ -87,9 +102,13 @@ def batch_documents(
             yield Skipped(f"{prefix}{row}", "invalid_utf8")
             return
         for i in range(batch.num_rows):
-            yield from batch_documents(batch.slice(i, 1), prefix, row + i, columns)
+            yield from batch_documents(batch.slice(i, 1), prefix, row + i, columns, labels)
         return
     for i, record in enumerate(records, row):
+        for name in labels.keys() & record.keys():
+            number = record[name]
+            is_known = isinstance(number, int) and 0 <= number < len(labels[name])
+            record[name] = labels[name][number] if is_known else None
         yield from_record(f"{prefix}{i}", record, columns)
 
 

@@ -5,6 +5,7 @@ import fnmatch
 import glob
 import io
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ BLOCK = 1 << 20
 _GZIP = 16 + zlib.MAX_WBITS
 _MAX_WINDOW = 1 << 31  # bytes of memory that a zstd frame may ask for: `zstd --ultra --long=31`
 # Written beside the data by `datasets` and by Spark.
-_METADATA = {"dataset_info.json", "state.json", "dataset_dict.json", "_SUCCESS"}
+_METADATA = re.compile(r"(dataset_info|state|dataset_dict)\.json|_SUCCESS|.*\.lock")
 
 
 class DamagedFile(ValueError):
@@ -200,7 +201,7 @@ def _find_in_bucket(root: str, pattern: list[str] | None) -> Listing:
             skipped.add(Skipped("/".join(parts[:hidden]), "hidden"))
         elif pattern is not None and not _matches(parts, pattern):
             continue
-        elif parts[-1] in _METADATA and depth is None:
+        elif _METADATA.fullmatch(parts[-1]) and depth is None:
             skipped.add(Skipped(name, "metadata"))
         else:
             found.append(DataFile(f"{root}/{name}", name, *info))
@@ -256,7 +257,7 @@ def _walk(
             name = f"{folder}/{entry}" if folder else entry
             if entry.startswith(".") and not hidden:
                 yield name, "hidden"
-            elif entry in _METADATA:
+            elif _METADATA.fullmatch(entry):
                 yield name, "metadata"
             elif (reason := _skip_reason(os.path.join(root, name))) != "folder":
                 yield name, reason

@@ -8,7 +8,13 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from lm.data.sources import Document, Skipped, files
-from lm.data.sources.arrow import BATCH_BYTES, arrow_errors, batch_documents, missing_columns
+from lm.data.sources.arrow import (
+    BATCH_BYTES,
+    arrow_errors,
+    batch_documents,
+    class_labels,
+    missing_columns,
+)
 from lm.data.sources.records import stored_columns
 
 _UNIT_BYTES = 1 << 26
@@ -41,7 +47,8 @@ def read(
         table = pq.ParquetFile(opened.raw, buffer_size=1 << 20, pre_buffer=False)
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         row = sum(group.num_rows for group in groups[:start])
-        wanted = stored_columns(columns, table.schema_arrow.names)
+        schema = table.schema_arrow
+        wanted, labels = stored_columns(columns, schema.names), class_labels(schema)
         for i in range(start, len(groups) if stop == files.WHOLE else stop):
             num_rows, size = groups[i].num_rows, groups[i].total_byte_size
             if wanted is None:
@@ -56,7 +63,7 @@ def read(
                 )
                 done = row
                 for batch in batches:
-                    yield from batch_documents(batch, f"{file.name}@", done, columns)
+                    yield from batch_documents(batch, f"{file.name}@", done, columns, labels)
                     done += batch.num_rows
             row += num_rows
         if not row and start == 0:
