@@ -6,8 +6,9 @@
 
 Compiles the actual train step (with --decode the decode step) from shapes, so neither data nor
 chips are needed. Reports memory by purpose, collectives by mesh axis, bounds of the step's time
-with its bottleneck, and warnings. TPU topologies need libtpu, GPU topologies jax[cuda13]; see
-lm/planning/topology.py for their names. Plans are kept in ~/.cache/lm/plan.
+with its bottleneck, warnings, and the cost of a checkpoint. TPU topologies need libtpu, GPU
+topologies jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in
+~/.cache/lm/plan.
 
 --search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for
 the most rows that fit, --fewest-chips for the smallest slice of this kind of chip, whatever shape
@@ -19,12 +20,15 @@ The exit code is 0 where the step fits and 1 where it doesn't.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import Any
 
 from lm import cli
 from lm.storage.files import write_atomically
 from lm.storage.paths import expand_path
+
+RATE = "GB a second that a host moves to and from the storage of checkpoints (default: 1)"
 
 
 def main() -> int:
@@ -51,6 +55,8 @@ def main() -> int:
     if plan is None:
         return 1
     print(report.page(plan), end="")
+    if plan.save:
+        print("\n" + report.checkpoint(plan.save, args.storage_gbs))
     if args.tokens:
         print("\n" + report.days(plan, args.tokens))
     if args.json:
@@ -76,6 +82,7 @@ def parse_args() -> argparse.Namespace:
     add("--picture", metavar="FILE", help="also draw the plan to this PNG file")
     add("--fresh", action=yes, help="compile again, whatever is in the cache")
     add("--tokens", type=_number, help="also say how many days so many tokens take: 15T")
+    add("--storage-gbs", type=_rate, default=1.0, metavar="GB/S", help=RATE)
     add("--search-compiles", type=int, default=4, help="--search: candidates to compile")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--search", action=yes, help="find the fastest mesh, remat and micro-batch")
@@ -101,6 +108,13 @@ def _find(args: argparse.Namespace, make: Any, decode: Any, show: Any) -> Any:
         return make(args.config, args.topology, decode)
     print(report.trials_page(found))
     return found.winner.plan if found.winner else None
+
+
+def _rate(text: str) -> float:
+    rate = _number(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} GB/s is no speed")
+    return rate
 
 
 def _number(text: str) -> float:

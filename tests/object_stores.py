@@ -12,6 +12,7 @@ import time
 import storage_proxy
 
 BUCKET = "bucket1"
+PROXIES = {}  # by scheme, of the emulators that are running
 
 
 def _free_port():
@@ -74,6 +75,7 @@ def emulators(**faults):
                 storage_proxy.Proxy(f"http://127.0.0.1:{gcs}", **faults) as gs_proxy,
                 storage_proxy.Proxy(f"http://127.0.0.1:{s3}", **faults) as s3_proxy,
             ):
+                PROXIES.update(gs=gs_proxy, s3=s3_proxy)
                 yield environment | {
                     "STORAGE_EMULATOR_HOST": gs_proxy.url,
                     "TENSORSTORE_GCS_HTTP_URL": gs_proxy.url,

@@ -34,6 +34,7 @@ from lm.planning import (
     protos,
     report,
     roofline,
+    save_cost,
     topology,
     traffic,
 )
@@ -686,6 +687,30 @@ def test_a_plan_needs_no_data_and_goes_to_json_and_back(small_plan):
     made = small_plan[2]
     assert plan.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["derived"]["fits"] is True
+
+
+def test_a_plan_says_what_a_checkpoint_costs(small_plan):
+    made = small_plan[2]
+    moments_and_counts = made.save.total - 4 * made.parameters
+    assert 0 <= moments_and_counts - 8 * made.parameters < 100
+    assert made.save.num_hosts == 1 and made.save.written == made.save.read_back == made.save.total
+    text = report.checkpoint(dataclasses.replace(made.save, written=5 * 10**9, num_hosts=1024), 2.5)
+    assert "1,024 hosts" in text and "2.00 s" in text and "at 2.5 GB/s a host" in text
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+def test_every_host_writes_an_equal_part_of_what_it_can(make_config):
+    config = make_config({"mesh.data": 2, "mesh.fsdp": 8})
+    devices = topology.devices(topology.parse("v5e:4x4"))
+    state = Experiment(plan.without_data(config), devices).abstract_state
+    cost = save_cost.measure(state)
+    assert cost.num_hosts == 4
+    assert cost.total / 4 <= cost.written < 1.05 * cost.total / 4
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        hosts = save_cost.bytes_by_host(leaf)
+        assert sum(hosts.values()) == leaf.size * leaf.dtype.itemsize
 
 
 def test_a_plan_of_pairs_of_texts_needs_no_data_either(make_config):

@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import object_stores
 import pytest
+from environment import run_script
 
-from lm.checkpoint import step_files
+from lm import cli
+from lm.checkpoint import comparison, step_files, verification
+from lm.checkpoint.manager import Checkpoints, SaveFailed
+from lm.config.schema import CheckpointConfig
 from lm.data import packing
 from lm.data.bins import Packing
 from lm.data.corpus import Corpus
 from lm.data.prepare import prepare
 from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer_training import train_tokenizer
+from lm.exit_codes import Exit
 from lm.reliability import data_ledger
-from lm.storage import files
+from lm.storage import files, growing, lease
 from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from lm.training.loop import train
@@ -127,6 +132,112 @@ def test_stores_and_tokenizers_in_a_bucket_are_those_of_a_disk(buckets, tmp_path
         content = [prepared.manifests[split]["content_hash"] for split in corpus.splits]
         rows.append([content, *(ids.tolist() for ids in found), packed.documents(np.arange(20))])
     assert rows[0] == rows[1]
+
+
+@pytest.fixture
+def requests(buckets):
+    """(scheme, work) -> the number of requests that `work` made, and its result."""
+
+    def count(scheme, work):
+        before = object_stores.PROXIES[scheme].requests.total()
+        result = work()
+        return object_stores.PROXIES[scheme].requests.total() - before, result
+
+    return count
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_checkpoint_costs_the_requests_that_the_docs_say(requests, make_experiment, scheme):
+    experiment = make_experiment({"optimizer.name": "adamw"})
+    state, workdir = experiment.init_state(), f"{scheme}://{object_stores.BUCKET}/runs/counted"
+    with Checkpoints(workdir, CheckpointConfig(verify=False)) as checkpoints:
+
+        def save():
+            checkpoints.save(state)
+            checkpoints.wait()
+
+        assert requests(scheme, save)[0] <= 140
+    folder = StoragePath(workdir) / "checkpoints" / "0"
+    found, manifest = requests(scheme, lambda: step_files.read_manifest(folder))
+    assert found <= 2
+    assert requests(scheme, lambda: verification.verify(folder, manifest))[0] <= 12
+    assert requests(scheme, lambda: step_files.steps(folder.parent))[0] == 2
+    assert requests(scheme, lambda: files.total_size(folder))[0] <= 2
+    with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
+        found, _ = requests(scheme, lambda: checkpoints.restore(experiment.abstract_state))
+    assert found <= 16
+    shown = run_script("checkpoint", "show", workdir)
+    assert shown.returncode == 0 and "parameters; " in shown.stdout, shown.stderr
+    found, distances = requests(scheme, lambda: comparison.distances([folder] * 2, manifest.leaves))
+    assert found <= 24 and {d.largest for d in distances.values()} == {0}
+
+
+@pytest.mark.slow
+def test_a_step_costs_no_request(requests, make_config, shared_steps, devices, monkeypatch):
+    monkeypatch.setattr(growing, "SECONDS", 3600)
+    monkeypatch.setattr(lease, "SECONDS", 14400)
+    found = []
+    for num_steps in (4, 24):
+        config = make_config({"train.num_steps": num_steps, "guard.self_check": False})
+        config.optimizer.schedule.kind, config.checkpoint.verify = "constant", False
+        workdir = f"gs://{object_stores.BUCKET}/runs/steps-{num_steps}"
+        found.append(requests("gs", lambda c=config, w=workdir: train(c, w, devices[:1]))[0])
+    assert abs(found[1] - found[0]) < 10  # of 20 steps; how often a save commits is a race
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize(
+    "command",
+    ["checkpoint ls X", "checkpoint show X@3", "checkpoint verify X", "evaluate --workdir=X"],
+)
+def test_a_missing_bucket_is_named_by_each_command(buckets, scheme, command):
+    name, *arguments = command.replace("X", f"{scheme}://nobody-has-it/run").split()
+    done = run_script(name, *arguments)
+    assert done.returncode == Exit.ERROR
+    assert f"there is no bucket {scheme}://nobody-has-it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["init.from_", "data.train"])
+def test_a_missing_bucket_that_a_config_names_is_named(
+    buckets, make_config, devices, tmp_path, key
+):
+    url = "gs://nobody-has-it/run"
+    config = make_config({key: (url,) if key == "data.train" else url})
+    with pytest.raises(cli.USER_ERRORS, match="there is no bucket gs://nobody-has-it"):
+        train(config, str(tmp_path), devices[:1])
+
+
+def test_an_error_of_a_buckets_client_fails_a_save_and_is_no_damage(
+    buckets, make_experiment, monkeypatch
+):
+    import gcsfs  # which reads its settings when it is imported
+
+    workdir = f"gs://{object_stores.BUCKET}/runs/failing"
+    state = make_experiment().init_state()
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        checkpoints.save(state)
+
+    def fail(*_, **__):
+        raise gcsfs.retry.HttpError({"code": 503, "message": "try later"})
+
+    folder = StoragePath(workdir) / "checkpoints" / "0"
+    with monkeypatch.context() as patch:
+        patch.setattr(files.filesystem("gs"), "cat_file", fail)
+        with pytest.raises(step_files.Unreadable, match=f"{folder}.* try later"):
+            step_files.read_manifest(folder)
+        with pytest.raises(files.StorageError, match="HttpError: try later, 503"):
+            (folder / step_files.COMMITTED).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.filesystem("gs"), "pipe_file", fail)
+        with (
+            pytest.raises(SaveFailed, match=r"step 1 could not be saved.* try later") as failed,
+            Checkpoints(workdir, CheckpointConfig()) as checkpoints,
+        ):
+            checkpoints.save(state.replace(step=state.step + 1))
+            checkpoints.wait()
+    assert failed.value.code == Exit.SAVE_FAILED and len(str(failed.value).splitlines()) == 1
+    assert step_files.steps(folder.parent) == [0]
 
 
 def test_a_missing_bucket_ends_a_run_before_it_compiles(buckets, make_config, devices):

@@ -586,6 +586,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 from lm.checkpoint.manager import Checkpoints, SaveFailed
 from lm.config.schema import CheckpointConfig
+from lm.planning import save_cost
 from lm.types import TrainState
 from jax.experimental import multihost_utils
 
@@ -616,6 +617,9 @@ with Checkpoints(workdir, CheckpointConfig(keep_last=3)) as checkpoints:
     checkpoints.save(state(1))
     checkpoints.wait()
     share = sum(read_bytes)
+    stored = [p for p in pathlib.Path(checkpoints.directory).rglob(f"ocdbt.process_{index}/d/*")]
+    written = [save_cost.bytes_by_host(x)[index] for x in jax.tree.leaves(abstract)]
+    written = [sum(written), sum(path.stat().st_size for path in stored)]
     for step in (2, 3, 4):
         assert checkpoints.save(state(step))
         assert not checkpoints.save(state(step))
@@ -679,7 +683,7 @@ with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
     parent = ParentCheckpoint(workdir)
     stale = [checkpoints.steps(), checkpoints.restore(abstract)[1].step, parent.step]
 same = all(jax.tree.leaves(same))
-print("RESULT", json.dumps([manifest.step, step, same, marks, found, stale, share]))
+print("RESULT", json.dumps([manifest.step, step, same, marks, found, stale, share, written]))
 """
 
 
@@ -723,6 +727,9 @@ def test_two_processes_verify_together_and_agree_on_what_is_bad(tmp_path):
         assert result[5] == [[2], 2, 2]
         # half of the bytes of b, w and m, and a chunk (of m) at most; both together read all
         assert result[6] <= (32 + 8192 + 16384) / 2 + 4096
+        planned, stored = result[7]  # of the step's number, too
+        assert 12304 <= planned <= 12304 + 4
+        assert 0.85 * planned < stored < 1.25 * planned  # compressed, with an index
         assert (waiting, verified, again, after) == ([1, 2], [2], [2, 3], [2])
         assert "the checkpoint of step 3 doesn't read back" in failed
     assert sorted(p.name for p in (tmp_path / "bad_checkpoints").iterdir()) == ["3", "4"]

@@ -32,6 +32,7 @@ from lm.planning import (
     memory,
     plausibility,
     roofline,
+    save_cost,
     topology,
     traffic,
 )
@@ -39,6 +40,7 @@ from lm.planning.costs import Work
 from lm.planning.interconnect import Transfer
 from lm.planning.memory import Line, Memory
 from lm.planning.roofline import StepTimeBounds
+from lm.planning.save_cost import SaveCost
 from lm.planning.topology import Topology
 from lm.storage.files import write_atomically
 from lm.telemetry.progress import Progress
@@ -73,6 +75,7 @@ class Plan:
     model_flops: float | None  # of a step, for each device
     peak_flops: float | None  # of a device
     times: StepTimeBounds
+    save: SaveCost | None  # None: a decode step
     warnings: tuple[str, ...]
     compile_seconds: float
     compile_cpu_seconds: float
@@ -120,6 +123,7 @@ def from_json(text: str) -> Plan:
     tree["memory"] = Memory(**tree["memory"] | largest)
     tree["transfers"] = tuple(Transfer(**transfer) for transfer in tree["transfers"])
     tree |= {"work": Work(**tree["work"]), "times": StepTimeBounds(**tree["times"])}
+    tree["save"] = SaveCost(**tree["save"]) if tree["save"] else None
     return Plan(**tree)
 
 
@@ -278,6 +282,7 @@ def analyse(
         model_flops=_model_flops(experiment, rows, length, decode),
         peak_flops=target.chip.peak_flops(c.model.dtype),
         times=roofline.times(target, work, sent, c.model.dtype),
+        save=save_cost.measure(experiment.abstract_state) if decode is None else None,
         warnings=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,

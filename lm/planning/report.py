@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from lm.planning import topology
 from lm.planning.memory import GROUPS, Line
 from lm.planning.plan import Plan, Trials
+from lm.planning.save_cost import SaveCost
 from lm.telemetry.progress import format_quantity
 
 WIDTH = 100
@@ -50,6 +51,22 @@ def verdict(plan: Plan) -> str:
         return f"fits: {used} of {capacity} on each device, {format_bytes(free)} free"
     least, missing = "at least " if plan.refusal else "", format_bytes(-free)
     return f"DOES NOT FIT: needs {least}{used}, has {capacity} on each device: {missing} too much"
+
+
+def checkpoint(cost: SaveCost, gigabytes_per_second: float) -> str:
+    """The cost of a checkpoint where each host moves so much to and from storage."""
+    writing, reading = (
+        duration(size / (gigabytes_per_second * 1e9)) for size in (cost.written, cost.read_back)
+    )
+    hosts = f"{cost.num_hosts:,} host{'s' * (cost.num_hosts > 1)}"
+    rows = [
+        f"checkpoint, before compression, at {gigabytes_per_second:g} GB/s a host (--storage-gbs)",
+        f"  all                {format_bytes(cost.total):>10}  from {hosts}",
+        f"  a host writes      {format_bytes(cost.written):>10}  {writing}, while training goes on",
+        f"  and reads back     {format_bytes(cost.read_back):>10}  {reading} at most",
+        f"  host memory        {format_bytes(cost.host_memory):>10}  at most",
+    ]
+    return "\n".join(rows)
 
 
 def days(plan: Plan, tokens: float) -> str:

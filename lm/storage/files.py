@@ -109,15 +109,14 @@ def check_bucket(path: PathLike) -> None:
     """Raise FileNotFoundError where the bucket of a path is missing: where nothing is found, for an
     empty bucket and a missing one look alike. A local path has none.
     """
-    fs, name = _open(path)
-    if not is_url(path) or (bucket := name.partition("/")[0]) in _FOUND_BUCKETS:
+    (fs, name), url = _open(path), os.fspath(path)
+    bucket = "/".join(url.split("/")[:3])
+    if bucket in _FOUND_BUCKETS or not url.startswith(tuple(f"{scheme}://" for scheme in BUCKETS)):
         return
     try:
-        fs.ls(bucket, detail=False)
+        fs.ls(name.partition("/")[0], detail=False)
     except FileNotFoundError:
-        url = os.fspath(path)
-        scheme = url.partition("://")[0]
-        raise FileNotFoundError(f"{url}: there is no bucket {scheme}://{bucket}") from None
+        raise FileNotFoundError(f"{url}: there is no bucket {bucket}") from None
     except OSError:  # who may read some names need not be allowed to list all
         return
     _FOUND_BUCKETS.add(bucket)
@@ -282,7 +281,8 @@ def total_size(folder: PathLike) -> int:
     """Return the bytes of all files in a folder."""
     fs, name = _open(folder)
     with named_errors(folder):
-        return cast(int, fs.du(name))
+        found: dict[str, Any] = fs.find(name, detail=True)  # pyright: ignore
+    return sum(info["size"] for info in found.values())
 
 
 def make_private_folder(path: str) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar, overload
 
 import numpy as np
 
+from lm.storage.files import check_bucket
 from lm.storage.paths import is_url, kvstore_spec
 
 MANIFEST = "manifest.json"
@@ -187,6 +188,7 @@ class _RemoteFiles:
         self._lock = threading.Lock()
 
     def absence(self) -> str:
+        check_bucket(self._url)
         return _INCOMPLETE
 
     def read(self, name: str) -> bytes | None:
