@@ -41,7 +41,7 @@ def main() -> None:
             train_limit=flags.train_limit,
             max_loss=documents.max_loss,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"split_records: {error}")
     for split, count in counts.items():
         skipped = ", ".join(f"{n:,} {reason}" for reason, n in count.items() if reason != "records")

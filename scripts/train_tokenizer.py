@@ -58,7 +58,7 @@ def main() -> None:
             split_digits=flags.split_digits,
             sample_bytes=flags.sample_bytes,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"train_tokenizer: {error}")
     print(f"{flags.out}: trained on {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
 

@@ -31,7 +31,7 @@ def arrow_errors() -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise files.DamagedFile(str(error).partition("\n")[0]) from error
     except OSError as error:
         if type(error) is not OSError or error.errno is not None:
