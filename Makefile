@@ -23,8 +23,8 @@ $(VENV)/ok: pyproject.toml requirements.txt constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e . -c constraints.txt
 	@touch $@
 
-$(VENV)/dev: $(VENV)/ok requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+$(VENV)/dev: $(VENV)/ok requirements-dev.txt requirements-data.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,data]' -c constraints.txt
 	@touch $@
 
 # As they are given, through the environment: a name may hold anything but what make expands first.
