@@ -6,7 +6,9 @@ it, as of a fault of a real device.
 
 import dataclasses
 import itertools
+import os
 import pathlib
+import signal
 
 import jax
 
@@ -17,7 +19,8 @@ from lm.models import decoder
 @dataclasses.dataclass(frozen=True)
 class Config(decoder.Config):
     fail_after: int = field(12, "Batches before the device fails.")
-    marker: str = field("", "File that is there when it has failed.")
+    marker: str = field("", "File that is there when it has failed; empty: it fails each time.")
+    how: str = field("error", "An error, or kill: SIGKILL to its process.")
 
 
 class FailingDecoder(decoder.Decoder):
@@ -36,8 +39,11 @@ def _fail_once(config):
     made, marker = itertools.count(), pathlib.Path(config.marker)
 
     def check(ids):
-        if next(made) >= config.fail_after and not marker.exists():
-            marker.touch()
+        if next(made) >= config.fail_after and not (config.marker and marker.exists()):
+            if config.marker:
+                marker.touch()
+            if config.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise OSError("the link to the chip is down")
         return ids
 

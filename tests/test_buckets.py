@@ -1,5 +1,6 @@
 """Runs with their folder in an (emulated) bucket: killed and resumed, they end as a local one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import object_stores
 import pytest
+import storage_proxy
 from environment import run_script
 
 from lm import cli
@@ -24,11 +26,12 @@ from lm.data.sources.tokens import TokenStore
 from lm.data.tokenizer_training import train_tokenizer
 from lm.exit_codes import Exit
 from lm.reliability import data_ledger
+from lm.reliability.workdir_lock import LockLost
 from lm.storage import files, growing, lease
 from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from lm.training.loop import train
-from lm.training.session import CannotWrite, disk_errors_as_run_errors
+from lm.training.session import CannotWrite, TrainingSession, disk_errors_as_run_errors
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -251,3 +254,70 @@ def test_a_bucket_that_fails_ends_a_run_as_a_full_disk_does():
         disk_errors_as_run_errors("gs://b"),
     ):
         raise files.StorageError("gs://b/a: 503")
+
+
+def test_a_run_whose_lock_was_taken_ends_before_it_saves_again(
+    buckets, make_config, shared_steps, devices, monkeypatch
+):
+    workdir = f"gs://{object_stores.BUCKET}/runs/taken"
+    push = TrainingSession.push_results
+
+    def taken(self, step, *rest):
+        push(self, step, *rest)
+        if step == 5:  # while this process was cut off
+            assert files.create(f"{workdir}/lock/00000002", "{}")
+
+    monkeypatch.setattr(TrainingSession, "push_results", taken)
+    config = make_config({"checkpoint.every": 4, "train.num_steps": 12, "guard.self_check": False})
+    with pytest.raises(LockLost, match=r"00000002.* trains there"):
+        train(config, workdir, devices[:1])
+    assert LockLost.code == Exit.LOCK_LOST
+    assert step_files.steps(StoragePath(workdir) / "checkpoints") == [4]
+    assert files.read_bytes(f"{workdir}/lock/00000002") == b"{}"
+    assert data_ledger.read(workdir)[-1]["step"] < 8
+
+
+SHORT_LEASE = """
+import runpy, sys
+
+sys.argv = sys.argv[1:]
+from lm.storage import lease
+lease.SECONDS = 4.0
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_ends_when_it_finds_another_holder(buckets, monkeypatch):
+    monkeypatch.setattr(lease, "SECONDS", 4.0)
+    workdir = f"gs://{object_stores.BUCKET}/runs/cut-off"
+    with storage_proxy.Proxy(os.environ["STORAGE_EMULATOR_HOST"]) as proxy:
+        urls = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), proxy.url)
+        command = [sys.executable, "-c", SHORT_LEASE, str(ROOT / "scripts" / "train.py")]
+        command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={workdir}"]
+        command += ["--config.train.num_steps=100000", "--config.checkpoint.every=0"]
+        command += ["--config.checkpoint.every_seconds=0", "--config.guard.self_check=False"]
+        # as a start with glibc's huge pages, which would lose the -c
+        own = {**os.environ, **urls, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        process = subprocess.Popen(
+            command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while not data_ledger.read(workdir):  # it trains
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+            proxy.fail = 1.0  # no request of this process gets through
+            with contextlib.ExitStack() as held:
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(lease.Locked):
+                        held.enter_context(lease.lock(f"{workdir}/lock"))
+                        break
+                    time.sleep(0.2)
+                proxy.fail = 0.0
+                output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == Exit.LOCK_LOST, output
+    assert "error: " in output and "another process has taken its lock" in output
+    assert not files.exists(f"{workdir}/checkpoints")

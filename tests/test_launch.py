@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import signal
@@ -19,6 +20,7 @@ from lm.telemetry import metrics
 from scripts.launch.local import decisive
 
 ROOT = pathlib.Path(__file__).parent.parent
+TRAIN = ROOT / "scripts" / "train.py"
 LAUNCHER = str(ROOT / "scripts" / "launch" / "local.py")
 
 
@@ -246,6 +248,25 @@ def test_a_job_whose_device_fails_starts_again_and_ends_with_the_same_bits(tmp_p
     assert "launch: process 0 ended with exit code 48 (DEVICE_ERROR)" in errors
     assert "from step 10 to 24" in out
     assert sorted(losses(tmp_path / "run")) == list(range(1, 25))
+
+
+@pytest.mark.slow  # in one process: tests/test_attempts.py
+@pytest.mark.parametrize(("how", "processes"), [("error", 2), ("kill", 2), ("kill", 1)])
+def test_a_step_that_kills_each_attempt_ends_the_job_with_evidence(tmp_path, how, processes):
+    path = tmp_path / "failing.py"
+    path.write_text(FAILING.format(root=str(ROOT), marker=""))
+    flags = [f"--config={path}", f"--workdir={tmp_path / 'run'}", "--config.guard.self_check=False"]
+    flags += ["--config.model.fail_after=7", f"--config.model.how={how}", "--config.mesh.data=-1"]
+    code, out, errors = finish(
+        launch(f"--processes={processes}", "--max-restarts=9", "--", TRAIN, *flags)
+    )
+    assert code == Exit.NO_PROGRESS, out + errors
+    assert errors.count("launch: starting again") == 3
+    [path] = (tmp_path / "run" / "evidence").iterdir()
+    evidence = json.loads(path.read_text())
+    assert evidence["step"] in (6, 7) and list(evidence["batches"])[-1] in ("7", "8")
+    assert len(evidence["attempts"]) == 3
+    assert all(attempt["error"] for attempt in evidence["attempts"])
 
 
 def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(tmp_path):

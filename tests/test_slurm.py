@@ -63,7 +63,7 @@ class Job:
         )
         return dict(re.findall(r"(\w+)=(\S*)", done.stdout))
 
-    def wait_for(self, condition, timeout: float = 240.0) -> None:
+    def wait_for(self, condition, timeout: float = 600.0) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, self.said()
@@ -149,8 +149,9 @@ def test_a_job_whose_device_fails_ends_with_the_bits_of_an_undisturbed_one(submi
     path.write_text(FAILING.format(root=str(ROOT), marker=str(marker)))
     flags = [f"--config={path}", "--config.checkpoint.every=5", "--config.train.num_steps=24"]
     job = submit(*flags)
+    job.wait_for(lambda: "exit code 48: back into the queue" in job.said())
     job.go_on()
-    assert marker.exists() and "exit code 48: back into the queue" in job.said()
+    assert marker.exists()
     assert "error: a device failed: INTERNAL" in job.said()
     job.wait_until("COMPLETED")
     [first, second] = attempts.read(str(job.workdir))
