@@ -39,6 +39,7 @@ from lm.types import TrainState
 
 KINDS = ("own", "copy")
 KEPT = 2  # steps: the newest may not be complete in all processes
+SEAL = 4  # bytes of a CRC-32, the last ones of a file
 GIB = 2**30
 Shards = list[list[np.ndarray]]  # of each leaf, of each device of a process
 
@@ -85,9 +86,12 @@ class MemorySnapshots:
             raise ValueError("config.checkpoint.memory_every: the processes differ in devices")
         name = "config.checkpoint.memory_dir"
         place = expand_local_path(memory_dir, name) if memory_dir else _default_folder()
-        run = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
-        self._folder = f"{place}/{run}/process-{self._process}"
-        files.make_private_folder(place)
+        run = f"{place}/{hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()}"
+        files.make_private_folder(run)
+        self._folder = f"{run}/process-{self._process}"
+        for name in files.list_names(run):
+            if int(name.removeprefix("process-")) >= self._count:  # of more processes, once
+                files.delete(f"{run}/{name}")
         self._check_space(place)
 
     def __enter__(self) -> MemorySnapshots:
@@ -103,7 +107,7 @@ class MemorySnapshots:
             self.clear()
 
     def _check_space(self, place: str) -> None:
-        own = sum(len(self._firsts(i, self._process)) * _nbytes(x) for i, x in self._leaves())
+        own = self._num_bytes(self._process)
         hosts = multihost_utils.process_allgather(np.uint32(zlib.crc32(_host())))
         sharing = int((np.atleast_1d(hosts) == zlib.crc32(_host())).sum())
         need = (KEPT + 1) * len(self._kinds) * own * sharing
@@ -116,6 +120,9 @@ class MemorySnapshots:
                 f"{need / GIB:.3g} GiB in {place} (config.checkpoint.memory_dir), which has "
                 f"{free / GIB:.3g} free"
             )
+
+    def _num_bytes(self, process: int) -> int:
+        return sum(len(self._firsts(i, process)) * _nbytes(x) for i, x in self._leaves())
 
     # ---- making snapshots ----
 
@@ -131,18 +138,18 @@ class MemorySnapshots:
             code=code_version(),
             **extras,
         )
-        parts: dict[str, list[bytes]] = {kind: [] for kind in self._kinds}
+        header = (
+            json.dumps({"manifest": manifest.to_dict(), "mesh": self._mesh_text}).encode() + b"\n"
+        )
+        owners = dict(zip(self._kinds, (self._process, self._before), strict=False))
+        contents = {kind: _Content(header, self._num_bytes(p)) for kind, p in owners.items()}
         for i, leaf in enumerate(jax.tree.leaves(tree)):
-            own = _local(leaf)
-            parts["own"] += [own[j].tobytes() for j in self._firsts(i, self._process)]
-            if "copy" in parts:
-                copy = _local(self._shift(i, 1)(_in_device_memory(leaf)))
-                parts["copy"] += [copy[j].tobytes() for j in self._firsts(i, self._before)]
-        for kind in self._kinds:
-            content = b"".join(parts.pop(kind))
-            header = {"manifest": manifest.to_dict(), "crc32": zlib.crc32(content)}
-            text = json.dumps({**header, "mesh": self._mesh_text}).encode()
-            files.write_atomically(f"{self._folder}/{kind}-{manifest.step}", text + b"\n" + content)
+            for kind, owner in owners.items():
+                moved = leaf if kind == "own" else self._shift(i, 1)(_in_device_memory(leaf))
+                shards = _local(moved)
+                contents[kind].add([shards[j] for j in self._firsts(i, owner)])
+        for kind, content in contents.items():
+            files.write_atomically(f"{self._folder}/{kind}-{manifest.step}", content.sealed())
         steps = sorted(self._paths("own"))
         self._delete(set(steps) - set(steps[-KEPT:]))
 
@@ -231,11 +238,10 @@ class MemorySnapshots:
     def _read(self, kind: str, step: int) -> tuple[dict[str, Any], memoryview]:
         """(header, content) of a file. Raises Damaged."""
         data = files.read_bytes(f"{self._folder}/{kind}-{step}")
-        end = data.find(b"\n")
-        header, content = json.loads(data[: max(end, 0)]), memoryview(data)[end + 1 :]
-        if zlib.crc32(content) != header["crc32"]:
+        if zlib.crc32(memoryview(data)[:-SEAL]) != int.from_bytes(data[-SEAL:], "big"):
             raise Damaged(f"{kind}-{step}: not what was written")
-        return header, content
+        end = data.find(b"\n")
+        return json.loads(data[:end]), memoryview(data)[end + 1 : -SEAL]
 
     def _shards(self, kind: str, step: int) -> Shards:
         """The content of a file, of each leaf and device of its process."""
@@ -293,6 +299,30 @@ class MemorySnapshots:
     def clear(self) -> None:
         """Delete the snapshots of this process, and what a kill has left of one."""
         files.delete(self._folder)
+
+
+class _Content:
+    """The bytes of a file: a header, shards, and the CRC-32 of all before it."""
+
+    def __init__(self, header: bytes, size: int) -> None:
+        self._data, self._end = bytearray(len(header) + size + SEAL), 0
+        self._bytes = np.frombuffer(self._data, np.uint8)
+        self._append(np.frombuffer(header, np.uint8))
+
+    def _append(self, block: np.ndarray) -> None:
+        self._bytes[self._end : self._end + block.size] = block
+        self._end += block.size
+
+    def add(self, shards: Sequence[np.ndarray]) -> None:
+        for shard in shards:
+            self._append(np.ascontiguousarray(shard).reshape(-1).view(np.uint8))
+
+    def sealed(self) -> memoryview:
+        """All of it; no shard may be missing."""
+        seal = zlib.crc32(memoryview(self._data)[:-SEAL]).to_bytes(SEAL, "big")
+        self._append(np.frombuffer(seal, np.uint8))
+        assert self._end == len(self._data), "as many bytes of shards as were said"
+        return memoryview(self._data)
 
 
 @functools.cache

@@ -286,8 +286,14 @@ def total_size(folder: PathLike) -> int:
 
 
 def make_private_folder(path: str) -> None:
-    """Make a local folder that only this user may read, and those above it, if it is not there."""
+    """Make a local folder that only this user may read, and those above it, if it is not there.
+
+    Raises:
+        PermissionError: it is another user's.
+    """
     os.makedirs(path, mode=0o700, exist_ok=True)
+    if os.stat(path).st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user; name another folder")
 
 
 def delete(path: PathLike) -> None:
