@@ -23,7 +23,7 @@ _DEFAULT = [name for name in filters.NAMES if name != "decontaminate"]
 
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    corpus.add_flags(parser, with_split=False)
+    corpus.add_flags(parser, without=(*corpus.SPLIT_FLAGS, "near_duplicates"))
     parser.add_argument(
         "--max-bytes", type=int, default=10_000_000, help="of text that is read (default: 10 MB)"
     )

@@ -151,7 +151,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=cli.folder, required=True, help="folder of the run")
-    corpora.add_flags(parser, with_split=False)
+    corpora.add_flags(parser, without=corpora.STORE_FLAGS)
     add("--train", action="append", help="records that baselines may know; repeatable")
     add(
         "--metrics",

@@ -212,7 +212,10 @@ def corpus_name(corpus: corpora.Corpus) -> str:
     if list(corpus.data) == ["stdlib"] and corpus == corpora.Corpus(data=corpus.data):
         return "stdlib"
     words = "-".join(_last_name(spec) for spec in corpus.data)[:40].strip("-")
-    return f"{words}-{hashlib.sha256(repr(corpus).encode()).hexdigest()[:6]}"
+    content = repr(corpus)
+    if corpus.filters or corpus.near_duplicates is not None:
+        content += repr((corpus.filters, corpus.near_duplicates))
+    return f"{words}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
 
 
 def _last_name(spec: str) -> str:

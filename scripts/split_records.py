@@ -20,7 +20,7 @@ from lm.data import corpus, examples
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    corpus.add_flags(parser, with_split=False)
+    corpus.add_flags(parser, without=corpus.STORE_FLAGS)
     add("--format", choices=examples.FORMATS, default="records", help="default: records")
     add("--key", default="", metavar="FIELD", help="of records: the field that decides (default: "
         "the place in the file)")  # fmt: skip

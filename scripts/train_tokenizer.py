@@ -15,7 +15,7 @@ from lm.data.tokenizer_training import train_tokenizer
 
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    corpus.add_flags(parser)
+    corpus.add_flags(parser, without=("near_duplicates",))
     add = parser.add_argument
     add("--out", required=True, help="the .model file; of words: the .json file")
     add(

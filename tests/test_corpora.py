@@ -19,7 +19,7 @@ import pytest
 
 from lm.data import engines
 from lm.data.corpus import Corpus
-from lm.data.prepare import prepare
+from lm.data.prepare import prepare, summary
 from lm.data.sources.tokens import TokenStore
 from tests.test_filters import GERMAN, GOOD, near_duplicate
 from tests.test_slurm import no_slurm
@@ -65,6 +65,7 @@ def test_what_filters_drop_and_mask_is_counted_and_reported(tmp_path):
     assert made["num_documents"] == 9
     assert made["skipped"] == {"language/de": 1, f"decontaminate/{evals}": 1, "duplicate": 1}
     assert made["masked"] == {"email": 1, "ip": 1, "phone": 1}
+    assert "masked: 1 email, 1 ip, 1 phone" in summary({"train": made})
     [report] = out.glob("contaminated-*/*.jsonl")
     [line] = [json.loads(line) for line in report.read_text().splitlines()]
     assert line["id"].startswith("a.jsonl@") and line["set"] == evals

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ from lm.data.sources.file_source import FileSource
 from lm.data.sources.tfds import TfdsSource
 
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):(.*)")  # PACKAGE.MODULE:ARGUMENT
-_SPLIT_FLAGS = ("validation_fraction", "split")
+SPLIT_FLAGS = ("validation_fraction", "split")
+STORE_FLAGS = (*SPLIT_FLAGS, "filters", "near_duplicates")  # which records alone do not read
 _MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
 FEW_DOCUMENTS = 100
 _MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
@@ -119,6 +120,7 @@ class Corpus:
         dest="filters",
         action="append",
         metavar="NAME",
+        repr=False,
     )
     near_duplicates: str | None = _flag(
         None,
@@ -127,6 +129,7 @@ class Corpus:
         nargs="?",
         const="",
         metavar="KEY=VALUE",
+        repr=False,
     )
 
     def __post_init__(self):
@@ -302,10 +305,10 @@ def _digest(document: Document) -> bytes:
     return content.digest()[:16]
 
 
-def add_flags(parser: argparse.ArgumentParser, *, with_split: bool = True) -> None:
-    """Add the flags that name a corpus, and those of its split, to `parser`."""
+def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Add the flags that name a corpus to `parser`, but those of the fields `without`."""
     for f in fields(Corpus):
-        if f.metadata and (with_split or f.name not in _SPLIT_FLAGS):
+        if f.metadata and f.name not in without:
             options = {"default": [] if f.default is MISSING else f.default, **f.metadata}
             options = {k: v for k, v in options.items() if k not in ("flag", "range")}
             parser.add_argument(_flag_of(f), **options)

@@ -110,7 +110,8 @@ class Engine:
             executor.run()
         except subprocess.CalledProcessError as error:  # of sbatch, which waits for the job
             raise ValueError(
-                f"--engine={self.engine!r}: a job has failed; its logs are in {logs}"
+                f"--engine={self.engine!r}: sbatch has ended with {error.returncode}, see its "
+                f"message above, or the logs in {logs}"
             ) from error
 
 

@@ -72,6 +72,8 @@ def prepare(
         raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
     if engine is not None:
         engines.parse(engine)
+        if count > 1:
+            raise ValueError("--engine shares out the parts by itself: leave --shard away")
     job = begin(corpus, tokenizer=tokenizer, out=out, out_flag=out_flag, packings=packings)
     if was_complete := job.is_complete():
         return Prepared(finish(job), was_complete)
@@ -295,4 +297,6 @@ def summary(manifests: dict[str, dict]) -> str:
                 f"{label:<22}{manifest['num_documents']:>11,}{sizes['num_bytes']:>16,}"
                 f"{sizes['num_tokens']:>16,}{ratio:>13.3f}  {skipped or 'nothing'}"
             )
+    if masked := next(iter(manifests.values())).get("masked"):
+        lines.append(f"masked: {', '.join(f'{n:,} {kind}' for kind, n in masked.items())}")
     return "\n".join(lines + (["skipped, the first of each:", *examples] if examples else []))
