@@ -238,6 +238,11 @@ def skip_absent_tpu() -> None:
         jax.config.update("jax_platforms", platforms)  # jax has read its environment by now
 
 
+def with_host(platforms: str | None) -> str | None:
+    """JAX_PLATFORMS with the host, which computes checksums; None stands for all platforms."""
+    return f"{platforms},cpu" if platforms and "cpu" not in platforms.split(",") else platforms
+
+
 class _OneLine(stdlib_logging.Formatter):
     """Warnings and errors that libraries log, one line each, without tracebacks."""
 
@@ -254,9 +259,7 @@ def _set_up() -> None:
     import jax
     from absl import logging
 
-    platforms = jax.config.values["jax_platforms"]
-    if platforms and "cpu" not in platforms.split(","):  # the host, which computes checksums
-        jax.config.update("jax_platforms", f"{platforms},cpu")
+    jax.config.update("jax_platforms", with_host(jax.config.values["jax_platforms"]))
 
     faulthandler.enable()
     sys.unraisablehook = _report

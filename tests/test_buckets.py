@@ -169,6 +169,10 @@ def test_a_checkpoint_costs_the_requests_that_the_docs_say(requests, make_experi
     with Checkpoints(workdir, CheckpointConfig(), read_only=True) as checkpoints:
         found, _ = requests(scheme, lambda: checkpoints.restore(experiment.abstract_state))
     assert found <= 16
+    log = growing.GrowingFile(f"{workdir}/log.jsonl")
+    log.append(b"{}\n")
+    assert requests(scheme, log.flush)[0] == 1
+    log.close()
     shown = run_script("checkpoint", "show", workdir)
     assert shown.returncode == 0 and "parameters; " in shown.stdout, shown.stderr
     found, distances = requests(scheme, lambda: comparison.distances([folder] * 2, manifest.leaves))

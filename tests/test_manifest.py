@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lm import cli
 from lm.checkpoint import checksums as sums_of
 from lm.checkpoint import manifest
 from lm.checkpoint.code_version import code_version
@@ -103,6 +104,23 @@ def test_large_blocks_in_memory_of_any_alignment_have_the_checksum_of_the_device
     x = np.frombuffer(np.random.default_rng(2).bytes(4 * np.prod(shape) + offset), np.float32)
     x = x[offset // 4 :].reshape(shape)
     np.testing.assert_array_equal(sums_of.host_checksums(x), checksums(x))
+
+
+@pytest.mark.parametrize(
+    "given, used", [("tpu", "tpu,cpu"), ("cuda,cpu", "cuda,cpu"), ("cpu", "cpu"), (None, None)]
+)
+def test_scripts_keep_the_host_that_computes_checksums(given, used):
+    assert cli.with_host(given) == used
+
+
+def test_a_host_that_is_left_out_is_asked_for(monkeypatch):
+    def no_cpu(*, backend):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    sums_of._host_device.cache_clear()
+    with pytest.raises(ValueError, match="leaves out the host, which computes checksums: write"):
+        sums_of.host_checksums(np.ones(3, np.float32))
 
 
 def test_values_that_compare_equal_but_have_other_bits_differ():
