@@ -327,6 +327,20 @@ def test_a_small_file_of_a_bucket_is_two_requests(buckets, monkeypatch):
     assert calls == ["is_folder", *2 * ["stat", "read_bytes"]]  # the first: once a worker
 
 
+def test_a_stream_of_arrow_in_a_bucket_is_read_once(buckets, monkeypatch):
+    folder = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    content = arrow_bytes(pa.concat_tables([TABLE] * 10))
+    storage.write_atomically(f"{folder}/a.arrow", content)
+    monkeypatch.setattr(storage, "BLOCK", 50_000)
+    sizes = []
+    original = storage.read_bytes
+    monkeypatch.setattr(
+        storage, "read_bytes", lambda *a: (sizes.append(a[2] - a[1]), original(*a))[1]
+    )
+    assert texts(read(folder)) == TEXTS * 10
+    assert sum(sizes) < 1.5 * len(content) and len(sizes) < 8
+
+
 def test_a_table_without_the_column_says_which_it_has(tmp_path):
     (tmp_path / "a.parquet").write_bytes(EVERY_KIND["a.parquet"]())
     (tmp_path / "b.arrow").write_bytes(EVERY_KIND["stream.arrow"]())
@@ -447,6 +461,8 @@ def test_wet_files_give_their_texts(folder):
         assert 20 < len(documents) < 30 and (last.id, last.reason) == (name, "damaged_file")
         storage.write_atomically(f"{folder}/{name}", b"no such format\n" * 50)
         assert texts(read(f"{folder}/{name}")) == ["damaged_file"]
+    storage.write_atomically(f"{folder}/b.wet", content[: content.index(b"text 30") + 3])
+    assert texts(read(f"{folder}/b.wet"))[29:] == ["text 29 \u00e4", "damaged_file"]
 
 
 def test_pages_of_web_archives_give_their_main_text(tmp_path):
@@ -511,6 +527,13 @@ def test_json_that_is_no_lines_is_another_type_of_file(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_RANGE", 100)
     (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
     assert set(texts(read(tmp_path / "a.json"))) == {"other_file_type"}
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b"[" + LINES * 1000))
+    assert texts(read(tmp_path / "b.json.gz")) == ["other_file_type"]
+    long = [np.random.default_rng(i).bytes(size).hex() for i, size in enumerate((200_000, 10**6))]
+    lines = "\n".join(json.dumps({"text": item}) for item in long)
+    for content in (lines, "\n".join(lines.split("\n")[::-1])):  # longer than a block, too
+        (tmp_path / "b.json.gz").write_bytes(gzip.compress(content.encode()))
+        assert sorted(map(len, texts(read(tmp_path / "b.json.gz")))) == [400_000, 2_000_000]
     (tmp_path / "a.json").write_bytes(LINES)
     assert texts(read(tmp_path / "a.json")) == TEXTS
     assert read(tmp_path / "a.json")[1].id == f"a.json@{LINES.index(b'{', 1)}"

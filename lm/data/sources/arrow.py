@@ -7,7 +7,6 @@ https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
 
 import contextlib
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,12 +43,15 @@ def ranges(file: files.DataFile) -> list[files.Range]:
     if file.size <= _UNIT_BYTES:
         return [files.whole(file)]
     with files.open_file(file) as opened, arrow_errors():
-        schema, at = _read_schema(opened.raw)
+        schema, at = _read_schema(opened.raw, file.size)
         if _has_dictionaries(schema):  # a batch is not read without those before it
             return [files.whole(file)]
         found, start = [], at
-        while at < file.size and (size := _message_size(opened.raw, at)):
-            at += size
+        while True:
+            header, body = _read_header(opened.raw, at, file.size, 4096)
+            if not header:
+                break
+            at += len(header) + body
             if at - start >= _UNIT_BYTES:
                 found.append(files.Range(start, at, at - start))
                 start = at
@@ -60,10 +62,10 @@ def read(
     file: files.DataFile, start: int, stop: int, columns: Mapping[str, str]
 ) -> Iterator[Document | Skipped]:
     with files.open_file(file) as opened, arrow_errors():
-        schema, first = _read_schema(opened)
+        schema, first = _read_schema(opened, file.size)
         wanted = stored_columns(columns, schema.names)
         labels, empty = class_labels(schema), True
-        for at, batch in _batches(opened, schema, start or first, stop):
+        for at, batch in _batches(opened, file.size, schema, start or first, stop):
             empty = empty and not batch.num_rows
             if wanted is None:
                 yield from missing_columns(_checked(batch), batch.num_rows, f"{file.name}@{at}.", 0)
@@ -139,56 +141,67 @@ def _checked(batch: "pa.RecordBatch") -> "pa.RecordBatch":
     return batch
 
 
-def _read_schema(file: Any) -> "tuple[pa.Schema, int]":
+def _start(file: Any) -> int:
+    """Return the offset of the first message, in a file or a stream."""
+    file.seek(0)
+    return len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 0
+
+
+def _read_schema(file: Any, file_size: int) -> "tuple[pa.Schema, int]":
     """Return the schema, and the offset after its message."""
     import pyarrow as pa
 
-    file.seek(0)
-    start = len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 0
-    file.seek(start)
-    schema = pa.ipc.read_schema(pa.ipc.read_message(file))
-    return schema, start + _message_size(file, start)
+    start = _start(file)
+    header, body = _read_header(file, start, file_size, 8)
+    schema = pa.ipc.read_schema(pa.ipc.read_message(pa.py_buffer(header + file.read(body))))
+    return schema, start + len(header) + body
 
 
 def _has_dictionaries(schema: "pa.Schema") -> bool:
     return "dictionary<" in str(schema)  # also inside of lists and structs
 
 
-def _message_size(file: Any, at: int) -> int:
-    """Return the bytes of the message at an offset, 0 at the end of the messages."""
+def _read_header(file: Any, at: int, file_size: int, num_bytes: int) -> tuple[bytes, int]:
+    """Return all of the message at an offset but its body, and the length of that; b"" and 0 at the
+    end of the messages.
+
+    num_bytes: read at once; 8 or what is likely to be enough, where each read is a request.
+    """
     file.seek(at)
-    head = file.read(4096) or b""
+    head = file.read(num_bytes) or b""
     length = int.from_bytes(head[4:8], "little")
     if not length:
-        return 0
+        return b"", 0
     if head[:4] != _CONTINUED:
         raise files.DamagedFile(f"no message of Arrow at offset {at}")
-    metadata = head[8 : 8 + length] + (file.read(max(length + 8 - len(head), 0)) or b"")
+    header = head[: 8 + length] + (file.read(max(8 + length - len(head), 0)) or b"")
     try:  # a table of flatbuffers, whose field number 3, if it has one, is the body's length
-        table = int.from_bytes(metadata[:4], "little")
-        fields = table - struct.unpack_from("<i", metadata, table)[0]
-        num_bytes, *found = struct.unpack_from("<HHHHHH", metadata, fields)
-        field = found[4] if num_bytes > 2 * 5 else 0
-        body = struct.unpack_from("<q", metadata, table + field)[0] if field else 0
+        table = 8 + int.from_bytes(header[8:12], "little")
+        fields = table - struct.unpack_from("<i", header, table)[0]
+        size, *found = struct.unpack_from("<HHHHHH", header, fields)
+        field = found[4] if size > 2 * 5 else 0
+        body = struct.unpack_from("<q", header, table + field)[0] if field else 0
     except struct.error as error:
         raise files.DamagedFile(f"no message of Arrow at offset {at}") from error
-    if body < 0 or at + 8 + length + body > file.seek(0, os.SEEK_END):
+    if body < 0 or at + 8 + length + body > file_size:
         raise files.DamagedFile(f"cut short in the message at offset {at}")
-    return 8 + length + body
+    return header, body
 
 
 def _batches(
-    file: Any, schema: "pa.Schema", start: int, stop: int
+    file: Any, file_size: int, schema: "pa.Schema", start: int, stop: int
 ) -> "Iterator[tuple[int, pa.RecordBatch]]":
     """Yield (offset, batch) from `start` to `stop`; their numbers where there are dictionaries."""
     import pyarrow as pa
 
     if _has_dictionaries(schema):
-        file.seek(0)
-        file.seek(len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 0)
+        file.seek(_start(file))
         yield from enumerate(pa.ipc.open_stream(file))
         return
-    while (stop == files.WHOLE or start < stop) and (size := _message_size(file, start)):
-        file.seek(start)
-        yield start, pa.ipc.read_record_batch(pa.ipc.read_message(file), schema)
-        start += size
+    while stop == files.WHOLE or start < stop:
+        header, body = _read_header(file, start, file_size, 8)
+        if not header:
+            return
+        message = pa.ipc.read_message(pa.py_buffer(header + file.read(body)))
+        yield start, pa.ipc.read_record_batch(message, schema)
+        start += len(header) + body

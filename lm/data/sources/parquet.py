@@ -16,6 +16,7 @@ from lm.data.sources.arrow import (
     missing_columns,
 )
 from lm.data.sources.records import stored_columns
+from lm.storage import files as storage
 
 _UNIT_BYTES = 1 << 26
 
@@ -44,7 +45,7 @@ def read(
     import pyarrow.parquet as pq
 
     with files.open_file(file) as opened, arrow_errors():
-        table = pq.ParquetFile(opened.raw, buffer_size=1 << 20, pre_buffer=False)
+        table = pq.ParquetFile(opened.raw, buffer_size=storage.BLOCK, pre_buffer=False)
         groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
         row = sum(group.num_rows for group in groups[:start])
         schema = table.schema_arrow

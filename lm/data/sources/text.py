@@ -67,7 +67,12 @@ def _has_objects_in_lines(file: files.DataFile) -> bool:
     """Return True if the first line is a JSON object, or the beginning of one as long as a block,
     or of an encoding that is reported later; also of an empty file.
     """
-    block = next(files.blocks(file), b"").removeprefix(codecs.BOM_UTF8)
+    block = b""
+    for part in files.blocks(file):  # which may be small in a compressed file
+        block += part
+        if b"\n" in part or len(block) >= files.BLOCK:
+            break
+    block = block.removeprefix(codecs.BOM_UTF8)
     line, newline, _ = block.partition(b"\n")
     if not newline and len(block) >= files.BLOCK:
         return block.startswith(b"{")
