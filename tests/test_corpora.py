@@ -15,16 +15,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import object_stores
 import pytest
 
 from lm.data import engines
 from lm.data.corpus import Corpus
 from lm.data.prepare import prepare, summary
 from lm.data.sources.tokens import TokenStore
+from lm.storage import files as storage
 from tests.test_filters import GERMAN, GOOD, near_duplicate
 from tests.test_slurm import no_slurm
 
-PERSON = "Write to jane.doe@corp.com or call (212) 736-5000; the host is 8.8.8.8."
+PERSON = "Write to jane.doe@corp.com or call (212) 736-5000; the host is 93.184.216.34."
 FLAGS = ["language keep=en min_probability=0.5", "pii"]
 
 
@@ -160,6 +162,29 @@ def test_datatrove_makes_the_same_bytes_on_this_machine(compare):
     compare("local workers=2", ["pii kinds=email"], planted(60)[0])
 
 
+@pytest.mark.slow
+def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm.data.corpus._MIN_PART", 4000)
+    texts = planted(60)[0]
+    data = [write_jsonl(tmp_path / f"{i}.jsonl", texts[i::6]) for i in range(6)]
+    evals = write_jsonl(tmp_path / "evals.jsonl", texts[3:5])
+    corpus = Corpus(data, filters=[f"decontaminate data={evals}"], near_duplicates="")
+    found = []
+    with object_stores.emulators() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        storage.filesystem.cache_clear()
+        for out in (str(tmp_path / "out"), "gs://bucket1/out", "s3://bucket1/out"):
+            engine = "local workers=2" if "://" in out else None
+            manifests = prepare(corpus, tokenizer="bytes", out=out, engine=engine).manifests
+            [folder] = [name for name in storage.list_names(out) if name.startswith("contaminated")]
+            files = [f"{out}/{folder}/{name}" for name in storage.list_names(f"{out}/{folder}")]
+            reports = [storage.read_bytes(file) for file in files]
+            found.append(({k: v["content_hash"] for k, v in manifests.items()}, reports))
+        storage.filesystem.cache_clear()
+    assert found[0] == found[1] == found[2] and len(found[0][1]) == 2
+
+
 @pytest.mark.slurm
 @pytest.mark.skipif(bool(no_slurm()), reason=no_slurm())
 def test_slurm_makes_the_same_bytes(compare):
@@ -241,7 +266,7 @@ def ray_node(folder, *flags, host):
     "engine, error",
     [
         ("slrum", "is no engine; there are: local, slurm, ray; did you mean slurm"),
-        ("slurm partition=cpu", "time=... is missing"),
+        ("slurm", r"time=\.\.\., partition=\.\.\. must be given"),
         ("local workers=many", "workers=many is no int such as -1"),
         ("local tasks=3", "'tasks' is no parameter"),
     ],

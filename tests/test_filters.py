@@ -108,13 +108,15 @@ def test_personal_data_is_masked_on_the_open_list():
 
 
 def test_masks_are_counted_and_masking_again_changes_nothing():
-    text = "a.b@c.org or d@e.net, 192.168.0.1, 8.8.8.8, 4111 1111 1111 1111, (212) 736-5000"
+    text = "a.b@c.org or d@e.net, 192.168.0.1, 93.184.216.34, 4111 1111 1111 1111, (212) 736-5000"
     item = run("pii", text)
     assert item.fields["text"] == "<EMAIL> or <EMAIL>, 192.168.0.1, <IP>, <CARD>, <PHONE>"
     assert item.masked == (("card", 1), ("email", 2), ("ip", 1), ("phone", 1))
     assert filters.load("pii")(item) == item
     assert run("pii kinds=ip,email", text).masked == (("email", 2), ("ip", 1))
     assert run("pii", "Nothing.").masked == ()
+    assert run("pii", "Order 6502530000, release 4.3.2.1").masked == ()
+    assert run("pii", "Call 6502530000.").fields["text"] == "Call <PHONE>."
 
 
 def test_personal_data_is_looked_for_in_time_linear_in_the_text():

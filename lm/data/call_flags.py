@@ -40,9 +40,9 @@ def arguments(known: inspect.Signature, words: Sequence[str], flag: str) -> dict
             names = f"{', '.join(known.parameters)}{suggestion(key, known.parameters)}"
             raise ValueError(f"{flag}: {key!r} is no parameter KEY=VALUE; there are: {names}")
         given[key] = _value(value, known.parameters[key], f"{flag}: {key}")
-    for key, parameter in known.parameters.items():
-        if parameter.default is parameter.empty and key not in given:
-            raise ValueError(f"{flag}: {key}=... is missing")
+    needed = [key for key, p in known.parameters.items() if p.default is p.empty]
+    if missing := [f"{key}=..." for key in needed if key not in given]:
+        raise ValueError(f"{flag}: {', '.join(missing)} must be given")
     return given
 
 

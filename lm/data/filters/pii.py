@@ -24,17 +24,27 @@ _EMAIL = (
 )
 _BEFORE, _AFTER = r"(?<![A-Za-z0-9_.-])", r"(?![A-Za-z0-9_-])"  # no part of a longer number
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_IPV4 = rf"{_OCTET}(?:\.{_OCTET}){{3}}(?!\.[A-Za-z0-9])"
+_IPV4 = rf"(?<![A-Za-z]/)(?=[\d.]*\d\d){_OCTET}(?:\.{_OCTET}){{3}}(?!\.[A-Za-z0-9])"  # no 4.3.2.1
 _IPV6 = r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}[0-9A-Fa-f]"  # of the global range, 2000::/3
 _CARD = r"[2-6]\d{3}(?:[ -]?\d{3,6}){2,3}(?:[ -]?\d{1,4})?"
+_BRANDS = (
+    re.compile(  # Visa, Mastercard, American Express, Diners, JCB, Discover, UnionPay, Maestro
+        r"4\d{15}(?:\d{3})?|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|35\d{14}"
+        r"|6(?:011|4[4-9]\d|5\d\d)\d{12}|62\d{14,17}|(?:5[06-9]|6[37])\d{14}"
+    )
+)
+_CUE = re.compile(
+    r"(?i)\b(?:tel|tél|phone|mobile?|cell|fax|call|ring|sms|text|whatsapp)|电话|手机|電話"
+)
+_CUE_DISTANCE = 24  # characters before or after a number
 _NINO = r"(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d\d ?\d\d ?\d\d ?[A-D]"
 _IDS = {  # module of stdnum, "" where the pattern is all -> pattern of a candidate
     "us.ssn": r"\d{3}-\d\d-\d{4}",
-    "cn.ric": r"\d{17}[\dXx]",
+    "iso7064.mod_11_2": r"[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])[0-3]\d{4}[\dXx]",  # of China
     "it.codicefiscale": r"[A-Z]{6}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]",
     "es.nif": r"(?:[XYZ]-?\d{7}|\d{8})-?[A-Z]",
     "fr.nir": r"[12] ?\d\d ?\d\d ?(?:\d\d|2[AB]) ?\d{3} ?\d{3} ?\d\d",
-    "br.cpf": r"\d{3}\.\d{3}\.\d{3}-\d\d",
+    "br.cpf": r"\d{3}\.?\d{3}\.?\d{3}-?\d\d",
     "in_.aadhaar": r"[2-9]\d{3}[ -]\d{4}[ -]\d{4}",
     "kr.rrn": r"\d{6}-\d{7}",
     "fi.hetu": r"\d{6}[-+A]\d{3}[0-9A-Y]",
@@ -85,7 +95,7 @@ def _is_number(is_valid: Callable[[str], bool], text: str) -> bool:
 
 def _is_card(is_luhn: Callable[[str], bool], text: str) -> bool:
     digits = re.sub("[ -]", "", text)
-    return 13 <= len(digits) <= 19 and _is_number(is_luhn, digits)
+    return bool(_BRANDS.fullmatch(digits)) and _is_number(is_luhn, digits)
 
 
 def _is_public(text: str) -> bool:
@@ -106,9 +116,20 @@ def _phones(region: str) -> Callable[[str], list[tuple[int, int]]]:
 
     def find(line: str) -> list[tuple[int, int]]:
         matcher = phonenumbers.PhoneNumberMatcher(line, region, max_tries=len(line) + 1)
-        return [(match.start, match.end) for match in matcher]
+        return [(found.start, found.end) for found in matcher if _is_phone(line, found)]
 
     return find
+
+
+def _is_phone(line: str, found) -> bool:
+    """Return False for up to 10 digits without a separator or a zero in front, which many numbers
+    have, if no word says that they are one.
+    """
+    text = found.raw_string
+    if len(text) > 10 or not text.isdigit() or text[0] == "0":
+        return True
+    around = line[max(found.start - _CUE_DISTANCE, 0) : found.end + _CUE_DISTANCE]
+    return bool(_CUE.search(around))
 
 
 def _mask_document(rules, matchers, document: Document) -> Document:
