@@ -1,3 +1,4 @@
-"""Checkpoints: `manager` saves, verifies, restores and deletes; `manifest` describes the content;
-`step_files` reads the files without devices; `restore` brings them to devices.
+"""Checkpoints: `manager` saves, restores and deletes; `manifest` describes the content; `step_files`
+and `arrays` read the files without devices, `verification` all of them, each process its share;
+`restore` brings them to devices; `memory` keeps snapshots on the hosts.
 """
