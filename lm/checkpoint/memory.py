@@ -11,6 +11,7 @@ down, and both files of a process whose host and whose successor's host do; then
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -105,6 +106,8 @@ class MemorySnapshots:
     ) -> None:
         if error is None or not restarts(device_errors.code_of(error)):
             self.clear()
+            with contextlib.suppress(OSError):  # others of this host are not so far
+                os.rmdir(os.path.dirname(self._folder))
 
     def _check_space(self, place: str) -> None:
         own = self._num_bytes(self._process)
