@@ -99,8 +99,8 @@ def test_reports_of_processes_say_what_is_damaged(stored):
     largest = max(files, key=lambda path: path.stat().st_size)
     faults.flip_bit(largest, 4 * largest.stat().st_size)
     damaged = [verification.report(folder, manifest, part, 3) for part in range(3)]
-    assert sum(a != b for a, b in zip(reports, damaged, strict=True)) == 1
-    with pytest.raises(Damaged, match=r"params\.(huge|a)"):
+    assert damaged != reports  # a chunk of one process, or an index that several read
+    with pytest.raises(Damaged, match=r"params\."):
         verification.check_reports(folder, iter(damaged))
     unreadable = [reports[0], '{"unreadable": "params.huge: not permitted"}', reports[2]]
     with pytest.raises(step_files.Unreadable, match="not permitted"):
