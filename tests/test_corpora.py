@@ -175,7 +175,8 @@ def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         storage.filesystem.cache_clear()
         for out in (str(tmp_path / "out"), "gs://bucket1/out", "s3://bucket1/out"):
-            engine = "local workers=2" if "://" in out else None
+            # spawn: a fork server has the environment of the test that has started it
+            engine = "local workers=2 start_method=spawn" if "://" in out else None
             manifests = prepare(corpus, tokenizer="bytes", out=out, engine=engine).manifests
             [folder] = [name for name in storage.list_names(out) if name.startswith("contaminated")]
             files = [f"{out}/{folder}/{name}" for name in storage.list_names(f"{out}/{folder}")]

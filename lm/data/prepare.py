@@ -161,11 +161,12 @@ def _tokenize(
     for i, count in workers.run(stage.run, missing):
         num_tokens, left = num_tokens + count, left - sizes[i]
         seconds = max(time.monotonic() - start, 1e-3)
-        parts = (
-            f"{format_quantity(total - left)}B of {format_quantity(total)}B",
-            f"{num_tokens / seconds:,.0f} tokens/s",
-            f"{format_duration(seconds * left / max(all_left - left, 1))} left",
-        )
+        parts = [f"{format_quantity(total - left)}B of {format_quantity(total)}B"]
+        if num_tokens:  # engines do not say how many
+            parts += [
+                f"{num_tokens / seconds:,.0f} tokens/s",
+                f"{format_duration(seconds * left / max(all_left - left, 1))} left",
+            ]
         progress.show(SEPARATOR.join(parts), final=not left)
 
 
