@@ -31,7 +31,9 @@ from lm.config import command_line
 from lm.data import corpus as corpora
 from lm.data import prepare, tokenizer_training
 from lm.data.sources.tokens import TokenStore
-from lm.storage.paths import expand_local_path
+from lm.storage import files as storage
+from lm.storage.epaths import StoragePath
+from lm.storage.paths import expand_path
 from lm.telemetry import jsonl
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
@@ -57,8 +59,8 @@ def main() -> int:
     name = corpus_name(corpus)
     corpus = corpus if is_given else corpora.choose_split(corpus)
     config, recipe = args.config, Path(args.config_name).stem
-    workdir = Path(expand_local_path(args.workdir or f"runs/{recipe}-{name}", "--workdir"))
-    stores = Path(expand_local_path(args.stores or f"data/{name}", "--stores"))
+    workdir = StoragePath(expand_path(args.workdir or f"runs/{recipe}-{name}", "--workdir"))
+    stores = StoragePath(expand_path(args.stores or f"data/{name}", "--stores"))
 
     check_config(config)
     summary_file = workdir / "summary.json"
@@ -133,7 +135,7 @@ def check_config(config: Any) -> None:
         run_length.num_steps(experiment.config, experiment.batch_size, lambda _: sys.maxsize)
 
 
-def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Tokenizer:
+def make_tokenizer(corpus: corpora.Corpus, file: StoragePath, vocab_size: int) -> Tokenizer:
     """The tokenizer of the stores, trained unless it is there; again where the text has changed
     since and no store is begun with it.
 
@@ -144,7 +146,6 @@ def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Token
     is_begun = (file.parent / "plan.json").exists()  # which is then held against the text itself
     is_stale = not is_begun and (not record.exists() or record.read_text() != inputs)
     if not file.exists() or is_stale:
-        file.parent.mkdir(parents=True, exist_ok=True)
         tokenizer_training.train_tokenizer(
             corpus,
             out=str(file),
@@ -155,7 +156,7 @@ def make_tokenizer(corpus: corpora.Corpus, file: Path, vocab_size: int) -> Token
             sample_bytes=100_000_000,
             vocab_flag="--config.model.vocab_size",
         )
-        record.write_text(inputs)
+        storage.write_atomically(record, inputs)
     tokenizer = tokenizers.load(str(file))
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
@@ -200,7 +201,7 @@ def step(number: int, text: str) -> None:
     print(f"[{number}/3] {text}", flush=True)
 
 
-def summarised_step(file: Path) -> int | None:
+def summarised_step(file: StoragePath) -> int | None:
     """The step that a summary is of, None without one: a longer run needs a new one."""
     return json.loads(file.read_text())["steps"] if file.exists() else None
 
@@ -225,7 +226,7 @@ def _last_name(spec: str) -> str:
     return re.sub(r"[^\w:]+", "-", re.sub(r"(\.\w{1,5}){1,2}$", "", name)).replace(":", "-").lower()
 
 
-def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
+def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
     """Write samples.txt, loss.png and, last, summary.json.
 
     text: what was held out, for the sizes that compressors give it; empty: nothing was.
@@ -238,7 +239,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
 
     experiment = load(str(workdir), jax.devices())
     at, params = restore_params(experiment, str(workdir))
-    (workdir / "samples.txt").write_text(sample(experiment, params, prompts), encoding="utf-8")
+    storage.write_atomically(workdir / "samples.txt", sample(experiment, params, prompts))
 
     records = metrics.read(str(workdir))
     evals = [r for r in records if r["kind"] == "eval" and r["step"] == at]
@@ -260,9 +261,7 @@ def finish(workdir: Path, text: bytes, prompts: Sequence[str]) -> None:
         "steps": at,
         "held_out_bytes": len(text),
     }
-    new = workdir / "summary.json.new"
-    new.write_text(jsonl.dumps(summary, indent=2) + "\n")
-    new.replace(workdir / "summary.json")
+    storage.write_atomically(workdir / "summary.json", jsonl.dumps(summary, indent=2) + "\n")
 
 
 def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -297,13 +296,13 @@ def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> st
     return "\n".join(samples)
 
 
-def report(workdir: Path, prompts: Sequence[str], config: Any) -> None:
+def report(workdir: StoragePath, prompts: Sequence[str], config: Any) -> None:
     """Print samples, figures and the commands that a user may want next."""
     from lm.telemetry.progress import format_duration
 
     summary = json.loads((workdir / "summary.json").read_text())
     speed = summary["tokens_per_second"]
-    print((workdir / "samples.txt").read_text(encoding="utf-8"))
+    print(storage.read_bytes(workdir / "samples.txt").decode())
     if summary["bits_per_byte"] is not None:
         by = f" by zlib {summary['zlib']}" if "zlib" in summary else ""
         print(
@@ -378,11 +377,15 @@ def export_family(model: Any) -> tuple[str, str]:
     return "", ""
 
 
-def held_out_text(store: Path) -> bytes:
+def held_out_text(store: StoragePath) -> bytes:
     """The documents of a store, one after the other, as the bytes that they were made of."""
     tokens = TokenStore.open(str(store))
-    tokenizer, documents = tokens.tokenizer(), range(tokens.num_documents)
-    return b"".join(tokenizer.decode_bytes(tokens.document(i)) for i in documents)
+    tokenizer, step = tokens.tokenizer(), 1 << 20
+    found = (  # their ends have no bytes
+        tokens.tokens(start, min(start + step, tokens.num_tokens))
+        for start in range(0, tokens.num_tokens, step)
+    )
+    return b"".join(map(tokenizer.decode_bytes, found))
 
 
 if __name__ == "__main__":

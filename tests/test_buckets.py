@@ -1,6 +1,7 @@
 """Runs with their folder in an (emulated) bucket: killed and resumed, they end as a local one."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -245,6 +246,70 @@ def test_an_error_of_a_buckets_client_fails_a_save_and_is_no_damage(
             checkpoints.wait()
     assert failed.value.code == Exit.SAVE_FAILED and len(str(failed.value).splitlines()) == 1
     assert step_files.steps(folder.parent) == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_preparation_in_a_bucket_that_is_killed_ends_with_the_same_bytes(
+    buckets, tmp_path, scheme
+):
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        (tmp_path / f"{i}.txt").write_text(" ".join(map(str, rng.integers(0, 10**6, 3000))))
+    hashes, out = [], f"{scheme}://{object_stores.BUCKET}/killed"
+    corpus = Corpus([f"{tmp_path}/*.txt"], validation_fraction=0.2)
+    local = prepare(corpus, tokenizer="bytes", out=tmp_path / "out", num_workers=1)
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--tokenizer=bytes"]
+    command += [f"--data={tmp_path}/*.txt", "--validation-fraction=0.2", f"--out={out}"]
+    for seen in ("part-000000.json", "part-000003.json", "bucket-0000.bin", ""):
+        process = subprocess.Popen(
+            [*command, "--workers=2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        work = [name for name in files.list_names(out) if name.startswith("parts-")]
+        while (
+            process.poll() is None
+            and seen
+            and seen not in (files.list_names(f"{out}/{work[0]}") if work else [])
+        ):
+            time.sleep(0.05)
+            work = [name for name in files.list_names(out) if name.startswith("parts-")]
+        if seen:
+            process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    for split, manifest in local.manifests.items():
+        store = TokenStore.open(f"{out}/{split}")
+        store.verify()
+        hashes.append((store.manifest["content_hash"], manifest["content_hash"]))
+    assert all(there == here for there, here in hashes)
+    assert files.list_names(out) == ["plan.json", "train", "validation"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_pretrain_in_a_bucket_ends_as_on_a_disk(buckets, tmp_path, scheme):
+    text = "".join(f"a line of {i} or {i * i % 977} words and no more\n" for i in range(4000))
+    (tmp_path / "a.txt").write_text(text)
+    summaries = []
+    for root in (str(tmp_path), f"{scheme}://{object_stores.BUCKET}/pretrain"):
+        command = [sys.executable, str(ROOT / "scripts" / "pretrain.py")]
+        command += [f"--data={tmp_path}/a.txt", f"--workdir={root}/run", f"--stores={root}/stores"]
+        settings = {"model.vocab_size": 400, "model.num_layers": 1, "train.num_steps": 4}
+        settings |= {"data.batch_size": 8, "optimizer.schedule.warmup_steps": 1}
+        command += [f"--config.{key}={value}" for key, value in settings.items()]
+        for _ in range(2):  # the second finds all done
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+        summary = json.loads(files.read_bytes(f"{root}/run/summary.json"))
+        summaries.append({k: v for k, v in summary.items() if "second" not in k})
+        assert {"loss.png", "samples.txt"} < set(files.list_names(f"{root}/run"))
+        assert files.list_names(f"{root}/stores/train/shard-00000/text") == [
+            "bytes.bin",
+            "index.bin",
+            "offsets.bin",
+            "tokens.bin",
+        ]
+    assert summaries[0] == summaries[1]
 
 
 def test_a_missing_bucket_ends_a_run_before_it_compiles(buckets, make_config, devices):

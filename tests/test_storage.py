@@ -10,7 +10,6 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import environment
 import object_stores
 import pytest
 
@@ -281,13 +280,3 @@ def test_a_path_without_a_bucket_is_refused():
 def test_a_mistyped_bucket_is_no_local_folder(path):
     with pytest.raises(ValueError, match=r"--workdir: .* write (gs|s3)://BUCKET/FOLDER"):
         paths.expand_path(path, "--workdir")
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["pretrain --data=stdlib --workdir"],
-)
-def test_what_is_written_locally_alone_refuses_a_bucket(command):
-    script, *flags = f"{command}=gs://bucket/a".split()
-    done = environment.run_script(script, *flags)
-    assert done.returncode and "in a bucket, and this is written locally" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.signal
 
+from lm.storage import files
 from lm.storage.epaths import StoragePath
 from lm.telemetry import fonts, metrics
 from lm.telemetry.figures import make_figure
@@ -138,5 +140,7 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 def _save(figure: Figure, workdir: str, name: str) -> str:
     path = StoragePath(workdir) / name
-    figure.savefig(str(path), dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120)
+    files.write_atomically(path, content.getbuffer())
     return str(path)
