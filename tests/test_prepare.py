@@ -13,6 +13,7 @@ from environment import run_script
 
 from lm.data import corpus as corpus_module
 from lm.data import stages as stages_module
+from lm.data import tokenizer_training
 from lm.data.corpus import Corpus, plan_parts, read_part
 from lm.data.prepare import prepare, summary
 from lm.data.sources import Skipped
@@ -546,6 +547,29 @@ def test_tokenizer_is_trained_on_the_train_split_alone(texts):
     sample = list(training_texts(corpus, sample_bytes=total // 4))
     assert set(sample) < set(trained)
     assert sum(map(len, sample)) == pytest.approx(total // 4, rel=0.4)
+
+
+def test_a_sample_reads_no_more_than_it_needs_of_a_large_corpus(tmp_path, monkeypatch):
+    for i in range(100):
+        lines = [json.dumps({"text": f"file {i} record {n} {'x' * 60}"}) for n in range(100)]
+        _write(tmp_path / f"{i:02d}.jsonl", "\n".join(lines))
+    num_read, files = 0, set()
+
+    def counted(corpus, part):
+        nonlocal num_read
+        for item, digest in read_part(corpus, part):
+            num_read += len(item.fields["text"])
+            files.add(item.id.partition("@")[0])
+            yield item, digest
+
+    monkeypatch.setattr(tokenizer_training, "read_part", counted)
+    corpus = Corpus(data=[str(tmp_path)], validation_fraction=0.1)
+    sample = list(training_texts(corpus, sample_bytes=10_000))  # of 900,000
+    assert sum(map(len, sample)) == pytest.approx(10_000, rel=0.3)
+    assert num_read < 90_000 and len(files) >= 16
+    assert sample == list(training_texts(corpus, sample_bytes=10_000))
+    assert all("record" in text for text in sample) and len(set(sample)) == len(sample)
+    assert len({text.split()[1] for text in sample}) >= 12  # files
 
 
 def test_train_tokenizer_script_writes_a_model_that_prepares(texts, tmp_path):

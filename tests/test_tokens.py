@@ -349,11 +349,11 @@ def test_documents_and_rows_outside_of_the_shards_are_refused(many_shards):
 
 
 def test_no_more_files_stay_open_than_a_process_may_have(many_shards):
-    store_files._mapped.cache_clear()
+    store_files._opened.cache_clear()
     before = len(os.listdir("/proc/self/fd"))
     for field in PAIRS.fields:
         store = TokenStore.open(many_shards / "many", field=field)
         for i in range(300):
             store.document(i), store.document_ids(i), store.document_bytes(i)
-    assert store_files._mapped.cache_info().misses > 300
-    assert len(os.listdir("/proc/self/fd")) - before <= store_files._MAX_MAPPED
+    assert store_files._opened.cache_info().misses > 300
+    assert len(os.listdir("/proc/self/fd")) - before <= store_files._MAX_OPEN

@@ -141,7 +141,9 @@ def _tokenize(job: Job, i: int) -> int:
                 continue
             report.masked.update(dict(item.masked))
             keys.add(number, digest, None if near_keys is None else near_keys(item))
-            for split, document in job.corpus.assign(item):
+            # the split of a whole document follows from its hash, and is asked for later
+            is_cut = job.corpus.cuts_documents
+            for split, document in job.corpus.assign(item) if is_cut else [("", item)]:
                 if isinstance(document, Skipped):
                     report.add(document)
                 else:

@@ -16,8 +16,8 @@ exactly once and bits per byte = nats / ln 2 / bytes is exact. Integers are litt
 
 Opening reads the manifest, which has the counts, sizes and hashes of all shards. Documents and
 tokens are numbered through all shards; a shard's files are opened when one of its numbers is asked
-for. Local ones are memory-mapped; `gs://`, `s3://`, `http://` and `file://` ones are read by byte
-range through TensorStore. A store of format 1 is one shard in the folder of the store itself.
+for, and ranges of them are read: local ones by `pread`, those of `gs://`, `s3://`, `http://` and
+`file://` through TensorStore. A store of format 1 is one shard in the folder of the store itself.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.special_tokens import DeclaredTokens
 
 FORMAT = 2
+_READ = BLOCK << 10  # numbers that are read at once of an index without blocks
 
 
 class NoStore(ValueError):
@@ -245,21 +246,23 @@ class Offsets:
     def _search(self, shard: int, positions: np.ndarray) -> np.ndarray:
         """Return the documents of a shard at positions of the shard."""
         offsets = self._store.array(shard, f"{self._store.field}/offsets.bin", "<i8")
-        if isinstance(offsets, np.ndarray):
-            return np.searchsorted(offsets, positions, "right") - 1
-        index = self._index(shard)
-        blocks = np.searchsorted(index, positions, "right") - 1
-        begins = np.unique(blocks) * BLOCK
-        wanted = np.unique(begins[:, None] + np.arange(BLOCK))
-        wanted = wanted[wanted < len(offsets)]
-        return wanted[np.searchsorted(offsets[wanted], positions, "right") - 1]
+        blocks = np.searchsorted(self._index(shard), positions, "right") - 1
+        result = np.empty(len(positions), np.int64)
+        for block in set(blocks.tolist()):
+            chosen = np.flatnonzero(blocks == block)
+            inside = np.arange(block * BLOCK, min((block + 1) * BLOCK, len(offsets)))
+            found = np.searchsorted(offsets[inside], positions[chosen], "right")
+            result[chosen] = block * BLOCK + found - 1
+        return result
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - stores live as long as the process reads them
     def _index(self, shard: int) -> np.ndarray:
         name = f"{self._store.field}/index.bin"
         if self._store.shards[shard].folder + name in self._store.shards[shard].sizes:
             return self._store.array(shard, name, "<i8")[:]
-        return self.of_shard(shard)[::BLOCK]  # of format 1
+        offsets = self._store.array(shard, f"{self._store.field}/offsets.bin", "<i8")
+        steps = range(0, len(offsets), _READ)  # of format 1
+        return np.concatenate([offsets[i : i + _READ][::BLOCK] for i in steps])
 
     def _by_shard(self, function: Any, values: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Return function(shard, its values), int64 [n], for values that are numbered by `first`.
