@@ -20,7 +20,7 @@ from lm.config import command_line
 from lm.config.suggestions import suggestion
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
-from lm.storage.files import StorageError
+from lm.storage.filesystems import StorageError
 from lm.storage.paths import expand_path
 
 T = TypeVar("T")

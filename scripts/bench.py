@@ -53,12 +53,12 @@ from lm.checkpoint.manager import Checkpoints
 from lm.config.schema import LossConfig
 from lm.config.tree import ConfigTree
 from lm.data.pipeline import Pipeline
-from lm.data.sources import Document
-from lm.data.sources.synthetic import Synthetic
-from lm.data.sources.token_writer import write_store
+from lm.data.synthetic import Synthetic
 from lm.generation.generator import Generator
 from lm.layers import cross_entropy
 from lm.layers.chunking import num_chunks
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.telemetry import jsonl, metrics
 from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from lm.training.experiment import Experiment

@@ -26,7 +26,7 @@ from lm import cli
 from lm.config.components import component
 from lm.config.schema import DataConfig
 from lm.data.pipeline import evaluation_batches, make_source
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.objectives import ModelInterface
 
 FIELDS = ("source", "target")

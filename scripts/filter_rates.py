@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 
 from lm import cli
-from lm.data import corpus, filters
-from lm.data.filters.minhash import MinHash
-from lm.data.sources import Document, Skipped
+from lm.preparation import corpus, filters
+from lm.preparation.filters.minhash import MinHash
+from lm.sources import Document, Skipped
 from lm.telemetry.progress import format_quantity
 
 _DEFAULT = [name for name in filters.NAMES if name != "decontaminate"]

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from lm import cli
-from lm.data import corpus as corpora
-from lm.data.skip_report import SkipReport
-from lm.data.sources import Document
+from lm.preparation import corpus as corpora
+from lm.preparation.skip_report import SkipReport
+from lm.sources import Document
 from lm.telemetry import jsonl
 
 

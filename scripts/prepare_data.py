@@ -17,8 +17,8 @@ import sys
 import time
 
 from lm import cli
-from lm.data import corpus, prepare
 from lm.data.bins import Packing
+from lm.preparation import corpus, prepare
 from lm.storage.paths import expand_path, printable
 
 

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from lm import cli
 from lm.config import command_line
-from lm.data import corpus as corpora
-from lm.data import prepare, tokenizer_training
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
+from lm.preparation import corpus as corpora
+from lm.preparation import prepare, tokenizer_training
 from lm.storage import files as storage
 from lm.storage.epaths import StoragePath
 from lm.storage.paths import expand_path

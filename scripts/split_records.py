@@ -14,7 +14,7 @@ scripts/prepare_data.py makes a store of train, scripts/predict.py evaluates a r
 import sys
 
 from lm import cli
-from lm.data import corpus, examples
+from lm.preparation import corpus, examples
 
 
 def main() -> None:

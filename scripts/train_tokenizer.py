@@ -9,8 +9,8 @@ import sys
 import time
 
 from lm import cli
-from lm.data import corpus
-from lm.data.tokenizer_training import train_tokenizer
+from lm.preparation import corpus
+from lm.preparation.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

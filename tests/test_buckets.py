@@ -21,14 +21,14 @@ from lm.checkpoint.manager import Checkpoints, SaveFailed
 from lm.config.schema import CheckpointConfig
 from lm.data import packing
 from lm.data.bins import Packing
-from lm.data.corpus import Corpus
-from lm.data.prepare import prepare
-from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer_training import train_tokenizer
+from lm.data.tokens import TokenStore
 from lm.exit_codes import Exit
+from lm.preparation.corpus import Corpus
+from lm.preparation.prepare import prepare
+from lm.preparation.tokenizer_training import train_tokenizer
 from lm.reliability import data_ledger
 from lm.reliability.workdir_lock import LockLost
-from lm.storage import files, growing, lease
+from lm.storage import files, filesystems, growing, lease
 from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from lm.training.loop import train
@@ -43,9 +43,9 @@ def buckets():
     with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        files.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         yield
-    files.filesystem.cache_clear()
+    filesystems.filesystem.cache_clear()
 
 
 def start(workdir):
@@ -231,13 +231,13 @@ def test_an_error_of_a_buckets_client_fails_a_save_and_is_no_damage(
 
     folder = StoragePath(workdir) / "checkpoints" / "0"
     with monkeypatch.context() as patch:
-        patch.setattr(files.filesystem("gs"), "cat_file", fail)
+        patch.setattr(filesystems.filesystem("gs"), "cat_file", fail)
         with pytest.raises(step_files.Unreadable, match=f"{folder}.* try later"):
             step_files.read_manifest(folder)
-        with pytest.raises(files.StorageError, match="HttpError: try later, 503"):
+        with pytest.raises(filesystems.StorageError, match="HttpError: try later, 503"):
             (folder / step_files.COMMITTED).read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(files.filesystem("gs"), "pipe_file", fail)
+        patch.setattr(filesystems.filesystem("gs"), "pipe_file", fail)
         with (
             pytest.raises(SaveFailed, match=r"step 1 could not be saved.* try later") as failed,
             Checkpoints(workdir, CheckpointConfig()) as checkpoints,
@@ -322,7 +322,7 @@ def test_a_bucket_that_fails_ends_a_run_as_a_full_disk_does():
         pytest.raises(CannotWrite, match=r"gs://b/a: 503; run the same command"),
         disk_errors_as_run_errors("gs://b"),
     ):
-        raise files.StorageError("gs://b/a: 503")
+        raise filesystems.StorageError("gs://b/a: 503")
 
 
 def test_a_run_whose_lock_was_taken_ends_before_it_saves_again(

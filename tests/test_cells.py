@@ -11,9 +11,9 @@ import pytest
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
 from lm.planning import mesh_equivalence
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.training.experiment import Experiment
 from lm.training.restore import restore

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from lm.data.pairs import Pairs
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.objectives import ModelInterface, classification
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -18,11 +18,12 @@ from typing import Any
 import object_stores
 import pytest
 
-from lm.data import engines
-from lm.data.corpus import Corpus
-from lm.data.prepare import prepare, summary
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
+from lm.preparation import engines
+from lm.preparation.corpus import Corpus
+from lm.preparation.prepare import prepare, summary
 from lm.storage import files as storage
+from lm.storage import filesystems
 from tests.test_filters import GERMAN, GOOD, near_duplicate
 from tests.test_slurm import no_slurm
 
@@ -134,7 +135,7 @@ def test_near_duplicates_are_dropped_wherever_they_are_divided(tmp_path):
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     """Return a function that shows that an engine makes the bytes which this process makes."""
-    monkeypatch.setattr("lm.data.corpus._MIN_PART", 4000)  # else one part
+    monkeypatch.setattr("lm.preparation.corpus._MIN_PART", 4000)  # else one part
     ran, run = [], engines.Engine.run
     spy = lambda self, task, calls: ran.append(len(calls)) or run(self, task, calls)  # noqa: E731
     monkeypatch.setattr(engines.Engine, "run", spy)
@@ -164,7 +165,7 @@ def test_datatrove_makes_the_same_bytes_on_this_machine(compare):
 
 @pytest.mark.slow
 def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr("lm.data.corpus._MIN_PART", 4000)
+    monkeypatch.setattr("lm.preparation.corpus._MIN_PART", 4000)
     texts = planted(60)[0]
     data = [write_jsonl(tmp_path / f"{i}.jsonl", texts[i::6]) for i in range(6)]
     evals = write_jsonl(tmp_path / "evals.jsonl", texts[3:5])
@@ -173,7 +174,7 @@ def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
     with object_stores.emulators() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        storage.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         for out in (str(tmp_path / "out"), "gs://bucket1/out", "s3://bucket1/out"):
             # spawn: a fork server has the environment of the test that has started it
             engine = "local workers=2 start_method=spawn" if "://" in out else None
@@ -182,7 +183,7 @@ def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
             files = [f"{out}/{folder}/{name}" for name in storage.list_names(f"{out}/{folder}")]
             reports = [storage.read_bytes(file) for file in files]
             found.append(({k: v["content_hash"] for k, v in manifests.items()}, reports))
-        storage.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
     assert found[0] == found[1] == found[2] and len(found[0][1]) == 2
 
 

@@ -11,10 +11,10 @@ from environment import run_script
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
 from lm.exit_codes import Exit
 from lm.optim.optimizer_state import averaged_params
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import load
 from lm.training.evaluation import _add, evaluate
 from lm.training.experiment import CONFIG_FILE

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from lm.data import examples
-from lm.data.corpus import Corpus, held_out
-from lm.data.sources import Document, Skipped
-from lm.data.sources.file_source import FileSource
+from lm.preparation import examples
+from lm.preparation.corpus import Corpus, held_out
+from lm.sources import Document, Skipped
+from lm.sources.file_source import FileSource
 
 
 def corpus(data, **columns):

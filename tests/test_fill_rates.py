@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 from scripts import fill_rates
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import filters
-from lm.data.filters.minhash import MinHash
-from lm.data.filters.ngrams import ngram_hashes, token_hashes
-from lm.data.sources import Document, Skipped
+from lm.preparation import filters
+from lm.preparation.filters.minhash import MinHash
+from lm.preparation.filters.ngrams import ngram_hashes, token_hashes
+from lm.sources import Document, Skipped
 
 GOOD = (
     "The harbour lies to the north of the old town, and the boats that come in at night have to "
@@ -58,7 +58,7 @@ def test_quality_is_judged_as_by_datatrove(flag):
     import datatrove.data
     from datatrove.pipeline import filters as theirs
 
-    from lm.data.filters.quality import _CLASSES
+    from lm.preparation.filters.quality import _CLASSES
 
     step = getattr(theirs, _CLASSES[flag])()
     outcomes = Counter()
@@ -184,7 +184,7 @@ def test_tokens_are_words_and_characters_of_scripts_without_spaces():
 def test_long_texts_are_hashed_in_blocks_that_cut_no_word(monkeypatch):
     text = " ".join(GOOD.split() * 3) + "字" * 50 + "x" * 100
     whole = token_hashes(text)
-    monkeypatch.setattr("lm.data.filters.ngrams._BLOCK", 7)
+    monkeypatch.setattr("lm.preparation.filters.ngrams._BLOCK", 7)
     assert np.array_equal(token_hashes(text), whole)
 
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from lm.config import conversion
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.exit_codes import Exit
 from lm.telemetry import metrics
 from lm.training.evaluation import evaluate

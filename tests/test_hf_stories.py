@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lm.config import conversion
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.restore import restore_params

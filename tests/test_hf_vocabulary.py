@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lm.data.tokenizer_training import train_sentencepiece
 from lm.hf import vocabulary
+from lm.preparation.tokenizer_training import train_sentencepiece
 from lm.tokenizers import tokenizer as tokenizers
 
 DATA = Path(__file__).parents[1] / "../shared/data/tokenizers"

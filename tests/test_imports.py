@@ -19,8 +19,8 @@ MODULES = {
 FLOORS = (
     ("types", "exit_codes", "storage"),
     ("config", "telemetry", "tokenizers"),
-    ("data", "parallel", "optim"),
-    ("layers", "objectives", "checkpoint", "cli", "__main__"),
+    ("data", "parallel", "optim", "sources"),
+    ("layers", "objectives", "checkpoint", "preparation", "cli", "__main__"),
     ("models", "generation", "reliability"),
     ("training",),
     ("planning", "scaling", "evaluation", "interpret", "hf"),
@@ -54,8 +54,8 @@ LATE = {
     "zstandard",
 }
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-NUMPY_ALONE = ("lm.data", "lm.objectives", "lm.tokenizers")
-TENSORFLOW_FILES = {"lm.data.loaders", "lm.data.sources.tfds"}
+NUMPY_ALONE = ("lm.data", "lm.preparation", "lm.sources", "lm.objectives", "lm.tokenizers")
+TENSORFLOW_FILES = {"lm.data.loaders", "lm.sources.tfds"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 
 from lm.data.bins import Packing, make_plan
 from lm.data.plans import plan_entry, to_bytes
-from lm.data.sources.store_files import BLOCK
-from lm.data.sources.token_writer import write_store
+from lm.data.store_files import BLOCK
+from lm.preparation.token_writer import write_store
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def resident():
 
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data.pipeline import make_pipeline
-from lm.data.sources import RowLayout
+from lm.data.rows import RowLayout
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 class Objective:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.objectives import ModelInterface, mlm
 from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 

@@ -13,8 +13,8 @@ import pytest
 from environment import some
 from nbclient import NotebookClient
 
-from lm.data import prepare, tokenizer_training
-from lm.data.corpus import Corpus
+from lm.preparation import prepare, tokenizer_training
+from lm.preparation.corpus import Corpus
 from lm.training.loop import train
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -8,12 +8,13 @@ import pytest
 from lm.config.components import component
 from lm.data.pairs import Pairs
 from lm.data.pipeline import Pipeline, evaluation_batches
-from lm.data.sources import Document, Rows
-from lm.data.sources.synthetic import Synthetic
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.rows import Rows
+from lm.data.synthetic import Synthetic
+from lm.data.tokens import TokenStore
 from lm.layers.attention.dot_product import self_mask
 from lm.objectives import ModelInterface
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

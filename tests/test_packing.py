@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from lm.data import packing
 from lm.data.bins import assign_bins, plan_chunks
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.objectives import ModelInterface, causal
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 EOS = ByteTokenizer().eos_id
@@ -219,7 +219,7 @@ def test_several_processes_share_a_cache(tmp_path):
     program = (
         "import sys, hashlib, numpy as np\n"
         "from lm.data import packing\n"
-        "from lm.data.sources.tokens import TokenStore\n"
+        "from lm.data.tokens import TokenStore\n"
         "packed = packing.best_fit(TokenStore.open(sys.argv[1]), 8, cache=sys.argv[2])\n"
         "rows = packed.read(np.arange(len(packed)))\n"
         "print(hashlib.sha256(rows.ids.tobytes() + rows.segments.tobytes()).hexdigest())\n"

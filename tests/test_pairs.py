@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from lm.config.schema import DataConfig
 from lm.data import pairs, pipeline
 from lm.data.bins import assign_bins_with_capacities
-from lm.data.sources import Document, RowLayout
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.rows import RowLayout
+from lm.data.tokens import TokenStore
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 
 FIELDS = ("source", "target")

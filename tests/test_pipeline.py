@@ -14,11 +14,12 @@ import pytest
 from lm.config.schema import DataConfig, LoaderConfig
 from lm.data import packing, pipeline
 from lm.data.pipeline import OutOfData, Pipeline, make_source
-from lm.data.sources import Document, RowLayout
-from lm.data.sources.synthetic import KINDS, Synthetic
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.rows import RowLayout
+from lm.data.synthetic import KINDS, Synthetic
+from lm.data.tokens import TokenStore
 from lm.objectives import ModelInterface, causal
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.types import Batch, Tokens
 

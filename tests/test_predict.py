@@ -14,13 +14,13 @@ from lm.config import conversion
 from lm.config.conversion import task
 from lm.config.schema import LossConfig
 from lm.data.pairs import Pairs
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.evaluation.predict import GREEDY, predict, task_config
 from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.layers.cross_entropy import lm_loss
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.training.experiment import CONFIG_FILE, Experiment
 
 SOURCES = ["abc", "a longer text", "b"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.objectives import ModelInterface, prefix
 from lm.tokenizers.tokenizer import ByteTokenizer
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from environment import run_script
 
-from lm.data import corpus as corpus_module
-from lm.data import stages as stages_module
-from lm.data import tokenizer_training
-from lm.data.corpus import Corpus, plan_parts, read_part
-from lm.data.prepare import prepare, summary
-from lm.data.sources import Skipped
-from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer_training import train_tokenizer, training_texts
+from lm.data.tokens import TokenStore
+from lm.preparation import corpus as corpus_module
+from lm.preparation import stages as stages_module
+from lm.preparation import tokenizer_training
+from lm.preparation.corpus import Corpus, plan_parts, read_part
+from lm.preparation.prepare import prepare, summary
+from lm.preparation.tokenizer_training import train_tokenizer, training_texts
+from lm.sources import Skipped
 from lm.tokenizers.tokenizer import load
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.data.pipeline import ExplainedRow
-from lm.data.sources import Span
+from lm.data.rows import Span
 from lm.interpret import run_report
 from lm.interpret.markup import COLORS
 from lm.interpret.token_losses import TokenLosses

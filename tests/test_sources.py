@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lm.data.corpus import Corpus
-from lm.data.prepare import prepare
-from lm.data.sources import Document, Skipped, arrow, files, parquet, text
-from lm.data.sources.file_source import FileSource
-from lm.data.sources.records import from_record
-from lm.data.tokenizer_training import training_texts
+from lm.preparation.corpus import Corpus
+from lm.preparation.prepare import prepare
+from lm.preparation.tokenizer_training import training_texts
+from lm.sources import Document, Skipped, arrow, files, parquet, text
+from lm.sources.file_source import FileSource
+from lm.sources.records import from_record
 from lm.storage import files as storage
+from lm.storage import filesystems
 
 TEXTS = [f"document {i} \u00e4\n" * (i % 7 + 1) for i in range(200)]
 
@@ -34,9 +35,9 @@ def buckets():
     with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        storage.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         yield
-    storage.filesystem.cache_clear()
+    filesystems.filesystem.cache_clear()
 
 
 @pytest.fixture(params=["local", "gs", "s3"])
@@ -260,10 +261,10 @@ def test_a_bucket_that_stops_answering_is_no_damage_of_the_data(buckets, monkeyp
     [unit] = source.units()
 
     def fail(*_, **__):
-        raise storage.StorageError("no answer")
+        raise filesystems.StorageError("no answer")
 
     monkeypatch.setattr(storage, "read_bytes", fail)
-    with pytest.raises(storage.StorageError):
+    with pytest.raises(filesystems.StorageError):
         list(source.read(unit))
 
 
@@ -305,11 +306,11 @@ def test_files_are_read_although_requests_fail(monkeypatch):
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setattr(storage, "BLOCK", 2000)
-        storage.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         for name in ("a.jsonl.gz", "a.parquet", "stream.arrow"):
             storage.write_atomically(f"{folder}/{name}", EVERY_KIND[name]())
             assert texts(read(f"{folder}/{name}")) == TEXTS
-    storage.filesystem.cache_clear()
+    filesystems.filesystem.cache_clear()
 
 
 def test_a_small_file_of_a_bucket_is_two_requests(buckets, monkeypatch):
@@ -554,7 +555,7 @@ def test_a_compressed_file_is_streamed(tmp_path):
 
 MEMORY = """
 import sys
-from lm.data.sources.file_source import FileSource
+from lm.sources.file_source import FileSource
 source = FileSource(sys.argv[1], {"text": "text"})
 print(sum(len(item.fields["text"]) for unit in source.units() for item in source.read(unit)))
 print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) >> 10)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.objectives import ModelInterface, span_corruption
 from lm.objectives.spans import GroupedText, SpanNoise, random_spans
 from lm.tokenizers.tokenizer import ByteTokenizer

@@ -9,13 +9,13 @@ import json
 import numpy as np
 import pytest
 
-from lm.data.sources import Document
-from lm.data.sources.token_writer import write_store
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
 from lm.generation.chat import Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf.exporting import export_folder
+from lm.preparation.token_writer import write_store
+from lm.sources import Document
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.huggingface_tokenizer import byte_level_alphabet
 from tests.test_chat import CHATML

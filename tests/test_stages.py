@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import corpus as corpus_module
-from lm.data import deduplication, job, prepare, sharding, stages
 from lm.data.bins import Packing
-from lm.data.corpus import Corpus
-from lm.data.sources import Skipped
-from lm.data.sources.tokens import TokenStore
+from lm.data.tokens import TokenStore
+from lm.preparation import corpus as corpus_module
+from lm.preparation import deduplication, job, prepare, sharding, stages
+from lm.preparation.corpus import Corpus
+from lm.sources import Skipped
 
 
 @pytest.fixture(scope="module")

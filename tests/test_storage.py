@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import object_stores
 import pytest
 
-from lm.storage import files, growing, lease, paths
+from lm.storage import files, filesystems, growing, lease, paths
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,11 @@ def buckets():
     with object_stores.emulators() as environment:
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
-        files.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         yield
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-        files.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
 
 
 @pytest.fixture(params=["local", "gs", "s3"])
@@ -222,7 +222,7 @@ def test_a_holder_that_was_cut_off_finds_its_successor(buckets, scheme, monkeypa
 
     def cut(*arguments):
         if cut_off.is_set():
-            raise files.StorageError("no route to the bucket")
+            raise filesystems.StorageError("no route to the bucket")
         write(*arguments)
 
     with lease.lock(path) as held:
@@ -264,7 +264,7 @@ def test_a_log_that_another_process_rewrote_is_left_to_it(buckets):
     new.append(b"3\n")
     new.flush()
     old.append(b"lost\n")
-    with pytest.raises(files.StorageError, match="another process has rewritten it"):
+    with pytest.raises(filesystems.StorageError, match="another process has rewritten it"):
         old.close()
     assert growing.read(path) == b"1\n2\n3\n"
 

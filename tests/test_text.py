@@ -13,8 +13,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data.sources import Document, Skipped, files, text
-from lm.data.sources.file_source import FileSource
+from lm.sources import Document, Skipped, files, text
+from lm.sources.file_source import FileSource
 
 TEXT = {"text": "text"}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import object_stores
 import pytest
 
-from lm.data.sources import Document, Skipped, tfds
-from lm.data.sources.tfds import TfdsSource
+from lm.sources import Document, Skipped, tfds
+from lm.sources.tfds import TfdsSource
 from lm.storage import files as storage
+from lm.storage import filesystems
 
 BUILDER = """
 import numpy as np
@@ -115,7 +116,7 @@ def test_a_data_set_in_a_bucket_gives_what_it_gives_on_disk(data_dir, monkeypatc
     with object_stores.emulators() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        storage.filesystem.cache_clear()
+        filesystems.filesystem.cache_clear()
         there = f"gs://{object_stores.BUCKET}/{folder}"
         for file in (data_dir / folder / "1.0.0").iterdir():
             storage.write_atomically(f"{there}/{file.name}", file.read_bytes())
@@ -123,7 +124,7 @@ def test_a_data_set_in_a_bucket_gives_what_it_gives_on_disk(data_dir, monkeypatc
         assert _read(source) == _read(local)
         copied = os.listdir(tfds._description_on_disk(there).name)
         assert "dataset_info.json" in copied and not [n for n in copied if "-of-" in n]
-    storage.filesystem.cache_clear()
+    filesystems.filesystem.cache_clear()
 
 
 def test_a_feature_is_named_by_its_path(data_dir):
@@ -138,7 +139,7 @@ def test_array_records_are_read_as_well(data_dir, monkeypatch):
 
     whole = poems(data_dir / "array")
     assert sorted(whole) == sorted(poems(data_dir)) and len(whole) == 40
-    monkeypatch.setattr("lm.data.sources.tfds._ARRAY_RECORD_UNIT_BYTES", 1500)
+    monkeypatch.setattr("lm.sources.tfds._ARRAY_RECORD_UNIT_BYTES", 1500)
     assert poems(data_dir / "array") == whole
 
 
@@ -214,7 +215,7 @@ def test_data_set_that_is_not_there_is_one_quick_error(data_dir, name, changes, 
 
 
 def test_tensorflow_is_imported_only_to_read_a_data_set():
-    code = "import sys, lm.data.prepare; print({'tensorflow', 'jax'} & set(sys.modules))"
+    code = "import sys, lm.preparation.prepare; print({'tensorflow', 'jax'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert result.stdout == "set()\n"

@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lm.data.tokenizer_training import train_sentencepiece, train_words
+from lm.preparation.tokenizer_training import train_sentencepiece, train_words
 from lm.tokenizers import tokenizer as tokenizer_module
 from lm.tokenizers.tokenizer import LONG_TEXT, ByteTokenizer, from_bytes, load
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import packing, pairs
+from lm.data import packing, pairs, store_files
 from lm.data.bins import Packing
-from lm.data.sources import Document, RowLayout, store_files
-from lm.data.sources.token_writer import encode_block, write_manifest, write_shard, write_store
-from lm.data.sources.tokens import TokenStore
-from lm.data.tokenizer_training import train_sentencepiece
+from lm.data.rows import RowLayout
+from lm.data.tokens import TokenStore
+from lm.preparation.token_writer import encode_block, write_manifest, write_shard, write_store
+from lm.preparation.tokenizer_training import train_sentencepiece
+from lm.sources import Document
 from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 
 SHARD = "shard-00000"

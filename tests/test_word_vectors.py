@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.data.tokenizer_training import train_words
+from lm.preparation.tokenizer_training import train_words
 from lm.tokenizers import word_vectors
 from lm.tokenizers.tokenizer import ByteTokenizer, from_bytes
 

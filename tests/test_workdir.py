@@ -7,8 +7,8 @@ import pytest
 
 from lm import cli
 from lm.config import conversion
-from lm.data.tokenizer_training import train_words
 from lm.exit_codes import Exit
+from lm.preparation.tokenizer_training import train_words
 from lm.training import compatibility
 from lm.training.experiment import load
 from lm.training.loop import train

@@ -15,7 +15,7 @@ import time
 import orbax.checkpoint as ocp
 
 from lm.checkpoint.manifest import Damaged, Manifest
-from lm.storage import files
+from lm.storage import files, filesystems
 from lm.storage.epaths import StoragePath
 from lm.storage.paths import is_url
 
@@ -76,7 +76,7 @@ def read_manifest(folder: StoragePath) -> Manifest:
     """
     try:
         manifest = Manifest.from_json((folder / MANIFEST / MANIFEST_FILE).read_bytes())
-    except (PermissionError, files.StorageError) as error:
+    except (PermissionError, filesystems.StorageError) as error:
         raise Unreadable(str(error)) from None
     except OSError as error:
         raise Damaged(f"no manifest can be read: {error}") from None

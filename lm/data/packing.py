@@ -19,8 +19,8 @@ import numpy as np
 
 from lm.data.bins import Packing, ranges
 from lm.data.plans import ShardPlans
-from lm.data.sources import RowLayout, Rows, Span
-from lm.data.sources.tokens import TokenStore
+from lm.data.rows import RowLayout, Rows, Span
+from lm.data.tokens import TokenStore
 
 
 class Chunks(NamedTuple):

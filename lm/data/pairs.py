@@ -15,8 +15,8 @@ import numpy as np
 from lm.data.bins import Packing, shorten
 from lm.data.packing import Chunks, PackedRows
 from lm.data.plans import ShardPlans
-from lm.data.sources import RowLayout
-from lm.data.sources.tokens import TokenStore
+from lm.data.rows import RowLayout
+from lm.data.tokens import TokenStore
 
 
 class Pairs(PackedRows):

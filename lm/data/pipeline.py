@@ -17,11 +17,11 @@ import numpy as np
 
 from lm.config.fields import check_values
 from lm.config.schema import DataConfig, LoaderConfig
-from lm.data import loaders, packing
+from lm.data import loaders, packing, synthetic
 from lm.data.pairs import Pairs
+from lm.data.rows import RowLayout, Rows, RowSource, Span
 from lm.data.sampler import Sampler, hash_words
-from lm.data.sources import RowLayout, Rows, RowSource, Span, synthetic
-from lm.data.sources.tokens import NoStore, TokenStore
+from lm.data.tokens import NoStore, TokenStore
 from lm.exit_codes import Exit, RunError
 from lm.storage.paths import expand_path, is_url
 from lm.tokenizers.tokenizer import Tokenizer

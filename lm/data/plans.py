@@ -15,8 +15,8 @@ import numpy as np
 
 from lm.data import bins
 from lm.data.bins import Packing
-from lm.data.sources.store_files import Array, StoreFiles, open_files
-from lm.data.sources.tokens import TokenStore
+from lm.data.store_files import Array, StoreFiles, open_files
+from lm.data.tokens import TokenStore
 from lm.storage import files as storage
 from lm.storage.paths import expand_local_path
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 
 
 class Stream(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.generation.beam import BeamSearch
 from lm.generation.buckets import Prompt, power_of_two
 from lm.generation.generator import Generator

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from lm.data.sources.messages import content_text
+from lm.sources.messages import content_text
 from lm.tokenizers.tokenizer import Tokenizer
 
 # role (system, user or assistant), and content: a text, or a list of {"type": "text", "text": ...}

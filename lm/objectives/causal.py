@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.config.fields import field
 from lm.data import streams
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens

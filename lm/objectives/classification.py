@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.config.fields import field
 from lm.data import streams
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.data.streams import Stream
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch, mask_id
 from lm.objectives.seq2seq import pair_layout

@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.config.fields import check_values, field
 from lm.data import streams
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.data.streams import Stream, boundaries
 from lm.objectives import (
     ModelInterface,

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lm.config.fields import check_values, field
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator, mask_field, mask_id
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Batch, HostBatch, Tokens

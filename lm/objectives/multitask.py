@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.config.components import Task, component
 from lm.config.fields import field
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch

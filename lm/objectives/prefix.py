@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lm.config.fields import field
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator, causal
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch

@@ -6,7 +6,7 @@ import dataclasses
 
 from lm.config.fields import field
 from lm.data import streams
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import HostBatch

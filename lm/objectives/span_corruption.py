@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.config.fields import field
 from lm.data import streams
-from lm.data.sources import RowLayout, Rows
+from lm.data.rows import RowLayout, Rows
 from lm.objectives import ModelInterface, Objective, RowGenerator, conditional_batch
 from lm.objectives.spans import Denoiser, GroupedText, SpanNoise, corrupt
 from lm.tokenizers.tokenizer import Tokenizer

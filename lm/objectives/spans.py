@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.data import streams
-from lm.data.sources import Rows
+from lm.data.rows import Rows
 from lm.data.streams import Stream, boundaries
 
 

@@ -12,8 +12,8 @@ os.environ["EPATH_USE_TF"] = "false"  # TensorFlow's file system knows no s3:// 
 import fsspec
 from etils.epath import backend, gpath, stat_utils
 
-from lm.storage import files
-from lm.storage.files import PathLike
+from lm.storage import files, filesystems
+from lm.storage.filesystems import PathLike
 from lm.storage.paths import is_url
 
 
@@ -23,7 +23,7 @@ class _Bucket(type(backend.fsspec_backend)):
     """
 
     def fs(self, path: PathLike) -> fsspec.AbstractFileSystem:
-        return files.filesystem(os.fspath(path).partition("://")[0])
+        return filesystems.filesystem(os.fspath(path).partition("://")[0])
 
     def exists(self, path: PathLike) -> bool:
         return files.exists(path)
@@ -35,7 +35,7 @@ class _Bucket(type(backend.fsspec_backend)):
         return files.list_names(path)
 
     def open(self, path: PathLike, mode: str) -> IO[Any]:
-        with files.named_errors(path):
+        with filesystems.named_errors(path):
             return super().open(path, mode)
 
     def mkdir(self, path: PathLike, *, exist_ok: bool = False, mode: int | None = None) -> None:
@@ -51,11 +51,11 @@ class _Bucket(type(backend.fsspec_backend)):
         files.delete(path)
 
     def glob(self, path: PathLike) -> list[str]:
-        with files.named_errors(path):
+        with filesystems.named_errors(path):
             return super().glob(path)
 
     def stat(self, path: PathLike) -> stat_utils.StatResult:
-        with files.named_errors(path):
+        with filesystems.named_errors(path):
             return super().stat(path)
 
 
@@ -70,7 +70,7 @@ class StoragePath(gpath.PosixGPath):
 
     @property
     def _backend(self) -> backend.Backend:
-        files.configure()
+        filesystems.configure()
         return _BUCKET if is_url(str(self)) else backend.os_backend
 
     def glob(self, pattern: str) -> Iterator[Self]:

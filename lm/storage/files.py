@@ -8,7 +8,6 @@ its objects' names, and is never cached, as other hosts write there, too.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import posixpath
@@ -16,122 +15,11 @@ import uuid
 from collections.abc import Iterator, Sequence, Set
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import fsspec
-import fsspec.config
+from lm.storage.filesystems import PathLike, check_bucket, named_errors, open_filesystem
+from lm.storage.paths import is_url
 
-from lm.storage.paths import BUCKETS, is_url
-
-PathLike = str | os.PathLike[str]
 BLOCK = 8 << 20  # bytes of a request when a file of a bucket is read from beginning to end
-_PACKAGE = {"gs": "gcsfs", "s3": "s3fs"}
-_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
-_FOUND_BUCKETS: set[str] = set()
 _PART_BYTES = 32 << 20  # of an upload in parts
-_OPTIONS = {
-    "gs": {"use_listings_cache": False},
-    "s3": {
-        "use_listings_cache": False,
-        "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 10}},
-    },
-}
-
-
-class StorageError(OSError):
-    """A bucket does not answer, also after requests were repeated."""
-
-
-def configure() -> None:
-    """Give fsspec its options, also for the file systems that other libraries make with it."""
-    for scheme, options in _OPTIONS.items():
-        fsspec.config.conf.setdefault(scheme, {}).update(options)
-
-
-@functools.cache
-def filesystem(scheme: str) -> fsspec.AbstractFileSystem:
-    """Return fsspec's file system of "gs", "s3" or "file".
-
-    Raises:
-        ModuleNotFoundError: the package of the scheme is not installed.
-    """
-    configure()
-    try:
-        return fsspec.filesystem(scheme)
-    except ImportError:
-        package = _PACKAGE[scheme]
-        raise ModuleNotFoundError(
-            f"{scheme}:// needs {package}: pip install 'lm[{scheme}]', or pip install {package}",
-            name=package,
-        ) from None
-
-
-def _open(path: PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a path, and the path as that file system spells it."""
-    name = os.fspath(path)
-    scheme, _, rest = name.partition("://")
-    if is_url(name) and scheme in BUCKETS:
-        return filesystem(scheme), rest.rstrip("/")
-    return filesystem("file"), os.path.abspath(name)
-
-
-@contextlib.contextmanager
-def named_errors(path: PathLike) -> Iterator[None]:
-    """Raise what a bucket's library raises as one of Python's errors of files, with the path."""
-    name = os.fspath(path)
-    if not is_url(name):
-        yield
-        return
-    bucket = "/".join(name.split("/")[:3])
-    try:
-        yield
-    except FileNotFoundError as error:
-        check_bucket(path)
-        raise FileNotFoundError(f"{name} does not exist") from error
-    except (FileExistsError, IsADirectoryError, NotADirectoryError):
-        raise
-    except Exception as error:  # each library has its own family of errors, without a common root
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
-            raise
-        text = f"{type(error).__name__}: {error}".split("\n")[0]
-        if _is_about_credentials(text):
-            raise PermissionError(
-                f"{name}: no access to {bucket} ({text}); "
-                + (
-                    "run `gcloud auth application-default login`, or give the service account of "
-                    "this machine a role on the bucket"
-                    if name.startswith("gs:")
-                    else "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-                )
-            ) from error
-        raise StorageError(f"{name}: {text}") from error
-
-
-def check_bucket(path: PathLike) -> None:
-    """Raise FileNotFoundError where the bucket of a path is missing: where nothing is found, for an
-    empty bucket and a missing one look alike. A local path has none.
-    """
-    (fs, name), url = _open(path), os.fspath(path)
-    bucket = "/".join(url.split("/")[:3])
-    if bucket in _FOUND_BUCKETS or not url.startswith(tuple(f"{scheme}://" for scheme in BUCKETS)):
-        return
-    try:
-        fs.ls(name.partition("/")[0], detail=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: there is no bucket {bucket}") from None
-    except OSError:  # who may read some names need not be allowed to list all
-        return
-    _FOUND_BUCKETS.add(bucket)
-
-
-def _is_about_credentials(text: str) -> bool:
-    signs = (
-        "credential",
-        "forbidden",
-        "unauthorized",
-        "anonymous",
-        "access denied",
-        "invalid_grant",
-    )
-    return any(sign in text.lower() for sign in signs)
 
 
 def read_bytes(path: PathLike, start: int | None = None, end: int | None = None) -> bytes:
@@ -142,7 +30,7 @@ def read_bytes(path: PathLike, start: int | None = None, end: int | None = None)
         PermissionError: the bucket is not open to this user.
         StorageError: it does not answer.
     """
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path):
         return cast(bytes, fs.cat_file(name, start=start, end=end))
 
@@ -151,8 +39,8 @@ def read_ranges(ranges: Sequence[tuple[PathLike, int | None, int | None]]) -> li
     """Return the bytes of many ranges (file, start, end) of one file system, read side by side."""
     if not ranges:
         return []
-    fs, _ = _open(ranges[0][0])
-    paths = [_open(path)[1] for path, _, _ in ranges]
+    fs, _ = open_filesystem(ranges[0][0])
+    paths = [open_filesystem(path)[1] for path, _, _ in ranges]
     starts, ends = ([r[i] for r in ranges] for i in (1, 2))
     with named_errors(ranges[0][0]):
         return fs.cat_ranges(paths, starts, ends, on_error="raise")
@@ -160,7 +48,7 @@ def read_ranges(ranges: Sequence[tuple[PathLike, int | None, int | None]]) -> li
 
 def exists(path: PathLike) -> bool:
     """Return True if there is a file or folder of this name."""
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path):
         if found := fs.exists(name):
             return found
@@ -191,7 +79,7 @@ def stat(path: PathLike) -> FileInfo:
     if not is_url(path):
         found = os.stat(path)
         return FileInfo(found.st_size, f"{found.st_size}:{found.st_mtime_ns}")
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path):
         found = fs.info(name)
         if found["type"] != "file":
@@ -203,7 +91,7 @@ def is_folder(path: PathLike) -> bool:
     """Return True if there is a folder of this name: in a bucket, one with a file in it."""
     if not is_url(path):
         return os.path.isdir(path)
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path):
         return fs.isdir(name)
 
@@ -214,7 +102,7 @@ def find(folder: PathLike, depth: int | None = None) -> dict[str, FileInfo]:
     depth: the largest number of parts of a name; None: any. Raises FileNotFoundError where there is
     no such bucket.
     """
-    fs, name = _open(folder)
+    fs, name = open_filesystem(folder)
     with named_errors(folder):
         found: dict[str, Any] = fs.find(name, maxdepth=depth, detail=True)  # pyright: ignore
         if not found:  # an empty folder is none, and a missing bucket looks like one
@@ -265,7 +153,7 @@ def list_names(folder: PathLike) -> list[str]:
     Raises:
         FileNotFoundError: there is no such bucket.
     """
-    fs, name = _open(folder)
+    fs, name = open_filesystem(folder)
     with named_errors(folder):
         try:
             found = fs.ls(name, detail=False)
@@ -279,7 +167,7 @@ def list_names(folder: PathLike) -> list[str]:
 
 def total_size(folder: PathLike) -> int:
     """Return the bytes of all files in a folder."""
-    fs, name = _open(folder)
+    fs, name = open_filesystem(folder)
     with named_errors(folder):
         found: dict[str, Any] = fs.find(name, detail=True)  # pyright: ignore
     return sum(info["size"] for info in found.values())
@@ -298,7 +186,7 @@ def make_private_folder(path: str) -> None:
 
 def delete(path: PathLike) -> None:
     """Delete a file, or a folder with all that is in it; nothing if there is neither."""
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path), contextlib.suppress(FileNotFoundError):
         if not is_url(path):
             fs.rm(name, recursive=True)
@@ -312,7 +200,7 @@ def delete_file(path: PathLike) -> None:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    fs, name = _open(path)
+    fs, name = open_filesystem(path)
     with named_errors(path):
         fs.rm_file(name)
 
@@ -328,7 +216,7 @@ def make_folder(folder: PathLike) -> None:
 
 def keep_only(folder: PathLike, names: Set[str]) -> None:
     """Delete all files below a folder but those of these names, relative to it with `/`."""
-    fs, root = _open(folder)
+    fs, root = open_filesystem(folder)
     with named_errors(folder):
         for path in fs.find(root):
             if path[len(root) + 1 :] not in names:
@@ -346,7 +234,7 @@ def move_folder(folder: PathLike, to: PathLike) -> None:
     if not is_url(folder):
         os.rename(folder, to)
         return
-    (fs, name), (_, new) = _open(folder), _open(to)
+    (fs, name), (_, new) = open_filesystem(folder), open_filesystem(to)
     with named_errors(folder):
         found = fs.find(name)
         if not found:
@@ -363,7 +251,7 @@ def write_atomically(path: PathLike, content: str | bytes | memoryview) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
-        fs, name = _open(path)
+        fs, name = open_filesystem(path)
         with named_errors(path):
             fs.pipe_file(name, bytes(data))
         return
@@ -375,7 +263,7 @@ class _Upload(io.RawIOBase):
     """An object of a bucket, written in parts; there is none before `finish`."""
 
     def __init__(self, path: PathLike) -> None:
-        fs, name = _open(path)
+        fs, name = open_filesystem(path)
         self._path = path
         with named_errors(path):
             self._file = cast(Any, fs.open(name, "wb", block_size=_PART_BYTES))
@@ -427,7 +315,7 @@ def create(path: PathLike, content: str | bytes) -> bool:
     """
     data = content.encode() if isinstance(content, str) else content
     if is_url(path):
-        fs, name = _open(path)
+        fs, name = open_filesystem(path)
         with named_errors(path):
             try:
                 fs.pipe_file(name, data, mode="create")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from lm.storage import files
-from lm.storage.files import PathLike, StorageError
+from lm.storage.filesystems import PathLike, StorageError
 from lm.storage.paths import is_url
 
 SECONDS = 5.0  # between two uploads

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lm.storage import growing
-from lm.storage.files import PathLike
+from lm.storage.filesystems import PathLike
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Record = dict[str, Any]

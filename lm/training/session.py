@@ -23,7 +23,7 @@ from lm.reliability.attempts import Attempts
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
-from lm.storage.files import StorageError
+from lm.storage.filesystems import StorageError
 from lm.storage.lease import Lock
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput

@@ -1,0 +1,147 @@
+"""Synthetic rows for tests and benchmarks: pure functions of (kind, seed, row).
+
+random   Uniform tokens; nothing to learn: the loss stays at log(vocab_size).
+markov   Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely, so all tokens are
+         equally frequent. The best loss is log(2) for every token with a predecessor, from the
+         previous token alone.
+copy     A document repeats its first 8 tokens; everything after them is determined by them.
+reverse  The only one of two fields: the target is the source backwards, both end in eos.
+
+Documents have random lengths and end with their row. There are no special tokens but in `reverse`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+
+from lm.data.packing import check_rows
+from lm.data.pairs import Pairs
+from lm.data.rows import RowLayout, Rows, RowSource, Span
+from lm.data.sampler import hash_words, scale_hash
+from lm.data.store_files import MemoryFiles
+from lm.data.tokens import FORMAT, TokenStore
+from lm.tokenizers.tokenizer import Tokenizer
+
+KINDS = ("random", "markov", "copy")
+_PERIOD = 8
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """`num_rows` rows of `length` tokens below `vocab_size`; a `RowSource`.
+
+    document_length: the mean number of tokens of a document, if rows were endless.
+    """
+
+    kind: str
+    _: KW_ONLY
+    vocab_size: int
+    length: int
+    num_rows: int = 65536
+    document_length: int = 256
+    seed: int = 0
+    bytes_per_token = None  # no text behind the tokens
+    truncation_summary = ""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"synthetic data of kind {self.kind!r} does not exist; there are: "
+                f"{', '.join(KINDS)}"
+            )
+        for name in ("vocab_size", "length", "num_rows"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"synthetic data needs a {name} of at least 1, got {value}")
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        rows = check_rows(rows, self.num_rows, f"synthetic:{self.kind}")
+        columns = np.arange(self.length, dtype=np.int32)
+        starts = scale_hash(self._hash(0, rows, columns), np.uint64(self.document_length)) == 0
+        starts[:, :1] = True
+        segments = np.cumsum(starts, 1, dtype=np.int32)
+        begins = np.maximum.accumulate(starts * columns, axis=1)
+        positions = columns - begins
+        if self.kind == "markov":
+            ids = self._walk(rows, columns)
+        else:
+            seen = begins + positions % _PERIOD if self.kind == "copy" else columns
+            ids = scale_hash(self._hash(1, rows, seen), np.uint64(self.vocab_size)).astype(np.int32)
+        return Rows(ids, segments, positions, np.full_like(ids, -1))
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        """Return for each row its documents, numbered in the row."""
+        read = self.read(rows)
+        return [
+            [
+                Span(number, f"{self.kind}/{row}/{number}", 0, int(length))
+                for number, length in enumerate(np.bincount(segments)[1:])
+            ]
+            for row, segments in zip(np.asarray(rows).tolist(), read.segments, strict=True)
+        ]
+
+    def _hash(self, stream: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return hash_words(self.seed, stream, rows[:, None], columns)
+
+    def _walk(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return int32 [B, T]: random walks on the graph of kind markov."""
+        choices = (self._hash(1, rows, columns) >> np.uint64(63)).astype(np.int32)
+        ids = np.empty((len(rows), self.length), np.int32)
+        token = scale_hash(self._hash(2, rows, columns[:1]), np.uint64(self.vocab_size))[:, 0]
+        token = token.astype(np.int32)
+        for column in columns:
+            ids[:, column] = token
+            token = (2 * token + choices[:, column]) % self.vocab_size
+        return ids
+
+
+def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:
+    """Return `num_rows` pairs of a random source of 1 to 15 tokens and its reverse."""
+    rng = np.random.default_rng([seed, num_rows])
+    lengths = rng.integers(1, 16, num_rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    tokens = rng.integers(0, min(eos_id, 256), offsets[-1]).astype(np.int32)
+    tokens[offsets[1:] - 1] = eos_id
+    at = np.arange(len(tokens))
+    document = np.searchsorted(offsets, at, "right") - 1
+    backwards = offsets[document] + offsets[document + 1] - 2 - at
+    target = tokens[np.where(tokens == eos_id, at, backwards)]
+    ids = [f"reverse/{i}".encode() for i in range(num_rows)]
+    arrays = {
+        "ids.bin": np.frombuffer(b"".join(ids), np.uint8),
+        "id_offsets.bin": np.cumsum([0, *map(len, ids)]),
+    }
+    for field, values in zip(layout.fields, (tokens, target), strict=True):
+        arrays |= {f"{field}/tokens.bin": values, f"{field}/offsets.bin": offsets}
+    shard = {
+        "name": "",
+        "num_documents": num_rows,
+        "fields": {key: {"num_tokens": len(tokens), "num_bytes": 0} for key in layout.fields},
+        "plans": {},
+        "files": {name: {"size": x.nbytes, "sha256": ""} for name, x in arrays.items()},
+    }
+    manifest = shard | {
+        "format": FORMAT, "dtype": "<i4", "tokenizer": {"eos_id": eos_id}, "shards": [shard]
+    }  # fmt: skip
+    path, files = "synthetic:reverse", MemoryFiles(arrays)
+    return Pairs([TokenStore(path, field, files, manifest) for field in layout.fields], layout)
+
+
+def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
+    """Return the rows of `path`, "synthetic:KIND[:ROWS[:SEED]]"."""
+    _, kind, *numbers = path.split(":")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(
+            f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
+        )
+    options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
+    if len(layout.fields) == 2:
+        if kind != "reverse":
+            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
+        return reverse(layout, eos_id=tokenizer.eos_id, **options)
+    return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)

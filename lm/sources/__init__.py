@@ -1,0 +1,71 @@
+"""Documents from files, tables, archives and data sets: the contract of a source.
+
+A source is split into units, each read by one worker. The list of units is a pure function
+of the data (never of the number of workers or machines), and reading the units in order gives the
+documents in order: so preparation is parallel, resumable and the same everywhere.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+
+class Document(NamedTuple):
+    """One document: an id that is the same on every machine, and its text by field.
+
+    masked: counts of what filters have masked in it, by kind.
+    """
+
+    id: str
+    fields: dict[str, str]
+    masked: tuple[tuple[str, int], ...] = ()
+
+
+class Skipped(NamedTuple):
+    """A file or record that is no document, with the reason.
+
+    fields: of a record without a wanted field, those that it has. detail: what else helps the user.
+    """
+
+    id: str
+    reason: str
+    fields: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Unit(NamedTuple):
+    """Records `start` to `stop` of the file or split `name`, about `size` bytes of text.
+
+    `stamp` changes when the data behind the unit changes (size and time of a file, version of a
+    data set).
+    """
+
+    name: str
+    start: int
+    stop: int
+    size: int
+    stamp: str
+
+
+class DocumentSource(Protocol):
+    """Raw text, for preparation: picklable, deterministic in order, read unit by unit.
+
+    Two methods more, for what is known without reading, may be missing: `skipped_files()`, a list
+    of what is in no unit (dangling links, hidden files), and `document_ids(unit)`, the ids of the
+    documents of a unit, or None.
+    """
+
+    def units(self) -> list[Unit]:
+        """Return all units in order. Raises ValueError where the source is missing or empty."""
+        ...
+
+    def read(self, unit: Unit, /) -> Iterator[Document | Skipped]:
+        """Yield the documents of one unit in order, and what had to be skipped."""
+        ...
+
+
+def skipped_files(source: DocumentSource) -> list[Skipped]:
+    return getattr(source, "skipped_files", list)()
+
+
+def document_ids(source: DocumentSource, unit: Unit) -> Iterable[str] | None:
+    return getattr(source, "document_ids", lambda _: None)(unit)

@@ -1,0 +1,130 @@
+"""Records (JSON objects, lines of a table, rows, TFDS examples) to documents.
+
+A field of a store is a column of the record, or a template with columns in braces:
+
+    source=question
+    source=translate English to Chinese: {en}
+    source=question: {question} context: {context}
+
+A column is a key, or a path of keys and of numbers in lists: `message.content`, `answers.text.0`.
+Columns of tab-separated lines have the numbers 1, 2, ... as names. A list of messages is the text
+of the dialogue (see `messages`).
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lm.sources import Document, Skipped
+from lm.sources.messages import content_text, dialogue_text, is_dialogue
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+LINES = (*JSON_LINES, ".tsv")  # forms with a record in each line
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_COLUMN = re.compile(r"\{([^{}]+)\}")
+_MISSING = object()
+
+
+def column_names(columns: Mapping[str, str]) -> list[str]:
+    """Return the columns in `columns`: field -> column or template."""
+    return [name for spec in columns.values() for name in _COLUMN.findall(spec) or [spec]]
+
+
+def stored_columns(columns: Mapping[str, str], stored: Sequence[str]) -> list[str] | None:
+    """Return those of a table's `stored` columns that `columns` are in; None if one is in none."""
+    names = column_names(columns)
+    found = [next((n for n in (name, name.split(".")[0]) if n in stored), None) for name in names]
+    return None if None in found else sorted({name for name in found if name})
+
+
+def value_at(record: object, path: str) -> Any:
+    """Return the value of a column, null inside null, and `_MISSING` where there is none. A key
+    that has dots itself comes before a path.
+    """
+    if isinstance(record, dict):
+        if path in record:
+            return record[path]
+        first, dot, rest = path.partition(".")
+        return value_at(record[first], rest) if dot and first in record else _MISSING
+    if isinstance(record, list):
+        first, dot, rest = path.partition(".")
+        if first.isdecimal() and int(first) < len(record):
+            return value_at(record[int(first)], rest) if dot else record[int(first)]
+    return None if record is None else _MISSING
+
+
+def text_columns(record: object) -> tuple[str, ...]:
+    """Return the columns of a record that hold a text or a dialogue, the longest ones first."""
+    found = list(_text_columns(record, ""))
+    return tuple(name for name, _ in sorted(found, key=lambda column: -column[1]))
+
+
+def _text_columns(record: object, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield (column, length), also of those in objects."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        if isinstance(value, str | bytes):
+            yield f"{prefix}{name}", len(value)
+        elif is_dialogue(value):
+            yield f"{prefix}{name}", sum(len(str(message["content"])) for message in value)
+        else:
+            yield from _text_columns(value, f"{prefix}{name}.")
+
+
+def from_bytes(
+    document_id: str, content: bytes, form: str, columns: Mapping[str, str]
+) -> Document | Skipped:
+    """Return the document of a line of one of `LINES`, or of a text; or the skipped record."""
+    if not (content.strip() if form in LINES else content):
+        return Skipped(document_id, "empty")
+    if content.startswith(UTF16):
+        return Skipped(document_id, "utf_16")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return Skipped(document_id, "invalid_utf8")
+    if form not in LINES:
+        return Document(document_id, {"text": text})
+    if form == ".tsv":
+        record = {str(number): x for number, x in enumerate(text.rstrip("\r").split("\t"), 1)}
+    else:
+        try:
+            record = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError):  # also of integers of more than 4,300 digits
+            return Skipped(document_id, "malformed_json")
+    return from_record(document_id, record, columns)
+
+
+def from_record(document_id: str, record: object, columns: Mapping[str, str]) -> Document | Skipped:
+    """Return the document of a record (an object; texts may be bytes), or the skipped record."""
+    values = {name: value_at(record, name) for name in column_names(columns)}
+    if not isinstance(record, dict) or any(value is _MISSING for value in values.values()):
+        return Skipped(document_id, "missing_field", text_columns(record))
+    try:
+        texts = {name: _text(value) for name, value in values.items()}
+    except UnicodeDecodeError:
+        return Skipped(document_id, "invalid_utf8")
+    except ValueError as error:
+        return Skipped(document_id, "field_is_not_text", detail=str(error))
+    if not all(texts.values()):
+        return Skipped(document_id, "empty")
+    fields = {
+        field: texts[spec] if spec in texts else _COLUMN.sub(lambda match: texts[match[1]], spec)
+        for field, spec in columns.items()
+    }
+    try:
+        for text in fields.values():
+            text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 has
+    except UnicodeEncodeError:
+        return Skipped(document_id, "invalid_utf8")
+    return Document(document_id, fields)
+
+
+def _text(value: object) -> str:
+    """Return the text of a column: "" of null. Raises ValueError for what is no text."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"{type(value).__name__}, no text")
+    return dialogue_text(value) if is_dialogue(value) else content_text(value)
