@@ -172,7 +172,7 @@ def test_a_checkpoint_that_counted_updates_goes_on_with_the_rates_of_its_steps(
     state, ends = experiment.init_state().replace(step=jax.numpy.int32(6)), []
     for at in (3, 6):
         counted = jax.tree.map(
-            lambda x, at=at: x._replace(count=np.int32(at)) if hasattr(x, "count") else x,
+            lambda x, at=at: x._replace(count=jax.numpy.int32(at)) if hasattr(x, "count") else x,
             state.opt_state,
             is_leaf=lambda x: type(x).__name__ == "ScaleByScheduleState",
         )

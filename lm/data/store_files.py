@@ -165,6 +165,10 @@ class MemoryFiles(_RangedFiles):
     def array(self, name: str, dtype: str, size: int) -> np.ndarray:
         return self._arrays[name].view(dtype)
 
+    def size_error(self, name: str, size: int) -> str:
+        found = self._arrays[name].nbytes
+        return "" if found == size else f"has {found} bytes, the manifest says {size}"
+
     def fetch(self, names: Sequence[str], limits: np.ndarray) -> list[bytes]:
         both = zip(names, limits.tolist(), strict=True)
         return [self._arrays[name].view(np.uint8)[a:b].tobytes() for name, (a, b) in both]

@@ -49,7 +49,12 @@ class Workers:
                 initializer=_init_worker,
             )
         try:
-            futures = {self._executor.submit(function, i): i for i in calls}
+            # processes start in `submit`, and inherit the mask: Ctrl-C is the parent's alone
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {self._executor.submit(function, i): i for i in calls}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
