@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import signal
+import uuid
 from pathlib import Path
 
 # Before jax is imported. Without LLVM's optimisations and MLIR's emitters compiling takes a tenth
@@ -39,6 +40,7 @@ os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
 
 import jax
 import numpy as np
+import object_stores
 import pytest
 from flax import traverse_util
 
@@ -46,6 +48,7 @@ from lm.config import conversion
 from lm.config import schema as configs
 from lm.models import decoder
 from lm.parallel.sharding import make_rules
+from lm.storage import filesystems
 from lm.training.experiment import Experiment
 from lm.types import Batch, Tokens
 
@@ -89,6 +92,26 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.fixture(scope="module")
+def buckets():
+    """Emulated gs:// and s3://, in the environment."""
+    with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        filesystems.filesystem.cache_clear()
+        yield
+    filesystems.filesystem.cache_clear()
+
+
+@pytest.fixture(params=["local", "gs", "s3"])
+def folder(request, tmp_path):
+    """An empty folder."""
+    if request.param == "local":
+        return str(tmp_path)
+    request.getfixturevalue("buckets")
+    return f"{request.param}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

@@ -38,16 +38,6 @@ ROOT = Path(__file__).parents[1]
 STEPS = 60
 
 
-@pytest.fixture(scope="module")
-def buckets():
-    with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        filesystems.filesystem.cache_clear()
-        yield
-    filesystems.filesystem.cache_clear()
-
-
 def start(workdir):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--workdir={workdir}"]
     command += [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--config.train.num_steps={STEPS}"]

@@ -30,25 +30,6 @@ from lm.storage import filesystems
 TEXTS = [f"document {i} \u00e4\n" * (i % 7 + 1) for i in range(200)]
 
 
-@pytest.fixture(scope="module")
-def buckets():
-    with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        filesystems.filesystem.cache_clear()
-        yield
-    filesystems.filesystem.cache_clear()
-
-
-@pytest.fixture(params=["local", "gs", "s3"])
-def folder(request, tmp_path):
-    """An empty folder."""
-    if request.param == "local":
-        return str(tmp_path)
-    request.getfixturevalue("buckets")
-    return f"{request.param}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
-
-
 def read(spec, columns=None, **options):
     """The documents of all units; each is read by a source of its own, as another worker would."""
     source = FileSource(str(spec), columns or {"text": "text"}, **options)

@@ -16,27 +16,6 @@ import pytest
 from lm.storage import files, filesystems, growing, lease, paths
 
 
-@pytest.fixture(scope="module")
-def buckets():
-    with object_stores.emulators() as environment:
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        filesystems.filesystem.cache_clear()
-        yield
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        filesystems.filesystem.cache_clear()
-
-
-@pytest.fixture(params=["local", "gs", "s3"])
-def folder(request, tmp_path):
-    """An empty folder."""
-    if request.param == "local":
-        return str(tmp_path)
-    request.getfixturevalue("buckets")
-    return f"{request.param}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
-
-
 def test_a_file_is_written_with_its_folders(folder):
     path = f"{folder}/a/b.txt"
     files.write_atomically(path, "café")
@@ -280,3 +259,13 @@ def test_a_path_without_a_bucket_is_refused():
 def test_a_mistyped_bucket_is_no_local_folder(path):
     with pytest.raises(ValueError, match=r"--workdir: .* write (gs|s3)://BUCKET/FOLDER"):
         paths.expand_path(path, "--workdir")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_file_of_a_bucket_that_ends_too_early_is_an_error(buckets, scheme):
+    path = f"{scheme}://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    files.write_atomically(path, b"abc")
+    with files.open_file(path) as opened:
+        assert opened.read() == b"abc"
+    with files.open_file(path, size=10) as opened, pytest.raises(filesystems.StorageError):
+        opened.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import hashlib
@@ -80,7 +81,7 @@ def open_files(path: str) -> StoreFiles:
     return _RemoteFiles(path) if is_url(path) else _LocalFiles(path)
 
 
-class _RangedFiles:
+class _RangedFiles(abc.ABC):
     """Files that are read by `fetch`, ranges of bytes; single numbers in blocks that are kept."""
 
     def __init__(self, location: str = "") -> None:
@@ -100,13 +101,13 @@ class _RangedFiles:
                 )
             self._checked.add(name)
 
+    @abc.abstractmethod
     def size_error(self, name: str, size: int) -> str:
         """Return "" if a file is there and has this size."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fetch(self, names: Sequence[str], limits: np.ndarray) -> Iterable[bytes]:
         """Return the bytes of ranges; limits: int64 [n, 2]."""
-        raise NotImplementedError
 
     def array(self, name: str, dtype: str, size: int) -> Array:
         self.check(name, size)
