@@ -270,15 +270,16 @@ def test_a_step_that_kills_each_attempt_ends_the_job_with_evidence(tmp_path, how
 
 
 def test_a_job_that_needs_more_memory_than_there_is_is_not_started_again(tmp_path):
+    # half a tebibyte in one piece; jax 0.12 compiles nothing larger: it divides by zero
     flags = [f"--config={ROOT / 'configs' / 'smoke.py'}", f"--workdir={tmp_path / 'run'}"]
-    flags += [f"--config.model.mlp_dim={2**40}", "--config.guard.self_check=False"]
+    flags += [f"--config.model.mlp_dim={2**29}", "--config.guard.self_check=False"]
     code, out, errors = finish(
         launch("--max-restarts=3", "--", ROOT / "scripts" / "train.py", *flags)
     )
     assert code == Exit.OUT_OF_MEMORY, out + errors
     assert "error: out of memory: RESOURCE_EXHAUSTED" in errors
     assert "Try --config.train.num_microbatches=2 (half the rows at a time)" in errors
-    assert f"scripts/plan.py {flags[0]} --config.model.mlp_dim={2**40} " in errors
+    assert f"scripts/plan.py {flags[0]} --config.model.mlp_dim={2**29} " in errors
     assert "--topology=cpu:1` compiles it" in errors and "starting again" not in errors
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from lm.checkpoint import manifest as manifests
 from lm.checkpoint import restore
 from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manifest import Damaged, Manifest
+from lm.checkpoint.process_shards import ProcessShards, Shards, assemble, num_bytes
 from lm.exit_codes import restarts
 from lm.parallel import device_errors, process_group
 from lm.storage import files
@@ -42,7 +42,6 @@ KINDS = ("own", "copy")
 KEPT = 2  # steps: the newest may not be complete in all processes
 SEAL = 4  # bytes of a CRC-32, the last ones of a file
 GIB = 2**30
-Shards = list[list[np.ndarray]]  # of each leaf, of each device of a process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +73,11 @@ class MemorySnapshots:
             ValueError: the folder has not enough space, or the processes differ in their devices.
         """
         tree = {"params": abstract.params, "opt_state": abstract.opt_state}
-        self._abstract, self._structure = jax.tree.flatten(tree)
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._shards = ProcessShards(leaves)
         self._step_sharding = abstract.step.sharding
         self._config = json.loads(json.dumps(config))
-        self._mesh = self._abstract[0].sharding.mesh
         self._count, self._process = jax.process_count(), jax.process_index()
-        self._devices = [
-            [i for i, d in enumerate(self._mesh.devices.flat) if d.process_index == process]
-            for process in range(self._count)
-        ]
-        if len(set(map(len, self._devices))) > 1:
-            raise ValueError("config.checkpoint.memory_every: the processes differ in devices")
         name = "config.checkpoint.memory_dir"
         place = expand_local_path(memory_dir, name) if memory_dir else _default_folder()
         run = f"{place}/{hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()}"
@@ -110,7 +103,7 @@ class MemorySnapshots:
                 os.rmdir(os.path.dirname(self._folder))
 
     def _check_space(self, place: str) -> None:
-        own = self._num_bytes(self._process)
+        own = self._shards.num_bytes(self._process)
         hosts = multihost_utils.process_allgather(np.uint32(zlib.crc32(_host())))
         sharing = int((np.atleast_1d(hosts) == zlib.crc32(_host())).sum())
         need = (KEPT + 1) * len(self._kinds) * own * sharing
@@ -123,9 +116,6 @@ class MemorySnapshots:
                 f"{need / GIB:.3g} GiB in {place} (config.checkpoint.memory_dir), which has "
                 f"{free / GIB:.3g} free"
             )
-
-    def _num_bytes(self, process: int) -> int:
-        return sum(len(self._firsts(i, process)) * _nbytes(x) for i, x in self._leaves())
 
     # ---- making snapshots ----
 
@@ -142,15 +132,15 @@ class MemorySnapshots:
             **extras,
         )
         header = (
-            json.dumps({"manifest": manifest.to_dict(), "mesh": self._mesh_text}).encode() + b"\n"
+            json.dumps({"manifest": manifest.to_dict(), "mesh": str(self._shards)}).encode() + b"\n"
         )
         owners = dict(zip(self._kinds, (self._process, self._before), strict=False))
-        contents = {kind: _Content(header, self._num_bytes(p)) for kind, p in owners.items()}
+        contents = {kind: _Content(header, self._shards.num_bytes(p)) for kind, p in owners.items()}
         for i, leaf in enumerate(jax.tree.leaves(tree)):
             for kind, owner in owners.items():
-                moved = leaf if kind == "own" else self._shift(i, 1)(_in_device_memory(leaf))
-                shards = _local(moved)
-                contents[kind].add([shards[j] for j in self._firsts(i, owner)])
+                own = kind == "own"
+                shards = self._shards.local(leaf) if own else self._shards.next(i, leaf)
+                contents[kind].add([shards[j] for j in self._shards.firsts(i, owner)])
         for kind, content in contents.items():
             files.write_atomically(f"{self._folder}/{kind}-{manifest.step}", content.sealed())
         steps = sorted(self._paths("own"))
@@ -163,10 +153,6 @@ class MemorySnapshots:
     @property
     def _before(self) -> int:
         return (self._process - 1) % self._count
-
-    @property
-    def _mesh_text(self) -> str:
-        return f"{dict(self._mesh.shape)} {self._devices}"
 
     # ---- restoring ----
 
@@ -201,11 +187,14 @@ class MemorySnapshots:
         """
         step, received = found.manifest.step, None
         if found.lost:
-            source = self._shards("copy", step) if self._before in found.lost else None
-            received = [self._send_back(i, source) for i, _ in self._leaves()]
-        own = self._shards("own", step) if self._process not in found.lost else received
+            source = self._read_shards("copy", step) if self._before in found.lost else None
+            received = [
+                self._shards.send_back(i, None if source is None else source[i])
+                for i, _ in self._shards
+            ]
+        own = self._read_shards("own", step) if self._process not in found.lost else received
         assert own is not None
-        arrays = [_assemble(x, shards) for (_, x), shards in zip(self._leaves(), own, strict=True)]
+        arrays = [assemble(x, shards) for (_, x), shards in zip(self._shards, own, strict=True)]
         tree = self._structure.unflatten(arrays)
         leaves = manifests.leaves(tree, restore.device_checksums(tree))
         manifests.check_bits(
@@ -213,16 +202,6 @@ class MemorySnapshots:
         )
         count = jax.device_put(np.int32(step), self._step_sharding)
         return TrainState(count, tree["params"], tree["opt_state"])
-
-    def _send_back(self, i: int, source: Shards | None) -> list[np.ndarray]:
-        """The shards of leaf `i` that the next process holds of this one; `source`: those that this
-        one holds of the process before it, where they are wanted.
-        """
-        leaf = self._abstract[i]
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        shards = [np.zeros(shape, leaf.dtype)] * len(self._devices[0])
-        x = _assemble(_in_device_memory(leaf), shards if source is None else source[i])
-        return _local(self._shift(i, -1)(x))
 
     def _good_steps(self, kind: str) -> Iterator[int]:
         """Steps of the files that are whole, and of this config, code and mesh."""
@@ -235,7 +214,7 @@ class MemorySnapshots:
             is_same = manifest.config == self._config and _source(manifest.code) == _source(
                 code_version()
             )
-            if is_same and header["mesh"] == self._mesh_text and manifest.step == step:
+            if is_same and header["mesh"] == str(self._shards) and manifest.step == step:
                 yield step
 
     def _read(self, kind: str, step: int) -> tuple[dict[str, Any], memoryview]:
@@ -246,46 +225,21 @@ class MemorySnapshots:
         end = data.find(b"\n")
         return json.loads(data[:end]), memoryview(data)[end + 1 : -SEAL]
 
-    def _shards(self, kind: str, step: int) -> Shards:
+    def _read_shards(self, kind: str, step: int) -> Shards:
         """The content of a file, of each leaf and device of its process."""
         process = self._process if kind == "own" else self._before
         content, start, found = self._read(kind, step)[1], 0, []
-        for i, leaf in self._leaves():
-            shape, firsts = leaf.sharding.shard_shape(leaf.shape), self._firsts(i, process)
+        for i, leaf in self._shards:
+            shape, firsts = leaf.sharding.shard_shape(leaf.shape), self._shards.firsts(i, process)
             blocks = {}
             for first in firsts:
-                stop = start + _nbytes(leaf)
+                stop = start + num_bytes(leaf)
                 blocks[first] = np.frombuffer(content[start:stop], leaf.dtype).reshape(shape)
                 start = stop
-            found.append([blocks[j] for j in self._replicas(i, process)])
+            found.append([blocks[j] for j in self._shards.replicas(i, process)])
         return found
 
-    # ---- leaves, files, devices ----
-
-    def _leaves(self) -> Iterator[tuple[int, jax.ShapeDtypeStruct]]:
-        return enumerate(self._abstract)
-
-    def _replicas(self, i: int, process: int) -> list[int]:
-        """For each device of a process, the first one there with the same shard of leaf `i`."""
-        leaf, first = self._abstract[i], {}
-        where = leaf.sharding.devices_indices_map(leaf.shape)
-        devices = self._mesh.devices.flat
-        keys = [str(where[devices[flat]]) for flat in self._devices[process]]
-        return [first.setdefault(key, j) for j, key in enumerate(keys)]
-
-    def _firsts(self, i: int, process: int) -> list[int]:
-        return sorted(set(self._replicas(i, process)))
-
-    def _shift(self, i: int, by: int) -> Any:
-        """A function that moves the shards of an array like leaf `i` by as many processes."""
-        pairs = tuple(
-            pair
-            for process in range(self._count)
-            for pair in zip(
-                self._devices[process], self._devices[(process + by) % self._count], strict=True
-            )
-        )
-        return _make_shift(self._mesh, self._abstract[i].sharding.spec, pairs)
+    # ---- files ----
 
     def _paths(self, kind: str) -> dict[int, str]:
         """{step: path} of this process's files."""
@@ -326,56 +280,6 @@ class _Content:
         self._append(np.frombuffer(seal, np.uint8))
         assert self._end == len(self._data), "as many bytes of shards as were said"
         return memoryview(self._data)
-
-
-@functools.cache
-def _make_shift(
-    mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec, pairs: tuple[tuple[int, int], ...]
-) -> Any:
-    def shift(x: jax.Array) -> jax.Array:
-        return jax.lax.ppermute(x, mesh.axis_names, pairs)
-
-    # the shards of a replicated array stay as they are: no result is checked for being equal
-    mapped = jax.shard_map(shift, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return jax.jit(mapped)
-
-
-def _local(x: jax.Array) -> list[np.ndarray]:
-    """The shards on this process's devices, in the order of the mesh."""
-    by_device = {shard.device: shard.data for shard in x.addressable_shards}
-    mesh: Any = x.sharding
-    return [np.asarray(by_device[d]) for d in mesh.mesh.devices.flat if d in by_device]
-
-
-def _assemble(abstract: jax.ShapeDtypeStruct, shards: Sequence[np.ndarray]) -> jax.Array:
-    """The array whose shards on this process's devices are these, in the order of the mesh."""
-    layout: Any = abstract.sharding
-    own = [d for d in layout.mesh.devices.flat if d.process_index == jax.process_index()]
-    placed = [
-        jax.device_put(
-            shard,
-            jax.sharding.SingleDeviceSharding(device, memory_kind=layout.memory_kind),
-            may_alias=False,
-        )
-        for device, shard in zip(own, shards, strict=True)
-    ]
-    return jax.make_array_from_single_device_arrays(abstract.shape, layout, placed)
-
-
-def _in_device_memory(x: Any) -> Any:
-    """An array, or an abstract one, whose memory is the devices'."""
-    if x.sharding.memory_kind != "pinned_host":
-        return x
-    layout = x.sharding.with_memory_kind("device")
-    if isinstance(x, jax.Array):
-        return jax.device_put(x, layout)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-
-
-def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """The size of a shard."""
-    assert leaf.sharding is not None
-    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
 
 
 def _source(code: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class BaseConfig:
     takes_encoder = False
 
     vocab_size: int = field(
-        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+        50_304, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1, le=2**31 - 1
     )
     num_layers: int = field(12, "Blocks.", ge=1)
     embed_dim: int = field(768, "Width of the residual stream.", ge=1)

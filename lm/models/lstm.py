@@ -33,7 +33,7 @@ class Config(BaseConfig):
     max_length = 2**31 - 1  # no row is too long for a state; positions are int32
 
     vocab_size: int = field(
-        33_280, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1
+        33_280, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=1, le=2**31 - 1
     )
     num_layers: int = field(2, "LSTM layers.", ge=1)
     embed_dim: int = field(200, "Width of the embedding and of the vocabulary projection.", ge=1)

@@ -243,9 +243,6 @@ def with_capacity(
     # shards of the length divide the slots: each fills its own from the whole row
     room = -(-capacity // rules.size("length"))
 
-    def product(rows: Array, weight: Array) -> jax.Array:
-        return jnp.einsum("becd,edf->becf", rows, weight)
-
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
         b, t, k = chosen.shape
         first = room * jax.lax.axis_index(length) if length else 0
@@ -255,7 +252,7 @@ def with_capacity(
         rows = rows.reshape(b, num_experts, room, -1)
         if axes:
             rows = jax.lax.all_to_all(rows, axes, split_axis=1, concat_axis=0, tiled=True)
-        y = _feed_forward(rows, experts, activation, product)
+        y = _feed_forward(rows, experts, activation, _by_expert)
         if axes:
             y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
         y = y.reshape(b, num_experts * room, -1)
@@ -264,6 +261,26 @@ def with_capacity(
 
     over = ("act_length", "length", "mlp")
     return _on_shards(apply, x, chosen, weights, experts, rules, over=over)
+
+
+@jax.custom_vjp
+def _by_expert(rows: Array, weight: Array) -> jax.Array:
+    """rows: [B, E, C, D] times the matrix of their expert, [E, D, F] -> [B, E, C, F].
+
+    Its own gradient, for the sums over rows of that of the matrices: unlike float32, the type of
+    the rows is one in which XLA's CPU compiler (jax 0.12) may add them up.
+    """
+    return jnp.einsum("becd,edf->becf", rows, weight)
+
+
+def _by_expert_backward(arrays: tuple[Array, Array], dy: Array) -> tuple[jax.Array, jax.Array]:
+    rows, weight = arrays
+    dx = jnp.einsum("becf,edf->becd", dy, weight)
+    d_weight = jnp.einsum("becd,becf->edf", rows, dy, preferred_element_type=jnp.float32)
+    return dx, d_weight.astype(weight.dtype)
+
+
+_by_expert.defvjp(lambda *arrays: (_by_expert(*arrays), arrays), _by_expert_backward)
 
 
 def _permutation(
