@@ -3,8 +3,7 @@
     python scripts/prepare_data.py --data=stdlib --tokenizer=bytes --out=data/stdlib
     python scripts/prepare_data.py --data='books/**/*.txt.gz' --tokenizer=bpe.model --out=data/books
 
-Started again, an interrupted run goes on where it was. Many machines share the work on one file
-system: machine i of n adds --shard i/n (from 0), and the last one to finish joins the parts.
+Started again, an interrupted run goes on where it was. --engine has many machines share the work.
 
 For cross-validation --folds=5 makes five pairs of stores, in OUT/0 to OUT/4: every document is held
 out, by the hash of its id, in one of them.
@@ -22,11 +21,6 @@ from lm.preparation import corpus, prepare
 from lm.storage.paths import expand_path, printable
 
 
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    return int(index), int(count)
-
-
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
     corpus.add_flags(parser)
@@ -37,7 +31,6 @@ def main() -> None:
         "tokenizer.json",
     )
     parser.add_argument("--out", required=True, help="folder of the stores; gs:// and s3://, too")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="default: 0/1")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
         "--engine",
@@ -83,7 +76,6 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
         documents,
         tokenizer=flags.tokenizer,
         out=out,
-        shard=flags.shard,
         num_workers=flags.workers,
         engine=flags.engine,
         packings=[
@@ -91,13 +83,9 @@ def _prepare(documents: corpus.Corpus, out: str, flags: argparse.Namespace) -> N
             for lengths in flags.rows
         ],
     )
-    if result.manifests:
-        done = (
-            "were already there"
-            if result.was_complete
-            else f"took {time.monotonic() - start:.1f} s"
-        )
-        print(f"{prepare.summary(result.manifests)}\nstores in {printable(out)} {done}")
+    took = f"took {time.monotonic() - start:.1f} s"
+    done = "were already there" if result.was_complete else took
+    print(f"{prepare.summary(result.manifests)}\nstores in {printable(out)} {done}")
 
 
 if __name__ == "__main__":

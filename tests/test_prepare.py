@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from lm.preparation import corpus as corpus_module
 from lm.preparation import stages as stages_module
 from lm.preparation import tokenizer_training
 from lm.preparation.corpus import Corpus, plan_parts, read_part
-from lm.preparation.prepare import prepare, summary
+from lm.preparation.prepare import begin, prepare, summary
+from lm.preparation.stages import stages
 from lm.preparation.tokenizer_training import train_tokenizer, training_texts
 from lm.sources import Skipped
 from lm.tokenizers.tokenizer import load
@@ -119,30 +121,25 @@ def test_every_byte_is_a_document_of_a_store_or_a_counted_skip(texts, model, pre
         assert f"{manifest['fields']['text']['num_tokens']:,}" in summary(result.manifests)
 
 
-def test_stores_are_the_same_for_any_workers_and_shards(texts, model, prepared, tmp_path):
+def test_stores_are_the_same_for_any_number_of_workers(texts, model, prepared, tmp_path):
     _run(*_command(texts, model, tmp_path / "workers", "--workers=3"))
-    for i in (2, 0, 1):
-        corpus = Corpus(data=[str(texts)])
-        result = prepare(
-            corpus, tokenizer=model, out=tmp_path / "shards", shard=(i, 3), num_workers=1
-        )
-        assert bool(result.manifests) == (i == 1)
-        assert (tmp_path / "shards" / "train").exists() == (i == 1)
     expected = _content(prepared[0])
     assert len(expected) == 1 + 2 * 8
     assert _content(tmp_path / "workers") == expected
-    assert _content(tmp_path / "shards") == expected
 
 
-def test_shards_at_the_same_time_join_once(texts, model, prepared, tmp_path):
+def test_of_two_at_the_same_time_one_says_so(texts, model, prepared, tmp_path):
     processes = [
         subprocess.Popen(
-            _command(texts, model, tmp_path / "out", f"--shard={i}/2", "--workers=1"),
-            stderr=subprocess.DEVNULL,
+            _command(texts, model, tmp_path / "out", "--workers=1"),
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for i in range(2)
+        for _ in range(2)
     ]
-    assert [process.wait() for process in processes] == [0, 0]
+    errors = {process.wait(): process.communicate()[1] for process in processes}
+    assert errors.keys() == {0, 1}
+    assert re.search(r"out: process \d+ on .* is preparing it", errors[1])
     assert _content(tmp_path / "out") == _content(prepared[0])
 
 
@@ -177,11 +174,17 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(texts, model, prepar
 
 def test_finished_parts_are_kept(texts, model, tmp_path):
     corpus, out = Corpus(data=[str(texts)]), tmp_path / "out"
-    prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
+    job = begin(corpus, tokenizer=model, out=out)
+    tokenize, *_ = stages(job)
+    half = range(0, job.num_parts, 2)
+    for i in half:
+        tokenize.run(i)
     before = {file: file.stat().st_mtime_ns for file in out.glob("parts-*/part-*")}
-    prepare(corpus, tokenizer=model, out=out, shard=(0, 2), num_workers=1)
+    assert len(before) == 3 * len(half)
+    assert tokenize.missing() == [*range(1, job.num_parts, 2)]
+    for i in half:
+        tokenize.run(i)
     assert before == {file: file.stat().st_mtime_ns for file in out.glob("parts-*/part-*")}
-    assert len(before) == 3 * ((len(plan_parts(corpus.sources())) + 1) // 2)
 
 
 def test_interrupted_run_says_how_to_go_on(texts, model, prepared, tmp_path):
@@ -241,7 +244,6 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
         (["--validation-fraction=0.2"], "validation_fraction (there 0.05, now 0.2)"),
         (["--data=stdlib"], "num_units (there"),
         (["--separator=x"], "separator"),
-        (["--shard=2/2"], "counts from 0 to 1"),
         (["--validation-fraction=1"], "must be in [0, 1)"),
         (["--tokenizer=nonsense"], "neither"),
     ],

@@ -41,7 +41,7 @@ _MANY_TASKS = 8  # of a stage, whose progress is then shown
 
 
 class Prepared(NamedTuple):
-    """Manifests of the stores by split; empty while other shards have parts to do."""
+    """Manifests of the stores by split."""
 
     manifests: dict[str, dict]
     was_complete: bool
@@ -52,7 +52,6 @@ def prepare(
     *,
     tokenizer: str,
     out: str | os.PathLike,
-    shard: tuple[int, int] = (0, 1),
     num_workers: int | None = None,
     engine: str | None = None,
     out_flag: str = "--out",
@@ -60,41 +59,29 @@ def prepare(
 ) -> Prepared:
     """Make the stores in `out`, as far as they are missing, and return their manifests.
 
-    shard: (i, n) tokenizes every n-th part; the shard that finishes last does the rest.
     num_workers: processes; all cores if None. engine: runs the tasks in their place (engines.py).
     out_flag: the flag of `out`, for errors. packings: of which a plan is stored in each shard.
 
     Raises ValueError for a missing or empty source, for a split without documents, where a larger
-    share of the data than `corpus.max_loss` is skipped, and where `out` holds something else.
+    share of the data than `corpus.max_loss` is skipped, where `out` holds something else, and where
+    another process is at it.
     """
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(f"shard {index}/{count}: the first number counts from 0 to {count - 1}")
     if engine is not None:
         engines.parse(engine)
-        if count > 1:
-            raise ValueError("--engine shares out the parts by itself: leave --shard away")
     job = begin(corpus, tokenizer=tokenizer, out=out, out_flag=out_flag, packings=packings)
     if was_complete := job.is_complete():
         return Prepared(finish(job), was_complete)
-    first, *others = stages(job)
-    with Workers(num_workers) if engine is None else engines.Engine(engine, job.work) as workers:
-        mine = range(index, job.num_parts, count)
-        _tokenize(job, workers, first, sorted({*first.missing()} & {*mine}), mine)
-        left = first.missing()
-        if left and not job.is_complete():
-            print(
-                f"{len(left)} of {job.num_parts} parts are left to other shards; "
-                "the last one joins them"
-            )
-            return Prepared({}, was_complete=False)
-        try:
-            with lease.lock(f"{job.out}/lock"):
-                for stage in () if job.is_complete() else others:
-                    _run(workers, stage)
-        except lease.Locked as error:
-            print(f"{error} is joining the parts")
-            return Prepared({}, was_complete=False)
+    try:
+        with (
+            lease.lock(f"{job.out}/lock"),
+            Workers(num_workers) if engine is None else engines.Engine(engine, job.work) as workers,
+        ):
+            first, *others = stages(job)
+            _tokenize(job, workers, first)
+            for stage in others:
+                _run(workers, stage)
+    except lease.Locked as error:
+        raise ValueError(f"{printable(os.fspath(out))}: {error} is preparing it") from None
     return Prepared(finish(job), was_complete)
 
 
@@ -147,16 +134,10 @@ def finish(job: Job) -> dict[str, dict]:
     return {split: json.loads(storage.read_bytes(file)) for split, file in files.items()}
 
 
-def _tokenize(
-    job: Job,
-    workers: Workers | engines.Engine,
-    stage: Stage,
-    missing: Sequence[int],
-    mine: Sequence[int],
-) -> None:
-    """Run the first stage, and show the progress of the parts `mine` of this machine."""
-    sizes = job.part_sizes()
-    total, left, num_tokens = sum(sizes[i] for i in mine), sum(sizes[i] for i in missing), 0
+def _tokenize(job: Job, workers: Workers | engines.Engine, stage: Stage) -> None:
+    """Run the first stage, and show its progress."""
+    sizes, missing, num_tokens = job.part_sizes(), stage.missing(), 0
+    total, left = sum(sizes), sum(sizes[i] for i in missing)
     progress, start, all_left = Progress(), time.monotonic(), left
     for i, count in workers.run(stage.run, missing):
         num_tokens, left = num_tokens + count, left - sizes[i]
@@ -168,6 +149,7 @@ def _tokenize(
                 f"{format_duration(seconds * left / max(all_left - left, 1))} left",
             ]
         progress.show(SEPARATOR.join(parts), final=not left)
+    _check_done(stage, missing)
 
 
 def _run(workers: Workers | engines.Engine, stage: Stage) -> None:
@@ -175,6 +157,11 @@ def _run(workers: Workers | engines.Engine, stage: Stage) -> None:
     for done, _ in enumerate(workers.run(stage.run, missing), 1):
         if len(missing) > _MANY_TASKS:
             progress.show(f"{stage.name}: {done} of {len(missing)}", final=done == len(missing))
+    _check_done(stage, missing)
+
+
+def _check_done(stage: Stage, missing: Sequence[int]) -> None:
+    """Raise ValueError if tasks of those that were missing still are: an engine doesn't say so."""
     if missing and (left := stage.missing()):
         raise ValueError(
             f"stage {stage.name}: {len(left)} of {stage.num_tasks()} tasks have failed"
