@@ -29,7 +29,6 @@ USER_ERRORS = (
     FileNotFoundError,
     PermissionError,
     FloatingPointError,
-    StorageError,
 )
 
 
@@ -124,6 +123,8 @@ def _outcome(main: Callable[[], int]) -> tuple[int, str]:
             return main(), ""
     except RunError as error:
         return error.code, f"error: {error}"
+    except StorageError as error:
+        return Exit.NO_STORAGE, f"error: {error}"
     except USER_ERRORS as error:
         return Exit.ERROR, f"error: {error}"
     except ModuleNotFoundError as error:
@@ -170,7 +171,7 @@ def folder(path: str) -> str:
     if not path.strip():
         raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
     try:
-        expand_path(path, "")
+        path = expand_path(path, "")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
     if "://" in path:
@@ -181,7 +182,7 @@ def folder(path: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{os.fsencode(path)!r} is not UTF-8, and config.json of a run holds names: rename it"
         ) from None
-    found = Path(os.path.expanduser(path))
+    found = Path(path)
     for part in (found, *found.parents):
         if part.is_symlink() and not part.exists():
             raise argparse.ArgumentTypeError(f"{part} is a link to {part.readlink()}: not there")

@@ -57,6 +57,7 @@ class Exit(enum.IntEnum):
         "attempts in a row failed at one step, or without a new checkpoint; see `RUN/evidence`",
         "look first",
     )
+    NO_STORAGE = 52, "a bucket does not answer, also after repeated requests", RESTARTED
     INTERRUPTED = (
         130,
         "Ctrl-C: saved in all processes at the same step (a second one ends at once, unsaved)",

@@ -39,6 +39,7 @@ import numpy as np
 from lm import cli
 from lm.checkpoint import manifest, step_files
 from lm.checkpoint.arrays import StoredArrays
+from lm.exit_codes import restarts
 from lm.reliability import data_ledger
 from lm.storage import files, growing
 from lm.storage.epaths import StoragePath
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("whole", "killed")
 INTENTS = ("save", "evaluate", "step", "start")
 EVAL_EVERY = 15
+MOST_RESTARTS = 10  # after ends that were no kill
 SMOKE = (
     f"--config={ROOT / 'configs' / 'smoke.py'}",
     "--config.checkpoint.every=10",
@@ -74,7 +76,7 @@ def main() -> int:
         test.train.append(f"--config.data.train=('{prepare(folder, rng)}',)")
 
     print(f"in {folder}: the run that nobody touches", flush=True)
-    test.begin("whole", flags.processes).wait()
+    test.finish("whole", flags.processes)
     counts = [int(n) for n in flags.restart_on.split(",")] if flags.restart_on else []
     intents = [INTENTS[i % len(INTENTS)] for i in range(flags.kills)]
     rng.shuffle(intents)
@@ -86,7 +88,7 @@ def main() -> int:
             break
         killed.append(kill)
         print(f"kill {i + 1}/{flags.kills} · {intent:8} · {kill['text']}", flush=True)
-    test.begin("killed", flags.processes).wait()
+    test.finish("killed", flags.processes)
     return test.compare(killed, flags.kills, same_mesh=not counts)
 
 
@@ -150,6 +152,7 @@ class KillTest:
     def __init__(self, folder: Path, runs: str, train: list[str], devices: int) -> None:
         self.folder, self.train, self._devices = folder, train, devices
         self._start_seconds = 5.0  # from the command to the first step, measured
+        self._restarts = 0  # of jobs that ended with a code after which launchers restart them
         self.workdirs = {name: f"{runs}/{name}" for name in RUNS}
         self.workdir = self.workdirs["killed"]
         self._checkpoints = StoragePath(self.workdir) / "checkpoints"
@@ -166,6 +169,23 @@ class KillTest:
             f"--workdir={self.workdirs[name]}",
         ]
         return Job(command, self.folder / f"{name}.log")
+
+    def finish(self, name: str, processes: int) -> None:
+        """Train to the end."""
+        while self._is_restarted(self.begin(name, processes)):
+            pass
+
+    def _is_restarted(self, job: Job) -> bool:
+        """Wait for a job that nobody killed; True if a launcher starts it again, as after a
+        connection that failed. Raises ValueError if it failed otherwise.
+        """
+        code = job.wait(check=False)
+        if restarts(code) and self._restarts < MOST_RESTARTS:
+            self._restarts += 1
+            print(f"ended with exit code {code} (no kill), and is started again", flush=True)
+            return True
+        job.wait()
+        return False
 
     def last_step(self) -> int:
         """The number of the last step in the ledger of the killed run, -1 before the first.
@@ -201,8 +221,7 @@ class KillTest:
                 job.sleep(rng.uniform(0, 0.1))
         victims = job.pids()
         if not victims:
-            job.wait()
-            return None
+            return self.kill(intent, processes, rng) if self._is_restarted(job) else None
         chosen = victims if len(victims) == 1 or rng.random() < 0.5 else [rng.choice(victims)]
         saving = bool(self._saving())
         for pid in chosen:
@@ -251,6 +270,7 @@ class KillTest:
         result = {
             "kills": len(killed),
             "intents": dict(counts),
+            "other_restarts": self._restarts,
             "inside_a_save": sum(kill["saving"] for kill in killed),
             "steps": whole.step,
             "leaves": len(whole.leaves),

@@ -56,6 +56,9 @@ def main() -> None:
     )
     parser.add_argument("--folds", type=int, default=1, help="pairs of stores, for all documents")
     flags = parser.parse_args()
+    for name in ("workers", "folds"):
+        if (value := getattr(flags, name)) is not None and value < 1:
+            parser.error(f"--{name}={value}: give a number of at least 1")
     try:
         whole = corpus.from_flags(flags)
         if flags.folds == 1:

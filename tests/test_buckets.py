@@ -22,17 +22,17 @@ from lm.config.schema import CheckpointConfig
 from lm.data import packing
 from lm.data.bins import Packing
 from lm.data.tokens import TokenStore
-from lm.exit_codes import Exit
+from lm.exit_codes import Exit, restarts
 from lm.preparation.corpus import Corpus
 from lm.preparation.prepare import prepare
 from lm.preparation.tokenizer_training import train_tokenizer
 from lm.reliability import data_ledger
-from lm.reliability.workdir_lock import LockLost
+from lm.reliability.workdir_lock import LockLost, WorkdirLocked
 from lm.storage import files, filesystems, growing, lease
 from lm.storage.epaths import StoragePath
 from lm.telemetry import metrics
 from lm.training.loop import train
-from lm.training.session import CannotWrite, TrainingSession, disk_errors_as_run_errors
+from lm.training.session import NoStorage, TrainingSession, disk_errors_as_run_errors
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -234,7 +234,7 @@ def test_an_error_of_a_buckets_client_fails_a_save_and_is_no_damage(
         ):
             checkpoints.save(state.replace(step=state.step + 1))
             checkpoints.wait()
-    assert failed.value.code == Exit.SAVE_FAILED and len(str(failed.value).splitlines()) == 1
+    assert failed.value.code == Exit.NO_STORAGE and len(str(failed.value).splitlines()) == 1
     assert step_files.steps(folder.parent) == [0]
 
 
@@ -307,12 +307,26 @@ def test_a_missing_bucket_ends_a_run_before_it_compiles(buckets, make_config, de
         train(make_config({}), "gs://nobody-has-it/run", devices[:1])
 
 
-def test_a_bucket_that_fails_ends_a_run_as_a_full_disk_does():
+def test_a_bucket_that_fails_ends_a_run_with_a_code_that_launchers_restart():
     with (
-        pytest.raises(CannotWrite, match=r"gs://b/a: 503; run the same command"),
+        pytest.raises(NoStorage, match=r"gs://b/a: 503; the same command resumes") as ended,
         disk_errors_as_run_errors("gs://b"),
     ):
         raise filesystems.StorageError("gs://b/a: 503")
+    assert ended.value.code == Exit.NO_STORAGE and restarts(ended.value.code)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_folder_is_one_run_however_its_slashes_are_written(buckets, make_config, devices, scheme):
+    workdir = f"{scheme}://{object_stores.BUCKET}/runs/slashes"
+    config = make_config({"train.num_steps": 1, "guard.self_check": False})
+    for spelling in (f"{workdir}/", workdir.replace("runs/", "runs//")):
+        assert cli.folder(spelling) == workdir
+        with (
+            lease.lock(f"{workdir}/lock"),
+            pytest.raises(WorkdirLocked, match=f"process {os.getpid()} on"),
+        ):
+            train(config, spelling, devices[:1])
 
 
 def test_a_run_whose_lock_was_taken_ends_before_it_saves_again(

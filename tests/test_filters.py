@@ -133,8 +133,10 @@ def test_personal_data_is_looked_for_in_time_linear_in_the_text():
         ("", "no filter"),
         ("c4 'x", "No closing quotation"),
         ("c4 min_sentences=3", "'min_sentences' is no parameter.*did you mean min_num_sentences"),
-        ("c4 language", "'language' is no parameter KEY=VALUE"),
+        ("c4 sentences", "'sentences' is no parameter KEY=VALUE"),
         ("gopher_quality min_doc_words=few", "min_doc_words=few is no int such as 50"),
+        ("language keep", "write keep=..."),
+        ("language min_probability=7", r"min_probability \(7\) must be in \[0, 1\]"),
         ("language keep=en,xx", "keep: 'xx' is none of"),
         ("pii kinds=mail", "kinds: 'mail' is none of email"),
         ("pii regions=England", "'England' is no country's code"),
@@ -147,6 +149,27 @@ def test_a_wrong_flag_is_one_line_that_names_it(flag, error):
     with pytest.raises(ValueError, match=error) as raised:
         filters.load(flag)
     assert "\n" not in str(raised.value) and "--filter" in str(raised.value)
+
+
+def test_a_filter_of_ones_own_that_fails_is_named_with_the_document(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "filters.py").write_text(
+        "def build(*, mode: str):\n"
+        "    def keep(document):\n"
+        "        return {'raise': lambda: 1 / 0, 'none': lambda: None}[mode]()\n"
+        "    return keep\n"
+    )
+    (tmp_path / "own" / "open.py").write_text("def build(**given):\n    return lambda d: d\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    document = Document("a.txt@0", {"text": "x"})
+    with pytest.raises(
+        ValueError, match=r"mode=raise' failed on a.txt@0: ZeroDivisionError: division by zero"
+    ):
+        filters.load("own.filters mode=raise")(document)
+    with pytest.raises(ValueError, match=r"mode=none' made NoneType of a.txt@0"):
+        filters.load("own.filters mode=none")(document)
+    with pytest.raises(ValueError, match="must name its parameters"):
+        filters.load("own.open x=1")
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
@@ -163,7 +186,7 @@ def test_the_identity_has_defaults_versions_and_a_hash_of_evaluation_sets(tmp_pa
     assert identity["parameters"]["n"] == 13
     assert json.loads(json.dumps(identity)) == identity
     (tmp_path / "set.txt").write_text(GOOD + " One more sentence makes it another set of texts.")
-    filters.load.cache_clear()
+    filters._build.cache_clear()
     assert filters.identity(flag)["inputs"] != identity["inputs"]
     assert filters.identity("c4")["versions"].keys() == {"datatrove", "spacy"}
 

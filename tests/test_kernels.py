@@ -1,12 +1,14 @@
 """Every way to compute attention is the equation of `dot_product`: values and gradients.
 
-On CPUs splash is interpreted. Measured, relative to the largest entry: 1.1e-6; the bound is 5e-6.
+On CPUs splash and flash are interpreted. Measured, relative to the
+largest entry: 1.1e-6; the bound is 5e-6.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from lm.layers.attention import dot_product, kernels, ring
 from lm.layers.attention.dot_product import Mask, self_mask
@@ -139,6 +141,135 @@ def test_splash_is_the_equation_on_a_sharded_length(rules_on, order):
     assert_is_the_equation(rules, packed(512), kernel="splash", order=order, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False},
+        {"window": 70, "softcap": 3.0},
+        {"window": 9, "causal": False, "softcap": 3.0},
+    ],
+)
+@pytest.mark.parametrize("length", [40, 328])
+def test_flash_is_the_equation(rules_on, length, options):
+    assert_is_the_equation(rules_on(), packed(length), kernel="flash", **options)
+
+
+def test_flash_knows_a_bidirectional_prefix(rules_on):
+    tokens = packed(200)
+    tokens = tokens.replace(bidirectional=tokens.positions < 5)
+    assert_is_the_equation(rules_on(), tokens, kernel="flash")
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_flash_is_the_equation_on_a_sharded_length(rules_on, order):
+    rules = rules_on(sequence=2, fsdp=2, tensor=2)
+    options = {"window": 70, "softcap": 3.0}
+    assert_is_the_equation(rules, packed(256), kernel="flash", order=order, **options)
+
+
+@pytest.mark.parametrize("size", [8, 24])
+def test_flash_reads_an_encoder_as_the_equation_does(rules_on, size):
+    """Queries of another length, some of whose segments have no source: they read nothing."""
+    rng = np.random.default_rng(2)
+    queries = packed(128).segments
+    sources = np.stack([np.repeat([1, 3, 0], [20, 30, 22]), np.repeat([1, 2, 4], [24, 24, 24])])
+    mask = dot_product.cross_mask(queries, sources.astype(np.int32))
+    some = np.asarray(mask.allowed()).any(-1)[:, None, :, None]
+    q, k, v, given = (
+        rng.standard_normal((ROWS, n, t, size), np.float32)
+        for n, t in ((HEADS, 128), (KV_HEADS, 72), (KV_HEADS, 72), (HEADS, 128))
+    )
+
+    def by(kernel):
+        def run(q, k, v):
+            y = kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5)
+            return y if kernel == "flash" else jnp.where(some, y, 0)
+
+        y, pull = jax.vjp(jax.jit(run), q, k, v)
+        return y, *pull(given)
+
+    assert not some.all()
+    for want, got in zip(by("xla"), by("flash"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
+
+
+def test_flash_in_bfloat16_is_as_near_to_float64_as_the_equation(rules_on):
+    """In the type that GPUs run: half a unit of the largest entry's last place, twice."""
+    length, tokens = 256, packed(256)
+    mask, rng = self_mask(tokens), np.random.default_rng(3)
+    real = (tokens.segments != 0)[:, None, :, None]
+    arrays = [
+        jnp.asarray(rng.standard_normal((ROWS, n, length, 64)), jnp.bfloat16)
+        for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    ]
+
+    def by(kernel, arrays):
+        def run(q, k, v):
+            y = kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.125)
+            return jnp.where(real, y, 0)
+
+        y, pull = jax.vjp(jax.jit(run), *arrays[:3])
+        return [np.asarray(x, np.float64) for x in (y, *pull(arrays[3] * real))]
+
+    with jax.enable_x64(True):
+        exact = by("xla", [jnp.asarray(x, jnp.float64) for x in arrays])
+    for name, want, plain, found in zip(
+        "yqkv", exact, by("xla", arrays), by("flash", arrays), strict=True
+    ):
+        limit = np.linalg.norm(want) * 2.0**-8
+        errors = [np.linalg.norm(x - want) for x in (found, plain)]
+        assert errors[0] < limit and errors[0] < 1.5 * errors[1], (name, errors, limit)
+
+
+def test_flash_reads_no_block_that_no_query_sees(rules_on):
+    """NaN in an earlier document and in the future of all queries of a program changes nothing."""
+    length, own = 512, slice(128, 384)
+    segments = np.repeat([1, 2, 3], [128, 128, 256]).astype(np.int32)[None]
+    positions = np.arange(length, dtype=np.int32)[None]
+    mask = self_mask(Tokens(positions, segments, positions))
+    x = np.random.default_rng(4).standard_normal((1, 2, length, 16), np.float32)
+    spoiled = x.copy()
+    spoiled[:, :, : own.start] = spoiled[:, :, own.stop :] = np.nan
+
+    def run(k):
+        y = kernels.attend(x, k, k, mask, rules=rules_on(), kernel="flash", scale=0.25)
+        return y[:, :, own]
+
+    np.testing.assert_array_equal(jax.jit(run)(spoiled), jax.jit(run)(x))
+
+
+def used_calls(jaxpr, name):
+    """Calls of a kernel in a jaxpr and inside it, without those whose results nothing reads."""
+    count, read = 0, {v for e in jaxpr.eqns for v in e.invars if isinstance(v, core.Var)}
+    read |= {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    for equation in jaxpr.eqns:
+        if equation.params.get("name") == name:
+            count += bool(read & {*equation.outvars})
+        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(leaf, "jaxpr", leaf)
+            count += used_calls(inner, name) if hasattr(inner, "eqns") else 0
+    return count
+
+
+def test_where_attended_is_saved_flash_does_not_run_again_for_it(rules_on):
+    rules, tokens = rules_on(), packed(64)
+
+    def calls(policy):
+        def run(q, k, v):
+            return kernels.attend(q, k, v, self_mask(tokens), rules=rules, kernel="flash", scale=1)
+
+        def loss(q, k, v):
+            return jnp.sum(jax.checkpoint(run, policy=policy)(q, k, v) ** 2)
+
+        x = jax.ShapeDtypeStruct((ROWS, HEADS, 64, SIZE), jnp.float32)
+        return used_calls(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x).jaxpr, "flash_forward")
+
+    policies = jax.checkpoint_policies
+    assert calls(policies.save_only_these_names("attended")) == 1
+    assert calls(policies.nothing_saveable) == 2
+
+
 def test_ring_works_on_blocks(rules_on, monkeypatch):
     monkeypatch.setattr(ring, "BLOCK", 4)
     rules = rules_on(sequence=4)
@@ -246,9 +377,13 @@ PREFIX = self_mask(packed(512).replace(bidirectional=np.ones((2, 512), bool)))
 Q = jax.ShapeDtypeStruct((2, 4, 512, 64), jnp.bfloat16)
 
 
-def test_auto_is_splash_on_tpus_and_xla_elsewhere(rules_on):
+def test_auto_is_splash_on_tpus_and_flash_on_gpus_in_16_bits(rules_on):
     assert kernels.choose("auto", On("tpu"), MASK, Q) == "splash"
-    assert kernels.choose("auto", On("gpu"), MASK, Q) == "xla"
+    assert kernels.choose("auto", On("gpu"), MASK, Q) == "flash"
+    assert kernels.choose("auto", On("gpu"), PREFIX, Q) == "flash"
+    float32 = jax.ShapeDtypeStruct(Q.shape, jnp.float32)
+    assert kernels.choose("auto", On("gpu"), MASK, float32) == "xla"
+    assert kernels.choose("auto", On("gpu"), MASK, Q, bias=True) == "xla"
     assert kernels.choose("auto", rules_on(), MASK, Q) == "xla"
 
 

@@ -237,6 +237,15 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
     assert _content(prepared[0]) == before
 
 
+@pytest.mark.parametrize("out", ["", "stores", "../texts/stores/a"])
+def test_stores_in_the_folder_of_their_data_are_refused(tmp_path, out):
+    data = tmp_path / "texts"
+    _write(data / "a.txt", "a text")
+    with pytest.raises(ValueError, match=r"is in the folder of --data=.*would be data, too"):
+        prepare(Corpus(data=[f"{data}/"]), tokenizer="bytes", out=data / out)
+    assert [path.name for path in data.iterdir()] == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -345,10 +354,11 @@ def test_lost_records_are_an_error_unless_allowed(tmp_path):
 
 def test_all_that_is_wrong_with_a_corpus_is_said_at_once(tmp_path):
     """Records, bytes and the empty split in one error; a text in Latin-1 names its remedy."""
-    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    _write(tmp_path / "a.jsonl", '{"text": "good"}\n{"body": "x"}')
-    (tmp_path / "b.jsonl.gz").write_bytes(b"no gzip" * 100)
-    corpus = Corpus(data=[str(tmp_path)], validation_fraction=1e-9)
+    texts = tmp_path / "texts"
+    _write(texts / "latin.txt", "Käse".encode("latin-1"))
+    _write(texts / "a.jsonl", '{"text": "good"}\n{"body": "x"}')
+    _write(texts / "b.jsonl.gz", b"no gzip" * 100)
+    corpus = Corpus(data=[str(texts)], validation_fraction=1e-9)
     with pytest.raises(ValueError) as error:
         prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
     for part in ("are no documents", "bytes are not read", "falls into validation", "iconv -f"):
@@ -438,8 +448,8 @@ def test_a_tokenizer_that_cannot_be_written_is_said_before_training(
 
 def test_tail_split_keeps_the_last_characters_of_each_document(tmp_path):
     text = "".join(chr(0xE0 + i % 20) for i in range(1000))
-    _write(tmp_path / "a.txt", text)
-    corpus = Corpus(data=[str(tmp_path)], validation_fraction=0.1, split="tail")
+    _write(tmp_path / "texts" / "a.txt", text)
+    corpus = Corpus(data=[str(tmp_path / "texts")], validation_fraction=0.1, split="tail")
     prepare(corpus, tokenizer="bytes", out=tmp_path / "out")
     for split, part in (("train", text[:900]), ("validation", text[900:])):
         store = TokenStore.open(tmp_path / "out" / split)

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,13 @@ from lm.exit_codes import Exit, RunError
 from lm.parallel import device_errors, process_group
 from lm.storage import files
 from lm.storage.epaths import StoragePath
+from lm.storage.filesystems import StorageError
 from lm.types import Params, PyTree, TrainState
 
 CHUNK_BYTES = 64 << 20  # of a leaf, at most: what a host reads and decodes at once
 # Errors of the file system, of TensorStore, and of a barrier that a process didn't reach.
 SAVE_ERRORS = (OSError, ValueError, TimeoutError, jax.errors.JaxRuntimeError)
+_NO_ANSWER = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b")  # of TensorStore, from a bucket
 
 
 class SaveFailed(RunError):
@@ -192,7 +195,11 @@ class Checkpoints:
             f"{arrays.first_line(error)}; "
             + (f"the last one is of step {others[-1]}" if others else "there is no other one")
         )
-        failed.code = device_errors.exit_code(error) or failed.code
+        is_tensorstore = isinstance(error, ValueError)
+        if isinstance(error, StorageError) or (is_tensorstore and _NO_ANSWER.search(str(error))):
+            failed.code = Exit.NO_STORAGE
+        else:
+            failed.code = device_errors.exit_code(error) or failed.code
         return failed
 
     def _finish(self, manifest: Manifest, orbax_is_free: threading.Event, key: str) -> None:

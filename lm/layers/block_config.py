@@ -57,8 +57,9 @@ class BlockConfig(BaseConfig):
     attention_dropout: float = field(0.0, "Dropout of attention weights.", ge=0, lt=1)
     attention_kernel: str = field(
         "auto",
-        "xla, splash (TPU; interpreted on CPU) or cudnn (GPU, bfloat16); auto: splash on TPU where "
-        "it can do what is asked, else xla.",
+        "xla, splash (TPU), flash (GPU, 16 bits; both are interpreted on CPU) or cudnn (GPU, "
+        "bfloat16, with a mask of all pairs); auto: splash on TPU and flash on GPU where they can "
+        "do what is asked, else xla.",
         choices=kernels.KERNELS,
     )
     sequence_parallel: str = field(

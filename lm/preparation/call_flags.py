@@ -35,7 +35,11 @@ def arguments(known: inspect.Signature, words: Sequence[str], flag: str) -> dict
         ValueError: for an unknown key, a value of another type than the default, a missing one.
     """
     given = {}
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in known.parameters.values()):
+        raise ValueError(f"{flag}: {known} must name its parameters, and give them defaults")
     for key, is_pair, value in (word.partition("=") for word in words):
+        if not is_pair and key in known.parameters:
+            raise ValueError(f"{flag}: write {key}=...")
         if not is_pair or key not in known.parameters:
             names = f"{', '.join(known.parameters)}{suggestion(key, known.parameters)}"
             raise ValueError(f"{flag}: {key!r} is no parameter KEY=VALUE; there are: {names}")

@@ -97,6 +97,15 @@ def begin(
     folder = expand_path(os.fspath(out), out_flag).rstrip("/") or "/"
     if not is_url(folder) and os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{out_flag}={printable(folder)} is a file, not a folder")
+    for spec in corpus.data:
+        data = expand_path(spec, "--data")
+        is_inside = os.path.realpath(folder).startswith(os.path.realpath(data).rstrip("/") + "/")
+        if folder == data.rstrip("/") or (os.path.isdir(data) and is_inside):
+            raise ValueError(
+                f"{out_flag}={printable(folder)} is in the folder of --data={printable(spec)}, and "
+                f"what is written there would be data, too: name another {out_flag}, or a pattern "
+                f"of files, such as --data='{printable(spec)}/*.txt'"
+            )
     loaded = tokenizers.load(tokenizer)
     for fields, lengths, _ in packings:
         if min(lengths) < 1 or len(lengths) not in (1, len(fields)):

@@ -23,7 +23,8 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def expand_path(path: str, name: str) -> str:
-    """Return the path with `~` expanded, as a shell would.
+    """Return the path with `~` expanded, as a shell would; of a bucket without slashes that name
+    nothing, which would be other objects there: `gs://b/run/` is the folder `gs://b/run`.
 
     name: the config path or flag that gave it, for the error.
 
@@ -38,6 +39,8 @@ def expand_path(path: str, name: str) -> str:
     if mistyped := _MISTYPED.match(path):  # else it would be a local folder, silently
         scheme = _SCHEME_OF[mistyped[1]]
         raise ValueError(f"{name}: {path!r} is no bucket's URL; write {scheme}://BUCKET/FOLDER")
+    if found and scheme in BUCKETS:
+        return f"{scheme}://{'/'.join(filter(None, rest.split('/')))}"
     return path if is_url(path) else os.path.expanduser(path)
 
 

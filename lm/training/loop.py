@@ -25,6 +25,7 @@ from lm.reliability.stop_signals import STOPS, StopSignals
 from lm.reliability.watchdog import Watchdog
 from lm.reliability.workdir_lock import lock_workdir
 from lm.storage.epaths import StoragePath
+from lm.storage.paths import expand_path
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.tokenizers import run_tokenizer
@@ -60,6 +61,7 @@ def train(
             where all is done and saved but the last evaluation is not finite.
     """
     phases = PhaseTimer(began)
+    workdir = expand_path(workdir, "workdir")
     experiment = Experiment(config, devices)
     is_lead = jax.process_index() == 0
     process_group.agree("config", config.to_dict())

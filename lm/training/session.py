@@ -49,21 +49,26 @@ class ReplicasDisagree(RunError):
 
 
 class CannotWrite(RunError):
-    """The disk of the run's folder is full or read-only, or its bucket does not answer."""
+    """The disk of the run's folder is full or read-only."""
 
     code = Exit.SAVE_FAILED
 
 
+class NoStorage(RunError):
+    """The bucket of the run's folder does not answer."""
+
+    code = Exit.NO_STORAGE
+
+
 @contextlib.contextmanager
 def disk_errors_as_run_errors(workdir: str) -> Iterator[None]:
-    """A context that raises CannotWrite where a disk is full or read-only, or a bucket fails."""
+    """A context that raises CannotWrite where a disk is full or read-only, and NoStorage where a
+    bucket fails.
+    """
     try:
         yield
     except StorageError as error:
-        raise CannotWrite(
-            f"{error}; run the same command when the bucket answers: it resumes from the last "
-            "checkpoint"
-        ) from error
+        raise NoStorage(f"{error}; the same command resumes from the last checkpoint") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

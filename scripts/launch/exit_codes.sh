@@ -2,7 +2,7 @@
 # Written by scripts/launch/exit_codes.py from lm/exit_codes.py: the codes after which a
 # launcher starts the run again, the pauses before that, by the number of restarts in a
 # row, and the seconds after which an attempt counts as progress: they start anew.
-RESTART_CODES=(42 46 48 134 135 137 139 143)
+RESTART_CODES=(42 46 48 52 134 135 137 139 143)
 PAUSES=(1 2 4 8 16 32 64 128 256 300)
 PROGRESS=${PROGRESS:-1200}
 

@@ -1,7 +1,7 @@
 """The choice of the attention kernel, by the platform of the mesh and the features asked for.
 
-`auto` is splash on TPUs where it has all features, and XLA's products everywhere else. A kernel
-that is named is that kernel, or an error.
+`auto` is splash on TPUs and flash on GPUs where they have all features, and XLA's products
+everywhere else. A kernel that is named is that kernel, or an error.
 
 Where the length is sharded, a device has its own queries, and reaches all keys in one of two ways:
 `gather` collects keys and values (arXiv:2407.21783, section 3.3.2), `ring` passes them on from
@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.layers.attention import cudnn, dot_product, splash
+from lm.layers.attention import cudnn, dot_product, flash, splash
 from lm.layers.attention.dot_product import Mask
 from lm.layers.attention.ring import Options, ring_attend
+from lm.parallel import zigzag
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
+KERNELS = ("auto", "xla", "splash", "flash", "cudnn")
 SEQUENCE_PARALLEL = ("gather", "ring")
-_BY_PLATFORM = {"tpu": "splash"}
+_BY_PLATFORM = {"tpu": "splash", "gpu": "flash"}
 
 
 def choose(
@@ -43,12 +44,14 @@ def choose(
     Raises:
         ValueError: the kernel is named and cannot do it, or a ring cannot.
     """
-    if mask.order is None:  # a cache: too few queries for a kernel to gain anything
-        return "xla"
     wanted = _BY_PLATFORM.get(rules.platform, "xla") if kernel == "auto" else kernel
     shards, size = rules.size("length"), q.shape[3]
+    if mask.order is None:  # two streams: of an encoder, or a cache, with few queries or rows
+        few = q.shape[2] < flash.FEWEST_QUERIES or q.shape[0] % rules.size("batch") != 0
+        if wanted != "flash" or shards > 1 or few:
+            return "xla"
     is_ring = sequence_parallel == "ring" and shards > 1
-    chunk = q.shape[2] // shards // (2 if mask.order > 1 else 1)
+    chunk = q.shape[2] // shards // (2 if (mask.order or 1) > 1 else 1)
     lacking = {
         "adds no bias to scores, as model.positions asks for": bias,
         "drops no weights, as model.attention_dropout asks for": dropout,
@@ -62,6 +65,15 @@ def choose(
             "does not run in a ring: set model.sequence_parallel=gather": is_ring,
             f"needs the consecutive tokens of a shard ({chunk}) to be a multiple of "
             f"{splash.LANES}": chunk % splash.LANES != 0,
+        },
+        "flash": lacking
+        | {
+            "runs on GPUs, or interpreted on CPUs": rules.platform not in ("gpu", "cpu"),
+            f"computes in 16 bits on GPUs, not in {q.dtype}: set model.dtype": (
+                rules.platform == "gpu" and q.dtype.itemsize != 2
+            ),
+            "does not run in a ring: set model.sequence_parallel=gather": is_ring,
+            f"needs a head_dim ({size}) of at most {flash.LARGEST_HEAD}": size > flash.LARGEST_HEAD,
         },
         "cudnn": lacking
         | {
@@ -130,14 +142,25 @@ def attend(
         specs = queries, keys
         return splash.attend(q, k, v, mask, rules, specs=specs, scale=scale, softcap=softcap)
     is_ring = chosen == "xla" and sequence_parallel == "ring"
+    index = None  # [1, T], of the queries in their stream
+    if mask.order is not None:
+        index = zigzag.positions(q.shape[2], mask.order)[None]
 
-    def local(q: Array, k: Array, v: Array, mask: Mask, bias: Array | None) -> jax.Array:
+    def local(
+        q: Array, k: Array, v: Array, mask: Mask, bias: Array | None, index: Array | None
+    ) -> jax.Array:
         if chosen == "cudnn":
             return cudnn.attend(q, k, v, mask, scale=scale)
         if is_ring:
             ring = Options(rules.axes("length"), rules.size("length"), scale, softcap)
             return ring_attend(ring, q, k, v, mask)
         k, v = (splash.gather_length(x, rules, 2) for x in (k, v))
+        if chosen == "flash":
+            keys = None if index is None else splash.gather_length(index, rules, 1)[0]
+            indices = None if index is None or keys is None else (index[0], keys)
+            cpu = rules.platform == "cpu"
+            options = {"scale": scale, "softcap": softcap, "interpret": cpu}
+            return flash.attend(q, k, v, mask, indices, **options)
         return dot_product.attend(q, k, v, mask, scale=scale, softcap=softcap, bias=bias)
 
     key_length = "length" if chosen == "cudnn" or is_ring else None
@@ -146,9 +169,12 @@ def attend(
     )
     rows = "batch" if bias is not None and bias.shape[0] > 1 else None
     biases = None if bias is None else rules.spec(rows, "heads", "length", None)
-    in_specs = (queries, keys, keys, marks, biases)
-    y = rules.shard_map(local, in_specs=in_specs, out_specs=queries)(q, k, v, mask, bias)
-    return y if is_ring else checkpoint_name(y, "attended")
+    indices = None if index is None else rules.spec(None, "length")
+    run = rules.shard_map(
+        local, in_specs=(queries, keys, keys, marks, biases, indices), out_specs=queries
+    )
+    y = run(q, k, v, mask, bias, index)
+    return y if is_ring or chosen == "flash" else checkpoint_name(y, "attended")
 
 
 def _spread(k: Array, v: Array, rules: Rules) -> tuple[Array, Array, str]:

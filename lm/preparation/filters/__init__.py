@@ -39,14 +39,37 @@ def apply(filters: Sequence[Filter], document: Document) -> Document | Skipped:
 
 @functools.cache
 def load(text: str) -> Filter:
-    """Return the filter that a flag names.
+    """Return the filter that a flag names; it raises ValueError, with the document, where it fails.
 
     Raises:
         ValueError: there is no such filter, parameter or value.
         ModuleNotFoundError: a package that it needs is not installed.
     """
+    return functools.partial(_checked, text, _build(text))
+
+
+@functools.cache
+def _build(text: str) -> Filter:
     _, build, given = _parse(text)
     return build(**given)
+
+
+def _checked(text: str, keep: Filter, document: Document) -> Document | Skipped:
+    """Return `keep(document)`. Raises ValueError where it fails, or returns something else."""
+    try:
+        item = keep(document)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"--filter={text!r} failed on {document.id}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(item, Document | Skipped):
+        raise ValueError(
+            f"--filter={text!r} made {type(item).__name__} of {document.id}; a filter returns a "
+            "Document, or Skipped"
+        )
+    return item
 
 
 def identity(text: str) -> dict[str, Any]:
@@ -57,7 +80,7 @@ def identity(text: str) -> dict[str, Any]:
     content = {
         "filter": name,
         "parameters": defaults | given,
-        "inputs": getattr(load(text), "inputs", ""),  # a hash of the files that it reads
+        "inputs": getattr(_build(text), "inputs", ""),  # a hash of the files that it reads
         "versions": {name: version(name) for name in getattr(module, "PACKAGES", ())},
     }
     return json.loads(json.dumps(content, default=str))
@@ -78,7 +101,10 @@ def _builder(name: str, flag: str) -> Callable[..., Filter]:
         return importlib.import_module(f"lm.preparation.filters.{name}").build
     if "." not in name:
         known = f"{', '.join(NAMES)}{suggestion(name, NAMES)}"
-        raise ValueError(f"{flag} is no filter; there are: {known}, and modules of your own")
+        raise ValueError(
+            f"{flag} is no filter; there are: {known}, and modules of your own, whose names have "
+            "a dot: package.module"
+        )
     return import_component(name, flag, needed=("build",)).build
 
 

@@ -11,6 +11,10 @@ def build(*, keep: str = "en", min_probability: float = 0.65) -> Filter:
     keep: codes of ISO 639-1, separated by commas. min_probability: of the most probable language;
     below it, a document is dropped as language/unsure.
     """
+    if not 0 <= min_probability <= 1:
+        raise ValueError(
+            f"--filter=language min_probability ({min_probability:g}) must be in [0, 1]"
+        )
     langid = installed("py3langid.langid", "py3langid")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     kept = words("--filter=language keep", keep, sorted(identifier.labels))
