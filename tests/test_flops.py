@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.config.schema import MeshConfig, OptimizerConfig
+from lm.config.components import COMPONENTS, component
+from lm.config.schema import MeshConfig
 from lm.layers.attention.scores import mean_keys
 from lm.layers.lora import LoraConfig
 from lm.layers.moe.moe import MoeConfig
@@ -314,7 +315,8 @@ MOMENTS = {"adamw": (2, 2), "lion": (1, 1), "sgd": (1, 1), "muon": (1, 2)}
 @pytest.mark.parametrize("kind", ["biases", "experts"])
 def test_optimizer_bytes_are_those_of_its_moments_and_averages(kind, moment_dtype, name, ema_decay):
     config = variant(kind)
-    optimizer = OptimizerConfig(name=name, ema_decay=ema_decay, moment_dtype=moment_dtype, b2=0.95)
+    make = component(COMPONENTS["optimizer"], name).Config
+    optimizer = make(name=name, ema_decay=ema_decay, moment_dtype=moment_dtype, b2=0.95)
     groups = flops.parameters(config).groups
     matrices = sum(
         p.size for p in flops.abstract_parameters(config) if p.role in ("hidden", "router")

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from lm.config.components import COMPONENTS, component
 from lm.config.schema import OptimizerConfig, ScheduleConfig
 from lm.layers.lora import LoraConfig
 from lm.layers.moe.moe import MoeConfig
@@ -114,6 +115,11 @@ def random_tree(shapes, seed, size=1.0):
     return {n: (size * rng.normal(size=shape)).astype(np.float32) for n, shape in shapes.items()}
 
 
+def config_of(name, *values, **changes):
+    """The config of the optimizer `name`, of its own class."""
+    return component(COMPONENTS["optimizer"], name).Config(name, *values, **changes)
+
+
 def run(config, params, gradients, boxed=None, num_steps=100):
     """(parameters after each gradient, last state), and the transformation."""
     tx = make_optimizer(config, box() if boxed is None else boxed, num_steps)
@@ -142,7 +148,7 @@ def test_roles_follow_the_logical_axes():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("decay_roles", [("matrix",), ("embedding", "vector"), ()])
 def test_only_the_named_roles_decay(name, decay_roles):
-    config = OptimizerConfig(
+    config = config_of(
         name, 0.1, CONSTANT, weight_decay=0.5, decay_roles=decay_roles, muon_learning_rate=0.2
     )
     params = random_tree(SHAPES, 0)
@@ -197,7 +203,7 @@ def test_every_optimizer_learns_a_regression(name):
     y = (x @ truth).astype(np.float32)
     axes, shapes = {"up": ("embed", "mlp"), "bias": ("mlp",)}, {"up": (6, 9), "bias": (9,)}
     rate = {"adafactor": 0.5, "sgd": 0.05, "muon": 0.3}.get(name, 0.1)
-    config = OptimizerConfig(name, rate, ScheduleConfig(), weight_decay=0.0, clip_norm=0.0)
+    config = config_of(name, rate, ScheduleConfig(), weight_decay=0.0, clip_norm=0.0)
     tx = make_optimizer(config, box(shapes, shapes, axes), 150)
 
     def loss(params):
@@ -216,7 +222,7 @@ def test_every_optimizer_learns_a_regression(name):
 
 
 def test_muon_updates_stacked_layers_as_it_updates_each():
-    config = OptimizerConfig("muon", 0.1, CONSTANT, muon_learning_rate=0.3, clip_norm=0.0)
+    config = config_of("muon", 0.1, CONSTANT, muon_learning_rate=0.3, clip_norm=0.0)
     params = random_tree(SHAPES, 0)
     gradients = [random_tree(SHAPES, seed) for seed in (1, 2)]
     (*_, stacked), _ = run(config, params, gradients)
@@ -230,7 +236,7 @@ def test_muon_updates_stacked_layers_as_it_updates_each():
 
 
 def test_muon_makes_the_singular_values_of_matrices_equal():
-    config = OptimizerConfig(
+    config = config_of(
         "muon", 1.0, CONSTANT, weight_decay=0.0, muon_learning_rate=1.0, clip_norm=0.0
     )
     params, gradient = random_tree(SHAPES, 0), random_tree(SHAPES, 1)
@@ -326,7 +332,7 @@ def test_muon_makes_adapters_and_convolutions_orthogonal_as_the_maps_that_they_a
         "convolution": ("layers", "embed", "taps", "gates", "mlp"),
     }
     shapes = {"lora_b": (3, 4, 4, 6), "convolution": (3, 6, 3, 2, 7)}
-    config = OptimizerConfig("muon", 1.0, CONSTANT, weight_decay=0.0, clip_norm=0.0)
+    config = config_of("muon", 1.0, CONSTANT, weight_decay=0.0, clip_norm=0.0)
     params, gradient = random_tree(shapes, 0), random_tree(shapes, 1)
     [after], _ = run(config, params, [gradient], box(shapes, shapes, axes))
     for name, (rows, columns) in {"lora_b": (4, 24), "convolution": (18, 14)}.items():
@@ -342,7 +348,7 @@ def test_bfloat16_moments_leave_the_constants_of_muon_exact():
     gradient = {"up": np.random.default_rng(1).integers(-8, 8, (8, 16)).astype(np.float32)}
     steps = []
     for dtype in ("float32", "bfloat16"):
-        config = OptimizerConfig("muon", 1.0, CONSTANT, moment_dtype=dtype, clip_norm=0.0)
+        config = config_of("muon", 1.0, CONSTANT, moment_dtype=dtype, clip_norm=0.0)
         [after], _ = run(config, params, [gradient], box(shapes, shapes, axes))
         steps.append(np.asarray(after["up"]))
     np.testing.assert_array_equal(*steps)
@@ -448,7 +454,7 @@ def test_moments_in_bfloat16_take_half_and_steer_the_same_way(name):
     params = {"w": jax.random.normal(jax.random.key(0), (8, 16))}
     updates, sizes = {}, {}
     for dtype in ("float32", "bfloat16"):
-        config = OptimizerConfig(name, schedule=CONSTANT, moment_dtype=dtype, weight_decay=0.0)
+        config = config_of(name, schedule=CONSTANT, moment_dtype=dtype, weight_decay=0.0)
         tx = make_optimizer(config, boxed, 10)
         state = tx.init(params)
         for step in range(20):

@@ -125,6 +125,12 @@ class OptimizerConfig:
         "Roles of parameters that decay: matrix, embedding, vector.",
         choices=("matrix", "embedding", "vector"),
     )
+    decay_rule: str = field(
+        "decoupled",
+        "Weights that decay: all (decoupled), or those that their update brings nearer to zero "
+        "(cautious, arXiv:2510.12402).",
+        choices=("decoupled", "cautious"),
+    )
     b1: float = field(0.9, "Decay of the first moment; the momentum of lion and sgd.", ge=0, lt=1)
     b2: float = field(0.95, "Decay of the second moment.", ge=0, lt=1)
     eps: float = field(1e-8, "Added to the root of the second moment.", gt=0)

@@ -15,15 +15,12 @@ from lm.config.components import COMPONENTS, component
 from lm.config.fields import check_values
 from lm.config.schema import OptimizerConfig
 from lm.optim import parametrization
-from lm.optim.optimizer_state import average_weights, track_norms
-from lm.optim.optimizers import OptimizerContext, is_masked
+from lm.optim.optimizer_state import average_weights, owner_path, track_norms
+from lm.optim.optimizers import OptimizerContext, check_moments, is_masked
 from lm.optim.param_tree import is_box
 from lm.optim.parametrization import STANDARD, Scaling
 from lm.optim.schedules import make_schedule
 from lm.types import Params
-
-# An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
-LARGEST_BFLOAT16_DECAY = 0.99
 
 
 def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
@@ -31,11 +28,12 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
     a kind of step that the table of the parametrization has not.
     """
     optimizer = component(COMPONENTS["optimizer"], config.name)
-    if not isinstance(config, OptimizerConfig):
+    if not issubclass(optimizer.Config, OptimizerConfig):
         raise ValueError(
             f"config.optimizer.name ({config.name}): its Config must be a subclass of "
             "lm.config.schema.OptimizerConfig, whose fields every optimizer has"
         )
+    assert isinstance(config, optimizer.Config), "made by lm.config.conversion.resolve"
     check_values(config, "config.optimizer")
     if not scaling.has(rule := optimizer.STEPS["matrix"]):
         raise ValueError(
@@ -45,12 +43,7 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
         )
     if hasattr(optimizer, "check"):
         optimizer.check(config)
-    if config.moment_dtype == "bfloat16" and max(config.b1, config.b2) > LARGEST_BFLOAT16_DECAY:
-        raise ValueError(
-            f"config.optimizer.b1 ({config.b1}) and b2 ({config.b2}) must be at most "
-            f"{LARGEST_BFLOAT16_DECAY} for config.optimizer.moment_dtype (bfloat16): smaller steps "
-            "of an average are lost to its rounding"
-        )
+    check_moments(config, "b1", "b2")
 
 
 def parameter_roles(boxed: Params) -> Params:
@@ -71,23 +64,33 @@ def _row(path: KeyPath, leaf: nn.Partitioned) -> str:
 
 
 def store_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner`, computing in float32 on a state that is stored as `dtype`; its integers stay."""
+    """`inner`, computing in float32 on moments that are stored as `dtype`.
+
+    A moment is a leaf of the state that has the path of a parameter; constants, counts and other
+    statistics keep their type.
+    """
     if dtype == "float32":
         return inner
 
-    def cast(state: optax.OptState, to: jax.typing.DTypeLike) -> optax.OptState:
-        return jax.tree.map(
-            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
-        )
+    def cast(
+        state: optax.OptState, params: optax.Params, to: jax.typing.DTypeLike
+    ) -> optax.OptState:
+        names = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+        def one(path: KeyPath, x: jax.Array) -> jax.Array:
+            is_moment = owner_path(path, names) and jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(to) if is_moment else x
+
+        return jax.tree_util.tree_map_with_path(one, state)
 
     def init(params: optax.Params) -> optax.OptState:
-        return cast(inner.init(params), dtype)
+        return cast(inner.init(params), params, dtype)
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        new, state = inner.update(updates, cast(state, updates, jnp.float32), params)
+        return new, cast(state, updates, dtype)
 
     return optax.GradientTransformation(init, update)
 
@@ -113,14 +116,23 @@ def make_factors(config: OptimizerConfig, boxed: Params, scaling: Scaling) -> Pa
     return jax.tree_util.tree_map_with_path(one, boxed, parameter_roles(boxed), is_leaf=is_box)
 
 
-def scale_and_decay(weight_decay: float, factors: Params) -> optax.GradientTransformation:
-    """Scale updates by their parameter's factor on the learning rate, and add its weight decay."""
+def scale_and_decay(
+    weight_decay: float, factors: Params, rule: str = "decoupled"
+) -> optax.GradientTransformation:
+    """Scale updates by their parameter's factor on the learning rate, and add its weight decay.
+
+    By the rule `cautious` (arXiv:2510.12402) only weights whose sign is that of their update decay:
+    those that the step brings nearer to zero.
+    """
 
     def one(f: ParameterFactors, update: jax.Array, param: jax.Array) -> jax.Array:
         if is_masked(update):
             return update
         update = update if f.rate == 1 else f.rate * update
-        return update + weight_decay * param if f.decays else update
+        if not f.decays:
+            return update
+        decay = weight_decay * param
+        return update + (jnp.where(update * param >= 0, decay, 0) if rule == "cautious" else decay)
 
     return optax.stateless(lambda updates, params: jax.tree.map(one, factors, updates, params))
 
@@ -159,20 +171,28 @@ def sign_update_router_bias(
 
 
 def make_optimizer(
-    config: OptimizerConfig, boxed: Params, num_steps: int, scaling: Scaling = STANDARD
+    config: OptimizerConfig,
+    boxed: Params,
+    num_steps: int,
+    scaling: Scaling = STANDARD,
+    shardings: Params | None = None,
 ) -> optax.GradientTransformation:
-    """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate."""
+    """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate.
+
+    shardings: those of gradients and updates; None: on one device.
+    """
     check(config, scaling)
     roles, factors = parameter_roles(boxed), make_factors(config, boxed, scaling)
     schedule = make_schedule(config.schedule, num_steps)
 
     def decay_and_scale(peak: float) -> list[optax.GradientTransformation]:
-        decay = scale_and_decay(config.weight_decay, factors)
+        decay = scale_and_decay(config.weight_decay, factors, config.decay_rule)
         return [decay, optax.scale_by_learning_rate(lambda step: peak * schedule(step))]
 
     store = functools.partial(store_as, config.moment_dtype)
     adam = store(optax.scale_by_adam(config.b1, config.b2, config.eps, nesterov=config.nesterov))
-    context = OptimizerContext(boxed, roles, store, with_epsilons(adam, factors), decay_and_scale)
+    adam = with_epsilons(adam, factors)
+    context = OptimizerContext(boxed, roles, store, adam, decay_and_scale, shardings)
     core = component(COMPONENTS["optimizer"], config.name).build(config, context)
     if not isinstance(core, list) or not all(hasattr(link, "update") for link in core):
         raise ValueError(

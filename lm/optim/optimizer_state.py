@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
 
 from lm.types import Params
 
@@ -97,6 +100,12 @@ def set_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptSt
     )
 
 
+def owner_path(path: KeyPath, names: Container[str]) -> str | None:
+    """The parameter, one of `names`, that a leaf of the state belongs to: its path ends the leaf's."""
+    tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
+    return next((tail for tail in tails if tail in names), None)
+
+
 def shard_like_params(
     opt_state: optax.OptState,
     params: Params,
@@ -105,22 +114,32 @@ def shard_like_params(
 ) -> optax.OptState:
     """An abstract optimizer state with the shardings of the parameters that its leaves belong to.
 
-    A leaf belongs to the parameter whose path ends its own, if the shapes agree, and lies in
-    `memory`; others are replicated, on the devices. (`optax.tree_map_params` runs init on one
-    placeholder for all parameters, which partitions by label and states by layer don't accept.)
+    A leaf belongs to the parameter whose path ends its own, if the shapes agree but for dimensions
+    of one, and lies in `memory`; others are replicated, on the devices. (`optax.tree_map_params`
+    runs init on one placeholder for all parameters, which partitions by label and states by layer
+    don't accept.)
     """
     owners = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    kind = {"device": None, "host": "pinned_host"}[memory]
 
-    def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
-        owner = next((owners[tail] for tail in tails if tail in owners), None)
-        sharding = replicated
-        if owner is not None and owner.shape == leaf.shape:
-            kinds = {"device": None, "host": "pinned_host"}
-            sharding = owner.sharding.with_memory_kind(kinds[memory])
+    def one(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name, sharding = owner_path(path, owners), replicated
+        if name is not None and _is_like(leaf.shape, owners[name].shape):
+            owner = owners[name]
+            own = owner.sharding.spec
+            spec = [axes if leaf.shape[i] == owner.shape[i] else None for i, axes in enumerate(own)]
+            sharding = owner.sharding.update(spec=P(*spec)).with_memory_kind(kind)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, opt_state)
+
+
+def _is_like(shape: Sequence[int], owner: Sequence[int]) -> bool:
+    """True for the shape of a parameter, or of statistics that keep its dimensions."""
+    if shape == owner:
+        return True
+    pairs = zip(shape, owner, strict=False)
+    return len(shape) == len(owner) and max(shape) > 1 and all(n in (1, m) for n, m in pairs)

@@ -28,11 +28,12 @@ class Work:
     unknown: tuple[str, ...]  # kernels that don't say how much they compute
     hbm_bytes: float
     loops: tuple[str, ...] = ()  # that end on data, as far as the program tells: counted once
+    optimizer_flops: float = 0.0  # those of the optimizer's update
 
 
 def count_flops_and_hbm_bytes(module: Module) -> Work:
     """The work of one device in a step, trip counts multiplied in."""
-    total, moved = 0.0, 0.0
+    total, moved, optimizer = 0.0, 0.0, 0.0
     unknown: dict[str, None] = {}
     loops: dict[str, None] = {}
     for visit in hlo.walk(module.entry):
@@ -44,11 +45,13 @@ def count_flops_and_hbm_bytes(module: Module) -> Work:
         count = flops(instruction)
         if count is None:
             unknown[visit.op_name or instruction.target] = None
-        else:
+        elif count:
             total += visit.times * count
+            if module.source(visit.frame).startswith(hlo.OPTIMIZER):
+                optimizer += visit.times * count
         if visit.outer is None:
             moved += visit.times * _hbm_traffic(instruction)
-    return Work(total, tuple(unknown), moved, tuple(loops))
+    return Work(total, tuple(unknown), moved, tuple(loops), optimizer)
 
 
 def flops(instruction: Instruction) -> float | None:

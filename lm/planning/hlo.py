@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import jax
 
 HBM = 0  # memory space of a layout; 5 is the host's, everything else is on the chip
+OPTIMIZER = "lm/optim/"  # how the source lines of the optimizer's update start
 _CALLS = ("call", "async-start", "fusion")
 
 

@@ -79,6 +79,7 @@ class Plan:
     warnings: tuple[str, ...]
     compile_seconds: float
     compile_cpu_seconds: float
+    optimizer_transfers: tuple[Transfer, ...] = ()  # those of `transfers` that the update makes
 
     @property
     def headroom(self) -> int | None:
@@ -121,7 +122,8 @@ def from_json(text: str) -> Plan:
         for name in ("largest", "largest_temporary")
     }
     tree["memory"] = Memory(**tree["memory"] | largest)
-    tree["transfers"] = tuple(Transfer(**transfer) for transfer in tree["transfers"])
+    for name in ("transfers", "optimizer_transfers"):
+        tree[name] = tuple(Transfer(**transfer) for transfer in tree[name])
     tree |= {"work": Work(**tree["work"]), "times": StepTimeBounds(**tree["times"])}
     tree["save"] = SaveCost(**tree["save"]) if tree["save"] else None
     return Plan(**tree)
@@ -258,7 +260,9 @@ def analyse(
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
     found = traffic.collectives(module, mesh.shape, slices=c.mesh.slices)
-    sent = interconnect.transfers(found, target, interconnect.chip_coords(target, mesh))
+    coords = interconnect.chip_coords(target, mesh)
+    sent = interconnect.transfers(found, target, coords)
+    update = [c for c in found if c.source.startswith(hlo.OPTIMIZER)]
     work = costs.count_flops_and_hbm_bytes(module)
     rows, length = experiment.batch_size, c.data.length
     if decode is not None:
@@ -286,6 +290,7 @@ def analyse(
         warnings=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
+        optimizer_transfers=interconnect.transfers(update, target, coords),
     )
     plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)

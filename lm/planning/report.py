@@ -149,6 +149,12 @@ def _traffic(plan: Plan) -> Iterator[str]:
                 f"  {t.kind:20} {t.axis:14} {format_bytes(t.bytes):>10}  {_bar(t.bytes / most)} "
                 f"{t.count:6.0f} x {t.size:<4} {least:>9} {where:8} {t.source}"
             )
+    if plan.optimizer_transfers:
+        parts = [f"{t.kind} {t.axis} {format_bytes(t.bytes)}" for t in plan.optimizer_transfers]
+        sent = format_bytes(sum(t.bytes for t in plan.optimizer_transfers))
+        times = [t.seconds for t in plan.optimizer_transfers if t.seconds is not None]
+        least = f", at least {duration(sum(times))}" if times else ""
+        yield f"  of which the optimizer {sent}{least}: {', '.join(parts)}"
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -163,6 +169,9 @@ def _time(plan: Plan) -> Iterator[str]:
     if model_flops:
         ratio = f", {flops / model_flops:.2f} times the model's {format_quantity(model_flops)}FLOP"
     yield f"  products of {format_quantity(flops)}FLOP on each device{ratio}"
+    if plan.work.optimizer_flops:
+        share = plan.work.optimizer_flops / flops
+        yield f"  of which the optimizer {format_quantity(plan.work.optimizer_flops)}FLOP ({share:.1%})"
 
 
 def _rate(plan: Plan) -> str:

@@ -204,7 +204,9 @@ class Experiment:
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
         boxed = self.initializer.trained(self.boxed_params)
-        return chain.make_optimizer(self.config.optimizer, boxed, self.num_steps, self._scaling)
+        return chain.make_optimizer(
+            self.config.optimizer, boxed, self.num_steps, self._scaling, self._gradient_shardings
+        )
 
     @property
     def _gradient_shardings(self) -> Params:

@@ -21,8 +21,11 @@ from collections.abc import Callable
 
 import optax
 
+from lm.config.schema import OptimizerConfig
 from lm.types import Params
 
+# An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
+LARGEST_BFLOAT16_DECAY = 0.99
 # Beside them router_bias, which no optimizer takes: lm.optim.chain.sign_update_router_bias.
 ROLES = ("matrix", "embedding", "vector")
 
@@ -32,9 +35,10 @@ class OptimizerContext:
     """The parameters of a run, and the transformations that optimizers share.
 
     boxed: the abstract parameters with their logical axes. roles: the role of each parameter, from
-    `lm.optim.chain.parameter_roles`. store: a transformation whose state is kept as
+    `lm.optim.chain.parameter_roles`. store: a transformation whose moments are kept as
     `config.moment_dtype`. decay_and_scale: the last links of every chain, from the peak of the
-    learning rate: weight decay, and the learning rate on schedule.
+    learning rate: weight decay, and the learning rate on schedule. shardings: those of the
+    gradients, moments and updates of the parameters; None: on one device.
     """
 
     boxed: Params
@@ -42,6 +46,19 @@ class OptimizerContext:
     store: Callable[[optax.GradientTransformation], optax.GradientTransformation]
     adam: optax.GradientTransformation
     decay_and_scale: Callable[[float], list[optax.GradientTransformation]]
+    shardings: Params | None = None
+
+
+def check_moments(config: OptimizerConfig, *names: str) -> None:
+    """Raise ValueError where moments in bfloat16 lose the steps of averages of these decays."""
+    values = [getattr(config, name) for name in names]
+    if config.moment_dtype == "bfloat16" and max(values) > LARGEST_BFLOAT16_DECAY:
+        given = " and ".join(f"{n} ({v})" for n, v in zip(names, values, strict=True))
+        raise ValueError(
+            f"config.optimizer.{given} must be at most {LARGEST_BFLOAT16_DECAY} for "
+            "config.optimizer.moment_dtype (bfloat16): smaller steps of an average are lost to its "
+            "rounding"
+        )
 
 
 def is_masked(x: object) -> bool:
