@@ -1,14 +1,15 @@
 """Matrices whole on their owners: a function of matrices runs once for each of them.
 
-A parameter that is sharded over mesh axes is a stack of matrices of which every device holds a part.
-Left to the compiler, each device all-gathers the stack and repeats the function for all of it. Here
-matrices of one shape and one sharding, from however many parameters, are divided among the devices:
-an all-to-all gives each of them a few whole ones, and another one gives the shards of the results
-back. Devices that hold the same shards (over `data`, say) divide the matrices too, and gather the
-results.
+A parameter that is sharded over mesh axes is a stack of matrices of which every device holds parts.
+Left to the compiler, devices gather matrices, or shards of their products, in every iteration, and
+replicas repeat each other's work. Here matrices of one shape and one sharding, from however many
+parameters, are divided among the devices: an all-to-all gives each of them a few whole ones, and
+another one gives the shards of the results back. Devices that hold the same shards (over `data`,
+say) divide the matrices too, and gather the results.
 
-Which rows and columns are next to each other inside a matrix is the compiler's business: f(P X Q)
-must be P f(X) Q for permutations P and Q, and f(X^T) = f(X)^T. Functions of singular values are so.
+Rows and columns of a whole matrix lie in the order of the shards that they come from, and some
+matrices are transposed: f(P X Q) must be P f(X) Q for permutations P and Q, and f(X^T) be f(X)^T,
+as functions of the singular values are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 # Elements of the matrices that the function sees at once, of which it holds a few copies: 256 MiB
@@ -83,7 +84,7 @@ def make_stack(
     return Stack(group, stacked + rows + columns, len(stacked), len(rows))
 
 
-def replicas(group: Group, count: int, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+def replicas(group: Group, count: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The mesh axes over which shards of a group are replicated, and which leave a device fewer of
     `count` matrices than the devices of one replica would.
     """
@@ -137,9 +138,7 @@ def apply(
         return tuple(results)
 
     specs = tuple(s.spec for s in shardings)
-    run = jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
-    )
+    run = jax.shard_map(on_each_device, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
     return list(run(*arrays))
 
 
@@ -148,12 +147,11 @@ def _exchange(
     x: jax.Array,
     group: Group,
     among: tuple[str, ...],
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> jax.Array:
     """The function of N matrices of which each device has a part: x [N, m / rows, n / columns]."""
     rows, columns, copies = (
-        math.prod(mesh.shape[axis] for axis in axes)
-        for axes in (group.rows, group.columns, among)
+        math.prod(mesh.shape[axis] for axis in axes) for axes in (group.rows, group.columns, among)
     )
     axes, shards = group.rows + group.columns, rows * columns
     count, height, width = x.shape
@@ -162,13 +160,20 @@ def _exchange(
     if among:
         x = lax.dynamic_slice_in_dim(x, lax.axis_index(among) * own * shards, own * shards)
     if axes:
-        x = lax.all_to_all(x, axes, 0, 0, tiled=True)  # [shards * own, height, width]
+        x = _all_to_all(x, axes)  # [shards * own, height, width]
         x = x.reshape(rows, columns, own, height, width).transpose(2, 0, 3, 1, 4)
     x = _in_parts(function, x.reshape(own, *group.size))
     if axes:
         x = x.reshape(own, rows, height, columns, width).transpose(1, 3, 0, 2, 4)
-        x = lax.all_to_all(x.reshape(shards * own, height, width), axes, 0, 0, tiled=True)
+        x = _all_to_all(x.reshape(shards * own, height, width), axes)
     return lax.all_gather(x, among, axis=0, tiled=True) if among else x
+
+
+def _all_to_all(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Part i of x to device i, and the parts of all devices in their order."""
+    # XLA's CPU compiler (jaxlib 0.10.2) simplifies the parts one by one, transpositions among them,
+    # and then refuses an all-to-all of different layouts ("operands with different shapes")
+    return lax.all_to_all(lax.optimization_barrier(x), axes, 0, 0, tiled=True)
 
 
 def _in_parts(function: Function, x: jax.Array) -> jax.Array:

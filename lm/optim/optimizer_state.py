@@ -101,7 +101,7 @@ def set_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptSt
 
 
 def owner_path(path: KeyPath, names: Container[str]) -> str | None:
-    """The parameter, one of `names`, that a leaf of the state belongs to: its path ends the leaf's."""
+    """The parameter, one of `names`, whose path ends that of a leaf of the state; None: none."""
     tails = (jax.tree_util.keystr(path[i:]) for i in range(len(path)))
     return next((tail for tail in tails if tail in names), None)
 

@@ -169,9 +169,8 @@ def _time(plan: Plan) -> Iterator[str]:
     if model_flops:
         ratio = f", {flops / model_flops:.2f} times the model's {format_quantity(model_flops)}FLOP"
     yield f"  products of {format_quantity(flops)}FLOP on each device{ratio}"
-    if plan.work.optimizer_flops:
-        share = plan.work.optimizer_flops / flops
-        yield f"  of which the optimizer {format_quantity(plan.work.optimizer_flops)}FLOP ({share:.1%})"
+    if own := plan.work.optimizer_flops:
+        yield f"  of which the optimizer {format_quantity(own)}FLOP ({own / flops:.1%})"
 
 
 def _rate(plan: Plan) -> str:

@@ -96,8 +96,11 @@ def build(config: Config, context: OptimizerContext) -> list[optax.GradientTrans
     matrices = [
         context.store(nesterov_momentum(config.muon_momentum)),
         orthogonalize(config, dimensions, _of_matrices(context)),
-        *([context.store(normalize_neurons(config.normuon_b2, config.eps, dimensions))]
-          if config.normuon_b2 else []),
+        *(
+            [context.store(normalize_neurons(config.normuon_b2, config.eps, dimensions))]
+            if config.normuon_b2
+            else []
+        ),
         scale_to_adam(dimensions),
         *context.decay_and_scale(config.learning_rate if rate is None else rate),
     ]
@@ -129,7 +132,7 @@ def matrix_dimensions(names: Sequence[str | None]) -> MuonDimensionNumbers:
 
 
 class MomentumState(NamedTuple):
-    count: jax.Array  # int32 []: updates so far
+    step: jax.Array  # int32 []: updates so far
     mu: optax.Updates
 
 
@@ -144,11 +147,11 @@ def nesterov_momentum(decay: float) -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: MomentumState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MomentumState]:
-        mu, count = optax.tree.update_moment(updates, state.mu, decay, 1), state.count + 1
-        ahead = optax.tree.bias_correction(mu, decay, count + 1)
-        now = optax.tree.bias_correction(updates, decay, count)
+        mu, step = optax.tree.update_moment(updates, state.mu, decay, 1), state.step + 1
+        ahead = optax.tree.bias_correction(mu, decay, step + 1)
+        now = optax.tree.bias_correction(updates, decay, step)
         mixed = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, ahead, now)
-        return mixed, MomentumState(count, mu)
+        return mixed, MomentumState(step, mu)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore
 
@@ -195,9 +198,7 @@ def orthogonalize(
         leaves, structure = jax.tree.flatten(updates)
         sent = [x.astype(config.newton_schulz_dtype) for x in leaves]
         over_replicas = config.owners == "all"
-        found = matrix_owners.apply(
-            iterate, sent, sides, shardings, over_replicas=over_replicas
-        )
+        found = matrix_owners.apply(iterate, sent, sides, shardings, over_replicas=over_replicas)
         return structure.unflatten([x.astype(jnp.float32) for x in found])
 
     return optax.stateless(update)
@@ -207,9 +208,7 @@ class NeuronState(NamedTuple):
     nu: optax.Updates  # of a parameter's shape, with ones in place of its rows
 
 
-def normalize_neurons(
-    decay: float, eps: float, dimensions: Params
-) -> optax.GradientTransformation:
+def normalize_neurons(decay: float, eps: float, dimensions: Params) -> optax.GradientTransformation:
     """NorMuon (arXiv:2510.05491): divide orthogonal matrices by the root of an average of each
     neuron's mean square, then give them the norm of an orthogonal matrix again.
 
