@@ -98,6 +98,19 @@ def replicas(group: Group, count: int, mesh: Mesh | AbstractMesh) -> tuple[str, 
     return tuple(chosen)
 
 
+def _bundles(
+    stacks: Sequence[Stack], counts: Sequence[int], mesh: Mesh | AbstractMesh
+) -> list[list[int]]:
+    """The parameters of each exchange: one that all devices can divide evenly takes no copy among
+    others; the rest of a group are divided together.
+    """
+    found: dict[tuple[Group, int | None], list[int]] = {}
+    for i, (stack, count) in enumerate(zip(stacks, counts, strict=True)):
+        devices = mesh.size // math.prod(mesh.shape[axis] for axis in stack.group.stack)
+        found.setdefault((stack.group, None if count % devices else i), []).append(i)
+    return list(found.values())
+
+
 def apply(
     function: Function,
     arrays: Sequence[jax.Array],
@@ -115,26 +128,26 @@ def apply(
     shapes = [x.shape for x in arrays]
     stacks = [make_stack(*of) for of in zip(shapes, dimensions, known, strict=True)]
     if shardings is None or shardings[0].mesh.size == 1:
-        return [
-            s.parameter(_in_parts(function, s.matrices(x)), x)
-            for s, x in zip(stacks, arrays, strict=True)
-        ]
+
+        def alone(stack: Stack, x: jax.Array) -> jax.Array:
+            matrices = stack.matrices(x)
+            part = _at_once(len(matrices), stack.group.size)
+            return stack.parameter(_map(function, matrices.reshape(-1, part, *stack.group.size)), x)
+
+        return list(map(alone, stacks, arrays))
     mesh = shardings[0].mesh
-    groups: dict[Group, list[int]] = {}
-    for i, stack in enumerate(stacks):
-        groups.setdefault(stack.group, []).append(i)
 
     def on_each_device(*shards: jax.Array) -> tuple[jax.Array, ...]:
+        parts = [s.matrices(x) for s, x in zip(stacks, shards, strict=True)]
         results = list(shards)
-        for group, members in groups.items():
-            parts = [stacks[i].matrices(shards[i]) for i in members]
-            counts = [len(part) for part in parts]
-            among = replicas(group, sum(counts), mesh) if over_replicas else ()
-            whole = _exchange(function, jnp.concatenate(parts), group, among, mesh)
-            at = 0
-            for i, count in zip(members, counts, strict=True):
-                results[i] = stacks[i].parameter(whole[at : at + count], shards[i])
-                at += count
+        for members in _bundles(stacks, [len(part) for part in parts], mesh):
+            group, count = stacks[members[0]].group, sum(len(parts[i]) for i in members)
+            among = replicas(group, count, mesh) if over_replicas else ()
+            x = jnp.concatenate([parts[i] for i in members])
+            x = _exchange(function, x, group, among, mesh)
+            for i in members:
+                results[i] = stacks[i].parameter(x[: len(parts[i])], shards[i])
+                x = x[len(parts[i]) :]
         return tuple(results)
 
     specs = tuple(s.spec for s in shardings)
@@ -156,17 +169,22 @@ def _exchange(
     axes, shards = group.rows + group.columns, rows * columns
     count, height, width = x.shape
     own = -(-count // (shards * copies))  # matrices of a device; those of zeros stay zeros
+    part = _at_once(own, group.size)
     x = jnp.pad(x, ((0, own * shards * copies - count), (0, 0), (0, 0)))
-    if among:
-        x = lax.dynamic_slice_in_dim(x, lax.axis_index(among) * own * shards, own * shards)
-    if axes:
-        x = _all_to_all(x, axes)  # [shards * own, height, width]
-        x = x.reshape(rows, columns, own, height, width).transpose(2, 0, 3, 1, 4)
-    x = _in_parts(function, x.reshape(own, *group.size))
-    if axes:
-        x = x.reshape(own, rows, height, columns, width).transpose(1, 3, 0, 2, 4)
-        x = _all_to_all(x.reshape(shards * own, height, width), axes)
-    return lax.all_gather(x, among, axis=0, tiled=True) if among else x
+    x = x.reshape(own // part, copies, shards * part, height, width)
+    x = lax.dynamic_index_in_dim(x, lax.axis_index(among) if among else 0, 1, keepdims=False)
+
+    def on_owners(x: jax.Array) -> jax.Array:
+        if not axes:
+            return function(x)
+        x = _all_to_all(x, axes).reshape(rows, columns, part, height, width)
+        x = function(x.transpose(2, 0, 3, 1, 4).reshape(part, *group.size))
+        x = x.reshape(part, rows, height, columns, width).transpose(1, 3, 0, 2, 4)
+        return _all_to_all(x.reshape(shards * part, height, width), axes)
+
+    x = _map(on_owners, x)
+    x = lax.all_gather(x, among, axis=1, tiled=True) if among else x
+    return x.reshape(-1, height, width)
 
 
 def _all_to_all(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -176,11 +194,12 @@ def _all_to_all(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.all_to_all(lax.optimization_barrier(x), axes, 0, 0, tiled=True)
 
 
-def _in_parts(function: Function, x: jax.Array) -> jax.Array:
-    """The function of [N, m, n], of as many matrices at once as memory is meant to take."""
-    count, *size = x.shape
-    fitting = [k for k in range(1, count + 1) if count % k == 0 and k * math.prod(size) <= AT_ONCE]
-    part = max(fitting, default=1)
-    if part >= count:
-        return function(x)
-    return lax.map(function, x.reshape(-1, part, *size)).reshape(x.shape)
+def _at_once(count: int, size: tuple[int, int]) -> int:
+    """The largest part of `count` matrices, a divisor, that memory is meant to take."""
+    parts = [k for k in range(1, count + 1) if count % k == 0 and k * math.prod(size) <= AT_ONCE]
+    return max(parts, default=1)
+
+
+def _map(function: Function, x: jax.Array) -> jax.Array:
+    """The function of each x[i], without a loop for one."""
+    return function(x[0])[None] if len(x) == 1 else lax.map(function, x)
