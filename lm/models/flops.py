@@ -19,10 +19,12 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from lm.config.components import COMPONENTS, component
 from lm.config.schema import OptimizerConfig
 from lm.layers.block_config import BlockConfig
 from lm.models import ModelConfig, check_axes, init_params
 from lm.optim import chain, param_tree, parametrization
+from lm.optim.optimizers import UpdateCost
 from lm.parallel.sharding import AXES, DEFAULT_TABLE, Rules
 from lm.types import Params
 
@@ -250,6 +252,17 @@ def _optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
     init = chain.make_optimizer(optimizer, boxed, num_steps=1).init
     state = jax.tree.leaves(jax.eval_shape(init, nn.meta.unbox(boxed)))
     return sum(x.size * x.dtype.itemsize for x in state)
+
+
+def update_cost(config: ModelConfig, optimizer: OptimizerConfig) -> UpdateCost:
+    """The cost of an update when all parameters are trained."""
+    module = component(COMPONENTS["optimizer"], optimizer.name)
+    if not hasattr(module, "update_cost"):
+        return UpdateCost()
+    boxed = _boxed_parameters(_without_execution(config))
+    leaves, roles = jax.tree.leaves(boxed, is_leaf=param_tree.is_box), chain.parameter_roles(boxed)
+    pairs = zip(leaves, jax.tree.leaves(roles), strict=True)
+    return module.update_cost(optimizer, [leaf for leaf, role in pairs if role == "matrix"])
 
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`.

@@ -103,7 +103,9 @@ def estimate(
     done = one * batch_size * config.data.length
     pipeline = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
-    parts = {"compute": compute / (1 - pipeline.bubble)}
+    update = flops.update_cost(c, config.optimizer)
+    own = trained * update.flops / rules.mesh.size / peak
+    parts = {"compute": compute / (1 - pipeline.bubble) + own}
     turns = pipeline.num_iterations if stage > 1 else 1
     runs = 3 + (c.remat == "full")  # of a layer's exchanges: forward, backward, recomputation
     depth = c.num_layers / stage
@@ -119,6 +121,10 @@ def estimate(
         "expert": 2 * runs * depth * routed * HALF,
         "stage": 2 * turns / pipeline.num_microbatches * tokens * c.embed_dim * HALF,
     }
+    part = trained * held / FULL / count.total  # of the parameters, on a device
+    replicas = mesh["data"] * mesh["sequence"] if update.gathered else 1
+    sent["fsdp" if fsdp > 1 else "tensor"] += update.exchanged * part / replicas
+    sent["data"] += update.gathered * part
     if fsdp > WIDEST_GATHER and topology.chip.dims == 3:
         sent["fsdp"] *= 2
     sizes = list(mesh.values())

@@ -9,8 +9,14 @@ The contract. An optimizer is a module with
                              a size of their own, "sgd" of the gradient's
     build(config, context)   the links of an optax chain, from clipped gradients to updates
 
-and perhaps `check(config)`, which raises ValueError, naming config paths, for values that don't go
-together. Clipping, the average of the weights, frozen parameters and the biases of routers come
+and perhaps
+
+    check(config)            raises ValueError, naming config paths, for values that don't go
+                             together
+    update_cost(config, boxed)
+                             the `UpdateCost` of these parameters, for estimates of plans
+
+Clipping, the average of the weights, frozen parameters and the biases of routers come
 with all of them (lm.optim.chain.make_optimizer).
 """
 
@@ -28,6 +34,15 @@ from lm.types import Params
 LARGEST_BFLOAT16_DECAY = 0.99
 # Beside them router_bias, which no optimizer takes: lm.optim.chain.sign_update_router_bias.
 ROLES = ("matrix", "embedding", "vector")
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateCost:
+    """Work of an update beyond what is done element by element, of all devices together."""
+
+    flops: float = 0.0  # of products
+    exchanged: float = 0.0  # bytes that all-to-alls move
+    gathered: float = 0.0  # bytes that replicas gather from each other
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from optax.contrib import MuonDimensionNumbers
 from lm.config.fields import field
 from lm.config.schema import OptimizerConfig
 from lm.optim import matrix_owners
-from lm.optim.optimizers import OptimizerContext, check_moments
+from lm.optim.optimizers import OptimizerContext, UpdateCost, check_moments
 from lm.optim.param_tree import is_box
 from lm.types import Params
 
@@ -115,6 +115,17 @@ def _of_matrices(context: OptimizerContext) -> list[jax.sharding.NamedSharding] 
         return None
     pairs = zip(jax.tree.leaves(context.shardings), jax.tree.leaves(context.roles), strict=True)
     return [sharding for sharding, role in pairs if role == "matrix"]
+
+
+def update_cost(config: Config, boxed: Sequence[nn.Partitioned]) -> UpdateCost:
+    """The cost of orthogonalizing these parameters, all of them matrices."""
+    flops = size = 0
+    for leaf in boxed:
+        m, n = sorted(_sides(leaf.value, matrix_dimensions(leaf.names)))
+        count = leaf.value.size // (m * n)
+        flops += count * config.newton_schulz_steps * (4 * m * m * n + 2 * m**3)
+        size += leaf.value.size * jnp.dtype(config.newton_schulz_dtype).itemsize
+    return UpdateCost(flops, 2 * size, size if config.owners == "all" else 0)
 
 
 def matrix_dimensions(names: Sequence[str | None]) -> MuonDimensionNumbers:
