@@ -20,6 +20,7 @@ from lm.config import conversion
 from lm.config.components import COMPONENTS, component
 from lm.config.schema import ScheduleConfig
 from lm.models import flops
+from lm.optim import matrix_owners
 from lm.optim.chain import check, make_optimizer, store_as
 from lm.optim.optimizer_state import shard_like_params
 from lm.optim.optimizers import UpdateCost, muon
@@ -91,6 +92,24 @@ def test_newton_schulz_is_the_polynomials_of_the_singular_values(
         s = a * s + b * s**3 + c * s**5
     expected = (u * s[:, None, :]) @ v
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("name, slack", [("standard", 1.0), ("polar_express", 1.01)])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_the_values_of_the_config_reach_the_update(name, slack, dtype, tolerance):
+    """Two iterations, after which singular values still tell one table and type from another."""
+    axes, shapes = {"up": ("layers", "embed", "mlp")}, {"up": (3, 12, 20)}
+    config = config_of(newton_schulz=name, newton_schulz_steps=2, newton_schulz_dtype=dtype)
+    tx = make_optimizer(config, boxes(axes, shapes), 10)
+    gradient = random_tree(shapes, 0)
+    found = -jax.jit(lambda g: tx.update(g, tx.init(g), g)[0])(gradient)["up"]
+    u, s, v = np.linalg.svd(gradient["up"].astype(np.float64), full_matrices=False)
+    s = s / (slack * np.linalg.norm(s, axis=1, keepdims=True))
+    for a, b, c in muon.coefficients(name, 2):
+        s = a * s + b * s**3 + c * s**5
+    expected = 0.2 * 20**0.5 * (u * s[:, None, :]) @ v
+    error = np.abs(found - expected).max()
+    assert error < tolerance and (dtype == "float32" or error > 1e-4)
 
 
 def test_polar_express_converges_to_the_polar_factor():
@@ -257,6 +276,16 @@ def test_an_update_on_eight_devices_is_that_of_one(rules_on, mesh, owners):
     found = update(gradient, params)
     for n in AXES:
         np.testing.assert_allclose(found[n], expected[n], atol=1e-5, err_msg=n)
+
+
+@pytest.mark.parametrize(
+    "count, axes",
+    [(2, ()), (3, ("data",)), (4, ("data",)), (5, ("data", "sequence")), (8, ("data", "sequence"))],
+)
+def test_replicas_divide_matrices_while_that_leaves_them_fewer(rules_on, count, axes):
+    mesh = rules_on(data=2, fsdp=2, sequence=2).mesh
+    group = matrix_owners.Group((16, 24), ("fsdp",), (), ())
+    assert matrix_owners.replicas(group, count, mesh) == axes
 
 
 def lowered_update(rules, axes, shapes, *, placed=True, **changes):
