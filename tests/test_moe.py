@@ -25,6 +25,14 @@ KINDS = {
     "not normalized": dataclasses.replace(BASE, normalize=False, scale=2.5),
     "topk_softmax": dataclasses.replace(BASE, router="topk_softmax"),
     "sigmoid": dataclasses.replace(BASE, router="sigmoid", selection_bias=True, scale=1.5),
+    "groups": dataclasses.replace(
+        BASE,
+        router="sigmoid",
+        selection_bias=True,
+        num_groups=4,
+        num_groups_chosen=3,
+        sequence_balance_loss=0.2,
+    ),
     "shared": dataclasses.replace(BASE, shared_mlp_dim=8),
     "capacity": CAPACITY,
     "capacity, sigmoid": dataclasses.replace(CAPACITY, router="sigmoid", selection_bias=True),
@@ -88,20 +96,32 @@ def choices(config, params, x, filled):
     """bool [B, T, E]: the experts that each token is sent to, and those that take it."""
     scores = score(config, x @ params["router"])
     ranked = np.asarray(scores) + np.asarray(params.get("selection_bias", np.zeros(E)))
-    chosen = np.zeros((B, T, E), bool)
-    np.put_along_axis(chosen, np.argsort(-ranked, axis=-1)[..., :K], True, axis=-1)
-    chosen &= filled[..., None]
+    if config.num_groups > 1:
+        groups, picked = config.num_groups, config.num_groups_chosen
+        members = np.sort(ranked.reshape(B, T, groups, -1), axis=-1)[..., ::-1]
+        taken = best(members[..., : K // picked].sum(-1), picked)
+        ranked = np.where(np.repeat(taken, E // groups, axis=-1), ranked, -np.inf)
+    chosen = best(ranked, K) & filled[..., None]
     if config.dispatch == "dropless":
         return chosen, chosen
     return chosen, chosen & (np.cumsum(chosen, axis=1) <= config.capacity(T))  # a row's first
+
+
+def best(values, k):
+    """bool, where the k largest along the last axis are."""
+    found = np.zeros(values.shape, bool)
+    np.put_along_axis(found, np.argsort(-values, axis=-1)[..., :k], True, axis=-1)
+    return found
 
 
 def score(config, logits):
     return jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
 
 
-def loop(config, chosen, kept, filled, params, x):
-    """(y, terms of the loss) by the definition: every expert on every token."""
+def loop(config, chosen, kept, plain, filled, params, x):
+    """(y, terms of the loss) by the definition: every expert on every token. plain: the choices by
+    the scores alone.
+    """
     logits = x @ params["router"]
     scores = score(config, logits)
     if config.router == "topk_softmax":
@@ -118,19 +138,27 @@ def loop(config, chosen, kept, filled, params, x):
     if config.shared_mlp_dim:
         up, gate, down = (params["shared"][n]["weight"] for n in ("up", "gate", "down"))
         y = y + (jax.nn.silu(x @ gate) * (x @ up)) @ down
-    share = (scores / scores.sum(-1, keepdims=True))[filled].mean(0)
+    share = scores / scores.sum(-1, keepdims=True)
     log_z = jax.nn.logsumexp(logits, axis=-1)[filled]
     load = chosen.sum((0, 1)) / chosen.sum()
-    return y, {
-        "balance_loss": config.balance_loss * E * jnp.sum(load * share),
+    aux = {
+        "balance_loss": config.balance_loss * E * jnp.sum(load * share[filled].mean(0)),
         "router_z_loss": config.z_loss * jnp.mean(log_z**2),
     }
+    if config.sequence_balance_loss:
+        rows = [
+            E / K * jnp.sum(plain[b, filled[b]].mean(0) * share[b, filled[b]].mean(0)) * of_row
+            for b, of_row in enumerate(filled.sum(1) / filled.sum())
+        ]
+        aux["sequence_balance_loss"] = config.sequence_balance_loss * sum(rows)
+    return y, aux
 
 
 def expected(config, params, x, filled):
     """The results of `run` but for the gradient of a selection bias."""
     chosen, kept = choices(config, params, x, filled)
-    apply = functools.partial(loop, config, chosen, kept, filled)
+    plain = best(np.asarray(score(config, x @ params["router"])), K)
+    apply = functools.partial(loop, config, chosen, kept, plain, filled)
     grad = jax.value_and_grad(functools.partial(objective, apply), (0, 1), has_aux=True)
     (_, (y, aux)), (d_params, dx) = jax.jit(grad)(params, x)
     aux["expert_imbalance"] = chosen.sum((0, 1)).max() * E / chosen.sum()
@@ -159,7 +187,7 @@ def assert_is_loop(config, rules, x, filled, params):
 # ---- one device ----
 
 
-USUAL = ("not normalized", "sigmoid", "shared", "capacity")
+USUAL = ("not normalized", "groups", "shared", "capacity")
 
 
 @pytest.mark.parametrize("kind", some(KINDS, *USUAL))
@@ -234,6 +262,7 @@ def test_gradient_of_the_bias_is_the_excess_of_load(rules_on, inputs):
     ("kind", "mesh"),
     [
         *((kind, mesh) for kind in ("shared", "capacity, sigmoid") for mesh in list(MESHES)[::2]),
+        ("groups", "expert2_sequence2_tensor2"),
         ("shared", "fsdp8"),
         # as part of a model below
         pytest.param("shared", "expert2_tensor2_fsdp2", marks=pytest.mark.slow),
@@ -463,6 +492,25 @@ def test_cached_decoding_is_the_whole_pass(tiny_decoder, pack):
             {"num_experts_per_token": 9},
             r"moe.num_experts_per_token \(9\) must be at most moe.num_experts \(8\)",
         ),
+        (
+            {"num_groups": 3},
+            r"moe.num_experts \(8\) must be divisible by moe.num_groups \(3\)",
+        ),
+        (
+            {"num_groups_chosen": 2},
+            r"moe.num_groups_chosen \(2\) must be at most moe.num_groups \(1\)",
+        ),
+        (
+            {"num_groups": 4, "num_groups_chosen": 3},
+            r"moe.num_experts_per_token \(2\) must be divisible by moe.num_groups_chosen \(3\)",
+        ),
+        (
+            {"num_groups": 8},
+            r"moe.num_experts_per_token \(2\) must be at most the 1 experts of "
+            r"moe.num_groups_chosen \(1\) of moe.num_groups \(8\)",
+        ),
+        ({"num_groups": 0}, r"moe.num_groups \(0\) must be at least 1"),
+        ({"sequence_balance_loss": -1.0}, r"moe.sequence_balance_loss \(-1.0\) must be at least 0"),
         ({"router": "hash"}, r"moe\.router \('hash'\) must be one of softmax_topk"),
         ({"dispatch": "some"}, r"moe\.dispatch \('some'\) must be one of dropless, capacity"),
         ({"capacity_factor": 0.0}, r"moe.capacity_factor \(0.0\) must be above 0"),

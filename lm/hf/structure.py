@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TRAINING = (
     *("dropout", "attention_dropout", "init_std", "embed_init_std"),
-    *("moe.balance_loss", "moe.z_loss"),
+    *("moe.balance_loss", "moe.sequence_balance_loss", "moe.z_loss"),
     *("base_embed_dim", "base_num_layers", "base_head_dim"),
 )
 COMPUTE = (

@@ -180,18 +180,16 @@ class BlockConfig(BaseConfig):
         )
         if self.parametrization != "standard":
             self._check_parametrization()
-        e, k = self.moe.num_experts, self.moe.num_experts_per_token
-        require(
-            e == 0 or k <= e,
-            f"moe.num_experts_per_token ({k}) must be at most moe.num_experts ({e})",
-        )
+        if self.moe.num_experts:
+            self.moe.check()
         require(
             not self.lora.rank or bool(self.lora.targets),
             f"lora.targets ({self.lora.targets}) must be given with a rank ({self.lora.rank})",
         )
         require(
-            not (e and self.mlp_bias),
-            f"mlp_bias must be False with moe.num_experts ({e}): experts have no biases",
+            not (self.moe.num_experts and self.mlp_bias),
+            f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
+            "no biases",
         )
         require(
             length <= self.max_length,

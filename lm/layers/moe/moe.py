@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
+from lm.layers.base_config import require
 from lm.layers.linear import initializer, parameter
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe.dispatch import AXES, dropless, with_capacity
@@ -47,6 +48,12 @@ BIAS_GRADIENT = 2.0**-64
 class MoeConfig:
     num_experts: int = field(0, "Experts in every layer; 0: one dense MLP instead.", ge=0)
     num_experts_per_token: int = field(2, "Experts that each token passes: the k of top-k.", ge=1)
+    num_groups: int = field(1, "Groups of successive experts (arXiv:2412.19437); 1: none.", ge=1)
+    num_groups_chosen: int = field(
+        1,
+        "Groups that a token's experts are from: those with the largest sums of best scores.",
+        ge=1,
+    )
     mlp_dim: int | None = field(None, "Width of an expert; unset: that of the dense MLP.", ge=1)
     shared_mlp_dim: int = field(0, "Width of a shared MLP that every token passes; 0: none.", ge=0)
     router: str = field(
@@ -64,6 +71,12 @@ class MoeConfig:
     balance_loss: float = field(
         0.0, "Coefficient of the load-balance loss, 1 at a balanced load (arXiv:2101.03961).", ge=0
     )
+    sequence_balance_loss: float = field(
+        0.0,
+        "Coefficient of the load-balance loss within each row, 1 at a balanced load "
+        "(arXiv:2412.19437).",
+        ge=0,
+    )
     z_loss: float = field(
         0.0, "Coefficient of the router's log(Z)^2, against large logits (arXiv:2202.08906).", ge=0
     )
@@ -72,6 +85,29 @@ class MoeConfig:
         "A bias for each expert, on the selection only, that optimizer.bias_rate moves against "
         "its load (arXiv:2408.15664).",
     )
+
+    def check(self) -> None:
+        """Raises ValueError where a token's experts cannot be chosen as the fields say."""
+        e, k = self.num_experts, self.num_experts_per_token
+        groups, chosen = self.num_groups, self.num_groups_chosen
+        require(k <= e, f"moe.num_experts_per_token ({k}) must be at most moe.num_experts ({e})")
+        require(
+            e % groups == 0, f"moe.num_experts ({e}) must be divisible by moe.num_groups ({groups})"
+        )
+        require(
+            chosen <= groups,
+            f"moe.num_groups_chosen ({chosen}) must be at most moe.num_groups ({groups})",
+        )
+        require(
+            k % chosen == 0,
+            f"moe.num_experts_per_token ({k}) must be divisible by moe.num_groups_chosen "
+            f"({chosen}): a group is chosen for so many of its best experts",
+        )
+        require(
+            k <= chosen * (e // groups),
+            f"moe.num_experts_per_token ({k}) must be at most the {chosen * (e // groups)} experts "
+            f"of moe.num_groups_chosen ({chosen}) of moe.num_groups ({groups}) groups",
+        )
 
     def capacity(self, length: int) -> int:
         """Slots of each expert in a row of `length` tokens: C."""
@@ -104,11 +140,11 @@ def route(
 
     non_padding: bool [B, T], False at padding. bias: [E], added to the scores for the choice only.
     """
-    k = config.num_experts_per_token
     scores = jax.nn.sigmoid(logits) if config.router == "sigmoid" else jax.nn.softmax(logits)
     ranked = jax.lax.stop_gradient(scores if bias is None else scores + bias)
-    # not jax.lax.top_k, whose operand the compiler gathers: it cannot divide it over devices
-    chosen = jnp.argsort(ranked, axis=-1, descending=True, stable=True)[..., :k]
+    if config.num_groups_chosen < config.num_groups:
+        ranked = _within_best_groups(ranked, config)
+    chosen = _top(ranked, config.num_experts_per_token)
     if config.router == "topk_softmax":
         weights = jax.nn.softmax(jnp.take_along_axis(logits, chosen, axis=-1))
     else:
@@ -117,6 +153,26 @@ def route(
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     chosen = jnp.where(non_padding[..., None], chosen, config.num_experts)
     return Routing(logits, scores, chosen, config.scale * weights)
+
+
+def _top(ranked: Array, k: int) -> Array:
+    """The positions of the k largest along the last axis, the largest first."""
+    # not jax.lax.top_k, whose operand the compiler gathers: it cannot divide it over devices
+    return jnp.argsort(ranked, axis=-1, descending=True, stable=True)[..., :k]
+
+
+def _within_best_groups(ranked: Array, config: MoeConfig) -> Array:
+    """ranked: [B, T, E], -inf outside of each token's groups (arXiv:2412.19437, section 2.1.2).
+
+    Of num_groups groups of successive experts, those num_groups_chosen whose best
+    num_experts_per_token / num_groups_chosen experts have the largest sum.
+    """
+    groups, chosen = config.num_groups, config.num_groups_chosen
+    by_group = ranked.reshape(*ranked.shape[:-1], groups, -1)  # [B, T, groups, E / groups]
+    best = jnp.sort(by_group, axis=-1, descending=True)
+    best = jnp.sum(best[..., : config.num_experts_per_token // chosen], axis=-1)
+    of_token = jnp.any(_top(best, chosen)[..., None] == jnp.arange(groups), axis=-2)
+    return jnp.where(of_token[..., None], by_group, -jnp.inf).reshape(ranked.shape)
 
 
 @jax.custom_vjp
@@ -143,17 +199,29 @@ def balance(
     The load-balance loss is E times the sum over experts of the fraction of assignments and the
     mean probability (arXiv:2101.03961, equations 4 to 6, with k choices): products of means, so
     that accumulating over micro-batches averages their losses and is not the loss of the batch.
+
+    The sequence-wise loss is the same within each row (arXiv:2412.19437, equations 17 to 20: the
+    choice is that of the scores alone, without bias or groups), averaged over rows by their tokens,
+    so that accumulating over micro-batches is the loss of the batch.
     """
     e, k = config.num_experts, config.num_experts_per_token
     tokens = jnp.maximum(jnp.sum(non_padding, dtype=jnp.float32), 1.0)
-    chose = routing.chosen[..., None] == jnp.arange(e)  # [B, T, k, E]
-    of_rows = jnp.sum(chose, axis=(1, 2), dtype=jnp.int32)  # [B, E]
+    of_rows = _loads(routing.chosen, e)
     count = jnp.sum(of_rows, axis=0).astype(jnp.float32)  # [E]
+    share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+    share = jnp.sum(share * non_padding[..., None], axis=1)  # [B, E]
     aux = {}
     if config.balance_loss:
-        share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
-        share = jnp.sum(share * non_padding[..., None], axis=(0, 1)) / tokens  # [E]
-        aux["balance_loss"] = config.balance_loss * e * jnp.sum(count * share) / (tokens * k)
+        total = jnp.sum(count * jnp.sum(share, axis=0)) / tokens
+        aux["balance_loss"] = config.balance_loss * e * total / (tokens * k)
+    if config.sequence_balance_loss:
+        best = of_rows
+        if bias is not None or config.num_groups_chosen < config.num_groups:
+            best = _top(jax.lax.stop_gradient(routing.scores), k)
+            best = _loads(jnp.where(non_padding[..., None], best, e), e)
+        of_row = jnp.maximum(jnp.sum(non_padding, axis=1, dtype=jnp.float32), 1.0)  # [B]
+        total = jnp.sum(best * share / of_row[:, None]) / tokens
+        aux["sequence_balance_loss"] = config.sequence_balance_loss * e * total / k
     if config.z_loss:
         log_z = jax.nn.logsumexp(routing.logits, axis=-1)
         aux["router_z_loss"] = config.z_loss * jnp.sum(jnp.square(log_z) * non_padding) / tokens
@@ -165,6 +233,12 @@ def balance(
         over = jnp.maximum(of_rows - config.capacity(non_padding.shape[1]), 0)
         stats["expert_dropped"] = jnp.sum(over).astype(jnp.float32) / (tokens * k)
     return RouterReport(aux, stats)
+
+
+def _loads(chosen: Array, num_experts: int) -> Array:
+    """int32 [B, E]: how many of the choices [B, T, k] of a row are of each expert."""
+    chose = chosen[..., None] == jnp.arange(num_experts)  # [B, T, k, E]
+    return jnp.sum(chose, axis=(1, 2), dtype=jnp.int32)
 
 
 class Moe(nn.Module):
