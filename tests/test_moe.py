@@ -355,7 +355,7 @@ def test_grouped_product_and_its_gradient_are_those_of_a_loop():
         return jnp.concatenate([*parts, jnp.zeros((3, 5))])
 
     def grouped(x, w):
-        return grouped_matmul("cpu", x, w, jnp.asarray(sizes))
+        return grouped_matmul("cpu", 1.0, x, w, jnp.asarray(sizes))
 
     for f, g in ((plain, grouped),):
         (y, back), (z, other) = (jax.vjp(h, jnp.float32(x), jnp.float32(w)) for h in (f, g))

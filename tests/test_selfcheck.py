@@ -18,7 +18,8 @@ from lm.layers import cross_entropy
 from lm.layers.attention import attention
 from lm.layers.attention.dot_product import Mask
 from lm.layers.attention.scores import Heads
-from lm.reliability import attention_check, kernel_check, reference
+from lm.layers.moe.grouped_matmul import grouped_matmul
+from lm.reliability import attention_check, experts_check, kernel_check, reference
 from lm.reliability.kernel_check import check
 from lm.reliability.reference import SelfCheckFailed
 
@@ -209,6 +210,32 @@ def test_a_model_without_attention_has_its_loss_checked(make_config, rules_on, t
     assert checked == "loss in bfloat16, chunks of 128 tokens"
 
 
+# ---- experts ----
+
+EXPERTS = {"model.activation": "swiglu", "model.moe.num_experts": 4}
+UNGROUPED = {
+    "a group gets its neighbour's matrix": lambda x, w, sizes: (x, jnp.roll(w, 1, axis=0), sizes),
+    "a group ends a row early": lambda x, w, sizes: (x, w, sizes.at[0].add(-1).at[1].add(1)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_products_are_checked_where_there_are_some(run, dtype):
+    report = run({**EXPERTS, "model.dtype": dtype})
+    assert f"grouped products of experts in {dtype}" in report.checked and report.worst < 0.7
+    assert len(run({**EXPERTS, "model.moe.dispatch": "capacity"}).checked) == 2
+
+
+@pytest.mark.parametrize("name", UNGROUPED)
+def test_wrong_products_of_experts_are_refused(run, monkeypatch, name):
+    def broken(platform, load, x, weights, sizes):
+        return grouped_matmul(platform, load, *UNGROUPED[name](x, weights, sizes))
+
+    monkeypatch.setattr(experts_check, "grouped_matmul", broken)
+    with pytest.raises(SelfCheckFailed, match="of grouped products of experts differs"):
+        run({**EXPERTS, "model.dtype": "bfloat16"})
+
+
 # ---- the cache ----
 
 
@@ -231,7 +258,9 @@ def test_a_change_of_what_is_checked_is_checked(run, changes):
 FILES_OF_KERNELS = [
     "layers/attention/attention.py",
     "layers/cross_entropy.py",
+    "layers/moe/gpu_kernels.py",
     "reliability/attention_check.py",
+    "reliability/experts_check.py",
     "reliability/kernel_check.py",
     "reliability/loss_check.py",
     "reliability/reference.py",

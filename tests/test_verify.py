@@ -204,6 +204,14 @@ def test_shrinking_keeps_the_structure():
     resolved.check(mesh_equivalence.LENGTH)
 
 
+def test_groups_of_experts_are_still_limited_in_small(make_config):
+    moe = {"num_experts": 256, "num_experts_per_token": 8, "num_groups": 8, "num_groups_chosen": 4}
+    config = make_config({f"model.moe.{name}": value for name, value in moe.items()})
+    small = resolve(mesh_equivalence.shrink(config)).model
+    small.check(mesh_equivalence.LENGTH)
+    assert 1 < small.moe.num_groups_chosen < small.moe.num_groups < small.moe.num_experts
+
+
 @pytest.mark.slow
 def test_the_script_says_what_was_compared_on_two_processes():
     script = [sys.executable, str(ROOT / "scripts/verify_sharding.py")]

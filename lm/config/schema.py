@@ -254,7 +254,9 @@ class GuardConfig:
     agreement_every: int = field(
         100, "Steps between checks that replicas hold the same bits; 0: none.", ge=0
     )
-    self_check: bool = field(True, "Check attention and loss against a reference at the start.")
+    self_check: bool = field(
+        True, "Check attention, experts and loss against a reference at the start."
+    )
     watchdog: bool = field(True, "End a process that makes no progress, with all stacks written.")
     step_attempts: int = field(
         3, "Attempts in a row that fail at one step, after which the run stops; 0: any.", ge=0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ _FREE_OPCODES = """parameter constant tuple get-tuple-element bitcast while cond
     recv-done"""
 _FREE = frozenset(_FREE_OPCODES.split())  # move no bytes
 _SLICES = ("dynamic-slice", "slice", "gather")
+# That a Triton kernel declares as metadata, in a backend config that is not JSON but MLIR's.
+_DECLARED = re.compile(rb"\\22flops\\22: \\22(\d+)\\22")
 # Of each splash attention kernel: products of [T, H] and [T, S] matrices, suffix of block sizes.
 _SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
 
@@ -107,6 +110,8 @@ def _custom_call(instruction: Instruction) -> float | None:
     declared = config.get("custom_call_config", {}).get("cost_estimate", {})
     if "flops" in declared:
         return float(declared["flops"])
+    if "triton" in target and (found := _DECLARED.search(instruction.proto.backend_config)):
+        return float(found[1])
     if target.startswith("__cublas"):
         dimensions = config["gemm_backend_config"]["dot_dimension_numbers"]
         return _product(instruction, dimensions["lhs_contracting_dimensions"])

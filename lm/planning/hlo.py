@@ -64,9 +64,9 @@ class Instruction:
 
     @functools.cached_property
     def config(self) -> dict:
-        """The backend config of a compiler that writes JSON, as XLA's own do."""
+        """The backend config where it is JSON, as XLA's own are; Triton kernels have MLIR's."""
         text = self.proto.backend_config
-        return json.loads(text) if text.startswith(b"{") else {}
+        return json.loads(text) if text.startswith(b'{"') else {}
 
     @functools.cached_property
     def attributes(self) -> dict[str, str]:

@@ -92,7 +92,9 @@ def shrink(config: ConfigTree) -> ConfigTree:
     if len(pattern) > SIZES["num_layers"]:  # both kinds, in the order of their first use
         sizes["layer_pattern"] = tuple(dict.fromkeys(pattern))
     if given.get("moe.num_experts"):
-        sizes["moe.num_experts_per_token"] = min(2, given["moe.num_experts_per_token"])
+        k = sizes["moe.num_experts_per_token"] = min(2, given["moe.num_experts_per_token"])
+        if given["moe.num_groups"] > 1:
+            sizes |= {"moe.num_groups": 4, "moe.num_groups_chosen": k}
     return with_changes(config, {f"model.{name}": size for name, size in sizes.items()})
 
 

@@ -1,4 +1,5 @@
-"""Kernel check at the start of a run: its attention and chunked loss against plain equations.
+"""Kernel check at the start of a run: its attention, its experts' products and its chunked loss
+against plain equations.
 
 Kernels have leaked: given only a causal mask, cuDNN's attends across packed documents, and the loss
 falls all the same. On a small packed batch masked inputs must have a gradient of exactly zero and
@@ -24,6 +25,7 @@ from lm.parallel import sharding
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.attention_check import check_attention
+from lm.reliability.experts_check import check_experts
 from lm.reliability.loss_check import check_loss
 from lm.storage.files import write_atomically
 from lm.types import Device
@@ -57,9 +59,11 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
     # not part of the models' contract: one without attention or a soft cap has no such fields
     kinds = list(dict.fromkeys(s.heads for s in getattr(config.model, "attention_scores", ())))
     softcap = getattr(config.model, "logit_softcap", None)
+    moe = getattr(config.model, "moe", None)
+    grouped = moe is not None and moe.num_experts > 0 and moe.dispatch == "dropless"
     dtype = jnp.dtype(config.model.dtype)
 
-    key = _key([kinds, softcap, dtype.name, config.loss], device)
+    key = _key([kinds, softcap, grouped, dtype.name, config.loss], device)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(cache_dir or f"{cache}/lm/selfcheck") / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: check again
@@ -67,8 +71,10 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
 
     with jax.default_device(device):
         found = [check_attention(heads, dtype, one) for heads in kinds]
+        found += [check_experts(dtype, one)] if grouped else []
         worst = max([*found, check_loss(config.loss, softcap, dtype, one)])
     checked = [f"attention in {dtype.name}, {heads}" for heads in kinds]
+    checked += [f"grouped products of experts in {dtype.name}"] if grouped else []
     checked.append(f"loss in {dtype.name}, chunks of {config.loss.chunk_size} tokens")
     report = KernelReport(checked, worst, time.monotonic() - began)
     with contextlib.suppress(OSError):  # without a cache the next start checks again

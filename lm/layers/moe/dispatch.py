@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
-from lm.layers.linear import broadcast_as
+from lm.layers.linear import Kept, broadcast_as
 from lm.layers.mlp import hidden
 from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.parallel.sharding import Rules
@@ -39,8 +40,10 @@ AXES = {
     "down": ("expert", "mlp", "embed"),
 }
 
-# Rows of one pass over what a shard of experts was sent, relative to a balanced load.
+# Rows of one pass over what a shard of experts was sent, relative to a balanced load, and of one
+# part where they have to be enough whatever the load.
 ROOM = 1.25
+ROOM_OF_PART = 4.0
 
 
 def _feed_forward(
@@ -110,10 +113,13 @@ def dropless(
     x: Array, chosen: Array, weights: Array, experts: Experts, activation: str, rules: Rules
 ) -> jax.Array:
     """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
-    axes = rules.sharded_axes("expert")
+    axes, shards, k = rules.sharded_axes("expert"), rules.size("expert"), chosen.shape[-1]
+    here = experts["up"].shape[0] // shards
+    # for each token, the assignments here at a balanced load, and at most
+    balanced, most = k / shards, min(k, here)
 
     def grouped(rows: Array, experts: Experts, sizes: Array) -> jax.Array:
-        product = functools.partial(grouped_matmul, rules.platform, sizes=sizes)
+        product = functools.partial(grouped_matmul, rules.platform, balanced / most, sizes=sizes)
         return _feed_forward(rows, experts, activation, product)
 
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
@@ -121,12 +127,16 @@ def dropless(
         flat, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
         if not axes:
             return _sorted(grouped, flat, chosen, weights, experts).reshape(x.shape)
-        here = experts["up"].shape[0]
         chosen = chosen - here * jax.lax.axis_index(axes)
         chosen = jnp.where((chosen >= 0) & (chosen < here), chosen, here)
-        tokens, k = chosen.shape
-        size = min(math.ceil(ROOM * tokens * k / rules.size("expert")), tokens * min(k, here))
-        y: Array = _in_passes(grouped, size, flat, chosen, weights, experts)  # pyright: ignore
+        tokens = flat.shape[0]
+        if rules.platform == "gpu":
+            parts = min(math.ceil(most / (ROOM_OF_PART * balanced)), tokens)
+            parts = next(n for n in range(parts, tokens + 1) if tokens % n == 0)
+            y: Array = _in_parts(grouped, parts, flat, chosen, weights, experts)  # pyright: ignore
+        else:
+            size = min(math.ceil(ROOM * tokens * balanced), tokens * most)
+            y = _in_passes(grouped, size, flat, chosen, weights, experts)  # pyright: ignore
         return y.reshape(x.shape)
 
     return _on_shards(apply, x, chosen, weights, experts, rules, over=("expert", "mlp"))
@@ -135,11 +145,63 @@ def dropless(
 def _sorted(
     grouped: Grouped, x: Array, chosen: Array, weights: Array, experts: Experts
 ) -> jax.Array:
-    """All experts on all tokens [n, D], in one pass over their n k assignments."""
-    order, slots, sizes = sort_by_group(chosen.reshape(-1), experts["up"].shape[0])
+    """The experts that are here on all tokens [n, D], in one pass over their assignments."""
+    here = experts["up"].shape[0]
+    order, slots, sizes = sort_by_group(chosen.reshape(-1), here)
+    order = order[: x.shape[0] * min(chosen.shape[1], here)]  # no more of them can be for here
     y = grouped(spread(x, order, slots.reshape(chosen.shape)), experts, sizes)
     y = y * broadcast_as(spread(weights.reshape(-1, 1), order, slots[:, None]), y)
     return collect(y, order, slots.reshape(chosen.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_parts(
+    grouped: Grouped, parts: int, x: Array, chosen: Array, weights: Array, experts: Experts
+) -> jax.Array:
+    """As `_in_passes`, with no shape or length that is data: GPUs read such a length on the host,
+    in every layer.
+
+    The tokens are taken in `parts`, each with rows for all assignments that it can have. Those that
+    there are not cost memory, and the bandwidth of what is elementwise, but none of the products.
+    """
+
+    def body(_: None, part: tuple[Array, ...]) -> tuple[None, jax.Array]:
+        x, chosen, weights = part
+        return None, _sorted(grouped, x, chosen, weights, experts)
+
+    split = tuple(a.reshape(parts, -1, a.shape[-1]) for a in (x, chosen, weights))
+    return jax.lax.scan(body, None, split)[1].reshape(x.shape)
+
+
+def _in_parts_backward(
+    grouped: Grouped,
+    parts: int,
+    residuals: tuple[Array, Array, Array, Experts],
+    dy: jax.Array,
+) -> tuple[jax.Array, None, jax.Array, Experts]:
+    *arrays, experts = residuals
+
+    def body(total: Experts, part: tuple[Array, ...]) -> tuple[Experts, tuple[Array, Array]]:
+        x, chosen, weights, dy = part
+        _, pullback = jax.vjp(
+            lambda x, weights, experts: _sorted(grouped, x, chosen, weights, experts),
+            *(x, weights, experts),
+        )
+        dx, d_weights, d_experts = pullback(dy)
+        return jax.tree.map(jnp.add, total, d_experts), (dx, d_weights)
+
+    split = tuple(a.reshape(parts, -1, a.shape[-1]) for a in (*arrays, dy))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), experts)  # sums in float32
+    total, (dx, d_weights) = jax.lax.scan(body, zeros, split)
+    d_experts = jax.tree.map(lambda d, a: d.astype(a.dtype), total, experts)
+    x, _, weights = arrays
+    return dx.reshape(x.shape), None, d_weights.reshape(weights.shape), d_experts
+
+
+_in_parts.defvjp(
+    lambda grouped, parts, *arrays: (_in_parts(grouped, parts, *arrays), arrays),
+    _in_parts_backward,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -273,14 +335,26 @@ def _by_expert(rows: Array, weight: Array) -> jax.Array:
     return jnp.einsum("becd,edf->becf", rows, weight)
 
 
-def _by_expert_backward(arrays: tuple[Array, Array], dy: Array) -> tuple[jax.Array, jax.Array]:
-    rows, weight = arrays
-    dx = jnp.einsum("becf,edf->becd", dy, weight)
-    d_weight = jnp.einsum("becd,becf->edf", rows, dy, preferred_element_type=jnp.float32)
-    return dx, d_weight.astype(weight.dtype)
+def _by_expert_forward(rows: CustomVJPPrimal, weight: CustomVJPPrimal) -> tuple[jax.Array, Kept]:
+    # what is frozen is spared the product that would be its gradient
+    kept = (rows.value if weight.perturbed else None, weight.value if rows.perturbed else None)
+    return _by_expert(rows.value, weight.value), kept
 
 
-_by_expert.defvjp(lambda *arrays: (_by_expert(*arrays), arrays), _by_expert_backward)
+def _by_expert_backward(kept: Kept, dy: Array | SymbolicZero) -> Kept:
+    rows, weight = kept
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    dx = d_weight = None
+    if weight is not None:
+        dx = jnp.einsum("becf,edf->becd", dy, weight)
+    if rows is not None:
+        d_weight = jnp.einsum("becd,becf->edf", rows, dy, preferred_element_type=jnp.float32)
+        d_weight = d_weight.astype(rows.dtype)
+    return dx, d_weight
+
+
+_by_expert.defvjp(_by_expert_forward, _by_expert_backward, symbolic_zeros=True)
 
 
 def _permutation(

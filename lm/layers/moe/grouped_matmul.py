@@ -12,28 +12,38 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lm.layers.moe import gpu_kernels
+
 # Tile of rows, columns in and columns out of the TPU's kernel for the gradient of the matrices: of
 # the products of bfloat16 a tile of [512, 1024] columns does as many for each byte read as the
 # chip's memory asks for, and fits its 16 MiB of vector memory twice.
 TILES = (512, 512, 1024)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped_matmul(platform: str, x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def grouped_matmul(
+    platform: str, load: float, x: jax.Array, weights: jax.Array, sizes: jax.Array
+) -> jax.Array:
     """x: [R, D] in groups of `sizes` [G] successive rows, times weights: [G, D, F] -> [R, F].
 
     Rows beyond the groups may come back as anything, NaN among it: read none of them. `platform` is
-    that of the mesh (`Rules.platform`). Its own gradient: that of `jax.lax.ragged_dot` with respect
-    to the weights is, on TPU, a product of every row with every group, masked.
+    that of the mesh (`Rules.platform`), `load` the part of the rows that is expected in groups, for
+    plans alone. Its own gradient: that of `jax.lax.ragged_dot` with respect
+    to the weights is, on TPU, a product of every row with every group, masked; on GPU all are.
     """
-    del platform
+    if platform == "gpu":
+        return gpu_kernels.rows_by_group(x, weights, sizes, load=load)
     return jax.lax.ragged_dot(x, weights, sizes)
 
 
 def _backward(
-    platform: str, arrays: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
+    platform: str, load: float, arrays: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, weights, sizes = arrays
+    if platform == "gpu":
+        dx = gpu_kernels.rows_by_group(dy, weights, sizes, load=load, transposed=True)
+        d_weights = gpu_kernels.matrices_by_group(x, dy, sizes, load=load)
+        return dx, d_weights.astype(weights.dtype), None
     rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
     dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)
     return dx, _weight_gradient(platform, x, dy, sizes).astype(weights.dtype), None
@@ -55,7 +65,7 @@ def _weight_gradient(platform: str, x: jax.Array, dy: jax.Array, sizes: jax.Arra
 
 
 grouped_matmul.defvjp(
-    lambda platform, *arrays: (grouped_matmul(platform, *arrays), arrays), _backward
+    lambda platform, load, *arrays: (grouped_matmul(platform, load, *arrays), arrays), _backward
 )
 
 
