@@ -62,6 +62,7 @@ from lm.sources import Document
 from lm.telemetry import jsonl, metrics
 from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from lm.training.experiment import Experiment
+from lm.types import StepInfo, Sums
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache
@@ -258,21 +259,28 @@ def train(args: argparse.Namespace) -> Figures:
     ]
 
     gemms = _gemms(experiment)
-    (state, sums, _), first = timed(lambda: step(state, batches[0]))
-    losses, seconds, clock = [], [], time.perf_counter()
+    (state, *results), first = timed(lambda: step(state, batches[0]))
+    losses, tokens, seconds, clock = [], [], [], time.perf_counter()
+
+    def record(sums: Sums, info: StepInfo) -> None:
+        host_sums, filled = jax.device_get((sums, info["filled"]))
+        losses.append(metrics.means(host_sums)["loss"])
+        tokens.append(int(filled))
+
     for batch in batches[1:]:
-        state, later, _ = step(state, batch)
-        losses.append(metrics.means(jax.device_get(sums))["loss"])
-        sums, now = later, time.perf_counter()
+        state, *later = step(state, batch)
+        record(*results)
+        results, now = later, time.perf_counter()
         seconds.append(now - clock)
         clock = now
-    losses.append(metrics.means(jax.device_get(sums))["loss"])
-    seconds = seconds[-args.steps :]
+    record(*results)
+    seconds, tokens = seconds[-args.steps :], tokens[-args.steps :]
     for name, values in _gemms(experiment).items():
         gemms[name] += values  # before and after, as the machine's speed may change
 
     lowest, median, highest = statistics.quantiles(seconds, n=4)
-    rate = batch_size * length / median
+    # scored or not, as in a run (lm/telemetry/writers.py), and no padding
+    rate = statistics.mean(tokens) / median
     # The fake devices of a CPU share its cores.
     best = max(map(max, gemms.values())) * (1 if device.platform == "cpu" else mesh.size)
     peak, achieved = experiment.peak_flops(), rate * experiment.flops_per_token

@@ -10,6 +10,10 @@ from configs import t5
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.planning import mesh_equivalence
+from lm.telemetry import metrics
+from lm.telemetry.deferred import StepResult
+from lm.telemetry.writers import MetricsWriter
+from lm.training import train_step
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 
@@ -79,6 +83,22 @@ def compared(devices):
 def test_training_on_a_mesh_is_training_on_one_device(kind, compared):
     report = mesh_equivalence.compare(*compared(kind))
     assert report.ok, mesh_equivalence.describe(report)
+
+
+def test_speed_of_a_masked_run_counts_all_its_tokens_and_not_the_scored_ones(tmp_path, devices):
+    experiment = Experiment(make_config("bert"), devices[:1])
+    batch = experiment.train_data.batch_at(0)
+    info = {"bad": False, "grad_norm": 1.0, **jax.device_get(train_step.fingerprint(batch))}
+    sums = {"loss": 1.0, "tokens": float(np.sum(batch.weights != 0))}
+    flops = experiment.flops_per_token
+    options = {"first_step": 0, "num_steps": 1, "every": 1, "tensorboard": False}
+    writer = MetricsWriter(str(tmp_path), flops_per_token=flops, peak_flops=1e12, **options)
+    writer.train(StepResult(0, sums, info, None, 0.5))
+    [record] = metrics.read(str(tmp_path))
+    filled = np.sum(batch.inputs.segments != 0)
+    assert record["tokens"] < 0.3 * filled
+    assert record["tokens_per_second"] == pytest.approx(2 * filled)
+    assert record["mfu"] == pytest.approx(2 * filled * flops / 1e12)
 
 
 def test_segments_of_an_encoder_that_are_not_cut_alike_are_found(compared, monkeypatch):
