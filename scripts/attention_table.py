@@ -30,7 +30,7 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """One device; bounds in seconds: everything overlapped, and nothing."""
+    """One device; bounds in seconds are those of `lm.planning.roofline`."""
 
     temporaries: int
     fits: bool
@@ -92,8 +92,8 @@ def measure(
     found = traffic.collectives(module, rules.mesh.shape)
     coords = interconnect.chip_coords(target, rules.mesh)
     done = costs.count_flops_and_hbm_bytes(module)
-    sent = interconnect.transfers(found, target, coords)
-    times = roofline.times(target, done, sent, "bfloat16")
+    priced = interconnect.price(found, target, coords)
+    times = roofline.times(target, module, done, priced, "bfloat16")
     held = made.size("temp_size")
     return Needs(
         held,
@@ -136,8 +136,7 @@ def _write(topology: str, names: list[str], rows: list[str]) -> None:
         f"{HEADING}\n",
         "Made by `python scripts/attention_table.py`: attention by itself, forward and backward, "
         f"on {topology},\none row of 16 heads of 128 (4 of keys and values) on each shard of the "
-        "batch. Temporaries of a\ndevice; least time with everything overlapped and with nothing; "
-        "what binds.\n",
+        "batch. Temporaries of a\ndevice; bounds of the time by the schedule; what binds.\n",
         "| length | sequence | " + " | ".join(names) + " |",
         "|" + "---|" * (2 + len(names)),
         *rows,

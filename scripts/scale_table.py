@@ -70,10 +70,10 @@ HEAD = """# Shipped configs, compiled for the machines they are meant for
 
 Made by `python scripts/scale_table.py` with the compilers of jax {jax} and libtpu {libtpu}. Memory
 is that of one device: arguments, the heap that the compiler assigned with its gaps, and code. Step
-time and MFU are intervals: everything overlaps, nothing does. They come from published peaks and
-the compiler's own program, and know nothing of clocks, stragglers and kernels below peak: read them
-as bounds, not as a forecast. Compile times are of two cores that others kept busy, which also
-lengthens the seconds of processor time (CPU) where they are given.
+time and MFU are bounds: an operation of the compiled schedule hides all of its HBM traffic behind
+its products, or none. They come from published peaks and the compiler's own program, and know
+nothing of clocks, stragglers and kernels below peak. Compile times are of two cores that others
+kept busy, which also lengthens the seconds of processor time (CPU) where they are given.
 
 | config | topology | mesh | rows × length | HBM used, of | step | MFU | binds | compiled in |
 |---|---|---|---|---|---|---|---|---|

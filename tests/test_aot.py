@@ -25,6 +25,7 @@ from lm.planning import (
     chips,
     compiling,
     costs,
+    estimate,
     gpus,
     hlo,
     interconnect,
@@ -35,6 +36,7 @@ from lm.planning import (
     report,
     roofline,
     save_cost,
+    shards,
     topology,
     traffic,
 )
@@ -279,7 +281,7 @@ def test_a_loop_that_ends_on_data_is_named_and_counts_once():
     module, _ = program_of(f, mesh_of(data=1), x=((B, D), P()), w=((D, D), P()))
     found = costs.count_flops_and_hbm_bytes(module)
     assert found.flops == 2 * B * D * D and len(found.loops) == 1 and "while" in found.loops[0]
-    times = roofline.times(topology.parse("v5e:2x2"), found, [], "bfloat16")
+    times = roofline.times(topology.parse("v5e:2x2"), module, found, [], "bfloat16")
     assert f"length of 1 loops, which count once: {found.loops[0]}" in times.unknown
 
 
@@ -363,6 +365,21 @@ def test_model_flops_are_those_of_the_program_unrolled(make_experiment, tie, hea
     formula = flops.flops_per_token(c.model, c.data.length, full_square=True)
     formula *= experiment.batch_size * c.data.length
     assert costs.count_flops_and_hbm_bytes(module).flops == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model.lora.rank": 4}, {"optimizer.frozen": ("layers.mlp.*",)}]
+)
+def test_a_run_with_frozen_weights_has_the_flops_of_its_program(make_experiment, changes):
+    """Products with their gradients are in neither."""
+    experiment = make_experiment({**changes, "loss.chunk_size": 0, "model.tie_embeddings": False})
+    c, frozen = experiment.config, experiment.initializer.frozen
+    module = hlo.of_compiled(experiment.lower_train_step().compile())
+    formula = flops.flops_per_token(c.model, c.data.length, full_square=True, frozen=frozen)
+    formula *= experiment.batch_size * c.data.length
+    assert costs.count_flops_and_hbm_bytes(module).flops == pytest.approx(formula, rel=0.02)
+    whole = flops.flops_per_token(c.model, c.data.length, full_square=True)
+    assert formula < 0.95 * whole * experiment.batch_size * c.data.length
 
 
 def test_a_scanned_program_has_the_flops_of_the_unrolled_one(make_experiment):
@@ -456,6 +473,34 @@ def test_state_is_told_apart_exactly(compiled):
     assert groups["optimizer"] == size(experiment.abstract_state.opt_state)
 
 
+def test_an_average_of_the_weights_counts_once(make_experiment):
+    def measured(ema_decay):
+        experiment = make_experiment({"optimizer.ema_decay": ema_decay}, fsdp=4)
+        made = compiling.compile_step(experiment.lower_train_step())
+        memory = plan.analyse(experiment, topology.parse("cpu:4"), made).memory
+        coords = [interconnect.ChipCoord(0, (0, i)) for i in range(4)]
+        found = estimate.estimate(
+            dataclasses.replace(
+                experiment.config,
+                model=dataclasses.replace(experiment.config.model, dtype="bfloat16"),
+            ),
+            experiment.batch_size,
+            topology.parse("v5e:2x2"),
+            experiment.rules,
+            coords=coords,
+        )
+        return experiment, memory, found.memory
+
+    experiment, without, without_by_formula = measured(0.0)
+    _, averaged, averaged_by_formula = measured(0.99)
+    size = shards.bytes_on_device(jax.tree.leaves(experiment.abstract_params))
+    count = 4  # of averages so far
+    assert averaged.groups["optimizer"] - without.groups["optimizer"] == size + count
+    assert averaged.total - without.total == pytest.approx(size, rel=0.1)
+    # the formula shards norms, too
+    assert averaged_by_formula - without_by_formula == pytest.approx(size, rel=0.05)
+
+
 def test_saving_less_shrinks_saved_activations_alone(make_experiment):
     def memory(remat):
         changes = {"model.remat": remat, "model.num_layers": 8, "data.batch_size": 32}
@@ -531,7 +576,8 @@ def torus(name):
         ("v5p:2x2x4", [0, 1, 2, 3], 1),  # no ring in less than a cube
         ("v5p:4x4x2", list(range(0, 32, 2)), 2),
         ("v5e:8x16", list(range(16)), 2),  # in two dimensions each closes by itself
-        ("v5p:4x4x4", [0, 2], 0.5),  # every second chip shares its line with another group
+        ("v5e:4x4", [0, 2], 0.5),  # every second chip shares its line with another group
+        ("v5p:4x4x4", [0, 2], 1),  # and its ring
     ],
 )
 def test_a_group_has_the_links_that_its_shape_gives(name, members, links):
@@ -588,6 +634,35 @@ def test_an_exchange_takes_as_long_as_its_fullest_link(name, members):
     assert interconnect.transfer_seconds(
         exchange, interconnect.path(target, group)
     ) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name, pairs, load",
+    [
+        ("v5p:4x4x4", [(i, (i + 1) % 4) for i in range(4)], 0.5),  # a ring, of whose links half
+        ("v5e:4x4", [(i, (i + 1) % 4) for i in range(4)], 1),  # a line: the way back is full, too
+        ("v5e:4x4", [(0, 3)], 0.5),
+        # row by row: four ways back from the end of a row share the links of the row beside it
+        ("v5e:2x4", [(i, (i + 1) % 8) for i in range(8)], 1),
+        ("v5p:4x4x4", [(0, 2)], 0.25),  # as short either way
+    ],
+)
+def test_a_permutation_takes_as_long_as_its_fullest_link(name, pairs, load):
+    """Half of its load in both directions."""
+    target, places = torus(name)
+    size = 10**9
+    permutation = traffic.Collective(
+        "collective-permute", ("fsdp",), True, (0, 1), size, 3, "", "", pairs=tuple(pairs)
+    )
+    found = interconnect.permutation_seconds(permutation, target, places)
+    assert found == pytest.approx(3 * load * size / target.chip.link)
+
+
+def test_a_small_transfer_takes_a_microsecond_for_each_chip_that_it_passes():
+    target, places = torus("v5e:16x16")
+    small = traffic.Collective("all-reduce", ("fsdp",), True, tuple(range(16)), 4, 10, "", "")
+    [priced] = interconnect.price([small], target, places)
+    assert priced.seconds == pytest.approx(10 * 2 * 8e-6)  # to the far side of a ring and back
 
 
 def test_cores_of_a_chip_share_its_links_in_an_exchange():
@@ -666,10 +741,16 @@ def test_a_plan_for_a_gpu_counts_what_jax_takes_of_it(small_plan, monkeypatch):
 
 
 @needs_tpu
-@pytest.mark.parametrize("name", ["v5e:1x1", "v5p:1x1x1"])
-def test_a_slice_may_be_one_chip(name):
-    [device] = topology.devices(topology.parse(name))
-    assert device.platform == "tpu"
+@pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
+def test_a_chip_has_the_memory_that_its_compiler_leaves_to_a_program(name):
+    """A program of 320 GiB, on a slice of one chip: its refusal names the limit."""
+    target = topology.parse(name)
+    devices = topology.devices(target)
+    assert len(devices) == target.chip.devices
+    alone = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), P())
+    large = jax.ShapeDtypeStruct((40 * 2**30,), jnp.float32, sharding=alone)
+    made = compiling.compile_step(jax.jit(lambda x: x + 1, out_shardings=alone).lower(large))
+    assert made.available == target.chip.hbm
 
 
 # ---- plans ----
@@ -796,7 +877,10 @@ def test_a_program_whose_loops_are_not_found_is_no_plan(make_experiment):
             "parameters take 0 bytes, their shards",
         ),
         (
-            lambda p: {"peak_flops": 1.0, "times": StepTimeBounds(0.0, 1e-3, {}, None, ())},
+            lambda p: {
+                "peak_flops": 1.0,
+                "times": StepTimeBounds(0.0, 1e-3, {}, None, {}, 1e-3, 1e-3, ()),
+            },
             "MFU would be up to ",
         ),
         (
@@ -834,6 +918,11 @@ def test_a_tpu_step_is_planned_with_its_groups_and_times(make_config):
     assert made.memory.total == pytest.approx(made.memory.stated, rel=0.02)
     assert made.memory.groups["parameters"] * 2 <= made.memory.groups["optimizer"]
     assert 0 < made.times.lower_bound_s < made.times.upper_bound_s
+    # by the schedule: not above 20% on either side of the middle
+    assert made.times.upper_bound_s < 1.2 * made.times.midpoint_s
+    parts = made.times.parts()
+    assert max(parts.values()) <= made.times.lower_bound_s < sum(parts.values())
+    assert 0 < sum(made.times.exposed.values()) < made.times.lower_bound_s
     axes = {t.axis for t in made.transfers}
     assert axes == {"fsdp"}
 

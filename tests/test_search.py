@@ -27,7 +27,8 @@ def made(total=0, *, rows=8, capacity=16 * GIB, refusal="", times=(1.0, 0.5), na
         **{"parameters": 1000, "capacity": capacity, "refusal": refusal},
         **{"memory": Memory({"temporaries": total}, total, None, 0, (), ()), "transfers": ()},
         **{"work": Work(1e12, (), 1e9), "model_flops": 1e12, "peak_flops": 2e12},
-        **{"times": StepTimeBounds(*times, {}, None, ()), "save": None, "warnings": ()},
+        **{"times": StepTimeBounds(*times, {}, None, {}, max(times), sum(times), ())},
+        **{"save": None, "warnings": ()},
         **{"compile_seconds": 1.0, "compile_cpu_seconds": 1.0},
     )
 

@@ -67,11 +67,14 @@ def gpu_share() -> float:
     return float(next((os.environ[n] for n in names if os.environ.get(n)), 0.75))
 
 
-# TPUs: https://cloud.google.com/tpu/docs/NAME; memory: what libtpu 0.0.42 says is available.
+# TPUs: https://cloud.google.com/tpu/docs/NAME. Memory is what libtpu leaves to a program of the
+# 16, 32 and 96 GiB that there are (the page of v5p names the reserve): its refusals of a program
+# that is too large say so ("exceeds available HBM (15.75G)"; libtpu 0.0.42, held by a test).
 # GPUs: data sheets of NVIDIA's GPUs (SXM) and DGX systems. NVLink is half of the total that they
 # print; one 400 Gbit/s port for each GPU. Memory is the total that CUDA reports, as PyTorch prints
 # it, which is less than the data sheets' 80, 141 and 180 GB sound like (those are no decimal units
-# of it either); B200: https://github.com/pytorch/ao/pull/4002.
+# of it either); B200: https://github.com/pytorch/ao/pull/4002. XLA's allocator takes its share of
+# that total (xla/pjrt/gpu/gpu_helpers.cc: total_memory * memory_fraction), not of what is free.
 _CHIPS = (
     # 32 GiB of HBM, 6 links of 50 GB/s (arXiv:2304.01433). Two cores are one device there, as on
     # Cloud TPUs ("megacore").

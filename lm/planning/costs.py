@@ -53,7 +53,7 @@ def count_flops_and_hbm_bytes(module: Module) -> Work:
             if module.source(visit.frame).startswith(hlo.OPTIMIZER):
                 optimizer += visit.times * count
         if visit.outer is None:
-            moved += visit.times * _hbm_traffic(instruction)
+            moved += visit.times * hbm_traffic(instruction)
     return Work(total, tuple(unknown), moved, tuple(loops), optimizer)
 
 
@@ -149,7 +149,7 @@ def _splash(instruction: Instruction) -> float | None:
     return 2.0 * products * math.prod(heads) * size * seen * block_q * block_kv
 
 
-def _hbm_traffic(instruction: Instruction) -> int:
+def hbm_traffic(instruction: Instruction) -> int:
     """Bytes that one run reads from and writes to HBM; only the slice where it reads or updates a
     slice of an array.
     """

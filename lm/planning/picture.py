@@ -42,7 +42,7 @@ def _memory(axis: Axes, plan: Plan) -> None:
 
 
 def _times(axis: Axes, plan: Plan) -> None:
-    """A bar for each time, and the step between all overlapped and nothing overlapped."""
+    """A bar for each time, and the step between its bounds."""
     times, title = plan.times, f"time: no published peaks for {plan.topology}"
     low, high = times.lower_bound_s, times.upper_bound_s
     unit, seconds = ("s", 1.0) if high >= 1 else ("ms", 1e-3)
@@ -55,7 +55,7 @@ def _times(axis: Axes, plan: Plan) -> None:
     _bars(axis, title, parts, seconds, report.duration, marked=times.bottleneck)
     if parts:
         axis.barh("step", (high - low) / seconds, 0.35, left=low / seconds, color=GREY)
-        axis.set_xlabel(f"{unit} at published peaks; step: all overlaps to nothing does")
+        axis.set_xlabel(f"{unit} at published peaks; step: its bounds by the schedule")
 
 
 def _traffic(axis: Axes, plan: Plan) -> None:

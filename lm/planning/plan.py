@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def mfu_bounds(self) -> tuple[float, float] | None:
-        """MFU with nothing and with everything overlapped."""
+        """MFU at the upper and the lower bound of the step's time."""
         low, high = self.mfu(self.times.upper_bound_s), self.mfu(self.times.lower_bound_s)
         return None if low is None or high is None else (low, high)
 
@@ -260,9 +260,8 @@ def analyse(
     leaves = jax.tree.leaves(experiment.abstract_params)
     shapes = [(x.shape, x.sharding.shard_shape(x.shape)) for x in leaves]
     found = traffic.collectives(module, mesh.shape, slices=c.mesh.slices)
-    coords = interconnect.chip_coords(target, mesh)
-    sent = interconnect.transfers(found, target, coords)
-    update = [c for c in found if c.source.startswith(hlo.OPTIMIZER)]
+    priced = interconnect.price(found, target, interconnect.chip_coords(target, mesh))
+    update = [p for p in priced if p.collective.source.startswith(hlo.OPTIMIZER)]
     work = costs.count_flops_and_hbm_bytes(module)
     rows, length = experiment.batch_size, c.data.length
     if decode is not None:
@@ -281,16 +280,16 @@ def analyse(
         capacity=compiled.available or target.chip.hbm or None,
         refusal=compiled.refusal,
         memory=memory.measure(compiled, module, shapes, platform=target.chip.platform),
-        transfers=sent,
+        transfers=interconnect.transfers(priced),
         work=work,
         model_flops=_model_flops(experiment, rows, length, decode),
         peak_flops=target.chip.peak_flops(c.model.dtype),
-        times=roofline.times(target, work, sent, c.model.dtype),
+        times=roofline.times(target, module, work, priced, c.model.dtype),
         save=save_cost.measure(experiment.abstract_state) if decode is None else None,
         warnings=(),
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
-        optimizer_transfers=interconnect.transfers(update, target, coords),
+        optimizer_transfers=interconnect.transfers(update),
     )
     plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)

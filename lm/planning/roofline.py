@@ -1,7 +1,8 @@
-"""Bounds of the time of a step: products, HBM traffic and transfers, each over a published peak.
+"""Bounds of the time of a step: products, HBM traffic and transfers, each over a published peak, in
+the order of the compiled schedule (lm/planning/schedule.py).
 
-A real step takes longer. The compiler and the hardware decide how much of them overlaps; the step
-lies between the longest of them, if all overlap, and their sum, if none do.
+What the bounds leave open is how much of its HBM traffic an operation hides behind its products:
+all, or nothing. A real step takes longer where kernels stay below the peaks.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
+from lm.planning import hlo, schedule
 from lm.planning.costs import Work
-from lm.planning.interconnect import Transfer
+from lm.planning.interconnect import PricedCollective
 from lm.planning.topology import Topology
 
 
@@ -23,6 +25,9 @@ class StepTimeBounds:
     hbm: float | None
     links: dict[str, float]  # by mesh axis, ICI or NVLink
     network: float | None  # between slices or nodes
+    exposed: dict[str, float]  # waited for at the lower bound, by the same names
+    lower_bound_s: float
+    upper_bound_s: float
     unknown: tuple[str, ...]  # left out, as their figures are not known
 
     def parts(self) -> dict[str, float]:
@@ -30,16 +35,6 @@ class StepTimeBounds:
         links = {f"links, {axis}": t for axis, t in self.links.items()}
         named = {"compute": self.compute, "HBM": self.hbm, **links, "network": self.network}
         return {name: t for name, t in named.items() if t}
-
-    @property
-    def lower_bound_s(self) -> float:
-        """All overlapped."""
-        return max(self.parts().values(), default=0.0)
-
-    @property
-    def upper_bound_s(self) -> float:
-        """None overlapped."""
-        return sum(self.parts().values())
 
     @property
     def midpoint_s(self) -> float:
@@ -54,31 +49,46 @@ class StepTimeBounds:
 
 
 def times(
-    topology: Topology, work: Work, transfers: Sequence[Transfer], dtype: str
+    topology: Topology,
+    module: hlo.Module,
+    work: Work,
+    collectives: Sequence[PricedCollective],
+    dtype: str,
 ) -> StepTimeBounds:
     """The bounds of a step by the published peaks of a topology's chips."""
     chip = topology.chip
     peak = chip.peak_flops(dtype)
-    links: dict[str, float] = defaultdict(float)
-    network, unknown = 0.0, []
+    sent: dict[str, float] = defaultdict(float)
+    unknown = []
     if peak is None:
         unknown.append(f"peak FLOP/s of {chip.name} in {dtype}{chip.dtype_with_peak()}")
     if work.unknown:
         unknown.append(f"FLOPs of {len(work.unknown)} kernels that declare none")
     if work.loops:
         unknown.append(f"length of {len(work.loops)} loops, which count once: {work.loops[0]}")
-    for transfer in transfers:
-        if transfer.seconds is None:
-            kind = "network" if transfer.network else "links"
+    for priced in collectives:
+        if priced.seconds is None:
+            kind = "network" if priced.network else "links"
             unknown.append(f"bandwidth of {chip.name}'s {kind}")
-        elif transfer.network:
-            network += transfer.seconds
         else:
-            links[transfer.axis] += transfer.seconds
+            sent[schedule.NETWORK if priced.network else priced.collective.axis] += priced.seconds
+    lower, upper = (
+        schedule.simulate(
+            module,
+            collectives,
+            peak_flops=peak,
+            hbm_bandwidth=chip.hbm_bandwidth,
+            overlapped=overlapped,
+        )
+        for overlapped in (True, False)
+    )
     return StepTimeBounds(
         compute=work.flops / peak if peak else None,
         hbm=work.hbm_bytes / chip.hbm_bandwidth if chip.hbm_bandwidth else None,
-        links=dict(links),
-        network=network or None,
+        network=sent.pop(schedule.NETWORK, None),
+        links=dict(sent),
+        exposed=lower.exposed,
+        lower_bound_s=lower.seconds,
+        upper_bound_s=upper.seconds,
         unknown=tuple(dict.fromkeys(unknown)),
     )

@@ -55,9 +55,13 @@ class Topology:
         return self.num_chips * self.chip.devices
 
     def closes(self, dimension: int) -> bool:
-        """True if a dimension of a slice's torus is a ring. In three dimensions optical switches
-        join whole cubes of 4 x 4 x 4 only, and a slice smaller than one has no ring; in two a ring
-        is 16 chips long.
+        """True if a dimension of a slice's torus is a ring.
+
+        v4, v5p, tpu7x: optical switches join whole cubes of 4 x 4 x 4, and a slice smaller than one
+        is connected in three dimensions without links that wrap around
+        (https://cloud.google.com/tpu/docs/v5p). v5e, v6e: a pod is a torus of 16 x 16, and a slice
+        wraps around along each dimension of 16 chips, as 8x16 along its longer one
+        (https://jax-ml.github.io/scaling-book/tpus).
         """
         if self.chip.dims == 3:
             return all(n % 4 == 0 for n in self.shape)

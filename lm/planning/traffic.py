@@ -42,6 +42,8 @@ class Collective:
     times: float  # in a step
     source: str
     shape: str
+    instruction: str = ""  # or the fusion that it is inside of
+    pairs: tuple[tuple[int, int], ...] = ()  # (source, target) of a permutation
     unsliced: bool = False  # an all-gather that the compiler wrote as an all-reduce of zeros
 
     @property
@@ -82,12 +84,13 @@ def collectives(
         if kind not in KINDS or not visit.times or _is_continuation(visit):
             continue
         inputs = [operand.bytes for operand in instruction.operands]
+        pairs = ()
         if between:  # a host sends for its chips to their counterparts in the other slices
             group = tuple(range(0, num_devices, num_devices // slices))
             payload = inputs[0] * (slices if kind == "all-gather" else 1)
         elif kind == "collective-permute":
-            pairs = instruction.proto.source_target_pairs
-            group = _longest_cycle({pair.source: pair.target for pair in pairs})
+            pairs = tuple((p.source, p.target) for p in instruction.proto.source_target_pairs)
+            group = _longest_cycle(dict(pairs))
             payload = inputs[0]
         else:
             group = _first_group(instruction.proto, num_devices)
@@ -101,8 +104,9 @@ def collectives(
         source = module.source(visit.frame)
         shape = ", ".join(str(s) for s in instruction.shapes[:2])
         sum_of_zeros = kind == "all-reduce" and all(map(_is_padded, instruction.operands))
+        named = source, shape, (visit.outer or instruction).name
         sent = payload, visit.times
-        found.append(Collective(kind, axes, whole, group, *sent, source, shape, sum_of_zeros))
+        found.append(Collective(kind, axes, whole, group, *sent, *named, pairs, sum_of_zeros))
     return found
 
 
