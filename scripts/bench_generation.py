@@ -36,8 +36,8 @@ def main() -> int:
 
     from lm.config import conversion
     from lm.hf.importing import import_folder
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     with tempfile.TemporaryDirectory() as folder:
         workdir = f"{folder}/run"

@@ -36,8 +36,8 @@ def main() -> int:
     from lm.evaluation import blimp
     from lm.generation.score import Scorer
     from lm.telemetry.progress import Progress
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     pairs = blimp.read(args.data, limit=args.limit)
     published = blimp.read_published(args.published) if args.published else {}

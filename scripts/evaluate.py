@@ -60,8 +60,8 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     from lm.config import conversion
     from lm.telemetry.progress import Progress
     from lm.training.evaluation import evaluate
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     experiment = load(args.workdir, jax.devices(), changes)
     if not experiment.config.data.validation:

@@ -52,8 +52,8 @@ def main() -> int:
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.text import TextChunk
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     sampling = _sampling(args)
     experiment = load(args.workdir, jax.devices())

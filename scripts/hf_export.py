@@ -35,8 +35,8 @@ def main() -> int:
     import jax
 
     from lm.hf.exporting import export_folder
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     experiment = load(args.workdir, jax.devices()[:1])
     _, params = restore_params(experiment, args.workdir, args.step)

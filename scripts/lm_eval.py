@@ -31,8 +31,8 @@ def main() -> int:
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.score import Scorer
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     experiment = load(args.workdir, jax.devices())
     step, params = restore_params(experiment, args.workdir, args.step)

@@ -42,8 +42,8 @@ def main() -> int:
     from lm.evaluation.predict import GREEDY, predict, task_config
     from lm.generation.beam import BeamSearch
     from lm.telemetry.progress import Progress
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     experiment = load(args.workdir, jax.devices())
     step, params = restore_params(experiment, args.workdir, args.step)

@@ -234,8 +234,8 @@ def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
     import jax
 
     from lm.telemetry import loss_curve, metrics
-    from lm.training.experiment import load
     from lm.training.restore import restore_params
+    from lm.training.stored_run import load
 
     experiment = load(str(workdir), jax.devices())
     at, params = restore_params(experiment, str(workdir))

@@ -18,10 +18,10 @@ from lm.optim import param_tree
 from lm.scaling import run_table
 from lm.telemetry import metrics
 from lm.training.evaluation import evaluate
-from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.merge_lora import merge_run
 from lm.training.restore import eval_params, restore, restore_params
+from lm.training.stored_run import load
 
 LORA = {
     "model.lora.rank": 2,

@@ -17,9 +17,9 @@ from lm.data.tokens import TokenStore
 from lm.exit_codes import Exit
 from lm.telemetry import metrics
 from lm.training.evaluation import evaluate
-from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.restore import restore_params
+from lm.training.stored_run import load
 
 ARCHIVE = Path(__file__).parent / "golden" / "run.tar.gz"
 SOURCE = "store/validation"

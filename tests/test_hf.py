@@ -15,8 +15,8 @@ from lm.hf import structure
 from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
 from lm.telemetry import metrics
-from lm.training.experiment import load
 from lm.training.restore import restore_params
+from lm.training.stored_run import load
 from lm.types import Tokens
 from tests import hf_models
 

@@ -14,9 +14,9 @@ from lm.config import command_line, conversion
 from lm.hf.exporting import export_folder
 from lm.hf.files import open_tensors, write_tensors
 from lm.hf.importing import import_folder
-from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.restore import restore_params
+from lm.training.stored_run import load
 from tests import hf_models
 
 torch = pytest.importorskip("torch", reason="the folders are made with PyTorch")

@@ -15,9 +15,9 @@ from lm.hf.exporting import export_folder
 from lm.hf.importing import import_folder
 from lm.preparation.token_writer import write_store
 from lm.sources import Document
-from lm.training.experiment import load
 from lm.training.loop import train
 from lm.training.restore import restore_params
+from lm.training.stored_run import load
 from lm.types import Tokens
 
 FOLDER = Path(__file__).parents[1] / "../shared/data/weights/stories260K"

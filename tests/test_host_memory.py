@@ -11,8 +11,8 @@ from lm.generation.generator import Generator
 from lm.telemetry import metrics
 from lm.training import loop as training
 from lm.training.evaluation import evaluate
-from lm.training.experiment import load
 from lm.training.restore import eval_params, restore, restore_params
+from lm.training.stored_run import load
 
 CHANGES = {
     "data.validation": ("synthetic:markov:16:7",),

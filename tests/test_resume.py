@@ -24,8 +24,9 @@ from lm.config import conversion
 from lm.exit_codes import Exit
 from lm.reliability.workdir_lock import lock_workdir
 from lm.telemetry import metrics
-from lm.training.experiment import Experiment, load
+from lm.training.experiment import Experiment
 from lm.training.restore import restore
+from lm.training.stored_run import load
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -10,8 +10,8 @@ from lm.config import conversion
 from lm.exit_codes import Exit
 from lm.preparation.tokenizer_training import train_words
 from lm.training import compatibility
-from lm.training.experiment import load
 from lm.training.loop import train
+from lm.training.stored_run import load
 
 NAMES = ["my run", "100%d {x} %s", "a?b#c&d=e", "[x]*", 'it\'s "q"', "$HOME `x`", "运行", "-x"]
 

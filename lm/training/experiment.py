@@ -29,8 +29,6 @@ from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
 from lm.parallel import pipeline_stages, sharding
-from lm.storage.epaths import StoragePath
-from lm.tokenizers import run_tokenizer
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.training import run_length, train_step
@@ -373,30 +371,3 @@ def _with_sharding(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.Sha
 
 def _shardings(abstract: Tree) -> Tree:
     return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def load(
-    workdir: str, devices: Sequence[Device], changes: Mapping[str, object] | None = None
-) -> Experiment:
-    """The experiment of a run's folder on these devices, data-parallel unless `changes` say else.
-
-    The tokenizer is the one that the folder keeps, wherever the folder is now.
-
-    changes: {config path: value}. A batch that the devices don't divide is made larger.
-
-    Raises:
-        FileNotFoundError: the folder holds no run.
-    """
-    path = StoragePath(workdir) / CONFIG_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
-    config = conversion.from_json(path.read_text())
-    config.data.tokenizer = run_tokenizer.find(workdir, config.data.tokenizer)
-    usual = conversion.default(**conversion.names(config))
-    config.mesh, config.train.num_microbatches = usual.mesh, 1
-    if "pipeline" in usual.model:
-        config.model.pipeline = usual.model.pipeline
-    config.update_from_flattened_dict(dict(changes or {}))
-    if config.data.batch_size is not None:
-        config.data.batch_size = -(-config.data.batch_size // len(devices)) * len(devices)
-    return Experiment(config, devices)

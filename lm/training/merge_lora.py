@@ -19,8 +19,9 @@ from lm.reliability.data_ledger import start_totals
 from lm.storage.epaths import StoragePath
 from lm.tokenizers import run_tokenizer
 from lm.training import compatibility
-from lm.training.experiment import CONFIG_FILE, Experiment, load
+from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.training.restore import restore_params
+from lm.training.stored_run import load
 from lm.types import Device
 
 
