@@ -263,6 +263,22 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("mesh", [{}, {"data": 4, "fsdp": 2}])
+def test_matrices_that_memory_does_not_take_at_once_are_exchanged_in_rounds(
+    rules_on, monkeypatch, mesh
+):
+    config, params, gradient, expected = one_device()
+    monkeypatch.setattr(matrix_owners, "AT_ONCE", 16 * 24)
+    boxed, rules = boxes(AXES, SHAPES), rules_on(**mesh)
+    tx = make_optimizer(config, boxed, 10, shardings=rules.shardings(boxed))
+    update = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])
+    lowered = update.lower(gradient, params)
+    assert lowered.as_text().count("stablehlo.while") >= 3
+    found = update(gradient, params)
+    for n in AXES:
+        np.testing.assert_allclose(found[n], expected[n], atol=1e-5, err_msg=n)
+
+
 @pytest.mark.parametrize("mesh, owners", CASES)
 def test_an_update_on_eight_devices_is_that_of_one(rules_on, mesh, owners):
     """Sums of float32 in another order: 2e-6 of updates of up to 1, measured."""
