@@ -205,6 +205,10 @@ class TrainConfig:
         0, "Batches of each validation store per evaluation; 0: all of it.", ge=0
     )
     log_every: int = field(10, "Steps between log lines.", ge=1)
+    compiler_flags: tuple[str, ...] = field(
+        ("auto",),
+        "XLA flags of the train step, NAME=VALUE; auto: those of docs/plan.md for the platform.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,9 @@ def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
         f"{experiment.num_steps} steps of {format_quantity(tokens)} tokens "
         f"({format_quantity(experiment.num_steps * tokens)} in all)"
     )
+    if experiment.compiler_options:
+        pairs = (f"{name}={value}" for name, value in experiment.compiler_options.items())
+        yield f"compiler flags (config.train.compiler_flags): {' '.join(pairs)}"
     early = [step for step in c.checkpoint.at if step < experiment.num_steps]
     if not (c.checkpoint.every or c.checkpoint.every_seconds or early):
         yield (

@@ -28,7 +28,7 @@ from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
-from lm.parallel import pipeline_stages, sharding
+from lm.parallel import compiler_flags, pipeline_stages, sharding
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.training import run_length, train_step
@@ -67,6 +67,9 @@ class Experiment:
         models.check_config(c.model, self.config_dict.model.name)
         self.rules = sharding.make_rules(c.mesh, devices)
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
+        self.compiler_options = compiler_flags.options(
+            c.train.compiler_flags, self.rules.platform, self.rules.mesh.size
+        )
         c.model.check(c.data.length)
         chain.check(c.optimizer, self._scaling)
         if c.model.takes_encoder != (c.data.encoder_length is not None):
@@ -307,13 +310,15 @@ class Experiment:
             self._train_step,
             donate_argnums=0,
             out_shardings=(_shardings(self.abstract_state), replicated, replicated),
+            compiler_options=self.compiler_options,
         )
         return jitted.lower(self.abstract_state, self.abstract_batch)
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Compiled:
         """(state, batch) -> (state, sums, step info); other shapes are an error, not recompiled."""
-        return self.lower_train_step().compile()
+        with compiler_flags.named_errors():
+            return self.lower_train_step().compile()
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Batch], Sums]:
