@@ -2,6 +2,7 @@
 found, or harmless.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -115,6 +116,17 @@ def test_a_state_of_other_leaves_is_refused_by_name_and_not_called_bad(
     for line in lines:
         assert line in str(caught.value)
     assert not (tmp_path / "bad_checkpoints").exists()
+
+
+def test_constants_that_an_older_optimizer_kept_are_left_aside(tmp_path):
+    """Muon's state had the coefficients of its polynomials, until they were code."""
+    state = small(3)
+    old = dataclasses.replace(state, opt_state={**state.opt_state, "ns_coeffs": jnp.ones(3)})
+    with Checkpoints(str(tmp_path), CheckpointConfig()) as checkpoints:
+        checkpoints.save(old)
+        found = checkpoints.restore(abstract(state))
+    assert found is not None
+    assert_bitwise(found[0], state)
 
 
 def small(step):

@@ -18,6 +18,9 @@ from lm.optim.param_tree import named_leaves
 from lm.types import PyTree
 
 FORMAT = 1
+# Ends of the names of leaves that older optimizers kept in their state, and no run restores: of
+# Muon the coefficients of its polynomials.
+CONSTANTS = (".ns_coeffs",)
 
 
 class Damaged(ValueError):
@@ -55,7 +58,11 @@ def leaves(tree: PyTree, sums: np.ndarray | None = None) -> dict[str, Leaf]:
 
 def differences(stored: Mapping[str, Leaf], expected: Mapping[str, Leaf]) -> list[str]:
     """One line for each leaf that only one side has, or whose shape or dtype differs."""
-    lines = [f"only in the checkpoint: {n}, {stored[n]}" for n in stored if n not in expected]
+    lines = [
+        f"only in the checkpoint: {n}, {stored[n]}"
+        for n in stored
+        if n not in expected and not n.endswith(CONSTANTS)
+    ]
     lines += [f"only in this run: {n}, {expected[n]}" for n in expected if n not in stored]
     lines += [
         f"differs: {n}, {stored[n]} in the checkpoint, {expected[n]} in this run"

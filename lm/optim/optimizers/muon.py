@@ -93,15 +93,12 @@ def build(config: Config, context: OptimizerContext) -> list[optax.GradientTrans
 
     dimensions = jax.tree.map(one, context.boxed, context.roles, is_leaf=is_box)
     rate = config.muon_learning_rate
+    neurons = normalize_neurons(config.normuon_b2, config.eps, dimensions)
+    links = [orthogonalize(config, dimensions, _of_matrices(context))]
+    links += [context.store(neurons)] if config.normuon_b2 else []
     matrices = [
         context.store(nesterov_momentum(config.muon_momentum)),
-        orthogonalize(config, dimensions, _of_matrices(context)),
-        *(
-            [context.store(normalize_neurons(config.normuon_b2, config.eps, dimensions))]
-            if config.normuon_b2
-            else []
-        ),
-        scale_to_adam(dimensions),
+        optax.chain(*links, scale_to_adam(dimensions)),
         *context.decay_and_scale(config.learning_rate if rate is None else rate),
     ]
     others = [context.adam, *context.decay_and_scale(config.learning_rate)]
@@ -143,7 +140,7 @@ def matrix_dimensions(names: Sequence[str | None]) -> MuonDimensionNumbers:
 
 
 class MomentumState(NamedTuple):
-    step: jax.Array  # int32 []: updates so far
+    count: jax.Array  # int32 []: updates so far
     mu: optax.Updates
 
 
@@ -158,11 +155,11 @@ def nesterov_momentum(decay: float) -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: MomentumState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MomentumState]:
-        mu, step = optax.tree.update_moment(updates, state.mu, decay, 1), state.step + 1
-        ahead = optax.tree.bias_correction(mu, decay, step + 1)
-        now = optax.tree.bias_correction(updates, decay, step)
+        mu, count = optax.tree.update_moment(updates, state.mu, decay, 1), state.count + 1
+        ahead = optax.tree.bias_correction(mu, decay, count + 1)
+        now = optax.tree.bias_correction(updates, decay, count)
         mixed = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, ahead, now)
-        return mixed, MomentumState(step, mu)
+        return mixed, MomentumState(count, mu)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore
 
