@@ -1,5 +1,7 @@
 """Flash attention compiled for a GPU that is not here, by the real compiler."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,6 +64,9 @@ def kernel_calls(text):
 def test_flash_is_what_auto_is_and_runs_forward_once_where_attended_is_saved(gpus):
     text = compiled_text(gpus, SAVED)
     assert kernel_calls(text) == 3
+    # of nine products of half the pairs, here of 2 rows of a device and 8 heads
+    flops = sum(map(int, re.findall(r"flops\\22: \\22(\d+)", text)))
+    assert flops == pytest.approx(9 * 2 * 2 * 8 * 1024 * 1024 / 2 * 128, rel=2e-3)
     assert kernel_calls(compiled_text(gpus, jax.checkpoint_policies.nothing_saveable)) == 4
     assert "1024,1024]" not in text  # no array of all pairs, not even a mask
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -45,6 +46,7 @@ class Options:
     window: int | None
     softcap: float | None
     head_dim: int
+    share: float  # of all pairs, seen in a row of one document, for counts of FLOPs
     interpret: bool
 
     def rows_of_queries(self, length: int) -> int:
@@ -86,13 +88,20 @@ def attend(
     [B, N, T], which the gradient needs, are named "attended".
     """
     b, n, t, h = q.shape
-    options = Options(scale, mask.causal, mask.window, softcap, h, interpret)
+    share = 1.0 if indices is None else _share(k.shape[2], mask.causal, mask.window)
+    options = Options(scale, mask.causal, mask.window, softcap, h, share, interpret)
     q = _pad(q, 2, options.rows_of_queries(t))
     k, v = (_pad(x, 2, _rows(x.shape[2], KEYS)) for x in (k, v))
     marks = _marks(options, mask, indices)
     q = q.reshape(b, k.shape[1], -1, *q.shape[2:])  # [B, K, G, T, H]
     y: Any = _attend(options, q, k, v, marks)
     return y.reshape(b, n, -1, h)[:, :, :t]
+
+
+def _share(length: int, causal: bool, window: int | None) -> float:
+    """The part of the pairs of a row that order and window leave."""
+    before = np.minimum(np.arange(length), length if window is None else window - 1)
+    return float(before.sum() * (1 if causal else 2) + length) / length**2
 
 
 def _rows(length: int, largest: int) -> int:
@@ -345,6 +354,8 @@ class _Call:
         """out: arrays like the results, of queries by query and of keys by key; given: further
         inputs, dy and its sums.
         """
+        products = {"flash_forward": 2, "flash_backward_query": 3, "flash_backward_key": 4}[name]
+        pairs = math.prod(self._inputs[0].shape) * self._length["k"] * self._options.share
         sums = self._array("q", is_sum=True)
         own = self._array(self._own)
         return pl.pallas_call(
@@ -360,5 +371,6 @@ class _Call:
                 num_stages=2 if self._padded <= WIDE else 1,
             ),
             interpret=self._options.interpret,
+            metadata={"flops": f"{2 * products * pairs:.0f}"},
             name=name,
         )(*self._inputs, *given)
