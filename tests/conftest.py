@@ -48,7 +48,6 @@ from lm.config import conversion
 from lm.config import schema as configs
 from lm.models import decoder
 from lm.parallel.sharding import make_rules
-from lm.storage import filesystems
 from lm.training.experiment import Experiment
 from lm.types import Batch, Tokens
 
@@ -97,12 +96,8 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module")
 def buckets():
     """Emulated gs:// and s3://, in the environment."""
-    with object_stores.emulators() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        filesystems.filesystem.cache_clear()
+    with object_stores.in_this_process():
         yield
-    filesystems.filesystem.cache_clear()
 
 
 @pytest.fixture(params=["local", "gs", "s3"])

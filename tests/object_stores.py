@@ -8,8 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
+import fsspec
 import storage_proxy
+
+from lm.storage import filesystems
 
 BUCKET = "bucket1"
 PROXIES = {}  # by scheme, of the emulators that are running
@@ -86,6 +90,25 @@ def emulators(**faults):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@contextlib.contextmanager
+def in_this_process(**faults):
+    """As `emulators`, in the environment of this process, whose clients of before are forgotten: a
+    client keeps the address that it began with.
+    """
+
+    def forget():
+        filesystems.filesystem.cache_clear()
+        for scheme in ("gs", "s3"):
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+    with emulators(**faults) as environment, mock.patch.dict(os.environ, environment):
+        forget()
+        try:
+            yield
+        finally:
+            forget()
 
 
 def main():

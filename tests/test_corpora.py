@@ -23,7 +23,6 @@ from lm.preparation import engines
 from lm.preparation.corpus import Corpus
 from lm.preparation.prepare import prepare, summary
 from lm.storage import files as storage
-from lm.storage import filesystems
 from tests.test_filters import GERMAN, GOOD, near_duplicate
 from tests.test_slurm import no_slurm
 
@@ -171,10 +170,7 @@ def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
     evals = write_jsonl(tmp_path / "evals.jsonl", texts[3:5])
     corpus = Corpus(data, filters=[f"decontaminate data={evals}"], near_duplicates="")
     found = []
-    with object_stores.emulators() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        filesystems.filesystem.cache_clear()
+    with object_stores.in_this_process():
         for out in (str(tmp_path / "out"), "gs://bucket1/out", "s3://bucket1/out"):
             # spawn: a fork server has the environment of the test that has started it
             engine = "local workers=2 start_method=spawn" if "://" in out else None
@@ -183,7 +179,6 @@ def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
             files = [f"{out}/{folder}/{name}" for name in storage.list_names(f"{out}/{folder}")]
             reports = [storage.read_bytes(file) for file in files]
             found.append(({k: v["content_hash"] for k, v in manifests.items()}, reports))
-        filesystems.filesystem.cache_clear()
     assert found[0] == found[1] == found[2] and len(found[0][1]) == 2
 
 

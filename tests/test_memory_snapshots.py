@@ -198,7 +198,8 @@ def test_two_processes_go_on_from_memory_after_a_fault_of_one(undisturbed, tmp_p
     assert code == 0, out + errors
     assert "starting again" in errors
     [line] = [line for line in out.splitlines() if line.startswith("restored from the memory")]
-    assert ("the shards of process" in line) == ("loss" in fault)
+    # a process may also be killed between its copy at the neighbour and its own file
+    assert "loss" not in fault or "the shards of process" in line
     [_, second] = attempts.read(str(tmp_path / "run"))
     assert second["from_step"] > 0 and f"at step {second['from_step']}" in line
     assert saved_leaves(tmp_path / "run", STEPS) == undisturbed

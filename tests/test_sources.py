@@ -283,15 +283,11 @@ def test_damaged_files_of_a_bucket_are_counted(buckets, monkeypatch, name):
 @pytest.mark.slow
 def test_files_are_read_although_requests_fail(monkeypatch):
     folder = f"gs://{object_stores.BUCKET}/a"
-    with object_stores.emulators(fail=0.2) as environment, monkeypatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with object_stores.in_this_process(fail=0.2), monkeypatch.context() as patch:
         patch.setattr(storage, "BLOCK", 2000)
-        filesystems.filesystem.cache_clear()
         for name in ("a.jsonl.gz", "a.parquet", "stream.arrow"):
             storage.write_atomically(f"{folder}/{name}", EVERY_KIND[name]())
             assert texts(read(f"{folder}/{name}")) == TEXTS
-    filesystems.filesystem.cache_clear()
 
 
 def test_a_small_file_of_a_bucket_is_two_requests(buckets, monkeypatch):

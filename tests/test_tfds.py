@@ -11,7 +11,6 @@ import pytest
 from lm.sources import Document, Skipped, tfds
 from lm.sources.tfds import TfdsSource
 from lm.storage import files as storage
-from lm.storage import filesystems
 
 BUILDER = """
 import numpy as np
@@ -113,10 +112,7 @@ def test_units_are_whole_shards_and_the_same_by_the_name_of_the_folder(data_dir)
 def test_a_data_set_in_a_bucket_gives_what_it_gives_on_disk(data_dir, monkeypatch, folder):
     columns = {"text": "{mood}: {poem}"}
     local = TfdsSource(str(data_dir / folder / "1.0.0"), columns)
-    with object_stores.emulators() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        filesystems.filesystem.cache_clear()
+    with object_stores.in_this_process():
         there = f"gs://{object_stores.BUCKET}/{folder}"
         for file in (data_dir / folder / "1.0.0").iterdir():
             storage.write_atomically(f"{there}/{file.name}", file.read_bytes())
@@ -124,7 +120,6 @@ def test_a_data_set_in_a_bucket_gives_what_it_gives_on_disk(data_dir, monkeypatc
         assert _read(source) == _read(local)
         copied = os.listdir(tfds._description_on_disk(there).name)
         assert "dataset_info.json" in copied and not [n for n in copied if "-of-" in n]
-    filesystems.filesystem.cache_clear()
 
 
 def test_a_feature_is_named_by_its_path(data_dir):
