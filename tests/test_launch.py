@@ -90,7 +90,7 @@ def test_the_first_cause_decides_the_exit_code():
 
 def test_only_what_a_restart_can_mend_is_restarted():
     killed = [128 + number for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)]
-    mendable = {Exit.PEER_LOST, Exit.HUNG, Exit.DEVICE_ERROR, Exit.TERMINATED}
+    mendable = {Exit.PEER_LOST, Exit.HUNG, Exit.DEVICE_ERROR, Exit.NO_STORAGE, Exit.TERMINATED}
     assert all(map(restarts, [*mendable, *killed]))
     others = [*(set(Exit) - mendable), 3, 127, 255, *(128 + n for n in (signal.SIGHUP, 13))]
     assert not any(map(restarts, others))

@@ -140,7 +140,8 @@ def matrix_dimensions(names: Sequence[str | None]) -> MuonDimensionNumbers:
 
 
 class MomentumState(NamedTuple):
-    count: jax.Array  # int32 []: updates so far
+    # int32 []: updates so far; a tuple has a method of this name, as in the states of optax
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: optax.Updates
 
 
