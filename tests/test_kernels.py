@@ -194,6 +194,30 @@ def test_flash_reads_an_encoder_as_the_equation_does(rules_on, size):
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max())
 
 
+def test_flash_reads_a_cache_that_is_longer_than_the_prompt(rules_on):
+    """Prompts of two lengths, padded before; the rest of the cache is empty. A few queries are not
+    worth a kernel.
+    """
+    rng, length, room = np.random.default_rng(5), 96, 160
+    segments = np.ones((ROWS, length), np.int32)
+    segments[1, :20] = 0
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32)
+    keys = [np.pad(x, ((0, 0), (0, room - length))) for x in (segments, positions)]
+    mask = Mask(segments, positions, *keys)
+    q, k, v = (
+        rng.standard_normal((ROWS, n, t, SIZE), np.float32)
+        for n, t in ((HEADS, length), (KV_HEADS, room), (KV_HEADS, room))
+    )
+    real = (segments != 0)[:, None, :, None]
+    flash, xla = (
+        kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5) * real
+        for kernel in ("flash", "xla")
+    )
+    assert kernels.choose("flash", rules_on(), mask, q) == "flash"
+    assert kernels.choose("flash", rules_on(), mask, q[:, :, :1]) == "xla"
+    np.testing.assert_allclose(flash, xla, rtol=0, atol=TOLERANCE * np.abs(xla).max())
+
+
 def test_flash_in_bfloat16_is_as_near_to_float64_as_the_equation(rules_on):
     """In the type that GPUs run: half a unit of the largest entry's last place, twice."""
     length, tokens = 256, packed(256)

@@ -237,6 +237,30 @@ def test_second_run_says_at_once_that_it_is_done(texts, model, prepared):
     assert _content(prepared[0]) == before
 
 
+def test_a_second_command_that_waited_for_the_first_finds_its_stores(texts, model, tmp_path):
+    """It asked whether they are there before the first one ended, and holds the lock after."""
+    corpus, out = Corpus(data=[str(texts)]), tmp_path / "out"
+    found = prepare(corpus, tokenizer=model, out=out, num_workers=1)
+    job = begin(corpus, tokenizer=model, out=out)
+    answers = iter([False, True])  # before and under the lock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(job), "is_complete", lambda _: next(answers, True))
+        patch.setattr("lm.preparation.prepare.begin", lambda *_, **__: job)
+        again = prepare(corpus, tokenizer=model, out=out, num_workers=1)
+    assert again.manifests == found.manifests and not again.was_complete
+
+
+def test_stores_may_have_the_name_of_data_that_are_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "texts" / "a.txt", "a text " * 40)
+    corpus = Corpus(data=["texts/*.txt"], validation_fraction=0)
+    for _ in range(2):
+        prepare(corpus, tokenizer="bytes", out="texts/stores")
+    whole = Corpus(data=["stdlib"])
+    (tmp_path / "stdlib").mkdir()
+    begin(whole, tokenizer="bytes", out="stdlib")  # the standard library is elsewhere
+
+
 @pytest.mark.parametrize("out", ["", "stores", "../texts/stores/a"])
 def test_stores_in_the_folder_of_their_data_are_refused(tmp_path, out):
     data = tmp_path / "texts"

@@ -76,10 +76,11 @@ def prepare(
             lease.lock(f"{job.out}/lock"),
             Workers(num_workers) if engine is None else engines.Engine(engine, job.work) as workers,
         ):
-            first, *others = stages(job)
-            _tokenize(job, workers, first)
-            for stage in others:
-                _run(workers, stage)
+            if not job.is_complete():  # by a command that held the lock a moment ago
+                first, *others = stages(job)
+                _tokenize(job, workers, first)
+                for stage in others:
+                    _run(workers, stage)
     except lease.Locked as error:
         raise ValueError(f"{printable(os.fspath(out))}: {error} is preparing it") from None
     return Prepared(finish(job), was_complete)
@@ -97,15 +98,6 @@ def begin(
     folder = expand_path(os.fspath(out), out_flag).rstrip("/") or "/"
     if not is_url(folder) and os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{out_flag}={printable(folder)} is a file, not a folder")
-    for spec in corpus.data:
-        data = expand_path(spec, "--data")
-        is_inside = os.path.realpath(folder).startswith(os.path.realpath(data).rstrip("/") + "/")
-        if folder == data.rstrip("/") or (os.path.isdir(data) and is_inside):
-            raise ValueError(
-                f"{out_flag}={printable(folder)} is in the folder of --data={printable(spec)}, and "
-                f"what is written there would be data, too: name another {out_flag}, or a pattern "
-                f"of files, such as --data='{printable(spec)}/*.txt'"
-            )
     loaded = tokenizers.load(tokenizer)
     for fields, lengths, _ in packings:
         if min(lengths) < 1 or len(lengths) not in (1, len(fields)):
@@ -114,6 +106,14 @@ def begin(
                 f"of the {len(fields)} fields"
             )
     sources = corpus.sources()
+    for spec, source in zip(corpus.data, sources, strict=True):
+        data = getattr(source, "whole_folder", None)
+        if data and _is_in(folder, data):
+            raise ValueError(
+                f"{out_flag}={printable(folder)} is in the folder of --data={printable(spec)}, and "
+                f"what is written there would be data, too: name another {out_flag}, or a pattern "
+                f"of files, such as --data='{printable(spec)}/*.txt'"
+            )
     parts = plan_parts(sources)
     plan = _plan(corpus, loaded, parts, packings)
     parts_hash = _parts_hash(plan, corpus)
@@ -131,6 +131,13 @@ def begin(
         job.write_parts(parts)
         storage.write_atomically(f"{job.work}/skipped.json", report.to_json())
     return job
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Return True for a folder and what is below it."""
+    if not is_url(path):
+        path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def finish(job: Job) -> dict[str, dict]:

@@ -139,6 +139,11 @@ class FileSource:
             return sysconfig.get_path("stdlib")
         return files.resolve(self.spec)[0]
 
+    @property
+    def whole_folder(self) -> str | None:
+        """The folder all of whose files are data, if one is named and not a pattern."""
+        return self._root if files.resolve(self.spec)[1] is None else None
+
     @functools.cached_property
     def _listing(self) -> files.Listing:
         if self.spec in _STDLIB:

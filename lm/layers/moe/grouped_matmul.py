@@ -28,8 +28,8 @@ def grouped_matmul(
 
     Rows beyond the groups may come back as anything, NaN among it: read none of them. `platform` is
     that of the mesh (`Rules.platform`), `load` the part of the rows that is expected in groups, for
-    plans alone. Its own gradient: that of `jax.lax.ragged_dot` with respect
-    to the weights is, on TPU, a product of every row with every group, masked; on GPU all are.
+    plans alone. Its own gradient: that of `jax.lax.ragged_dot` with respect to the weights is, on
+    TPU, a product of every row with every group, masked; on GPU all its products are.
     """
     if platform == "gpu":
         return gpu_kernels.rows_by_group(x, weights, sizes, load=load)
