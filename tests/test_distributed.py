@@ -222,17 +222,22 @@ sys.exit(process_group.leave(0))
 
 def test_jax_is_told_the_gpus_of_its_task():
     environment = {k: v for k, v in fake_devices(1).items() if k != "JAX_PLATFORMS"}
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_GPUS_ON_NODE": "4"}
+    # with six processes, one ended with SIGABRT each time that the service was gone before its
+    # own disconnection had been answered
+    job = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "6", "SLURM_NODEID": "0"}
+    job["SLURM_GPUS_ON_NODE"] = "12"
     job["SLURM_JOB_ID"] = str(os.getpid())  # both take their port from it
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", SHARES],
-            env={**environment, **slurm_task(i, **job)}, stdout=subprocess.PIPE, text=True,
+            env={**environment, **slurm_task(i, **job), "SLURM_LOCALID": str(i)},
+            stdout=subprocess.PIPE, text=True,
         )
-        for i in (0, 1)
+        for i in range(6)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert said == ["0 0,1", "1 2,3"]
+    said = [process.communicate(timeout=120)[0].splitlines()[-1:] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 6
+    assert said == [[f"{i} {2 * i},{2 * i + 1}"] for i in range(6)]
 
 
 @pytest.mark.parametrize("endpoints", ["10.0.0.2,10.0.0.3", "a:0:10.0.0.2,b:1:10.0.0.3"])
@@ -304,6 +309,21 @@ def test_a_closed_connection_is_a_loss_and_a_good_bye_is_none():
     second._links[0].shutdown(socket.SHUT_RDWR)
     assert "process 1 went away" in str(lead.loss(wait=5))
     assert lead.loss().error().code == Exit.PEER_LOST
+
+
+def test_process_0_closes_after_all_others():
+    lead, second, third = meeting([(0, 3), (1, 3), (2, 3)])
+    for process in (lead, second, third):
+        process.watch(lambda: None)
+        process.announce_exit(0, "", wait=0)
+    closing = threading.Thread(target=lead.close, kwargs={"wait": 30})
+    closing.start()
+    second.close(wait=30)
+    closing.join(timeout=0.3)
+    assert closing.is_alive()
+    third.close(wait=30)
+    closing.join(timeout=10)
+    assert not closing.is_alive() and lead.loss() is None
 
 
 def test_the_missing_process_is_named_to_those_that_came():

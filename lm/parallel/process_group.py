@@ -24,7 +24,7 @@ from typing import TypeVar
 from lm.config.tree import leaves
 from lm.exit_codes import Exit, RunError
 from lm.parallel.cluster_env import Environment, detect, gce_metadata
-from lm.parallel.coordination_service import HEARTBEAT, CoordinationService
+from lm.parallel.coordination_service import HEARTBEAT, LINGER, CoordinationService
 from lm.parallel.rendezvous import Mismatch, PeerConnections, PeerLost, connect_peers
 
 # Seconds that a process has to end by itself (an error in a collective, a save, evidence being
@@ -313,6 +313,8 @@ def leave(code: int, message: str = "") -> int:
         _peers.announce_exit(code, "", wait=0.0)
         try:
             jax.distributed.shutdown()
+            # a client that still hears of its own shutdown would be aborted by the service's
+            _peers.close(wait=LINGER)
             if _service is not None:
                 _service.shutdown()
             return code

@@ -66,6 +66,7 @@ class PeerConnections:
         self._links = dict(links)
         self._received = dict.fromkeys(links, b"")
         self._left: set[int] = set()  # processes that announced their exit or died
+        self._closed: set[int] = set()  # processes from which nothing will come any more
         self._losses: dict[int, PeerLoss] = {}
         self._changed = threading.Condition()
 
@@ -94,6 +95,15 @@ class PeerConnections:
             with self._changed:
                 self._changed.wait_for(lambda: self._left >= self._links.keys(), wait)
 
+    def close(self, *, wait: float) -> None:
+        """Send nothing any more. Process 0 waits up to `wait` seconds for the others to do so."""
+        if self.process_id == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed >= self._links.keys(), wait)
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_WR)
+
     def _listen(self) -> None:
         with selectors.DefaultSelector() as selector:
             for process, link in self._links.items():
@@ -112,6 +122,9 @@ class PeerConnections:
         if not data:
             if process not in self._left:
                 self._add_loss(PeerLoss(process))
+            with self._changed:
+                self._closed.add(process)
+                self._changed.notify_all()
             return False
         *lines, self._received[process] = (self._received[process] + data).split(b"\n")
         for line in lines:

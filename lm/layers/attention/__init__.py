@@ -1,1 +1,0 @@
-"""Attention: the linen modules, and their back ends."""
