@@ -30,7 +30,7 @@ KERNELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """One device; bounds in seconds are those of `lm.planning.roofline`."""
+    """One device; bounds in seconds are those of `lm.compiled.roofline`."""
 
     temporaries: int
     fits: bool
@@ -52,12 +52,12 @@ def measure(
     import jax
     import jax.numpy as jnp
 
+    from lm.compiled import compiling, costs, hlo, interconnect, roofline, traffic
+    from lm.compiled import topology as topologies
     from lm.config.schema import MeshConfig
-    from lm.layers.attention import kernels
-    from lm.layers.attention.dot_product import self_mask
+    from lm.kernels import attention_kernels
+    from lm.kernels.dot_product import self_mask
     from lm.parallel.sharding import make_rules
-    from lm.planning import compiling, costs, hlo, interconnect, roofline, traffic
-    from lm.planning import topology as topologies
     from lm.types import Tokens
 
     target = topologies.parse(topology)
@@ -72,7 +72,7 @@ def measure(
 
     def both(q: Any, k: Any, v: Any, tokens: Tokens, gradient: Any) -> Any:
         def attend(q: Any, k: Any, v: Any) -> Any:
-            return kernels.attend(
+            return attention_kernels.attend(
                 *(q, k, v, self_mask(tokens, order=sequence)),  # balanced, as in a decoder
                 rules=rules,
                 kernel=kernel,

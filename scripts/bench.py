@@ -55,8 +55,8 @@ from lm.config.tree import ConfigTree
 from lm.data.pipeline import Pipeline
 from lm.data.synthetic import Synthetic
 from lm.generation.generator import Generator
+from lm.kernels.chunking import num_chunks
 from lm.layers import cross_entropy
-from lm.layers.chunking import num_chunks
 from lm.preparation.token_writer import write_store
 from lm.sources import Document
 from lm.telemetry import jsonl, metrics

@@ -7,7 +7,7 @@
 Compiles the actual train step (with --decode the decode step) from shapes, so neither data nor
 chips are needed. Reports memory by purpose, collectives by mesh axis, bounds of the step's time
 with its bottleneck, warnings, and the cost of a checkpoint. TPU topologies need libtpu, GPU
-topologies jax[cuda13]; see lm/planning/topology.py for their names. Plans are kept in
+topologies jax[cuda13]; see lm/compiled/topology.py for their names. Plans are kept in
 ~/.cache/lm/plan.
 
 --search looks for the fastest mesh, remat policy and number of micro-batches, --largest-batch for

@@ -82,7 +82,7 @@ def _machine(args: argparse.Namespace) -> Machine | None:
         raise ValueError(f"--mfu={args.mfu:g}: model FLOPs as a part of the peak, between 0 and 1")
     if args.plan is not None and args.topology is not None:
         raise ValueError("--plan names its topology: give --plan or --topology, not both")
-    from lm.planning import topology
+    from lm.compiled import topology
 
     if args.plan is not None:
         tree = json.loads(Path(args.plan).read_text())

@@ -18,29 +18,24 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm.config import conversion
-from lm.models import flops
-from lm.planning import (
+from lm.compiled import (
     buffers,
     chips,
     compiling,
     costs,
-    estimate,
     gpus,
     hlo,
     interconnect,
     memory,
-    plan,
-    plausibility,
     protos,
-    report,
     roofline,
-    save_cost,
-    shards,
     topology,
     traffic,
 )
-from lm.planning.roofline import StepTimeBounds
+from lm.compiled.roofline import StepTimeBounds
+from lm.config import conversion
+from lm.models import flops
+from lm.planning import estimate, plan, plausibility, report, save_cost, shards
 from lm.training.experiment import Experiment
 
 try:  # XLA's parser of HLO texts

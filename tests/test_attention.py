@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.attention.attention import Attention, LayerInputs, PerLayer
-from lm.layers.attention.dot_product import self_mask
+from lm.kernels.dot_product import self_mask
+from lm.layers.attention import Attention, LayerInputs, PerLayer
 from lm.layers.block_config import BlockConfig
 from lm.types import Tokens
 

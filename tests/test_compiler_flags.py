@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.compiled import topology
 from lm.parallel import compiler_flags
-from lm.planning import topology
 from lm.training.loop import train
 
 

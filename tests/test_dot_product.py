@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.layers.attention.dot_product import attend, self_mask
+from lm.kernels.dot_product import attend, self_mask
 from lm.types import Tokens
 
 

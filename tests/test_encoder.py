@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
-from lm.layers.attention import attention
-from lm.layers.attention.scores import Heads
+from lm.layers import attention
+from lm.layers.attention_scores import Heads
 from lm.models import encoder, flops
 from lm.models.encoder import Config
 from lm.types import Tokens

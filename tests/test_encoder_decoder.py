@@ -16,8 +16,8 @@ import pytest
 from environment import some
 from parameters import load_torch, random_params, torch_linear, torch_norm
 
-from lm.layers.attention import attention
-from lm.layers.attention.scores import Heads
+from lm.layers import attention
+from lm.layers.attention_scores import Heads
 from lm.models import encoder_decoder, flops
 from lm.models.encoder_decoder import Config
 from lm.types import Tokens

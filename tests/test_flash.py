@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.compiled import topology
 from lm.config.schema import MeshConfig
-from lm.layers.attention import kernels
-from lm.layers.attention.dot_product import self_mask
+from lm.kernels import attention_kernels
+from lm.kernels.dot_product import self_mask
 from lm.parallel.sharding import make_rules
-from lm.planning import topology
 from lm.types import Tokens
 
 pytestmark = pytest.mark.slow  # and skipped without jax[cuda13]
@@ -40,7 +40,7 @@ def compiled_text(gpus, policy, *, length=1024, head_dim=128, heads=(8, 2), **op
     def loss(q, k, v, tokens):
         def run(q, k, v):
             mask = self_mask(tokens, window=window)
-            return kernels.attend(q, k, v, mask, rules=rules, scale=0.1, **options)
+            return attention_kernels.attend(q, k, v, mask, rules=rules, scale=0.1, **options)
 
         y = jax.checkpoint(run, policy=policy)(q, k, v)
         return jnp.sum(jnp.square(y.astype(jnp.float32)))

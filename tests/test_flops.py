@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lm.config.components import COMPONENTS, component
 from lm.config.schema import MeshConfig
-from lm.layers.attention.scores import mean_keys
+from lm.layers.attention_scores import mean_keys
 from lm.layers.lora import LoraConfig
 from lm.layers.moe.moe import MoeConfig
 from lm.models import decoder, flops

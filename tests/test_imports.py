@@ -20,9 +20,10 @@ FLOORS = (
     ("types", "exit_codes", "storage"),
     ("config", "telemetry", "tokenizers"),
     ("data", "parallel", "optim", "sources"),
+    ("kernels",),
     ("layers", "objectives", "checkpoint", "preparation", "cli", "__main__"),
     ("models", "generation", "reliability"),
-    ("training",),
+    ("training", "compiled"),
     ("planning", "scaling", "evaluation", "interpret", "hf"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

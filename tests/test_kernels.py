@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from lm.layers.attention import dot_product, kernels, ring
-from lm.layers.attention.dot_product import Mask, self_mask
+from lm.kernels import attention_kernels, dot_product, ring
+from lm.kernels.attention_kernels import attend
+from lm.kernels.dot_product import Mask, self_mask
 from lm.models import decoder
 from lm.parallel import zigzag
 from lm.types import Tokens
@@ -75,7 +76,7 @@ def assert_is_the_equation(
         mask = self_mask(jax.tree.map(lambda x: x[:, places], tokens), causal, order, window)
         given = None if bias is None else bias[:, :, places][..., places]
         how = {"kernel": kernel, "sequence_parallel": sequence_parallel}
-        y = kernels.attend(q, k, v, mask, rules=rules, bias=given, **how, **options)
+        y = attend(q, k, v, mask, rules=rules, bias=given, **how, **options)
         return y[:, :, back]
 
     want, got = results(expected, tokens, arrays), results(ours, tokens, arrays)
@@ -183,7 +184,7 @@ def test_flash_reads_an_encoder_as_the_equation_does(rules_on, size):
 
     def by(kernel):
         def run(q, k, v):
-            y = kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5)
+            y = attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5)
             return y if kernel == "flash" else jnp.where(some, y, 0)
 
         y, pull = jax.vjp(jax.jit(run), q, k, v)
@@ -210,11 +211,11 @@ def test_flash_reads_a_cache_that_is_longer_than_the_prompt(rules_on):
     )
     real = (segments != 0)[:, None, :, None]
     flash, xla = (
-        kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5) * real
+        attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.5) * real
         for kernel in ("flash", "xla")
     )
-    assert kernels.choose("flash", rules_on(), mask, q) == "flash"
-    assert kernels.choose("flash", rules_on(), mask, q[:, :, :1]) == "xla"
+    assert attention_kernels.choose("flash", rules_on(), mask, q) == "flash"
+    assert attention_kernels.choose("flash", rules_on(), mask, q[:, :, :1]) == "xla"
     np.testing.assert_allclose(flash, xla, rtol=0, atol=TOLERANCE * np.abs(xla).max())
 
 
@@ -230,7 +231,7 @@ def test_flash_in_bfloat16_is_as_near_to_float64_as_the_equation(rules_on):
 
     def by(kernel, arrays):
         def run(q, k, v):
-            y = kernels.attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.125)
+            y = attend(q, k, v, mask, rules=rules_on(), kernel=kernel, scale=0.125)
             return jnp.where(real, y, 0)
 
         y, pull = jax.vjp(jax.jit(run), *arrays[:3])
@@ -257,7 +258,7 @@ def test_flash_reads_no_block_that_no_query_sees(rules_on):
     spoiled[:, :, : own.start] = spoiled[:, :, own.stop :] = np.nan
 
     def run(k):
-        y = kernels.attend(x, k, k, mask, rules=rules_on(), kernel="flash", scale=0.25)
+        y = attend(x, k, k, mask, rules=rules_on(), kernel="flash", scale=0.25)
         return y[:, :, own]
 
     np.testing.assert_array_equal(jax.jit(run)(spoiled), jax.jit(run)(x))
@@ -281,7 +282,7 @@ def test_where_attended_is_saved_flash_does_not_run_again_for_it(rules_on):
 
     def calls(policy):
         def run(q, k, v):
-            return kernels.attend(q, k, v, self_mask(tokens), rules=rules, kernel="flash", scale=1)
+            return attend(q, k, v, self_mask(tokens), rules=rules, kernel="flash", scale=1)
 
         def loss(q, k, v):
             return jnp.sum(jax.checkpoint(run, policy=policy)(q, k, v) ** 2)
@@ -316,7 +317,7 @@ def test_where_attended_is_saved_the_ring_does_not_turn_again_for_it(rules_on):
     def turns(policy):
         def run(q, k, v):
             how = {"kernel": "xla", "sequence_parallel": "ring"}
-            return kernels.attend(q, k, v, self_mask(tokens), rules=rules, scale=1.0, **how)
+            return attend(q, k, v, self_mask(tokens), rules=rules, scale=1.0, **how)
 
         def loss(q, k, v):
             return jnp.sum(jax.checkpoint(run, policy=policy)(q, k, v) ** 2)
@@ -351,7 +352,7 @@ def test_layers_in_a_ring_keep_no_masks_of_all_pairs(rules_on, monkeypatch):
     def loss(x, scales):
         def layer(x, scale):
             how = {"kernel": "xla", "sequence_parallel": "ring", "scale": 1.0}
-            return kernels.attend(x * scale, x, x, mask, rules=rules, **how), None
+            return attend(x * scale, x, x, mask, rules=rules, **how), None
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, scales)[0])
 
@@ -372,7 +373,7 @@ def test_what_cudnn_is_asked_for_is_the_equation(rules_on, monkeypatch, options,
         return plain(*args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
-    monkeypatch.setattr(kernels, "choose", lambda *_, **__: "cudnn")
+    monkeypatch.setattr(attention_kernels, "choose", lambda *_, **__: "cudnn")
     tokens = packed(64)
     if prefix:
         tokens = tokens.replace(bidirectional=tokens.positions < 5)
@@ -402,25 +403,25 @@ Q = jax.ShapeDtypeStruct((2, 4, 512, 64), jnp.bfloat16)
 
 
 def test_auto_is_splash_on_tpus_and_flash_on_gpus_in_16_bits(rules_on):
-    assert kernels.choose("auto", On("tpu"), MASK, Q) == "splash"
-    assert kernels.choose("auto", On("gpu"), MASK, Q) == "flash"
-    assert kernels.choose("auto", On("gpu"), PREFIX, Q) == "flash"
+    assert attention_kernels.choose("auto", On("tpu"), MASK, Q) == "splash"
+    assert attention_kernels.choose("auto", On("gpu"), MASK, Q) == "flash"
+    assert attention_kernels.choose("auto", On("gpu"), PREFIX, Q) == "flash"
     float32 = jax.ShapeDtypeStruct(Q.shape, jnp.float32)
-    assert kernels.choose("auto", On("gpu"), MASK, float32) == "xla"
-    assert kernels.choose("auto", On("gpu"), MASK, Q, bias=True) == "xla"
-    assert kernels.choose("auto", rules_on(), MASK, Q) == "xla"
+    assert attention_kernels.choose("auto", On("gpu"), MASK, float32) == "xla"
+    assert attention_kernels.choose("auto", On("gpu"), MASK, Q, bias=True) == "xla"
+    assert attention_kernels.choose("auto", rules_on(), MASK, Q) == "xla"
 
 
 def test_a_named_kernel_is_that_kernel(rules_on):
-    assert kernels.choose("xla", On("tpu"), MASK, Q) == "xla"
-    assert kernels.choose("splash", rules_on(), MASK, Q) == "splash"
-    assert kernels.choose("cudnn", On("gpu"), MASK, Q) == "cudnn"
-    assert kernels.choose("cudnn", On("gpu"), PREFIX, Q) == "cudnn"
+    assert attention_kernels.choose("xla", On("tpu"), MASK, Q) == "xla"
+    assert attention_kernels.choose("splash", rules_on(), MASK, Q) == "splash"
+    assert attention_kernels.choose("cudnn", On("gpu"), MASK, Q) == "cudnn"
+    assert attention_kernels.choose("cudnn", On("gpu"), PREFIX, Q) == "cudnn"
 
 
 def test_a_cache_is_for_xla():
     mask = Mask(MASK.query_segments, MASK.query_positions, MASK.key_segments, MASK.key_positions)
-    assert kernels.choose("splash", On("tpu"), mask, Q) == "xla"
+    assert attention_kernels.choose("splash", On("tpu"), mask, Q) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -437,9 +438,9 @@ def test_a_cache_is_for_xla():
 def test_what_splash_cannot_do_is_xlas_or_an_error_where_splash_is_named(
     rules, mask, asked, reason
 ):
-    assert kernels.choose("auto", rules, mask, Q, **asked) == "xla"
+    assert attention_kernels.choose("auto", rules, mask, Q, **asked) == "xla"
     with pytest.raises(ValueError, match=f"attention_kernel=splash.*{reason}"):
-        kernels.choose("splash", rules, mask, Q, **asked)
+        attention_kernels.choose("splash", rules, mask, Q, **asked)
 
 
 @pytest.mark.parametrize(
@@ -458,7 +459,7 @@ def test_what_splash_cannot_do_is_xlas_or_an_error_where_splash_is_named(
 )
 def test_what_cudnn_cannot_do_is_an_error(rules, q, asked, reason):
     with pytest.raises(ValueError, match=f"attention_kernel=cudnn.*{reason}"):
-        kernels.choose("cudnn", rules, MASK, q, **asked)
+        attention_kernels.choose("cudnn", rules, MASK, q, **asked)
 
 
 @pytest.mark.parametrize(

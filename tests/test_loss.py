@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lm import models
 from lm.config.schema import LossConfig
-from lm.layers.chunking import num_chunks
+from lm.kernels.chunking import num_chunks
 from lm.layers.cross_entropy import lm_loss
 from lm.layers.embedding import Embedding
 from lm.types import Batch, Output, Tokens

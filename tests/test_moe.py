@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from environment import some
 
+from lm.kernels.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.block_config import BlockConfig
 from lm.layers.moe.dispatch import ROOM
-from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.moe.moe import BIAS_GRADIENT, Moe, MoeConfig, route
 from lm.models import decoder, flops
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lm.layers.moe import gpu_kernels
+from lm.kernels import grouped_matmul_gpu
+from lm.kernels.grouped_matmul import grouped_matmul
 from lm.layers.moe.dispatch import dropless
-from lm.layers.moe.grouped_matmul import grouped_matmul
 from lm.parallel.sharding import Rules
 from lm.reliability.experts_check import check_experts
 
@@ -31,8 +31,8 @@ def on_gpu(monkeypatch):
     """Meshes say that they are of GPUs, whose kernels are interpreted."""
     monkeypatch.setattr(Rules, "platform", property(lambda self: "gpu"))
     for name in ("rows_by_group", "matrices_by_group"):
-        kernel = functools.partial(getattr(gpu_kernels, name), interpret=True)
-        monkeypatch.setattr(gpu_kernels, name, kernel)
+        kernel = functools.partial(getattr(grouped_matmul_gpu, name), interpret=True)
+        monkeypatch.setattr(grouped_matmul_gpu, name, kernel)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -78,11 +78,11 @@ def test_kernels_are_products_of_each_group(on_gpu, shape, sizes, dtype):
 
 def test_tiles_cover_the_rows_of_every_group_once():
     sizes = np.array([1, 0, 128, 129, 0, 300], np.int32)
-    count = 600 // gpu_kernels.ROWS + len(sizes)
-    group, start, end = map(np.asarray, gpu_kernels._tiles(jnp.asarray(sizes), count))
+    count = 600 // grouped_matmul_gpu.ROWS + len(sizes)
+    group, start, end = map(np.asarray, grouped_matmul_gpu._tiles(jnp.asarray(sizes), count))
     seen = np.zeros(600, int)
     for g, first, stop in zip(group, start, end, strict=True):
-        rows = np.arange(first, min(first + gpu_kernels.ROWS, stop))
+        rows = np.arange(first, min(first + grouped_matmul_gpu.ROWS, stop))
         assert set(np.repeat(np.arange(6), sizes)[rows]) <= {g}
         seen[rows] += 1
     assert (seen[: sizes.sum()] == 1).all() and not seen[sizes.sum() :].any()
@@ -179,7 +179,7 @@ COMPILE = """
     from lm.layers.block_config import BlockConfig
     from lm.layers.moe.moe import Moe, MoeConfig
     from lm.parallel.sharding import make_rules
-    from lm.planning import costs, hlo, topology
+    from lm.compiled import costs, hlo, topology
 
     count, B, T, D, F = int(sys.argv[1]), 8, 512, 256, 128
     devices = topology.devices(topology.parse(f"h100:{count}"))

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm.checkpoint.manager import Checkpoints
+from lm.compiled import costs, hlo, interconnect, topology, traffic
 from lm.config import conversion
 from lm.config.components import COMPONENTS, component
 from lm.config.schema import ScheduleConfig
@@ -24,7 +25,7 @@ from lm.optim import matrix_owners
 from lm.optim.chain import check, make_optimizer, store_as
 from lm.optim.optimizer_state import shard_like_params
 from lm.optim.optimizers import UpdateCost, muon
-from lm.planning import costs, estimate, hlo, interconnect, plan, report, topology, traffic
+from lm.planning import estimate, plan, report
 
 CONSTANT = ScheduleConfig(kind="constant")
 

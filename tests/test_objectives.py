@@ -11,7 +11,7 @@ from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.rows import Rows
 from lm.data.synthetic import Synthetic
 from lm.data.tokens import TokenStore
-from lm.layers.attention.dot_product import self_mask
+from lm.kernels.dot_product import self_mask
 from lm.objectives import ModelInterface
 from lm.preparation.token_writer import write_store
 from lm.sources import Document

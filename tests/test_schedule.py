@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm.planning import costs, hlo, interconnect, protos, roofline, topology, traffic
+from lm.compiled import costs, hlo, interconnect, protos, roofline, topology, traffic
 
 try:  # XLA's parser of HLO texts
     from jaxlib import _hlo as xla

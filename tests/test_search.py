@@ -5,13 +5,14 @@ import math
 
 import pytest
 
+from lm.compiled import chips, interconnect, topology
+from lm.compiled.costs import Work
+from lm.compiled.memory import Memory
+from lm.compiled.roofline import StepTimeBounds
 from lm.config import conversion
 from lm.parallel.sharding import AXES
-from lm.planning import chips, interconnect, plan, plausibility, report, search, sizing, topology
 from lm.planning import estimate as estimating
-from lm.planning.costs import Work
-from lm.planning.memory import Memory
-from lm.planning.roofline import StepTimeBounds
+from lm.planning import plan, plausibility, report, search, sizing
 
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"

@@ -14,11 +14,10 @@ import pytest
 from lm.config.conversion import resolve
 from lm.config.schema import LossConfig
 from lm.exit_codes import Exit
-from lm.layers import cross_entropy
-from lm.layers.attention import attention
-from lm.layers.attention.dot_product import Mask
-from lm.layers.attention.scores import Heads
-from lm.layers.moe.grouped_matmul import grouped_matmul
+from lm.kernels.dot_product import Mask
+from lm.kernels.grouped_matmul import grouped_matmul
+from lm.layers import attention, cross_entropy
+from lm.layers.attention_scores import Heads
 from lm.reliability import attention_check, experts_check, kernel_check, reference
 from lm.reliability.kernel_check import check
 from lm.reliability.reference import SelfCheckFailed
@@ -256,9 +255,10 @@ def test_a_change_of_what_is_checked_is_checked(run, changes):
 
 
 FILES_OF_KERNELS = [
-    "layers/attention/attention.py",
+    "layers/attention.py",
+    "kernels/flash.py",
     "layers/cross_entropy.py",
-    "layers/moe/gpu_kernels.py",
+    "kernels/grouped_matmul_gpu.py",
     "reliability/attention_check.py",
     "reliability/experts_check.py",
     "reliability/kernel_check.py",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lm.config.schema import MeshConfig
-from lm.layers.attention import kernels, splash
-from lm.layers.attention.dot_product import self_mask
+from lm.kernels import attention_kernels, splash
+from lm.kernels.dot_product import self_mask
 from lm.parallel import zigzag
 from lm.parallel.sharding import make_rules
 from lm.types import Tokens
@@ -88,7 +88,7 @@ def compile_gradient(chips, policy, *, length=1024, head_dim=128, dtype="bfloat1
     def loss(q, k, v, tokens):
         def run(q, k, v):
             mask = self_mask(tokens, order=order, window=300)
-            return kernels.attend(q, k, v, mask, rules=rules, scale=0.1, softcap=20.0)
+            return attention_kernels.attend(q, k, v, mask, rules=rules, scale=0.1, softcap=20.0)
 
         out = jax.checkpoint(run, policy=policy)(q, k, v)
         return jnp.sum(jnp.square(out.astype(jnp.float32)))

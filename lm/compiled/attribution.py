@@ -13,8 +13,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from lm.planning.buffers import Buffer
-from lm.planning.hlo import Instruction, Module
+from lm.compiled.buffers import Buffer
+from lm.compiled.hlo import Instruction, Module
 
 KERNELS = ("tpu_custom_call", "__cudnn", "__cublas", "triton", "mosaic")
 ARGUMENTS = {  # groups of the arguments whose path starts so; the others are the batch

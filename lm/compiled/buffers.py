@@ -12,8 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 
-from lm.planning import hlo, protos
-from lm.planning.protos import Proto
+from lm.compiled import hlo, protos
+from lm.compiled.protos import Proto
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import IO
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lm.planning import protos
-from lm.planning.protos import Proto
+from lm.compiled import protos
+from lm.compiled.protos import Proto
 from lm.telemetry.progress import Progress
 
 

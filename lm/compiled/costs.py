@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.planning import hlo
-from lm.planning.hlo import Instruction, Module
+from lm.compiled import hlo
+from lm.compiled.hlo import Instruction, Module
 
 _FREE_OPCODES = """parameter constant tuple get-tuple-element bitcast while conditional call
     after-all partition-id replica-id copy-done async-done iota all-gather-done all-reduce-done

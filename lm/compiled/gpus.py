@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm.planning.chips import Chip
+from lm.compiled.chips import Chip
 
 # From NVIDIA's data sheets and the tables of the CUDA programming guide: compute capability,
 # multiprocessors, boost clock in GHz, L2 cache.

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lm.planning import protos
-from lm.planning.protos import Proto
+from lm.compiled import protos
+from lm.compiled.protos import Proto
 
 if TYPE_CHECKING:
     import jax

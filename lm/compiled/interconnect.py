@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from lm.planning.topology import Topology
-from lm.planning.traffic import Collective
+from lm.compiled.topology import Topology
+from lm.compiled.traffic import Collective
 
 HOP_SECONDS = 1e-6  # of a TPU's link, at least (scaling book, above)
 

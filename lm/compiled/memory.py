@@ -1,14 +1,14 @@
-"""HBM of a program by purpose (lm/planning/attribution.py), at the moment of peak use."""
+"""HBM of a program by purpose (lm/compiled/attribution.py), at the moment of peak use."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from lm.planning import buffers, hlo
-from lm.planning.attribution import Attribution, argument_group
-from lm.planning.buffers import Allocation
-from lm.planning.compiling import Compiled
+from lm.compiled import buffers, hlo
+from lm.compiled.attribution import Attribution, argument_group
+from lm.compiled.buffers import Allocation
+from lm.compiled.compiling import Compiled
 
 # Every group, in the order of tables and pictures, and what is in it.
 GROUPS = {

@@ -1,5 +1,5 @@
 """Bounds of the time of a step: products, HBM traffic and transfers, each over a published peak, in
-the order of the compiled schedule (lm/planning/schedule.py).
+the order of the compiled schedule (lm/compiled/schedule.py).
 
 What the bounds leave open is how much of its HBM traffic an operation hides behind its products:
 all, or nothing. A real step takes longer where kernels stay below the peaks.
@@ -11,10 +11,10 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 
-from lm.planning import hlo, schedule
-from lm.planning.costs import Work
-from lm.planning.interconnect import PricedCollective
-from lm.planning.topology import Topology
+from lm.compiled import hlo, schedule
+from lm.compiled.costs import Work
+from lm.compiled.interconnect import PricedCollective
+from lm.compiled.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
-from lm.planning import costs, hlo
-from lm.planning.hlo import Computation, Instruction
-from lm.planning.interconnect import PricedCollective
+from lm.compiled import costs, hlo
+from lm.compiled.hlo import Computation, Instruction
+from lm.compiled.interconnect import PricedCollective
 
 HBM, NETWORK = "HBM", "network"
 _COLLECTIVE_START, _COLLECTIVE_DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"

@@ -22,8 +22,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from lm.planning import gpus
-from lm.planning.chips import CHIPS, Chip
+from lm.compiled import gpus
+from lm.compiled.chips import CHIPS, Chip
 from lm.types import Device
 
 GPUS_PER_NODE = 8

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from lm.planning import hlo
-from lm.planning.protos import Proto
+from lm.compiled import hlo
+from lm.compiled.protos import Proto
 
 # The share of S (n - 1) / n that a device sends; None: S itself.
 KINDS = {

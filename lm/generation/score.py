@@ -18,7 +18,7 @@ import numpy as np
 
 from lm.generation.buckets import Prompt, batch_size, bucket, encode, pad, power_of_two
 from lm.generation.decode import valid_token_mask, without_length
-from lm.layers import chunking
+from lm.kernels import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.types import Array, Model, Params, Tokens, check_head

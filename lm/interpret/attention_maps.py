@@ -12,8 +12,8 @@ import numpy as np
 from flax.linen.module import InterceptorContext
 
 from lm.data.pipeline import Pipeline
-from lm.layers.attention.attention import Attention, LayerInputs
-from lm.layers.attention.dot_product import attention_scores
+from lm.kernels.dot_product import attention_scores
+from lm.layers.attention import Attention, LayerInputs
 from lm.types import Array, Model, Params, Tokens
 
 

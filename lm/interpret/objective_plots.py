@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.interpret.attention_maps import cut
 from lm.interpret.markup import COLORS, mask_image, token_texts, visible
-from lm.layers.attention.dot_product import Mask, self_mask
+from lm.kernels.dot_product import Mask, self_mask
 from lm.objectives import ModelInterface
 from lm.telemetry.figures import make_figure
 from lm.tokenizers.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ from lm.interpret.markup import (
     visible,
 )
 from lm.interpret.token_losses import TokenLosses
-from lm.layers.attention.dot_product import self_mask
+from lm.kernels.dot_product import self_mask
 from lm.storage.epaths import StoragePath
 from lm.telemetry import fonts
 from lm.telemetry.figures import make_figure

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.layers.attention import cudnn, dot_product, flash, splash
-from lm.layers.attention.dot_product import Mask
-from lm.layers.attention.ring import Options, ring_attend
+from lm.kernels import cudnn, dot_product, flash, splash
+from lm.kernels.dot_product import Mask
+from lm.kernels.ring import Options, ring_attend
 from lm.parallel import zigzag
 from lm.parallel.sharding import Rules
 from lm.types import Array

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.layers.attention.dot_product import Mask
+from lm.kernels.dot_product import Mask
 from lm.types import Array
 
 LARGEST_HEAD = 128  # on every architecture that has the kernel

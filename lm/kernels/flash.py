@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from lm.layers.attention.dot_product import NEGATIVE, Mask
+from lm.kernels.dot_product import NEGATIVE, Mask
 from lm.types import Array
 
 LARGEST_HEAD = 256

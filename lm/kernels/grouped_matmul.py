@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lm.layers.moe import gpu_kernels
+from lm.kernels import grouped_matmul_gpu
 
 # Tile of rows, columns in and columns out of the TPU's kernel for the gradient of the matrices: of
 # the products of bfloat16 a tile of [512, 1024] columns does as many for each byte read as the
@@ -32,7 +32,7 @@ def grouped_matmul(
     TPU, a product of every row with every group, masked; on GPU all its products are.
     """
     if platform == "gpu":
-        return gpu_kernels.rows_by_group(x, weights, sizes, load=load)
+        return grouped_matmul_gpu.rows_by_group(x, weights, sizes, load=load)
     return jax.lax.ragged_dot(x, weights, sizes)
 
 
@@ -41,8 +41,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     x, weights, sizes = arrays
     if platform == "gpu":
-        dx = gpu_kernels.rows_by_group(dy, weights, sizes, load=load, transposed=True)
-        d_weights = gpu_kernels.matrices_by_group(x, dy, sizes, load=load)
+        dx = grouped_matmul_gpu.rows_by_group(dy, weights, sizes, load=load, transposed=True)
+        d_weights = grouped_matmul_gpu.matrices_by_group(x, dy, sizes, load=load)
         return dx, d_weights.astype(weights.dtype), None
     rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
     dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.layers.attention.dot_product import NEGATIVE, Mask, capped_scores
-from lm.layers.chunking import num_chunks
+from lm.kernels.chunking import num_chunks
+from lm.kernels.dot_product import NEGATIVE, Mask, capped_scores
 from lm.types import Array
 
 BLOCK = 1024  # queries, and keys, whose scores exist at once

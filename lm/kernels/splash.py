@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import PartitionSpec
 
-from lm.layers.attention.dot_product import Mask
+from lm.kernels.dot_product import Mask
 from lm.parallel import zigzag
 from lm.parallel.sharding import Rules
 from lm.types import Array

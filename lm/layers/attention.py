@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.kernels.attention_kernels import attend
+from lm.kernels.dot_product import Mask, cross_mask
 from lm.layers import cache as kv_cache
-from lm.layers.attention.dot_product import Mask, cross_mask
-from lm.layers.attention.kernels import attend
 from lm.layers.linear import hidden_linear
 from lm.layers.norm import Norm
 from lm.layers.positions import rotate

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.layers.attention.attention import Attention, CrossAttention, LayerInputs, PerLayer
+from lm.layers.attention import Attention, CrossAttention, LayerInputs, PerLayer
 from lm.layers.block_config import BlockConfig
 from lm.layers.linear import times
 from lm.layers.mlp import Mlp

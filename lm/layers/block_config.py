@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 
 from lm.config.fields import field
+from lm.kernels import attention_kernels
 from lm.layers import positions as pe
-from lm.layers.attention import kernels
-from lm.layers.attention.scores import AttentionScores, Heads
+from lm.layers.attention_scores import AttentionScores, Heads
 from lm.layers.base_config import BaseConfig, require
 from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
@@ -60,12 +60,12 @@ class BlockConfig(BaseConfig):
         "xla, splash (TPU), flash (GPU, 16 bits; both are interpreted on CPU) or cudnn (GPU, "
         "bfloat16, with a mask of all pairs); auto: splash on TPU and flash on GPU where they can "
         "do what is asked, else xla.",
-        choices=kernels.KERNELS,
+        choices=attention_kernels.KERNELS,
     )
     sequence_parallel: str = field(
         "gather",
         "mesh.sequence > 1: gather all keys and values, or pass them on in a ring.",
-        choices=kernels.SEQUENCE_PARALLEL,
+        choices=attention_kernels.SEQUENCE_PARALLEL,
     )
     init_std: float | None = field(
         0.02, "Deviation of initial weights; unset: fan_in ** -0.5.", gt=0

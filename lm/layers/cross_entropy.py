@@ -18,7 +18,7 @@ from jax.custom_derivatives import CustomVJPPrimal, custom_vjp_primal_tree_value
 from jax.sharding import PartitionSpec
 
 from lm.config.schema import LossConfig
-from lm.layers.chunking import join, num_chunks, split
+from lm.kernels.chunking import join, num_chunks, split
 from lm.parallel.sharding import Rules
 from lm.types import Array, Batch, Model, Params, Sums
 

@@ -9,11 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.kernels import attention_kernels, splash
+from lm.kernels.dot_product import Mask, self_mask
 from lm.layers import cache as kv_cache
 from lm.layers import positions as pe
-from lm.layers.attention import kernels, splash
-from lm.layers.attention.attention import EncoderStates, KeyValues, LayerInputs, PerLayer
-from lm.layers.attention.dot_product import Mask, self_mask
+from lm.layers.attention import EncoderStates, KeyValues, LayerInputs, PerLayer
 from lm.layers.block import Block
 from lm.layers.block_config import BlockConfig
 from lm.layers.moe.moe import RouterReport
@@ -147,7 +147,7 @@ def check_kernels(config: BlockConfig, rules: Rules) -> None:
     """Raise ValueError unless a kernel has the features of the config, whatever the length."""
     c, none = config, cast(Any, None)
     shape = (1, 1, 2 * rules.size("length") * splash.LANES, c.head_size)
-    kernels.choose(
+    attention_kernels.choose(
         c.attention_kernel,
         rules,
         Mask(none, none, none, none, order=1),

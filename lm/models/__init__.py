@@ -20,7 +20,7 @@ names its logical axes, as `lm.layers.linear.parameter` and flax's `nn.with_part
 its sharding, its learning rate and its FLOPs follow from them.
 
 A model with attention lists it as `attention_scores`, which count as FLOPs and which the start-up
-check covers, as it does a `logit_softcap` (`lm.layers.attention.scores.AttentionScores`). One with
+check covers, as it does a `logit_softcap` (`lm.layers.attention_scores.AttentionScores`). One with
 experts has `moe`, with `num_experts` and `num_experts_per_token`.
 
 A leaf of a cache has its rows along one axis, as long as `batch_size`, or belongs to all of them;

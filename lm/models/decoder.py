@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
-from lm.layers.attention.attention import LayerInputs, PerLayer
+from lm.layers.attention import LayerInputs, PerLayer
 from lm.layers.block import Block
 from lm.layers.block_config import BlockConfig
 from lm.layers.moe.moe import RouterReport

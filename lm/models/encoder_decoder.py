@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lm.config.fields import field
 from lm.layers import cache as kv_cache
-from lm.layers.attention.attention import EncoderStates
-from lm.layers.attention.scores import AttentionScores
+from lm.layers.attention import EncoderStates
+from lm.layers.attention_scores import AttentionScores
 from lm.layers.base_config import require
 from lm.layers.block_config import BlockConfig
 from lm.layers.linear import times

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for absent chips: memory, traffic, FLOPs, step time, and searches."""
+"""Plans of runs on absent chips, compiled ahead of time: whether they fit, their time, searches."""

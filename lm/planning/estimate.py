@@ -12,13 +12,13 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
+from lm.compiled import interconnect
+from lm.compiled.topology import Topology
 from lm.config.schema import Config
 from lm.layers.block import BlockConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.models import flops
 from lm.parallel import pipeline_stages, sharding
-from lm.planning import interconnect
-from lm.planning.topology import Topology
 
 HALF, FULL = 2, 4  # bytes of bfloat16 and float32
 # Chips of a 3D torus among which libtpu 0.0.42 gathers; among more it adds up zeros, in twice the

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from lm.compiled.topology import Topology
+from lm.compiled.traffic import Collective
 from lm.optim.param_tree import named_leaves
 from lm.planning.shards import shard_bytes, sharded_axes
-from lm.planning.topology import Topology
-from lm.planning.traffic import Collective
 from lm.training.experiment import Experiment
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from lm.compiled import hlo
 from lm.config import conversion
 from lm.config.tree import ConfigTree, leaves
 from lm.optim.param_tree import is_box, named_leaves
 from lm.parallel.sharding import AXES
-from lm.planning import hlo
 from lm.planning.plan import with_changes, without_data
 from lm.training.experiment import Experiment
 from lm.types import Device, HostBatch, HostTokens, TrainState

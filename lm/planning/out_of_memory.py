@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from lm.compiled.chips import CHIPS
+from lm.compiled.topology import GPUS_PER_NODE, SLICES
 from lm.config.tree import ConfigTree
-from lm.planning.chips import CHIPS
 from lm.planning.plan import with_changes
 from lm.planning.shards import bytes_on_device
-from lm.planning.topology import GPUS_PER_NODE, SLICES
 from lm.training.experiment import Experiment
 from lm.types import Device
 
@@ -69,7 +69,7 @@ def _changes(
 
 
 def _topology(devices: Sequence[Device]) -> tuple[str, str]:
-    """(the name that lm/planning/topology.py has for these devices, the kind of chip)."""
+    """(the name that lm/compiled/topology.py has for these devices, the kind of chip)."""
     kind = devices[0].device_kind
     chip = next((c for c in CHIPS.values() if kind.startswith(c.kind)), CHIPS["cpu"])
     count = len(devices) // chip.devices

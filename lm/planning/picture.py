@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from lm.compiled.memory import GROUPS
 from lm.planning import report
-from lm.planning.memory import GROUPS
 from lm.planning.plan import Plan
 from lm.telemetry.figures import make_figure
 

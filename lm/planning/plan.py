@@ -18,30 +18,28 @@ from pathlib import Path
 
 import jax
 
+from lm.compiled import (
+    chips,
+    compiling,
+    costs,
+    hlo,
+    interconnect,
+    memory,
+    roofline,
+    topology,
+    traffic,
+)
+from lm.compiled.costs import Work
+from lm.compiled.interconnect import Transfer
+from lm.compiled.memory import Line, Memory
+from lm.compiled.roofline import StepTimeBounds
+from lm.compiled.topology import Topology
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.generation.decode import lower_decode
 from lm.models import flops
-from lm.planning import (
-    chips,
-    compiling,
-    costs,
-    findings,
-    hlo,
-    interconnect,
-    memory,
-    plausibility,
-    roofline,
-    save_cost,
-    topology,
-    traffic,
-)
-from lm.planning.costs import Work
-from lm.planning.interconnect import Transfer
-from lm.planning.memory import Line, Memory
-from lm.planning.roofline import StepTimeBounds
+from lm.planning import findings, plausibility, save_cost
 from lm.planning.save_cost import SaveCost
-from lm.planning.topology import Topology
 from lm.storage.files import write_atomically
 from lm.telemetry.progress import Progress
 from lm.training.experiment import Experiment

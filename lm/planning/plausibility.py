@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from lm.compiled.traffic import Collective
 from lm.exit_codes import Exit, RunError
 from lm.models import flops
 from lm.optim import param_tree
 from lm.planning.shards import bytes_on_device, sharded_axes
-from lm.planning.traffic import Collective
 from lm.training.experiment import Experiment
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 
-from lm.planning import topology
-from lm.planning.memory import GROUPS, Line
+from lm.compiled import topology
+from lm.compiled.memory import GROUPS, Line
 from lm.planning.plan import Plan, Trials
 from lm.planning.save_cost import SaveCost
 from lm.telemetry.progress import format_quantity

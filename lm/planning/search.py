@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from lm.compiled import interconnect
+from lm.compiled import topology as topologies
 from lm.config import conversion
 from lm.config.schema import Config, MeshConfig
 from lm.config.tree import ConfigTree
@@ -22,8 +24,7 @@ from lm.models import flops
 from lm.optim import param_tree
 from lm.parallel import sharding
 from lm.parallel.sharding import AXES
-from lm.planning import interconnect, report
-from lm.planning import topology as topologies
+from lm.planning import report
 from lm.planning.estimate import Estimate, estimate
 from lm.planning.plan import Make, Plan, Trial, Trials, with_changes
 from lm.telemetry.progress import Progress

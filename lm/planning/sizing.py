@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import jax
 
+from lm.compiled import topology as topologies
+from lm.compiled.topology import Topology
 from lm.config import conversion
 from lm.config.tree import ConfigTree
 from lm.parallel import sharding
-from lm.planning import topology as topologies
 from lm.planning.plan import Decode, Make, Trial, Trials, with_changes, without_data
 from lm.planning.shards import bytes_on_device
-from lm.planning.topology import Topology
 from lm.training.experiment import Experiment
 
 MOST_ROWS = 1024  # of a shard of the batch, beyond which nobody looks

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.attention.dot_product import self_mask
-from lm.layers.attention.kernels import attend
-from lm.layers.attention.scores import Heads
+from lm.kernels.attention_kernels import attend
+from lm.kernels.dot_product import self_mask
+from lm.layers.attention_scores import Heads
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.reference import SelfCheckFailed, compare

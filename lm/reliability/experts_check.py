@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers.moe.grouped_matmul import grouped_matmul
+from lm.kernels.grouped_matmul import grouped_matmul
 from lm.parallel.sharding import Rules
 from lm.reliability.reference import compare
 from lm.types import Array

@@ -86,7 +86,8 @@ def _key(values: list[object], device: Device) -> str:
     """A hash of all that a report depends on: values of the config, code, compiler and device."""
     here = Path(__file__).parent
     own = [*here.glob("*_check.py"), here / "reference.py"]
-    files = sorted([*own, *here.parent.glob("layers/**/*.py")])
+    folders = (here.parent / "kernels", here.parent / "layers")
+    files = sorted([*own, *(file for folder in folders for file in folder.rglob("*.py"))])
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     compiler = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
     target = [device.platform, device.device_kind, reference.matmul_precision()]

@@ -13,7 +13,7 @@ from lm.exit_codes import Exit, RunError
 from lm.types import HostBatch, HostTokens
 
 if TYPE_CHECKING:
-    from lm.layers.attention.scores import Heads
+    from lm.layers.attention_scores import Heads
     from lm.reliability.attention_check import Inputs
 
 

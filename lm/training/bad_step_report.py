@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.layers import chunking
+from lm.kernels import chunking
 from lm.layers.cross_entropy import token_nll
 from lm.optim import optimizer_state
 from lm.optim.param_tree import flatten, named_leaves

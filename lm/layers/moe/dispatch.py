@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
+from lm.kernels.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.linear import Kept, broadcast_as
 from lm.layers.mlp import hidden
-from lm.layers.moe.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.parallel.sharding import Rules
 from lm.types import Array
 

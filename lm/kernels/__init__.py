@@ -1,0 +1,1 @@
+"""Kernels: attention and grouped matrix products, each with its fallback, one choice over them."""
