@@ -15,6 +15,7 @@ import pytest
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.layers import recurrent
+from lm.layers.linear import Matrix
 from lm.layers.recurrent import Marks, State
 from lm.models import flops, lstm
 from lm.planning import mesh_equivalence
@@ -111,7 +112,10 @@ def test_values_and_gradients_are_those_of_the_equation_written_as_a_loop(rules_
         differentiate = jax.value_and_grad(functools.partial(loss, function), argnums=(0, 1, 2))
         return jax.jit(differentiate)(inputs, weight, State(*state))
 
-    ours = gradients(functools.partial(recurrent.recurrence, rules_on()))
+    def recurrence(inputs, weight, state, where):
+        return recurrent.recurrence(rules_on(), inputs, Matrix(weight), state, where)
+
+    ours = gradients(recurrence)
     jax.tree.map(close, ours, gradients(by_hand))
 
 

@@ -18,6 +18,7 @@ from jax.extend.core import jaxprs_in_params
 
 from lm.kernels import grouped_matmul_gpu
 from lm.kernels.grouped_matmul import grouped_matmul
+from lm.layers.linear import Matrix
 from lm.layers.moe.dispatch import dropless
 from lm.parallel.sharding import Rules
 from lm.reliability.experts_check import check_experts
@@ -108,6 +109,7 @@ def outputs(rules, dtype, chosen):
     experts = {n: jnp.asarray(rng.normal(size=(EXPERTS, *s)) / 4, dtype) for n, s in shapes.items()}
 
     def apply(x, weights, experts):
+        experts = {name: Matrix(weight) for name, weight in experts.items()}
         return dropless(x, chosen, weights, experts, "swiglu", rules)
 
     @jax.jit
@@ -163,6 +165,7 @@ def test_no_loop_of_gpus_has_a_length_that_is_data(on_gpu, rules_on):
                     yield from loops(inner)
 
     def loss(x, weights, experts):
+        experts = {name: Matrix(weight) for name, weight in experts.items()}
         return jnp.sum(dropless(x, chosen, weights, experts, "relu", rules))
 
     grad = jax.grad(loss, (0, 1, 2))

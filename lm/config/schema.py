@@ -200,6 +200,12 @@ class TrainConfig:
         None, "Epochs of its sources that a run may not go beyond; unset: any number.", gt=0
     )
     num_microbatches: int = field(1, "Parts of a batch whose gradients are accumulated.", ge=1)
+    gradient_dtype: str = field(
+        "compute",
+        "Type in which devices add up the gradients of matrices: compute, that of model.dtype, or "
+        "float32, at twice the bytes; all other sums are float32.",
+        choices=("compute", "float32"),
+    )
     eval_every: int = field(0, "Steps between evaluations; 0: at the end only.", ge=0)
     eval_batches: int = field(
         0, "Batches of each validation store per evaluation; 0: all of it.", ge=0

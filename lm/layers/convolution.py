@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
+from lm.layers.linear import (
+    Matrix,
+    broadcast_as,
+    initializer,
+    matrix,
+    parameter,
+    project_gates,
+)
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -37,13 +44,14 @@ class GatedConvolution(nn.Module):
         width, axes = x.shape[-1], ("embed", "taps", "gates", "mlp")
         init = initializer(self.init_std, width * self.kernel_size)
         shape = (width, self.kernel_size, 2, width)
-        weight = parameter(self, "weight", init, shape, axes).astype(self.dtype)
-        weight = self.rules.collect(weight, *axes)
+        weight = matrix(parameter(self, "weight", init, shape, axes), self.dtype, self.rules)
+        weight = weight._replace(value=self.rules.collect(weight.value, *axes))
         bias = parameter(self, "bias", nn.initializers.zeros, shape[2:], axes[2:])
-        flat = jnp.swapaxes(weight, 0, 1).reshape(-1, 2, width)  # [kernel_size * D, 2, D]
+        # [kernel_size * D, 2, D]
+        flat: Matrix = jax.tree.map(lambda w: jnp.swapaxes(w, 0, 1).reshape(-1, 2, width), weight)
 
         @jax.checkpoint  # else each layer would save kernel_size copies of x
-        def convolve(x: Array, flat: Array) -> tuple[jax.Array, jax.Array | None]:
+        def convolve(x: Array, flat: Matrix) -> tuple[jax.Array, jax.Array | None]:
             seen, last = window(x, positions, before, self.kernel_size)
             return project_gates(seen, flat, self.rules), last
 

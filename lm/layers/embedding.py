@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lm.layers.linear import float32_product, initializer, parameter
+from lm.layers.linear import initializer, parameter, product
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -44,7 +44,7 @@ class Embedding(nn.Module):
         flat = x.reshape(-1, x.shape[-1]) if self.rules.size("length") == 1 else x  # as `project`
         # not a product with the transpose, which XLA's CPU compiler writes out for a single row
         table = _collect(self.rules, self.axis, self.weight.astype(self.dtype))
-        y: Array = float32_product(1, flat, table)  # pyright: ignore
+        y: Array = product(1, jnp.float32, flat, table)  # pyright: ignore
         return y.reshape(*x.shape[:-1], self.size)
 
 

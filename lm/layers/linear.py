@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -40,50 +40,88 @@ def parameter(
     return value
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_product(dim: int, x: Array, weight: Array) -> jax.Array:
-    """The product of x: [..., D] with dimension `dim` of a matrix, in float32: its sums are not
-    rounded to the type of both.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(
+    dim: int, dtype: DTypeLike, x: Array, weight: Array, total: Array | None = None
+) -> jax.Array:
+    """x: [..., D] times dimension `dim` of weight, which is [D, *out], or [V, D] -> [..., *out] as
+    `dtype`, in which float32 sums of products of a smaller type aren't rounded.
 
     Its own gradient: the cotangent is rounded to the type of x, so that the two products of the
     backward pass are as fast as those of the same type, as they are for a rounded result.
+
+    total: the float32 parameter, of the shape of weight, that weight was rounded from. It receives
+    the gradient in weight's place: a sum that is never rounded, on no device and over none.
     """
     over = (((x.ndim - 1,), (dim,)), ((), ()))
-    return jax.lax.dot_general(x, weight, over, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, weight, over, preferred_element_type=dtype)
 
 
 Kept: TypeAlias = tuple[Array | None, Array | None]  # x and the weight, or their gradients
 
 
 def _product_forward(
-    dim: int, x: CustomVJPPrimal, weight: CustomVJPPrimal
-) -> tuple[jax.Array, Kept]:
+    dim: int,
+    dtype: DTypeLike,
+    x: CustomVJPPrimal,
+    weight: CustomVJPPrimal,
+    total: CustomVJPPrimal | None = None,
+) -> tuple[jax.Array, tuple[Array | None, Array | None, bool]]:
     # what is frozen is spared the product that would be its gradient
     kept = (x.value if weight.perturbed else None, weight.value if x.perturbed else None)
-    return float32_product(dim, x.value, weight.value), kept
+    return product(dim, dtype, x.value, weight.value), (*kept, total is not None)
 
 
-def _product_backward(dim: int, kept: Kept, dy: Array | SymbolicZero) -> Kept:
-    x, weight = kept
+def _product_backward(
+    dim: int,
+    dtype: DTypeLike,
+    kept: tuple[Array | None, Array | None, bool],
+    dy: Array | SymbolicZero,
+) -> tuple[Array | None, Array | None, Array | None]:
+    x, weight, in_total = kept
     if isinstance(dy, SymbolicZero):
-        return None, None
+        return None, None, None
     dx = d_weight = None
     if weight is not None:
-        dx = jax.lax.dot_general(
-            dy.astype(weight.dtype), weight, (((dy.ndim - 1,), (1 - dim,)), ((), ()))
-        )
+        outer = tuple(i for i in range(weight.ndim) if i != dim)
+        last = tuple(range(dy.ndim - len(outer), dy.ndim))
+        dx = jax.lax.dot_general(dy.astype(weight.dtype), weight, ((last, outer), ((), ())))
     if x is not None:
-        rows = tuple(range(dy.ndim - 1))
+        rows = tuple(range(x.ndim - 1))
         pair = (x, dy.astype(x.dtype)) if dim == 0 else (dy.astype(x.dtype), x)
-        d_weight = jax.lax.dot_general(*pair, ((rows, rows), ((), ())))
-    return dx, d_weight
+        d_weight = jax.lax.dot_general(
+            *pair,
+            ((rows, rows), ((), ())),
+            preferred_element_type=jnp.float32 if in_total else None,
+        )
+    return (dx, None, d_weight) if in_total else (dx, d_weight, None)
 
 
-float32_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
+class Matrix(NamedTuple):
+    """A matrix in the compute type, and the float32 parameter for its gradient (see `product`), or
+    None where devices add up gradients in the compute type.
+    """
+
+    value: Array
+    total: Array | None = None
+
+    def reshape(self, *shape: int) -> Matrix:
+        return Matrix(
+            self.value.reshape(*shape), None if self.total is None else self.total.reshape(*shape)
+        )
+
+
+def matrix(parameter: Array, dtype: DTypeLike, rules: Rules) -> Matrix:
+    """A float32 parameter as `dtype`."""
+    exact = rules.float32_gradients and parameter.dtype != dtype
+    return Matrix(parameter.astype(dtype), parameter if exact else None)
 
 
 def project(
-    x: jax.Array, weight: jax.Array, rules: Rules, num_in: int = 1, unrounded: bool = False
+    x: jax.Array, weight: Matrix, rules: Rules, num_in: int = 1, unrounded: bool = False
 ) -> jax.Array:
     """x: [B, T, *in] times weight: [*in, *out] -> [B, T, *out], in their type, or `unrounded`
     float32.
@@ -92,21 +130,67 @@ def project(
     much faster in two dimensions, and on other platforms the reshape is free. Not where the length
     is sharded: merging two sharded dimensions would gather one of them.
     """
-    lead, inner, outer = x.shape[:-num_in], weight.shape[:num_in], weight.shape[num_in:]
+    shape = weight.value.shape
+    lead, inner, outer = x.shape[:-num_in], shape[:num_in], shape[num_in:]
     flat = weight.reshape(math.prod(inner), math.prod(outer))
-    x = x.reshape(*lead, flat.shape[0])
-    x = x.reshape(-1, flat.shape[0]) if rules.size("length") == 1 else x
-    y: Any = float32_product(0, x, flat) if unrounded else x @ flat
+    x = x.reshape(*lead, math.prod(inner))
+    x = x.reshape(-1, x.shape[-1]) if rules.size("length") == 1 else x
+    if unrounded or flat.total is not None:
+        y: Any = product(0, jnp.float32 if unrounded else x.dtype, x, *flat)
+    else:
+        y = x @ flat.value
     return y.reshape(*lead, *outer)
 
 
-def project_gates(x: Array, weight: Array, rules: Rules) -> jax.Array:
+def project_gates(x: Array, weight: Matrix, rules: Rules) -> jax.Array:
     """x: [..., D] times weight: [D, G, F] -> [..., G, F], F on the logical axis `mlp`."""
-    if rules.size("mlp") > 1 or rules.size("length") > 1:  # merging would gather what is sharded
-        return jnp.tensordot(x, weight, 1)
-    # two dimensions, as in `project`
-    flat = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *weight.shape[1:])
+    merges = rules.size("mlp") == 1 and rules.size("length") == 1  # it would gather what is sharded
+    if merges:
+        return project(x, weight, rules)
+    if weight.total is None:
+        return jnp.tensordot(x, weight.value, 1)
+    y: Any = product(0, x.dtype, x, *weight)
+    return y
+
+
+def gather(axes: tuple[str, ...], dim: int, weight: Matrix) -> jax.Array:
+    """The whole of a matrix, in its type, of which each device of the mesh `axes` has a part of
+    dimension `dim`; for use inside shard_map.
+    """
+    if weight.total is not None:
+        y: Any = _gather_to_total(axes, dim, weight)
+        return y
+    return _all_gather(axes, dim, weight.value)
+
+
+def _all_gather(axes: tuple[str, ...], dim: int, x: Array) -> jax.Array:
+    x = jnp.asarray(x)
+    for axis in axes:
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather_to_total(axes: tuple[str, ...], dim: int, weight: Matrix) -> jax.Array:
+    """As `gather`; `weight.total` receives the gradient: the sums of the devices, each rounded to
+    the type of the matrix, are added up in float32.
+    """
+    return _all_gather(axes, dim, weight.value)
+
+
+def _gather_to_total_backward(
+    axes: tuple[str, ...], dim: int, _: None, d_whole: jax.Array
+) -> tuple[Matrix]:
+    total = d_whole.astype(jnp.float32)
+    for axis in reversed(axes):
+        total = jax.lax.psum_scatter(total, axis, scatter_dimension=dim, tiled=True)
+    return (Matrix(None, total),)  # pyright: ignore
+
+
+_gather_to_total.defvjp(
+    lambda axes, dim, weight: (_all_gather(axes, dim, weight.value), None),
+    _gather_to_total_backward,
+)
 
 
 def broadcast_as(x: Array, like: Array) -> jax.Array:
@@ -159,12 +243,11 @@ class Linear(nn.Module):
 
     def _matrix(
         self, name: str, init: Initializer, inputs: Mapping[str, int], outputs: Mapping[str, int]
-    ) -> jax.Array:
+    ) -> Matrix:
         """A parameter in the compute type, collected from the devices that share it."""
         shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
-        return self.rules.collect(
-            parameter(self, name, init, shape, axes).astype(self.dtype), *axes
-        )
+        value, total = matrix(parameter(self, name, init, shape, axes), self.dtype, self.rules)
+        return Matrix(self.rules.collect(value, *axes), total)
 
     def _adapter(self, x: jax.Array) -> jax.Array:
         rank, fan_in = {"rank": self.lora.rank}, math.prod(self.inputs.values())

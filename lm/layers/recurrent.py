@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from lm.layers.linear import broadcast_as, initializer, parameter, project_gates
+from lm.layers.linear import (
+    Matrix,
+    broadcast_as,
+    initializer,
+    matrix,
+    parameter,
+    project_gates,
+)
 from lm.parallel.sharding import Rules
 from lm.types import Array, Tokens
 
@@ -80,19 +87,20 @@ class Lstm(nn.Module):
         """x: [B, T, D] -> ([B, T, F], the state after the last token)."""
         axes = ("embed", "gates", "mlp")
 
-        def matrix(name: str, size: int) -> jax.Array:
+        def weights(name: str, size: int) -> Matrix:
             init = initializer(self.init_std, size)
             weight = parameter(self, name, init, (size, 4, self.hidden_dim), axes)
+            value, total = matrix(weight, self.dtype, self.rules)
             # collected before the loop, not by each of its steps
-            return self.rules.constrain(weight.astype(self.dtype), None, "gates", "mlp")
+            return Matrix(self.rules.constrain(value, None, "gates", "mlp"), total)
 
         gate = np.eye(4, dtype=np.float32)[FORGET]
         forget = nn.initializers.constant(self.forget_bias * gate[:, None])
         bias = parameter(self, "bias", forget, (4, self.hidden_dim), axes[1:])
-        inputs = project_gates(x, matrix("weight", x.shape[-1]), self.rules)
+        inputs = project_gates(x, weights("weight", x.shape[-1]), self.rules)
         inputs = inputs + broadcast_as(bias, inputs)
         inputs = self.rules.constrain(inputs, "batch", None, "gates", "mlp")
-        recurrent = matrix("recurrent", self.hidden_dim)
+        recurrent = weights("recurrent", self.hidden_dim)
         hidden, state = recurrence(self.rules, inputs, recurrent, state, where)  # pyright: ignore
         return self.rules.constrain(hidden, "batch", None, "act_embed"), state
 
@@ -109,7 +117,7 @@ def cell(gates: Array, memory: Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recurrence(
-    rules: Rules, inputs: Array, weight: Array, state: State, where: Marks
+    rules: Rules, inputs: Array, weight: Matrix, state: State, where: Marks
 ) -> tuple[jax.Array, State]:
     """(hidden [B, T, F], the last state) of inputs: [B, T, 4, F] and weight: [F, 4, F].
 
@@ -119,16 +127,18 @@ def recurrence(
 
 
 # gates [T, B, 4, F], memory and hidden before each token [T, B, F], weight, masks by time
-Residuals: TypeAlias = tuple[Array, Array, Array, Array, Marks]
+Residuals: TypeAlias = tuple[Array, Array, Array, Matrix, Marks]
 
 
 def _forward(
-    rules: Rules, inputs: Array, weight: Array, state: State, where: Marks
+    rules: Rules, inputs: Array, weight: Matrix, state: State, where: Marks
 ) -> tuple[tuple[jax.Array, State], Residuals]:
+    one = Matrix(weight.value)
+
     def step(old: State, x: tuple[Array, Array, Array]) -> tuple[State, tuple[Array, ...]]:
         inputs, non_padding, starts = x
         hidden, memory = (jnp.where(starts, 0, a) for a in (old.hidden, old.memory))
-        gates = inputs + project_gates(hidden, weight, rules)
+        gates = inputs + project_gates(hidden, one, rules)
         new = State(*cell(gates, memory))
         new = jax.tree.map(lambda a, b: jnp.where(non_padding, a, b), new, old)
         # the next product needs all of it on every device
@@ -143,7 +153,7 @@ def _forward(
 
 def _backward(
     rules: Rules, residuals: Residuals, cotangents: tuple[Array, State]
-) -> tuple[Array, Array, State, None]:
+) -> tuple[Array, Matrix, State, None]:
     gates, memory, befores, weight, masks = residuals
     d_hidden, d_last = cotangents
     before = d_last.hidden  # of its shape
@@ -154,9 +164,9 @@ def _backward(
         _, pullback = jax.vjp(cell, gates, memory)
         d_gates, d_memory = pullback((d_new.hidden, d_new.memory))
         d_gates = jnp.where(masks.non_padding[..., None], d_gates, 0)
-        [d_before] = jax.linear_transpose(lambda h: project_gates(h, weight, rules), before)(
-            d_gates
-        )
+        [d_before] = jax.linear_transpose(
+            lambda h: project_gates(h, Matrix(weight.value), rules), before
+        )(d_gates)
         d_before = rules.constrain(d_before, "batch", None)
         d_old = State(d_before, d_memory)
         d_old = jax.tree.map(lambda a, b: jnp.where(masks.non_padding, a, b), d_old, d_new)
@@ -166,7 +176,14 @@ def _backward(
     xs = (gates, memory, jnp.swapaxes(d_hidden, 0, 1), masks)
     d_first, d_gates = jax.lax.scan(step, d_last, xs, reverse=True)
     d_inputs, befores = jnp.swapaxes(d_gates, 0, 1), jnp.swapaxes(befores, 0, 1)
-    [d_weight] = jax.linear_transpose(lambda w: project_gates(befores, w, rules), weight)(d_inputs)
+    if weight.total is None:
+        transpose = jax.linear_transpose(
+            lambda w: project_gates(befores, Matrix(w), rules), weight.value
+        )
+        d_weight = Matrix(*transpose(d_inputs))
+    else:
+        exact = jnp.einsum("btf,btgh->fgh", befores, d_inputs, preferred_element_type=jnp.float32)
+        d_weight = Matrix(None, exact)  # pyright: ignore
     return d_inputs, d_weight, d_first, None
 
 

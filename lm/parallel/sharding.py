@@ -113,6 +113,8 @@ class Rules:
 
     mesh: Mesh  # an AbstractMesh where nothing is computed
     table: tuple[tuple[str, MeshAxes], ...]
+    # devices add up the gradients of matrices in float32, not in the type of the computation
+    float32_gradients: bool = False
 
     @functools.cached_property
     def platform(self) -> str:

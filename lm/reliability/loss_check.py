@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.config.schema import LossConfig
 from lm.layers import cross_entropy
-from lm.layers.linear import float32_product
+from lm.layers.linear import product
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
 from lm.reliability.reference import SelfCheckFailed, compare
@@ -39,7 +39,7 @@ class _HiddenStates(nn.Module):
 
     def logits(self, hidden: Array) -> Array:
         table = jnp.asarray(self.get_variable("params", "table"))
-        x: Array = float32_product(1, hidden, table.astype(self.dtype))
+        x: Array = product(1, jnp.float32, hidden, table.astype(self.dtype))
         return x if self.config is None else self.config * jnp.tanh(x / self.config)
 
 

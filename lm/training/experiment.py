@@ -65,7 +65,10 @@ class Experiment:
         self.config_dict = conversion.completed(config)
         c = self.config
         models.check_config(c.model, self.config_dict.model.name)
-        self.rules = sharding.make_rules(c.mesh, devices)
+        self.rules = dataclasses.replace(
+            sharding.make_rules(c.mesh, devices),
+            float32_gradients=c.train.gradient_dtype == "float32",
+        )
         self.param_rules = sharding.replicate_params(c.mesh, self.rules)
         self.compiler_options = compiler_flags.options(
             c.train.compiler_flags, self.rules.platform, self.rules.mesh.size

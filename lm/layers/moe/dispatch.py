@@ -25,12 +25,13 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lm.kernels.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
-from lm.layers.linear import Kept, broadcast_as
+from lm.layers.linear import Kept, Matrix, broadcast_as, gather
 from lm.layers.mlp import hidden
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
 Experts = dict[str, jax.Array]  # up and, if gated, gate: [E, D, F], down: [E, F, D]
+Matrices = dict[str, Matrix]  # the same, sharded
 Grouped = Callable[[Array, Experts, Array], jax.Array]  # experts to rows in groups of these sizes
 Apply = Callable[[Array, Array, Experts], jax.Array]  # experts to rows and their weights
 
@@ -58,7 +59,7 @@ def _on_shards(
     x: Array,
     chosen: Array,
     weights: Array,
-    experts: Experts,
+    experts: Matrices,
     rules: Rules,
     *,
     over: tuple[str, ...],
@@ -69,13 +70,13 @@ def _on_shards(
     added up over those shards.
     """
     if rules.mesh.size == 1:
-        return apply(x, chosen, weights, experts)
+        return apply(x, chosen, weights, {name: w.value for name, w in experts.items()})
     batch, length = rules.sharded_axes("batch"), _length_axes(rules, x.shape[1])
     # which dimension of the tokens an axis shards; those that shard none hold the same ones
     place = {axis: 0 for axis in batch} | {axis: 1 for axis in length}
     divided = dict.fromkeys(a for name in over for a in rules.sharded_axes(name))
 
-    def gather(a: Array) -> jax.Array:
+    def of_all(a: Array) -> jax.Array:
         for axis in reversed(divided):
             if axis in place:
                 a = jax.lax.all_gather(a, axis, axis=place[axis], tiled=True)
@@ -89,13 +90,10 @@ def _on_shards(
                 a = jax.lax.psum(a, axis)
         return a
 
-    def run(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
-        for axis in rules.sharded_axes("embed"):
-            experts = {
-                name: jax.lax.all_gather(w, axis, axis=AXES[name].index("embed"), tiled=True)
-                for name, w in experts.items()
-            }
-        return add_up(apply(gather(x), gather(chosen), gather(weights), experts))
+    def run(x: Array, chosen: Array, weights: Array, experts: Matrices) -> jax.Array:
+        axes = rules.sharded_axes("embed")
+        whole = {n: gather(axes, AXES[n].index("embed"), w) for n, w in experts.items()}
+        return add_up(apply(of_all(x), of_all(chosen), of_all(weights), whole))
 
     spec = PartitionSpec(batch, length)
     layout = {name: rules.spec(*AXES[name]) for name in experts}
@@ -110,11 +108,11 @@ def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
 
 
 def dropless(
-    x: Array, chosen: Array, weights: Array, experts: Experts, activation: str, rules: Rules
+    x: Array, chosen: Array, weights: Array, experts: Matrices, activation: str, rules: Rules
 ) -> jax.Array:
     """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
     axes, shards, k = rules.sharded_axes("expert"), rules.size("expert"), chosen.shape[-1]
-    here = experts["up"].shape[0] // shards
+    here = experts["up"].value.shape[0] // shards
     # for each token, the assignments here at a balanced load, and at most
     balanced, most = k / shards, min(k, here)
 
@@ -290,7 +288,7 @@ def with_capacity(
     x: Array,
     chosen: Array,
     weights: Array,
-    experts: Experts,
+    experts: Matrices,
     activation: str,
     rules: Rules,
     *,
@@ -301,7 +299,7 @@ def with_capacity(
     Of each row, every expert takes the first `capacity` tokens that chose it.
     """
     axes, length = rules.sharded_axes("expert"), rules.sharded_axes("length")
-    num_experts = experts["up"].shape[0]
+    num_experts = experts["up"].value.shape[0]
     # shards of the length divide the slots: each fills its own from the whole row
     room = -(-capacity // rules.size("length"))
 

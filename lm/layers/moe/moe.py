@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from lm.config.fields import field
 from lm.layers.base_config import require
-from lm.layers.linear import initializer, parameter
+from lm.layers.linear import Matrix, initializer, matrix, parameter
 from lm.layers.mlp import ACTIVATIONS, Mlp
 from lm.layers.moe.dispatch import AXES, dropless, with_capacity
 from lm.parallel.sharding import Rules
@@ -250,7 +250,7 @@ class Moe(nn.Module):
     rules: Rules
     out_scale: float = 1.0  # factor on the initial weights of `down`
 
-    def _experts(self) -> dict[str, jax.Array]:
+    def _experts(self) -> dict[str, Matrix]:
         """The stacked matrices, in the type of the computation."""
         c = self.config
         d, f, e = c.embed_dim, c.expert_size, c.moe.num_experts
@@ -260,7 +260,7 @@ class Moe(nn.Module):
         names = ("up", "gate") if ACTIVATIONS[c.activation][1] else ("up",)
         weights = {n: parameter(self, n, wide, (e, d, f), AXES[n]) for n in names}
         weights["down"] = parameter(self, "down", narrow, (e, f, d), AXES["down"])
-        return {name: weight.astype(c.dtype) for name, weight in weights.items()}
+        return {n: matrix(w, jnp.dtype(c.dtype), self.rules) for n, w in weights.items()}
 
     @nn.compact
     def __call__(self, x: jax.Array, non_padding: Array) -> tuple[jax.Array, RouterReport]:
