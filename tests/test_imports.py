@@ -36,6 +36,7 @@ LATE = {
     "phonenumbers",
     "py3langid",
     "pyarrow",
+    "qwix",
     "rouge_score",
     "sacrebleu",
     "safetensors",

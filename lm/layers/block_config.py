@@ -14,6 +14,7 @@ from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.moe.moe import MoeConfig
 from lm.layers.norm import KINDS as NORMS
+from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig
 from lm.layers.stack import REMAT
 from lm.optim.parametrization import STANDARD, TABLES, Scaling
 
@@ -79,6 +80,9 @@ class BlockConfig(BaseConfig):
     base_num_layers: int | None = field(None, "mup: num_layers of the tuned model.", ge=1)
     base_head_dim: int | None = field(None, "mup: head_dim of the tuned model.", ge=1)
     lora: LoraConfig = field(LoraConfig(), "Low-rank adapters; with a rank, the rest is frozen.")
+    quantization: QuantizationConfig = field(
+        NO_QUANTIZATION, "Products with the matrices of the layers in 8 or 4 bits."
+    )
     remat: str = field("none", "Activations saved for the backward pass.", choices=REMAT)
 
     @property
@@ -191,10 +195,37 @@ class BlockConfig(BaseConfig):
             f"mlp_bias must be False with moe.num_experts ({self.moe.num_experts}): experts have "
             "no biases",
         )
+        self._check_quantization(length)
         require(
             length <= self.max_length,
             f"max_length ({self.max_length}) must be at least config.data.length ({length})",
         )
+
+    def _check_quantization(self, length: int) -> None:
+        q = self.quantization
+        if q.block == 1:
+            return
+        q.check_length(length, "config.data.length")
+        require(
+            q.scales == "row",
+            f"quantization.scales ({q.scales}) must be row for quantization.format={q.format}, "
+            f"which has a scale for each {q.block} numbers",
+        )
+        sizes = {
+            "embed_dim": self.embed_dim,
+            "num_heads * head_dim": self.num_heads * self.head_size,
+            "num_kv_heads * head_dim": self.kv_heads * self.head_size,
+        }
+        if not self.moe.num_experts:
+            sizes["mlp_dim"] = self.mlp_size
+        elif self.moe.shared_mlp_dim:
+            sizes["moe.shared_mlp_dim"] = self.moe.shared_mlp_dim
+        for name, size in sizes.items():
+            require(
+                size % q.block == 0,
+                f"{name} ({size}) must be divisible by the {q.block} numbers that share a scale "
+                f"of quantization.format={q.format}",
+            )
 
     def _check_parametrization(self) -> None:
         name = self.parametrization

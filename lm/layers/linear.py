@@ -16,6 +16,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from lm.layers.lora import LoraConfig
+from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig, quantized_product
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -121,7 +122,12 @@ def matrix(parameter: Array, dtype: DTypeLike, rules: Rules) -> Matrix:
 
 
 def project(
-    x: jax.Array, weight: Matrix, rules: Rules, num_in: int = 1, unrounded: bool = False
+    x: jax.Array,
+    weight: Matrix,
+    rules: Rules,
+    num_in: int = 1,
+    unrounded: bool = False,
+    quantization: QuantizationConfig = NO_QUANTIZATION,
 ) -> jax.Array:
     """x: [B, T, *in] times weight: [*in, *out] -> [B, T, *out], in their type, or `unrounded`
     float32.
@@ -135,8 +141,11 @@ def project(
     flat = weight.reshape(math.prod(inner), math.prod(outer))
     x = x.reshape(*lead, math.prod(inner))
     x = x.reshape(-1, x.shape[-1]) if rules.size("length") == 1 else x
-    if unrounded or flat.total is not None:
-        y: Any = product(0, jnp.float32 if unrounded else x.dtype, x, *flat)
+    y: Any
+    if quantization.format != "none":
+        y = quantized_product(quantization, x, *flat)
+    elif unrounded or flat.total is not None:
+        y = product(0, jnp.float32 if unrounded else x.dtype, x, *flat)
     else:
         y = x @ flat.value
     return y.reshape(*lead, *outer)
@@ -215,7 +224,8 @@ class Linear(nn.Module):
     targets, `lora_a` [*inputs, rank], `lora_b` [rank, *outputs]. The adapter's dropout is on where
     there is a generator for `dropout`: in training.
 
-    y has the type `dtype`, or, `unrounded`, the float32 that products are summed in.
+    y has the type `dtype`, or, `unrounded`, the float32 that products are summed in. The product
+    with `weight` is in the format of `quantization`, the adapter's are not.
     """
 
     inputs: Mapping[str, int]
@@ -228,12 +238,14 @@ class Linear(nn.Module):
     init_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
     unrounded: bool = False
+    quantization: QuantizationConfig = NO_QUANTIZATION
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = initializer(self.init_std, math.prod(self.inputs.values()), self.init_scale)
         weight = self._matrix("weight", init, self.inputs, self.outputs)
-        y = project(x, weight, self.rules, len(self.inputs), self.unrounded)
+        how = self.unrounded, self.quantization
+        y = project(x, weight, self.rules, len(self.inputs), *how)
         if self.bias:
             shape, axes = tuple(self.outputs.values()), tuple(self.outputs)
             y = y + broadcast_as(parameter(self, "bias", nn.initializers.zeros, shape, axes), y)
@@ -279,5 +291,6 @@ def hidden_linear(
         init_std=config.init_std,
         init_scale=config.scaling.init("hidden", config.init_std) * init_scale,
         lora=config.lora,
+        quantization=config.quantization,
         name=name,
     )

@@ -16,6 +16,7 @@ from lm.layers.block_config import BlockConfig
 from lm.layers.linear import hidden_linear, parameter
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
+from lm.layers.quantization import NO_QUANTIZATION
 from lm.layers.transformer import Transformer, check_kernels, make_output
 from lm.models.vocabulary import NO_PIPELINE, VocabularyModel, check_unsharded
 from lm.parallel.sharding import Rules
@@ -44,7 +45,9 @@ class Encoder(VocabularyModel, Transformer):
         c = self.config
         norm = functools.partial(Norm, c.norm, c.norm_eps, c.norm_bias, jnp.dtype(c.dtype))
         embed = {"embed": c.embed_dim}
-        linear = functools.partial(hidden_linear, c, self.rules, embed, bias=c.mlp_bias)
+        # of the head, and so in the compute type
+        plain = dataclasses.replace(c, quantization=NO_QUANTIZATION)
+        linear = functools.partial(hidden_linear, plain, self.rules, embed, bias=c.mlp_bias)
         self.position = self.make_positions()
         if c.num_types:
             self.type = self.make_table(c.num_types)

@@ -24,6 +24,7 @@ from lm.config.tree import ConfigTree
 from lm.data import pipeline
 from lm.data.pipeline import Pipeline
 from lm.layers import cross_entropy
+from lm.layers.block_config import BlockConfig
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
@@ -86,6 +87,8 @@ class Experiment:
                 f"config.model.max_length ({c.model.max_length}) must be at least "
                 f"config.data.encoder_length ({c.data.encoder_length})"
             )
+        if c.data.encoder_length is not None and isinstance(c.model, BlockConfig):
+            c.model.quantization.check_length(c.data.encoder_length, "config.data.encoder_length")
         self.model: Model = component("lm.models", config.model.name).build(c.model, self.rules)
         self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
 
