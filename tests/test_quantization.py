@@ -164,6 +164,26 @@ def test_gradients_are_within_the_error_of_their_operands(arrays, name, scales, 
         assert_close(d_weight, x.T @ dy, 1e-6)
 
 
+@pytest.mark.parametrize("name", [*TYPES, *BLOCKS])
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_a_gradient_in_float32_is_the_one_that_is_rounded(arrays, name, weight_gradients):
+    config = QuantizationConfig(name, weight_gradients=weight_gradients)
+    x, weight, dy = (jnp.asarray(a, jnp.bfloat16) for a in arrays)
+    total = weight.astype(jnp.float32)
+
+    def product(x, total, exact):
+        return quantized_product(config, x, total.astype(x.dtype), total if exact else None)
+
+    found, wanted = (
+        jax.vjp(functools.partial(product, exact=exact), x, total)[1](dy) for exact in (True, False)
+    )
+    np.testing.assert_array_equal(found[0], wanted[0])
+    assert found[1].dtype == jnp.float32 and wanted[1].dtype == jnp.float32
+    # fp8 is rounded before its scales are multiplied to it, and after
+    assert_close(found[1], np.asarray(wanted[1], np.float64), 2.0 ** (-7 if name == "fp8" else -8))
+    assert np.any(np.asarray(found[1]) != wanted[1])
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("spec", [(("fsdp",), None), (None, ("fsdp",)), (("fsdp",), ("tensor",))])
 def test_shards_multiply_what_one_device_does(rules_on, name, spec):
@@ -225,8 +245,8 @@ def traced(module, rules, pack, **changes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_matrices_of_the_layers_are_quantized_and_nothing_else(rules_on, pack, name):
-    """Of a block four matrices of attention and two of the MLP, three products each; a decoder with
-    an encoder has four more. Scores, values, head and tables stay as they were.
+    """A block has four matrices of attention and two of the MLP, and four more beside an encoder,
+    with three products each. Scores, values, head and tables stay as they were.
     """
     int8, plain = (
         count(traced(MODELS[name], rules_on(), pack, quantization=QuantizationConfig(kind)))
@@ -380,7 +400,7 @@ def update(make_experiment, packed_batch):
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_meshes_and_remat_change_less_than_the_rounding_does(update, name, mesh):
-    """What differs by sums in another order may be rounded to a neighbour: few numbers are."""
+    """Numbers that sums in another order change may be rounded to a neighbour, which few are."""
 
     def distance(a, b):
         return jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), a, b)

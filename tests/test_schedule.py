@@ -248,3 +248,35 @@ def test_branches_that_data_choose_count_in_equal_parts():
 false_computation=%short
 """
     assert bounds(body + END, computations).lower_bound_s == pytest.approx(PRODUCT)
+
+
+@pytest.mark.parametrize(
+    "name, kind, speedup",
+    [
+        ("v5e:2x2", "s8", 2),
+        ("v5e:2x2", "f8e4m3fn", 1),
+        ("tpu7x:2x2x1", "f8e4m3fn", 2),
+        ("h100:1", "f8e5m2", 2),
+        ("h100:1", "bf16", 1),
+    ],
+)
+def test_products_of_8_bits_take_half_the_time_where_the_chip_has_them(name, kind, speedup):
+    chip = topology.parse(name).chip
+    result = "s32" if kind == "s8" else "bf16"
+    body = f"""  %a = {kind}[{N},{N}]{CHIP} convert(%x)
+  %p = {result}[{N},{N}]{CHIP} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+"""
+    text = f"""HloModule m, is_scheduled=true
+ENTRY %main (x: bf16[{N},{N}]) -> {result}[{N},{N}] {{
+  %x = bf16[{N},{N}]{CHIP} parameter(0)
+{body.replace("%p", "ROOT %p")}
+}}
+"""
+    serialized = xla.hlo_module_from_text(text).as_serialized_hlo_module_proto()
+    module = hlo.read(protos.message("HloModuleProto").FromString(serialized))
+    work = costs.count_flops_and_hbm_bytes(module)
+    found = roofline.times(topology.parse(name), module, work, (), "bfloat16")
+    peak = chip.peak_flops("bfloat16")
+    assert found.compute == pytest.approx(2 * N**3 / peak / speedup)
+    assert found.lower_bound_s == pytest.approx(found.compute)
+    assert sum(work.narrow_flops.values()) == (2 * N**3 if kind != "bf16" else 0)

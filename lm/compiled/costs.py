@@ -20,6 +20,7 @@ _FREE_OPCODES = """parameter constant tuple get-tuple-element bitcast while cond
 _FREE = frozenset(_FREE_OPCODES.split())  # move no bytes
 _SLICES = ("dynamic-slice", "slice", "gather")
 # That a Triton kernel declares as metadata, in a backend config that is not JSON but MLIR's.
+NARROW = ("s8", "f8")  # how the names of types of 8 bits start
 _DECLARED = re.compile(rb"\\22flops\\22: \\22(\d+)\\22")
 # Of each splash attention kernel: products of [T, H] and [T, S] matrices, suffix of block sizes.
 _SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
@@ -32,6 +33,7 @@ class Work:
     hbm_bytes: float
     loops: tuple[str, ...] = ()  # that end on data, as far as the program tells: counted once
     optimizer_flops: float = 0.0  # those of the optimizer's update
+    narrow_flops: dict[str, float] = dataclasses.field(default_factory=dict)  # by `narrow_type`
 
 
 def count_flops_and_hbm_bytes(module: Module) -> Work:
@@ -39,6 +41,7 @@ def count_flops_and_hbm_bytes(module: Module) -> Work:
     total, moved, optimizer = 0.0, 0.0, 0.0
     unknown: dict[str, None] = {}
     loops: dict[str, None] = {}
+    narrow: dict[str, float] = {}
     for visit in hlo.walk(module.entry):
         instruction = visit.instruction
         if not visit.times:
@@ -50,11 +53,13 @@ def count_flops_and_hbm_bytes(module: Module) -> Work:
             unknown[visit.op_name or instruction.target] = None
         elif count:
             total += visit.times * count
+            if kind := narrow_type(instruction):
+                narrow[kind] = narrow.get(kind, 0.0) + visit.times * count
             if module.source(visit.frame).startswith(hlo.OPTIMIZER):
                 optimizer += visit.times * count
         if visit.outer is None:
             moved += visit.times * hbm_traffic(instruction)
-    return Work(total, tuple(unknown), moved, tuple(loops), optimizer)
+    return Work(total, tuple(unknown), moved, tuple(loops), optimizer, narrow)
 
 
 def flops(instruction: Instruction) -> float | None:
@@ -67,6 +72,12 @@ def flops(instruction: Instruction) -> float | None:
     if instruction.opcode == "convolution":
         return _convolution(instruction)
     return _custom_call(instruction) if instruction.opcode == "custom-call" else 0.0
+
+
+def narrow_type(instruction: Instruction) -> str:
+    """s8 or f8 if both operands of a product have a type of 8 bits of that kind, else empty."""
+    types = [operand.shapes[0].dtype[:2] for operand in instruction.operands[:2]]
+    return types[0] if len(types) == 2 and types[0] == types[1] in NARROW else ""
 
 
 def _product(instruction: Instruction, contracted: Sequence[int]) -> float:

@@ -78,12 +78,14 @@ def times(
             collectives,
             peak_flops=peak,
             hbm_bandwidth=chip.hbm_bandwidth,
+            speedup=chip.speedup,
             overlapped=overlapped,
         )
         for overlapped in (True, False)
     )
+    spared = sum(n * (1 - 1 / chip.speedup(kind)) for kind, n in work.narrow_flops.items())
     return StepTimeBounds(
-        compute=work.flops / peak if peak else None,
+        compute=(work.flops - spared) / peak if peak else None,
         hbm=work.hbm_bytes / chip.hbm_bandwidth if chip.hbm_bandwidth else None,
         network=sent.pop(schedule.NETWORK, None),
         links=dict(sent),

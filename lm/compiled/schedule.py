@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from lm.compiled import costs, hlo
 from lm.compiled.hlo import Computation, Instruction
@@ -36,13 +36,16 @@ def simulate(
     *,
     peak_flops: float | None,
     hbm_bandwidth: float,
+    speedup: Callable[[str], float],
     overlapped: bool,
 ) -> ScheduleTime:
     """The time of a step at these rates.
 
+    speedup: of products of a `costs.narrow_type`.
     overlapped: an operation takes the longer of its products and its HBM traffic, else their sum.
     """
-    timeline = _Timeline(module, collectives, peak_flops, hbm_bandwidth, overlapped)
+    rates = peak_flops, hbm_bandwidth, speedup
+    timeline = _Timeline(module, collectives, rates, overlapped)
     timeline.run(module.entry, 1.0)
     return ScheduleTime(timeline.now, dict(timeline.exposed))
 
@@ -59,12 +62,11 @@ class _Timeline:
         self,
         module: hlo.Module,
         collectives: Sequence[PricedCollective],
-        peak_flops: float | None,
-        hbm_bandwidth: float,
+        rates: tuple[float | None, float, Callable[[str], float]],
         overlapped: bool,
     ) -> None:
         self.now, self.exposed = 0.0, Counter[str]()
-        self._rates, self._overlapped = (peak_flops, hbm_bandwidth), overlapped
+        self._rates, self._overlapped = rates, overlapped
         self._cache: dict[Instruction, tuple[float, float]] = {}
         # by the instruction or the fusion that starts it: (queue, seconds of one run)
         self._transfers: dict[str, list[tuple[str, float]]] = defaultdict(list)
@@ -155,8 +157,11 @@ class _Timeline:
     def _seconds(self, instruction: Instruction) -> tuple[float, float]:
         """(seconds of an operation's products, of its HBM traffic)."""
         if instruction not in self._cache:
-            peak, _ = self._rates
-            products = sum(costs.flops(i) or 0.0 for i in _with_inside(instruction))
+            peak, _, speedup = self._rates
+            products = sum(
+                (costs.flops(i) or 0.0) / speedup(costs.narrow_type(i))
+                for i in _with_inside(instruction)
+            )
             moving = self._hbm_seconds(costs.hbm_traffic(instruction))
             self._cache[instruction] = (products / peak if peak else 0.0, moving)
         return self._cache[instruction]
@@ -169,7 +174,7 @@ class _Timeline:
         return self._sends.get(start.attributes.get(_RENDEZVOUS, ""), start)
 
     def _hbm_seconds(self, size: float) -> float:
-        _, bandwidth = self._rates
+        bandwidth = self._rates[1]
         return size / bandwidth if bandwidth else 0.0
 
     def _queue(self, name: str, key: Hashable, seconds: float) -> None:

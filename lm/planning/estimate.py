@@ -27,6 +27,8 @@ WIDEST_GATHER = 32
 # FLOPs of a step with each policy over the model's: the backward pass recomputes activations.
 AGAIN = {"none": 1.0, "dots": 1.03, "projections": 1.05, "attended": 1.3, "full": 1.33}
 
+NARROW_TYPES = {"int8": "s8", "fp8": "f8"}  # of products of a quantization
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -103,6 +105,10 @@ def estimate(
     done = one * batch_size * config.data.length
     pipeline = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
+    narrow = NARROW_TYPES.get(c.quantization.format, "")
+    products = 6 if c.quantization.weight_gradients else 4
+    in_blocks = count.groups.get("attention", 0) + count.groups.get("mlp", 0)
+    compute *= 1 - (1 - 1 / topology.chip.speedup(narrow)) * min(1.0, products * in_blocks / one)
     update = flops.update_cost(c, config.optimizer)
     own = trained * update.flops / rules.mesh.size / peak
     parts = {"compute": compute / (1 - pipeline.bubble) + own}
