@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from lm.layers.block_config import BlockConfig
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x) (arXiv:1606.08415). Its own gradient: autodiff would save, not only read, three
-    arrays of the MLP's width.
+def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f, an elementwise function of arrays, that saves nothing but these arrays for its gradient.
+
+    Autodiff would save its intermediate values: five arrays of the MLP's width for gelu_tanh. To
+    read them takes longer than to compute them again.
     """
-    return x * _normal_cdf(x)
+    function: Any = jax.custom_vjp(f)
+    function.defvjp(lambda *xs: (f(*xs), xs), lambda xs, dy: jax.vjp(f, *xs)[1](dy))
+    return function
 
 
-def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+def _gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) (arXiv:1606.08415)."""
+    return x * (0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5))))
 
 
-def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return (dy * (_normal_cdf(x) + x * density),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
-_GELU_TANH = functools.partial(jax.nn.gelu, approximate=True)
+_GELU = recomputed(_gelu)
+_GELU_TANH = recomputed(functools.partial(jax.nn.gelu, approximate=True))
+_SILU = recomputed(jax.nn.silu)
 
 # name: (function, gated)
 ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "relu": (jax.nn.relu, False),
-    "relu2": (lambda x: jnp.square(jax.nn.relu(x)), False),  # arXiv:2109.08668
-    "gelu": (gelu, False),
+    "relu2": (recomputed(lambda x: jnp.square(jax.nn.relu(x))), False),  # arXiv:2109.08668
+    "gelu": (_GELU, False),
     "gelu_tanh": (_GELU_TANH, False),
-    "silu": (jax.nn.silu, False),
+    "silu": (_SILU, False),
     "reglu": (jax.nn.relu, True),
-    "geglu": (gelu, True),
+    "geglu": (_GELU, True),
     "geglu_tanh": (_GELU_TANH, True),
-    "swiglu": (jax.nn.silu, True),
+    "swiglu": (_SILU, True),
 }
 
 
@@ -57,7 +57,10 @@ def hidden(activation: str, product: Callable[[str], jax.Array]) -> jax.Array:
     """act(up), or, gated, act(gate) * up, of the products with the matrices of these names."""
     act, gated = ACTIVATIONS[activation]
     up = checkpoint_name(product("up"), "up")
-    return act(checkpoint_name(product("gate"), "gate")) * up if gated else act(up)
+    if not gated:
+        return act(up)
+    gate = checkpoint_name(product("gate"), "gate")
+    return recomputed(lambda gate, up: act(gate) * up)(gate, up)
 
 
 class Mlp(nn.Module):
