@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from environment import run_script
 
 from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
+from lm.data.pipeline import evaluation_batches
 from lm.exit_codes import Exit
 from lm.optim.optimizer_state import averaged_params
 from lm.preparation.token_writer import write_store
@@ -121,6 +124,35 @@ def test_evaluation_leaves_parameters_and_training_alone(one_by_one):
     assert first == second
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params))
     assert averaged_params(experiment.abstract_state.opt_state) is None
+
+
+def test_batches_are_prepared_ahead_and_the_results_keep_every_bit(one_by_one, monkeypatch):
+    results, experiment, params = one_by_one
+    step, plain = experiment.eval_step, {}
+    for name, source in experiment.validation.items():
+        total, objective = {}, experiment.objective.for_source(name)
+        for batch in evaluation_batches(source, objective, batch_size=1):
+            _add(total, step(params, experiment.make_global_batch(batch)))
+        plain[name] = total["loss"] / total["tokens"]
+    assert {name: values["loss"] for name, values in results.items()} == plain
+
+    made, seen = [], []
+    make = experiment.make_global_batch
+
+    def slow_step(params, batch):
+        seen.append(len(made))
+        time.sleep(0.02)
+        if len(seen) == 5:
+            raise RuntimeError("the device failed")
+        return step(params, batch)
+
+    monkeypatch.setattr(experiment, "make_global_batch", lambda b: made.append(0) or make(b))
+    monkeypatch.setattr(experiment, "eval_step", slow_step)
+    with pytest.raises(RuntimeError, match="the device failed"):
+        evaluate(experiment, params)
+    loader = experiment.config.loader
+    assert seen[-1] >= len(seen) + loader.prefetch
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")]
 
 
 def test_sums_over_many_batches_lose_nothing():

@@ -7,17 +7,18 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from lm.config.schema import LoaderConfig
-from lm.types import HostBatch
 
-Make = Callable[[int], HostBatch]
-Batches = Generator[tuple[int, HostBatch], None, None]
+T = TypeVar("T")  # a batch, on the host or on devices
+Make = Callable[[int], T]
+Batches = Generator[tuple[int, T], None, None]
 
 
-def run(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+def run(make: Make[T], start: int, stop: int, loader: LoaderConfig) -> Batches[T]:
     """Yield (step, make(step)) of every step; an error of `make` is raised when its step is due."""
     kinds = {"tf.data": _tf_data, "thread": _threads}
     return kinds[loader.kind](make, start, stop, loader)
@@ -44,9 +45,9 @@ def importing(loader: LoaderConfig) -> Iterator[None]:
         thread.join()  # before others import modules that this import is in the middle of
 
 
-def _threads(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+def _threads(make: Make[T], start: int, stop: int, loader: LoaderConfig) -> Batches[T]:
     executor = ThreadPoolExecutor(loader.num_workers, thread_name_prefix="batch")
-    pending: collections.deque[Future[HostBatch]] = collections.deque()
+    pending: collections.deque[Future[T]] = collections.deque()
     try:
         submitted = start
         for step in range(start, stop):
@@ -58,7 +59,7 @@ def _threads(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches
         executor.shutdown(cancel_futures=True)
 
 
-def _tf_data(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches:
+def _tf_data(make: Make[T], start: int, stop: int, loader: LoaderConfig) -> Batches[T]:
     try:
         import tensorflow as tf
     except ModuleNotFoundError as error:
@@ -69,7 +70,7 @@ def _tf_data(make: Make, start: int, stop: int, loader: LoaderConfig) -> Batches
             "or set loader.kind=thread (the batches are the same)"
         ) from None
     tf.config.set_visible_devices([], "GPU")  # or TensorFlow takes the memory that JAX needs
-    ready: dict[int, HostBatch] = {}  # tf.data schedules the work; arrays need no copy to tensors
+    ready: dict[int, T] = {}  # tf.data schedules the work; arrays need no copy to tensors
 
     def load(step: np.ndarray) -> np.ndarray:
         ready[int(step)] = make(int(step))

@@ -186,24 +186,41 @@ def _first_tokens(rows: Rows, document: int, tokenizer: Tokenizer, num_tokens: i
     return " → ".join(tokenizer.decode(field[:num_tokens]) for field in ids)
 
 
-def evaluation_batches(
-    source: RowSource, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
-) -> Iterator[HostBatch]:
-    """Yield the rows `rows` of global batches that have every row of the source once, in order.
+def evaluation_batch_at(
+    source: RowSource,
+    objective: Transform,
+    number: int,
+    *,
+    batch_size: int,
+    rows: RowIndex = ALL_ROWS,
+) -> HostBatch:
+    """Return the rows `rows` of global batch `number` of those that have every row of the source
+    once, in order.
 
     The last batch is padded with empty rows, of segments and weights 0: sums over the batches are
     exact for every batch size and number of hosts, and all hosts get equally many batches.
     """
-    for start in range(0, len(source), batch_size):
-        index = start + np.arange(batch_size)[rows]
-        read = vars(source.read(index[index < len(source)]))
-        widths = (0, len(index) - len(read["ids"])), (0, 0)
-        padded = {
-            name: np.pad(x, widths, constant_values=_PADDING.get(name, 0))
-            for name, x in read.items()
-            if x is not None
-        }
-        yield objective(Rows(**padded), _generators(_EVALUATION_SEED, np.zeros_like(index), index))
+    index = number * batch_size + np.arange(batch_size)[rows]
+    read = vars(source.read(index[index < len(source)]))
+    widths = (0, len(index) - len(read["ids"])), (0, 0)
+    padded = {
+        name: np.pad(x, widths, constant_values=_PADDING.get(name, 0))
+        for name, x in read.items()
+        if x is not None
+    }
+    return objective(Rows(**padded), _generators(_EVALUATION_SEED, np.zeros_like(index), index))
+
+
+def num_evaluation_batches(source: RowSource, batch_size: int) -> int:
+    return -(-len(source) // batch_size)
+
+
+def evaluation_batches(
+    source: RowSource, objective: Transform, *, batch_size: int, rows: RowIndex = ALL_ROWS
+) -> Iterator[HostBatch]:
+    """Yield `evaluation_batch_at` of every number."""
+    for number in range(num_evaluation_batches(source, batch_size)):
+        yield evaluation_batch_at(source, objective, number, batch_size=batch_size, rows=rows)
 
 
 def _generators(

@@ -6,15 +6,19 @@ metrics don't depend on batch size or mesh (beyond float32 rounding).
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
 import jax
 
-from lm.data.pipeline import evaluation_batches
+from lm.data import loaders
+from lm.data.pipeline import RowSource, Transform, evaluation_batch_at, num_evaluation_batches
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
-from lm.types import Params, Sums
+from lm.types import Batch, Params, Sums
 
 
 def evaluate(
@@ -27,25 +31,26 @@ def evaluate(
     """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}; losses in nats per token.
 
     max_batches: limit for every source, 0: all of it; bits per byte then uses the source's mean
-    bytes per token. report: called with a progress line after every batch.
+    bytes per token. report: called with a progress line after every batch. Threads prepare the next
+    `loader.prefetch` batches meanwhile, as in training.
     """
     results, names = {}, metrics.short_names([*experiment.validation])
+    loader = dataclasses.replace(experiment.config.loader, kind="thread")
     for name, source in experiment.validation.items():
-        objective = experiment.objective.for_source(name)
+        objective, batch_size = experiment.objective.for_source(name), experiment.batch_size
         total: dict[str, float] = {}
         pending: Sums = {}  # of the previous batch: the devices don't wait for the host
-        count = -(-len(source) // experiment.batch_size)
+        count = num_evaluation_batches(source, batch_size)
         count = min(count, max_batches) if max_batches else count
         if not count:
             raise ValueError(f"config.data.validation: {name} has no rows")
-        batches = evaluation_batches(
-            source, objective, batch_size=experiment.batch_size, rows=experiment.rows
-        )
-        for i, batch in zip(range(count), batches, strict=False):
-            sums = experiment.eval_step(params, experiment.make_global_batch(batch))
-            _add(total, pending)
-            pending = sums
-            report(f"evaluating {names[name]} · batch {i + 1}/{count}")
+        make = functools.partial(_global_batch, experiment, source, objective)
+        with contextlib.closing(loaders.run(make, 0, count, loader)) as batches:
+            for i, batch in batches:
+                sums = experiment.eval_step(params, batch)
+                _add(total, pending)
+                pending = sums
+                report(f"evaluating {names[name]} · batch {i + 1}/{count}")
         _add(total, pending)
         values = metrics.means(total)
         del values["objective"]
@@ -55,6 +60,15 @@ def evaluate(
             values["bits_per_byte"] = values["loss"] / math.log(2) / bytes_per_token
         results[name] = values
     return results
+
+
+def _global_batch(
+    experiment: Experiment, source: RowSource, objective: Transform, number: int
+) -> Batch:
+    batch = evaluation_batch_at(
+        source, objective, number, batch_size=experiment.batch_size, rows=experiment.rows
+    )
+    return experiment.make_global_batch(batch)
 
 
 def _add(total: dict[str, float], sums: Mapping[str, jax.Array]) -> None:
