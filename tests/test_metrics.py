@@ -77,6 +77,23 @@ def test_the_first_step_and_those_after_a_pause_have_no_time():
     assert all(0.04 < f.seconds < 0.3 for f in found[1:])
 
 
+def test_work_of_the_host_is_the_time_outside_of_waiting():
+    deferred, found = DeferredMetrics(), []
+    for step in range(3):
+        with deferred.waiting():
+            time.sleep(0.2)  # for data
+        time.sleep(0.05)  # on a disk
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+        found += deferred.push(step, {}, {"bad": False})
+    first, second = found
+    assert first.host_seconds is None and first.host_cpu_seconds is None
+    assert second.seconds > 0.3
+    assert 0.1 < second.host_seconds < second.seconds - 0.19
+    assert 0.05 < second.host_cpu_seconds < 0.1
+
+
 def test_a_window_is_written_when_it_is_full_and_at_the_end_of_the_run(tmp_path):
     writer = make_writer(tmp_path, every=2, num_steps=5)
     for done in (1, 2, 3, 4, 5):

@@ -16,6 +16,8 @@ from lm.exit_codes import Exit, RunError
 from lm.layers import base_config
 from lm.reliability import data_ledger
 from lm.telemetry import metrics
+from lm.telemetry.profiler import operations, summarize
+from lm.telemetry.progress import Progress
 from lm.training import bad_step_report
 from lm.training import loop as training
 from lm.training import restore as restoring
@@ -399,7 +401,10 @@ def test_a_path_that_is_not_there_does_not_lock_the_folder(run, tmp_path, wrong)
 
 
 @pytest.mark.parametrize("event", ["a signal", "a rewind"])
-def test_a_trace_survives_what_happens_in_its_window(run, tmp_path, event):
+def test_a_trace_survives_what_happens_in_its_window(run, tmp_path, monkeypatch, event):
+    shown = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: shown.append(text))
+
     def spoil(step, batch):
         if step == BAD and event == "a signal":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -411,7 +416,12 @@ def test_a_trace_survives_what_happens_in_its_window(run, tmp_path, event):
     changes |= {"log.profile_start": 6, "log.profile_steps": 4}
     code = run(tmp_path, changes, spoil=spoil)
     assert code == (Exit.TERMINATED if event == "a signal" else Exit.SUCCESS)
-    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    traces = list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    for trace in traces:  # of steps that were computed to their end
+        assert summarize(operations(trace.read_bytes())).longest
+    summaries = [text for text in shown if text.startswith("profile of steps ")]
+    assert len(summaries) == len(traces) > 0
+    assert all("devices idle for " in text for text in summaries)
 
 
 def strict(path):

@@ -1,25 +1,14 @@
 """The loop's work besides stepping."""
 
 import json
-from types import SimpleNamespace
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from lm.config.schema import LogConfig
-from lm.telemetry.phase_timer import PhaseTimer
-from lm.training.loop import _batches, train
-
-
-def profiled(folder, log, start, stop):
-    """(step, None) of the steps of a run that is profiled."""
-    experiment = SimpleNamespace(
-        config=SimpleNamespace(log=log),
-        num_steps=stop,
-        batches=lambda start, stop: ((i, None) for i in range(start, stop)),
-    )
-    session = SimpleNamespace(experiment=experiment, phases=PhaseTimer(), workdir=str(folder))
-    return _batches(session, start)
+from lm.telemetry.profiler import Operation, Profiler, summarize
+from lm.training.loop import train
 
 
 def names_in_trace(folder):
@@ -29,21 +18,51 @@ def names_in_trace(folder):
 
 @pytest.mark.parametrize("start, expected", [(0, {"work2", "work3"}), (3, {"work3"})])
 def test_the_profiler_sees_the_steps_of_its_window_alone(tmp_path, start, expected):
-    config = LogConfig(profile_start=2, profile_steps=2)
-    steps = []
-    for step, _ in profiled(tmp_path, config, start, 6):
-        with jax.profiler.TraceAnnotation(f"work{step}"):
-            steps.append(step)
-    assert steps == list(range(start, 6))
+    with Profiler(str(tmp_path), range(2, 4)) as profiler:
+        for step in range(start, 6):
+            if profiler.is_over(step):
+                profiler.stop()
+            profiler.step(step)
+            with jax.profiler.TraceAnnotation(f"work{step}"):
+                pass
     assert names_in_trace(tmp_path) == expected
+    [folder] = tmp_path.glob("profile/plugins/profile/*")
+    assert folder.name == f"steps-{max(start, 2)}-3"
 
 
-def test_a_window_that_the_run_ends_in_is_written(tmp_path):
-    config = LogConfig(profile_start=1, profile_steps=100)
-    for step, _ in profiled(tmp_path, config, 0, 3):
-        with jax.profiler.TraceAnnotation(f"work{step}"):
-            pass
+def test_a_window_that_a_run_ends_in_is_written_and_summarized(tmp_path):
+    shown, add = [], jax.jit(lambda x: (x @ x).sum())
+    add(jnp.ones((256, 256))).block_until_ready()
+    with (
+        pytest.raises(RuntimeError, match="the device failed"),
+        Profiler(str(tmp_path), range(1, 100), shown.append) as profiler,
+    ):
+        for step in range(3):
+            profiler.step(step)
+            with jax.profiler.TraceAnnotation(f"work{step}"):
+                add(jnp.ones((256, 256))).block_until_ready()
+        raise RuntimeError("the device failed")
     assert names_in_trace(tmp_path) == {"work1", "work2"}
+    [text] = shown
+    assert "profile of steps 1-2: " in text and "devices idle for " in text
+    assert re.search(r"%  \S*(dot|fusion|reduce)\S* × 2\n", text + "\n")
+
+
+def test_a_summary_counts_nested_operations_once_and_idle_devices():
+    ops = [
+        Operation("while", "a", "a0", 0, 60),
+        Operation("dot", "a", "a0", 10, 30),
+        Operation("dot", "a", "a0", 30, 50),
+        Operation("copy", "a", "a1", 50, 70),  # beside the loop for 10
+        Operation("dot", "b", "b0", 90, 100),
+    ]
+    summary = summarize(ops)
+    assert summary.seconds == pytest.approx(100e-9)
+    assert summary.idle == pytest.approx(1 - (0.7 + 0.1) / 2)
+    assert summary.longest[0] == ("dot", pytest.approx(50 / 90), 3)
+    assert {name for name, *_ in summary.longest[1:]} == {"while", "copy"}
+    assert all(share == pytest.approx(20 / 90) for _, share, _ in summary.longest[1:])
+    assert summarize([]) is None
 
 
 def test_a_schedule_longer_than_the_run_is_refused_before_anything_is_compiled(make_experiment):

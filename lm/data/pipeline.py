@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -132,8 +132,9 @@ class Pipeline:
         *,
         rows: RowIndex = ALL_ROWS,
         loader: LoaderConfig,
-    ) -> Generator[tuple[int, HostBatch], None, None]:
-        """Return an iterator over (step, batch_at(step, rows)), prepared ahead of their use.
+        convert: Callable[[HostBatch], Any] = lambda batch: batch,
+    ) -> Generator[tuple[int, Any], None, None]:
+        """Return an iterator over (step, convert(batch_at(step, rows))), prepared ahead of use.
 
         loader.kind: "tf.data", or "thread", which needs no TensorFlow; the batches are the same.
         Without a `stop_step` it ends with `num_epochs`, if at all. An error of `batch_at` is raised
@@ -145,7 +146,11 @@ class Pipeline:
                 raise OutOfData(self._out_of_data(stop_step - 1))
             stop_step = self._limit
         stop_step = 2**62 if stop_step is None else stop_step
-        return loaders.run(lambda step: self.batch_at(step, rows), start_step, stop_step, loader)
+
+        def make(step: int) -> Any:
+            return convert(self.batch_at(step, rows))
+
+        return loaders.run(make, start_step, stop_step, loader)
 
     def _index(self, step: int, rows: RowIndex) -> np.ndarray:
         if step < 0:

@@ -5,9 +5,10 @@ A host that waits for the loss of a step leaves its devices idle until it dispat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,6 +27,8 @@ class StepResult:
     info: Mapping[str, np.ndarray]  # see lm/training/train_step.py
     votes: Votes = None
     seconds: float | None = None  # since the previous step; None after a pause and for the first
+    host_seconds: float | None = None  # of those, the main thread's outside of `waiting`
+    host_cpu_seconds: float | None = None  # the time in which it had a core
 
     @property
     def bad(self) -> bool:
@@ -48,12 +51,20 @@ def fetch(step: int, sums: Sums, info: StepInfo, votes: Votes = None) -> StepRes
 
 
 class DeferredMetrics:
-    """Outputs of the last dispatched step, and the clock between steps."""
+    """Outputs of the last dispatched step, and the clock of the main thread between steps."""
 
     def __init__(self) -> None:
         self._pending: tuple[int, Sums, StepInfo, Votes] | None = None
-        self._clock: float | None = None
+        self._clock: tuple[float, float] | None = None  # time.monotonic(), time.thread_time()
+        self._waited = 0.0
         self._paused = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which the main thread waits for data or a device."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     def push(self, step: int, sums: Sums, info: StepInfo, votes: Votes = None) -> list[StepResult]:
         """Store the outputs of step number `step` and return those of the step before, if any."""
@@ -70,7 +81,8 @@ class DeferredMetrics:
     def resume(self) -> None:
         """Restart the clock after `flush`."""
         if self._paused:
-            self._clock, self._paused = time.monotonic(), False
+            self._start_clock()
+            self._paused = False
 
     def discard(self) -> None:
         """Forget the pending step."""
@@ -80,6 +92,16 @@ class DeferredMetrics:
         if self._pending is None:
             return []
         pending, self._pending = self._pending, None
-        result, before, self._clock = fetch(*pending), self._clock, time.monotonic()
-        seconds = None if before is None else self._clock - before
-        return [dataclasses.replace(result, seconds=seconds)]
+        with self.waiting():
+            result = fetch(*pending)
+        before, waited = self._clock, self._waited
+        wall, cpu = self._start_clock()
+        if before is None:
+            return [result]
+        seconds, cpu = wall - before[0], cpu - before[1]
+        times = {"seconds": seconds, "host_seconds": seconds - waited, "host_cpu_seconds": cpu}
+        return [dataclasses.replace(result, **times)]
+
+    def _start_clock(self) -> tuple[float, float]:
+        self._clock, self._waited = (time.monotonic(), time.thread_time()), 0.0
+        return self._clock

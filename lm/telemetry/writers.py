@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 
@@ -43,6 +44,15 @@ def _throughput(window: Sequence[StepResult]) -> tuple[float, float] | None:
     timed = [(r.seconds, int(r.info["filled"])) for r in window if r.seconds is not None]
     elapsed = sum(seconds for seconds, _ in timed)
     return (sum(n for _, n in timed) / elapsed, elapsed / len(timed)) if elapsed else None
+
+
+def _host_work(window: Sequence[StepResult]) -> dict[str, float]:
+    """Seconds of the main thread a step, outside waiting for devices and data: the median of the
+    steps that have them, by the clock and in which it had a core.
+    """
+    names = ("host_seconds", "host_cpu_seconds")
+    values = {n: [x for r in window if (x := getattr(r, n)) is not None] for n in names}
+    return {name: statistics.median(found) for name, found in values.items() if found}
 
 
 def _means(applied: Sequence[StepResult]) -> dict[str, float]:
@@ -155,7 +165,7 @@ class MetricsWriter:
             record["skipped"] = len(window) - len(applied)
         record |= extra | {"seconds": sum(r.seconds or 0.0 for r in window)}
         if (throughput := _throughput(window)) is not None:
-            record["tokens_per_second"] = throughput[0]
+            record |= {"tokens_per_second": throughput[0], **_host_work(window)}
             if self._peak_flops:
                 record["mfu"] = throughput[0] * self._flops_per_token / self._peak_flops
         self._write(record, "train")

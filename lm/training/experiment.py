@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -153,11 +152,10 @@ class Experiment:
         return sharding.local_rows(self.rules, self.batch_size)
 
     def batches(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch on the devices) of steps start ... stop - 1, prepared ahead."""
-        local = self.train_data.iterate(start, stop, rows=self.rows, loader=self.config.loader)
-        with contextlib.closing(local):
-            for step, batch in local:
-                yield step, self.make_global_batch(batch)
+        """(step, batch on the devices) of steps start ... stop - 1, prepared and moved ahead."""
+        return self.train_data.iterate(
+            start, stop, rows=self.rows, loader=self.config.loader, convert=self.make_global_batch
+        )
 
     def make_global_batch(self, batch: HostBatch) -> Batch:
         """Global arrays on the devices, from this process's rows of a batch."""

@@ -24,7 +24,6 @@ from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import STOPS, StopSignals
 from lm.reliability.watchdog import Watchdog
 from lm.reliability.workdir_lock import lock_workdir
-from lm.storage.epaths import StoragePath
 from lm.storage.paths import expand_path
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
@@ -147,9 +146,10 @@ def _train_steps(session: TrainingSession, state: TrainState) -> signal.Signals 
     session.attempts.begin_steps()
     if start > session.completed and (stopped_by := _do_due_work(session, state, start)):
         return stopped_by
-    with contextlib.closing(_batches(session, start)) as batches:
+    with contextlib.closing(_batches(session, start)) as batches, session.profiler:
         ready_since = time.monotonic()
         for step, batch in batches:
+            session.profile(step)
             held_up = time.monotonic() - ready_since
             with phases("step"):
                 state, sums, info = experiment.train_step(state, batch)
@@ -177,6 +177,8 @@ def _do_due_work(session: TrainingSession, state: TrainState, step: int) -> sign
     if eval_due and not stops_early:
         session.evaluate(state)
     save_due = step in c.checkpoint.at or _is_due(step, c.checkpoint.every, num_steps)
+    if vote.signal:
+        session.end_profile()
     if save_due or vote.save or vote.signal:
         session.save(state)
     session.completed = step
@@ -195,27 +197,14 @@ def _is_due(step: int, every: int, num_steps: int) -> bool:
 
 
 def _batches(session: TrainingSession, start: int) -> Generator[tuple[int, Batch], None, None]:
-    """(step, batch) of the steps from `start`; the wait for each counts as phase `data`.
-
-    The profiler is on in the window of `config.log`; closing the generator writes its trace.
-    """
-    experiment, log = session.experiment, session.experiment.config.log
-    window = range(log.profile_start, log.profile_start + log.profile_steps)
-    with (
-        contextlib.closing(experiment.batches(start, experiment.num_steps)) as batches,
-        contextlib.ExitStack() as profiler,
-    ):
+    """(step, batch) of the steps from `start`; the wait for each counts as phase `data`."""
+    experiment = session.experiment
+    with contextlib.closing(experiment.batches(start, experiment.num_steps)) as batches:
         while True:
-            with session.phases("data"):
+            with session.phases("data"), session.deferred.waiting():
                 item = next(batches, None)
             if item is None:
                 return
-            step = item[0]
-            if step in window and step in (start, window.start):
-                folder = str(StoragePath(session.workdir) / "profile")
-                profiler.enter_context(jax.profiler.trace(folder))
-            elif step == window.stop:
-                profiler.close()
             yield item
 
 

@@ -28,6 +28,7 @@ from lm.storage.lease import Lock
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
+from lm.telemetry.profiler import Profiler
 from lm.telemetry.writers import MetricsWriter
 from lm.training import bad_step_report
 from lm.training.evaluation import evaluate
@@ -128,6 +129,8 @@ class TrainingSession:
             tensorboard=c.log.tensorboard,
             active=self.is_lead,
         )
+        window = range(c.log.profile_start, c.log.profile_start + c.log.profile_steps)
+        self.profiler = Profiler(workdir, window, self.writer.note if self.is_lead else None)
 
     # ---- results of steps ----
 
@@ -191,6 +194,22 @@ class TrainingSession:
         if guard.policy == "rewind" and result.step not in self.diagnosed:
             raise RollbackRequired(text, result)
         self.writer.note(f"{text}; its update is skipped")
+
+    # ---- profile ----
+
+    def profile(self, step: int) -> None:
+        """Begin or end the profile that does so before step number `step`, if any."""
+        if self.profiler.is_over(step):
+            self.end_profile()
+        self.profiler.step(step)
+
+    def end_profile(self) -> None:
+        """End the profile that is on, if any, once the devices have computed its last step."""
+        if self.profiler.is_on:
+            self.flush()
+            with self.phases("save"):
+                self.profiler.stop()
+            self.deferred.resume()
 
     # ---- agreement between processes and devices ----
 
