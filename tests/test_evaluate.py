@@ -151,7 +151,7 @@ def test_batches_are_prepared_ahead_and_the_results_keep_every_bit(one_by_one, m
     with pytest.raises(RuntimeError, match="the device failed"):
         evaluate(experiment, params)
     loader = experiment.config.loader
-    assert seen[-1] >= len(seen) + loader.prefetch
+    assert len(seen) < seen[-1] <= len(seen) + loader.prefetch + 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch")]
 
 
