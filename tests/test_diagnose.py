@@ -11,6 +11,7 @@ from lm.layers.mlp import ACTIVATIONS
 from lm.optim.optimizer_state import NormState
 from lm.telemetry.deferred import StepResult, fetch
 from lm.training import bad_step_report as d
+from lm.training import describe
 from lm.training.bad_step_report import verdict
 
 NAN = float("nan")
@@ -38,6 +39,46 @@ def outcome(loss=1.0, *, bad=True, grad_norm=1.0):
 )
 def test_verdict(first, replay, float32, expected):
     assert verdict(first, replay, float32) == expected
+
+
+@pytest.mark.parametrize(
+    "replay, float32, expected",
+    [
+        (outcome(NAN), outcome(3.0, bad=False), "repeats"),  # numerics, if bits were repeated
+        (outcome(5.0), outcome(NAN), "repeats"),  # hardware
+        (outcome(NAN), None, "repeats"),  # data
+        (outcome(1.0, bad=False), None, "unclear"),  # hardware
+    ],
+)
+def test_where_bits_are_not_repeated_the_verdict_names_no_cause(replay, float32, expected):
+    assert verdict(outcome(NAN), replay, float32, repeats=False) == expected
+    assert expected in d.REASONS and expected != verdict(outcome(NAN), replay, float32)
+
+
+@pytest.mark.parametrize(
+    "flags, entries, expected",
+    [
+        ("", (), False),
+        ("--xla_gpu_deterministic_ops", (), True),
+        ("--xla_gpu_deterministic_ops=true --xla_x=2", (), True),
+        ("--xla_gpu_exclude_nondeterministic_ops=1", (), True),
+        ("--xla_gpu_deterministic_ops=false", (), False),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", (), False),
+        ("--xla_gpu_deterministic_ops_of_another_kind", (), False),
+        ("", ("auto", "xla_gpu_deterministic_ops=true"), True),
+        ("--xla_gpu_deterministic_ops=true", ("xla_gpu_deterministic_ops=false",), False),
+    ],
+)
+def test_a_gpu_repeats_bits_with_the_flag_alone(
+    make_experiment, monkeypatch, flags, entries, expected
+):
+    experiment = make_experiment({"guard.policy": "rewind", "train.compiler_flags": entries})
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert d.is_repeatable(experiment)
+    monkeypatch.setitem(vars(experiment.rules), "platform", "gpu")
+    assert d.is_repeatable(experiment) == expected
+    lines = list(describe._lines(experiment, is_new=True))
+    assert any("bad again" in line for line in lines) != expected
 
 
 def take(experiment, batch, step, state=None):

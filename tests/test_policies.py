@@ -215,7 +215,7 @@ def test_where_bits_do_not_repeat_no_checkpoint_is_moved_and_no_hardware_blamed(
     [found] = (tmp_path / "flip" / "evidence").iterdir()
     assert json.loads(found.read_text())["verdict"] == "unclear"
     assert run(tmp_path / "data", changes, spoil=spoil_row(np.nan)) == 0
-    assert evidence(tmp_path / "data")["verdict"] == "data"
+    assert evidence(tmp_path / "data")["verdict"] == "repeats"
     assert not any((tmp_path / name / "bad_checkpoints").exists() for name in ("flip", "data"))
 
 

@@ -245,8 +245,8 @@ class GuardConfig:
     policy: str = field(
         "stop",
         "At a loss or gradient that is not finite, or a spike: stop, skip the update, or rewind "
-        "to the last checkpoint, replay the step and report the cause (on GPUs for sure only "
-        "with XLA_FLAGS=--xla_gpu_deterministic_ops=true).",
+        "to the last checkpoint, replay the step and report the cause (on GPUs without "
+        "xla_gpu_deterministic_ops=true in train.compiler_flags: whether it is bad again).",
         choices=("stop", "skip", "rewind"),
     )
     spike_factor: float = field(

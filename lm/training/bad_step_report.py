@@ -3,8 +3,8 @@
 A run is a function of (config, step): a step that is replayed from a checkpoint gives the same
 bits. If it doesn't, the hardware erred. If it does, but is not bad in float32, the numerics did.
 Else it was the data, or a learning rate too high for them. GPUs repeat bits only with
---xla_gpu_deterministic_ops: without it the hardware is never blamed, and a step that is not bad
-again stays unclear.
+xla_gpu_deterministic_ops, in XLA_FLAGS or in config.train.compiler_flags: without it the verdict is
+only that the step is bad again, or that it is not.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ REASONS = {
     "something wrong",
     "numerics": "it repeats, but not in float32: the compute dtype is too coarse for it",
     "data": "it repeats with the same batch: look at its worst rows, and at the learning rate",
-    "unclear": "done again it is not bad, but this GPU doesn't repeat bits: with XLA_FLAGS="
-    "--xla_gpu_deterministic_ops=true the verdict would be certain",
+    "repeats": "done again it is bad again, which on a GPU that doesn't repeat bits leaves the "
+    "cause open: look at its worst rows, at the learning rate, and at the step in float32; with "
+    "config.train.compiler_flags=('auto','xla_gpu_deterministic_ops=true') the verdict would say",
+    "unclear": "done again it is not bad, but this GPU doesn't repeat bits: with "
+    "config.train.compiler_flags=('auto','xla_gpu_deterministic_ops=true') the verdict would be "
+    "certain",
 }
 # after either flag XLA takes no kernel whose sums depend on the order of threads
-DETERMINISTIC = re.compile(
-    r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
-)
+DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
 
 Evidence = dict[str, Any]  # JSON
 Size = dict[str, jax.Array]  # norm, max and not_finite, see `_size`
@@ -52,21 +54,26 @@ Size = dict[str, jax.Array]  # norm, max and not_finite, see `_size`
 
 def is_repeatable(experiment: Experiment) -> bool:
     """True if a replayed step gives the same bits, unless the hardware errs."""
-    on_gpu = experiment.rules.platform == "gpu"
-    return not on_gpu or bool(DETERMINISTIC.search(os.environ.get("XLA_FLAGS", "")))
+    if experiment.rules.platform != "gpu":
+        return True
+    given = re.findall(r"--(xla_\w+)(?:=(\S*))?(?!\S)", os.environ.get("XLA_FLAGS", ""))
+    chosen = dict(given) | {name: str(v) for name, v in experiment.compiler_options.items()}
+    return any(chosen.get(name, "false").lower() in ("", "true", "1") for name in DETERMINISTIC)
 
 
 def verdict(
     first: StepResult, replay: StepResult, float32: StepResult | None, *, repeats: bool = True
 ) -> str:
-    """The cause that made `first` bad: hardware, numerics, data or unclear.
+    """The cause that made `first` bad: hardware, numerics or data.
 
     replay: the same step, replayed. float32: the same in float32, None where it was computed in
     float32 already. repeats: equal steps give equal bits, so that a difference proves an error of
-    the hardware.
+    the hardware; without that the verdict is `repeats` or `unclear`.
     """
-    if not replay.bad or (repeats and _changed(first, replay)):
-        return "hardware" if repeats else "unclear"
+    if not repeats:
+        return "repeats" if replay.bad else "unclear"
+    if not replay.bad or _changed(first, replay):
+        return "hardware"
     return "data" if float32 is None or float32.bad else "numerics"
 
 

@@ -59,8 +59,9 @@ def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
         )
     if c.guard.policy == "rewind" and not bad_step_report.is_repeatable(experiment):
         yield (
-            "config.guard.policy=rewind: this GPU doesn't repeat bits, so no verdict will blame "
-            "the hardware; set XLA_FLAGS=--xla_gpu_deterministic_ops=true for that"
+            "config.guard.policy=rewind: this GPU doesn't repeat bits, so a verdict will only say "
+            "whether a bad step is bad again; set "
+            "--config.train.compiler_flags=\"('auto','xla_gpu_deterministic_ops=true')\" for causes"
         )
 
 
