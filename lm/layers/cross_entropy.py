@@ -212,14 +212,23 @@ def _over_chunks(
 ) -> tuple[T, Array | None]:
     """`chunk` folded over `count` chunks of the length of xs; its outputs [B, t, ...] joined to
     [B, T, ...]. Padding of the last chunk has no weight, and so neither loss nor gradient.
+
+    The tokens of a chunk are one row: logits [B, t, V] are another layout than the product's on
+    TPU, and would be copied.
     """
+
+    def of_row(carry: Any, x: Predictions) -> tuple[T, Array | None]:
+        row = jax.tree.map(lambda a: a.reshape(1, -1, *a.shape[2:]), x)
+        new, output = chunk(carry, row)
+        return new, None if output is None else output.reshape(x.hidden.shape)
+
     if count == 1:
-        return chunk(None, xs)
+        return of_row(None, xs)
     chunks = split(xs, count)
     first = jax.tree.map(lambda x: x[0], chunks)
-    shapes = jax.eval_shape(lambda x: chunk(None, x)[0], first)
+    shapes = jax.eval_shape(lambda x: of_row(None, x)[0], first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    carry, outputs = jax.lax.scan(chunk, zeros, chunks)
+    carry, outputs = jax.lax.scan(of_row, zeros, chunks)
     return carry, None if outputs is None else join(outputs, xs.targets.shape[1])
 
 

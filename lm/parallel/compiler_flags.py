@@ -29,7 +29,7 @@ class FlagSet(NamedTuple):
     """Flags that serve one purpose together, for steps on several devices of a platform."""
 
     platform: str
-    flags: dict[str, bool]
+    flags: dict[str, bool | int]
     reason: str
     source: str
 
@@ -66,6 +66,13 @@ TABLE = (
     ),
     FlagSet(
         "tpu",
+        {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
+        "gathers of parameters before a product, not a loop of partial products: their sum, in the "
+        "compute type, is read and written for every shard",
+        "the plans of docs/plan.md",
+    ),
+    FlagSet(
+        "tpu",
         {
             "xla_tpu_enable_data_parallel_all_reduce_opt": True,
             "xla_tpu_data_parallel_opt_different_sized_ops": True,
@@ -76,13 +83,13 @@ TABLE = (
 )
 
 
-def options(entries: Sequence[str], platform: str, num_devices: int) -> dict[str, bool | str]:
+def options(entries: Sequence[str], platform: str, num_devices: int) -> dict[str, bool | int | str]:
     """The options of a compilation for so many devices, {name: value}; later entries win.
 
     Raises:
         ValueError: an entry is neither `auto` nor NAME=VALUE.
     """
-    found: dict[str, bool | str] = {}
+    found: dict[str, bool | int | str] = {}
     for entry in entries:
         name, is_pair, value = entry.removeprefix("--").partition("=")
         if entry == AUTO:
