@@ -835,6 +835,21 @@ def test_an_involuntary_rematerialization_is_told(small_plan, make_experiment):
     assert "bf16[8,16] jit(f)/embedding/gather" in found[0]
 
 
+def test_a_vocabulary_that_a_gpu_would_pad_is_pointed_out(small_plan, make_experiment):
+    experiment = make_experiment(fsdp=4, data=2)
+    size = experiment.config.model.vocab_size
+    assert size % 8 == 0
+    odd = dataclasses.replace(experiment.config.model, vocab_size=size - 3)
+    experiment.config = dataclasses.replace(experiment.config, model=odd)
+    for target, warns in (("h100:8", True), ("cpu:8", False)):
+        found = plan.findings.warnings(small_plan[2], experiment, topology.parse(target), (), ())
+        named = [line for line in found if line.startswith("config.model.vocab_size")]
+        assert named == warns * [
+            f"config.model.vocab_size ({size - 3}) is no multiple of 8: products read padded "
+            f"copies; {size} needs none"
+        ]
+
+
 def analysed(experiment, made, **changes):
     return plan.analyse(experiment, topology.parse("cpu:4"), dataclasses.replace(made, **changes))
 

@@ -131,7 +131,7 @@ def _in_loss(experiment: Experiment, collectives: Sequence[Collective]) -> Itera
 
 
 def _padding(plan: Plan, experiment: Experiment, topology: Topology) -> Iterator[str]:
-    """Dimensions that are no multiple of the chip's tiles."""
+    """Dimensions that are no multiple of the chip's tiles, or of what a GPU's products take."""
     rows, lanes = topology.chip.tile
     if lanes == 1:
         return
@@ -149,6 +149,11 @@ def _padding(plan: Plan, experiment: Experiment, topology: Topology) -> Iterator
         if full > 1.02 * shard:
             of = f" / {shards} shards" if shards > 1 else ""
             yield f"config.model.{name} ({size}{of}) fills {shard / full:.0%} of tiles of {lanes}"
+        elif full > shard and topology.chip.platform == "gpu":  # which load 16 bytes of 16 bits
+            yield (
+                f"config.model.{name} ({size}) is no multiple of {lanes * shards}: products read "
+                f"padded copies; {full * shards} needs none"
+            )
     wasted = sum(line.padding for line in plan.memory.largest)
     if wasted > max(0.01 * plan.memory.total, 64 * MIB):
         worst = max(plan.memory.largest, key=lambda line: line.padding)
