@@ -280,3 +280,15 @@ ENTRY %main (x: bf16[{N},{N}]) -> {result}[{N},{N}] {{
     assert found.compute == pytest.approx(2 * N**3 / peak / speedup)
     assert found.lower_bound_s == pytest.approx(found.compute)
     assert sum(work.narrow_flops.values()) == (2 * N**3 if kind != "bf16" else 0)
+
+
+def test_small_integers_of_a_kernel_are_no_products_of_8_bits():
+    text = """HloModule m, is_scheduled=true
+ENTRY %main (x: s8[8,8]) -> f32[8,8] {
+  %x = s8[8,8]{1,0} parameter(0)
+  ROOT %k = f32[8,8]{1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"
+}
+"""
+    serialized = xla.hlo_module_from_text(text).as_serialized_hlo_module_proto()
+    module = hlo.read(protos.message("HloModuleProto").FromString(serialized))
+    assert [costs.narrow_type(i) for i in module.entry.instructions] == ["", ""]

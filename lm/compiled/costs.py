@@ -76,8 +76,11 @@ def flops(instruction: Instruction) -> float | None:
 
 def narrow_type(instruction: Instruction) -> str:
     """s8 or f8 if both operands of a product have a type of 8 bits of that kind, else empty."""
-    types = [operand.shapes[0].dtype[:2] for operand in instruction.operands[:2]]
-    return types[0] if len(types) == 2 and types[0] == types[1] in NARROW else ""
+    target = instruction.target
+    if instruction.opcode not in ("dot", "convolution") and not target.startswith("__cublas"):
+        return ""  # kernels have tables of small integers among their operands
+    left, right = (operand.shapes[0].dtype[:2] for operand in instruction.operands[:2])
+    return left if left == right and left in NARROW else ""
 
 
 def _product(instruction: Instruction, contracted: Sequence[int]) -> float:
