@@ -375,6 +375,7 @@ MESHES = {
     "fsdp2_sequence2_tensor2": ({"fsdp": 2, "sequence": 2, "tensor": 2}, {}),
     "projections": ({}, {"model.remat": "projections", "model.scan_unroll": -1}),
     "full": ({}, {"model.remat": "full"}),
+    "stage2": ({"stage": 2}, {"model.pipeline.num_microbatches": 2}),
 }
 
 
@@ -400,7 +401,9 @@ def update(make_experiment, packed_batch):
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_meshes_and_remat_change_less_than_the_rounding_does(update, name, mesh):
-    """Numbers that sums in another order change may be rounded to a neighbour, which few are."""
+    """Numbers that sums in another order change may be rounded to a neighbour, which few are. The
+    gradients of a pipeline's micro-batches are rounded each by its own scales.
+    """
 
     def distance(a, b):
         return jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), a, b)
@@ -408,7 +411,8 @@ def test_meshes_and_remat_change_less_than_the_rounding_does(update, name, mesh)
     rounding = jax.tree.leaves(distance(update(name), update("none")))
     found = jax.tree.leaves(distance(update(name, mesh), update(name)))
     assert min(rounding) > 1e-3
-    assert all(a < 0.1 * b for a, b in zip(found, rounding, strict=True)), max(found)
+    near = 2 if mesh == "stage2" else 0.1
+    assert all(a < near * b for a, b in zip(found, rounding, strict=True)), max(found)
 
 
 def test_a_restored_run_goes_on_with_the_same_bits(make_experiment, tmp_path):
