@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lm import models
 from lm.config.schema import LossConfig
 from lm.kernels.chunking import num_chunks
-from lm.layers.cross_entropy import lm_loss
+from lm.layers.cross_entropy import lm_loss, over_vocabulary
 from lm.layers.embedding import Embedding
 from lm.types import Batch, Output, Tokens
 
@@ -324,3 +324,26 @@ def test_auxiliary_losses_are_averaged_by_the_one_division(rules_on, packed_batc
     plain = jax.grad(lambda p: plain_loss(model, p, batch, LossConfig())[0])(params)
     expected = plain["table"] + 2 * tokens * params["table"]
     np.testing.assert_allclose(gradient["table"], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_one_pass_over_the_logits_finds_what_three_do(scale):
+    rng = np.random.default_rng(0)
+    logits = (scale * rng.standard_normal((6, 1001))).astype(np.float32)
+    logits[0, :500] = -np.inf
+    logits[1, 7:9] = logits[1].max() + 1  # a tie at the top
+    logits[2, 3] = np.nan
+    target = logits[:, 7:8]
+
+    @functools.partial(jax.jit, static_argnames="in_one_pass")
+    def run(in_one_pass):
+        return over_vocabulary(jnp.asarray(logits), target, in_one_pass=in_one_pass)
+
+    (log_z, above), (expected, count) = run(in_one_pass=True), run(in_one_pass=False)
+    exact = logits.astype(np.float64)
+    top = exact.max(axis=-1, keepdims=True)
+    exact = top[:, 0] + np.log(np.exp(exact - top).sum(axis=-1))
+    np.testing.assert_allclose(log_z, exact, rtol=1e-6)
+    np.testing.assert_allclose(log_z, expected, rtol=1e-6)
+    np.testing.assert_array_equal(above, count)
+    assert above[1] == 2 and np.isnan(log_z[2])

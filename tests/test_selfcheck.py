@@ -177,8 +177,8 @@ def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
     return carry, None if out is None else jnp.roll(out, out.shape[1] // num_chunks, axis=1)
 
 
-def all_weights_one(logits, x, config, statistics=cross_entropy._statistics):
-    return statistics(logits, x._replace(weights=jnp.ones_like(x.weights)), config)
+def all_weights_one(logits, x, *more, statistics=cross_entropy._statistics):
+    return statistics(logits, x._replace(weights=jnp.ones_like(x.weights)), *more)
 
 
 def without_z_loss(logits, x, log_z, config, gradient=cross_entropy._logit_gradient):
