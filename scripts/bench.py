@@ -10,6 +10,7 @@ Parts, in the order in which they run:
                  compilation cache empty and filled
     loss_memory  memory of the loss and its gradient, with the logits in chunks and whole
     train        compile time, step time, tokens/s, FLOP/s beside matrix products', peak memory
+    loop         steps of a real run beside bare ones, and the work of the host
     generate     tokens/s and time per token, beside the time to read the weights once
     checkpoint   save and restore, beside a plain file of the same size
     data         tokens/s of batch_at and of the iterators, from a token store
@@ -52,8 +53,6 @@ from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
 from lm.config.schema import LossConfig
 from lm.config.tree import ConfigTree
-from lm.data.pipeline import Pipeline
-from lm.data.synthetic import Synthetic
 from lm.generation.generator import Generator
 from lm.kernels.chunking import num_chunks
 from lm.layers import cross_entropy
@@ -62,7 +61,7 @@ from lm.sources import Document
 from lm.telemetry import jsonl, metrics
 from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from lm.training.experiment import Experiment
-from lm.types import StepInfo, Sums
+from scripts import bench_loop
 
 ROOT = Path(__file__).resolve().parent.parent
 BANDWIDTH_SIDE = 8192  # of a float32 matrix beyond every cache
@@ -90,7 +89,7 @@ def main() -> int:
     add = parser.add_argument
     add("--parts", type=cli.list_of(str), default=[*PARTS], help="parts to measure; default: all")
     add("--batch", type=int, help="rows in a global batch; default: the config's")
-    add("--steps", type=int, default=20, help="train: steps to time, at least 2")
+    add("--steps", type=int, default=20, help="train, loop: steps to time, at least 2; loop: 5")
     add("--warmup", type=int, default=3, help="train: steps before those, at least 1")
     add(
         "--loss-shape",
@@ -126,11 +125,7 @@ def main() -> int:
 
 def experiment_on(config: ConfigTree, **data: object) -> Experiment:
     """The experiment of a config on all devices; its data are random rows, or what `data` says."""
-    config = config.copy_and_resolve_references()
-    config.data.update({"weights": (), "validation": (), "tokenizer": "bytes"})
-    config.data.update({"train": ("synthetic:random",), **data})
-    config.model.max_length = max(config.model.max_length, config.data.length)
-    return Experiment(config, jax.devices())
+    return Experiment(bench_loop.random_rows(config, **data), jax.devices())
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -245,36 +240,19 @@ def _loss_and_gradient(chunk_size: int, rows: int, length: int, width: int, voca
 def train(args: argparse.Namespace) -> Figures:
     """Speed of the training step: new data in each, sums read one step late, as in the loop."""
     experiment = experiment_on(args.config)
-    c, mesh = experiment.config, experiment.rules.mesh
+    mesh = experiment.rules.mesh
     device = mesh.devices.flat[0]
     lowered, lower = timed(experiment.lower_train_step)
     step, compiling = timed(lowered.compile)
     state, init = timed(experiment.init_state)
-    vocab, length, batch_size = c.model.vocab_size, c.data.length, experiment.batch_size
-    rows = Synthetic("random", vocab_size=vocab, length=length, document_length=2**31)
-    source = Pipeline({"random": rows}, experiment.objective, batch_size=batch_size, seed=c.seed)
-    count = 1 + args.warmup + args.steps
-    batches = [
-        experiment.make_global_batch(source.batch_at(i, experiment.rows)) for i in range(count)
-    ]
+    batches = bench_loop.random_batches(experiment, 1 + args.warmup + args.steps)
 
     gemms = _gemms(experiment)
-    (state, *results), first = timed(lambda: step(state, batches[0]))
-    losses, tokens, seconds, clock = [], [], [], time.perf_counter()
-
-    def record(sums: Sums, info: StepInfo) -> None:
-        host_sums, filled = jax.device_get((sums, info["filled"]))
-        losses.append(metrics.means(host_sums)["loss"])
-        tokens.append(int(filled))
-
-    for batch in batches[1:]:
-        state, *later = step(state, batch)
-        record(*results)
-        results, now = later, time.perf_counter()
-        seconds.append(now - clock)
-        clock = now
-    record(*results)
-    seconds, tokens = seconds[-args.steps :], tokens[-args.steps :]
+    (state, sums, _), first = timed(lambda: step(state, batches[0]))
+    state, timed_steps = bench_loop.bare_steps(step, state, batches[1:])
+    timed_steps = timed_steps[-args.steps :]
+    seconds = [result.seconds for result in timed_steps if result.seconds is not None]
+    tokens = [int(result.info["filled"]) for result in timed_steps]
     for name, values in _gemms(experiment).items():
         gemms[name] += values  # before and after, as the machine's speed may change
 
@@ -306,9 +284,14 @@ def train(args: argparse.Namespace) -> Figures:
         "outputs_in_place_bytes": memory.alias_size_in_bytes,
         "peak_rss_bytes": peak_rss(),
         "peak_device_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": metrics.means(jax.device_get(sums))["loss"],
+        "loss_last": timed_steps[-1].loss,
     }
+
+
+def loop(args: argparse.Namespace) -> Figures:
+    """Steps of a run of one process: scripts/bench_loop.py."""
+    return bench_loop.measure(args.config, steps=args.steps)
 
 
 def _gemms(experiment: Experiment) -> dict[str, list[float]]:
@@ -445,6 +428,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "start": start,
     "loss_memory": loss_memory,
     "train": train,
+    "loop": loop,
     "generate": generate,
     "checkpoint": checkpoint,
     "data": data,

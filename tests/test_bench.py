@@ -78,6 +78,29 @@ def test_training_is_measured_without_tensorflow_or_any_file(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_loop_is_measured_beside_the_bare_step(tmp_path):
+    results = measure("loop", tmp_path)
+    loop = results["loop"]
+    assert results["left"] == ["all.json"]
+    ratio = loop["step_ms"] / loop["bare_step_ms"]
+    assert math.isclose(loop["beyond_bare_step_percent"], 100 * (ratio - 1), rel_tol=1e-6)
+    assert loop["host_cpu_ms"] > 0 and 0 < loop["host_ms"] < loop["step_ms"] < 1e3 * loop["run_s"]
+
+
+@pytest.mark.slow
+def test_the_loop_of_two_processes_is_measured(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/launch/local.py"), "--processes=2", "--"]
+    command += [str(ROOT / "scripts/bench_loop.py"), "--steps=5", "--config.mesh.data=2"]
+    flags = [f for f in SMALL if f.startswith("--config")]
+    environment = dict(os.environ, TMPDIR=str(tmp_path), JAX_PLATFORMS="cpu")
+    done = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"processes +2\n", done.stdout)
+    assert re.search(r"host cpu +[\d.]+ +ms\n", done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_the_parts_of_the_start_add_up_and_the_cache_shortens_it(results):
     start = results["start"]
     for name in ("cold", "warm"):

@@ -50,7 +50,7 @@ def _host_work(window: Sequence[StepResult]) -> dict[str, float]:
     """Seconds of the main thread a step, outside waiting for devices and data: the median of the
     steps that have them, by the clock and in which it had a core.
     """
-    names = ("host_seconds", "host_cpu_seconds")
+    names = metrics.HOST_WORK
     values = {n: [x for r in window if (x := getattr(r, n)) is not None] for n in names}
     return {name: statistics.median(found) for name, found in values.items() if found}
 
