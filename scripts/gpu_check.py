@@ -55,7 +55,7 @@ class Part:
 
 PARTS = (
     Part("machine", 45),
-    Part("kernels", 75),
+    Part("kernels", 90),
     Part("experts", 40),
     Part("matmul", 30),
     Part("train-124m-1024", 60),

@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "both ways": {"causal": False},
 }
 ERROR = Goal("error_of_allowed", high=1)
+# of a kernel that the compiler or the device refuses: the other kernels are measured all the same
+REFUSALS = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
 
 
 def machine(check: Check) -> None:
@@ -64,6 +66,9 @@ def kernels(check: Check) -> None:
                 error = _attention_error(heads, tokens, rules)
             except reference.SelfCheckFailed as failure:
                 error, details = float("nan"), {"failure": str(failure)}
+            except REFUSALS as failure:
+                check.rows.add(f"{case}, {kernel}", {}, failed=str(failure).partition("\n")[0])
+                continue
             figures = {"error_of_allowed": error}
             check.rows.add(f"{case}, {kernel}", figures, [ERROR], details=details)
     rows, length, num_heads = (1, 128, 2) if check.small else (4, 4096, 16)
@@ -84,14 +89,19 @@ def _time_attention(
         pairs = int(_seen(heads, tokens).sum())
         x = _inputs(heads, tokens, np.random.default_rng(0))
         run, arrays = _attention(heads, rules), [jnp.asarray(a) for a in (*x[:3], x.cotangent)]
-        seconds = min(bench.seconds_of(lambda r=run, a=arrays: r(tokens, *a)))
+        try:
+            seconds = min(bench.seconds_of(lambda r=run, a=arrays: r(tokens, *a)))
+        except REFUSALS as failure:
+            check.rows.add(f"{case}, {kernel}, time", {}, failed=str(failure).partition("\n")[0])
+            continue
         fastest[kernel] = seconds
         # two products forward, five backward
         rate = 7 * 2 * pairs * num_heads * size / seconds
         figures = {"forward_and_backward_ms": 1e3 * seconds, "useful_flop_per_s": rate}
         check.rows.add(f"{case}, {kernel}, time", figures)
     chosen = _choose(_heads(num_heads, size, "auto", changes, length), rules, length)
-    figures = {"auto": chosen, "of_fastest": fastest[chosen] / min(fastest.values())}
+    best = min(fastest.values(), default=0.0)
+    figures = {"auto": chosen, "of_fastest": fastest[chosen] / best if chosen in fastest else None}
     goals = [] if rules.platform == "cpu" else [Goal("of_fastest", high=1.05)]
     check.rows.add(f"{case}, choice", figures, goals)
 

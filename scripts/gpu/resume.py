@@ -58,6 +58,7 @@ def _train_command(workdir: StoragePath, small: bool) -> list[str]:
         settings += ["model.num_layers=4", "model.vocab_size=8192", "data.tokenizer=bytes"]
         settings += ["data.train=('synthetic:markov:4096',)", "data.batch_size=32"]
         settings += ["train.num_microbatches=1", "train.log_every=1"]
+        settings += ["optimizer.schedule.warmup_steps=20"]
     settings += [f"train.num_steps={100 if small else 200}"]
     script = str(ROOT / "scripts/train.py")
     words = [sys.executable, script, f"--config={ROOT}/configs/{config}", f"--workdir={workdir}"]
