@@ -60,7 +60,7 @@ PARTS = (
     Part("matmul", 30),
     Part("train-124m-1024", 60),
     Part("train-1.3b-2048", 70),
-    Part("resume", 120),
+    Part("resume", 150),
     Part("moe-olmoe", 60),
     Part("train-350m-1024", 50, is_small=False),
     Part("checkpoint", 50),
@@ -125,7 +125,7 @@ def run_all(args: argparse.Namespace) -> int:
         part = todo.pop(0)
         left = args.budget - (time.monotonic() - began)
         box = min(SMALL_BOX if args.small else part.seconds, left)
-        if box < 5:
+        if left < 5:
             status = f"not started: --budget={args.budget:g} is used up"
         else:
             status = run_boxed(command(args, part), box)

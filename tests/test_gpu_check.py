@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from lm.config import command_line
+from lm.storage.epaths import StoragePath
+from lm.training.experiment import Experiment
 from scripts import gpu_check
-from scripts.gpu import kernels, rows, shapes
+from scripts.gpu import kernels, resume, rows, shapes
 
 ROOT = Path(__file__).parents[1]
 ROW = """
@@ -40,7 +44,7 @@ def test_a_part_is_killed_at_its_time_and_the_rest_goes_on(tmp_path, monkeypatch
         return [sys.executable, "-c", code, str(args.out), part.name, limit]
 
     monkeypatch.setattr(gpu_check, "command", command)
-    monkeypatch.setattr(gpu_check, "SMALL_BOX", 6.0)
+    monkeypatch.setattr(gpu_check, "SMALL_BOX", 3.0)
     monkeypatch.setenv("XLA_FLAGS", "")
     args = arguments(tmp_path, *ends)
     args.out.write_text('{"of": "an earlier run"}\n')
@@ -54,7 +58,7 @@ def test_a_part_is_killed_at_its_time_and_the_rest_goes_on(tmp_path, monkeypatch
         ("matmul", "measured"),
     ]
     assert [r["reason"] for r in found if r["status"] == "failed"] == [
-        "killed at the end of its 6 s",
+        "killed at the end of its 3 s",
         "exit code 1: broken",
     ]
     assert found[0]["figures"] == {"platform": "cpu", "step_ms": 2.5}
@@ -63,7 +67,7 @@ def test_a_part_is_killed_at_its_time_and_the_rest_goes_on(tmp_path, monkeypatch
     assert "matmul             first" in table and "step 2.5 ms" in table
     assert "goals: 3 passed, 1 missed, 4 not measured" in table
     assert "MISS  matmul first: step_ms at most 2" in table
-    assert "failed  kernels: killed at the end of its 6 s" in table
+    assert "failed  kernels: killed at the end of its 3 s" in table
 
 
 def test_what_a_killed_part_has_started_ends_with_it():
@@ -128,6 +132,17 @@ def test_rows_of_matrix_products_are_measured_in_this_process(tmp_path, capfd):
         assert figures["best_flop_per_s"] == pytest.approx(rate)
     assert copy["figures"]["hbm_bytes_per_s"] > 0
     assert "square 512" in capfd.readouterr().out
+
+
+def test_the_run_that_is_killed_on_a_gpu_is_a_run(tmp_path):
+    """Its config, which no test trains: schedule, data, shapes of the step."""
+    words = resume._train_command(StoragePath(str(tmp_path)), small=False)
+    [name, _], settings = command_line.split(words[2:])
+    config = command_line.read(name.removeprefix("--config="), settings)
+    experiment = Experiment(config, jax.devices()[:1])
+    assert experiment.num_steps == 100 > 2 * experiment.config.checkpoint.every
+    assert experiment.abstract_batch.targets.shape == (32, 1024)
+    assert sum(x.size for x in jax.tree.leaves(experiment.abstract_state)) > 3e7
 
 
 @pytest.mark.slow

@@ -50,16 +50,16 @@ def resume(check: Check) -> None:
 
 
 def _train_command(workdir: StoragePath, small: bool) -> list[str]:
-    """A run of scripts/train.py that saves often: GPT-2 of four layers, or a tiny model."""
+    """A run of scripts/train.py that saves often: GPT-2 of two layers, or a tiny model."""
     config = "smoke.py" if small else "gpt2.py:124m"
     settings = ["checkpoint.every=20", "loader.kind=thread", "log.tensorboard=False"]
     settings += ["guard.max_attempts=0", "guard.step_attempts=0", "data.validation=()"]
     if not small:
-        settings += ["model.num_layers=4", "model.vocab_size=8192", "data.tokenizer=bytes"]
+        settings += ["model.num_layers=2", "model.vocab_size=8192", "data.tokenizer=bytes"]
         settings += ["data.train=('synthetic:markov:4096',)", "data.batch_size=32"]
         settings += ["train.num_microbatches=1", "train.log_every=1"]
         settings += ["optimizer.schedule.warmup_steps=20"]
-    settings += [f"train.num_steps={100 if small else 200}"]
+    settings += ["train.num_steps=100"]
     script = str(ROOT / "scripts/train.py")
     words = [sys.executable, script, f"--config={ROOT}/configs/{config}", f"--workdir={workdir}"]
     return words + [f"--config.{setting}" for setting in settings]

@@ -60,9 +60,6 @@ def precision(check: Check, name: str) -> None:
     where its row is in the same file.
     """
     shape = "1.3b-2048"
-    if "quantization" not in SHAPES[shape].make_config(check.small).model:
-        check.rows.add(name, {}, skipped="config.model has no quantization")
-        return
     wide = [r for r in read(check.rows.path) if r["part"] == f"train-{shape}" and r["figures"]]
     narrow = step(check, shape, (f"model.quantization.format={name}",))
     if wide:
