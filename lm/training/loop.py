@@ -172,13 +172,13 @@ def _do_due_work(session: TrainingSession, state: TrainState, step: int) -> sign
     """
     c, num_steps = session.experiment.config, session.experiment.num_steps
     vote = session.agreed_vote()
+    if vote.signal or step == num_steps:
+        session.end_profile()
     stops_early = vote.signal is not None and step < num_steps  # no time for an evaluation
     eval_due = session.experiment.validation and _is_due(step, c.train.eval_every, num_steps)
     if eval_due and not stops_early:
         session.evaluate(state)
     save_due = step in c.checkpoint.at or _is_due(step, c.checkpoint.every, num_steps)
-    if vote.signal:
-        session.end_profile()
     if save_due or vote.save or vote.signal:
         session.save(state)
     session.completed = step
