@@ -205,6 +205,7 @@ def test_the_variants_take_every_value():
     elsewhere |= {"attention_kernel", "sequence_parallel", "sequence_balance", "pipeline", "moe"}
     elsewhere |= {
         "has_head",
+        "quantization",
         "lora",
         "parametrization",
         "base_embed_dim",
