@@ -20,7 +20,8 @@ class TensorBoardWriter:
     def __init__(self, directory: str) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        name = f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+        # Runs of one process within a second: in a bucket, one name would replace the other.
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
         self._file = RewrittenFile(f"{directory}/{name}")
         self._records = RecordWriter(self._file)
 
