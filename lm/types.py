@@ -68,6 +68,7 @@ class Batch(Generic[ArrayT]):
     encoder: Tokens[ArrayT] | None = None  # encoder-decoder models only
     records: ArrayT | None = None  # uint32 [B]; a hash of where each row comes from
     tasks: ArrayT | None = None  # int32 [B]; the task of each row, for losses by task
+    images: ArrayT | None = None  # uint8 [B, height, width, 3]; the picture of each row
 
 
 HostTokens: TypeAlias = Tokens[np.ndarray]

@@ -207,9 +207,11 @@ def evaluation_batch_at(
     """
     index = number * batch_size + np.arange(batch_size)[rows]
     read = vars(source.read(index[index < len(source)]))
-    widths = (0, len(index) - len(read["ids"])), (0, 0)
+    missing = len(index) - len(read["ids"])
     padded = {
-        name: np.pad(x, widths, constant_values=_PADDING.get(name, 0))
+        name: np.pad(
+            x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=_PADDING.get(name, 0)
+        )
         for name, x in read.items()
         if x is not None
     }

@@ -14,10 +14,13 @@ class RowLayout:
     lengths: one number: rows of so many tokens, in which the fields of a document follow each
       other. As many numbers as fields: each field has so many tokens of the row to itself, and a
       document has the same segment number in all of them.
+    image_size: height and width of the picture of every row; None: there are none. With pictures, a
+      row is one document.
     """
 
     lengths: tuple[int, ...]
     fields: tuple[str, ...] = ("text",)
+    image_size: int | None = None
 
     @property
     def length(self) -> int:
@@ -35,6 +38,8 @@ class Rows:
       cut; where fields have their own parts of the row, in every field.
     previous: int32 [B, T], the token before the cut where the rest of a document begins, else -1.
     fields: int32 [B, T], the number of each token's field; None where there is one.
+    images: uint8 [B, height, width, 3], the picture of each row's document; 0 in an empty row; None
+      where the layout asks for none.
     """
 
     ids: np.ndarray
@@ -42,6 +47,7 @@ class Rows:
     positions: np.ndarray
     previous: np.ndarray
     fields: np.ndarray | None = None
+    images: np.ndarray | None = None
 
 
 class Span(NamedTuple):

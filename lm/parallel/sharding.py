@@ -303,13 +303,16 @@ def local_rows(rules: Rules, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate(rows))
 
 
+def row_axes(ndim: int) -> tuple[str | None, ...]:
+    """Return the logical axes of an array of a batch: [B], [B, T] or [B, height, width, 3]."""
+    return ("batch", "length")[:ndim] if ndim <= 2 else ("batch",) + (None,) * (ndim - 1)
+
+
 def make_global_batch(rules: Rules, batch: HostBatch, batch_size: int) -> Batch:
     """Global arrays [B, ...] from this process's rows, those of `local_rows`, of all arrays."""
     rows = local_rows(rules, batch_size)
 
     def one(x: np.ndarray) -> jax.Array:
-        logical = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
-
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, "called for this process's devices only"
             start, stop, _ = index[0].indices(batch_size)
@@ -317,6 +320,6 @@ def make_global_batch(rules: Rules, batch: HostBatch, batch_size: int) -> Batch:
             return x[first : first + stop - start][(slice(None), *index[1:])]
 
         shape = (batch_size, *x.shape[1:])
-        return jax.make_array_from_callback(shape, rules.sharding(*logical), shard)
+        return jax.make_array_from_callback(shape, rules.sharding(*row_axes(x.ndim)), shard)
 
     return jax.tree.map(one, batch)

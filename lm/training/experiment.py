@@ -301,9 +301,9 @@ class Experiment:
         """Shapes, dtypes and shardings of a global batch, from a row of batch 0."""
 
         def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-            axes = ("batch", "length")[: x.ndim] + (None,) * (x.ndim - 2)
             shape = (self.batch_size, *x.shape[1:])
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.rules.sharding(*axes))
+            sharding_of_rows = self.rules.sharding(*sharding.row_axes(x.ndim))
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding_of_rows)
 
         return jax.tree.map(abstract, self.train_data.batch_at(0, self.rows[:1]))
 
