@@ -28,6 +28,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LATE = {
+    "PIL",
     "datatrove",
     "jinja2",
     "lm_eval",

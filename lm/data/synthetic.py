@@ -6,8 +6,9 @@ markov   Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely
          previous token alone.
 copy     A document repeats its first 8 tokens; everything after them is determined by them.
 reverse  The only one of two fields: the target is the source backwards, both end in eos.
+shapes   The only one with pictures: see `shapes`.
 
-Documents have random lengths and end with their row. There are no special tokens but in `reverse`.
+Documents have random lengths and end with their row. Only `reverse` and `shapes` have an eos.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lm.data.packing import check_rows
 from lm.data.pairs import Pairs
 from lm.data.rows import RowLayout, Rows, RowSource, Span
 from lm.data.sampler import hash_words, scale_hash
+from lm.data.shapes import ShapeRows
 from lm.data.store_files import MemoryFiles
 from lm.data.tokens import FORMAT, TokenStore
 from lm.tokenizers.tokenizer import Tokenizer
@@ -133,13 +135,21 @@ def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int =
 
 
 def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
-    """Return the rows of `path`, "synthetic:KIND[:ROWS[:SEED]]"."""
+    """Return the rows of `path`, "synthetic:KIND[:ROWS[:SEED]]", of shapes also with ":SPLIT"."""
     _, kind, *numbers = path.split(":")
+    split = numbers.pop() if kind == "shapes" and len(numbers) == 3 else "all"
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(
             f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
         )
     options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
+    if (kind == "shapes") != (layout.image_size is not None):
+        raise ValueError(
+            f"{path}: of the synthetic kinds shapes has pictures, for objectives that take them, "
+            "and no other has"
+        )
+    if kind == "shapes":
+        return ShapeRows(path, layout, tokenizer, split=split, **options)
     if len(layout.fields) == 2:
         if kind != "reverse":
             raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
