@@ -7,12 +7,15 @@ import sys
 import time
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.metrics import means, read, short_names
 from lm.telemetry.progress import Progress, format_duration, format_quantity
+from lm.telemetry.scalars import Scalars
 from lm.telemetry.writers import MetricsWriter
 
 
@@ -339,3 +342,24 @@ def test_figures_are_short():
         "20T",
     ]
     assert [format_duration(v) for v in (12.2, 200, 3725)] == ["12s", "3m20s", "1h02m"]
+
+
+def test_packed_scalars_are_the_arrays_that_were_packed():
+    arrays = {
+        "loss": jnp.float32(jnp.nan),
+        "norm": jnp.float32(-0.0),
+        "bad": jnp.bool_(True),
+        "filled": jnp.int32(-3),
+        "records": jnp.array([2**32 - 1, 7], jnp.uint32),
+    }
+    packed = jax.jit(Scalars.pack)(arrays)
+    assert len(jax.tree.leaves(packed)) == 1
+    for held in (packed, jax.device_get(packed)):
+        assert held.keys() == arrays.keys()
+        for name, x in arrays.items():
+            assert held[name].dtype == x.dtype and held[name].shape == x.shape
+            assert np.asarray(held[name]).tobytes() == np.asarray(x).tobytes()
+    with pytest.raises(KeyError):
+        packed["other"]
+    with pytest.raises(TypeError, match="float16 is not of 4 bytes"):
+        Scalars.pack({"x": jnp.float16(1)})

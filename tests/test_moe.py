@@ -394,7 +394,7 @@ def trained(make_experiment, packed_batch):
         for step in range(3):
             batch = packed_batch(16, 32, 264, seed=step)
             state, sums, info = experiment.train_step(state, experiment.make_global_batch(batch))
-            found.append(jax.device_get((sums, state, info)))
+            found.append(jax.device_get((dict(sums), state, dict(info))))
             state = jax.device_put(found[-1][1], jax.tree.map(lambda x: x.sharding, state))
         return found
 

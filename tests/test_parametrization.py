@@ -59,7 +59,7 @@ def test_mup_at_the_base_has_the_bits_of_the_standard_run(make_experiment):
         state = experiment.init_state()
         for _, batch in experiment.batches(0, 3):
             state, sums, _ = experiment.train_step(state, batch)
-        found.append(jax.device_get((state, sums)))
+        found.append(jax.device_get((state, dict(sums))))
     a, b = (jax.tree_util.tree_leaves_with_path(x) for x in found)
     assert len(a) == len(b) == 39
     for (path, x), (_, y) in zip(a, b, strict=True):

@@ -210,7 +210,8 @@ def _run(
 ) -> tuple[TrainState, dict[str, object]]:
     """(the state after a step, the arrays to compare)."""
     local = jax.tree.map(lambda x: x[experiment.rows], batch)
-    state, sums, info = experiment.train_step(state, experiment.make_global_batch(local))
+    state, *outputs = experiment.train_step(state, experiment.make_global_batch(local))
+    sums, info = map(dict, outputs)
     [momentum] = [s for s in state.opt_state if isinstance(s, optax.TraceState)]
     counts = {k: v for k, v in named_leaves((state, info)).items() if v.dtype.kind in "iub"}
     arrays = {

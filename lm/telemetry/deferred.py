@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from lm.types import StepInfo, Sums
+from lm.telemetry.scalars import Scalars
 
 Votes = jax.Array | np.ndarray | None  # see lm/parallel/consensus.py
 
@@ -44,7 +44,7 @@ class StepResult:
         return self.sums["loss"] / max(self.sums["tokens"], 1.0)
 
 
-def fetch(step: int, sums: Sums, info: StepInfo, votes: Votes = None) -> StepResult:
+def fetch(step: int, sums: Scalars, info: Scalars, votes: Votes = None) -> StepResult:
     """Wait for step number `step` and return its outputs."""
     host_sums, host_info, votes = jax.device_get((sums, info, votes))
     return StepResult(step, {name: float(x) for name, x in host_sums.items()}, host_info, votes)
@@ -54,7 +54,7 @@ class DeferredMetrics:
     """Outputs of the last dispatched step, and the clock of the main thread between steps."""
 
     def __init__(self) -> None:
-        self._pending: tuple[int, Sums, StepInfo, Votes] | None = None
+        self._pending: tuple[int, Scalars, Scalars, Votes] | None = None
         self._clock: tuple[float, float] | None = None  # time.monotonic(), time.thread_time()
         self._waited = 0.0
         self._paused = False
@@ -66,7 +66,9 @@ class DeferredMetrics:
         yield
         self._waited += time.monotonic() - began
 
-    def push(self, step: int, sums: Sums, info: StepInfo, votes: Votes = None) -> list[StepResult]:
+    def push(
+        self, step: int, sums: Scalars, info: Scalars, votes: Votes = None
+    ) -> list[StepResult]:
         """Store the outputs of step number `step` and return those of the step before, if any."""
         results = self._fetch()
         self._pending = (step, sums, info, votes)

@@ -28,8 +28,9 @@ from lm.optim.param_tree import flatten, named_leaves
 from lm.storage.epaths import StoragePath
 from lm.storage.files import write_atomically
 from lm.telemetry.deferred import StepResult, fetch
+from lm.telemetry.scalars import Scalars
 from lm.training.experiment import Experiment
-from lm.types import Array, Batch, Params, StepInfo, Sums, TrainState
+from lm.types import Array, Batch, Params, TrainState
 
 FOLDER = "evidence"
 NUM_ROWS = 4  # with the highest loss, whose documents are listed
@@ -142,10 +143,10 @@ def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: i
         k *= 2  # as activations take twice the memory
     float32 = experiment.variant({"model.dtype": "float32", "train.num_microbatches": k})
 
-    def run(state: TrainState, batch: Batch) -> tuple[Sums, StepInfo]:
+    def run(state: TrainState, batch: Batch) -> tuple[Scalars, Scalars]:
         state = dataclasses.replace(state, step=jnp.int32(step))
         _, sums, info = float32._train_step(state, batch)  # the update itself is not kept
-        return sums, {name: info[name] for name in ("grad_norm", "bad")}
+        return sums, info
 
     compiled = jax.jit(run, out_shardings=experiment.rules.sharding())
     return fetch(step, *compiled(state, batch))

@@ -18,7 +18,7 @@ from lm.data import loaders
 from lm.data.pipeline import RowSource, Transform, evaluation_batch_at, num_evaluation_batches
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
-from lm.types import Batch, Params, Sums
+from lm.types import Batch, Params
 
 
 def evaluate(
@@ -39,7 +39,9 @@ def evaluate(
     for name, source in experiment.validation.items():
         objective, batch_size = experiment.objective.for_source(name), experiment.batch_size
         total: dict[str, float] = {}
-        pending: Sums = {}  # of the previous batch: the devices don't wait for the host
+        pending: Mapping[
+            str, jax.Array
+        ] = {}  # of the previous batch: the devices don't wait for the host
         count = num_evaluation_batches(source, batch_size)
         count = min(count, max_batches) if max_batches else count
         if not count:

@@ -29,6 +29,7 @@ from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
 from lm.parallel import compiler_flags, pipeline_stages, sharding
+from lm.telemetry.scalars import Scalars
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
 from lm.training import run_length, train_step
@@ -41,7 +42,6 @@ from lm.types import (
     HostBatch,
     Model,
     Params,
-    StepInfo,
     Sums,
     TrainState,
     check_head,
@@ -278,11 +278,11 @@ class Experiment:
             self.loss_fn, params, batch, rng, parts, self.initializer.frozen
         )
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums, StepInfo]:
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars, Scalars]:
         if self.config.optimizer.memory != "device":
             on_device = sharding.on_device(state.opt_state)
             state = dataclasses.replace(state, opt_state=on_device)
-        return train_step.train_step(
+        state, sums, info = train_step.train_step(
             state,
             batch,
             loss_fn=self.loss_fn,
@@ -295,6 +295,7 @@ class Experiment:
             frozen=self.initializer.frozen,
             measure_noise=self.config.log.noise_scale,
         )
+        return state, Scalars.pack(sums), Scalars.pack(info)
 
     @functools.cached_property
     def abstract_batch(self) -> Batch:
@@ -325,15 +326,15 @@ class Experiment:
             return self.lower_train_step().compile()
 
     @functools.cached_property
-    def eval_step(self) -> Callable[[Params, Batch], Sums]:
+    def eval_step(self) -> Callable[[Params, Batch], Scalars]:
         """(params, batch) -> sums of the plain cross-entropy, whatever the loss of training adds;
         compiled once per batch structure.
         """
         plain = LossConfig(chunk_size=self.config.loss.chunk_size)
 
-        def sums(params: Params, batch: Batch) -> Sums:
+        def sums(params: Params, batch: Batch) -> Scalars:
             rng = self._key("train")  # unused: evaluation has no dropout
-            return self._loss(params, batch, rng, train=False, config=plain)[1]
+            return Scalars.pack(self._loss(params, batch, rng, train=False, config=plain)[1])
 
         return jax.jit(sums, out_shardings=self.rules.sharding())
 

@@ -29,12 +29,13 @@ from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.profiler import Profiler
+from lm.telemetry.scalars import Scalars
 from lm.telemetry.writers import MetricsWriter
 from lm.training import bad_step_report
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 from lm.training.restore import eval_params, stored_state
-from lm.types import StepInfo, Sums, TrainState
+from lm.types import TrainState
 
 
 class Diverged(RunError):
@@ -134,7 +135,7 @@ class TrainingSession:
 
     # ---- results of steps ----
 
-    def push_results(self, step: int, sums: Sums, info: StepInfo, held_up: float) -> None:
+    def push_results(self, step: int, sums: Scalars, info: Scalars, held_up: float) -> None:
         """Handle the results of the step before `step`, while the devices compute `step`.
 
         held_up: seconds for which this host, not its devices, delayed the step.
