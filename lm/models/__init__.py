@@ -19,6 +19,10 @@ cache, only in the first call, which keeps what later ones need). Every paramete
 names its logical axes, as `lm.layers.linear.parameter` and flax's `nn.with_partitioning` make them;
 its sharding, its learning rate and its FLOPs follow from them.
 
+A model whose Config says `takes_images` is called with `images`, uint8 [B, image_size, image_size,
+3], and the Config's `image_positions(name)` is at how many positions of a picture the parameter of
+that name is applied, for FLOPs.
+
 A model with attention lists it as `attention_scores`, which count as FLOPs and which the start-up
 check covers, as it does a `logit_softcap` (`lm.layers.attention_scores.AttentionScores`). One with
 experts has `moe`, with `num_experts` and `num_experts_per_token`.
@@ -32,7 +36,7 @@ else (loss, optimizer, generation, export) knows models through this contract on
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +81,13 @@ def init_params(model: Model, rng: Array, shape: tuple[int, int] = (1, 1)) -> Pa
     tokens = Tokens(zeros, zeros, zeros)
     encoder = tokens if model.config.takes_encoder else None
     has_head = getattr(model.config, "has_head", True)
+    images: dict[str, Any] = {}
+    if getattr(model.config, "takes_images", False):
+        size = model.config.image_size
+        images = {"images": jnp.zeros((shape[0], size, size, 3), jnp.uint8)}
 
     def everything(model: Model, tokens: Tokens) -> Array:
-        hidden = model(tokens, encoder=encoder).hidden
+        hidden = model(tokens, encoder=encoder, **images).hidden
         return model.logits(hidden) if has_head else hidden
 
     return model.init({"params": rng}, tokens, method=everything)["params"]

@@ -219,6 +219,7 @@ def flops_per_token(
         for i, stage in enumerate(STAGES)
     }
     is_tied = getattr(config, "has_head", True) and all(p.role != "head" for p in parameters)
+    takes_images = getattr(config, "takes_images", False)
     total = 0.0
     for p in parameters:
         if p.role == "vector" or p.name.startswith("pooler."):  # one token of a segment is pooled
@@ -230,6 +231,7 @@ def flops_per_token(
                 continue
             stage = "head"
         uses *= share if p.reads_encoder else 1.0
+        uses *= config.image_positions(p.name) / length if takes_images else 1.0  # pyright: ignore
         gradient = training and p.name not in frozen
         total += 2 * p.size * uses * (1 + gradient + flows[stage])
     for scores in getattr(config, "attention_scores", ()):

@@ -49,12 +49,16 @@ class ModelInterface:
     length: T of the inputs and targets. encoder_length: of the encoder's input, None without one.
     is_causal: a token of the inputs sees only itself and those before it.
     vocab_size: rows of the model's vocabulary matrix; None: those of the tokenizer.
+    image_size: height and width of its pictures; None: it takes none.
+    batch_size: rows of a global batch, all micro-batches together.
     """
 
     length: int
     encoder_length: int | None = None
     is_causal: bool = True
     vocab_size: int | None = None
+    image_size: int | None = None
+    batch_size: int | None = None
 
     def num_ids(self, tokenizer: Tokenizer) -> int:
         """Return the number of ids of the model: the tokenizer may have more, unused ones."""
@@ -106,7 +110,8 @@ class Objective:
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
     so that its loss is that of the text. tasks: the names of the numbers in `Batch.tasks`.
     by_source: the objective of each source, where they differ. loss: in place of the token
-    cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract.
+    cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract. summarize:
+    the figures of an evaluation from the sums of all of it, in place of means per token.
     """
 
     make: Callable[[Rows, RowGenerator], HostBatch]
@@ -115,6 +120,7 @@ class Objective:
     tasks: tuple[str, ...] = ()
     by_source: Mapping[str, Objective] | None = None
     loss: Loss | None = None
+    summarize: Callable[[Mapping[str, np.ndarray]], dict[str, float]] | None = None
 
     def __call__(self, rows: Rows, rng: RowGenerator, /) -> HostBatch:
         return self.make(rows, rng)

@@ -53,6 +53,8 @@ def parameter_roles(boxed: Params) -> Params:
         row = _row(path, leaf)
         if path[-1].key == "selection_bias":
             return "router_bias"
+        if path[-1].key.startswith("running_"):
+            return "running"
         return {"hidden": "matrix", "router": "matrix", "head": "embedding"}.get(row, row)
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
@@ -155,19 +157,22 @@ def with_epsilons(
     return optax.GradientTransformation(inner.init, update)
 
 
-def sign_update_router_bias(
+def except_statistics(
     inner: optax.GradientTransformation, rate: float, roles: Params
 ) -> optax.GradientTransformation:
-    """`inner`, but parameters of the role `router_bias` move by `rate` against their gradient's
-    sign.
+    """`inner`, but for parameters that hold statistics: neither clipping, decay nor the learning
+    rate's schedule concern them.
 
-    They are selection biases of routers, and their gradient is the excess of each expert's load
-    (arXiv:2408.15664): neither clipping, decay nor the learning rate's schedule concern them.
+    Those of the role `router_bias`, selection biases of routers, move by `rate` against the sign of
+    their gradient, which is the excess of each expert's load (arXiv:2408.15664). From those of the
+    role `running`, running averages (see lm.layers.codebook), their gradient is subtracted.
     """
-    # these labels are names in checkpoints
-    labels = jax.tree.map(lambda role: "balance" if role == "router_bias" else "other", roles)
     sign = optax.chain(optax.scale_by_sign(), optax.scale(-rate))
-    return optax.partition({"balance": sign, "other": inner}, labels)
+    # these labels are names in checkpoints
+    own = {"router_bias": ("balance", sign), "running": ("running", optax.scale(-1.0))}
+    present = {role: own[role] for role in own if role in jax.tree.leaves(roles)}
+    labels = jax.tree.map(lambda role: present[role][0] if role in present else "other", roles)
+    return optax.partition({**dict(present.values()), "other": inner}, labels)
 
 
 def make_optimizer(
@@ -202,6 +207,6 @@ def make_optimizer(
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     links = [track_norms(), *clip, *core]
-    if "router_bias" in jax.tree.leaves(roles):
-        links = [sign_update_router_bias(optax.chain(*links), config.bias_rate, roles)]
+    if {"router_bias", "running"} & {*jax.tree.leaves(roles)}:
+        links = [except_statistics(optax.chain(*links), config.bias_rate, roles)]
     return optax.chain(*links, *average)

@@ -44,6 +44,7 @@ DEFAULT_TABLE: Mapping[str, MeshAxes] = {
     "mlp": "tensor",
     "gates": None,  # parts of one projection that gate each other
     "taps": None,  # of a convolution
+    "channels": None,  # of pixels, and numbers of a code
     "vocab": "tensor",
     "expert": "expert",
     "rank": None,  # of adapters

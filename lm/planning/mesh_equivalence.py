@@ -212,7 +212,7 @@ def _run(
     local = jax.tree.map(lambda x: x[experiment.rows], batch)
     state, *outputs = experiment.train_step(state, experiment.make_global_batch(local))
     sums, info = map(dict, outputs)
-    [momentum] = [s for s in state.opt_state if isinstance(s, optax.TraceState)]
+    momentum = optax.tree.get(state.opt_state, optax.TraceState.__name__)
     counts = {k: v for k, v in named_leaves((state, info)).items() if v.dtype.kind in "iub"}
     arrays = {
         "objective": sums,

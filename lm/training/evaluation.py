@@ -11,8 +11,10 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
 from lm.data import loaders
 from lm.data.pipeline import RowSource, Transform, evaluation_batch_at, num_evaluation_batches
@@ -38,10 +40,8 @@ def evaluate(
     loader = dataclasses.replace(experiment.config.loader, kind="thread")
     for name, source in experiment.validation.items():
         objective, batch_size = experiment.objective.for_source(name), experiment.batch_size
-        total: dict[str, float] = {}
-        pending: Mapping[
-            str, jax.Array
-        ] = {}  # of the previous batch: the devices don't wait for the host
+        total: dict[str, Any] = {}  # float64, arrays of an objective's own among them
+        pending: Mapping[str, jax.Array] = {}  # a batch behind: the devices don't wait for the host
         count = num_evaluation_batches(source, batch_size)
         count = min(count, max_batches) if max_batches else count
         if not count:
@@ -54,6 +54,9 @@ def evaluate(
                 pending = sums
                 report(f"evaluating {names[name]} · batch {i + 1}/{count}")
         _add(total, pending)
+        if objective.summarize is not None:
+            results[name] = objective.summarize(total)
+            continue
         values = metrics.means(total)
         del values["objective"]
         values["perplexity"] = math.exp(min(values["loss"], 700.0))
@@ -73,7 +76,7 @@ def _global_batch(
     return experiment.make_global_batch(batch)
 
 
-def _add(total: dict[str, float], sums: Mapping[str, jax.Array]) -> None:
+def _add(total: dict[str, Any], sums: Mapping[str, jax.Array]) -> None:
     """Add in float64: a float32 sum over millions of tokens would lose some."""
     for name, value in jax.device_get(sums).items():
-        total[name] = total.get(name, 0.0) + float(value)
+        total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)

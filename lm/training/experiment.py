@@ -118,7 +118,10 @@ class Experiment:
     @property
     def model_interface(self) -> ModelInterface:
         d, m = self.config.data, self.config.model
-        return ModelInterface(d.length, d.encoder_length, m.is_causal, m.vocab_size)
+        image_size = m.image_size if getattr(m, "takes_images", False) else None
+        return ModelInterface(
+            d.length, d.encoder_length, m.is_causal, m.vocab_size, image_size, self.batch_size
+        )
 
     @functools.cached_property
     def train_data(self) -> Pipeline:

@@ -32,7 +32,7 @@ from lm.types import Params
 
 # An average of decay d moves by up to 1 - d of its size; bfloat16 rounds at 2^-9 of it.
 LARGEST_BFLOAT16_DECAY = 0.99
-# Beside them router_bias, which no optimizer takes: lm.optim.chain.sign_update_router_bias.
+# Beside them router_bias and running, which no optimizer takes: lm.optim.chain.except_statistics.
 ROLES = ("matrix", "embedding", "vector")
 
 
