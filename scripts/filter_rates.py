@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from lm import cli
-from lm.preparation import corpus, filters
+from lm.preparation import corpus, filters, parts
 from lm.preparation.filters.minhash import MinHash
 from lm.sources import Document, Skipped
 from lm.telemetry.progress import format_quantity
@@ -23,7 +23,9 @@ _DEFAULT = [name for name in filters.NAMES if name != "decontaminate"]
 
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    corpus.add_flags(parser, without=(*corpus.SPLIT_FLAGS, "near_duplicates"))
+    corpus.add_flags(
+        parser, without=(*corpus.SPLIT_FLAGS, "split_by", "near_duplicates", *corpus.IMAGE_FLAGS)
+    )
     parser.add_argument(
         "--max-bytes", type=int, default=10_000_000, help="of text that is read (default: 10 MB)"
     )
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def _read(whole: corpus.Corpus, max_bytes: int) -> Iterator[Document]:
-    for item in corpus.read_all(whole):
+    for item in parts.read_all(whole):
         if isinstance(item, Document):
             max_bytes -= _size(item)
             yield item

@@ -29,6 +29,7 @@ from typing import Any
 
 from lm import cli
 from lm.preparation import corpus as corpora
+from lm.preparation import parts
 from lm.preparation.skip_report import SkipReport
 from lm.sources import Document
 from lm.telemetry import jsonl
@@ -122,7 +123,7 @@ def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Do
             f"--field must say where these fields come from: {', '.join(sorted(missing))}"
         )
     records, report = [], SkipReport()
-    for item in corpora.read_all(corpus):
+    for item in parts.read_all(corpus):
         if isinstance(item, Document):
             records.append(item)
         else:

@@ -30,7 +30,7 @@ from lm import cli
 from lm.config import command_line
 from lm.data.tokens import TokenStore
 from lm.preparation import corpus as corpora
-from lm.preparation import prepare, tokenizer_training
+from lm.preparation import parts, prepare, tokenizer_training
 from lm.storage import files as storage
 from lm.storage.epaths import StoragePath
 from lm.storage.paths import expand_path
@@ -57,7 +57,7 @@ def main() -> int:
     is_given, args.split = args.split is not None, args.split or "hash"
     corpus = corpora.from_flags(args)
     name = corpus_name(corpus)
-    corpus = corpus if is_given else corpora.choose_split(corpus)
+    corpus = corpus if is_given else parts.choose_split(corpus)
     config, recipe = args.config, Path(args.config_name).stem
     workdir = StoragePath(expand_path(args.workdir or f"runs/{recipe}-{name}", "--workdir"))
     stores = StoragePath(expand_path(args.stores or f"data/{name}", "--stores"))
@@ -72,7 +72,7 @@ def main() -> int:
     print(prepare.summary(prepared.manifests))
     if corpus.split == "tail" and not is_given:
         print(
-            f"fewer than {corpora.FEW_DOCUMENTS} documents: the last "
+            f"fewer than {parts.FEW_DOCUMENTS} documents: the last "
             f"{corpus.validation_fraction:.0%} of each are held out (--split=hash: whole ones)"
         )
 
@@ -105,7 +105,7 @@ def parse_args() -> argparse.Namespace:
         action="append",
         help="text that samples continue; repeatable; default: lines of the held-out text",
     )
-    corpora.add_flags(parser)
+    corpora.add_flags(parser, without=("split_by", *corpora.IMAGE_FLAGS))
     parser.set_defaults(split=None)  # by the number of documents
     given = sys.argv[1:]
     is_data = any(a.startswith("--data") for a in given)

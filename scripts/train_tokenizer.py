@@ -15,7 +15,7 @@ from lm.preparation.tokenizer_training import train_tokenizer
 
 def main() -> None:
     parser = cli.ArgumentParser(description=__doc__)
-    corpus.add_flags(parser, without=("near_duplicates",))
+    corpus.add_flags(parser, without=("near_duplicates", *corpus.IMAGE_FLAGS))
     add = parser.add_argument
     add("--out", required=True, help="the .model file; of words: the .json file")
     add(

@@ -134,7 +134,7 @@ def test_near_duplicates_are_dropped_wherever_they_are_divided(tmp_path):
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     """Return a function that shows that an engine makes the bytes which this process makes."""
-    monkeypatch.setattr("lm.preparation.corpus._MIN_PART", 4000)  # else one part
+    monkeypatch.setattr("lm.preparation.parts._MIN_PART", 4000)  # else one part
     ran, run = [], engines.Engine.run
     spy = lambda self, task, calls: ran.append(len(calls)) or run(self, task, calls)  # noqa: E731
     monkeypatch.setattr(engines.Engine, "run", spy)
@@ -164,7 +164,7 @@ def test_datatrove_makes_the_same_bytes_on_this_machine(compare):
 
 @pytest.mark.slow
 def test_an_engine_writes_stores_and_reports_to_a_bucket(tmp_path, monkeypatch):
-    monkeypatch.setattr("lm.preparation.corpus._MIN_PART", 4000)
+    monkeypatch.setattr("lm.preparation.parts._MIN_PART", 4000)
     texts = planted(60)[0]
     data = [write_jsonl(tmp_path / f"{i}.jsonl", texts[i::6]) for i in range(6)]
     evals = write_jsonl(tmp_path / "evals.jsonl", texts[3:5])

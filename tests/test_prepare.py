@@ -13,10 +13,11 @@ import pytest
 from environment import run_script
 
 from lm.data.tokens import TokenStore
-from lm.preparation import corpus as corpus_module
+from lm.preparation import parts as parts_module
 from lm.preparation import stages as stages_module
 from lm.preparation import tokenizer_training
-from lm.preparation.corpus import Corpus, plan_parts, read_part
+from lm.preparation.corpus import Corpus
+from lm.preparation.parts import plan_parts, read_part
 from lm.preparation.prepare import begin, prepare, summary
 from lm.preparation.stages import stages
 from lm.preparation.tokenizer_training import train_tokenizer, training_texts
@@ -328,7 +329,7 @@ def test_split_without_documents_is_an_error_and_leaves_parts_alone(tmp_path, co
 
 def test_parts_survive_a_split_without_documents(tmp_path, monkeypatch):
     """Their ids are of records: only reading them tells that none falls into validation."""
-    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    monkeypatch.setattr(parts_module, "_MIN_PART", 1)
     for i in range(4):
         _write(tmp_path / "texts" / f"{i}.jsonl", json.dumps({"text": f"document {i}"}))
     data, out = [str(tmp_path / "texts")], tmp_path / "out"
@@ -345,7 +346,7 @@ def test_parts_survive_a_split_without_documents(tmp_path, monkeypatch):
     assert sum(m["num_documents"] for m in prepared.manifests.values()) == 4
     assert not list(out.glob("parts-*"))
     monkeypatch.undo()
-    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    monkeypatch.setattr(parts_module, "_MIN_PART", 1)
     again = tmp_path / "again"
     prepare(Corpus(data=data, validation_fraction=0.5), tokenizer="bytes", out=again, num_workers=1)
     assert _content(again) == _content(out)
@@ -353,7 +354,7 @@ def test_parts_survive_a_split_without_documents(tmp_path, monkeypatch):
 
 def test_an_empty_split_is_an_error_before_anything_is_done(tmp_path, monkeypatch):
     """Ids of whole files are known at the start."""
-    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    monkeypatch.setattr(parts_module, "_MIN_PART", 1)
     for i in range(4):
         _write(tmp_path / "texts" / f"{i}.txt", f"document {i}")
     corpus = Corpus(data=[str(tmp_path / "texts")], validation_fraction=1e-9)
@@ -482,7 +483,7 @@ def test_tail_split_keeps_the_last_characters_of_each_document(tmp_path):
 
 
 def test_duplicates_of_a_document_are_found_across_sources_and_splits(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
+    monkeypatch.setattr(parts_module, "_MIN_PART", 1)
     for i in range(60):
         _write(tmp_path / "one" / f"{i:02d}.txt", f"text {i % 30}")
         _write(tmp_path / "two" / f"x{i:02d}.txt", f"text {i}")

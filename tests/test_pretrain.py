@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from environment import fake_devices, run_script
 
-from lm.preparation.corpus import Corpus, choose_split
+from lm.preparation.corpus import Corpus
+from lm.preparation.parts import choose_split
 from lm.preparation.tokenizer_training import train_sentencepiece, training_texts
 from lm.tokenizers.tokenizer import from_bytes
 from scripts import pretrain as script

@@ -9,9 +9,9 @@ import pytest
 
 from lm.data.bins import Packing
 from lm.data.tokens import TokenStore
-from lm.preparation import corpus as corpus_module
 from lm.preparation import deduplication, job, prepare, sharding, stages
-from lm.preparation.corpus import Corpus
+from lm.preparation import parts as parts_module
+from lm.preparation.corpus import Corpus, key_hash
 from lm.sources import Skipped
 
 
@@ -30,8 +30,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Parts, blocks, runs of keys, buckets, sorted keys and shards of a few documents."""
-    monkeypatch.setattr(corpus_module, "_MIN_PART", 1)
-    monkeypatch.setattr(corpus_module, "_MAX_SEEN", 16)
+    monkeypatch.setattr(parts_module, "_MIN_PART", 1)
+    monkeypatch.setattr(parts_module, "_MAX_SEEN", 16)
     monkeypatch.setattr(stages, "_BLOCK_DOCUMENTS", 20)
     monkeypatch.setattr(stages, "_KEYS", 30)
     monkeypatch.setattr(job, "_BUCKET_SOURCE", 1 << 15)
@@ -114,7 +114,7 @@ def test_filters_and_keys_of_near_duplicates_drop_documents(data, tmp_path, tiny
 
     def keys(document):  # of the first three digits and of the last three: two bands
         number = document.fields["text"].split()[1].zfill(4)
-        hashes = [corpus_module.key_hash(f"{i} {number[i : i + 3]}") for i in (0, 1)]
+        hashes = [key_hash(f"{i} {number[i : i + 3]}") for i in (0, 1)]
         return np.array(hashes, np.uint64)
 
     monkeypatch.setattr(Corpus, "load_filters", lambda self: [no_sevens])

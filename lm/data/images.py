@@ -1,10 +1,14 @@
-"""Augmentation of pictures, from each row's random numbers: mirrored, cropped and resized."""
+"""Pictures with captions: the rows of a store, and their augmentation from a row's generator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+
+from lm.data.packing import check_rows
+from lm.data.rows import RowLayout, Rows, Span
+from lm.data.tokens import TokenStore
 
 _ASPECT = 4 / 3  # of a crop's height and width, at most, as in random resized crops elsewhere
 
@@ -73,3 +77,102 @@ def _weights(length: int, size: int) -> np.ndarray:
     distance = np.abs(np.arange(length) - centers[:, None]) / max(scale, 1)
     weights = np.maximum(1 - distance, 0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+class CaptionedImages:
+    """The pictures of a token store with their captions, a document a row; a `RowSource`."""
+
+    def __init__(self, store: TokenStore, layout: RowLayout, *, too_long: str = "error"):
+        """too_long: "error"; "cut", a caption is cut at its end, keeping its eos; "drop", pictures
+        with longer captions are in no row. Raises ValueError where captions are too long, none is
+        left, or the store has no pictures of the layout's size.
+        """
+        _check_size(store, layout)
+        self.path, self.layout = store.path, layout
+        self._store = store
+        lengths = [_long_documents(store, i, layout.length) for i in range(len(store.shards))]
+        num_long = sum(map(len, lengths))
+        if num_long and too_long == "error":
+            raise ValueError(
+                f"{store.path}: {num_long:,} of {store.num_documents:,} captions are longer than "
+                f"data.length ({layout.length}), eos included; make it longer, or set "
+                "data.too_long to cut or drop"
+            )
+        self._dropped = np.zeros(0, np.int64)
+        if too_long == "drop":
+            self._dropped = np.concatenate([self._dropped, *lengths])
+        if len(self._dropped) == store.num_documents:
+            raise ValueError(
+                f"{store.path}: none of its {store.num_documents:,} captions fits into data.length "
+                f"({layout.length})"
+            )
+        self.truncation_summary = ""
+        if num_long:
+            verb = "dropped" if too_long == "drop" else "cut"
+            self.truncation_summary = (
+                f"{store.path}: of {store.num_documents:,} captions {num_long:,} were {verb}, too "
+                f"long for rows of {layout.length}"
+            )
+        self.bytes_per_token = None if num_long else store.num_bytes / store.num_tokens
+
+    def __len__(self) -> int:
+        return self._store.num_documents - len(self._dropped)
+
+    def read(self, rows: np.ndarray) -> Rows:
+        """Return the rows with the indices `rows`: int64 [B]; IndexError outside of `[0, len)`."""
+        documents = self._documents(rows)
+        starts, stops = self._store.offsets[np.stack([documents, documents + 1])]
+        lengths = np.minimum(stops - starts, self.layout.length)
+        segments = (np.arange(self.layout.length) < lengths[:, None]).astype(np.int32)
+        ids = np.zeros_like(segments)
+        found = self._store.read_ranges(starts.tolist(), (starts + lengths).tolist())
+        ids[segments > 0] = np.concatenate([np.zeros(0, np.int32), *found])
+        ids[np.arange(len(ids)), lengths - 1] = self._store.eos_id  # also of a caption that is cut
+        return Rows(
+            ids,
+            segments,
+            np.arange(self.layout.length, dtype=np.int32) * segments,
+            np.full_like(ids, -1),
+            images=self._store.images(documents),
+        )
+
+    def documents(self, rows: np.ndarray) -> list[list[Span]]:
+        documents = self._documents(rows)
+        starts, stops = self._store.offsets[np.stack([documents, documents + 1])]
+        lengths = np.minimum(stops - starts, self.layout.length).tolist()
+        return [
+            [Span(document, self._store.document_ids(document), 0, length)]
+            for document, length in zip(documents.tolist(), lengths, strict=True)
+        ]
+
+    def _documents(self, rows: np.ndarray) -> np.ndarray:
+        rows = check_rows(rows, len(self), self.path)
+        # the k-th dropped document is before a row if k fewer than its number are
+        before = self._dropped - np.arange(len(self._dropped))
+        return rows + np.searchsorted(before, rows, "right")
+
+
+def _check_size(store: TokenStore, layout: RowLayout) -> None:
+    wanted, stored = layout.image_size, store.image_size
+    assert wanted is not None, "called for layouts with pictures"
+    if stored is None:
+        raise ValueError(
+            f"{store.path}: a store of text without pictures, which config.objective needs: "
+            "prepare it with --image=COLUMN (docs/images.md)"
+        )
+    if stored < wanted or (stored > wanted and not layout.crops_images):
+        crops = ", or have it cropped (config.objective)" if stored > wanted else ""
+        raise ValueError(
+            f"{store.path}: its pictures are {stored} x {stored}, and the objective takes {wanted} "
+            f"x {wanted}: prepare it with --image-size={wanted}{crops}"
+        )
+
+
+def _long_documents(store: TokenStore, shard: int, length: int) -> np.ndarray:
+    """Return the documents of a shard that are longer, int64 [n]; their lengths are read only where
+    there are some.
+    """
+    if store.shards[shard].longest_document <= length:
+        return np.zeros(0, np.int64)
+    [found] = np.nonzero(np.diff(store.offsets.of_shard(shard)) > length)
+    return found + store.first_documents[shard]

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm.config.fields import check_values
 from lm.config.schema import DataConfig, LoaderConfig
-from lm.data import loaders, packing, synthetic
+from lm.data import images, loaders, packing, synthetic
 from lm.data.pairs import Pairs
 from lm.data.rows import RowLayout, Rows, RowSource, Span
 from lm.data.sampler import Sampler, hash_words
@@ -240,7 +240,8 @@ def _generators(
 def make_source(
     path: str, config: DataConfig, layout: RowLayout, tokenizer: Tokenizer, *, cache_dir: str = ""
 ) -> RowSource:
-    """Return the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`.
+    """Return the rows of the token store at `path`, or of `synthetic:KIND[:ROWS[:SEED]]`; with
+    pictures where the layout has them.
 
     cache_dir: folder of packing plans; "": in the store, or none if that is remote.
     Raises ValueError if the store was made with another tokenizer than `tokenizer`.
@@ -253,6 +254,8 @@ def make_source(
     cache_dir = cache_dir and expand_path(cache_dir, "config.loader.cache_dir")
     stores = [TokenStore.open(path, field=field) for field in layout.fields]
     stores[0].check_tokenizer(tokenizer)
+    if layout.image_size is not None:
+        return images.CaptionedImages(stores[0], layout, too_long=config.too_long)
     if len(stores) > 1:
         return Pairs(stores, layout, too_long=config.too_long, cache=cache_dir or inside)
     if config.packing == "split":

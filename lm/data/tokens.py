@@ -9,6 +9,8 @@
     STORE/shard-00000/text/index.bin   every 1,024th of the offsets: found without reading all
     STORE/shard-00000/text/bytes.bin   int64 [num_documents], UTF-8 bytes of each document
     STORE/shard-00000/best_fit-2048.bin  a packing plan of the shard, if one was asked for
+    STORE/shard-00000/images.bin       of pictures with captions: uint8 [num_images, size, size, 3]
+    STORE/shard-00000/image_index.bin  int64 [num_documents], the picture of each document
 
 Every field has a folder like `text/`. A document is `tokens(text) + [eos]`, without bos: a
 consumer shifts right with bos before the first token, so every token of the stream is predicted
@@ -45,7 +47,8 @@ class NoStore(ValueError):
 
 class Shard(NamedTuple):
     """A shard of one field: its folder ("" or "shard-00000/"), sizes by the names of its files
-    (with the folder), and its packing plans by name, as the manifest has them.
+    (with the folder), and its packing plans by name, as the manifest has them. longest_document:
+    tokens, of stores with pictures.
     """
 
     folder: str
@@ -54,6 +57,7 @@ class Shard(NamedTuple):
     sizes: dict[str, int]
     hashes: dict[str, str]
     plans: dict[str, Any]
+    longest_document: int
 
 
 class TokenStore:
@@ -62,7 +66,8 @@ class TokenStore:
     num_documents, num_tokens, num_bytes: sizes of this field.
     offsets: document i is tokens offsets[i] to offsets[i + 1], eos included.
     shards, first_documents, first_tokens: the shards, and the numbers of their first documents and
-    tokens, int64 [S + 1]. manifest: the content of manifest.json.
+    tokens, int64 [S + 1]. manifest: the content of manifest.json. image_size: height and width of
+    the pictures, None where there are none.
     """
 
     def __init__(self, path: str, field: str, files: StoreFiles, manifest: dict):
@@ -73,6 +78,7 @@ class TokenStore:
         self.num_documents = int(manifest["num_documents"])
         self.num_tokens = int(manifest["fields"][field]["num_tokens"])
         self.num_bytes = int(manifest["fields"][field]["num_bytes"])
+        self.image_size: int | None = manifest.get("images", {}).get("size")
         self.shards = list(_shards(manifest, field))
         counts = np.array([[s.num_documents, s.num_tokens] for s in self.shards], np.int64)
         self.first_documents, self.first_tokens = np.pad(counts, ((1, 0), (0, 0))).cumsum(0).T
@@ -130,6 +136,25 @@ class TokenStore:
             return found
         ends = counts.cumsum()
         return [np.concatenate(found[e - n : e]) for e, n in zip(ends, counts, strict=True)]
+
+    def images(self, documents: np.ndarray) -> np.ndarray:
+        """Return the pictures of documents, uint8 [n, size, size, 3], of a store that has some."""
+        assert self.image_size is not None, "only of stores with pictures"
+        documents = np.asarray(documents, np.int64)
+        shards = np.searchsorted(self.first_documents, documents, "right") - 1
+        numbers = self.by_shard(
+            lambda shard, chosen: self.array(shard, "image_index.bin", "<i8")[
+                chosen - self.first_documents[shard]
+            ],
+            documents,
+            self.first_documents,
+        )
+        names = [f"{self.shards[s].folder}images.bin" for s in shards.tolist()]
+        sizes = {n: self.shards[s].sizes[n] for n, s in zip(names, shards.tolist(), strict=True)}
+        shape = (self.image_size, self.image_size, 3)
+        limits = (numbers[:, None] + np.arange(2)) * int(np.prod(shape))
+        found = self.files.ranges(names, "u1", sizes, limits)
+        return np.stack([np.empty(shape, np.uint8), *(x.reshape(shape) for x in found)])[1:]
 
     def document_ids(self, i: int) -> str:
         """Return the id of document `i`, bytes that are no UTF-8 as surrogates (`os.fsdecode`)."""
@@ -192,6 +217,20 @@ class TokenStore:
                     "the file is damaged: copy or prepare it again"
                 )
 
+    def by_shard(self, function: Any, values: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Return function(shard, its values), int64 [n], for values that are numbered by `first`.
+
+        A value after the last shard is of the last.
+        """
+        shards = np.searchsorted(first, values, "right") - 1
+        shards = np.minimum(shards, len(self.shards) - 1)
+        groups = [(s, np.flatnonzero(shards == s)) for s in np.unique(shards).tolist()]
+        found = self.files.map(lambda group: function(group[0], values[group[1]]), groups)
+        result = np.empty(len(values), np.int64)
+        for (_, where), part in zip(groups, found, strict=True):
+            result[where] = part
+        return result
+
     @property
     def eos_id(self) -> int:
         """The token that documents end with."""
@@ -226,7 +265,7 @@ class Offsets:
             local = store.array(shard, f"{store.field}/offsets.bin", "<i8")
             return local[chosen - store.first_documents[shard]] + store.first_tokens[shard]
 
-        found = self._by_shard(read, asked.ravel(), store.first_documents)
+        found = store.by_shard(read, asked.ravel(), store.first_documents)
         return found.reshape(asked.shape)[()]
 
     def find(self, positions: np.ndarray) -> np.ndarray:
@@ -237,7 +276,7 @@ class Offsets:
             found = self._search(shard, chosen - store.first_tokens[shard])
             return found + store.first_documents[shard]
 
-        return self._by_shard(search, np.asarray(positions, np.int64), store.first_tokens)
+        return store.by_shard(search, np.asarray(positions, np.int64), store.first_tokens)
 
     def of_shard(self, shard: int) -> np.ndarray:
         """Return the offsets of a shard's documents from the shard's first token, int64 [n + 1]."""
@@ -264,20 +303,6 @@ class Offsets:
         steps = range(0, len(offsets), _READ)  # of format 1
         return np.concatenate([offsets[i : i + _READ][::BLOCK] for i in steps])
 
-    def _by_shard(self, function: Any, values: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Return function(shard, its values), int64 [n], for values that are numbered by `first`.
-
-        A value after the last shard is of the last.
-        """
-        shards = np.searchsorted(first, values, "right") - 1
-        shards = np.minimum(shards, len(self._store.shards) - 1)
-        groups = [(s, np.flatnonzero(shards == s)) for s in np.unique(shards).tolist()]
-        found = self._store.files.map(lambda group: function(group[0], values[group[1]]), groups)
-        result = np.empty(len(values), np.int64)
-        for (_, where), part in zip(groups, found, strict=True):
-            result[where] = part
-        return result
-
 
 def _shards(manifest: dict, field: str) -> Iterator[Shard]:
     if manifest["format"] == 1:
@@ -294,4 +319,5 @@ def _shards(manifest: dict, field: str) -> Iterator[Shard]:
             {name: file["size"] for name, file in files.items()},
             {name: file["sha256"] for name, file in files.items()},
             entry["plans"],
+            entry.get("images", {}).get("longest_document", 0),
         )

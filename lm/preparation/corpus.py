@@ -7,12 +7,11 @@ import argparse
 import copy
 import hashlib
 import inspect
-import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,16 @@ from lm.config.fields import Range, check_value
 from lm.preparation import call_flags
 from lm.preparation import filters as document_filters
 from lm.preparation.filters.minhash import MinHash
-from lm.sources import Document, DocumentSource, Skipped, Unit, skipped_files
+from lm.preparation.pictures import FITS, MAX_PIXELS, PictureFormat
+from lm.sources import IMAGE, KEY, Document, DocumentSource, Skipped
 from lm.sources.file_source import FileSource
 from lm.sources.tfds import TfdsSource
 
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+):(.*)")  # PACKAGE.MODULE:ARGUMENT
 SPLIT_FLAGS = ("validation_fraction", "split")
-STORE_FLAGS = (*SPLIT_FLAGS, "filters", "near_duplicates")  # which records alone do not read
-_MIN_PART, _MAX_PART = 1 << 20, 1 << 26  # bytes of source in a part
-FEW_DOCUMENTS = 100
-_MAX_PARTS = 1024  # reached before parts grow beyond _MIN_PART
-_MANY_PARTS = 1 << 14  # reached before parts grow beyond _MAX_PART
-_MAX_SEEN = 1 << 19  # digests of a part that are kept in memory
+IMAGE_FLAGS = ("image", "image_size", "image_fit", "image_background", "image_max_pixels")
+# which records alone do not read
+STORE_FLAGS = (*SPLIT_FLAGS, "split_by", "filters", "near_duplicates", *IMAGE_FLAGS)
 
 
 def _flag(default: object, sentence: str, *, repr: bool = True, **options: object) -> Any:
@@ -94,6 +91,13 @@ class Corpus:
         "document, for a corpus of one or few (default: hash)",
         choices=("hash", "tail"),
     )
+    split_by: str | None = _flag(
+        None,
+        "a column, or a template of some: documents with the same text there are in the same "
+        "split, by its hash (default: each by its id)",
+        metavar="COLUMN",
+        repr=False,
+    )
     fold: tuple[int, int] | None = None
     max_loss: float = _flag(
         0.05,
@@ -131,6 +135,38 @@ class Corpus:
         metavar="KEY=VALUE",
         repr=False,
     )
+    image: str | None = _flag(
+        None,
+        "the column of pictures: paths relative to the table, or the bytes of PNG, JPEG, WebP, GIF "
+        "or BMP files; a list in the column of the text is several captions (docs/images.md)",
+        metavar="COLUMN",
+        repr=False,
+    )
+    image_size: int = _flag(
+        64,
+        "height and width of the stored pictures, which are resized to it (default: 64)",
+        type=int,
+        repr=False,
+    )
+    image_fit: str = _flag(
+        "crop",
+        "crop: the square in the middle of the picture; pad: all of it, with the background beside "
+        "it (default: crop)",
+        choices=FITS,
+        repr=False,
+    )
+    image_background: str = _flag(
+        "white",
+        "colour beside pictures and behind transparent ones, as in CSS (default: white)",
+        metavar="COLOR",
+        repr=False,
+    )
+    image_max_pixels: int = _flag(
+        MAX_PIXELS,
+        "pictures that declare more pixels are skipped, and never decoded (default: 33,554,432)",
+        type=int,
+        repr=False,
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -145,9 +181,37 @@ class Corpus:
             "split tail cuts a text in two: it cannot keep several fields together": (
                 self.split == "tail" and len(self.columns) > 1
             ),
+            "--split-by is of whole documents, and --split=tail cuts each": (
+                self.split_by and self.split == "tail"
+            ),
+            "pictures are of whole documents of one field, and are not compared by their captions: "
+            "give --image without --split=tail, a second --field and --near-duplicates": (
+                self.image
+                and (
+                    self.split == "tail"
+                    or len(self.columns) > 1
+                    or self.near_duplicates is not None
+                )
+            ),
         }
         if wrong := [message for message, is_wrong in errors.items() if is_wrong]:
             raise ValueError(wrong[0])
+        self.picture_format  # noqa: B018 - raises ValueError for a wrong flag
+
+    @property
+    def picture_format(self) -> PictureFormat | None:
+        """The form of the stored pictures; None where there are none."""
+        if self.image is None:
+            return None
+        return PictureFormat(
+            self.image_size, self.image_fit, self.image_background, self.image_max_pixels
+        )
+
+    @property
+    def source_columns(self) -> dict[str, str]:
+        """The columns that sources read: those of the fields, and of pictures and keys."""
+        others = {IMAGE: self.image, KEY: self.split_by}
+        return self.columns | {field: column for field, column in others.items() if column}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -159,12 +223,12 @@ class Corpus:
     def _source(self, spec: str) -> DocumentSource:
         if spec.startswith("tfds:"):
             tfds = (self.tfds_split, self.tfds_data_dir, self.tfds_download)
-            return TfdsSource(spec.removeprefix("tfds:"), self.columns, *tfds)
+            return TfdsSource(spec.removeprefix("tfds:"), self.source_columns, *tfds)
         own = _MODULE.fullmatch(spec)
         if own and not os.path.lexists(spec):
             module = import_component(own[1], f"--data={spec}", needed=("build",))
-            return module.build(own[2], self.columns)
-        return FileSource(spec, self.columns, self.separator)
+            return module.build(own[2], self.source_columns)
+        return FileSource(spec, self.source_columns, self.separator)
 
     def load_filters(self) -> list[document_filters.Filter]:
         """Return the filters of documents. Raises ValueError for a wrong flag."""
@@ -184,7 +248,7 @@ class Corpus:
     def assign(self, document: Document) -> list[tuple[str, Document | Skipped]]:
         """Return the document with its split; both parts of it where `split` is "tail"."""
         if not self.cuts_documents:
-            return [(self.split_of(document.id), document)]
+            return [(self.split_of(document.split_key), document)]
         ((name, text),) = document.fields.items()
         cut = int(len(text) * (1 - self.validation_fraction))
         empty = Skipped(document.id, "empty")
@@ -198,9 +262,9 @@ class Corpus:
         """True if each document is cut into its splits."""
         return self.split == "tail" and self.validation_fraction > 0
 
-    def split_of(self, document_id: str) -> str:
-        """Return the split of a whole document: a pure function of its id."""
-        [is_held_out] = self.is_held_out(np.array([key_hash(document_id)], np.uint64))
+    def split_of(self, key: str) -> str:
+        """Return the split of a whole document: a pure function of its `split_key`."""
+        [is_held_out] = self.is_held_out(np.array([key_hash(key)], np.uint64))
         return "validation" if is_held_out else "train"
 
     def is_held_out(self, hashes: np.ndarray) -> np.ndarray:
@@ -216,18 +280,6 @@ class Corpus:
         return hashes - np.uint64(start) < np.uint64(stop - start)
 
 
-def choose_split(corpus: Corpus) -> Corpus:
-    """Return the corpus with split "tail" where it has fewer than `FEW_DOCUMENTS` of one field: by
-    a hash, none of a few documents or most of the text may be held out.
-    """
-    if corpus.split == "tail" or corpus.fold or len(corpus.columns) > 1:
-        return corpus
-    read = (item for part in plan_parts(corpus.sources()) for item, _ in read_part(corpus, part))
-    documents = (item for item in read if isinstance(item, Document))
-    few = sum(1 for _ in itertools.islice(documents, FEW_DOCUMENTS)) < FEW_DOCUMENTS
-    return replace(corpus, split="tail") if few and corpus.validation_fraction else corpus
-
-
 def held_out(key: str, fraction: float) -> bool:
     """Return True if the hash of `key` falls into the fraction that is held out."""
     return key_hash(key) < fraction * 2**64
@@ -237,72 +289,6 @@ def key_hash(key: str) -> int:
     """Return a hash below 2**64."""
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-Part = list[tuple[int, Unit]]  # number of the source, unit
-
-
-def read_all(corpus: Corpus) -> Iterator[Document | Skipped]:
-    """Yield the documents of all sources in order, and what was skipped."""
-    for source in corpus.sources():
-        yield from skipped_files(source)
-        for unit in source.units():
-            yield from source.read(unit)
-
-
-def plan_parts(sources: Sequence[DocumentSource]) -> list[Part]:
-    """Return the units of all sources, in order, grouped into parts of similar size."""
-    units = [(i, unit) for i, source in enumerate(sources) for unit in source.units()]
-    total = sum(unit.size for _, unit in units)
-    limit = max(min(max(total // _MAX_PARTS, _MIN_PART), _MAX_PART), total // _MANY_PARTS)
-    parts: list[Part] = [[]]
-    size = 0
-    for i, unit in units:
-        if parts[-1] and size + unit.size > limit:
-            parts.append([])
-            size = 0
-        parts[-1].append((i, unit))
-        size += unit.size
-    return parts
-
-
-def read_part(corpus: Corpus, part: Part) -> Iterator[tuple[Document | Skipped, bytes]]:
-    """Yield (document or what was skipped, digest of the document), in order.
-
-    A document with a field of white space alone is skipped; so is one that was among the last
-    `_MAX_SEEN` of the part (later repetitions are found by their digests), and one that a filter
-    drops. The digest is of the text that the filters return.
-    """
-    sources, seen = corpus.sources(), set()
-    filters = [_skip_white_space, *corpus.load_filters()]
-    for i, unit in part:
-        for item in sources[i].read(unit):
-            digest = b""
-            if isinstance(item, Document):
-                item = document_filters.apply(filters, item)
-            if isinstance(item, Document):
-                digest = _digest(item)
-                if digest in seen:
-                    item = Skipped(item.id, "duplicate")
-                if len(seen) >= _MAX_SEEN:
-                    seen.clear()
-                seen.add(digest)
-            yield item, digest
-
-
-def _skip_white_space(document: Document) -> Document | Skipped:
-    is_white = any(text.isspace() for text in document.fields.values())
-    return Skipped(document.id, "white_space") if is_white else document
-
-
-def _digest(document: Document) -> bytes:
-    """Return a hash of the fields, 16 bytes."""
-    content = hashlib.sha256()
-    for text in document.fields.values():
-        encoded = text.encode()
-        content.update(len(encoded).to_bytes(8, "big"))
-        content.update(encoded)
-    return content.digest()[:16]
 
 
 def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.preparation.corpus import Corpus, held_out, key_hash, read_all
+from lm.preparation.corpus import Corpus, held_out, key_hash
+from lm.preparation.parts import read_all
 from lm.preparation.skip_report import SkipReport
 from lm.sources import Document, Skipped
 from lm.sources.file_source import FileSource

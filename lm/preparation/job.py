@@ -12,7 +12,8 @@ import numpy as np
 
 from lm.data.bins import Packing
 from lm.data.store_files import MANIFEST
-from lm.preparation.corpus import Corpus, Part
+from lm.preparation.corpus import Corpus
+from lm.preparation.parts import Part
 from lm.sources import Document, Unit
 from lm.storage import files as storage
 from lm.tokenizers import tokenizer as tokenizers
@@ -60,6 +61,10 @@ class Job:
     @property
     def fields(self) -> list[str]:
         return list(self.corpus.columns)
+
+    @property
+    def image_size(self) -> int | None:
+        return self.corpus.image_size if self.corpus.image else None
 
     def is_complete(self) -> bool:
         return all(storage.exists(f"{self.out}/{s}/{MANIFEST}") for s in self.corpus.splits)

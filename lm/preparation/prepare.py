@@ -23,8 +23,9 @@ from typing import NamedTuple
 from lm.data.bins import Packing
 from lm.data.store_files import MANIFEST
 from lm.preparation import engines, filters
-from lm.preparation.corpus import Corpus, Part, plan_parts
+from lm.preparation.corpus import Corpus
 from lm.preparation.job import Job
+from lm.preparation.parts import Part, plan_parts
 from lm.preparation.sharding import empty_split
 from lm.preparation.skip_report import SkipReport
 from lm.preparation.stages import Stage, stages
@@ -114,7 +115,7 @@ def begin(
                 f"what is written there would be data, too: name another {out_flag}, or a pattern "
                 f"of files, such as --data='{printable(spec)}/*.txt'"
             )
-    parts = plan_parts(sources)
+    parts = plan_parts(sources, with_pictures=corpus.image is not None)
     plan = _plan(corpus, loaded, parts, packings)
     parts_hash = _parts_hash(plan, corpus)
     is_new = not storage.exists(f"{folder}/plan.json")
@@ -209,6 +210,10 @@ def _plan(
         plan["filters"] = [filters.identity(text) for text in corpus.filters]
     if (min_hash := corpus.min_hash) is not None:
         plan["near_duplicates"] = dataclasses.asdict(min_hash)
+    if corpus.split_by is not None:
+        plan["split_by"] = corpus.split_by
+    if (pictures := corpus.picture_format) is not None:
+        plan["images"] = {"column": corpus.image, **pictures.identity()}
     plan["hash"] = _hash(plan)
     plan["names"] = {"tokenizer": tokenizer.name, "data": list(corpus.data)}
     return plan
@@ -219,13 +224,16 @@ def inputs_hash(corpus: Corpus) -> str:
     units = [(i, *unit) for part in plan_parts(corpus.sources()) for i, unit in part]
     content = [dict(corpus.columns), corpus.separator, corpus.split, corpus.validation_fraction]
     content += [filters.identity(text) for text in corpus.filters]
+    if corpus.source_columns != corpus.columns:
+        content += [corpus.source_columns]
     return _hash([content, units])
 
 
 def _parts_hash(plan: dict, corpus: Corpus) -> str:
     """Return a hash of what the parts depend on: the split only where it cuts documents."""
     keys = ["tokenizer", "columns", "separator", "num_units", "num_source_bytes", "units"]
-    keys += [key for key in ("filters", "near_duplicates") if key in plan]
+    changes = ("filters", "near_duplicates", "split_by", "images")
+    keys += [key for key in changes if key in plan]
     if corpus.cuts_documents:
         keys += ["split", "validation_fraction"]
     return _hash([_PARTS_VERSION, [plan[key] for key in keys]])
@@ -244,7 +252,7 @@ def _check_sources(
     empty = set(corpus.splits if len(parts) > 1 and not corpus.cuts_documents else ())
     for i, unit in itertools.chain.from_iterable(parts):
         ids = document_ids(sources[i], unit)
-        if ids is None:
+        if ids is None or corpus.split_by:
             empty.clear()
         elif ids == []:
             report.add(Skipped(unit.name, "other_file_type"), unit.size)
@@ -301,6 +309,10 @@ def summary(manifests: dict[str, dict]) -> str:
                 f"{label:<22}{manifest['num_documents']:>11,}{sizes['num_bytes']:>16,}"
                 f"{sizes['num_tokens']:>16,}{ratio:>13.3f}  {skipped or 'nothing'}"
             )
+    for split, manifest in manifests.items():
+        if images := manifest.get("images"):
+            size, count = images["size"], images["num_images"]
+            lines.append(f"{split}: {count:,} pictures of {size} x {size}")
     if masked := next(iter(manifests.values())).get("masked"):
         lines.append(f"masked: {', '.join(f'{n:,} {kind}' for kind, n in masked.items())}")
     return "\n".join(lines + (["skipped, the first of each:", *examples] if examples else []))

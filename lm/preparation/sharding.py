@@ -155,7 +155,12 @@ def write(job: Job, j: int) -> int:
     number = [name for name, *_ in shards[:j]].count(split)
     blocks = _kept_blocks(job, split, *limits)
     entry = write_shard(
-        f"{job.out}/{split}", number, blocks, fields=job.fields, packings=job.packings
+        f"{job.out}/{split}",
+        number,
+        blocks,
+        fields=job.fields,
+        packings=job.packings,
+        image_size=job.image_size,
     )
     storage.write_atomically(f"{job.split}/shard-{j:05d}.json", json.dumps(entry))
     return 0
@@ -195,6 +200,7 @@ def complete(job: Job, i: int) -> int:
         skipped=plan["skipped"][split],
         skipped_examples=plan["skipped_examples"] if split == "train" else {},
         masked=plan["masked"] if split == "train" else {},
+        images=job.plan.get("images", {}),
     )
     storage.write_atomically(f"{job.split}/complete-{i}", b"")
     return 0

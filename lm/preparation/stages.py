@@ -34,9 +34,10 @@ import numpy as np
 
 from lm.preparation import sharding
 from lm.preparation.arrow_files import ArrowWriter, column
-from lm.preparation.corpus import key_hash, read_part
+from lm.preparation.corpus import key_hash
 from lm.preparation.deduplication import Keys, bucket_file, deduplicate
 from lm.preparation.job import Job
+from lm.preparation.parts import read_part
 from lm.preparation.skip_report import SkipReport
 from lm.preparation.token_writer import document_sizes, encode_block
 from lm.sources import Document, Skipped
@@ -46,7 +47,7 @@ from lm.tokenizers.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 1 << 22, 1 << 15  # of a block of documents
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 1 << 22, 1 << 15  # of a block; a byte of pixels is one
 _KEYS = 1 << 21  # of a part, until they are written
 
 
@@ -121,17 +122,17 @@ def _tokenize(job: Job, i: int) -> int:
 
         def flush() -> None:
             nonlocal num_tokens
-            block = _block(documents, tokenizer, job.fields)
+            block = _block(documents, tokenizer, job.fields, job.image_size)
             blocks.write(block)
             rows.append(len(documents))
             num_tokens += sum(len(block.column(f"tokens.{f}").values) for f in job.fields)
             documents.clear()
 
-        size = 0
+        size, picture_bytes = 0, 3 * (job.image_size or 0) ** 2
         for item, digest in read_part(job.corpus, part):
             if isinstance(item, Skipped):
                 if item.reason == "duplicate":
-                    duplicates[job.corpus.split_of(item.id)] += 1
+                    duplicates[job.corpus.split_of(item.detail)] += 1
                 else:
                     report.add(item, sizes.get(item.id, 0))
                 if item.reason.startswith("decontaminate/"):
@@ -148,7 +149,7 @@ def _tokenize(job: Job, i: int) -> int:
                     report.add(document)
                 else:
                     documents.append((number, split, document))
-                    size += sum(map(len, document.fields.values()))
+                    size += sum(map(len, document.fields.values())) + picture_bytes
             number += 1
             if size >= _BLOCK_CHARACTERS or len(documents) >= _BLOCK_DOCUMENTS:
                 flush()
@@ -170,16 +171,19 @@ def _tokenize(job: Job, i: int) -> int:
 
 
 def _block(
-    documents: Sequence[tuple[int, str, Document]], tokenizer: Tokenizer, fields: Sequence[str]
+    documents: Sequence[tuple[int, str, Document]],
+    tokenizer: Tokenizer,
+    fields: Sequence[str],
+    image_size: int | None,
 ) -> pa.RecordBatch:
     """Return documents as tokens, each with the number of the whole document in the part, the hash
     of its id, its split where documents are cut, and its size in a shard.
     """
     texts = [document for _, _, document in documents]
-    block = encode_block(texts, tokenizer, fields=fields)
+    block = encode_block(texts, tokenizer, fields=fields, image_size=image_size)
     more = {
         "document": np.array([number for number, _, _ in documents], np.int64),
-        "hash": np.array([key_hash(document.id) for document in texts], np.uint64),
+        "hash": np.array([key_hash(document.split_key) for document in texts], np.uint64),
         "is_validation": np.array([split == "validation" for _, split, _ in documents], np.uint8),
         "size": document_sizes(block, fields),
     }

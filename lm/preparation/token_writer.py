@@ -1,6 +1,6 @@
 """Writer of token stores: documents to blocks of tokens, blocks to shards, shards to a manifest.
 
-A block is an Arrow record batch of some documents, with the columns of `schema`. Blocks go to disk
+A block is an Arrow record batch of some documents, as `encode_block` makes it. Blocks go to disk
 between the stages of a preparation, and lose documents that are not kept by `RecordBatch.filter`.
 """
 
@@ -38,10 +38,15 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 
 def encode_block(
-    documents: Sequence[Document], tokenizer: Tokenizer, *, fields: Sequence[str]
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    *,
+    fields: Sequence[str],
+    image_size: int | None = None,
 ) -> pa.RecordBatch:
     """Return the documents as tokens, each followed by eos: the columns `id`, and `tokens.FIELD`
-    and `bytes.FIELD` (UTF-8 bytes of the text) of every field.
+    and `bytes.FIELD` (UTF-8 bytes of the text) of every field; `image`, the pixels, where there is
+    an image_size.
     """
     import pyarrow as pa
 
@@ -62,6 +67,10 @@ def encode_block(
         )
         num_bytes = np.array([len(text.encode()) for text in texts], np.int64)
         columns[f"bytes.{field}"] = arrow_files.column(num_bytes)
+    if image_size is not None:
+        pixels = b"".join(document.pixels() for document in documents)
+        kind, buffers = pa.binary(3 * image_size**2), [None, pa.py_buffer(pixels)]
+        columns["image"] = pa.Array.from_buffers(kind, len(documents), buffers)
     return pa.RecordBatch.from_arrays([*columns.values()], [*columns])
 
 
@@ -78,7 +87,15 @@ def document_sizes(block: pa.RecordBatch, fields: Sequence[str]) -> np.ndarray:
     for field in fields:
         offsets, values = _limits(block, f"tokens.{field}")
         sizes += 16 + np.diff(offsets) * values.itemsize
-    return sizes
+    return sizes if "image" not in block.schema.names else sizes + 8 + _pixels(block).shape[1]
+
+
+def _pixels(block: pa.RecordBatch) -> np.ndarray:
+    """Return the pixels of each document, uint8 [n, 3 * size * size]."""
+    column = block.column("image")
+    width, content = column.type.byte_width, column.buffers()[1]
+    values = np.frombuffer(content, np.uint8, len(column) * width, column.offset * width)
+    return values.reshape(-1, width)
 
 
 def _limits(block: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -102,10 +119,13 @@ def write_shard(
     *,
     fields: Sequence[str],
     packings: Sequence[Packing] = (),
+    image_size: int | None = None,
 ) -> dict[str, Any]:
     """Write a shard of the store at `store`; return its entry in the manifest.
 
     Every file is there whole or not at all. packings: of which a plan is stored beside the tokens.
+    image_size: of the pictures, None where there are none. A picture of consecutive documents is
+    written once.
     """
     name = f"shard-{number:05d}"
     columns: dict[str, list[np.ndarray]] = {"id": []}
@@ -119,7 +139,10 @@ def write_shard(
         joined |= {f"tokens.{field}": create(f"{field}/tokens.bin") for field in fields}
         columns |= {column: [] for column in joined}
         columns |= {f"bytes.{field}": [] for field in fields}
+        images = None if image_size is None else _ImageFile(create("images.bin"))
         for block in blocks:
+            if images is not None:
+                images.write(_pixels(block))
             for column, file in joined.items():
                 offsets, values = _limits(block, column)
                 file.write(values)
@@ -140,6 +163,9 @@ def write_shard(
             small[f"{field}/index.bin"] = offsets[::BLOCK]
             small[f"{field}/bytes.bin"] = num_bytes
             counts[field] = {"num_tokens": int(offsets[-1]), "num_bytes": int(num_bytes.sum())}
+        if images is not None:
+            entries["images.bin"] = images.file.entry()
+            small["image_index.bin"] = images.index()
         plans = {}
         for packing in packings:
             plan = make_plan(packing, [small[f"{field}/offsets.bin"] for field in packing.fields])
@@ -149,10 +175,15 @@ def write_shard(
             hashed = create(file)
             hashed.write(values.astype("<i8"))
             entries[file] = hashed.entry()
+    about_images = {}
+    if images is not None:
+        longest = max((int(found[f"tokens.{field}"].max(initial=0)) for field in fields), default=0)
+        about_images = {"images": {"num_images": images.count, "longest_document": longest}}
     return {
         "name": name,
         "num_documents": len(found["id"]),
         "fields": counts,
+        **about_images,
         "plans": plans,
         "files": dict(sorted(entries.items())),
     }
@@ -170,11 +201,13 @@ def write_manifest(
     skipped: Mapping[str, int] = MappingProxyType({}),
     skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
     masked: Mapping[str, int] = MappingProxyType({}),
+    images: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Complete the store of these shards; what earlier attempts have left in its folder goes.
 
     skipped, skipped_examples: the number of skipped records by reason, and the first ids. masked:
-    what filters have masked in the documents of all splits, by kind.
+    what filters have masked in the documents of all splits, by kind. images: `size` of the
+    pictures, and how they were made; empty where there are none.
     """
     files = {}
     if tokenizer.file_name:
@@ -193,6 +226,7 @@ def write_manifest(
             field: {key: sum(shard["fields"][field][key] for shard in shards) for key in keys}
             for field in fields
         },
+        **_about_images(images, shards),
         "skipped": dict(sorted(skipped.items())),
         "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
         **({"masked": dict(sorted(masked.items()))} if masked else {}),
@@ -221,18 +255,31 @@ def write_store(
     fields: Sequence[str] = ("text",),
     shard_documents: int | None = None,
     packings: Sequence[Packing] = (),
+    image_size: int | None = None,
 ) -> None:
     """Write a small store of `documents`, without splits: for tests and experiments.
 
-    shard_documents: of a shard; None: there is one shard.
+    shard_documents: of a shard; None: there is one shard. image_size: of their pictures' pixels.
     """
     documents = list(documents)
     step = shard_documents or max(len(documents), 1)
     shards = []
     for number, start in enumerate(range(0, max(len(documents), 1), step)):
-        block = encode_block(documents[start : start + step], tokenizer, fields=fields)
-        shards.append(write_shard(path, number, [block], fields=fields, packings=packings))
-    write_manifest(path, shards, tokenizer, tokenizer_name=tokenizer.name, fields=fields)
+        options = {"fields": fields, "image_size": image_size}
+        block = encode_block(documents[start : start + step], tokenizer, **options)
+        shards.append(write_shard(path, number, [block], packings=packings, **options))
+    images = {} if image_size is None else {"size": image_size}
+    write_manifest(
+        path, shards, tokenizer, tokenizer_name=tokenizer.name, fields=fields, images=images
+    )
+
+
+def _about_images(images: Mapping[str, Any], shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entry of the pictures in a manifest, nothing where there are none."""
+    if not images:
+        return {}
+    count = sum(shard["images"]["num_images"] for shard in shards)
+    return {"images": {**images, "num_images": count}}
 
 
 class _HashedFile:
@@ -249,6 +296,29 @@ class _HashedFile:
 
     def entry(self) -> dict[str, Any]:
         return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+
+class _ImageFile:
+    """The pictures of a shard, and the number of the picture of each document."""
+
+    def __init__(self, file: _HashedFile):
+        self.file, self.count = file, 0
+        self._last = np.empty((0, 0), np.uint8)
+        self._numbers: list[np.ndarray] = []
+
+    def write(self, pixels: np.ndarray) -> None:
+        """pixels: of consecutive documents, uint8 [n, bytes of a picture]."""
+        is_new = np.ones(len(pixels), bool)
+        is_new[1:] = (pixels[1:] != pixels[:-1]).any(1)
+        if len(self._last) and len(pixels):
+            is_new[0] = (pixels[:1] != self._last).any()
+        self.file.write(pixels[is_new].ravel())
+        self._numbers.append(self.count - 1 + np.cumsum(is_new))
+        self.count += int(is_new.sum())
+        self._last = pixels[-1:] if len(pixels) else self._last
+
+    def index(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *self._numbers])
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

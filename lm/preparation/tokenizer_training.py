@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from lm.preparation.corpus import Corpus, held_out, key_hash, plan_parts, read_part
+from lm.preparation.corpus import Corpus, held_out, key_hash
+from lm.preparation.parts import plan_parts, read_part
 from lm.sources import Document, Skipped, Unit
 from lm.sources.records import column_names
 from lm.storage import files as storage

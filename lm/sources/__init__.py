@@ -8,16 +8,44 @@ documents in order: so preparation is parallel, resumable and the same everywher
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
+IMAGE, KEY = "<image>", "<key>"  # store fields by which columns name a picture and `Document.key`
+
+
+class Picture(NamedTuple):
+    """The picture of a document.
+
+    content: the path of its file, the bytes of one, or the pixels, uint8 [H, W, 3]. captions: those
+    after the first, each of which is a document of its own with the same picture.
+    """
+
+    content: str | bytes | np.ndarray
+    captions: tuple[str, ...] = ()
+
 
 class Document(NamedTuple):
     """One document: an id that is the same on every machine, and its text by field.
 
-    masked: counts of what filters have masked in it, by kind.
+    masked: counts of what filters have masked in it, by kind. key: documents of one key are in the
+    same split; "": of one id. picture: None in a corpus of text.
     """
 
     id: str
     fields: dict[str, str]
     masked: tuple[tuple[str, int], ...] = ()
+    key: str = ""
+    picture: Picture | None = None
+
+    @property
+    def split_key(self) -> str:
+        """The text by whose hash the split of the document is chosen."""
+        return self.key or self.id
+
+    def pixels(self) -> bytes:
+        """Return the pixels of the picture, once it is decoded; b"" without one."""
+        content = None if self.picture is None else self.picture.content
+        return content.tobytes() if isinstance(content, np.ndarray) else b""
 
 
 class Skipped(NamedTuple):

@@ -14,13 +14,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
-from lm.sources import Document, Skipped, Unit, arrow, files, parquet, text, warc, webdataset
+from lm.sources import (
+    IMAGE,
+    Document,
+    Skipped,
+    Unit,
+    arrow,
+    comma_separated,
+    files,
+    parquet,
+    text,
+    warc,
+    webdataset,
+)
 from lm.sources.records import LINES
 from lm.storage import files as storage
 from lm.storage.paths import is_url
 
 _FORMATS: dict[str, ModuleType] = {
     **dict.fromkeys(text.SUFFIXES, text),
+    ".csv": comma_separated,
     ".parquet": parquet,
     ".arrow": arrow,
     ".tar": webdataset,
@@ -40,6 +53,7 @@ _GENERATED = {"pydoc_data", "encodings"}
 _NOT_CORPUS = frozenset({"site-packages", "dist-packages", "__pycache__"} | _GENERATED)
 _TESTS = {"test", "tests", "idle_test"}
 _STDLIB = ("stdlib", "stdlib:all")
+_PICTURE_UNIT_BYTES = 1 << 16  # of a table that names pictures, which are much larger
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,15 @@ class FileSource:
         return [unit.name] if is_document else None
 
     def read(self, unit: Unit) -> Iterator[Document | Skipped]:
+        folder = os.path.dirname(os.path.join(self._root, unit.name))
+        for item in self._read(unit):
+            picture = item.picture if isinstance(item, Document) else None
+            if picture and isinstance(name := picture.content, str) and not is_url(name):
+                picture = picture._replace(content=os.path.join(folder, name))
+                item = item._replace(picture=picture)
+            yield item
+
+    def _read(self, unit: Unit) -> Iterator[Document | Skipped]:
         path = os.path.join(self._root, unit.name)
         form = self._form(unit.name)
         try:
@@ -115,6 +138,8 @@ class FileSource:
             )
         if _FORMATS[form] is not text:
             try:
+                if _FORMATS[form] is parquet:
+                    return parquet.ranges(file, self._unit_bytes)
                 return _FORMATS[form].ranges(file)
             except (files.DamagedFile, OSError) as error:
                 if isinstance(error, OSError) and is_url(file.path):
@@ -126,7 +151,11 @@ class FileSource:
                 f"{', '.join(self.columns)}; use .jsonl for several fields, or name the "
                 "columns of tab-separated lines by their numbers"
             )
-        return text.ranges(file, form)
+        return text.ranges(file, form, self._unit_bytes)
+
+    @property
+    def _unit_bytes(self) -> int | None:
+        return _PICTURE_UNIT_BYTES if IMAGE in self.columns else None
 
     def _form(self, name: str) -> str:
         """Return the suffix of the file's format; "" if it is unknown."""

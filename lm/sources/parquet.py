@@ -21,11 +21,14 @@ from lm.storage import files as storage
 _UNIT_BYTES = 1 << 26
 
 
-def ranges(file: files.DataFile) -> list[files.Range]:
-    """Return the numbers of row groups of each unit; a small file is one, without reading it."""
+def ranges(file: files.DataFile, size: int | None = None) -> list[files.Range]:
+    """Return the numbers of row groups of each unit of about `size` bytes; a smaller file is one,
+    without reading it.
+    """
     import pyarrow.parquet as pq
 
-    if file.size <= _UNIT_BYTES:
+    size = size or _UNIT_BYTES
+    if file.size <= size:
         return [files.whole(file)]
     with files.open_file(file) as opened, arrow_errors():
         metadata = pq.read_metadata(opened.raw)
@@ -33,7 +36,7 @@ def ranges(file: files.DataFile) -> list[files.Range]:
     ends = [file.size * end // max(sum(sizes), 1) for end in itertools.accumulate(sizes)]
     found, start, done = [], 0, 0
     for i, end in enumerate(ends, 1):
-        if end - done >= _UNIT_BYTES or i == len(ends):
+        if end - done >= size or i == len(ends):
             found.append(files.Range(start, i, end - done))
             start, done = i, end
     return found or [files.whole(file)]

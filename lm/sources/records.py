@@ -8,7 +8,8 @@ A field of a store is a column of the record, or a template with columns in brac
 
 A column is a key, or a path of keys and of numbers in lists: `message.content`, `answers.text.0`.
 Columns of tab-separated lines have the numbers 1, 2, ... as names. A list of messages is the text
-of the dialogue (see `messages`).
+of the dialogue (see `messages`). The field `IMAGE` is a picture, the path of its file or its bytes;
+with it, a list of texts is several captions. The field `KEY` is a text and becomes `Document.key`.
 """
 
 import codecs
@@ -17,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm.sources import Document, Skipped
+from lm.sources import IMAGE, KEY, Document, Picture, Skipped
 from lm.sources.messages import content_text, dialogue_text, is_dialogue
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -101,7 +102,19 @@ def from_record(document_id: str, record: object, columns: Mapping[str, str]) ->
     values = {name: value_at(record, name) for name in column_names(columns)}
     if not isinstance(record, dict) or any(value is _MISSING for value in values.values()):
         return Skipped(document_id, "missing_field", text_columns(record))
+    picture, captions = None, ()
+    if IMAGE in columns:
+        image, columns = columns[IMAGE], {f: c for f, c in columns.items() if f != IMAGE}
+        if not (content := _picture_content(values[image])):
+            return Skipped(document_id, "no_picture")
+        values = {name: values[name] for name in column_names(columns)}
+        picture = Picture(content)
     try:
+        if picture:
+            of_text = {column for field, column in columns.items() if field != KEY}
+            captions = {name: _captions(values[name]) for name in values if name in of_text}
+            values |= {name: found[:1] for name, found in captions.items() if found}
+            captions = tuple(text for found in captions.values() for text in found[1:])
         texts = {name: _text(value) for name, value in values.items()}
     except UnicodeDecodeError:
         return Skipped(document_id, "invalid_utf8")
@@ -114,11 +127,26 @@ def from_record(document_id: str, record: object, columns: Mapping[str, str]) ->
         for field, spec in columns.items()
     }
     try:
-        for text in fields.values():
+        for text in (*fields.values(), *captions):
             text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 has
     except UnicodeEncodeError:
         return Skipped(document_id, "invalid_utf8")
-    return Document(document_id, fields)
+    key, picture = fields.pop(KEY, ""), picture and picture._replace(captions=captions)
+    return Document(document_id, fields, key=key, picture=picture)
+
+
+def _picture_content(value: object) -> str | bytes | None:
+    """Return the path or the bytes of a picture; `datasets` keeps both in a record of its own."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, str | bytes) else None
+
+
+def _captions(value: object) -> list[str]:
+    """Return the texts of a list of texts but the empty ones, and nothing of any other value."""
+    if not isinstance(value, list) or not all(isinstance(text, str | bytes) for text in value):
+        return []
+    return [text for text in map(_text, value) if text.strip()]
 
 
 def _text(value: object) -> str:

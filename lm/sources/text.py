@@ -24,11 +24,13 @@ def form_of(suffix: str, columns: Mapping[str, str]) -> str:
     return ".tsv" if suffix == ".txt" and are_numbers else suffix
 
 
-def ranges(file: files.DataFile, form: str) -> list[files.Range]:
+def ranges(file: files.DataFile, form: str, size: int | None) -> list[files.Range]:
+    """Return the ranges of an uncompressed file of lines, of `size` bytes; any other is one."""
+    size = size or _RANGE
     if form not in LINES or file.name.endswith(files.COMPRESSED):
         return [files.whole(file)]
-    starts = range(0, max(file.size, 1), _RANGE)
-    stops = [min(start + _RANGE, file.size) for start in starts]
+    starts = range(0, max(file.size, 1), size)
+    stops = [min(start + size, file.size) for start in starts]
     return [files.Range(a, b, b - a) for a, b in zip(starts, stops, strict=True)]
 
 

@@ -101,7 +101,8 @@ def build(*, data: str = "", columns: str = "text", n: int = 13, min_words: int 
     of an item, separated by commas, which follow each other (question,answer). n: words in a row.
     min_words: of an item; an item between `min_words` and `n` is looked for as a whole.
     """
-    from lm.preparation.corpus import Corpus, read_all
+    from lm.preparation.corpus import Corpus
+    from lm.preparation.parts import read_all
 
     flag = "--filter=decontaminate"
     if not data:
