@@ -179,7 +179,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared(table):
-    out = table.parent / "prepared"
+    out = table.parent / "prepared_pictures"
     return out, prepare(corpus_of(table), tokenizer="bytes", out=out, num_workers=1)
 
 
