@@ -322,8 +322,8 @@ def test_verify_finds_a_flipped_byte_of_a_picture(prepared, tmp_path):
         TokenStore.open(tmp_path / "store").images(np.arange(1))
 
 
-def rows_of(path, *, length=64, size=SIZE, too_long="error", crops=False):
-    layout = RowLayout((length,), image_size=size, crops_images=crops)
+def rows_of(path, *, length=64, size=SIZE, too_long="error"):
+    layout = RowLayout((length,), image_size=size)
     return make_source(str(path), DataConfig(too_long=too_long), layout, ByteTokenizer())
 
 
@@ -402,15 +402,12 @@ def test_long_captions_are_an_error_cut_or_dropped(captioned):
         rows_of(path, length=1, size=16, too_long="drop")
 
 
-def test_pictures_of_another_size_are_an_error_but_larger_ones_that_are_cropped(
-    captioned, prepared
-):
+def test_pictures_of_another_size_are_an_error(captioned, prepared):
     path, _ = captioned
     with pytest.raises(ValueError, match="16 x 16, and the objective takes 32 x 32"):
-        rows_of(path, size=32, crops=True)
-    with pytest.raises(ValueError, match="--image-size=8, or have it cropped"):
+        rows_of(path, size=32)
+    with pytest.raises(ValueError, match="8 x 8: prepare it with --image-size=8"):
         rows_of(path, size=8)
-    assert rows_of(path, size=8, crops=True).read(np.arange(2)).images.shape == (2, 16, 16, 3)
     text = path.parent / "text"
     write_store(text, [Document("0", {"text": "ab"})], ByteTokenizer())
     with pytest.raises(ValueError, match="a store of text without pictures"):

@@ -219,6 +219,13 @@ def test_tensorboard_reads_what_was_written(tmp_path, accumulator):
     assert abs(event.wall_time - time.time()) < 60
 
 
+def test_two_writers_of_one_second_have_two_event_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm.telemetry.writers.time.time", lambda: 1.7e9)
+    for _ in range(2):
+        make_writer(tmp_path, tensorboard=True).close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
 def test_two_runs_with_their_stores_elsewhere_share_the_tags_of_tensorboard(tmp_path, accumulator):
     tags = []
     for place in ("here", "there"):

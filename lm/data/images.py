@@ -160,11 +160,10 @@ def _check_size(store: TokenStore, layout: RowLayout) -> None:
             f"{store.path}: a store of text without pictures, which config.objective needs: "
             "prepare it with --image=COLUMN (docs/images.md)"
         )
-    if stored < wanted or (stored > wanted and not layout.crops_images):
-        crops = ", or have it cropped (config.objective)" if stored > wanted else ""
+    if stored != wanted:
         raise ValueError(
             f"{store.path}: its pictures are {stored} x {stored}, and the objective takes {wanted} "
-            f"x {wanted}: prepare it with --image-size={wanted}{crops}"
+            f"x {wanted}: prepare it with --image-size={wanted}"
         )
 
 

@@ -16,14 +16,11 @@ class RowLayout:
       document has the same segment number in all of them.
     image_size: height and width of the picture of every row; None: there are none. With pictures, a
       row is one document.
-    crops_images: True where the objective crops pictures to that size itself: those of the rows may
-      then be larger.
     """
 
     lengths: tuple[int, ...]
     fields: tuple[str, ...] = ("text",)
     image_size: int | None = None
-    crops_images: bool = False
 
     @property
     def length(self) -> int:
