@@ -41,6 +41,9 @@ class Scalars(Mapping[str, Any]):
             start = stop
         raise KeyError(name)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == other for other, _, _ in self.layout)  # of abstract arrays, too
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, _, _ in self.layout)
 
