@@ -8,6 +8,7 @@ from lm.preparation import examples
 from lm.preparation.corpus import Corpus, held_out
 from lm.sources import Document, Skipped
 from lm.sources.file_source import FileSource
+from lm.storage import files as storage
 
 
 def corpus(data, **columns):
@@ -19,7 +20,8 @@ def documents(found):
 
 
 def records(folder, split):
-    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    lines = storage.read_bytes(f"{folder}/{split}.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture
@@ -29,11 +31,10 @@ def pairs(tmp_path):
     return corpus(file, source="{1}", target="{2}")
 
 
-def test_records_of_one_key_stay_together_and_none_is_lost(pairs, tmp_path):
-    counts = examples.write(
-        examples.read(pairs, "records", "source"), tmp_path, test_fraction=0.2, train_limit=0
-    )
-    split = {name: records(tmp_path, name) for name in ("train", "test")}
+def test_records_of_one_key_stay_together_and_none_is_lost(pairs, folder):
+    found = examples.read(pairs, "records", "source")
+    counts = examples.write(found, f"{folder}/", test_fraction=0.2, train_limit=0)
+    split = {name: records(folder, name) for name in ("train", "test")}
     texts = {name: {r["source"] for r in found} for name, found in split.items()}
     assert not texts["train"] & texts["test"]
     assert texts["test"] == {f"text {i}" for i in range(100) if held_out(f"text {i}", 0.2)}

@@ -10,7 +10,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from lm.preparation.corpus import Corpus, held_out, key_hash
@@ -20,7 +19,7 @@ from lm.sources import Document, Skipped
 from lm.sources.file_source import FileSource
 from lm.sources.records import from_record
 from lm.storage.files import read_bytes, write_atomically
-from lm.storage.paths import expand_local_path, expand_path, printable
+from lm.storage.paths import expand_path, printable
 
 SNIPPET_LINES = 30
 FORMATS = ("records", "squad", "packages")
@@ -128,7 +127,7 @@ def write(
     max_loss: share of the records that may be skipped. Raises ValueError where more are, or one of
     the two would be empty.
     """
-    out = Path(expand_local_path(os.fspath(out), "--out"))
+    folder = expand_path(os.fspath(out), "--out").rstrip("/") or "/"
     report = SkipReport()
     counts = {split: Counter() for split in ("train", "test")}
     found: dict[str, list[Document]] = {"train": [], "test": []}
@@ -158,5 +157,5 @@ def write(
     for split, documents in found.items():
         records = [{"id": printable(d.id), **d.fields} for d in documents]
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        write_atomically(out / f"{split}.jsonl", "".join(lines))
+        write_atomically(f"{folder}/{split}.jsonl", "".join(lines))
     return counts
