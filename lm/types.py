@@ -12,7 +12,7 @@ Letters, those of `jax.nn.dot_product_attention` where it has one:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeAlias
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias
 
 import flax.struct
 import jax
@@ -69,6 +69,14 @@ class Batch(Generic[ArrayT]):
     records: ArrayT | None = None  # uint32 [B]; a hash of where each row comes from
     tasks: ArrayT | None = None  # int32 [B]; the task of each row, for losses by task
     images: ArrayT | None = None  # uint8 [B, height, width, 3]; the picture of each row
+
+
+class VocabularyPart(NamedTuple):
+    """Columns of the targets, first to last, whose softmax is over a range of the ids alone."""
+
+    name: str  # of its losses
+    columns: tuple[int, int]
+    ids: tuple[int, int]
 
 
 HostTokens: TypeAlias = Tokens[np.ndarray]

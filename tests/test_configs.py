@@ -96,6 +96,7 @@ PUBLISHED = {
 # Sizes without a published number of parameters.
 OWN = {
     "conv": ("gcnn8", "gcnn14"),
+    "dalle": ("shapes", "shapes-mini", "mini", "12b"),
     "lstm": ("small", "medium", "large"),
     "tasks": (
         "masked",
@@ -289,6 +290,11 @@ def test_active_parameters_are_those_of_the_model_cards(name, size, billions):
     model = resolve(load(name).get_config(size)).model
     # Qwen cuts 3.35 off after the digit
     assert flops.parameters(model).active / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+def test_the_largest_dalle_has_12_billion_parameters_in_its_layers():
+    model = resolve(load("dalle").get_config("12b")).model
+    assert flops.parameters(model).non_embedding / 1e9 == pytest.approx(12.1, abs=0.05)
 
 
 def test_gemma_27b_scales_its_scores_by_the_width_of_an_undivided_head():

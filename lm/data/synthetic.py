@@ -5,14 +5,17 @@ markov   Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely
          equally frequent. The best loss is log(2) for every token with a predecessor, from the
          previous token alone.
 copy     A document repeats its first 8 tokens; everything after them is determined by them.
-reverse  The only one of two fields: the target is the source backwards, both end in eos.
+reverse  Of two fields: the target is the source backwards, both end in eos.
+codes    Of two fields, as `lm.objectives.dalle` reads them: a caption, and as many codes as a row
+         holds, 0 and 1, which repeat the parities of its tokens.
 shapes   The only one with pictures: see `shapes`.
 
-Documents have random lengths and end with their row. Only `reverse` and `shapes` have an eos.
+Documents have random lengths and end with their row. Only the last three have an eos.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
@@ -104,33 +107,65 @@ class Synthetic:
 
 def reverse(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:
     """Return `num_rows` pairs of a random source of 1 to 15 tokens and its reverse."""
-    rng = np.random.default_rng([seed, num_rows])
-    lengths = rng.integers(1, 16, num_rows)
-    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
-    tokens = rng.integers(0, min(eos_id, 256), offsets[-1]).astype(np.int32)
-    tokens[offsets[1:] - 1] = eos_id
+    tokens, offsets = _random_texts(15, eos_id, num_rows, seed)
     at = np.arange(len(tokens))
     document = np.searchsorted(offsets, at, "right") - 1
     backwards = offsets[document] + offsets[document + 1] - 2 - at
     target = tokens[np.where(tokens == eos_id, at, backwards)]
-    ids = [f"reverse/{i}".encode() for i in range(num_rows)]
+    return _pairs("reverse", layout, eos_id, [(tokens, offsets), (target, offsets)])
+
+
+def codes(layout: RowLayout, *, eos_id: int, num_rows: int = 4096, seed: int = 0) -> Pairs:
+    """Return `num_rows` captions of up to 15 tokens with codes of 0 and 1."""
+    if len(layout.lengths) != 2:
+        raise ValueError("synthetic:codes is for config.objective.name=dalle")
+    longest, count = layout.lengths
+    tokens, offsets = _random_texts(min(15, longest - 1), eos_id, num_rows, seed)
+    column = np.arange(count) % (np.diff(offsets) - 1)[:, None]
+    target = (tokens[offsets[:-1, None] + column] % 2).ravel().astype(np.int32)
+    of_codes = np.arange(num_rows + 1) * count
+    return _pairs("codes", layout, eos_id, [(tokens, offsets), (target, of_codes)])
+
+
+def _random_texts(
+    longest: int, eos_id: int, num_rows: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return texts of 1 to `longest` tokens and an eos, joined, and their offsets."""
+    rng = np.random.default_rng([seed, num_rows])
+    lengths = rng.integers(1, longest + 1, num_rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    tokens = rng.integers(0, min(eos_id, 256), offsets[-1]).astype(np.int32)
+    tokens[offsets[1:] - 1] = eos_id
+    return tokens, offsets
+
+
+def _pairs(
+    kind: str, layout: RowLayout, eos_id: int, fields: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> Pairs:
+    """Return documents of two fields, whose joined tokens and offsets are given."""
+    num_rows = len(fields[0][1]) - 1
+    ids = [f"{kind}/{i}".encode() for i in range(num_rows)]
     arrays = {
         "ids.bin": np.frombuffer(b"".join(ids), np.uint8),
         "id_offsets.bin": np.cumsum([0, *map(len, ids)]),
     }
-    for field, values in zip(layout.fields, (tokens, target), strict=True):
+    of_fields = dict(zip(layout.fields, fields, strict=True))
+    for field, (values, offsets) in of_fields.items():
         arrays |= {f"{field}/tokens.bin": values, f"{field}/offsets.bin": offsets}
     shard = {
         "name": "",
         "num_documents": num_rows,
-        "fields": {key: {"num_tokens": len(tokens), "num_bytes": 0} for key in layout.fields},
+        "fields": {
+            field: {"num_tokens": len(values), "num_bytes": 0}
+            for field, (values, _) in of_fields.items()
+        },
         "plans": {},
         "files": {name: {"size": x.nbytes, "sha256": ""} for name, x in arrays.items()},
     }
     manifest = shard | {
         "format": FORMAT, "dtype": "<i4", "tokenizer": {"eos_id": eos_id}, "shards": [shard]
     }  # fmt: skip
-    path, files = "synthetic:reverse", MemoryFiles(arrays)
+    path, files = f"synthetic:{kind}", MemoryFiles(arrays)
     return Pairs([TokenStore(path, field, files, manifest) for field in layout.fields], layout)
 
 
@@ -151,7 +186,11 @@ def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
     if kind == "shapes":
         return ShapeRows(path, layout, tokenizer, split=split, **options)
     if len(layout.fields) == 2:
-        if kind != "reverse":
-            raise ValueError(f"{path}: of the synthetic kinds only reverse has two fields")
-        return reverse(layout, eos_id=tokenizer.eos_id, **options)
+        if kind not in ("reverse", "codes"):
+            raise ValueError(
+                f"{path}: of the synthetic kinds only reverse and codes have two fields"
+            )
+        return {"reverse": reverse, "codes": codes}[kind](
+            layout, eos_id=tokenizer.eos_id, **options
+        )
     return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)

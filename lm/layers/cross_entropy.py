@@ -7,10 +7,11 @@ one chunk of logits in memory.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 from lm.config.schema import LossConfig
 from lm.kernels.chunking import join, num_chunks, split
 from lm.parallel.sharding import Rules
-from lm.types import Array, Batch, Model, Params, Sums
+from lm.types import Array, Batch, Model, Params, Sums, VocabularyPart
 
 # (hidden [B, t, D], *parameters) -> logits float32 [B, t, V]
 Project: TypeAlias = Callable[..., Array]
@@ -275,6 +276,48 @@ def _projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
     return project, leaves
 
 
+def part_of_head(model: Model, params: Params, ids: tuple[int, int]) -> tuple[Model, Params]:
+    """(a model, parameters) whose logits are those of the ids `ids`, first to last, alone; its
+    parameters are those of the head.
+    """
+    first, stop = ids
+    config = dataclasses.replace(model.config, vocab_size=stop - first)
+    axis = 0 if model.head_params == ("embedding",) else -1  # [V, D], and [D, V]
+
+    def cut(x: Array) -> jax.Array:
+        if x.shape[axis] != model.config.vocab_size:  # of an adapter
+            return x
+        return jax.lax.slice_in_dim(x, first, stop, axis=axis % x.ndim)
+
+    head = jax.tree.map(cut, {name: params[name] for name in model.head_params})
+    return cast(Any, model).clone(config=config), head
+
+
+def _loss_of_parts(
+    model: Model,
+    params: Params,
+    predictions: Predictions,
+    config: LossConfig,
+    parts: Sequence[VocabularyPart],
+) -> tuple[Array, Sums]:
+    """As `chunked_loss`, each part of the columns by its ids; `tokens/NAME` and `loss/NAME` of each
+    part, too.
+    """
+    total: tuple[Array, Sums] | None = None
+    losses: Sums = {}
+    for name, columns, ids in parts:
+        head, own = part_of_head(model, params, ids)
+        project, parameters = _projection(head, own)
+        hidden, targets, weights = (x[:, slice(*columns)] for x in predictions[:3])
+        targets = jnp.maximum(targets - ids[0], 0)  # padding
+        part = Predictions(hidden, targets, weights)
+        found: Any = chunked_loss(project, config, model.rules, parameters, part)
+        losses |= {f"loss/{name}": found[1]["loss"], f"tokens/{name}": jnp.sum(weights)}
+        total = _add(total, found)
+    assert total is not None, "called with parts"
+    return total[0], {**total[1], **losses}
+
+
 def lm_loss(
     model: Model,
     params: Params,
@@ -284,17 +327,18 @@ def lm_loss(
     train: bool,
     config: LossConfig,
     tasks: tuple[str, ...] = (),
+    parts: Sequence[VocabularyPart] = (),
 ) -> tuple[Array, Sums]:
     """(SUM to differentiate, additive sums) of one batch.
 
     The sums hold `tokens`, the total weight, and under `loss`, `accuracy` and the names of
     auxiliary losses and of the model's statistics what to divide by it. With `tasks`, the names of
-    the numbers in `batch.tasks`, `tokens/NAME` and `loss/NAME` are those of each of them.
+    the numbers in `batch.tasks`, `tokens/NAME` and `loss/NAME` are those of each of them; with
+    `parts`, those of each part, whose logits are computed for its own ids alone.
     """
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
     output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
-    project, parameters = _projection(model, params)
     members = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"
@@ -302,7 +346,11 @@ def lm_loss(
         members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
     predictions = Predictions(output.hidden, batch.targets, batch.weights, members)
     total: tuple[Array, Sums]
-    total = chunked_loss(project, config, model.rules, parameters, predictions)  # pyright: ignore
+    if parts:
+        total = _loss_of_parts(model, params, predictions, config, parts)
+    else:
+        project, parameters = _projection(model, params)
+        total = chunked_loss(project, config, model.rules, parameters, predictions)  # pyright: ignore
     objective, sums = total[0], {**total[1], "tokens": jnp.sum(batch.weights)}
     if members is not None:
         losses, weighted = sums.pop("task_loss"), batch.weights[..., None] * members

@@ -31,7 +31,7 @@ from lm.data import streams
 from lm.data.rows import RowLayout, Rows
 from lm.data.streams import Stream
 from lm.tokenizers.tokenizer import Tokenizer
-from lm.types import Batch, HostBatch, Tokens
+from lm.types import Batch, HostBatch, Tokens, VocabularyPart
 
 if TYPE_CHECKING:
     from lm.types import Array
@@ -111,7 +111,9 @@ class Objective:
     so that its loss is that of the text. tasks: the names of the numbers in `Batch.tasks`.
     by_source: the objective of each source, where they differ. loss: in place of the token
     cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract. summarize:
-    the figures of an evaluation from the sums of all of it, in place of means per token.
+    the figures of an evaluation from the sums of all of it, in place of means per token. parts:
+    of the columns and the vocabulary, where a target can only be some of the ids. make_evaluation:
+    in place of `make` in an evaluation, where training adds noise.
     """
 
     make: Callable[[Rows, RowGenerator], HostBatch]
@@ -121,6 +123,8 @@ class Objective:
     by_source: Mapping[str, Objective] | None = None
     loss: Loss | None = None
     summarize: Callable[[Mapping[str, np.ndarray]], dict[str, float]] | None = None
+    parts: tuple[VocabularyPart, ...] = ()
+    make_evaluation: Callable[[Rows, RowGenerator], HostBatch] | None = None
 
     def __call__(self, rows: Rows, rng: RowGenerator, /) -> HostBatch:
         return self.make(rows, rng)
@@ -135,6 +139,10 @@ class Objective:
                 f"{', '.join(self.by_source)}"
             )
         return self.by_source[source]
+
+    def for_evaluation(self) -> Objective:
+        """Return the objective without what it does in training alone."""
+        return dataclasses.replace(self, make=self.make_evaluation or self.make)
 
 
 def conditional_batch(

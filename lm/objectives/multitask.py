@@ -45,10 +45,10 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         for name, task in tasks.items()
     }
     for name, objective in inner.items():
-        if objective.loss is not None:
+        if objective.loss is not None or objective.parts:
             raise ValueError(
                 f"config.objective.tasks.{name} ({tasks[name].name}) brings a loss of its own: "
-                "tasks of a batch share the token cross-entropy"
+                "tasks of a batch share the cross-entropy over all ids"
             )
     examples = [_on_empty_rows(objective) for objective in inner.values()]
     with_prefix = any(batch.inputs.bidirectional is not None for batch in examples)

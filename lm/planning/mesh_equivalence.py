@@ -36,6 +36,7 @@ STEPS = 3
 TOLERANCE = 5e-6
 
 BATCH, LENGTH, HEADS = 16, 64, 16
+GRID, CODES = 4, 4  # of pictures; codes are beside the 259 ids of bytes
 # The sizes of a shrunk model; a config's structure (kinds of layer, ratios of heads, biases, norms,
 # experts) stays.
 SIZES = {
@@ -123,6 +124,10 @@ def prepare(config: ConfigTree) -> ConfigTree:
     changes |= {"model.dropout": 0.1} if "dropout" in config.model else {}
     if config.data.encoder_length is not None:  # shorter targets: a text leaves less to predict
         changes |= {"data.encoder_length": length, "data.length": length // 4}
+    if "num_codes" in config.objective:
+        changes |= {"objective.grid_size": GRID, "objective.num_codes": CODES}
+        if config.data.encoder_length is not None:
+            changes |= {"data.length": GRID**2}
     if "fields" in config.objective:  # synthetic rows have one
         objective = "causal" if config.data.encoder_length is None else "span_corruption"
         config.objective = conversion.default(objective=objective).objective

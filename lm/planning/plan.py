@@ -170,9 +170,10 @@ def without_data(config: ConfigTree) -> ConfigTree:
     c = conversion.resolve(config)
     # objectives that read two texts of a record; no synthetic source has a text and its label
     of_pairs = hasattr(c.objective, "fields") and not hasattr(c.objective, "labels")
+    kind = "reverse" if of_pairs else "codes" if hasattr(c.objective, "num_codes") else "random"
     changes: dict[str, object] = {
         "data.tokenizer": "bytes",
-        "data.train": ("synthetic:reverse" if of_pairs else "synthetic:random",),
+        "data.train": (f"synthetic:{kind}",),
         "data.weights": (),
         "data.validation": (),
         "train.max_epochs": None,

@@ -202,12 +202,15 @@ def write_manifest(
     skipped_examples: Mapping[str, Sequence[str]] = MappingProxyType({}),
     masked: Mapping[str, int] = MappingProxyType({}),
     images: Mapping[str, Any] = MappingProxyType({}),
+    codes: Mapping[str, Any] = MappingProxyType({}),
+    dtype: str | None = None,
 ) -> None:
     """Complete the store of these shards; what earlier attempts have left in its folder goes.
 
     skipped, skipped_examples: the number of skipped records by reason, and the first ids. masked:
     what filters have masked in the documents of all splits, by kind. images: `size` of the
-    pictures, and how they were made; empty where there are none.
+    pictures, and how they were made; empty where there are none. codes: the origin of codes of
+    pictures. dtype: of the tokens; None: of the tokenizer's ids.
     """
     files = {}
     if tokenizer.file_name:
@@ -227,10 +230,11 @@ def write_manifest(
             for field in fields
         },
         **_about_images(images, shards),
+        **({"codes": dict(codes)} if codes else {}),
         "skipped": dict(sorted(skipped.items())),
         "skipped_examples": {k: list(v) for k, v in sorted(skipped_examples.items()) if v},
         **({"masked": dict(sorted(masked.items()))} if masked else {}),
-        "dtype": token_dtype(tokenizer),
+        "dtype": dtype or token_dtype(tokenizer),
         "tokenizer": {
             "name": tokenizer_name,
             "file": tokenizer.file_name,

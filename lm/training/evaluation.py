@@ -39,7 +39,8 @@ def evaluate(
     results, names = {}, metrics.short_names([*experiment.validation])
     loader = dataclasses.replace(experiment.config.loader, kind="thread")
     for name, source in experiment.validation.items():
-        objective, batch_size = experiment.objective.for_source(name), experiment.batch_size
+        objective = experiment.objective.for_source(name).for_evaluation()
+        batch_size = experiment.batch_size
         total: dict[str, Any] = {}  # float64, arrays of an objective's own among them
         pending: Mapping[str, jax.Array] = {}  # a batch behind: the devices don't wait for the host
         count = num_evaluation_batches(source, batch_size)

@@ -271,7 +271,8 @@ class Experiment:
                 self.objective.loss, self.model, params, batch, rng, **options
             )
         tasks = self.objective.tasks if batch.tasks is not None else ()
-        return cross_entropy.lm_loss(self.model, params, batch, rng, tasks=tasks, **options)
+        own = {"tasks": tasks, "parts": self.objective.parts}
+        return cross_entropy.lm_loss(self.model, params, batch, rng, **own, **options)
 
     def gradients(self, params: Params, batch: Batch, step: int | Array) -> tuple[Params, Sums]:
         """(gradients of the loss SUM by the trained parameters, its sums), as step `step` does."""
