@@ -45,7 +45,8 @@ def reference(config, params, ids):
             h = act[c.activation](gate) * up
         else:
             act = {"relu": relu, "relu2": lambda x: relu(x) ** 2, "gelu": gelu, "silu": silu}
-            h = (act | {"gelu_tanh": gelu_tanh})[c.activation](up)
+            act |= {"gelu_tanh": gelu_tanh, "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x))}
+            h = act[c.activation](up)
         return h @ p["down"]["weight"] + p["down"].get("bias", 0)
 
     def rotated(x, position, local):

@@ -92,7 +92,7 @@ VARIANTS = {
         "positions": "learned",
         "norm_placement": "post",
         "parallel_block": True,
-        "activation": "silu",
+        "activation": "quick_gelu",
     },
     "nope_local": {**MIXED, "positions": "none", "parallel_block": True, "activation": "relu2"},
 }

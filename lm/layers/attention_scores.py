@@ -36,7 +36,7 @@ class Heads:
 class AttentionScores:
     """Scores of `num_layers` layers.
 
-    queries and keys: the streams that they come from, `inputs` or `encoder`.
+    queries and keys: the streams that they come from, `inputs`, `encoder` or `image`.
     """
 
     heads: Heads

@@ -37,6 +37,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 _GELU = recomputed(_gelu)
 _GELU_TANH = recomputed(functools.partial(jax.nn.gelu, approximate=True))
+_QUICK_GELU = recomputed(lambda x: x * jax.nn.sigmoid(1.702 * x))  # of CLIP
 _SILU = recomputed(jax.nn.silu)
 
 # name: (function, gated)
@@ -45,6 +46,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[jax.Array], jax.Array], bool]] = {
     "relu2": (recomputed(lambda x: jnp.square(jax.nn.relu(x))), False),  # arXiv:2109.08668
     "gelu": (_GELU, False),
     "gelu_tanh": (_GELU_TANH, False),
+    "quick_gelu": (_QUICK_GELU, False),
     "silu": (_SILU, False),
     "reglu": (jax.nn.relu, True),
     "geglu": (_GELU, True),

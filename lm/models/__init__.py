@@ -21,7 +21,8 @@ its sharding, its learning rate and its FLOPs follow from them.
 
 A model whose Config says `takes_images` is called with `images`, uint8 [B, image_size, image_size,
 3], and the Config's `image_positions(name)` is at how many positions of a picture the parameter of
-that name is applied, for FLOPs.
+that name is applied, None for those of the tokens, and its `image_length` the tokens of a picture,
+where it has attention over them, for FLOPs.
 
 A model with attention lists it as `attention_scores`, which count as FLOPs and which the start-up
 check covers, as it does a `logit_softcap` (`lm.layers.attention_scores.AttentionScores`). One with

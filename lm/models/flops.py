@@ -40,9 +40,9 @@ _PARTS = (
     (r"norm\.(scale|bias)$", "norm", None),
     (r"\bselection_bias$", "router_bias", None),
     (r"\brelative\.", "positions", None),
-    (r"^(\w+_)?position\.", "positions", "embedding"),
+    (r"^(\w+[_.])?position\.", "positions", "embedding"),
     (r"^type\.", "types", "embedding"),
-    (r"^(head|head_bias|transform|logit_bias|pooler)(\.|$)", "head", "head"),
+    (r"^(head|head_bias|transform|logit_bias|logit_scale|pooler)(\.|$)", "head", "head"),
     (r"attention\.", "attention", None),
     (r"\bshared\.", "mlp", None),
 )
@@ -74,7 +74,8 @@ class Parameter:
             return "experts" if self.is_expert else "router", None
         if self.role in ("embedding", "head"):
             return self.role, self.role
-        modules = [n for n in self.name.split(".") if n not in ("encoder", "decoder", "layers")]
+        around = ("encoder", "decoder", "vision", "text", "layers")
+        modules = [n for n in self.name.split(".") if n not in around]
         return modules[0], None
 
     @property
@@ -212,14 +213,16 @@ def flops_per_token(
     """
     parameters = abstract_parameters(config) if parameters is None else parameters
     lengths = {"inputs": length, "encoder": encoder_length or 0}
+    lengths["image"] = getattr(config, "image_length", 0)
     share = lengths["encoder"] / length  # tokens of the encoder for each of the inputs
     trained = {p.stage for p in parameters if p.name not in frozen}
     flows = {
         stage: training and bool(trained & set(STAGES[: i + (stage != "head")]))
         for i, stage in enumerate(STAGES)
     }
-    is_tied = getattr(config, "has_head", True) and all(p.role != "head" for p in parameters)
-    takes_images = getattr(config, "takes_images", False)
+    is_tied = all(getattr(config, name, True) for name in ("has_head", "tie_embeddings"))
+    is_tied = is_tied and all(p.role != "head" for p in parameters)
+    image_positions = getattr(config, "image_positions", lambda name: None)
     total = 0.0
     for p in parameters:
         if p.role == "vector" or p.name.startswith("pooler."):  # one token of a segment is pooled
@@ -231,7 +234,8 @@ def flops_per_token(
                 continue
             stage = "head"
         uses *= share if p.reads_encoder else 1.0
-        uses *= config.image_positions(p.name) / length if takes_images else 1.0  # pyright: ignore
+        if (positions := image_positions(p.name)) is not None:
+            uses *= positions / length
         gradient = training and p.name not in frozen
         total += 2 * p.size * uses * (1 + gradient + flows[stage])
     for scores in getattr(config, "attention_scores", ()):
