@@ -92,6 +92,15 @@ PUBLISHED = {
     },
     # The script that the benchmark is compared with prints these.
     "bench": {"small8k": 5_310_720, "gpt2_124m": 123_944_448},
+    # timm's vit_base_patch32_224 and so on; s16 without its class token and its table of positions
+    "vit": {
+        "shapes": 48 * 64 + 64 * (1 + 1 + 65) + 4 * (12 * 64**2 + 13 * 64) + 2 * 64 + 65 * 28,
+        "s16": 22_050_664 - (1 + 197) * 384,
+        "b32": 88_224_232,
+        "b16": 86_567_656,
+        "l16": 304_326_632,
+        "h14": 632_045_800,
+    },
 }
 # Sizes without a published number of parameters.
 OWN = {

@@ -338,7 +338,10 @@ def lm_loss(
     """
     variables = {"params": params}
     rngs = {"dropout": rng} if train else {}
-    output = model.apply(variables, batch.inputs, encoder=batch.encoder, train=train, rngs=rngs)
+    others: dict[str, Any] = {"encoder": batch.encoder, "train": train, "rngs": rngs}
+    if batch.images is not None:
+        others["images"] = batch.images
+    output = model.apply(variables, batch.inputs, **others)
     members = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"

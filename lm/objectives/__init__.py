@@ -50,6 +50,7 @@ class ModelInterface:
     is_causal: a token of the inputs sees only itself and those before it.
     vocab_size: rows of the model's vocabulary matrix; None: those of the tokenizer.
     image_size: height and width of its pictures; None: it takes none.
+    num_classes: those that a classifier tells apart; None: it is none.
     batch_size: rows of a global batch, all micro-batches together.
     """
 
@@ -59,6 +60,7 @@ class ModelInterface:
     vocab_size: int | None = None
     image_size: int | None = None
     batch_size: int | None = None
+    num_classes: int | None = None
 
     def num_ids(self, tokenizer: Tokenizer) -> int:
         """Return the number of ids of the model: the tokenizer may have more, unused ones."""

@@ -119,9 +119,9 @@ class Experiment:
     def model_interface(self) -> ModelInterface:
         d, m = self.config.data, self.config.model
         image_size = m.image_size if getattr(m, "takes_images", False) else None
-        return ModelInterface(
-            d.length, d.encoder_length, m.is_causal, m.vocab_size, image_size, self.batch_size
-        )
+        classes = getattr(m, "num_classes", None)
+        shapes = m.is_causal, m.vocab_size, image_size, self.batch_size, classes
+        return ModelInterface(d.length, d.encoder_length, *shapes)
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
