@@ -95,6 +95,8 @@ def test_the_last_line_of_every_process_counts(tmp_path):
     assert read(str(tmp_path)) is None
     phases = PhaseTimer(time.monotonic() - 5.0)
     goodput = Goodput(str(tmp_path), phases, first_step=0)
+    begun = read(str(tmp_path))  # as a kill before the first log line leaves it
+    assert begun.processes == 1 and begun.losses["start"] == pytest.approx(5.0, abs=0.05)
     goodput.write(1)
     with phases("step"):
         time.sleep(0.1)

@@ -254,7 +254,7 @@ def test_a_path_without_a_bucket_is_refused():
 
 
 @pytest.mark.parametrize(
-    "path", ["gs:/bucket/a", "gcs://bucket/a", "s3a://bucket/a", "s3:/bucket/a"]
+    "path", ["gs:/bucket/a", "gcs://bucket/a", "s3a://bucket/a", "s3:/bucket/a", "S3://bucket/a"]
 )
 def test_a_mistyped_bucket_is_no_local_folder(path):
     with pytest.raises(ValueError, match=r"--workdir: .* write (gs|s3)://BUCKET/FOLDER"):

@@ -104,6 +104,7 @@ def test_records_that_are_no_documents_are_skipped_by_reason(tmp_path):
         "last\nline",
     ]
     assert [item.id for item in items[:3]] == ["a.jsonl@0", "a.jsonl@17", "a.jsonl@18"]
+    assert items[7].detail == "text is of type int, no text"
 
 
 def test_files_that_are_no_documents_are_skipped_by_reason(tmp_path):

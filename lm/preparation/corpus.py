@@ -56,9 +56,9 @@ class Corpus:
     data: Sequence[str] = _flag(
         MISSING,
         "a file, folder or pattern (** recurses), locally or in a bucket (gs://, s3://), of "
-        ".txt .md .py .jsonl .tsv .parquet .arrow .tar (WebDataset) .warc .wet, most also .gz or "
-        ".zst; stdlib: the source of Python's standard library, stdlib:all: with its tests; "
-        "tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
+        ".txt .md .py .jsonl .ndjson .json .tsv .csv .parquet .arrow .tar (WebDataset) .warc .wet, "
+        "most also .gz or .zst; stdlib: the source of Python's standard library, stdlib:all: with "
+        "its tests; tfds:NAME/CONFIG or tfds:/path; PACKAGE.MODULE:ARGUMENT: a source of your own "
         "(docs/extending.md). Repeatable; the order matters where documents are "
         "duplicates: the first stays",
         action="append",
@@ -67,8 +67,8 @@ class Corpus:
     columns: dict[str, str] = _flag(
         {"text": "text"},
         "store field and its column: a key or a path (message.content, answers.0), its number in "
-        "tab-separated lines, or a template with columns in braces; a list of chat messages is "
-        "the text of the dialogue (default: text). Repeatable: "
+        "tab-separated lines, or a template with columns of text in braces; a list of chat "
+        "messages is the text of the dialogue (default: text). Repeatable: "
         "--field='source=Translate to Chinese: {1}' --field=target=2",
         flag="--field",
         action="append",

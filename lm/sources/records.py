@@ -115,7 +115,7 @@ def from_record(document_id: str, record: object, columns: Mapping[str, str]) ->
             captions = {name: _captions(values[name]) for name in values if name in of_text}
             values |= {name: found[:1] for name, found in captions.items() if found}
             captions = tuple(text for found in captions.values() for text in found[1:])
-        texts = {name: _text(value) for name, value in values.items()}
+        texts = {name: _text(name, value) for name, value in values.items()}
     except UnicodeDecodeError:
         return Skipped(document_id, "invalid_utf8")
     except ValueError as error:
@@ -146,13 +146,13 @@ def _captions(value: object) -> list[str]:
     """Return the texts of a list of texts but the empty ones, and nothing of any other value."""
     if not isinstance(value, list) or not all(isinstance(text, str | bytes) for text in value):
         return []
-    return [text for text in map(_text, value) if text.strip()]
+    return [text for text in (_text("", x) for x in value) if text.strip()]
 
 
-def _text(value: object) -> str:
+def _text(column: str, value: object) -> str:
     """Return the text of a column: "" of null. Raises ValueError for what is no text."""
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str | list | None):
-        raise ValueError(f"{type(value).__name__}, no text")
+        raise ValueError(f"{column} is of type {type(value).__name__}, no text")
     return dialogue_text(value) if is_dialogue(value) else content_text(value)

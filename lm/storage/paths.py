@@ -12,7 +12,7 @@ from typing import Any
 
 BUCKETS = {"gs": "gcs", "s3": "s3"}  # scheme of the URL -> TensorStore's driver
 _SCHEME_OF = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}  # as people write them
-_MISTYPED = re.compile(r"(?!gs://|s3://)(gs|gcs|s3a|s3):/")
+_MISTYPED = re.compile(r"(?!gs://|s3://)((?i:gs|gcs|s3a|s3)):/")
 _SCHEMES = (*BUCKETS, "file", "http", "https", "memory")
 
 
@@ -37,7 +37,7 @@ def expand_path(path: str, name: str) -> str:
     if found and scheme in BUCKETS and not rest.partition("/")[0]:
         raise ValueError(f"{name}: {path!r} names no bucket; write {scheme}://BUCKET/FOLDER")
     if mistyped := _MISTYPED.match(path):  # else it would be a local folder, silently
-        scheme = _SCHEME_OF[mistyped[1]]
+        scheme = _SCHEME_OF[mistyped[1].lower()]
         raise ValueError(f"{name}: {path!r} is no bucket's URL; write {scheme}://BUCKET/FOLDER")
     if found and scheme in BUCKETS:
         return f"{scheme}://{'/'.join(filter(None, rest.split('/')))}"

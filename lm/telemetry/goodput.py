@@ -1,7 +1,7 @@
 """Goodput: the share of a run's wall time, across restarts, spent on steps that lasted.
 
-Each lead process of a run appends a line to goodput.jsonl at every log line, so that a kill loses
-little. Steps after the checkpoint that its successor starts from were done twice (`redone`), and
+Each lead process of a run appends a line to goodput.jsonl as it begins and at every log line, so
+that a kill loses little. Steps after the checkpoint that its successor starts from were done twice (`redone`), and
 between the two nothing ran (`down`).
 """
 
@@ -44,6 +44,7 @@ class Goodput:
         self._file = jsonl.Writer(path, self._before, active=active)
         self._phases, self._first_step = phases, first_step
         self._began = time.time() - (time.monotonic() - phases.began)
+        self.write(first_step)  # a process that is killed before its first log line counts, too
 
     def write(self, step: int) -> float:
         """Write the seconds of every phase up to now, and return the run's goodput, 0 to 1.
