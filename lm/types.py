@@ -144,3 +144,15 @@ def check_head(config: Any) -> None:
 
 
 LossFn: TypeAlias = Callable[[Params, Batch, Array], tuple[Array, Sums]]
+
+
+class CoupledLoss(NamedTuple):
+    """A `LossFn` that compares the rows of a batch, so that sums over micro-batches are not it."""
+
+    # (params, batch, key) -> embeddings [B, ...], of each row by itself
+    embed: Callable[[Params, Batch, Array], Array]
+    # (params, embeddings, batch) -> (SUM, sums)
+    loss: Callable[[Params, Array, Batch], tuple[Array, Sums]]
+
+    def __call__(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
+        return self.loss(params, self.embed(params, batch, rng), batch)

@@ -92,6 +92,15 @@ PUBLISHED = {
     },
     # The script that the benchmark is compared with prints these.
     "bench": {"small8k": 5_310_720, "gpt2_124m": 123_944_448},
+    # Hugging Face's CLIPModel and SiglipModel; of shapes blocks, towers, projections and the scale
+    "clip": {
+        "shapes": 5 * (4 * 96 * 97 + 2 * 96 * 192 + 192 + 5 * 96)
+        + 96 * (48 + 1 + 64 + 2 + 264 + 48 + 2 + 2 * 64)
+        + 1,
+        "b32": 151_277_313,
+        "l14": 427_616_513,
+        "siglip_b16": 203_155_970,
+    },
     # timm's vit_base_patch32_224 and so on; s16 without its class token and its table of positions
     "vit": {
         "shapes": 48 * 64 + 64 * (1 + 1 + 65) + 4 * (12 * 64**2 + 13 * 64) + 2 * 64 + 65 * 28,

@@ -1,6 +1,7 @@
 """Synthetic rows for tests and benchmarks: pure functions of (kind, seed, row).
 
-random   Uniform tokens; nothing to learn: the loss stays at log(vocab_size).
+random   Uniform tokens; nothing to learn: the loss stays at log(vocab_size). For objectives that
+         take pictures, random pixels of any size; a row is then one document.
 markov   Token k is followed by 2k or 2k + 1 (modulo vocab_size), equally likely, so all tokens are
          equally frequent. The best loss is log(2) for every token with a predecessor, from the
          previous token alone.
@@ -8,7 +9,7 @@ copy     A document repeats its first 8 tokens; everything after them is determi
 reverse  Of two fields: the target is the source backwards, both end in eos.
 codes    Of two fields, as `lm.objectives.dalle` reads them: a caption, and as many codes as a row
          holds, 0 and 1, which repeat the parities of its tokens.
-shapes   The only one with pictures: see `shapes`.
+shapes   Pictures with captions: see `shapes`.
 
 Documents have random lengths and end with their row. Only the last three have an eos.
 """
@@ -37,7 +38,8 @@ _PERIOD = 8
 class Synthetic:
     """`num_rows` rows of `length` tokens below `vocab_size`; a `RowSource`.
 
-    document_length: the mean number of tokens of a document, if rows were endless.
+    document_length: the mean number of tokens of a document, if rows were endless. image_size: of a
+    picture of random pixels for each row, which is then one document of random length.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Synthetic:
     num_rows: int = 65536
     document_length: int = 256
     seed: int = 0
+    image_size: int | None = None
     bytes_per_token = None  # no text behind the tokens
     truncation_summary = ""
 
@@ -77,7 +80,13 @@ class Synthetic:
         else:
             seen = begins + positions % _PERIOD if self.kind == "copy" else columns
             ids = scale_hash(self._hash(1, rows, seen), np.uint64(self.vocab_size)).astype(np.int32)
-        return Rows(ids, segments, positions, np.full_like(ids, -1))
+        previous, images = np.full_like(ids, -1), None
+        if self.image_size is not None:
+            lengths = 1 + scale_hash(self._hash(3, rows, columns[:1]), np.uint64(self.length))
+            segments = (columns < lengths.astype(int)).astype(np.int32)
+            ids, positions = ids * segments, columns * segments
+            images = self._pictures(rows, self.image_size)
+        return Rows(ids, segments, positions, previous, images=images)
 
     def documents(self, rows: np.ndarray) -> list[list[Span]]:
         """Return for each row its documents, numbered in the row."""
@@ -89,6 +98,11 @@ class Synthetic:
             ]
             for row, segments in zip(np.asarray(rows).tolist(), read.segments, strict=True)
         ]
+
+    def _pictures(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """Return random pixels, uint8 [B, size, size, 3]."""
+        words = self._hash(4, rows, np.arange(-(-size * size * 3 // 8)))
+        return words.view(np.uint8)[:, : size * size * 3].reshape(-1, size, size, 3)
 
     def _hash(self, stream: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return hash_words(self.seed, stream, rows[:, None], columns)
@@ -178,10 +192,11 @@ def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
             f"{path}: must be synthetic:KIND, synthetic:KIND:ROWS or synthetic:KIND:ROWS:SEED"
         )
     options = dict(zip(("num_rows", "seed"), map(int, numbers), strict=False))
-    if (kind == "shapes") != (layout.image_size is not None):
+    takes_images = layout.image_size is not None
+    if kind == "shapes" if not takes_images else kind not in ("random", "shapes"):
         raise ValueError(
             f"{path}: of the synthetic kinds shapes has pictures, for objectives that take them, "
-            "and no other has"
+            "and random where they do"
         )
     if kind == "shapes":
         return ShapeRows(path, layout, tokenizer, split=split, **options)
@@ -193,4 +208,10 @@ def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
         return {"reverse": reverse, "codes": codes}[kind](
             layout, eos_id=tokenizer.eos_id, **options
         )
-    return Synthetic(kind, vocab_size=tokenizer.used_vocab_size, length=layout.length, **options)
+    return Synthetic(
+        kind,
+        vocab_size=tokenizer.used_vocab_size,
+        length=layout.length,
+        image_size=layout.image_size,
+        **options,
+    )

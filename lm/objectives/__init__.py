@@ -31,7 +31,7 @@ from lm.data import streams
 from lm.data.rows import RowLayout, Rows
 from lm.data.streams import Stream
 from lm.tokenizers.tokenizer import Tokenizer
-from lm.types import Batch, HostBatch, Tokens, VocabularyPart
+from lm.types import Batch, HostBatch, HostTokens, Tokens, VocabularyPart
 
 if TYPE_CHECKING:
     from lm.types import Array
@@ -106,16 +106,31 @@ def mask_id(given: int | None, tokenizer: Tokenizer, interface: ModelInterface) 
 
 
 @dataclasses.dataclass(frozen=True)
+class PairLoss:
+    """The loss over pairs of rows of a global batch, `lm.layers.pair_loss`, and its evaluation.
+
+    kind: "softmax" or "sigmoid". prompts: texts that an evaluation embeds beside its rows, [M, T];
+    None: none. compare: the figures of a whole evaluation from embeddings float32 [N, 2, E] and
+    targets int32 [N, 5] of its rows, and those of the prompts, float32 [M, E].
+    """
+
+    kind: str
+    prompts: HostTokens | None
+    compare: Callable[[np.ndarray, np.ndarray, np.ndarray | None], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """A function from rows to batches; row i may use `rng(i)`.
 
     layout: the rows that it takes. scores_every_token: every token of the data is predicted once,
     so that its loss is that of the text. tasks: the names of the numbers in `Batch.tasks`.
     by_source: the objective of each source, where they differ. loss: in place of the token
-    cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract. summarize:
-    the figures of an evaluation from the sums of all of it, in place of means per token. parts:
-    of the columns and the vocabulary, where a target can only be some of the ids. make_evaluation:
-    in place of `make` in an evaluation, where training adds noise.
+    cross-entropy of `lm.layers.cross_entropy.lm_loss`, a function of the same contract. pairs: in
+    place of either, a loss that compares rows. summarize: the figures of an evaluation from the
+    sums of all of it, in place of means per token. parts: of the columns and the vocabulary, where
+    a target can only be some of the ids. make_evaluation: in place of `make` in an evaluation,
+    where training adds noise.
     """
 
     make: Callable[[Rows, RowGenerator], HostBatch]
@@ -124,6 +139,7 @@ class Objective:
     tasks: tuple[str, ...] = ()
     by_source: Mapping[str, Objective] | None = None
     loss: Loss | None = None
+    pairs: PairLoss | None = None
     summarize: Callable[[Mapping[str, np.ndarray]], dict[str, float]] | None = None
     parts: tuple[VocabularyPart, ...] = ()
     make_evaluation: Callable[[Rows, RowGenerator], HostBatch] | None = None

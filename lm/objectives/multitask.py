@@ -45,7 +45,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         for name, task in tasks.items()
     }
     for name, objective in inner.items():
-        if objective.loss is not None or objective.parts:
+        if objective.loss is not None or objective.pairs is not None or objective.parts:
             raise ValueError(
                 f"config.objective.tasks.{name} ({tasks[name].name}) brings a loss of its own: "
                 "tasks of a batch share the cross-entropy over all ids"

@@ -50,6 +50,8 @@ SIZES = {
 SIZES_WHERE_SET = {
     "num_encoder_layers": 3,
     "pooler_dim": SIZES["embed_dim"],
+    "embedding_dim": SIZES["embed_dim"],
+    "patch_size": 4,
     "num_heads": HEADS,
     "window": 9,
     "moe.num_experts": 8,
@@ -85,8 +87,21 @@ class EquivalenceReport:
 def shrink(config: ConfigTree) -> ConfigTree:
     """The same structure in small: a few layers, narrow, short rows of synthetic data."""
     given = dict(leaves(config.model.to_dict()))
-    sizes: dict[str, object] = {name: size for name, size in SIZES.items() if name in given}
-    sizes |= {name: size for name, size in SIZES_WHERE_SET.items() if given.get(name)}
+    towers = ("", "vision.", "text.")
+    sizes: dict[str, object] = {
+        tower + name: size
+        for tower in towers
+        for name, size in SIZES.items()
+        if tower + name in given
+    }
+    sizes |= {
+        tower + name: size
+        for tower in towers
+        for name, size in SIZES_WHERE_SET.items()
+        if given.get(tower + name)
+    }
+    if patch := sizes.get("vision.patch_size"):
+        sizes["image_size"] = 4 * int(str(patch))
     if given.get("num_kv_heads"):
         sizes["num_kv_heads"] = max(1, HEADS * given["num_kv_heads"] // given["num_heads"])
     pattern = given.get("layer_pattern") or ()
@@ -99,7 +114,7 @@ def shrink(config: ConfigTree) -> ConfigTree:
     return with_changes(config, {f"model.{name}": size for name, size in sizes.items()})
 
 
-def prepare(config: ConfigTree) -> ConfigTree:
+def prepare(config: ConfigTree, *, dropout: bool = True) -> ConfigTree:
     """The config for the comparison: float32, SGD, dropout, synthetic rows."""
     config = config.copy_and_resolve_references()
     length = min(config.model.get("max_length") or LENGTH, LENGTH)
@@ -121,7 +136,7 @@ def prepare(config: ConfigTree) -> ConfigTree:
         "train.num_steps": STEPS,
         "train.num_tokens": None,
     }
-    changes |= {"model.dropout": 0.1} if "dropout" in config.model else {}
+    changes |= {"model.dropout": 0.1 * dropout} if "dropout" in config.model else {}
     if config.data.encoder_length is not None:  # shorter targets: a text leaves less to predict
         changes |= {"data.encoder_length": length, "data.length": length // 4}
     if "num_codes" in config.objective:
@@ -160,7 +175,7 @@ def verify(
         ValueError: the config or the mesh doesn't fit (see `Experiment`).
     """
     many = on_mesh(config, mesh, devices, num_microbatches=num_microbatches)
-    return compare(many, on_one_device(config, devices))
+    return compare(many, on_one_device(config, devices, dropout=num_microbatches == 1))
 
 
 def on_mesh(
@@ -170,20 +185,25 @@ def on_mesh(
     *,
     num_microbatches: int = 1,
 ) -> Experiment:
-    """The experiment of `config`, prepared, on a mesh of `devices`."""
+    """The experiment of `config`, prepared, on a mesh of `devices`. Several micro-batches, which
+    have random keys of their own, are without dropout.
+    """
     if unknown := set(mesh) - {*AXES, "slices"}:
         raise ValueError(f"config.mesh has no axis {sorted(unknown)}; there are {AXES} and slices")
     changes = {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
     changes["train.num_microbatches"] = num_microbatches
-    return Experiment(with_changes(prepare(config), changes), across_processes(mesh, devices))
+    prepared = prepare(config, dropout=num_microbatches == 1)
+    return Experiment(with_changes(prepared, changes), across_processes(mesh, devices))
 
 
-def on_one_device(config: ConfigTree, devices: Sequence[Device]) -> tuple[Step, ...]:
+def on_one_device(
+    config: ConfigTree, devices: Sequence[Device], *, dropout: bool = True
+) -> tuple[Step, ...]:
     """The reference steps, on the first of `devices` that is of this process."""
     changes = {f"mesh.{axis}": 1 for axis in (*AXES, "slices")}
     changes |= {"mesh.rules": (), "train.num_microbatches": 1}
     first = [d for d in devices if d.process_index == jax.process_index()][:1]
-    one = Experiment(with_changes(prepare(config), changes), first)
+    one = Experiment(with_changes(prepare(config, dropout=dropout), changes), first)
     steps: list[Step] = []
     state = one.init_state()
     for number in range(STEPS):
@@ -278,7 +298,8 @@ def _uneven(batch: HostBatch, seed: int) -> HostBatch:
 
     inputs = cut(batch.inputs)
     encoder = None if batch.encoder is None else cut(batch.encoder)
-    weights = rng.choice([0, 0.25, 1, 3], batch.weights.shape) * (inputs.segments != 0)
+    shape = batch.weights.shape
+    weights = rng.choice([0, 0.25, 1, 3], shape) * (inputs.segments[:, : shape[1]] != 0)
     # half of the rows score far fewer tokens: a mean of devices' means is another number
     weights[: len(weights) // 2] *= np.arange(weights.shape[1]) < 8
     weights = weights.astype(np.float32)

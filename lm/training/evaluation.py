@@ -18,9 +18,10 @@ import numpy as np
 
 from lm.data import loaders
 from lm.data.pipeline import RowSource, Transform, evaluation_batch_at, num_evaluation_batches
+from lm.parallel import sharding
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
-from lm.types import Batch, Params
+from lm.types import Batch, HostTokens, Params
 
 
 def evaluate(
@@ -30,19 +31,23 @@ def evaluate(
     max_batches: int = 0,
     report: Callable[[str], object] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
-    """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}; losses in nats per token.
+    """{source: {loss, accuracy, perplexity, bits_per_byte, tokens}}, or the figures that an
+    objective makes of sums and of embeddings of all rows; losses in nats per token.
 
     max_batches: limit for every source, 0: all of it; bits per byte then uses the source's mean
     bytes per token. report: called with a progress line after every batch. Threads prepare the next
     `loader.prefetch` batches meanwhile, as in training.
     """
-    results, names = {}, metrics.short_names([*experiment.validation])
+    results: dict[str, dict[str, float]] = {}
+    names = metrics.short_names([*experiment.validation])
     loader = dataclasses.replace(experiment.config.loader, kind="thread")
     for name, source in experiment.validation.items():
         objective = experiment.objective.for_source(name).for_evaluation()
         batch_size = experiment.batch_size
         total: dict[str, Any] = {}  # float64, arrays of an objective's own among them
-        pending: Mapping[str, jax.Array] = {}  # a batch behind: the devices don't wait for the host
+        rows: list[tuple[np.ndarray, ...]] = []  # embeddings and targets, where rows are compared
+        # a batch behind: the devices don't wait for the host
+        pending: tuple[Mapping[str, jax.Array], tuple[jax.Array, ...]] = {}, ()
         count = num_evaluation_batches(source, batch_size)
         count = min(count, max_batches) if max_batches else count
         if not count:
@@ -50,13 +55,22 @@ def evaluate(
         make = functools.partial(_global_batch, experiment, source, objective)
         with contextlib.closing(loaders.run(make, 0, count, loader)) as batches:
             for i, batch in batches:
-                sums = experiment.eval_step(params, batch)
-                _add(total, pending)
-                pending = sums
+                if objective.pairs is None:
+                    found = experiment.eval_step(params, batch), ()
+                else:
+                    found = experiment.embed_step(params, batch)
+                _add(total, pending[0])
+                _keep(rows, pending[1])
+                pending = found
                 report(f"evaluating {names[name]} · batch {i + 1}/{count}")
-        _add(total, pending)
+        _add(total, pending[0])
+        _keep(rows, pending[1])
         if objective.summarize is not None:
             results[name] = objective.summarize(total)
+            if objective.pairs is not None:
+                embeddings, targets = map(np.concatenate, zip(*rows, strict=True))
+                prompts = _embed_prompts(experiment, params, objective.pairs.prompts)
+                results[name] |= objective.pairs.compare(embeddings, targets, prompts)
             continue
         values = metrics.means(total)
         del values["objective"]
@@ -81,3 +95,26 @@ def _add(total: dict[str, Any], sums: Mapping[str, jax.Array]) -> None:
     """Add in float64: a float32 sum over millions of tokens would lose some."""
     for name, value in jax.device_get(sums).items():
         total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+
+
+def _keep(rows: list[tuple[np.ndarray, ...]], arrays: tuple[jax.Array, ...]) -> None:
+    """Append the embeddings and targets of a batch, without those of padding."""
+    if arrays:
+        embeddings, targets, weights = jax.device_get(arrays)
+        is_row = weights[:, 0] > 0
+        rows.append((embeddings[is_row], targets[is_row]))
+
+
+def _embed_prompts(
+    experiment: Experiment, params: Params, prompts: HostTokens | None
+) -> np.ndarray | None:
+    """Return the embeddings of prompts [M, T] as texts, float32 [M, E]."""
+    if prompts is None:
+        return None
+    found, count, size = [], len(prompts.ids), experiment.batch_size
+    for start in range(0, count, size):
+        index = np.minimum(start + np.arange(size), count - 1)[experiment.rows]
+        part: Any = jax.tree.map(lambda x, index=index: x[index], prompts)
+        tokens: Any = sharding.make_global_batch(experiment.rules, part, size)
+        found.append(np.asarray(experiment.embed_texts(params, tokens)))
+    return np.concatenate(found)[:count]

@@ -22,27 +22,29 @@ from lm.config.schema import LossConfig
 from lm.config.tree import ConfigTree
 from lm.data import pipeline
 from lm.data.pipeline import Pipeline
-from lm.layers import cross_entropy
 from lm.layers.block_config import BlockConfig
 from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
-from lm.parallel import compiler_flags, pipeline_stages, sharding
+from lm.parallel import compiler_flags, sharding
 from lm.telemetry.scalars import Scalars
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
-from lm.training import run_length, train_step
+from lm.training import losses, run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
 from lm.types import (
     Array,
     Batch,
+    CoupledLoss,
     Device,
     HostBatch,
+    LossFn,
     Model,
     Params,
     Sums,
+    Tokens,
     TrainState,
     check_head,
 )
@@ -113,7 +115,9 @@ class Experiment:
     def objective(self) -> Objective:
         check_head(self.config.model)
         build = component("lm.objectives", self.config_dict.objective.name).build
-        return build(self.config.objective, self.tokenizer, self.model_interface)
+        objective = build(self.config.objective, self.tokenizer, self.model_interface)
+        losses.check(objective, self.config)
+        return objective
 
     @property
     def model_interface(self) -> ModelInterface:
@@ -260,19 +264,10 @@ class Experiment:
 
     # ---- steps ----
 
-    def loss_fn(self, params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
+    @functools.cached_property
+    def loss_fn(self) -> LossFn:
         """The training loss: a SUM to differentiate, and additive sums."""
-        batch = pipeline_stages.interleave(self.rules, self.model.num_microbatches, batch)
-        return self._loss(params, batch, rng, train=True, config=self.config.loss)
-
-    def _loss(self, params: Params, batch: Batch, rng: Array, **options: Any) -> tuple[Array, Sums]:
-        if self.objective.loss is not None:
-            return cross_entropy.objective_loss(
-                self.objective.loss, self.model, params, batch, rng, **options
-            )
-        tasks = self.objective.tasks if batch.tasks is not None else ()
-        own = {"tasks": tasks, "parts": self.objective.parts}
-        return cross_entropy.lm_loss(self.model, params, batch, rng, **own, **options)
+        return losses.make(self.objective, self.model, self.config.loss, train=True)
 
     def gradients(self, params: Params, batch: Batch, step: int | Array) -> tuple[Params, Sums]:
         """(gradients of the loss SUM by the trained parameters, its sums), as step `step` does."""
@@ -331,16 +326,33 @@ class Experiment:
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Batch], Scalars]:
-        """(params, batch) -> sums of the plain cross-entropy, whatever the loss of training adds;
-        compiled once per batch structure.
-        """
+        """(params, batch) -> sums of the plain loss, whatever training adds to it."""
         plain = LossConfig(chunk_size=self.config.loss.chunk_size)
+        loss_fn = losses.make(self.objective, self.model, plain, train=False)
 
         def sums(params: Params, batch: Batch) -> Scalars:
-            rng = self._key("train")  # unused: evaluation has no dropout
-            return Scalars.pack(self._loss(params, batch, rng, train=False, config=plain)[1])
+            return Scalars.pack(loss_fn(params, batch, self._key("train"))[1])  # no dropout: unused
 
         return jax.jit(sums, out_shardings=self.rules.sharding())
+
+    @functools.cached_property
+    def embed_step(self) -> Callable[[Params, Batch], tuple[Scalars, tuple[Array, ...]]]:
+        """(params, batch) -> (sums of the loss; embeddings, targets and weights of all rows)."""
+        loss_fn = losses.make(self.objective, self.model, self.config.loss, train=False)
+        assert isinstance(loss_fn, CoupledLoss), "called for such objectives alone"
+
+        def both(params: Params, batch: Batch) -> tuple[Scalars, tuple[Array, ...]]:
+            embeddings = loss_fn.embed(params, batch, self._key("train"))
+            sums = Scalars.pack(loss_fn.loss(params, embeddings, batch)[1])
+            return sums, (embeddings, batch.targets, batch.weights)
+
+        return jax.jit(both, out_shardings=self.rules.sharding())
+
+    @functools.cached_property
+    def embed_texts(self) -> Callable[[Params, Tokens], Array]:
+        """(params, tokens) -> embeddings [B, E] by the tower of texts, where the model has one."""
+        embed = functools.partial(self.model.apply, method="embed_texts")
+        return jax.jit(lambda p, x: embed({"params": p}, x), out_shardings=self.rules.sharding())
 
     @functools.cached_property
     def compare_replicas(self) -> Callable[[TrainState], TrainState]:

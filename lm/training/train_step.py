@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 from lm.checkpoint.checksums import checksums
 from lm.optim import optimizer_state, param_tree
 from lm.training import gradient_noise_scale
-from lm.types import Array, Batch, LossFn, Params, StepInfo, Sums, TrainState
+from lm.types import Array, Batch, CoupledLoss, LossFn, Params, StepInfo, Sums, TrainState, Tree
 
 
 def gradients(
@@ -27,7 +27,8 @@ def gradients(
     """(gradients of the SUM of the loss, additive sums) over all micro-batches.
 
     Parameters named in `frozen` have no gradient, and the tree leaves them out. `measure_noise`
-    adds the sums of `gradient_noise_scale.micro_batch_sums`.
+    adds the sums of `gradient_noise_scale.micro_batch_sums`. A `CoupledLoss` compares the rows of
+    all micro-batches.
     """
     frozen_params, trained = param_tree.split(params, frozen)
 
@@ -38,13 +39,26 @@ def gradients(
     if num_microbatches == 1:
         return grad_fn(trained, batch, rng)
 
-    def take(batch: Batch, i: Array) -> Batch:
+    def take(batch: Tree, i: Array) -> Tree:
         # strided: every micro-batch takes rows from each device, so that none of them moves
         def rows(x: Array) -> jax.Array:
             strided = x.reshape(-1, num_microbatches, *x.shape[1:])
             return jax.lax.dynamic_index_in_dim(strided, i, axis=1, keepdims=False)
 
         return jax.tree.map(rows, batch)
+
+    if isinstance(loss_fn, CoupledLoss):
+        return _cached_gradients(
+            lambda trained, i: loss_fn.embed(
+                param_tree.join(trained, frozen_params), take(batch, i), jax.random.fold_in(rng, i)
+            ),
+            lambda trained, embeddings: loss_fn.loss(
+                param_tree.join(trained, frozen_params), embeddings, batch
+            ),
+            take,
+            trained,
+            num_microbatches,
+        )
 
     def micro_batch_gradients(i: Array) -> tuple[Params, Sums]:
         grads, sums = grad_fn(trained, take(batch, i), jax.random.fold_in(rng, i))
@@ -58,6 +72,32 @@ def gradients(
     shapes = jax.eval_shape(micro_batch_gradients, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, jnp.arange(num_microbatches))[0]
+
+
+def _cached_gradients(
+    embed: Callable[[Params, Array], Array],
+    loss: Callable[[Params, Array], tuple[Array, Sums]],
+    take: Callable[[Array, Array], Array],
+    trained: Params,
+    num_microbatches: int,
+) -> tuple[Params, Sums]:
+    """Gradients of a loss over pairs of rows with the activations of one micro-batch at a time
+    (GradCache, arXiv:2101.06983): embeddings of all, the gradient with respect to them, and then
+    each micro-batch again, with the same random keys.
+
+    embed: (trained, i) -> embeddings of micro-batch i; take: (those of all rows, i) -> those of i.
+    """
+    numbers = jnp.arange(num_microbatches)
+    parts = jax.lax.map(lambda i: embed(trained, i), numbers)  # [k, B / k, ...]
+    embeddings = jnp.swapaxes(parts, 0, 1)  # strided, as `take`
+    embeddings = embeddings.reshape(-1, *embeddings.shape[2:])
+    (grads, cotangents), sums = jax.grad(loss, argnums=(0, 1), has_aux=True)(trained, embeddings)
+
+    def add(total: Params, i: Array) -> tuple[Params, None]:
+        _, pullback = jax.vjp(lambda trained: embed(trained, i), trained)
+        return jax.tree.map(jnp.add, total, pullback(take(cotangents, i))[0]), None
+
+    return jax.lax.scan(add, grads, numbers)[0], sums
 
 
 def fingerprint(batch: Batch) -> StepInfo:

@@ -1,0 +1,43 @@
+"""The loss of an objective: of tokens, of its own, or of pairs of rows."""
+
+from __future__ import annotations
+
+from lm.config.schema import Config, LossConfig
+from lm.layers import cross_entropy, pair_loss
+from lm.objectives import Objective
+from lm.parallel import pipeline_stages
+from lm.types import Array, Batch, LossFn, Model, Params, Sums
+
+
+def check(objective: Objective, config: Config) -> None:
+    """Raise ValueError where a loss over pairs of rows is asked for what only sums have."""
+    if objective.pairs is not None and config.log.noise_scale:
+        raise ValueError(
+            "config.log.noise_scale compares the gradients of micro-batches, which a loss over "
+            "pairs of all rows of a batch doesn't have: set it to False"
+        )
+
+
+def make(objective: Objective, model: Model, config: LossConfig, *, train: bool) -> LossFn:
+    """The loss of a batch: a SUM to differentiate, and additive sums.
+
+    Raises:
+        ValueError: the model cannot be trained with it.
+    """
+    if objective.pairs is not None:
+        return pair_loss.make(model, objective.pairs.kind, train=train)
+
+    def loss_fn(params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
+        if train:
+            batch = pipeline_stages.interleave(model.rules, model.num_microbatches, batch)
+        if objective.loss is not None:
+            return cross_entropy.objective_loss(
+                objective.loss, model, params, batch, rng, train=train, config=config
+            )
+        own = {
+            "tasks": objective.tasks if batch.tasks is not None else (),
+            "parts": objective.parts,
+        }
+        return cross_entropy.lm_loss(model, params, batch, rng, train=train, config=config, **own)
+
+    return loss_fn
