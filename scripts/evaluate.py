@@ -3,8 +3,13 @@
     python scripts/evaluate.py --workdir=runs/tiny-stdlib
     python scripts/evaluate.py --workdir=runs/tiny-stdlib --data=data/other/validation
 
+    python scripts/evaluate.py --workdir=runs/dalle --drawings=314 --guidance=2
+
 Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
 Sums are added up before the one division, so the figures don't depend on batch size or devices.
+
+With --drawings=N a run of config.objective.name=dalle draws held-out prompts of synthetic:shapes,
+and the line has the share of pictures that show the colours, shapes and places of their prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +41,19 @@ def main() -> int:
         help="put no bos before documents, whose first tokens are then not scored: for weights "
         "trained so (GPT-2, Qwen); there are no bits per byte",
     )
+    parser.add_argument("--drawings", type=int, metavar="N", help="prompts to draw and check")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="S", help="--drawings: as of generate.py"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="--drawings: as of generate.py"
+    )
+    parser.add_argument("--vqvae", metavar="RUN", help="--drawings: as of generate.py")
     args = parser.parse_args()
+    if args.drawings is not None:
+        if args.drawings < 1:
+            parser.error(f"--drawings={args.drawings}: give a number of at least 1")
+        return _draw(args)
 
     changes, flags = {}, {}
     if args.data:
@@ -50,6 +67,40 @@ def main() -> int:
         flags["config.data.batch_size"] = "--batch-size"
     with cli.named_by_flags(flags):
         _evaluate(args, changes)
+    return 0
+
+
+def _draw(args: argparse.Namespace) -> int:
+    """Print the figures of drawings."""
+    import jax
+
+    from lm.config import conversion
+    from lm.evaluation.drawings import evaluate_drawings
+    from lm.generation.pictures import Painter
+    from lm.generation.sampling import Sampling
+    from lm.telemetry.progress import Progress
+    from lm.training.picture_codes import coder_of
+    from lm.training.restore import restore_params
+    from lm.training.stored_run import load
+
+    sampling = Sampling(temperature=args.temperature)
+    experiment = load(args.workdir, jax.devices())
+    if (name := conversion.names(experiment.config_dict)["objective"]) != "dalle":
+        raise ValueError(f"--drawings is for config.objective.name=dalle, this run's is {name}")
+    step, params = restore_params(experiment, args.workdir, args.step)
+    config, interface = experiment.config.objective, experiment.model_interface
+    painter = Painter(experiment.model, params, experiment.tokenizer, config, interface)
+    coder, progress = coder_of(experiment, args.vqvae, jax.devices()), Progress()
+    values = evaluate_drawings(
+        painter,
+        coder,
+        args.drawings,
+        sampling=sampling,
+        guidance=args.guidance,
+        report=lambda done, count: progress.show(f"drawing · picture {done}/{count}"),
+    )
+    progress.clear()
+    print(jsonl.dumps({"step": step, "source": "synthetic:shapes, held_out", **values}))
     return 0
 
 

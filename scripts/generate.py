@@ -5,6 +5,9 @@
         --num-samples=3 --temperature=0.8 --top-p=0.95 --max-new-tokens=64 --stop='\\n\\n'
     echo -n 'def main(' | python scripts/generate.py --workdir=runs/tiny-stdlib --greedy
 
+    python scripts/generate.py --workdir=runs/dalle --out=picture.png --num-samples=4 \\
+        --prompt='a red circle above a blue square' --guidance=2
+
     python scripts/generate.py --workdir=runs/translate --prompt='Hello!' --num-beams=4
     python scripts/generate.py --workdir=runs/dialogue --chat
     python scripts/generate.py --workdir=runs/dialogue --messages=dialogues.jsonl > replies.jsonl
@@ -13,6 +16,9 @@ Without --prompt, all of the standard input is one prompt (its last newline too:
 Continuations are printed as they come, byte for byte, each after its prompt. Several appear one
 after the other under headings. A sample depends on the checkpoint, the flags, its prompt and its
 number: not on what else is asked for in the same call.
+
+With --out, a run of config.objective.name=dalle draws: a row of the picture has the samples of a
+prompt. They are decoded by the VQ-VAE that its training data names.
 
 With --num-beams the likeliest texts that a beam search finds, all at the end. --chat answers line
 by line what is typed, and keeps the dialogue. --messages takes one dialogue a line, {"messages":
@@ -30,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -45,10 +50,17 @@ if TYPE_CHECKING:
     from lm.generation.text import TextChunk
 
 
+# flags that drawing has no use for
+TEXT = {"max_new_tokens", "stop", "stream", "start_ids", "end_ids", "stop_ids", "special_tokens"}
+TEXT |= {"repetition_penalty"}
+
+
 def main() -> int:
     args = parse_args()
     import jax
 
+    from lm.config import conversion
+    from lm.generation import dialogue
     from lm.generation.chat import DEFAULT, Chat, read
     from lm.generation.generator import Generator
     from lm.generation.text import TextChunk
@@ -57,7 +69,14 @@ def main() -> int:
 
     sampling = _sampling(args)
     experiment = load(args.workdir, jax.devices())
+    objective = conversion.names(experiment.config_dict)["objective"]
+    if objective == "dalle" and args.out is None:
+        raise ValueError(f"{args.workdir} draws pictures: give --out=picture.png")
+    if objective != "dalle" and args.out is not None:
+        raise ValueError(f"--out is for runs of config.objective.name=dalle, not of {objective}")
     step, params = restore_params(experiment, args.workdir, args.step)
+    if args.out is not None:
+        return draw(args, experiment, params, sampling)
     tokenizer = experiment.tokenizer
     if args.max_new_tokens is None:
         args.max_new_tokens = min(128, max(1, experiment.config.model.max_length // 2))
@@ -70,10 +89,11 @@ def main() -> int:
         ends["stop_ids"] = tuple(dict.fromkeys((chat.end_id, *ends["stop_ids"])))
         generator = Generator(experiment.model, params, tokenizer, **ends)
         if args.messages:
-            return answer(generator, chat, request, args.messages)
+            return dialogue.answer(generator, chat, request, args.messages)
         if sys.stdin.isatty():
-            print(banner(args.workdir, step, experiment, args.max_new_tokens), file=sys.stderr)
-        return converse(generator, chat, request, args.system)
+            about = args.workdir, step, experiment, args.max_new_tokens
+            print(dialogue.banner(*about), file=sys.stderr)
+        return dialogue.converse(generator, chat, request, args.system)
     prompts = args.prompt or [_standard_input()]
     generator = Generator(experiment.model, params, tokenizer, **ends)
     inputs = prompts
@@ -91,6 +111,35 @@ def main() -> int:
         tokens += 0 if chunk.generation is None else len(chunk.generation.ids)
     seconds = time.perf_counter() - start
     print(f"{tokens} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    return 0
+
+
+def draw(args: argparse.Namespace, experiment: Any, params: Any, sampling: Any) -> int:
+    """Write a grid of pictures, a row for each prompt."""
+    import jax
+
+    from lm.generation.pictures import Painter, grid_png
+    from lm.storage.files import write_atomically
+    from lm.telemetry.progress import Progress
+    from lm.training.picture_codes import coder_of
+
+    prompts = args.prompt or [_standard_input().strip()]
+    config, interface = experiment.config.objective, experiment.model_interface
+    painter = Painter(experiment.model, params, experiment.tokenizer, config, interface)
+    coder = coder_of(experiment, args.vqvae, jax.devices())
+    progress = Progress()
+    codes, _ = painter.draw(
+        prompts,
+        sampling=sampling,
+        guidance=args.guidance,
+        report=lambda done, count: progress.show(f"drawing · picture {done}/{count}"),
+    )
+    progress.clear()
+    pictures = coder.decode(codes.reshape(-1, painter.count))
+    pictures = pictures.reshape(*codes.shape[:2], *pictures.shape[1:])
+    write_atomically(args.out, grid_png(pictures))
+    for number, prompt in enumerate(prompts, 1):
+        print(f"{args.out}, row {number}: {prompt}")
     return 0
 
 
@@ -155,12 +204,21 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="read names of special tokens in prompts, </s> say, as those tokens",
     )
+    add("--out", metavar="FILE.png", help="pictures, by a run of config.objective.name=dalle")
+    add(
+        "--guidance", type=float, default=1.0, metavar="S", help="--out: above 1, nearer to prompts"
+    )
+    add("--vqvae", metavar="RUN", help="--out: the VQ-VAE's run (default: as the data says)")
     add("--chat", action="store_true", help="a dialogue in the terminal")
     add("--messages", metavar="FILE.jsonl", help="dialogues to answer, one a line")
     add("--system", metavar="TEXT", help="--chat: a first message of the role system")
     add("--chat-template", metavar="FILE", help="Jinja2, or a tokenizer_config.json")
     args = parser.parse_args()
     _check_unused(parser, args)
+    if args.out is not None and not args.out.lower().endswith(".png"):
+        parser.error(f"--out={args.out}: pictures are written as .png")
+    if not 0 <= args.guidance <= 100:
+        parser.error(f"--guidance={args.guidance}: give a number from 0 to 100")
     if args.num_beams is not None and args.stop:
         parser.error("a beam search ends texts only at their eos: it takes no --stop")
     return args
@@ -180,12 +238,14 @@ def _check_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         ("--num-beams", args.num_beams is not None, {"greedy", "seed", *shape}),
         ("--messages", args.messages, {"prompt", "system", "special_tokens", "chat"}),
         ("--chat", args.chat, {"prompt", "num_beams", "num_samples"}),
+        ("--out", args.out, {*TEXT, "num_beams", "chat", "messages"}),
     ):
         if is_set and (found := sorted(given & unused)):
             parser.error(f"{flag} takes no {_flags(found)}")
     for flag, is_set, needing in (
         ("--num-beams", args.num_beams is not None, {"length_penalty", "early_stopping"}),
         ("--chat", args.chat, {"system"}),
+        ("--out", args.out, {"guidance", "vqvae"}),
         ("--chat or --messages", args.chat or args.messages, {"chat_template"}),
     ):
         if not is_set and (found := sorted(given & needing)):
@@ -242,117 +302,6 @@ def _sampling(args: argparse.Namespace) -> Sampling | BeamSearch:
     except ValueError as error:
         field, _, wanted = str(error).partition(" ")
         raise ValueError(f"--{field.replace('_', '-')} {wanted}") from None
-
-
-def answer(generator: Any, chat: Any, request: dict[str, Any], path: str) -> int:
-    """Print every dialogue of a file with the assistant's next message, a line of JSON each.
-
-    A line that can't be answered is printed with its error in place of a reply, and named on the
-    standard error. Returns 1 where that are all of them.
-    """
-    room = generator.longest_prompt(request["max_new_tokens"])
-    entries: list[dict[str, Any]] = []
-    asked: list[tuple[int, Any]] = []  # (index among the entries, ids)
-    for i, line in enumerate(Path(path).read_bytes().rstrip(b"\n").split(b"\n")):
-        entries.append({})
-        try:
-            entries[i]["messages"] = _dialogue(line)
-            ids = chat.encode(entries[i]["messages"])
-            if len(ids) > room:
-                raise ValueError(f"{len(ids)} tokens, of which no more than {room} fit")
-            asked.append((i, ids))
-        except ValueError as error:
-            entries[i]["error"] = str(error)
-            print(f"{path}, line {i + 1}: {error}", file=sys.stderr)
-    replies: dict[int, list[str]] = {}
-    for made in generator.generate([ids for _, ids in asked], **request):
-        replies.setdefault(asked[made.prompt][0], []).append(made.text.strip())
-    for i, entry in enumerate(entries):
-        for text in replies.get(i, ()):
-            reply = {"role": "assistant", "content": text}
-            whole = {"messages": [*entry["messages"], reply]}
-            print(json.dumps(whole, ensure_ascii=False))
-        if "error" in entry:
-            print(json.dumps(entry, ensure_ascii=False))
-    if left := len(entries) - len(asked):
-        print(f"{path}: {left} of {len(entries)} dialogues have no answer", file=sys.stderr)
-    return int(not asked)
-
-
-def _dialogue(line: bytes) -> list[Any]:
-    """The messages of a line of JSON."""
-    try:
-        messages = json.loads(line)["messages"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError('not {"messages": [...]}') from error
-    if not isinstance(messages, list):
-        raise ValueError('not {"messages": [...]}')
-    return messages
-
-
-def banner(workdir: str, step: int, experiment: Any, max_new_tokens: int) -> str:
-    """The lines that open a dialogue: the model, its context, and how to leave."""
-    from jax import tree
-
-    from lm.telemetry.progress import format_quantity
-
-    count = sum(leaf.size for leaf in tree.leaves(experiment.abstract_params))
-    return (
-        f"{workdir}, step {step}: {format_quantity(count)} parameters, a context of "
-        f"{experiment.config.model.max_length:,} tokens, replies of at most {max_new_tokens:,}; "
-        "what no longer fits is forgotten, the oldest first.\n"
-        "Type a message and Enter; Ctrl-D on an empty line leaves."
-    )
-
-
-def converse(generator: Any, chat: Any, request: dict[str, Any], system: str | None) -> int:
-    """Answers each line of the standard input, until it ends. What no longer fits is forgotten,
-    the oldest first; a line that does not fit by itself is refused, and the dialogue goes on.
-
-    Raises:
-        ValueError: the system's message leaves no room.
-    """
-    first = [{"role": "system", "content": system}] if system else []
-    messages: list[dict[str, str]] = []
-    room = generator.longest_prompt(request["max_new_tokens"])
-    empty = len(chat.encode([*first, {"role": "user", "content": ""}]))
-    if empty > room:
-        raise ValueError(
-            f"--system and the template take {empty} tokens, of which no more than {room} fit "
-            f"beside --max-new-tokens ({request['max_new_tokens']})"
-        )
-    show = sys.stderr.write if sys.stdin.isatty() else lambda text: 0
-    while True:
-        show("\n> ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line:
-            return 0
-        asked = {"role": "user", "content": line.rstrip("\n")}
-        try:
-            prompt, kept = _fitting(chat, first, [*messages, asked], room)
-        except ValueError as error:  # of what was typed
-            print(f"error: {error}", file=sys.stderr)
-            continue
-        messages, reply = kept, b""
-        for piece in generator.stream([prompt], **request):
-            fresh = piece.data if reply else piece.data.lstrip()
-            reply += fresh
-            sys.stdout.buffer.write(fresh)
-            sys.stdout.buffer.flush()
-        print(flush=True)
-        messages.append({"role": "assistant", "content": reply.decode(errors="replace").strip()})
-
-
-def _fitting(chat: Any, first: list[Any], messages: list[Any], room: int) -> tuple[Any, list[Any]]:
-    """(ids, messages) of the latest messages that fit after those of `first`."""
-    while True:
-        ids = chat.encode([*first, *messages])
-        if len(ids) <= room:
-            return ids, messages
-        if len(messages) == 1:
-            raise ValueError(f"this takes {len(ids)} tokens, of which no more than {room} fit")
-        messages = messages[2:]  # without a question and its answer
 
 
 def _standard_input() -> str:

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
+from lm.generation import dialogue
 from lm.generation.chat import DEFAULT, Chat, read
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.text import TextChunk
 from lm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from lm.tokenizers.tokenizer import ByteTokenizer
-from scripts import generate as script
 from tests.test_generate import model_and_params
 
 CHATML = (
@@ -195,7 +195,7 @@ def test_a_dialogue_goes_on_with_what_was_said_and_forgets_the_oldest(monkeypatc
     monkeypatch.setattr(Chat, "encode", lambda c, m: (asked.append([*m]), encode(c, m))[1])
     lines = ["ABCDEFGH\n", "y" * 200 + "\n", "and then\n", "x" * 40 + "\n"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(lines)))
-    assert script.converse(Parrot(), chat, REQUEST, "Be kind.") == 0
+    assert dialogue.converse(Parrot(), chat, REQUEST, "Be kind.") == 0
     out, error = capfdbinary.readouterr()
     assert b"error: this takes 234 tokens, of which no more than 112 fit" in error
     assert out == b"ABCDEFGH\nand then\nxxxxxxxx\n"
@@ -217,13 +217,13 @@ def test_dialogues_of_a_file_are_answered_in_order(tmp_path, capsys):
     file = tmp_path / "dialogues.jsonl"
     dialogues = [_user("a"), [*_user("b"), {"role": "assistant", "content": "c"}, *_user("d")]]
     file.write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogues))
-    script.answer(talker, chat, REQUEST, str(file))
+    dialogue.answer(talker, chat, REQUEST, str(file))
     answers = [json.loads(line)["messages"] for line in capsys.readouterr().out.splitlines()]
     made = talker.generate([chat.encode(d) for d in dialogues], **REQUEST)
     assert [a[:-1] for a in answers] == dialogues
     assert [a[-1]["content"] for a in answers] == [m.text.strip() for m in made]
     file.write_text("[]\n")
-    assert script.answer(talker, chat, REQUEST, str(file)) == 1
+    assert dialogue.answer(talker, chat, REQUEST, str(file)) == 1
 
 
 def test_an_odd_dialogue_is_named_and_the_others_are_answered(tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_an_odd_dialogue_is_named_and_the_others_are_answered(tmp_path, capsys):
     good = [json.dumps({"messages": _user(text)}).encode() for text in ("a", "b\u2028c <eos>")]
     file = tmp_path / "dialogues.jsonl"
     file.write_bytes(b"\n".join([good[0], *odd, good[1]]) + b"\n")
-    assert script.answer(talker, chat, REQUEST, str(file)) == 0
+    assert dialogue.answer(talker, chat, REQUEST, str(file)) == 0
     out, error = capsys.readouterr()
     answers = [json.loads(line) for line in out.split("\n")[:-1]]
     assert ["error" in a for a in answers] == [False, *[True] * 6, False]
@@ -254,8 +254,8 @@ def test_a_reply_or_a_system_text_that_spells_a_special_token_ends_nothing(
 ):
     chat = Chat(ByteTokenizer())
     monkeypatch.setattr(sys, "stdin", io.StringIO("AB <eos>\nand then\n"))
-    assert script.converse(Parrot(), chat, REQUEST, "Never say <eos>.") == 0
+    assert dialogue.converse(Parrot(), chat, REQUEST, "Never say <eos>.") == 0
     out, error = capfdbinary.readouterr()
     assert (out, error) == (b"AB <eos>\nand then\n", b"")
     with pytest.raises(ValueError, match=r"--system and the template take .* no more than 112"):
-        script.converse(Parrot(), chat, REQUEST, "z" * 200)
+        dialogue.converse(Parrot(), chat, REQUEST, "z" * 200)

@@ -23,7 +23,7 @@ from lm.config.schema import DataConfig
 from lm.data import pipeline
 from lm.data.rows import RowLayout, Rows, RowSource
 from lm.data.store_files import MANIFEST
-from lm.data.tokens import TokenStore
+from lm.data.tokens import NoStore, TokenStore
 from lm.objectives.dalle import FIELDS
 from lm.parallel import sharding
 from lm.preparation import arrow_files, token_writer
@@ -32,6 +32,7 @@ from lm.storage import lease
 from lm.storage.paths import expand_path
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
+from lm.training.experiment import Experiment
 from lm.training.restore import restore_params
 from lm.training.stored_run import load
 from lm.types import Device
@@ -105,6 +106,42 @@ class PictureCoder:
             axes = self._rules.sharding(*sharding.row_axes(rows.ndim))
             found.append(np.asarray(run(jax.device_put(padded, axes)))[: len(part)])
         return np.concatenate(found)
+
+
+def coder_of(experiment: Experiment, vqvae: str | None, devices: Sequence[Device]) -> PictureCoder:
+    """The VQ-VAE whose codes a run of `lm.objectives.dalle` draws: that of its training data, which
+    may have moved to the folder `vqvae`.
+
+    Raises:
+        ValueError: it is not known, or the run at `vqvae` has other codes.
+    """
+    recorded = next(filter(None, map(_recorded_codes, experiment.config.data.train)), None)
+    if vqvae is None and recorded is None:
+        raise ValueError("--vqvae=RUN: no store of config.data.train is here that names the VQ-VAE")
+    known = recorded["vqvae"] if recorded else {"run": vqvae, "step": None}
+    coder = PictureCoder(vqvae or known["run"], devices, step=known["step"])
+    if recorded and coder.fingerprint != known["fingerprint"]:
+        raise ValueError(
+            f"--vqvae={coder.workdir}: its parameters at step {coder.step} are not those of the "
+            "VQ-VAE that made the codes of config.data.train"
+        )
+    for name in ("grid_size", "num_codes"):
+        found, wanted = getattr(coder.config, name), getattr(experiment.config.objective, name)
+        if found != wanted:
+            raise ValueError(
+                f"--vqvae={coder.workdir} has {name} {found}, config.objective.{name} is {wanted}"
+            )
+    return coder
+
+
+def _recorded_codes(path: str) -> dict[str, Any] | None:
+    """The entry `codes` in the manifest of a store; None where there is none."""
+    if path.startswith("synthetic:"):
+        return None
+    try:
+        return TokenStore.open(path).manifest.get("codes")
+    except NoStore:
+        return None
 
 
 def open_pictures(
