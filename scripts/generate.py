@@ -5,8 +5,8 @@
         --num-samples=3 --temperature=0.8 --top-p=0.95 --max-new-tokens=64 --stop='\\n\\n'
     echo -n 'def main(' | python scripts/generate.py --workdir=runs/tiny-stdlib --greedy
 
-    python scripts/generate.py --workdir=runs/dalle --out=picture.png --num-samples=4 \\
-        --prompt='a red circle above a blue square' --guidance=2
+    python scripts/generate.py --workdir=runs/dalle --out=picture.png --num-samples=8 \\
+        --prompt='a red circle above a blue square' --guidance=2 --rank=runs/clip
 
     python scripts/generate.py --workdir=runs/translate --prompt='Hello!' --num-beams=4
     python scripts/generate.py --workdir=runs/dialogue --chat
@@ -118,6 +118,7 @@ def draw(args: argparse.Namespace, experiment: Any, params: Any, sampling: Any) 
     """Write a grid of pictures, a row for each prompt."""
     import jax
 
+    from lm.evaluation.ranking import PictureRanker, best_first
     from lm.generation.pictures import Painter, grid_png
     from lm.storage.files import write_atomically
     from lm.telemetry.progress import Progress
@@ -137,9 +138,14 @@ def draw(args: argparse.Namespace, experiment: Any, params: Any, sampling: Any) 
     progress.clear()
     pictures = coder.decode(codes.reshape(-1, painter.count))
     pictures = pictures.reshape(*codes.shape[:2], *pictures.shape[1:])
+    scores = None
+    if args.rank:
+        ranker = PictureRanker(args.rank, jax.devices())
+        pictures, scores = best_first(pictures, ranker.similarities(prompts, pictures))
     write_atomically(args.out, grid_png(pictures))
-    for number, prompt in enumerate(prompts, 1):
-        print(f"{args.out}, row {number}: {prompt}")
+    for i, prompt in enumerate(prompts):
+        row = "" if scores is None else f" ({' '.join(f'{x:.3f}' for x in scores[i])})"
+        print(f"{args.out}, row {i + 1}: {prompt}{row}")
     return 0
 
 
@@ -208,6 +214,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--guidance", type=float, default=1.0, metavar="S", help="--out: above 1, nearer to prompts"
     )
+    add("--rank", metavar="RUN", help="--out: samples in the order of this contrastive model")
     add("--vqvae", metavar="RUN", help="--out: the VQ-VAE's run (default: as the data says)")
     add("--chat", action="store_true", help="a dialogue in the terminal")
     add("--messages", metavar="FILE.jsonl", help="dialogues to answer, one a line")
@@ -245,7 +252,7 @@ def _check_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     for flag, is_set, needing in (
         ("--num-beams", args.num_beams is not None, {"length_penalty", "early_stopping"}),
         ("--chat", args.chat, {"system"}),
-        ("--out", args.out, {"guidance", "vqvae"}),
+        ("--out", args.out, {"guidance", "rank", "vqvae"}),
         ("--chat or --messages", args.chat or args.messages, {"chat_template"}),
     ):
         if not is_set and (found := sorted(given & needing)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import sys
 
 import jax
@@ -11,7 +12,9 @@ from PIL import Image
 
 from lm.config.conversion import default
 from lm.data import shapes
+from lm.data.pipeline import make_source
 from lm.evaluation.drawings import compare
+from lm.evaluation.ranking import PictureRanker, best_first
 from lm.generation.pictures import Painter, grid_png
 from lm.generation.sampling import Sampling
 from lm.layers.cross_entropy import part_of_head
@@ -231,3 +234,61 @@ def test_mistakes_are_named(folders, monkeypatch, capsys):
 def test_a_run_on_data_without_origin_needs_the_folder_of_the_vqvae(drawn):
     with pytest.raises(ValueError, match="--vqvae=RUN: no store of"):
         coder_of(drawn[0], None, jax.devices()[:1])
+
+
+# ---- ranking ----
+
+
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory):
+    """The folder of a contrastive run of one step, on pictures of 24 pixels."""
+    config = default(model="clip", objective="contrastive")
+    sizes = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
+    config.model.vision.update({**sizes, "patch_size": 8})
+    config.model.text.update(sizes)
+    config.model.update({"embedding_dim": 8, "image_size": 24, "max_length": 48, "vocab_size": 264})
+    config.data.length, config.data.batch_size = 48, 8
+    config.data.train = ("synthetic:shapes:64",)
+    config.loader.kind, config.train.num_steps = "thread", 1
+    config.log.parameter_table = config.log.tensorboard = False
+    folder = str(tmp_path_factory.mktemp("contrastive"))
+    assert train(config, folder, jax.devices()[:1]) == 0
+    return folder
+
+
+def test_similarities_are_those_of_the_rows_that_training_reads(contrastive):
+    ranker = PictureRanker(contrastive, jax.devices()[:1])
+    images = shapes.draw(np.arange(6), size=24, seed=0)
+    prompts = shapes.captions(np.arange(2), seed=0)
+    found = ranker.similarities(prompts, images.reshape(2, 3, *images.shape[1:]))
+    experiment = ranker.experiment
+    objective = experiment.objective.for_evaluation()
+    source = make_source(
+        "synthetic:shapes:64", experiment.config.data, objective.layout, experiment.tokenizer
+    )
+    batch = objective(source.read(np.arange(6)), None)
+    hidden = experiment.model.apply(
+        {"params": ranker._params}, batch.inputs, images=batch.images
+    ).hidden
+    expected = np.einsum("ne,nse->ns", hidden[:2, 1], hidden[:, 0].reshape(2, 3, -1))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(found) > 1e-3
+    with pytest.raises(ValueError, match="prompt 1 has 50 tokens, captions of --rank="):
+        ranker.similarities(["a", "b" * 48], np.zeros((2, 1, 24, 24, 3), np.uint8))
+
+
+def test_the_best_picture_of_a_row_is_its_first():
+    scores = np.array([[0.1, 0.3, 0.2], [0.5, 0.4, 0.6]], np.float32)
+    pictures, ordered = best_first(np.arange(6).reshape(2, 3), scores)
+    np.testing.assert_array_equal(pictures, [[1, 2, 0], [5, 3, 4]])
+    np.testing.assert_array_equal(ordered, np.float32([[0.3, 0.2, 0.1], [0.6, 0.5, 0.4]]))
+
+
+def test_the_script_ranks(folders, contrastive, tmp_path, monkeypatch, capsys):
+    out, run = str(tmp_path / "ranked.png"), folders[2]
+    flags = [f"--workdir={run}", f"--out={out}", "--num-samples=2", "--prompt=a red circle"]
+    printed = run_script(generate_script, monkeypatch, capsys, *flags, f"--rank={contrastive}")
+    [first, second] = re.findall(r"-?\d\.\d{3}", printed)
+    assert float(first) >= float(second)
+    with pytest.raises(ValueError, match=r"objective\.name=dalle, not of contr"):
+        run_script(generate_script, monkeypatch, capsys, *flags, f"--rank={run}")
