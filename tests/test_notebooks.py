@@ -9,17 +9,22 @@ import sysconfig
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from environment import some
 from nbclient import NotebookClient
 
+from configs import clip
+from lm.data import shapes
+from lm.interpret import picture_search
 from lm.preparation import prepare, tokenizer_training
 from lm.preparation.corpus import Corpus
 from lm.training.loop import train
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SCALING = Path(__file__).parents[1] / "notebooks" / "04_scaling.ipynb"  # needs no run
-OF_RUNS = [path for path in NOTEBOOKS if path != SCALING]
+PICTURES = Path(__file__).parents[1] / "notebooks" / "05_pictures.ipynb"  # of a run of two towers
+OF_RUNS = [path for path in NOTEBOOKS if path not in (SCALING, PICTURES)]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,24 @@ def test_the_notebook_runs_on_a_finished_run(path, run):
 def test_the_notebook_of_scaling_laws_runs_on_the_shipped_table():
     kinds = execute(SCALING)
     assert kinds.count("image/png") == 5 and kinds.count("stream") == 4
+
+
+def test_the_notebook_of_pictures_runs_on_a_run_of_two_towers(tmp_path, devices):
+    config = clip.get_config("shapes")
+    for tower in (config.model.vision, config.model.text):
+        tower.update({"num_layers": 1, "embed_dim": 16, "mlp_dim": 16})
+    config.data.validation = ("synthetic:shapes:40:1:held_out",)
+    config.data.batch_size, config.train.num_steps, config.loader.kind = 16, 2, "thread"
+    config.optimizer.schedule.warmup_steps = 0
+    folder = str(tmp_path / "run")
+    assert train(config, folder, devices[:1]) == 0
+    kinds = execute(PICTURES, f"workdir = {folder!r}")
+    assert kinds.count("image/png") == 2 and kinds.count("text/html") == 1
+    found = picture_search.Embedded.load(f"{folder}/embeddings.npz")
+    assert found.images.shape == (40, 32, 32, 3) and found.pictures.shape == (40, 64)
+    assert found.captions[0] in [scene.caption for scene in shapes.arrangements("held_out")]
+    np.testing.assert_allclose(np.linalg.norm(found.texts, axis=1), 1, rtol=1e-5)
+    assert (picture_search.nearest(found.pictures, found.pictures, 3)[:, 0] == np.arange(40)).all()
 
 
 @pytest.mark.skipif(

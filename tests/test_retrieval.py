@@ -5,6 +5,8 @@ import pytest
 
 from lm.objectives import contrastive
 
+NONE = np.zeros((0, 0), np.float32)
+
 
 def words(captions, pictures, classes=None):
     hashes = np.stack([captions, pictures], 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -17,7 +19,7 @@ def test_recall_is_that_of_a_plain_loop_over_distinct_captions_and_pictures():
     captions, pictures = rng.integers(0, 25, 60), rng.integers(0, 30, 60)
     vectors = [rng.normal(size=(n, 4)).astype(np.float32) for n in (30, 25)]
     embeddings = np.stack([vectors[0][pictures], vectors[1][captions]], 1)
-    found = contrastive.compare(embeddings, words(captions, pictures), None, num_classes=0)
+    found = contrastive.compare(embeddings, words(captions, pictures), NONE, num_classes=0)
     belongs = {(int(p), int(c)) for p, c in zip(pictures, captions, strict=True)}
     scores = vectors[0] @ vectors[1].T
     for name, table, pairs in (
@@ -38,7 +40,7 @@ def test_captions_and_pictures_that_occur_twice_are_no_rivals_of_themselves():
     e = np.eye(4, dtype=np.float32)
     embeddings = np.stack([np.stack([e[i], e[j]]) for i, j in ((0, 0), (1, 0), (2, 2), (2, 3))])
     # pictures 0 and 1 have caption 0, picture 2 has captions 2 and 3
-    found = contrastive.compare(embeddings, words([0, 0, 2, 3], [0, 1, 2, 2]), None, num_classes=0)
+    found = contrastive.compare(embeddings, words([0, 0, 2, 3], [0, 1, 2, 2]), NONE, num_classes=0)
     assert found["picture_to_text_recall_1"] == pytest.approx(2 / 3)  # picture 1 finds nothing
     assert found["text_to_picture_recall_1"] == pytest.approx(2 / 3)  # caption 3 neither
 
@@ -55,9 +57,9 @@ def test_blocks_of_queries_give_the_same_figures(monkeypatch):
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(40, 2, 3)).astype(np.float32)
     targets = words(rng.integers(0, 20, 40), np.arange(40))
-    whole = contrastive.compare(embeddings, targets, None, num_classes=0)
+    whole = contrastive.compare(embeddings, targets, NONE, num_classes=0)
     monkeypatch.setattr(contrastive, "_BLOCK", 60)
-    assert contrastive.compare(embeddings, targets, None, num_classes=0) == whole
+    assert contrastive.compare(embeddings, targets, NONE, num_classes=0) == whole
 
 
 def test_the_class_is_that_with_the_nearest_mean_of_its_prompts():

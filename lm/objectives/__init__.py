@@ -21,7 +21,7 @@ has no bos unless the objective says so (masked LM and classification, as in BER
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,14 +109,16 @@ def mask_id(given: int | None, tokenizer: Tokenizer, interface: ModelInterface) 
 class PairLoss:
     """The loss over pairs of rows of a global batch, `lm.layers.pair_loss`, and its evaluation.
 
-    kind: "softmax" or "sigmoid". prompts: texts that an evaluation embeds beside its rows, [M, T];
-    None: none. compare: the figures of a whole evaluation from embeddings float32 [N, 2, E] and
-    targets int32 [N, 5] of its rows, and those of the prompts, float32 [M, E].
+    kind: "softmax" or "sigmoid". encode: texts -> their tokens [n, T]; ValueError where one is too
+    long. prompts: texts that an evaluation embeds beside its rows. compare: the figures of a whole
+    evaluation from embeddings float32 [N, 2, E] and targets int32 [N, 5] of its rows, and those of
+    the prompts, float32 [M, E].
     """
 
     kind: str
-    prompts: HostTokens | None
-    compare: Callable[[np.ndarray, np.ndarray, np.ndarray | None], dict[str, float]]
+    encode: Callable[[Sequence[str]], HostTokens]
+    prompts: Sequence[str]
+    compare: Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,8 +57,6 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         )
     length, bos = interface.length, tokenizer.bos_id if config.begins_with_bos else None
     layout = RowLayout((length - (bos is not None),), image_size=size)
-    texts = [t.replace("{}", name) for name in config.classes for t in config.templates]
-    prompts, segments = _encode(texts, tokenizer, layout.length)
     class_of = _class_by_caption(config, tokenizer, layout.length)
 
     def pairs(rows: Rows, rng: RowGenerator) -> HostBatch:
@@ -73,6 +71,9 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
             images=rows.images,
         )
 
+    def encode(texts: Sequence[str]) -> HostTokens:
+        return _with_bos(*_encode(texts, tokenizer, layout.length), bos)
+
     scale = (config.crop, 1.0) if config.crop < 1 else None
 
     def augmented(rows: Rows, rng: RowGenerator) -> HostBatch:
@@ -86,7 +87,8 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         layout,
         pairs=PairLoss(
             config.loss,
-            _with_bos(prompts, segments, bos) if texts else None,
+            encode,
+            [t.replace("{}", name) for name in config.classes for t in config.templates],
             functools.partial(compare, num_classes=len(config.classes)),
         ),
         summarize=_means,
@@ -94,20 +96,22 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     )
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, ...]:
-    """Return (ids, segments) of prompts, int32 [n, length], each with its eos."""
+def _encode(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, segments) of texts, int32 [n, length], each with its eos."""
     result = np.zeros((2, len(texts), length), np.int32)
     for ids, segments, text, encoded in zip(
         *result, texts, tokenizer.encode_batch(texts), strict=True
     ):
         if len(encoded) >= length:
             raise ValueError(
-                f"config.objective.classes: the prompt {text!r} has {len(encoded)} tokens, and "
-                f"with eos no more than {length} fit into config.data.length"
+                f"the text {text!r} has {len(encoded)} tokens, and with eos no more than {length} "
+                "fit into config.data.length"
             )
         ids[: len(encoded) + 1] = [*encoded, tokenizer.eos_id]
         segments[: len(encoded) + 1] = 1
-    return tuple(result)
+    return result[0], result[1]
 
 
 def _class_by_caption(config: Config, tokenizer: Tokenizer, length: int) -> dict[int, int]:
@@ -160,7 +164,7 @@ def _means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def compare(
-    embeddings: np.ndarray, targets: np.ndarray, prompts: np.ndarray | None, *, num_classes: int
+    embeddings: np.ndarray, targets: np.ndarray, prompts: np.ndarray, *, num_classes: int
 ) -> dict[str, float]:
     """Return recalls both ways, and the accuracy by prompts, those of each class together.
 
@@ -177,7 +181,7 @@ def compare(
         ("text_to_picture", _num_ahead(texts, pictures, text, picture)),
     ):
         result |= {f"{name}_recall_{k}": float(np.mean(ranks < k)) for k in RECALLS}
-    if prompts is None:
+    if not num_classes:
         return result
     classes = prompts.reshape(num_classes, -1, prompts.shape[-1]).mean(1)
     classes /= np.maximum(np.linalg.norm(classes, axis=1, keepdims=True), 1e-12)

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from lm.data.pipeline import RowSource, Transform, evaluation_batch_at, num_eval
 from lm.parallel import sharding
 from lm.telemetry import metrics
 from lm.training.experiment import Experiment
-from lm.types import Batch, HostTokens, Params
+from lm.types import Batch, Params
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
             results[name] = objective.summarize(total)
             if objective.pairs is not None:
                 embeddings, targets = map(np.concatenate, zip(*rows, strict=True))
-                prompts = _embed_prompts(experiment, params, objective.pairs.prompts)
+                prompts = embed_texts(experiment, params, objective.pairs.prompts)
                 results[name] |= objective.pairs.compare(embeddings, targets, prompts)
             continue
         values = metrics.means(total)
@@ -105,16 +105,19 @@ def _keep(rows: list[tuple[np.ndarray, ...]], arrays: tuple[jax.Array, ...]) -> 
         rows.append((embeddings[is_row], targets[is_row]))
 
 
-def _embed_prompts(
-    experiment: Experiment, params: Params, prompts: HostTokens | None
-) -> np.ndarray | None:
-    """Return the embeddings of prompts [M, T] as texts, float32 [M, E]."""
-    if prompts is None:
-        return None
-    found, count, size = [], len(prompts.ids), experiment.batch_size
-    for start in range(0, count, size):
-        index = np.minimum(start + np.arange(size), count - 1)[experiment.rows]
-        part: Any = jax.tree.map(lambda x, index=index: x[index], prompts)
-        tokens: Any = sharding.make_global_batch(experiment.rules, part, size)
-        found.append(np.asarray(experiment.embed_texts(params, tokens)))
-    return np.concatenate(found)[:count]
+def embed_texts(experiment: Experiment, params: Params, texts: Sequence[str]) -> np.ndarray:
+    """The embeddings of texts, float32 [n, E]: of none, [0, 0].
+
+    Raises:
+        ValueError: a text is too long.
+    """
+    pairs = experiment.objective.pairs
+    assert pairs is not None, "of an objective with a tower of texts"
+    tokens, size = pairs.encode(texts), experiment.batch_size
+    found = []
+    for start in range(0, len(texts), size):
+        index = np.minimum(start + np.arange(size), len(texts) - 1)[experiment.rows]
+        part: Any = jax.tree.map(lambda x, index=index: x[index], tokens)
+        batch: Any = sharding.make_global_batch(experiment.rules, part, size)
+        found.append(np.asarray(experiment.embed_texts(params, batch)))
+    return np.concatenate(found)[: len(texts)] if found else np.zeros((0, 0), np.float32)
