@@ -158,7 +158,7 @@ def test_patches_are_multiplied_row_by_row(rules_on):
     weight, bias = (params["vision"]["patch"][n] for n in ("weight", "bias"))
     for i, (y, x) in enumerate(np.ndindex(3, 3)):
         patch = images[:, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].astype(np.float32)
-        expected = np.einsum("byxc,yxcd->bd", patch, weight) + bias
+        expected = np.einsum("byxc,xycd->bd", patch, weight) + bias
         np.testing.assert_allclose(found[:, i], expected, rtol=1e-4, atol=1e-3)
 
 
@@ -287,7 +287,7 @@ def test_parameters_of_vit_b_32_are_those_of_the_published_checkpoint():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 14}, "image_size (14) must be divisible by vision.patch_size (4)"),
+        ({"image_size": 3}, "image_size (3) must be at least vision.patch_size (4)"),
         ({"image_std": (0.5, 0.5)}, "image_std (0.5, 0.5) must be three numbers"),
         ({"image_std": (0.5, 0.5, 0.0)}, "config.model.image_std[2] (0.0) must be above 0"),
         ({"max_length": 7}, "max_length (7) must be at least config.data.length (8)"),

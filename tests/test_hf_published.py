@@ -38,7 +38,8 @@ def test_a_published_config_json_is_read_whole(name):
 
 def test_every_family_has_a_published_config():
     named = {CONFIGS[name]["model_type"]: name for name in FAMILIES.values()}
-    assert named.keys() == FAMILIES.keys() == structure.families().keys()
+    texts = structure.families().keys() - {"clip", "siglip", "vit"}  # tests/test_hf_pictures.py
+    assert named.keys() == FAMILIES.keys() == texts
 
 
 @pytest.mark.parametrize(

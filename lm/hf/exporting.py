@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.hf import folding, structure, table, vocabulary
+from lm.hf import folding, pictures, structure, table, vocabulary
 from lm.hf.files import SHARD_BYTES, write_tensors
 from lm.hf.keys import Say
 from lm.layers import lora
@@ -48,25 +48,38 @@ def export_folder(
     name = family or structure.find_family(section)
     kind = structure.family(name)
     tree = structure.hf_config(kind, section)
-    ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=model.takes_encoder)
+    if kind.reads_text:
+        is_pair = model.takes_encoder
+        ids = vocabulary.special_ids(experiment.tokenizer, is_encoder_decoder=is_pair)
+        if name == "clip" and ids.get("eos_token_id") == 2:
+            raise ValueError(
+                "CLIPModel with eos_token_id = 2 takes the largest id of a text for its end (as of "
+                f"old releases), and {experiment.tokenizer.name} has eos there"
+            )
+        of_text = tree.get("text_config", tree)
+        of_text |= ids
     parameters = {name: leaf.shape for name, leaf in leaves.items()}
-    slices = table.parameter_slices(kind.modules(model), parameters, transposed=kind.transposed)
+    layout = {"transposed": kind.transposed, "ones": kind.ones}
+    slices = table.parameter_slices(kind.modules(model), parameters, **layout)
     bare = "" if getattr(model, "has_head", True) else kind.prefix  # as that class names them
     tensors = {n.removeprefix(bare): parts for n, parts in table.by_tensor(slices).items()}
     shapes = {name: table.tensor_shape(parts) for name, parts in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
+    if kind.reads_text:
+        vocabulary.export(experiment.tokenizer, folder, max_length=model.max_length)
+    if kind.image_processor is not None:
+        pictures.write_preprocessor(folder, kind.image_processor, model)
+        tree |= pictures.names_of_classes(experiment.config)
 
     def make(name: str) -> np.ndarray:
-        parts = [part.to_tensor(leaves[part.parameter]) for part in tensors[name]]
-        x = np.concatenate(parts, axis=-1)
+        x = table.join(tensors[name], leaves)
         largest = float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x)))
         if dtype == "float16" and largest > float(np.finfo(np.float16).max):
             raise ValueError(f"{name} has an entry of size {largest:g}, too large for float16")
         return x
 
     write_tensors(folder, shapes, make, dtype, shard_bytes=shard_bytes)
-    text = json.dumps(tree | ids | {"dtype": dtype, "torch_dtype": dtype}, indent=2)
+    text = json.dumps(tree | {"dtype": dtype, "torch_dtype": dtype}, indent=2)
     (folder / "config.json").write_text(text)
     count = sum(map(math.prod, shapes.values()))
     say(f"{len(tensors)} tensors of {count:,} parameters, as {name}")

@@ -24,6 +24,8 @@ _UNSET = {
     "query_scale": lambda model: model.head_size**-0.5,
     "rotary.local_theta": lambda model: model.rotary.theta,
     "num_encoder_layers": lambda model: model.num_layers,
+    "vision.mlp_dim": lambda model: 4 * model.vision.embed_dim,
+    "text.mlp_dim": lambda model: 4 * model.text.embed_dim,
 }
 
 
@@ -68,16 +70,52 @@ class KeyGroup(NamedTuple):
     write: Callable[[Any], Json] = lambda model: {}
 
 
+class Section(NamedTuple):
+    """The object under a key of config.json, with keys of its own; as `Key`.
+
+    In files of transformers 4 a second object, `NAME_dict`, may repeat some of them.
+    """
+
+    name: str
+    keys: tuple[Key | KeyGroup, ...]
+    expected: Mapping[str, object]  # keys with one value
+    ignored: tuple[str, ...] = ()
+
+    def read(self, reader: StrictConfigReader, before: Fields) -> Fields:
+        tree, again = reader.take(self.name, {}), reader.take(f"{self.name}_dict", {})
+        for key in tree.keys() & again.keys():
+            if tree[key] != again[key]:
+                raise ValueError(
+                    f"config.json has {key} = {tree[key]!r} in {self.name}, and {again[key]!r} in "
+                    f"{self.name}_dict"
+                )
+        inner = StrictConfigReader({**tree, **again}, reader.tensors, part=self.name)
+        for key, value in self.expected.items():
+            inner.expect(key, value)
+        inner.ignore(*self.ignored)
+        fields: Fields = {}
+        for key in self.keys:
+            fields |= key.read(inner, before | fields)
+        inner.finish()
+        return fields
+
+    def write(self, model: DataclassInstance) -> Json:
+        tree: Json = {}
+        for key in self.keys:
+            tree |= key.write(model)
+        return {self.name: tree}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """The conversion between the models of one `model_type` and a component of `lm.models`."""
 
     model_type: str
-    model: str  # the component: decoder, encoder or encoder_decoder
+    model: str  # the component: decoder, say
     architecture: str  # the class that `transformers` loads, for config.json
     bare: str  # its class without the projection to the vocabulary
     prefix: str  # of names of tensors, which a checkpoint of the bare class lacks
-    keys: tuple[Key | KeyGroup, ...]
+    keys: tuple[Key | KeyGroup | Section, ...]
     # {module, or parameter: that of the checkpoint}, of all models: see lm/hf/table.py
     modules: Callable[[Any], Mapping[str, str]]
     transposed: bool = True  # weights of layers are [out, in]
@@ -89,6 +127,12 @@ class Family:
     head: str = ""  # how names of the vocabulary projection's tensors start
     buffers: str = ""  # pattern of names of tensors that hold no parameters
     renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names of tensors
+    # {tensor: its first dimensions of size 1, which the parameter lacks}
+    ones: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # of models of pictures: the class and its own keys in preprocessor_config.json, of a size
+    image_processor: Callable[[int], Json] | None = None
+    reads_text: bool = True
+    objective: Mapping[str, object] = dataclasses.field(default_factory=dict)  # of its pretraining
     # of a text model inside of a model with several kinds of input
     section: str = ""  # its key in config.json; "": there are no other kinds
     ignored_beside: tuple[str, ...] = ()  # keys beside that section

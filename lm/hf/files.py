@@ -177,7 +177,7 @@ def write_tensors(
     for i, names in enumerate(shards, start=1):
         number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files |= dict.fromkeys(names, file := f"model{number}.safetensors")
-        tensors = {name: np.ascontiguousarray(make(name), dtype) for name in names}
+        tensors = {name: np.asarray(make(name), dtype, order="C") for name in names}
         save_file(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

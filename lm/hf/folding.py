@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lm.config.tree import ConfigTree
 
@@ -25,6 +27,8 @@ def fold(
         ValueError: there are no weights that a factor can be multiplied into.
     """
     leaves, scaling = dict(leaves), getattr(model, "scaling", None)
+    if (limit := getattr(model, "max_logit_scale", None)) is not None:  # which no family has
+        leaves["logit_scale"] = jnp.minimum(leaves["logit_scale"], math.log(limit))
     if scaling is None or model.parametrization == "standard":
         return section, leaves
     query = "query_norm" if model.qk_norm else "query"

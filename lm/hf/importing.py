@@ -18,7 +18,7 @@ import numpy as np
 from lm.checkpoint.streamed import ParamsWriter
 from lm.config import conversion
 from lm.config.tree import ConfigTree, leaves
-from lm.hf import structure, table, vocabulary
+from lm.hf import pictures, structure, table, vocabulary
 from lm.hf.family import Family
 from lm.hf.files import StoredTensor, check_dtypes, open_tensors, read_json
 from lm.hf.keys import Say
@@ -31,7 +31,13 @@ from lm.training.experiment import CONFIG_FILE, Experiment
 from lm.types import Device
 
 # the objectives that models of each component were pretrained with
-OBJECTIVES = {"decoder": "causal", "encoder": "mlm", "encoder_decoder": "span_corruption"}
+OBJECTIVES = {
+    "decoder": "causal",
+    "encoder": "mlm",
+    "encoder_decoder": "span_corruption",
+    "clip": "contrastive",
+    "vit": "image_classification",
+}
 
 
 def import_folder(
@@ -71,12 +77,19 @@ def import_folder(
     if left := len(found) - len(tensors):
         say(f"left out: {left} tensors beside those of the text model, for other kinds of input")
     section = structure.model_section(tree, tensors, ignored=ignored, say=say)
-    config = _with_model(config, section, say)
-    config.data.tokenizer = tokenizer or str(vocabulary.copy_tokenizer(folder, out / FOLDER))
+    config = _with_model(config, section, kind, say)
+    if tokenizer is None:
+        tokenizer = "bytes"
+        if kind.reads_text:
+            tokenizer = str(vocabulary.copy_tokenizer(folder, out / FOLDER))
+    config.data.tokenizer = tokenizer
+    if kind.image_processor is not None:
+        pictures.complete(config, folder, tree, tensors, say)
     experiment = Experiment(config, devices)
-    vocabulary.compare(experiment.tokenizer, tree, say)
     known, size = experiment.tokenizer.vocab_size, experiment.config.model.vocab_size
-    if known < size // 2:
+    if kind.reads_text:
+        vocabulary.compare(experiment.tokenizer, tree, say)
+    if kind.reads_text and known < size // 2:
         say(
             f"WARNING: the tokenizer has {known} tokens and the model {size}: most of what it says "
             "has no text here; give its own with --tokenizer=FILE"
@@ -86,7 +99,7 @@ def import_folder(
     return experiment
 
 
-def _with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree:
+def _with_model(config: ConfigTree, section: ConfigTree, kind: Family, say: Say) -> ConfigTree:
     """`config` with the model of an import.
 
     How the model is computed stays as in `config`, and rows are at most as long as the model's
@@ -99,9 +112,10 @@ def _with_model(config: ConfigTree, section: ConfigTree, say: Say) -> ConfigTree
                 section.update_from_flattened_dict({path: value})
     else:
         config.objective = conversion.default(objective=OBJECTIVES[section.name]).objective
+        config.objective.update(dict(kind.objective))
         config.data.encoder_length = None
     config.model = section
-    longest = section.max_length
+    longest = structure.resolve(section).max_length
     if config.data.length > longest:
         say(f"config.data.length: {longest} and not {config.data.length}: the model's longest row")
         config.data.length = longest
@@ -124,7 +138,8 @@ def _write_checkpoint(
     abstract = param_tree.flatten(experiment.abstract_params)
     shapes = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
     modules = family.modules(experiment.config.model)
-    slices = table.parameter_slices(modules, shapes, transposed=family.transposed)
+    layout = {"transposed": family.transposed, "ones": family.ones}
+    slices = table.parameter_slices(modules, shapes, **layout)
     tensors = {name: table.tensor_shape(parts) for name, parts in table.by_tensor(slices).items()}
     _check_tensors(tensors, stored, family, skip, say)
     started, count = time.monotonic(), sum(map(math.prod, shapes.values()))

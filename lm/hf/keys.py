@@ -48,10 +48,13 @@ ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh"),
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
     "relu": "relu",
+    "quick_gelu": "quick_gelu",
     **dict.fromkeys(("silu", "swish"), "silu"),
 }
-# ends of names of classes that predict tokens
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+# ends of names of classes that predict tokens or classes of pictures
+_WITH_HEAD = (
+    *("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "ForImageClassification"),
+)
 Json = dict[str, Any]  # an object of a JSON file
 Fields = dict[str, Any]  # {path: value} of `config.model`
 REQUIRED = object()  # in place of a default
@@ -81,7 +84,7 @@ class StrictConfigReader:
         """tensors: the names of the checkpoint's, which say what some keys don't. say: takes notes
         for the user. part: the key of config.json whose value `tree` is; "": the whole file.
         """
-        self.tensors, self.say = frozenset(tensors), say
+        self.tree, self.tensors, self.say = tree, frozenset(tensors), say
         self._part = part
         self._file = f"config.json, {part}," if part else "config.json"
         self._architectures: tuple[str, ...] = tuple(tree.get("architectures") or ())

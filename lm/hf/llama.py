@@ -8,7 +8,9 @@ from lm.hf.keys import ACTIVATIONS
 
 LAYER = "model.layers.{}"
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
-GATED = {"gelu_pytorch_tanh": "geglu_tanh"} | {k: _GATED[name] for k, name in ACTIVATIONS.items()}
+GATED = {"gelu_pytorch_tanh": "geglu_tanh"} | {
+    key: _GATED[name] for key, name in ACTIVATIONS.items() if name in _GATED
+}
 
 SIZES = (
     Key("vocab_size", "vocab_size"),

@@ -29,7 +29,9 @@ TRAINING = (
     *("dropout", "attention_dropout", "init_std", "embed_init_std"),
     *("moe.balance_loss", "moe.sequence_balance_loss", "moe.z_loss"),
     *("base_embed_dim", "base_num_layers", "base_head_dim"),
+    *("init_logit_scale", "init_logit_bias", "max_logit_scale"),
 )
+PREPROCESSING = ("image_mean", "image_std")  # in a file of its own: lm/hf/pictures.py
 COMPUTE = (
     *("dtype", "remat", "attention_kernel", "sequence_parallel", "sequence_balance"),
     *("scan_unroll", "pipeline", "moe.dispatch", "moe.capacity_factor"),
@@ -171,7 +173,7 @@ def _structure(model: DataclassInstance) -> Fields:
     """{path: value} of the fields that make the function."""
     flat = {path: effective_value(model, path) for path, _ in leaves(dataclasses.asdict(model))}
     experts = flat.get("moe.num_experts", 0)
-    skipped = {*TRAINING, *COMPUTE, "mlp_dim" if experts else "moe"}
+    skipped = {*TRAINING, *COMPUTE, *PREPROCESSING, "mlp_dim" if experts else "moe"}
     used = rotary.FIELDS.get(flat.get("rotary.scaling", ""), {})
     skipped |= {f"rotary.{n}" for names in rotary.FIELDS.values() for n in names if n not in used}
     if flat.get("positions") != "rotary":

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 TABLES = ("embedding", "position", "type", "relative")  # modules whose weights are never transposed
-VECTORS = ("scale", "bias", "logit_bias")  # parameters, also biases of heads [N, H]
+# parameters, also biases of heads [N, H]
+VECTORS = ("scale", "bias", "logit_bias", "logit_scale", "class_token", "query")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSlice:
     """One layer's (and expert's) array of a parameter, and the tensor that holds it.
 
-    Several parameters may share a tensor: each is the `part`-th of `parts` equal parts of its last
-    dimension.
+    Several parameters may share a tensor: each is the `part`-th of `parts` equal parts of the
+    dimension of outputs, its last as [in, out].
     """
 
     parameter: str
@@ -31,18 +32,26 @@ class ParameterSlice:
     tensor: str
     part: int
     parts: int
-    matrix: Shape  # its shape as a vector, or as [in, out]
-    transposed: bool  # the tensor is [out, in]
+    matrix: Shape  # its shape as a vector, as [in, out], or of patches as [x, y, channels, out]
+    transposed: bool  # the tensor has the dimensions in the other order
+    ones: int = 0  # dimensions of size 1 that the tensor has before them
 
     def to_tensor(self, parameter: Array) -> np.ndarray:
         """Its part of the tensor, from the whole parameter."""
         x = np.asarray(parameter[self.index]).reshape(self.matrix)
-        return x.T if self.transposed else x
+        return (x.T if self.transposed else x)[(None,) * self.ones]
 
     def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """The array, from the whole tensor."""
-        own = np.split(tensor, self.parts, axis=-1)[self.part]
+        own = tensor.reshape(tensor.shape[self.ones :])
+        if self.parts > 1:
+            own = np.split(own, self.parts, axis=self.shared_axis)[self.part]
         return (own.T if self.transposed else own).reshape(self.shape)
+
+    @property
+    def shared_axis(self) -> int:
+        """The dimension of a tensor that parameters share."""
+        return 0 if self.transposed else -1
 
 
 def weight_map(modules: Mapping[str, str], parameters: Mapping[str, Shape]) -> dict[str, str]:
@@ -72,12 +81,17 @@ def weight_map(modules: Mapping[str, str], parameters: Mapping[str, Shape]) -> d
 
 
 def parameter_slices(
-    modules: Mapping[str, str], parameters: Mapping[str, Shape], *, transposed: bool = True
+    modules: Mapping[str, str],
+    parameters: Mapping[str, Shape],
+    *,
+    transposed: bool = True,
+    ones: Mapping[str, int] | None = None,
 ) -> list[ParameterSlice]:
     """The slices of all parameters, {name: shape}, one parameter after the other.
 
     modules: as of `weight_map`, whose errors it raises. transposed: weights of layers are [out, in]
-    as in torch.nn.Linear, not [in, out] as in GPT-2.
+    as in torch.nn.Linear, not [in, out] as in GPT-2. ones: {tensor: its first dimensions of size 1
+    that the parameter lacks}.
     """
     found, names = [], weight_map(modules, parameters)
     for name, tensor in names.items():
@@ -86,7 +100,11 @@ def parameter_slices(
         stacked = tensor.count("{}")
         shape = parameters[name][stacked:]
         inputs = 2 if module.endswith("attention.out") else 1  # [N, H, D]
-        sides = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        matrix = math.prod(shape[:inputs]), math.prod(shape[inputs:])
+        if kind in VECTORS:
+            matrix = (math.prod(shape),) if shape else ()
+        elif module.endswith("patch"):
+            matrix = shape
         is_linear = transposed or not module.startswith("layers.")
         for index in np.ndindex(parameters[name][:stacked]):
             found.append(
@@ -97,8 +115,9 @@ def parameter_slices(
                     tensor=tensor.format(*index),
                     part=sharing.index(name),
                     parts=len(sharing),
-                    matrix=(math.prod(shape),) if kind in VECTORS else sides,
+                    matrix=matrix,
                     transposed=is_linear and module.rpartition(".")[2] not in TABLES,
+                    ones=(ones or {}).get(tensor, 0),
                 )
             )
     return found
@@ -114,8 +133,15 @@ def by_tensor(slices: Sequence[ParameterSlice]) -> dict[str, list[ParameterSlice
 
 def tensor_shape(parts: Sequence[ParameterSlice]) -> Shape:
     """The shape of the tensor that holds `parts`."""
-    shapes = [one.matrix[::-1] if one.transposed else one.matrix for one in parts]
-    return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    first, sizes = parts[0], [part.matrix[-1:] for part in parts]
+    shape = [*first.matrix[:-1], *(sum(size) for size in zip(*sizes, strict=True))]
+    return (1,) * first.ones + tuple(shape[::-1] if first.transposed else shape)
+
+
+def join(parts: Sequence[ParameterSlice], parameters: Mapping[str, Array]) -> np.ndarray:
+    """The tensor that holds `parts` of parameters, by name."""
+    arrays = [part.to_tensor(parameters[part.parameter]) for part in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=parts[0].shared_axis)
 
 
 def shortened(names: Sequence[str], limit: int = 40) -> str:

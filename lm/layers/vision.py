@@ -162,8 +162,8 @@ class PictureConfig:
         check_values(self, "config.model")
         size, patch = self.image_size, self.vision.patch_size
         require(
-            size % patch == 0,
-            f"image_size ({size}) must be divisible by vision.patch_size ({patch})",
+            size >= patch,
+            f"image_size ({size}) must be at least vision.patch_size ({patch})",
         )
         for name, value in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             require(len(value) == 3, f"{name} {value} must be three numbers: red, green, blue")
@@ -183,7 +183,7 @@ def unsharded_length(rules: Rules) -> Rules:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches times a matrix. Parameters: `weight` [P, P, 3, D], and `bias` [D] where used."""
+    """Patches times a matrix. Parameters: `weight` [Px, Py, 3, D], and `bias` [D] where used."""
 
     patch_size: int
     embed_dim: int
@@ -194,10 +194,14 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> jax.Array:
-        """x: [B, height, width, 3] -> [B, patches, D], row by row."""
+        """x: [B, height, width, 3] -> [B, patches, D], row by row; what is left of a patch at the
+        right and at the bottom is not read.
+        """
         size, (batch, height, width, channels) = self.patch_size, x.shape
-        x = x.reshape(batch, height // size, size, width // size, size, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, rows, columns, P, P, 3]
+        rows, columns = height // size, width // size
+        x = x[:, : rows * size, : columns * size]
+        x = x.reshape(batch, rows, size, columns, size, channels)
+        x = x.transpose(0, 1, 3, 4, 2, 5)  # [B, rows, columns, Px, Py, 3]
         x = x.reshape(batch, -1, size, size, channels)
         axes = ("taps", "taps", "channels", "embed")
         shape = (size, size, channels, self.embed_dim)
