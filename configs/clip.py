@@ -24,7 +24,7 @@ SMALL = {"activation": "gelu_tanh", "norm_eps": 1e-6}
 SHARED = ("embedding_dim", "image_size", "max_length", "vocab_size")
 # of pictures: patch_size and NAMES; of texts: NAMES; SHARED
 SIZES = {
-    "shapes": ((4, 3, 96, 4, 192), (2, 96, 4, 192), 64, 32, 48, 264),
+    "shapes": ((4, 3, 64, 4, 128), (2, 64, 4, 128), 64, 32, 48, 264),
     "b32": ((32, 12, 768, 12, 3072), (12, 512, 8, 2048), 512, 224, 77, 49_408),
     "l14": ((14, 24, 1024, 16, 4096), (12, 768, 12, 3072), 768, 224, 77, 49_408),
     "siglip_b16": ((16, 12, 768, 12, 3072), (12, 768, 12, 3072), 768, 224, 64, 32_000),
@@ -50,12 +50,12 @@ def get_config(arg=None):
         config.data.train = ("synthetic:shapes:65536:0:seen",)
         config.data.validation = ("synthetic:shapes:1024:1:held_out",)
         config.data.batch_size = 128
-        optimizer.learning_rate = 1e-3
+        optimizer.learning_rate = 2e-3
         optimizer.weight_decay = 0.1
         optimizer.b2 = 0.98
         optimizer.schedule.kind = "cosine"
         optimizer.schedule.warmup_steps = 100
-        config.train.num_steps = 1500
+        config.train.num_steps = 3000
         config.train.eval_every = 250
         return config
 

@@ -94,8 +94,8 @@ PUBLISHED = {
     "bench": {"small8k": 5_310_720, "gpt2_124m": 123_944_448},
     # Hugging Face's CLIPModel and SiglipModel; of shapes blocks, towers, projections and the scale
     "clip": {
-        "shapes": 5 * (4 * 96 * 97 + 2 * 96 * 192 + 192 + 5 * 96)
-        + 96 * (48 + 1 + 64 + 2 + 264 + 48 + 2 + 2 * 64)
+        "shapes": 5 * (4 * 64 * 65 + 2 * 64 * 128 + 128 + 5 * 64)
+        + 64 * (48 + 1 + 64 + 2 + 264 + 48 + 2 + 2 * 64)
         + 1,
         "b32": 151_277_313,
         "l14": 427_616_513,
