@@ -16,6 +16,7 @@ from lm.data.rows import RowLayout
 from lm.data.tokens import TokenStore
 from lm.preparation.token_writer import write_store as write_pictures
 from lm.sources import Document, Picture
+from lm.storage import files as storage
 from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.training import picture_codes
 from lm.training.loop import train
@@ -118,6 +119,18 @@ def test_an_interrupted_run_goes_on_with_the_shard_that_is_missing(
     calls.clear()
     write_store(coder, PICTURES, out, shard_pictures=SHARD)
     assert not calls and not (tmp_path / "train.lock").exists()
+
+
+def test_a_store_may_be_in_a_bucket(coder, store, folder):
+    out = f"{folder}/codes/train"
+    manifest = write_store(coder, PICTURES, out, shard_pictures=SHARD)
+    assert manifest == TokenStore.open(store).manifest
+    found = TokenStore.open(out, field="codes")
+    np.testing.assert_array_equal(
+        found.document(11), TokenStore.open(store, field="codes").document(11)
+    )
+    assert write_store(coder, PICTURES, out, shard_pictures=SHARD) == manifest
+    assert storage.list_names(f"{folder}/codes") == ["train"]
 
 
 def test_a_store_of_pictures_keeps_its_captions_and_ids(coder, tmp_path):
