@@ -350,6 +350,21 @@ def test_a_run_whose_lock_was_taken_ends_before_it_saves_again(
     assert data_ledger.read(workdir)[-1]["step"] < 8
 
 
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_save_replaces_what_a_holder_that_lost_the_lock_left_of_it(
+    buckets, make_experiment, scheme
+):
+    state, workdir = make_experiment().init_state(), f"{scheme}://{object_stores.BUCKET}/runs/left"
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        folder = StoragePath(workdir) / "checkpoints" / "0"
+        # while this one trained: the other one ends the save that it was in
+        files.write_atomically(f"{folder}/params/d/half", b"of the other one")
+        assert checkpoints.save(state)
+        checkpoints.wait()
+        assert step_files.is_verified(folder) and not files.exists(f"{folder}/params/d/half")
+        assert not checkpoints.save(state)  # it is there
+
+
 SHORT_LEASE = """
 import runpy, sys
 

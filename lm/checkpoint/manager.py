@@ -146,7 +146,7 @@ class Checkpoints:
         self.poll()
         if self._saves:
             self._saves[-1].orbax_is_free.wait()
-        if step in self.steps():
+        if process_group.from_lead("steps", lambda: self._is_saved(step)):
             return False
         tree = {"params": state.params, "opt_state": state.opt_state}
         manifest = Manifest(
@@ -170,6 +170,17 @@ class Checkpoints:
         verified = self._worker.submit(self._finish, manifest, orbax_is_free, key)
         self._saves.append(_Save(step, orbax_is_free, verified))
         return True
+
+    def _is_saved(self, step: int) -> bool:
+        """Return True if a step's checkpoint is complete; else delete what is there of it: a process
+        that has lost the lock on the run, and does not know yet, may have been saving it.
+        """
+        if str(step) not in files.list_names(self.directory):
+            return False
+        if step_files.is_complete(folder := self.directory / str(step)):
+            return True
+        step_files.delete(folder)
+        return False
 
     def poll(self) -> None:
         """Raise SaveFailed if a save failed or doesn't read back; return at once."""
