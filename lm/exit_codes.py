@@ -63,7 +63,12 @@ class Exit(enum.IntEnum):
         "Ctrl-C: saved in all processes at the same step (a second one ends at once, unsaved)",
         "yes",
     )
-    TERMINATED = 143, "SIGTERM, such as a preemption or a time limit: saved likewise", RESTARTED
+    TERMINATED = (
+        143,
+        "SIGTERM, such as a preemption or a time limit: saved likewise (one that follows within 3 "
+        "seconds, as `timeout` sends it, is no second one)",
+        RESTARTED,
+    )
 
 
 # What a shell shows of a process that crashed, or that something killed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from lm.reliability import attempts
 from lm.reliability.attempts import Attempts, NoProgress
 from lm.telemetry import jsonl
 from lm.training.loop import train
-from lm.training.session import TrainingSession
+from lm.training.session import CannotWrite, TrainingSession
 
 GUARD = GuardConfig()
 
@@ -147,14 +148,14 @@ def test_the_watchdogs_end_is_noted_once(tmp_path):
 
 @pytest.fixture
 def fail(monkeypatch, shared_steps):
-    """Every run fails in step 3 until it is turned off."""
-    on = [True]
+    """The error with which every run fails in step 4; none once it is cleared."""
+    on: list[Exception] = [DeviceError("the link to the chip is down")]
     push = TrainingSession.push_results
 
     def failing(self, step, *rest):
         push(self, step, *rest)
         if step == 4 and on:
-            raise DeviceError("the link to the chip is down")
+            raise on[0]
 
     monkeypatch.setattr(TrainingSession, "push_results", failing)
     return on
@@ -180,3 +181,15 @@ def test_a_run_stops_with_the_records_of_the_batch_and_goes_on_when_told(
     assert train(config, str(tmp_path), devices[:1]) == Exit.SUCCESS
     codes = [a["code"] for a in attempts.read(str(tmp_path))]
     assert codes == [48, 48, 48, Exit.NO_PROGRESS, 0]
+
+
+def test_a_full_disk_is_noted_with_the_code_that_the_process_ends_with(
+    make_config, tmp_path, devices, fail
+):
+    config = make_config({"train.num_steps": 6, "guard.self_check": False})
+    fail[0] = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(CannotWrite, match="can't be written: No space left") as ended:
+        train(config, str(tmp_path), devices[:1])
+    [found] = attempts.read(str(tmp_path))
+    assert found["code"] == ended.value.code == Exit.SAVE_FAILED
+    assert "make space" in found["error"]

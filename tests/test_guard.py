@@ -12,6 +12,7 @@ import pytest
 from lm.config.schema import GuardConfig
 from lm.exit_codes import Exit
 from lm.parallel.consensus import Consensus, Vote
+from lm.reliability.stop_signals import SAME
 from lm.reliability.watchdog import Watchdog
 from lm.reliability.workdir_lock import WorkdirLocked, lock_workdir
 from lm.telemetry.phase_timer import PhaseTimer
@@ -54,6 +55,10 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once(number):
     assert process.stdout.readline() == "up\n"
     process.send_signal(number)
     assert process.stdout.readline() == f"{number.name}\n"
+    if number == signal.SIGTERM:  # `timeout` sends one to the process, and one to its group
+        process.send_signal(number)
+        time.sleep(SAME + 0.2)
+        assert process.poll() is None
     process.send_signal(number)
     assert process.wait(timeout=90) == {2: Exit.INTERRUPTED, 15: Exit.TERMINATED}[number]
     assert "second signal" in process.stderr.read()

@@ -172,8 +172,8 @@ class Checkpoints:
         return True
 
     def _is_saved(self, step: int) -> bool:
-        """Return True if a step's checkpoint is complete; else delete what is there of it: a process
-        that has lost the lock on the run, and does not know yet, may have been saving it.
+        """Return True if a step's checkpoint is complete; else delete what is there of it, by a
+        process that has lost the lock on the run in the middle of its save.
         """
         if str(step) not in files.list_names(self.directory):
             return False

@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM: the first one asks a run to save and end, a second one ends it at once."""
+"""SIGINT and SIGTERM: the first one asks a run to save and end, a second one ends it at once.
+
+`timeout` and schedulers signal a process and then its group: SIGTERM within `SAME` seconds of the
+first one is no second one.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 from lm.exit_codes import Exit
 from lm.parallel import process_group
 
+SAME = 3.0
 STOPS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 
 
@@ -23,6 +29,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0  # time.monotonic()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
 
@@ -43,8 +50,12 @@ class StopSignals:
         while data := self._reader.recv(1):
             if data[0] not in list(STOPS):
                 continue
+            again = self.received == data[0] == signal.SIGTERM
+            if again and time.monotonic() < self._received_at + SAME:
+                continue
             if self.received is not None:
                 text = "second signal: ended without saving"
                 print(f"\n{text}", file=sys.stderr, flush=True)
                 os._exit(process_group.leave(STOPS[signal.Signals(data[0])], text))
+            self._received_at = time.monotonic()
             self.received = signal.Signals(data[0])

@@ -95,7 +95,12 @@ def train(
                 interrupted=lambda: signals.received is not None,
             )
             watchdog.on_end = functools.partial(attempts.end, Exit.HUNG)
-            with attempts, snapshots or contextlib.nullcontext(), process_group.peer_errors():
+            with (
+                attempts,
+                snapshots or contextlib.nullcontext(),
+                process_group.peer_errors(),
+                disk_errors_as_run_errors(workdir),  # as attempts note them
+            ):
                 state, totals = restore_or_init(
                     experiment, checkpoints, phases, snapshots=snapshots, found=found
                 )
