@@ -5,12 +5,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import object_stores
+import pictures
 import pytest
 
-from lm.sources import Document, Skipped, tfds
+from lm.data.tokens import TokenStore
+from lm.preparation.corpus import Corpus
+from lm.preparation.pictures import PictureFormat
+from lm.preparation.prepare import prepare
+from lm.sources import IMAGE, Document, Picture, Skipped, tfds
 from lm.sources.tfds import TfdsSource
 from lm.storage import files as storage
+from lm.tokenizers.tokenizer import ByteTokenizer
 
 BUILDER = """
 import numpy as np
@@ -20,13 +27,17 @@ import tensorflow_datasets as tfds
 class Poems(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name, version="1.0.0") for name in ("short", "large", "shards")
+        tfds.core.BuilderConfig(name=name, version="1.0.0")
+        for name in ("short", "large", "shards", "pictures")
     ]
 
     def _info(self):
         features = {"poem": tfds.features.Text(), "title": tfds.features.Text(), "year": np.int64}
         features["by"] = {"name": tfds.features.Text(), "age": np.int64}
         features["lines"] = tfds.features.Sequence(tfds.features.Text())
+        if self.builder_config.name == "pictures":
+            features["picture"] = tfds.features.Image()
+            features["by"]["mask"] = tfds.features.Image()
         features["mood"] = tfds.features.ClassLabel(names=["sad", "glad"])
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -39,6 +50,8 @@ class Poems(tfds.core.GeneratorBasedBuilder):
             poem = b"\\xff" if i == 7 else large * f"poem {i} \\u00e4\\n".encode() * 20
             mood = -1 if i == 3 else i % 2
             more = {"by": {"name": f"poet {i}", "age": i}, "lines": ["first", f"second {i}"]}
+            if self.builder_config.name == "pictures":
+                more["picture"] = more["by"]["mask"] = f"{i % 3}.png"  # in this folder
             yield i, {"poem": poem, "title": f"title {i}", "year": i, "mood": mood, **more}
 """
 RUN = """
@@ -49,11 +62,17 @@ one_shard = tfds.download.DownloadConfig(num_shards=1)
 shards = tfds.download.DownloadConfig(num_shards=3)
 Poems(data_dir=sys.argv[1], config="short").download_and_prepare()
 Poems(data_dir=sys.argv[1], config="large").download_and_prepare(download_config=one_shard)
+Poems(data_dir=sys.argv[1], config="pictures").download_and_prepare()
 Poems(data_dir=sys.argv[1], config="shards").download_and_prepare(download_config=shards)
 Poems(
     data_dir=sys.argv[1] + "/array", config="short", file_format="array_record"
 ).download_and_prepare()
 """
+PICTURES = (
+    pictures.encoded(pictures.gradient(40, 30)),
+    pictures.png_header(20_000, 20_000),
+    pictures.encoded(pictures.gradient(), "JPEG"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +82,8 @@ def data_dir(tmp_path_factory):
     (root / "code" / "poems").mkdir(parents=True)
     (root / "code" / "poems" / "__init__.py").write_text("from poems.poems import Poems\n")
     (root / "code" / "poems" / "poems.py").write_text(BUILDER)
+    for i, content in enumerate(PICTURES):
+        (root / "code" / f"{i}.png").write_bytes(content)
     subprocess.run(
         [sys.executable, "-c", RUN, str(root / "data")],
         cwd=root / "code",
@@ -126,6 +147,31 @@ def test_a_feature_is_named_by_its_path(data_dir):
     columns = {"text": "{by.name}, {lines.1}"}
     items = _read(TfdsSource("poems/short", columns, "test", str(data_dir)))
     assert sorted(_poems(items)) == [f"poet {i}, second {i}" for i in range(3)]
+
+
+def test_pictures_stay_files_that_the_preparation_decodes_within_bounds(data_dir, tmp_path):
+    columns = {"text": "lines", IMAGE: "picture"}
+    items = _read(TfdsSource("poems/pictures", columns, "train", str(data_dir)))
+    assert len(items) == 40 and {item.picture.content for item in items} == {*PICTURES}
+    assert items[0].picture.captions[0].startswith("second")
+    corpus = Corpus(
+        ["tfds:poems/pictures"],
+        {"text": "title"},
+        tfds_data_dir=str(data_dir),
+        image="picture",
+        image_size=pictures.SIZE,
+        validation_fraction=0,
+        max_loss=0.5,
+    )
+    prepared = prepare(corpus, tokenizer="bytes", out=tmp_path / "out", num_workers=1)
+    assert prepared.manifests["train"]["skipped"] == {"picture_too_large": 13}
+    store = TokenStore.open(tmp_path / "out" / "train")
+    first = PictureFormat(pictures.SIZE).convert(Picture(PICTURES[0])).content
+    found = {
+        ByteTokenizer().decode(store.document(i)): store.images(np.array([i]))[0]
+        for i in range(store.num_documents)
+    }
+    assert len(found) == 27 and all((found[f"title {i}"] == first).all() for i in range(0, 40, 3))
 
 
 def test_array_records_are_read_as_well(data_dir, monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from lm.sources import IMAGE, Document, Skipped, Unit
+from lm.sources import Document, Skipped, Unit
 from lm.sources.records import column_names, from_record, stored_columns
 from lm.storage import files as storage
 from lm.storage.paths import expand_path, is_url
@@ -82,7 +82,7 @@ class TfdsSource:
             if isinstance(feature := builder.info.features[name], tfds.features.ClassLabel)
         }
         with _shards_on_disk(self.name, builder, unit):
-            records = iter(_records(builder, unit, self.columns.get(IMAGE)))
+            records = iter(_records(builder, unit))
             for i in range(unit.start, unit.stop):
                 document_id = f"{unit.name}@{i}"
                 try:
@@ -222,14 +222,11 @@ def _is_array_record(builder: Builder) -> bool:
     return False
 
 
-def _records(builder: Builder, unit: Unit, image: str | None) -> Iterable[Mapping[str, Any]]:
-    """Return the records of a unit, in the order of the files.
-
-    image: a feature that stays the bytes of a picture's file; TensorFlow would decode any size.
-    """
+def _records(builder: Builder, unit: Unit) -> Iterable[Mapping[str, Any]]:
+    """Return the records of a unit, in the order of the files."""
     import tensorflow_datasets as tfds
 
-    decoders = {image: tfds.decode.SkipDecoding()} if image else None
+    decoders = _undecoded_pictures(builder.info.features)
     split = f"{_split(unit)}[{unit.start}:{unit.stop}]"
     if _is_array_record(builder):
         source = builder.as_data_source(split=split, decoders=decoders)
@@ -241,6 +238,21 @@ def _records(builder: Builder, unit: Unit, image: str | None) -> Iterable[Mappin
         read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
     )
     return tfds.as_numpy(dataset)
+
+
+def _undecoded_pictures(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return decoders that keep pictures as their files, in features and those inside them:
+    TensorFlow would decode any size, and end the unit at a damaged one.
+    """
+    import tensorflow_datasets as tfds
+
+    found = {}
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.Image):
+            found[name] = tfds.decode.SkipDecoding()
+        elif isinstance(feature, tfds.features.FeaturesDict):
+            found[name] = _undecoded_pictures(feature)
+    return found
 
 
 def _first_line(error: Exception) -> str:
