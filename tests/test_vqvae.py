@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lm.checkpoint.manager import Checkpoints
@@ -23,6 +24,7 @@ from lm.layers.codebook import Codebook
 from lm.layers.convolution2d import Convolution2d, depth_to_space
 from lm.models import flops, vqvae
 from lm.objectives import vqvae as objective
+from lm.optim import optimizer_state
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 from lm.training.restore import restore
@@ -196,6 +198,32 @@ def test_a_step_moves_the_averages_to_those_of_the_batch(make):
     for name, mean in (("running_count", counts), ("running_sum", sums)):
         expected = DECAY * book[name] + (1 - DECAY) * mean
         np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_norms_of_the_gradient_leave_out_running_averages(make):
+    """The one that is logged, the one that spikes are judged by, and those of the noise scale."""
+    changes = {"train.num_microbatches": 2, "log.noise_scale": True, "model.revive_below": 0.9}
+    experiment = make(changes.items())
+    state, batch = experiment.init_state(), experiment.train_data.batch_at(0)
+
+    def squared_norms(batch):
+        grads, sums = experiment.gradients(state.params, batch, 0)
+        grads = jax.tree.map(lambda x: x / sums["tokens"], grads)
+        averages = optax.tree.norm(grads.pop("codebook"), squared=True)
+        return float(optax.tree.norm(grads, squared=True)), float(averages)
+
+    whole, averages = squared_norms(batch)
+    assert averages > 0.01 * whole
+    halves = [
+        squared_norms(jax.tree.map(lambda x: np.repeat(x[i::2], 2, axis=0), batch))[0]  # noqa: B023
+        for i in range(2)
+    ]
+    state, _, info = experiment.train_step(state, experiment.make_global_batch(batch))
+    assert info["grad_norm"] ** 2 == pytest.approx(whole, rel=1e-5)
+    log_mean = optimizer_state.norm_state(state.opt_state).log_mean
+    assert np.exp(log_mean) == pytest.approx(info["grad_norm"], rel=1e-5)
+    noise = (np.mean(halves) - whole) / (2 / ROWS - 1 / ROWS)
+    assert info["noise"] == pytest.approx(noise, rel=1e-3)
 
 
 def quantized(average, latents, weights, records=None, *, params=None, revive_below=0.5):

@@ -14,13 +14,15 @@ from jax.tree_util import KeyPath
 from lm.config.components import COMPONENTS, component
 from lm.config.fields import check_values
 from lm.config.schema import OptimizerConfig
-from lm.optim import parametrization
+from lm.optim import param_tree, parametrization
 from lm.optim.optimizer_state import average_weights, owner_path, track_norms
 from lm.optim.optimizers import OptimizerContext, check_moments, is_masked
 from lm.optim.param_tree import is_box
 from lm.optim.parametrization import STANDARD, Scaling
 from lm.optim.schedules import make_schedule
 from lm.types import Params
+
+_STATISTICS = {"router_bias", "running"}  # roles
 
 
 def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
@@ -58,6 +60,12 @@ def parameter_roles(boxed: Params) -> Params:
         return {"hidden": "matrix", "router": "matrix", "head": "embedding"}.get(row, row)
 
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def statistics(boxed: Params) -> frozenset[str]:
+    """Return the names of the parameters that hold statistics: see `except_statistics`."""
+    roles = param_tree.flatten(parameter_roles(boxed))
+    return frozenset(name for name, role in roles.items() if role in _STATISTICS)
 
 
 def _row(path: KeyPath, leaf: nn.Partitioned) -> str:
@@ -207,6 +215,6 @@ def make_optimizer(
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     average = [average_weights(config.ema_decay)] if config.ema_decay else []
     links = [track_norms(), *clip, *core]
-    if {"router_bias", "running"} & {*jax.tree.leaves(roles)}:
+    if _STATISTICS & {*jax.tree.leaves(roles)}:
         links = [except_statistics(optax.chain(*links), config.bias_rate, roles)]
     return optax.chain(*links, *average)

@@ -292,6 +292,7 @@ class Experiment:
             spike_warmup=self.config.guard.spike_warmup,
             shardings=self._gradient_shardings,
             frozen=self.initializer.frozen,
+            statistics=chain.statistics(self.boxed_params),
             measure_noise=self.config.log.noise_scale,
         )
         return state, Scalars.pack(sums), Scalars.pack(info)

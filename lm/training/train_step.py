@@ -22,13 +22,14 @@ def gradients(
     rng: Array,
     num_microbatches: int,
     frozen: Collection[str] = (),
+    statistics: Collection[str] = (),
     measure_noise: bool = False,
 ) -> tuple[Params, Sums]:
     """(gradients of the SUM of the loss, additive sums) over all micro-batches.
 
     Parameters named in `frozen` have no gradient, and the tree leaves them out. `measure_noise`
-    adds the sums of `gradient_noise_scale.micro_batch_sums`. A `CoupledLoss` compares the rows of
-    all micro-batches.
+    adds the sums of `gradient_noise_scale.micro_batch_sums`, of all but `statistics`. A
+    `CoupledLoss` compares the rows of all micro-batches.
     """
     frozen_params, trained = param_tree.split(params, frozen)
 
@@ -63,7 +64,8 @@ def gradients(
     def micro_batch_gradients(i: Array) -> tuple[Params, Sums]:
         grads, sums = grad_fn(trained, take(batch, i), jax.random.fold_in(rng, i))
         if measure_noise:
-            sums = sums | gradient_noise_scale.micro_batch_sums(grads, sums["tokens"])
+            measured = param_tree.split(grads, statistics)[1]
+            sums = sums | gradient_noise_scale.micro_batch_sums(measured, sums["tokens"])
         return grads, sums
 
     def add(total: tuple[Params, Sums], i: Array) -> tuple[tuple[Params, Sums], None]:
@@ -131,6 +133,7 @@ def train_step(
     spike_warmup: int = 0,
     shardings: Params | None = None,
     frozen: Collection[str] = (),
+    statistics: Collection[str] = (),
     measure_noise: bool = False,
 ) -> tuple[TrainState, Sums, StepInfo]:
     """(the state after `batch`, the sums of its loss, the info of the step).
@@ -143,6 +146,7 @@ def train_step(
     applied: parameters and optimizer state keep every bit, and only `step` moves on.
 
     frozen: names of parameters of which neither a gradient is computed nor optimizer state kept.
+    statistics: names of parameters whose gradient is none of the loss and counts in no norm.
     shardings: those of the optimizer's view of the trained parameters, pinned on the gradients:
     where that view is finer (ZeRO-1), devices reduce and update only their own shard.
 
@@ -152,13 +156,13 @@ def train_step(
     """
     rng = jax.random.fold_in(rng, state.step)
     grads, sums = gradients(
-        loss_fn, state.params, batch, rng, num_microbatches, frozen, measure_noise
+        loss_fn, state.params, batch, rng, num_microbatches, frozen, statistics, measure_noise
     )
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens: no update
     grads = jax.tree.map(lambda g: g * scale, grads)
     if shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, shardings)
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(param_tree.split(grads, statistics)[1])
     frozen_params, trained = param_tree.split(state.params, frozen)
     # the schedule is a function of the step: a skipped update must not postpone its end
     before = optimizer_state.set_schedule_step(state.opt_state, state.step)
