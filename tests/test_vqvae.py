@@ -213,17 +213,17 @@ def test_norms_of_the_gradient_leave_out_running_averages(make):
         return float(optax.tree.norm(grads, squared=True)), float(averages)
 
     whole, averages = squared_norms(batch)
-    assert averages > 0.01 * whole
+    assert averages > 1e-3 * whole  # far beyond the tolerance below
     halves = [
         squared_norms(jax.tree.map(lambda x: np.repeat(x[i::2], 2, axis=0), batch))[0]  # noqa: B023
         for i in range(2)
     ]
     state, _, info = experiment.train_step(state, experiment.make_global_batch(batch))
-    assert info["grad_norm"] ** 2 == pytest.approx(whole, rel=1e-5)
+    assert float(info["grad_norm"]) ** 2 == pytest.approx(whole, rel=1e-5)
     log_mean = optimizer_state.norm_state(state.opt_state).log_mean
-    assert np.exp(log_mean) == pytest.approx(info["grad_norm"], rel=1e-5)
+    assert np.exp(float(log_mean)) == pytest.approx(float(info["grad_norm"]), rel=1e-5)
     noise = (np.mean(halves) - whole) / (2 / ROWS - 1 / ROWS)
-    assert info["noise"] == pytest.approx(noise, rel=1e-3)
+    assert float(info["noise"]) == pytest.approx(noise, rel=1e-3)
 
 
 def quantized(average, latents, weights, records=None, *, params=None, revive_below=0.5):

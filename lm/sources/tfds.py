@@ -240,7 +240,7 @@ def _records(builder: Builder, unit: Unit) -> Iterable[Mapping[str, Any]]:
     return tfds.as_numpy(dataset)
 
 
-def _undecoded_pictures(features: Mapping[str, Any]) -> dict[str, Any]:
+def _undecoded_pictures(features: Any) -> dict[str, Any]:
     """Return decoders that keep pictures as their files, in features and those inside them:
     TensorFlow would decode any size, and end the unit at a damaged one.
     """
