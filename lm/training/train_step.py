@@ -22,8 +22,8 @@ def gradients(
     rng: Array,
     num_microbatches: int,
     frozen: Collection[str] = (),
-    statistics: Collection[str] = (),
     measure_noise: bool = False,
+    statistics: Collection[str] = (),
 ) -> tuple[Params, Sums]:
     """(gradients of the SUM of the loss, additive sums) over all micro-batches.
 
@@ -156,7 +156,7 @@ def train_step(
     """
     rng = jax.random.fold_in(rng, state.step)
     grads, sums = gradients(
-        loss_fn, state.params, batch, rng, num_microbatches, frozen, statistics, measure_noise
+        loss_fn, state.params, batch, rng, num_microbatches, frozen, measure_noise, statistics
     )
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)  # a batch without scored tokens: no update
     grads = jax.tree.map(lambda g: g * scale, grads)
