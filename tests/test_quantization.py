@@ -15,7 +15,7 @@ from parameters import random_params
 from lm.checkpoint.manager import Checkpoints
 from lm.layers.linear import Linear
 from lm.layers.lora import LoraConfig
-from lm.layers.quantization import QuantizationConfig, _quantize, quantized_product
+from lm.layers.quantization import QuantizationConfig, quantize, quantized_product
 from lm.models import decoder, encoder, encoder_decoder, init_params
 
 T, D, F = 64, 96, 32
@@ -96,7 +96,7 @@ def test_products_are_those_of_numpy_with_the_same_rounding(arrays, name, scales
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_those_of_numpy_along_the_dimension_summed_over(arrays, name):
     def operand(x, axis):
-        found = np.asarray(_quantize(QuantizationConfig(name), x, (axis,)), np.float64)
+        found = np.asarray(quantize(QuantizationConfig(name), x, (axis,)), np.float64)
         # XLA's CPU compiler converts to 4 bits through float16, if it doesn't optimize
         wanted = [in_blocks(x, name, axis, through) for through in (np.float32, np.float16)]
         assert np.all((found == wanted[0]) | (found == wanted[1]))

@@ -8,6 +8,7 @@ row r is `order[r]` (n k: none), and the row of assignment a is `slots[a]` (R or
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,26 +32,91 @@ def grouped_matmul(
     plans alone. Its own gradient: that of `jax.lax.ragged_dot` with respect to the weights is, on
     TPU, a product of every row with every group, masked; on GPU all its products are.
     """
-    if platform == "gpu":
-        return grouped_matmul_gpu.rows_by_group(x, weights, sizes, load=load)
-    return jax.lax.ragged_dot(x, weights, sizes)
+    return rows_by_group(platform, load, x, weights, sizes)
 
 
 def _backward(
     platform: str, load: float, arrays: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, weights, sizes = arrays
+    dx = rows_by_group(platform, load, dy, weights, sizes, transposed=True)
+    d_weights = matrices_by_group(platform, load, x, dy, sizes)
+    return dx, d_weights.astype(weights.dtype), None
+
+
+def rows_by_group(
+    platform: str,
+    load: float,
+    x: jax.Array,
+    weights: jax.Array,
+    sizes: jax.Array,
+    *,
+    transposed: bool = False,
+    scales: tuple[jax.Array, ...] = (),
+    dtype: Any = None,
+) -> jax.Array:
+    """As `grouped_matmul`, without a gradient, or, transposed, with weights: [G, F, D].
+
+    x and weights of 8 bits: the sums are multiplied by scales, float32 for each row, [R], and, if
+    given, for each column of each group, [G, F]; the result is of type `dtype`.
+    """
     if platform == "gpu":
-        dx = grouped_matmul_gpu.rows_by_group(dy, weights, sizes, load=load, transposed=True)
-        d_weights = grouped_matmul_gpu.matrices_by_group(x, dy, sizes, load=load)
-        return dx, d_weights.astype(weights.dtype), None
-    rows_by_weights = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
-    dx = jax.lax.ragged_dot_general(dy, weights, sizes, rows_by_weights)
-    return dx, _weight_gradient(platform, x, dy, sizes).astype(weights.dtype), None
+        how = {"load": load, "transposed": transposed, "scales": scales, "dtype": dtype}
+        if scales and not transposed:
+            # tensor cores take 8 bits only with what is summed over in the last dimension
+            weights, how["transposed"] = weights.swapaxes(1, 2), True
+        return grouped_matmul_gpu.rows_by_group(x, weights, sizes, **how)
+    over = (((1,), (2 if transposed else 1,)), ((), ()))
+    dimensions = jax.lax.RaggedDotDimensionNumbers(over, (0,), (0,))
+    if not scales:
+        return jax.lax.ragged_dot_general(x, weights, sizes, dimensions)
+    y: Any = jax.lax.ragged_dot_general(
+        x, weights, sizes, dimensions, preferred_element_type=sum_type(x.dtype)
+    )
+    y = y * scales[0][:, None]
+    y = y * of_rows(scales[1], sizes, x.shape[0]) if len(scales) > 1 else y
+    return y.astype(dtype)
 
 
-def _weight_gradient(platform: str, x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
-    """x: [R, D] transposed times dy: [R, F] within each group: [G, D, F]."""
+def of_rows(a: jax.Array, sizes: jax.Array, rows: int) -> jax.Array:
+    """a: [G, ...] of the group of each row, [rows, ...]; beyond the groups, that of the last."""
+    if a.shape[0] == 1:
+        return a
+    return jnp.take(a, group_of_rows(sizes, rows), axis=0, mode="clip")
+
+
+def group_of_rows(sizes: jax.Array, rows: int) -> jax.Array:
+    """int32 [rows]; G beyond the groups."""
+    return jnp.sum(jnp.cumsum(sizes) <= jnp.arange(rows)[:, None], axis=1, dtype=jnp.int32)
+
+
+def sum_type(dtype: Any) -> Any:
+    """The type in which products of 8 bits are summed."""
+    return jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+
+def largest_by_group(
+    platform: str, x: jax.Array, factors: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """The largest |x factors| of each column of x: [R, F] within each group, with factors: float32
+    [R] -> float32 [G, F]; 0 for a group without rows.
+    """
+    if platform == "gpu":
+        return grouped_matmul_gpu.largest_by_group(x, factors, sizes)
+    sizes_of = jnp.abs(x.astype(jnp.float32) * factors[:, None])
+    groups = group_of_rows(sizes, x.shape[0])
+    of_groups = jax.ops.segment_max(
+        sizes_of, groups, sizes.shape[0], indices_are_sorted=True, mode="drop"
+    )
+    return jnp.maximum(of_groups, 0)
+
+
+def matrices_by_group(
+    platform: str, load: float, x: jax.Array, dy: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """x: [R, D] transposed times dy: [R, F] within each group: [G, D, F], of 8 bits as sums."""
+    if platform == "gpu":
+        return grouped_matmul_gpu.matrices_by_group(x, dy, sizes, load=load)
     if platform == "tpu":
         # imported here: other platforms need no Pallas for TPU
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
@@ -61,7 +127,8 @@ def _weight_gradient(platform: str, x: jax.Array, dy: jax.Array, sizes: jax.Arra
         tiling = (rows, min(width, x.shape[1]), min(out, dy.shape[1]))
         return tgmm(x.T, dy, sizes, preferred_element_type=x.dtype, tiling=tiling)
     rows_contracted = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return jax.lax.ragged_dot_general(x, dy, sizes, rows_contracted)
+    sums = sum_type(x.dtype) if x.dtype.itemsize == 1 else None
+    return jax.lax.ragged_dot_general(x, dy, sizes, rows_contracted, preferred_element_type=sums)
 
 
 grouped_matmul.defvjp(

@@ -218,7 +218,14 @@ class BlockConfig(BaseConfig):
         }
         if not self.moe.num_experts:
             sizes["mlp_dim"] = self.mlp_size
-        elif self.moe.shared_mlp_dim:
+        else:
+            require(
+                not q.weight_gradients,
+                "quantization.weight_gradients (True) must be False for "
+                f"quantization.format={q.format} with moe.num_experts ({self.moe.num_experts}): "
+                f"blocks of {q.block} rows would be of several experts",
+            )
+            sizes["mlp_dim" if self.moe.mlp_dim is None else "moe.mlp_dim"] = self.expert_size
             sizes["moe.shared_mlp_dim"] = self.moe.shared_mlp_dim
         for name, size in sizes.items():
             require(

@@ -86,11 +86,11 @@ def quantized_product(
 
     total: the parameter that receives the gradient in weight's place, as in `linear.product`.
     """
-    operands = _quantize(config, x, (x.ndim - 1,)), _quantize(config, weight, (0,))
+    operands = quantize(config, x, (x.ndim - 1,)), quantize(config, weight, (0,))
     return _product(*operands, ((x.ndim - 1,), (0,)), x.dtype)
 
 
-def _quantize(
+def quantize(
     config: QuantizationConfig, x: Array, summed: tuple[int, ...], is_gradient: bool = False
 ) -> Operand:
     """x as an operand of a product that sums over these dimensions."""
@@ -131,7 +131,7 @@ def _forward(
     total: CustomVJPPrimal | None = None,
 ) -> tuple[jax.Array, Kept]:
     last = x.value.ndim - 1
-    a, b = _quantize(config, x.value, (last,)), _quantize(config, weight.value, (0,))
+    a, b = quantize(config, x.value, (last,)), quantize(config, weight.value, (0,))
     y = _product(a, b, ((last,), (0,)), x.value.dtype)
     in_blocks = config.block > 1  # along the dimension that the forward pass sums over
     kept_x = a if config.weight_gradients and not in_blocks else x.value
@@ -148,9 +148,9 @@ def _gradient(
     the forward pass has quantized lie along dimensions that are now summed over: they move to dy.
     """
     if config.block > 1:
-        return _quantize(config, dy, summed, is_gradient=True), other
+        return quantize(config, dy, summed, is_gradient=True), other
     dy = dy.astype(jnp.float32) * other.scale
-    return _quantize(config, dy, summed, is_gradient=True), other.qvalue
+    return quantize(config, dy, summed, is_gradient=True), other.qvalue
 
 
 def _backward(
@@ -163,14 +163,14 @@ def _backward(
     last, rows = dy.ndim - 1, tuple(range(dy.ndim - 1))
     if weight is not None:
         if config.block > 1:
-            weight = _quantize(config, weight, (1,))
+            weight = quantize(config, weight, (1,))
         grad, weight = _gradient(config, dy, weight, (last,))
         dx = _product(grad, weight, ((last,), (1,)), dy.dtype)
     if x is not None:
         grad = dy
         if config.weight_gradients:
             if config.block > 1:
-                x = _quantize(config, x, rows)
+                x = quantize(config, x, rows)
             grad, x = _gradient(config, dy, x, rows)
         d_weight = _product(x, grad, (rows, rows), jnp.float32 if in_total else dy.dtype)
     return (dx, None, d_weight) if in_total else (dx, d_weight, None)

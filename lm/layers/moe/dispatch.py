@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from jax.sharding import PartitionSpec
 from lm.kernels.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
 from lm.layers.linear import Kept, Matrix, broadcast_as, gather
 from lm.layers.mlp import hidden
+from lm.layers.moe.quantized import quantized_by_expert, quantized_grouped_matmul
+from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig
 from lm.parallel.sharding import Rules
 from lm.types import Array
 
@@ -108,7 +111,13 @@ def _length_axes(rules: Rules, length: int) -> tuple[str, ...]:
 
 
 def dropless(
-    x: Array, chosen: Array, weights: Array, experts: Matrices, activation: str, rules: Rules
+    x: Array,
+    chosen: Array,
+    weights: Array,
+    experts: Matrices,
+    activation: str,
+    rules: Rules,
+    quantization: QuantizationConfig = NO_QUANTIZATION,
 ) -> jax.Array:
     """x: [B, T, D], chosen: int32 [B, T, k] (E: none), weights: float32 [B, T, k] -> [B, T, D]."""
     axes, shards, k = rules.sharded_axes("expert"), rules.size("expert"), chosen.shape[-1]
@@ -117,7 +126,10 @@ def dropless(
     balanced, most = k / shards, min(k, here)
 
     def grouped(rows: Array, experts: Experts, sizes: Array) -> jax.Array:
-        product = functools.partial(grouped_matmul, rules.platform, balanced / most, sizes=sizes)
+        function: Any = grouped_matmul
+        if quantization.format != "none":
+            function = functools.partial(quantized_grouped_matmul, quantization)
+        product = functools.partial(function, rules.platform, balanced / most, sizes=sizes)
         return _feed_forward(rows, experts, activation, product)
 
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
@@ -291,6 +303,7 @@ def with_capacity(
     experts: Matrices,
     activation: str,
     rules: Rules,
+    quantization: QuantizationConfig = NO_QUANTIZATION,
     *,
     capacity: int,
 ) -> jax.Array:
@@ -302,6 +315,9 @@ def with_capacity(
     num_experts = experts["up"].value.shape[0]
     # shards of the length divide the slots: each fills its own from the whole row
     room = -(-capacity // rules.size("length"))
+    product: Any = _by_expert
+    if quantization.format != "none":
+        product = functools.partial(quantized_by_expert, quantization)
 
     def apply(x: Array, chosen: Array, weights: Array, experts: Experts) -> jax.Array:
         b, t, k = chosen.shape
@@ -312,7 +328,7 @@ def with_capacity(
         rows = rows.reshape(b, num_experts, room, -1)
         if axes:
             rows = jax.lax.all_to_all(rows, axes, split_axis=1, concat_axis=0, tiled=True)
-        y = _feed_forward(rows, experts, activation, _by_expert)
+        y = _feed_forward(rows, experts, activation, product)
         if axes:
             y = jax.lax.all_to_all(y, axes, split_axis=0, concat_axis=1, tiled=True)
         y = y.reshape(b, num_experts * room, -1)

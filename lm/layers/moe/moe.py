@@ -278,7 +278,8 @@ class Moe(nn.Module):
         logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision="highest")
         routing = route(logits, non_padding, moe, bias)
         report = balance(routing, non_padding, moe, bias)
-        inputs = (x, routing.chosen, routing.weights, experts, c.activation, self.rules)
+        how = c.activation, self.rules, c.quantization
+        inputs = x, routing.chosen, routing.weights, experts, *how
         if moe.dispatch == "dropless":
             y = dropless(*inputs)
         else:
