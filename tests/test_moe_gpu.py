@@ -181,14 +181,18 @@ COMPILE = """
     from lm.config.schema import MeshConfig
     from lm.layers.block_config import BlockConfig
     from lm.layers.moe.moe import Moe, MoeConfig
+    from lm.layers.quantization import QuantizationConfig
     from lm.parallel.sharding import make_rules
     from lm.compiled import costs, hlo, topology
 
     count, B, T, D, F = int(sys.argv[1]), 8, 512, 256, 128
+    quantization = QuantizationConfig(sys.argv[2])
     devices = topology.devices(topology.parse(f"h100:{count}"))
     rules = make_rules(MeshConfig(data=1, expert=count), devices)
     moe = MoeConfig(num_experts=32, num_experts_per_token=4, mlp_dim=F)
-    config = BlockConfig(embed_dim=D, moe=moe, activation="swiglu", dtype="bfloat16")
+    config = BlockConfig(
+        embed_dim=D, moe=moe, activation="swiglu", dtype="bfloat16", quantization=quantization
+    )
     model = Moe(config, rules)
     S = jax.ShapeDtypeStruct
     x = S((B, T, D), jnp.bfloat16, sharding=rules.sharding("batch", None, None))
@@ -217,18 +221,20 @@ COMPILE = """
         if i.opcode not in ("parameter", "tuple", "get-tuple-element"):
             found["largest"] = max([found["largest"], *(s.bytes for s in i.shapes)])
     work = costs.count_flops_and_hbm_bytes(module)
-    found |= {"flops": work.flops, "unknown": work.unknown}
+    found |= {"flops": work.flops, "narrow": work.narrow_flops, "unknown": work.unknown}
     print(json.dumps(found))
 """
 
 
 @pytest.mark.compilers
-@pytest.mark.parametrize("count", [1, 8])
-def test_the_gpu_compiler_makes_grouped_products(count):
+@pytest.mark.parametrize(
+    ("count", "quantization"), [(1, "none"), (8, "none"), (1, "int8"), (1, "fp8"), (8, "int8")]
+)
+def test_the_gpu_compiler_makes_grouped_products(count, quantization):
     """In 32 experts a dense masked product is 8 times the FLOPs, and each row of its operands."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("needs the GPU compiler: pip install -e '.[gpu]'")
-    run = [sys.executable, "-c", textwrap.dedent(COMPILE), str(count)]
+    run = [sys.executable, "-c", textwrap.dedent(COMPILE), str(count), quantization]
     done = subprocess.run(run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -236,9 +242,15 @@ def test_the_gpu_compiler_makes_grouped_products(count):
     products = {"grouped_rows": 6, "grouped_matrices": 3}
     if count == 8:
         products["grouped_rows"] += 3
+    largest = found["kernels"].pop("grouped_largest", 0)
+    assert largest == (0 if quantization == "none" else 3)
     assert found["kernels"] == products
     assert found["loops"] == [2] * (2 if count == 8 else 0) and not found["conditionals"]
     rows, width, hidden = 8 * 512 * 4, 256, 128
     needed = 2 * rows * width * hidden * sum(products.values()) / count
     assert not found["unknown"] and needed <= found["flops"] < 1.2 * needed  # the router, too
+    in_8_bits = {"none": {}, "int8": {"s8": 1}, "fp8": {"f8": 1 / 3}}[quantization]
+    assert found["narrow"] == {
+        kind: pytest.approx(part * needed) for kind, part in in_8_bits.items()
+    }
     assert found["largest"] <= 4 * rows * width

@@ -107,8 +107,13 @@ def estimate(
     compute = done * AGAIN.get(c.remat, 1.0) / rules.mesh.size / peak
     narrow = NARROW_TYPES.get(c.quantization.format, "")
     products = 6 if c.quantization.weight_gradients else 4
-    in_blocks = count.groups.get("attention", 0) + count.groups.get("mlp", 0)
-    compute *= 1 - (1 - 1 / topology.chip.speedup(narrow)) * min(1.0, products * in_blocks / one)
+    in_8_bits = products * (count.groups.get("attention", 0) + count.groups.get("mlp", 0))
+    if experts:  # see lm.layers.moe.quantized and lm.kernels.grouped_matmul_gpu
+        share = c.moe.num_experts_per_token / c.moe.num_experts
+        on_tpu = topology.chip.platform == "tpu"
+        of_experts = min(products, 4) if on_tpu else (2 if narrow == "f8" else products)
+        in_8_bits += of_experts * experts * share
+    compute *= 1 - (1 - 1 / topology.chip.speedup(narrow)) * min(1.0, in_8_bits / one)
     update = flops.update_cost(c, config.optimizer)
     own = trained * update.flops / rules.mesh.size / peak
     parts = {"compute": compute / (1 - pipeline.bubble) + own}
