@@ -181,7 +181,7 @@ COMPILE = """
     from lm.config.schema import MeshConfig
     from lm.layers.block_config import BlockConfig
     from lm.layers.moe.moe import Moe, MoeConfig
-    from lm.layers.quantization import QuantizationConfig
+    from lm.kernels.quantization import QuantizationConfig
     from lm.parallel.sharding import make_rules
     from lm.compiled import costs, hlo, topology
 

@@ -13,10 +13,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lm.kernels import grouped_matmul_gpu
+from lm.kernels.quantization import QuantizationConfig, quantized_product
+from lm.kernels.quantized_grouped_matmul import quantized_by_expert, quantized_grouped_matmul
 from lm.layers.block_config import BlockConfig
 from lm.layers.moe.moe import Moe, MoeConfig
-from lm.layers.moe.quantized import quantized_by_expert, quantized_grouped_matmul
-from lm.layers.quantization import QuantizationConfig, quantized_product
 from lm.parallel.sharding import Rules
 
 FORMATS = [("int8", "row"), ("int8", "tensor"), ("fp8", "row"), ("fp8", "tensor")]

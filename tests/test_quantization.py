@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from parameters import random_params
 
 from lm.checkpoint.manager import Checkpoints
+from lm.kernels.quantization import QuantizationConfig, quantize, quantized_product
 from lm.layers.linear import Linear
 from lm.layers.lora import LoraConfig
-from lm.layers.quantization import QuantizationConfig, quantize, quantized_product
 from lm.models import decoder, encoder, encoder_decoder, init_params
 
 T, D, F = 64, 96, 32

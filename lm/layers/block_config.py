@@ -7,6 +7,7 @@ import itertools
 
 from lm.config.fields import field
 from lm.kernels import attention_kernels
+from lm.kernels.quantization import NO_QUANTIZATION, QuantizationConfig
 from lm.layers import positions as pe
 from lm.layers.attention_scores import AttentionScores, Heads
 from lm.layers.base_config import BaseConfig, require
@@ -14,7 +15,6 @@ from lm.layers.lora import LoraConfig
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.moe.moe import MoeConfig
 from lm.layers.norm import KINDS as NORMS
-from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig
 from lm.layers.stack import REMAT
 from lm.optim.parametrization import STANDARD, TABLES, Scaling
 

@@ -15,8 +15,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from lm.kernels.quantization import NO_QUANTIZATION, QuantizationConfig, quantized_product
 from lm.layers.lora import LoraConfig
-from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig, quantized_product
 from lm.parallel.sharding import Rules
 from lm.types import Array
 

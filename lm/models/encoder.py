@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
+from lm.kernels.quantization import NO_QUANTIZATION
 from lm.layers.block_config import BlockConfig
 from lm.layers.linear import hidden_linear, parameter
 from lm.layers.mlp import ACTIVATIONS
 from lm.layers.norm import Norm
-from lm.layers.quantization import NO_QUANTIZATION
 from lm.layers.transformer import Transformer, check_kernels, make_output
 from lm.models.vocabulary import NO_PIPELINE, VocabularyModel, check_unsharded
 from lm.parallel.sharding import Rules

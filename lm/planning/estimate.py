@@ -108,7 +108,7 @@ def estimate(
     narrow = NARROW_TYPES.get(c.quantization.format, "")
     products = 6 if c.quantization.weight_gradients else 4
     in_8_bits = products * (count.groups.get("attention", 0) + count.groups.get("mlp", 0))
-    if experts:  # see lm.layers.moe.quantized and lm.kernels.grouped_matmul_gpu
+    if experts:  # see lm.kernels.quantized_grouped_matmul and lm.kernels.grouped_matmul_gpu
         share = c.moe.num_experts_per_token / c.moe.num_experts
         on_tpu = topology.chip.platform == "tpu"
         of_experts = min(products, 4) if on_tpu else (2 if narrow == "f8" else products)

@@ -26,10 +26,10 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lm.kernels.grouped_matmul import collect, grouped_matmul, sort_by_group, spread
+from lm.kernels.quantization import NO_QUANTIZATION, QuantizationConfig
+from lm.kernels.quantized_grouped_matmul import quantized_by_expert, quantized_grouped_matmul
 from lm.layers.linear import Kept, Matrix, broadcast_as, gather
 from lm.layers.mlp import hidden
-from lm.layers.moe.quantized import quantized_by_expert, quantized_grouped_matmul
-from lm.layers.quantization import NO_QUANTIZATION, QuantizationConfig
 from lm.parallel.sharding import Rules
 from lm.types import Array
 

@@ -1,4 +1,4 @@
-"""Products of experts in 8 or 4 bits: those of `lm.layers.quantization`, for each expert alone.
+"""Products of experts in 8 or 4 bits: those of `lm.kernels.quantization`, for each expert alone.
 
 Rows have a scale each, matrices one for each expert and column, and so have gradients where rows
 are summed over; with scales=tensor the rows of an expert share one, and its matrix has one. Rows
@@ -24,7 +24,7 @@ from lm.kernels.grouped_matmul import (
     of_rows,
     rows_by_group,
 )
-from lm.layers.quantization import (
+from lm.kernels.quantization import (
     CALIBRATIONS,
     TYPES,
     Operand,
