@@ -217,6 +217,28 @@ def test_workers_end_with_a_killed_parent(texts, model, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    _wait_for_the_end(pids)
+
+
+def test_ctrl_c_does_not_wait_for_the_calls_that_workers_are_in():
+    code = (
+        "import time; from lm.preparation.workers import Workers\n"
+        "with Workers(2) as workers: list(workers.run(time.sleep, [600, 601]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(pids := children.read_text().split()) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and errors.endswith("KeyboardInterrupt\n")
+    _wait_for_the_end(pids)
+
+
+def _wait_for_the_end(pids: list[str]) -> None:
     deadline = time.monotonic() + 20
     while any(_is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived the run"

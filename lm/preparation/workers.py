@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import threading
@@ -24,11 +25,15 @@ class Workers:
     def __init__(self, num_workers: int | None = None):
         self.num_workers = num_workers or len(os.sched_getaffinity(0))
         self._executor: ProcessPoolExecutor | None = None
+        self._processes: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # a call may take minutes
+            for process in self._processes:
+                process.terminate()
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
@@ -36,7 +41,8 @@ class Workers:
         """Yield (i, function(i)) of every i in `calls` as they finish; a process that is free takes
         the next one.
 
-        Raises what a call raises, and ValueError if a worker is killed.
+        Raises what a call raises, and ValueError if a worker is killed. At Ctrl-C the context ends,
+        and with it the calls that workers are in.
         """
         if self.num_workers <= 1 or len(calls) <= 1:
             for i in calls:
@@ -50,9 +56,11 @@ class Workers:
             )
         try:
             # processes start in `submit`, and inherit the mask: Ctrl-C is the parent's alone
+            others = {*multiprocessing.active_children()} - self._processes
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 futures = {self._executor.submit(function, i): i for i in calls}
+                self._processes = {*multiprocessing.active_children()} - others
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
