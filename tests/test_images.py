@@ -226,7 +226,7 @@ def test_every_row_is_a_picture_of_the_store_or_a_counted_skip(table, prepared):
     assert skipped == expected
     assert "pictures of 24 x 24" in summary(result.manifests)
     examples = result.manifests["train"]["skipped_examples"]["picture_too_large"]
-    assert any("20000 x 2000 pixels" in example for example in examples)
+    assert any("10000 x 4000 pixels" in example for example in examples)
 
 
 def test_one_picture_of_several_captions_is_stored_once_in_one_split(prepared):

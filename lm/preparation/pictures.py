@@ -27,6 +27,7 @@ FITS = ("crop", "pad")
 MAX_PIXELS = 1 << 25
 _MAX_BYTES = 1 << 26  # of a file
 _MAX_SIZE = 4096
+_MAX_SIDE = 1 << 14  # of a picture: a resampled strip takes many times the memory of its pixels
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
@@ -106,7 +107,7 @@ class PictureFormat:
         from PIL import Image, ImageOps
 
         width, height = image.size
-        if width * height > self.max_pixels:
+        if width * height > self.max_pixels or max(width, height) > _MAX_SIDE:
             raise Unreadable("picture_too_large", f"{width} x {height} pixels")
         # several pictures of a JPEG (MPO) are no animation: the first is the photograph
         if getattr(image, "is_animated", False) and image.format != "MPO":
