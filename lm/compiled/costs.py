@@ -22,7 +22,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 NARROW = ("s8", "f8")  # how the names of types of 8 bits start
 # That a Triton kernel declares as metadata, in a backend config that is not JSON but MLIR's.
 _DECLARED = re.compile(rb"\\22flops\\22: \\22(\d+)\\22")
-_DECLARED_TYPE = re.compile(rb"\\22dtype\\22: \\22(int|float)8")
+_DECLARED_TYPE = re.compile(rb"\\22dtype\\22: \\22int8\\22")
 # Of each splash attention kernel: products of [T, H] and [T, S] matrices, suffix of block sizes.
 _SPLASH = {"_fwd": (2, ""), "_dq": (3, "_dq"), "_dkv": (4, "_dkv")}
 
@@ -79,8 +79,7 @@ def narrow_type(instruction: Instruction) -> str:
     """s8 or f8 if both operands of a product have a type of 8 bits of that kind, else empty."""
     target, operands = instruction.target, instruction.operands[:2]
     if "triton" in target:
-        found = _DECLARED_TYPE.search(instruction.proto.backend_config)
-        return {b"int": "s8", b"float": "f8"}[found[1]] if found else ""
+        return "s8" if _DECLARED_TYPE.search(instruction.proto.backend_config) else ""
     if target == "tpu_custom_call" and instruction.name.startswith("ragged-dot-none"):
         operands = instruction.operands[-2:]
     elif instruction.opcode not in ("dot", "convolution") and not target.startswith("__cublas"):

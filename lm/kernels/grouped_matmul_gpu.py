@@ -4,9 +4,9 @@ XLA's GPU compiler has none: it makes `jax.lax.ragged_dot` a dense product of al
 every group, which takes the number of groups times the FLOPs. What these kernels compute and read
 grows with the rows that groups have, and not with the rows that the arrays have room for.
 
-Operands of 8 bits: int8 is summed as int32. Triton through Pallas multiplies no two different types
-of float8 (jax 0.10): their blocks are read as they are, and multiplied in bfloat16, which holds
-both exactly.
+Operands of 8 bits: int8 is summed as int32. Triton through Pallas (jax 0.10) multiplies no two
+types of float8, and two of one type in float16 by `mma.sync`, as it wants their sums exact: blocks
+of them are read as they are, and multiplied in bfloat16, which holds both exactly, by `wgmma`.
 
 `interpret` runs a kernel on any platform, to test its numbers.
 """
@@ -121,7 +121,7 @@ def _call(
         grid=grid,
         name=name,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages),
-        metadata={"flops": f"{flops:.0f}", "dtype": str(_product_type(*operands))},
+        metadata={"flops": f"{flops:.0f}", "dtype": str(_product_type(operands[0]))},
         interpret=interpret,
     )
 
@@ -238,14 +238,15 @@ def _mask(rows: Array | None, columns: Array | None) -> Array | None:
 
 def _dot(a: Array, over: int, b: Array, of_b: int) -> jax.Array:
     """The product of two blocks over a dimension of each, in float32 or, of integers, in int32."""
-    dimensions, dtype = (((over,), (of_b,)), ((), ())), _product_type(a, b)
+    dimensions, dtype = (((over,), (of_b,)), ((), ())), _product_type(a)
     a, b = a.astype(dtype), b.astype(dtype)
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_sum_type(dtype))
 
 
-def _product_type(a: Array, b: Array) -> Any:
-    """The type in which blocks of these arrays are multiplied."""
-    return a.dtype if a.dtype == b.dtype else jnp.dtype(jnp.bfloat16)
+def _product_type(a: Array) -> Any:
+    """The type in which blocks of such an array are multiplied."""
+    is_float8 = a.dtype.itemsize == 1 and jnp.issubdtype(a.dtype, jnp.floating)
+    return jnp.dtype(jnp.bfloat16) if is_float8 else a.dtype
 
 
 def _sum_type(dtype: Any) -> Any:

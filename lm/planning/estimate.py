@@ -111,7 +111,7 @@ def estimate(
     if experts:  # see lm.kernels.quantized_grouped_matmul and lm.kernels.grouped_matmul_gpu
         share = c.moe.num_experts_per_token / c.moe.num_experts
         on_tpu = topology.chip.platform == "tpu"
-        of_experts = min(products, 4) if on_tpu else (2 if narrow == "f8" else products)
+        of_experts = min(products, 4) if on_tpu else (0 if narrow == "f8" else products)
         in_8_bits += of_experts * experts * share
     compute *= 1 - (1 - 1 / topology.chip.speedup(narrow)) * min(1.0, in_8_bits / one)
     update = flops.update_cost(c, config.optimizer)
