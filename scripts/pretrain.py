@@ -50,6 +50,7 @@ def main() -> int:
     args = parse_args()
     import jax
 
+    from lm.run_page import page
     from lm.telemetry import metrics
     from lm.training.loop import train
 
@@ -88,8 +89,9 @@ def main() -> int:
     if code:
         return code
     if summarised_step(summary_file) != metrics.read(str(workdir))[-1]["step"]:
-        step(3, "samples, summary and loss curve")
+        step(3, "samples, summary, loss curve and page")
         finish(workdir, text, prompts)
+        page.write_at_end(str(workdir))
     report(workdir, prompts, config)
     return 0
 

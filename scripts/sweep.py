@@ -176,6 +176,7 @@ def _claim(root: Path, args: argparse.Namespace, settings: Sequence[str]) -> Non
 
 def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
     """Write the tables and the picture, and print the ranking; True if runs failed."""
+    from lm.run_page import page
     from lm.scaling import run_table
     from lm.scaling.sweep import pool, report
 
@@ -191,6 +192,7 @@ def _finish(root: Path, runs: Sequence[Any], home: str) -> bool:
         report.plot(ranks, root / "sweep.png")
         files += ", sweep.png"
     print(f"{files} in {root}")
+    page.write_at_end(str(root))
     return any(row["status"] == pool.FAILED for row in table)
 
 

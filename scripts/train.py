@@ -39,13 +39,22 @@ def main() -> int:
     process_group.initialize_from(args)
     import jax
 
-    from lm.exit_codes import Exit
+    from lm.exit_codes import Exit, RunError
     from lm.parallel import device_errors
+    from lm.run_page import page
     from lm.telemetry.goodput import process_start
     from lm.training.loop import train
 
+    is_lead = jax.process_index() == 0
     try:
-        return train(args.config, args.workdir, jax.devices(), began=process_start())
+        code = train(args.config, args.workdir, jax.devices(), began=process_start())
+        if is_lead:
+            page.write_at_end(args.workdir, code)
+        return code
+    except RunError as error:
+        if is_lead:
+            page.write_at_end(args.workdir, error.code)
+        raise
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if device_errors.exit_code(error) == Exit.OUT_OF_MEMORY:
             from lm.planning import out_of_memory

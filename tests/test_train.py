@@ -1,12 +1,15 @@
 """The loop's work besides stepping."""
 
 import json
+import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from lm.telemetry import hlo_text
+from lm.telemetry.hlo_text import Origin
 from lm.telemetry.profiler import Operation, Profiler, summarize
 from lm.training.loop import train
 
@@ -44,8 +47,11 @@ def test_a_window_that_a_run_ends_in_is_written_and_summarized(tmp_path):
         raise RuntimeError("the device failed")
     assert names_in_trace(tmp_path) == {"work1", "work2"}
     [text] = shown
-    assert "profile of steps 1-2: " in text and "devices idle for " in text
-    assert re.search(r"%  \S*(dot|fusion|reduce)\S* × 2\n", text + "\n")
+    assert "profile of steps 1-2: " in text and ", idle " in text
+    assert re.search(r"%  compute +- +\S*(dot|fusion|reduce)\S* × 2\n", text + "\n")
+    stored = json.loads((tmp_path / "profile/steps-1-2.json").read_text())
+    assert stored["steps"] == "1-2" and sum(stored["shares"].values()) == pytest.approx(1)
+    assert stored["operations"][0]["runs"] == 2
 
 
 def test_a_summary_counts_nested_operations_once_and_idle_devices():
@@ -59,10 +65,62 @@ def test_a_summary_counts_nested_operations_once_and_idle_devices():
     summary = summarize(ops)
     assert summary.seconds == pytest.approx(100e-9)
     assert summary.idle == pytest.approx(1 - (0.7 + 0.1) / 2)
-    assert summary.longest[0] == ("dot", pytest.approx(50 / 90), 3)
-    assert {name for name, *_ in summary.longest[1:]} == {"while", "copy"}
-    assert all(share == pytest.approx(20 / 90) for _, share, _ in summary.longest[1:])
+    first, *rest = summary.longest
+    assert (first.name, first.share, first.runs) == ("dot", pytest.approx(50 / 90), 3)
+    assert {row.name for row in rest} == {"while", "copy"}
+    assert all(row.share == pytest.approx(20 / 90) for row in rest)
     assert summarize([]) is None
+
+
+def test_communication_counts_where_nothing_is_computed_beside_it_and_host_where_neither_is():
+    ops = [
+        Operation("fusion.1", "a", "a0", 0, 40),
+        Operation("all-reduce.2", "a", "a1", 30, 60),  # beside the fusion for 10
+        Operation("MemcpyD2H", "a", "a2", 50, 70),  # beside the all-reduce for 10
+        Operation("fusion.1", "b", "b0", 0, 100),
+    ]
+    shares = summarize(ops).shares
+    found = {kind: round(200 * share) for kind, share in shares.items()}
+    assert found == {"compute": 140, "communication": 20, "host": 10, "idle": 30}
+
+
+def _callback(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_operations_of_a_program_have_their_kinds_and_the_lines_that_they_come_from(devices):
+    mesh = jax.sharding.Mesh(devices, "data")
+
+    def step(x):
+        y = jnp.tanh(x @ x.T)  # a product of rows on different devices
+        return _callback(y.sum())
+
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.device_put(jnp.ones((64, 64)), sharding)
+    compiled = jax.jit(step).lower(x).compile()
+    program = hlo_text.parse(compiled.as_text())
+    assert program.name == "jit_step"
+    kinds = {origin.kind for origin in program.origins.values()}
+    assert kinds == {"compute", "communication", "host"}
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    number = 1 + next(i for i, line in enumerate(lines) if "a product of rows" in line)
+    found = {o.source for n, o in program.origins.items() if "dot" in n or "tanh" in n}
+    assert found == {f"{__file__}:{number}"}
+
+    ops = [Operation(n, "a", "a0", 0, 1, "jit_other") for n in program.origins if "dot" in n]
+    assert {row.source for row in summarize(ops, program).longest} == {""}  # another program's
+
+
+def test_rows_of_the_table_are_source_lines():
+    origins = {n: Origin("compute", "lm/layers/mlp.py:40") for n in ("fusion.1", "fusion.2")}
+    program = hlo_text.Program("jit_step", origins)
+    times = [("fusion.1", 0, 10), ("fusion.2", 10, 40), ("copy", 40, 50), ("fusion.1", 50, 60)]
+    ops = [Operation(name, "a", "a0", *when, "jit_step") for name, *when in times]
+    first, second = summarize(ops, program).longest
+    assert (first.source, first.name, first.others) == ("lm/layers/mlp.py:40", "fusion.2", 1)
+    assert (first.runs, round(first.share, 3)) == (3, round(50 / 60, 3))
+    assert (second.source, second.name) == ("", "copy")
+    assert "lm/layers/mlp.py:40  fusion.2 and 1 more × 3" in str(summarize(ops, program))
 
 
 def test_a_schedule_longer_than_the_run_is_refused_before_anything_is_compiled(make_experiment):

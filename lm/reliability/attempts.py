@@ -29,7 +29,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import jax
@@ -55,8 +55,13 @@ class NoProgress(RunError):
 
 def read(workdir: str) -> list[Record]:
     """The attempts of a run up to now, one record each."""
+    return merge(jsonl.read(f"{workdir}/{ATTEMPTS_FILE}"))
+
+
+def merge(lines: Iterable[Record]) -> list[Record]:
+    """One record for each attempt that lines of attempts.jsonl are about."""
     merged: dict[int, Record] = {}
-    for line in jsonl.read(f"{workdir}/{ATTEMPTS_FILE}"):
+    for line in lines:
         merged.setdefault(line["attempt"], {}).update(line)
     return list(merged.values())
 

@@ -21,7 +21,12 @@ Record = dict[str, Any]
 
 def read(path: PathLike) -> list[Record]:
     """The objects of all complete lines; none if there is no file."""
-    lines = growing.read(path).decode().split("\n")
+    return parse(growing.read(path))
+
+
+def parse(content: bytes) -> list[Record]:
+    """The objects of all complete lines of a file's content."""
+    lines = content.decode().split("\n")
     # after the last newline comes a line that was cut, or ""
     return [json.loads(line, object_hook=_with_floats) for line in lines[:-1]]
 

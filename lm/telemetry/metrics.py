@@ -8,6 +8,7 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 
 METRICS_FILE = "metrics.jsonl"
+OVERVIEW_FILE = "overview.json"  # see lm/training/describe.py
 HOST_WORK = ("host_seconds", "host_cpu_seconds")  # a step: see lm/telemetry/deferred.py
 
 

@@ -1,18 +1,60 @@
-"""Description of a run before its first step: parameters, their origin, mesh, steps, warnings."""
+"""Description of a run before its first step: parameters, their origin, mesh, steps, warnings; and
+the part of it that its folder keeps, in overview.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_collections
 
+from lm.checkpoint.code_version import code_version
 from lm.optim.param_tree import named_leaves
 from lm.parallel.process_group import print_on_lead
+from lm.storage.files import write_atomically
+from lm.telemetry import jsonl
+from lm.telemetry.metrics import OVERVIEW_FILE
 from lm.telemetry.progress import format_quantity
 from lm.training import bad_step_report
 from lm.training.experiment import Experiment
 from lm.training.fork import changed_lines
+
+
+def overview(experiment: Experiment) -> dict[str, Any]:
+    """Sizes that follow from config, data and devices together, for pages about the run.
+
+    `sources` are those of training: rows, share of all examples, and epochs of the whole run.
+    """
+    steps, batch_size = experiment.num_steps, experiment.batch_size
+    params, initializer = experiment.abstract_params, experiment.initializer
+    data, devices = experiment.train_data, experiment.rules.mesh.devices
+    counts = data.sampler.rows_before(steps * batch_size).tolist()
+    return {
+        "num_steps": steps,
+        "batch_size": batch_size,
+        "length": experiment.config.data.length,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(initializer.trained(params))),
+        "flops_per_token": experiment.flops_per_token,
+        "devices": f"{devices.size} × {devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+        "code": code_version(),
+        "sources": [
+            {
+                "source": name,
+                "rows": len(source),
+                "share": count / max(sum(counts), 1),
+                "epochs": count / len(source),
+            }
+            for (name, source), count in zip(data.sources.items(), counts, strict=True)
+        ],
+    }
+
+
+def write_overview(experiment: Experiment, workdir: str) -> None:
+    """Write overview.json, which each start of the run does again: its devices may be others."""
+    write_atomically(f"{workdir}/{OVERVIEW_FILE}", jsonl.dumps(overview(experiment), indent=2))
 
 
 def describe(experiment: Experiment, *, is_new: bool) -> None:

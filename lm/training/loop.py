@@ -29,7 +29,7 @@ from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.tokenizers import run_tokenizer
 from lm.training import bad_step_report, compatibility
-from lm.training.describe import describe
+from lm.training.describe import describe, write_overview
 from lm.training.experiment import Experiment
 from lm.training.restore import find_snapshot, memory_snapshots, restore_or_init
 from lm.training.rollback import roll_back
@@ -106,6 +106,7 @@ def train(
                 )
                 if is_lead:  # no sooner: where a run failed to start, another config may
                     compatibility.write_config(experiment.config_dict, workdir)
+                    write_overview(experiment, workdir)
                 took, step = time.monotonic() - phases.began, int(state.step)
                 print_on_lead(f"ready in {took:.1f} s; from step {step} to {experiment.num_steps}")
                 ledger = Ledger(workdir, totals, compare=same_data, active=is_lead)

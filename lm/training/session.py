@@ -131,7 +131,10 @@ class TrainingSession:
             active=self.is_lead,
         )
         window = range(c.log.profile_start, c.log.profile_start + c.log.profile_steps)
-        self.profiler = Profiler(workdir, window, self.writer.note if self.is_lead else None)
+        show = self.writer.note if self.is_lead else None
+        self.profiler = Profiler(
+            workdir, window, show, lambda: experiment.train_step.as_text() or ""
+        )
 
     # ---- results of steps ----
 
