@@ -10,7 +10,7 @@ import pytest
 
 from lm.data.pipeline import ExplainedRow
 from lm.data.rows import Span
-from lm.interpret import run_report
+from lm.interpret import notebook_views
 from lm.interpret.markup import COLORS
 from lm.interpret.token_losses import TokenLosses
 from lm.tokenizers.tokenizer import ByteTokenizer
@@ -43,12 +43,12 @@ def background(page):
 
 def test_coloured_text_is_the_text():
     ids = TOKENIZER.encode(TEXT)
-    page = run_report.losses_html(TOKENIZER, ids, np.zeros(len(ids)), ids)
+    page = notebook_views.losses_html(TOKENIZER, ids, np.zeros(len(ids)), ids)
     assert text_of(page).endswith(TEXT.replace("\n", "↵\n"))
 
 
 def test_colour_follows_the_loss_up_to_the_limit():
-    page = run_report.losses_html(
+    page = notebook_views.losses_html(
         TOKENIZER, TOKENIZER.encode("abcd"), np.array([0, 2, 4, 9]), limit=4
     )
     colors = [[int(x) for x in re.findall(r"\d+", c)] for c in background(page)]
@@ -59,7 +59,7 @@ def test_colour_follows_the_loss_up_to_the_limit():
 
 
 def test_a_row_is_its_documents_each_in_its_colour(batch, explained):
-    page = run_report.row_html(TOKENIZER, batch, 1, explained)
+    page = notebook_views.row_html(TOKENIZER, batch, 1, explained)
     text = TOKENIZER.decode(batch.targets[1])
     parts = re.findall(r'background: (#\w{6})90">([^<]*)<', page)
     assert parts == list(zip(COLORS[:3], (text[:3], text[3:5], text[5:9]), strict=True))
@@ -70,7 +70,7 @@ def test_the_hardest_tokens_are_scored_ones_in_order(batch):
     nats = np.zeros((2, 10), np.float32)
     nats[1, 4], nats[0, 2], nats[1, 9] = 3.0, 7.0, 50.0  # the last is padding
     losses = TokenLosses(nats, np.full((2, 10), ord("Z")), np.full((2, 10), 0.25))
-    page = run_report.hardest_html(TOKENIZER, batch, losses, count=2)
+    page = notebook_views.hardest_html(TOKENIZER, batch, losses, count=2)
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in page.split("<tr>")[2:]]
     text = [TOKENIZER.decode(row) for row in batch.targets]
     # what comes before is of the same document only
@@ -82,20 +82,20 @@ def test_the_hardest_tokens_are_scored_ones_in_order(batch):
 
 def test_the_overview_names_what_is_not_the_default(make_experiment):
     experiment = make_experiment({"optimizer.learning_rate": 0.123, "model.num_layers": 3})
-    page = text_of(run_report.overview(experiment, 4))
+    page = text_of(notebook_views.overview(experiment, 4))
     assert "step 4 of 10" in page and "optimizer.learning_rate0.123" in page
     assert "model.num_layers3" in page and "optimizer.weight_decay" not in page
 
 
 def test_references_are_those_of_the_summary(tmp_path):
-    assert run_report.references(str(tmp_path)) == {}
+    assert notebook_views.references(str(tmp_path)) == {}
     (tmp_path / "summary.json").write_text(json.dumps({"gzip_bits_per_byte": 2.5, "steps": 3}))
-    assert run_report.references(str(tmp_path)) == {"gzip -9": 2.5}
+    assert notebook_views.references(str(tmp_path)) == {"gzip -9": 2.5}
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_the_mask_is_drawn_in_the_colours_of_the_documents(batch, explained, window):
-    figure = run_report.packing_figure(batch.inputs, 1, explained, (window,))
+    figure = notebook_views.packing_figure(batch.inputs, 1, explained, (window,))
     image = np.asarray(figure.axes[1].images[0].get_array())  # [T, S, 3]
     segments, places = batch.inputs.segments[1], np.arange(10)
     back = places[:, None] - places
@@ -110,7 +110,7 @@ def test_the_mask_is_drawn_in_the_colours_of_the_documents(batch, explained, win
 
 def test_attention_is_drawn_with_its_tokens_and_heads(tmp_path):
     maps = np.random.default_rng(0).random((2, 3, 4, 4))
-    figure = run_report.attention_figure(
+    figure = notebook_views.attention_figure(
         maps, ["a", " b", "\n", "long" * 5], [(1, 2), (0, 0), (1, 0)]
     )
     panels = [axis for axis in figure.axes if axis.get_title()]
@@ -122,7 +122,7 @@ def test_attention_is_drawn_with_its_tokens_and_heads(tmp_path):
     np.testing.assert_array_equal(panels[0].images[0].get_array(), maps[1, 2])
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names == ["a", "·b", "↵", "longlongl"]
-    small = run_report.heads_figure(maps)
+    small = notebook_views.heads_figure(maps)
     assert len(small.axes) == 6
     np.testing.assert_array_equal(small.axes[5].images[0].get_array(), maps[1, 2])
     for drawn in (figure, small):
@@ -132,7 +132,7 @@ def test_attention_is_drawn_with_its_tokens_and_heads(tmp_path):
 def test_loss_by_context_is_the_mean_of_each_doubling():
     positions = np.arange(9)[None]
     nats = np.array([[8.0, 4.0, 2.0, 3.0, 1.0, 1.0, 1.0, 2.0, 99.0]])
-    figure = run_report.position_figure(nats, positions, (nats < 99).astype(np.float32))
+    figure = notebook_views.position_figure(nats, positions, (nats < 99).astype(np.float32))
     axis = figure.axes[0]
     drawn = axis.lines[0].get_ydata().astype(float)
     np.testing.assert_allclose(drawn, [8, 4, 2.5, 1.25])

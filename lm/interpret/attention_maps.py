@@ -1,4 +1,4 @@
-"""Attention weights of a model as arrays; `lm.interpret.run_report` draws them."""
+"""Attention weights of a model as arrays; `lm.interpret.notebook_views` draws them."""
 
 from __future__ import annotations
 
