@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lm.interpret import lens_plots, run_report
+from lm.interpret import lens_plots, notebook_views
 from lm.scaling.sweep import report
 from lm.telemetry import fonts, loss_curve, metrics
 from scripts import pretrain
@@ -148,7 +148,7 @@ def test_tokens_of_other_scripts_are_drawn_without_boxes(matplotlib_fonts, han_f
     for figure in (
         lens_plots.lens_figure(lens, ["红", "$x$"], [["楼", "梦"]]),
         lens_plots.pairs_figure(pairs, np.ones((2, 2))),
-        run_report.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
+        notebook_views.attention_figure(np.full((1, 1, 2, 2), 0.5), ["红", "梦"], [(0, 0)]),
     ):
         FigureCanvasAgg(figure).draw()
     assert not [w for w in recwarn if "Glyph" in str(w.message)]

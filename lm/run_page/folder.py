@@ -128,7 +128,10 @@ class RunFolder:
 
         now: seconds since 1970; None: now."""
         if not self.attempts:
-            return State(UNKNOWN, "no start is recorded")
+            return State(
+                UNKNOWN,
+                "no start is recorded yet: its processes import, read data and compile first",
+            )
         last = self.attempts[-1]
         if (code := last.get("code")) is None:
             silent = (time.time() if now is None else now) - self.last_sign
