@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import math
+import pathlib
 import re
 import time
 
@@ -135,8 +136,7 @@ def test_the_time_line_adds_up_to_goodputs_report(killed):
     assert report.losses["redone"] > 0 and report.losses["down"] > 0
     wanted = {"step": report.productive, **report.losses}
     drawn = {phase: sum(line["bins"].get(phase, [0.0])) for phase in wanted}
-    # the report takes the mean time of a process's steps for those that were done again
-    assert drawn["redone"] == pytest.approx(wanted["redone"], rel=0.9)
+    assert drawn["redone"] > 0  # their own time; the report takes the process's mean time of a step
     for sums in (wanted, drawn):
         sums["step"] += sums.pop("redone")
     assert drawn == pytest.approx(wanted, rel=0.02, abs=0.02)
@@ -254,29 +254,46 @@ def test_several_runs_share_a_page_and_their_configs_are_compared(tmp_path):
     with pytest.raises(ValueError, match="--out"):
         page.write(runs)
     found = data_of(page.write(runs, str(tmp_path / "all.html")))
-    assert found["compared"]["axes"] == ["optimizer.learning_rate"]
-    assert [row["values"] for row in found["compared"]["rows"]] == [[0.001], [0.003], [0.01]]
+    rates = [r["config"]["optimizer.learning_rate"] for r in found["runs"]]
+    assert rates == ["0.001", "0.003", "0.01"] and found["sweep"] is None
     assert [r["row"]["validation loss"] for r in found["runs"]] == [1.5] * 3
     with pytest.raises(NoRun, match="holds no run"):
         page.make([str(tmp_path)])
 
 
-def test_a_sweeps_page_has_its_table_and_its_failed_runs(tmp_path):
-    (tmp_path / "sweep.json").write_text(json.dumps({"runs": None}))
+def write_sweep(folder):
+    """A sweep of three runs, one of which diverged; returns the lines of its table."""
+    files.write_atomically(folder / "sweep.json", json.dumps({"runs": None}))
     rows = []
-    for name, rate, status in (("a", 1e-3, "finished"), ("b", 1e-2, "diverged")):
-        write_run(tmp_path / name, learning_rate=rate)
-        loss = 2.0 if status == "finished" else None
+    for name, rate, loss in (("a", 1e-3, 2.0), ("b", 1e-2, None), ("c", 1e-4, 2.5)):
+        write_run(folder / name, learning_rate=rate)
+        status = "finished" if loss else "diverged"
         row = {"run": name, "status": status, "optimizer.learning_rate": rate}
-        rows.append({**row, "parameters": 10, "loss": loss, "message": ""})
-    assert data_of(page.write([str(tmp_path)]))["compared"]["axes"] == ["optimizer.learning_rate"]
+        rows.append({**row, "parameters": 10, "loss": loss, "message": EVIL})
+    return rows
+
+
+def test_a_sweeps_page_has_its_table_and_its_diverged_runs(tmp_path):
+    rows = write_sweep(tmp_path)
+    found = data_of(page.write([str(tmp_path)]))  # while it is under way
+    assert found["sweep"]["axes"] == ["optimizer.learning_rate"]
+    assert [row["values"] for row in found["sweep"]["rows"]] == [[0.001], [0.01], [0.0001]]
+    assert [row["loss"] for row in found["sweep"]["rows"]] == [1.5] * 3
     (tmp_path / "sweep.jsonl").write_text("".join(map(jsonl.line, rows)))
     found = data_of(page.write([str(tmp_path)]))
-    assert found["sweep"] and found["title"] == tmp_path.name
-    assert [(r["status"], r["loss"]) for r in found["compared"]["rows"]] == [
-        ("finished", 2),
-        ("diverged", None),
-    ]
+    assert found["title"] == tmp_path.name and found["count"] == 3
+    assert found["sweep"]["axes"] == ["optimizer.learning_rate"]
+    ends = [(r["status"], r["loss"]) for r in found["sweep"]["rows"]]
+    assert ends == [("finished", 2), ("diverged", None), ("finished", 2.5)]
+
+
+def test_of_many_runs_the_page_has_the_curves_of_the_best(tmp_path, monkeypatch):
+    write_sweep(tmp_path)
+    monkeypatch.setattr(page, "MAX_CURVES", 2)
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write(jsonl.line({"step": 40, "kind": "eval", "source": "x", "loss": 99.0}))
+    found = data_of(page.write([str(tmp_path)]))
+    assert [run["name"] for run in found["runs"]] == ["a", "c"] and found["count"] == 3
 
 
 def test_a_page_of_100_000_steps_is_small_and_quick(tmp_path):
@@ -381,9 +398,29 @@ def test_a_click_on_a_title_sorts_runs_by_number(tmp_path):
       const select = document.querySelector("#run select");
       select.value = "2";
       select.dispatchEvent(new Event("change"));
-      return { up, down, shown: document.querySelectorAll("#summary").length,
-               slices: document.querySelectorAll("#slices .js-plotly-plot").length };"""
+      return { up, down, shown: document.querySelectorAll("#summary").length };"""
     found = chromium.look(tmp_path / "report.html", probe, tmp_path)
     assert found["errors"] == []
-    assert found["value"]["up"] == ["a", "c", "b"] and found["value"]["down"] == ["b", "c", "a"]
-    assert found["value"]["shown"] == 1 and found["value"]["slices"] == 1
+    assert found["value"] == {"up": ["a", "c", "b"], "down": ["b", "c", "a"], "shown": 1}
+
+
+@in_browser
+def test_a_sweep_is_drawn_in_parallel_coordinates_and_slices(tmp_path):
+    rows = write_sweep(tmp_path)
+    (tmp_path / "sweep.jsonl").write_text("".join(map(jsonl.line, rows)))
+    path = page.write([str(tmp_path)], str(tmp_path / "report.html"))
+    probe = """
+      const find = (id) => document.querySelector(id + " .plot");
+      const [lines, slice] = ["#parallel", "#slices"].map(find);
+      return { kind: lines.data[0].type, dimensions: lines.data[0].dimensions.map((d) => d.values),
+               dots: slice.data[0].y, crosses: slice.data[1].x,
+               first: document.querySelector("#ranking tbody tr").cells[0].textContent };"""
+    found = chromium.look(pathlib.Path(path), probe, tmp_path)
+    assert found["errors"] == []
+    assert found["value"] == {
+        "kind": "parcoords",
+        "dimensions": [[-3, -4], [2, 2.5]],  # learning rates by their logarithms
+        "dots": [2, 2.5],
+        "crosses": [0.01],
+        "first": "a",
+    }

@@ -72,6 +72,12 @@ def mean_loss(evals: Sequence[Record]) -> float | None:
     return sum(r["loss"] * r.get("tokens", 1.0) for r in last) / tokens if tokens else None
 
 
+def final_loss(run: RunFolder) -> float:
+    """The loss by which runs are ranked; infinite for a run without one."""
+    loss = mean_loss(run.evals) if run.evals else None
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
 def _bits_per_byte(evals: Sequence[Record]) -> float | None:
     """Those of the last evaluation; None where several sources are evaluated."""
     return _last(evals, "bits_per_byte") if len({r["source"] for r in evals}) == 1 else None

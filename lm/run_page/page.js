@@ -30,7 +30,7 @@ function tiles(run) {
 function runsTable(page) {
   const keys = Object.keys(page.runs[0].row).filter((key) => page.runs.some((r) => r.row[key] !== null));
   return table([
-    { title: "run", get: (r) => element("span", {}, element("span", { class: "dot", style: `background:${color(page.runs.indexOf(r))}` }), r.name), sort: (r) => r.name },
+    { title: "run", get: (r) => element("span", { class: "name" }, element("span", { class: "dot", style: `background:${color(page.runs.indexOf(r))}` }), r.name), sort: (r) => r.name },
     { title: "state", get: (r) => badge(r.state.kind), sort: (r) => r.state.kind },
     ...keys.map((key) => ({ title: key, get: (r) => r.row[key] })),
   ], page.runs, { sorts: true });
@@ -229,7 +229,7 @@ function comparison({ axes, rows }) {
     if (canDraw && done.length > 1) {
       draw(lines, [{
         type: "parcoords", labelfont: { size: 11 },
-        line: { color: done.map((r) => Math.min(r.loss, top)), colorscale: "Viridis", reversescale: true, showscale: false },
+        line: { color: done.map((r) => Math.min(r.loss, top)), colorscale: [[0, color(1)], [0.5, color(0)], [1, style("--faint")]], showscale: false },
         dimensions: [...axes.map((key, i) => dimension(short(key), done.map((r) => r.values[i]))),
           { label: "validation loss", values: done.map((r) => Math.min(r.loss, top + pad)) }],
       }], { margin: { l: 60, r: 60, t: 50, b: 20 } }, { displayModeBar: false });
@@ -282,7 +282,7 @@ function build(page) {
   const [first] = page.runs, many = page.runs.length > 1;
   const kinds = page.runs.map((r) => r.state.kind);
   const subtitle = many
-    ? `${page.sweep ? "a sweep, " : ""}${page.runs.length} runs${page.compared && page.compared.rows.length > page.runs.length ? ` of ${page.compared.rows.length}, those of lowest loss` : ""}: ${[...new Set(kinds)].map((k) => `${kinds.filter((x) => x === k).length} ${k}`).join(", ")}`
+    ? `${page.sweep ? "a sweep, " : ""}${page.runs.length} runs${page.count > page.runs.length ? ` of ${page.count}, those of lowest loss` : ""}: ${[...new Set(kinds)].map((k) => `${kinds.filter((x) => x === k).length} ${k}`).join(", ")}`
     : first.workdir;
   main.replaceChildren(element("h1", {}, page.title, " ", many ? "" : badge(first.state.kind)),
     element("p", {}, many ? "" : first.state.text),
@@ -292,13 +292,11 @@ function build(page) {
     if (first.warnings.length) add("warnings", "Warnings", "", ...warningList(first));
     add("summary", "Summary", "", tiles(first));
   }
-  if (page.compared && page.compared.axes.length) {
-    const { lines, slices, ranking, paint } = comparison(page.compared);
-    if (page.sweep) add("ranking", "Ranking", "All runs, the lowest validation loss first; a click on a title sorts. Runs that diverged or failed have no loss.", ranking);
-    if (page.compared.rows.length > 2) {
-      add("parallel", "Parallel coordinates", "Each line is a finished run, light: low loss. Drag along an axis to keep the lines that pass there, click on it to undo; losses far above the others are drawn at the top.", element("div", { class: "wide" }, lines), paint);
-      add("slices", "Slices", "Each dot is a run; the line joins the best at each value; × marks runs without a loss, such as diverged ones.", element("div", { class: "grid" }, ...slices.map((node, i) => element("div", {}, element("h3", {}, page.compared.axes[i]), node))));
-    }
+  if (page.sweep) {
+    const { lines, slices, ranking, paint } = comparison(page.sweep);
+    add("ranking", "Ranking", "All runs, the lowest validation loss first; a click on a title sorts. Runs that diverged or failed have no loss.", ranking);
+    add("parallel", "Parallel coordinates", "Each line is a finished run; orange: low loss, grey: high. Drag along an axis to keep the lines that pass there, click on it to undo; losses far above the others are drawn at the top.", element("div", { class: "wide" }, lines), paint);
+    add("slices", "Slices", "Each dot is a run; the line joins the best at each value; × marks runs without a loss, such as diverged ones.", element("div", { class: "grid" }, ...slices.map((node, i) => element("div", {}, element("h3", {}, page.sweep.axes[i]), node))));
   }
   if (many) add("runs", "Runs", "A click on a title sorts.", runsTable(page));
   if (page.charts.length) {

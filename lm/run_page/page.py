@@ -52,20 +52,13 @@ def make(workdirs: Sequence[str]) -> str:
     runs = [RunFolder(path) for path in (trials.folders(sweep) if sweep else workdirs)]
     for run in runs:
         run.check()
-    compared = None
-    if sweep:
-        compared = trials.of_sweep(sweep, runs)
-    elif len(runs) > 1:
-        compared = trials.of_runs(runs)
-    return render(_page(sweep, runs, compared))
+    return render(_page(sweep, runs))
 
 
-def _page(sweep: str | None, runs: Sequence[RunFolder], compared: dict[str, Any] | None) -> Any:
-    whole = len(runs) <= MAX_WHOLE
-    if compared and len(runs) > MAX_CURVES:
-        losses = {row["name"]: row["loss"] for row in compared["rows"]}
-        best = sorted(runs, key=lambda r: (losses.get(r.name) is None, losses.get(r.name) or 0.0))
-        runs = best[:MAX_CURVES]
+def _page(sweep: str | None, runs: Sequence[RunFolder]) -> dict[str, Any]:
+    whole, count = len(runs) <= MAX_WHOLE, len(runs)
+    compared = trials.of_sweep(sweep, runs) if sweep else None
+    runs = sorted(runs, key=content.final_loss)[:MAX_CURVES] if count > MAX_CURVES else runs
     buckets = max(80, thinning.BUCKETS // max(1, len(runs) // 2))
     found = [content.of_run(run, buckets, whole=whole) for run in runs]
     _name_apart(found)
@@ -77,11 +70,11 @@ def _page(sweep: str | None, runs: Sequence[RunFolder], compared: dict[str, Any]
     return {
         "title": title,
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sweep": bool(sweep),
+        "count": count,
         "charts": charts.described(id for run in found for id in run["charts"]),
         "explained": explained,
         "runs": found,
-        "compared": compared,
+        "sweep": compared,
     }
 
 

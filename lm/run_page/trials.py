@@ -1,12 +1,13 @@
-"""Runs that differ in their configs: the runs of a sweep, and the axes along which they differ."""
+"""The runs of a sweep, and the keys of the config along which they differ."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from lm.config.tree import leaves
 from lm.run_page import content, thinning
 from lm.run_page.folder import CONFIG_FILE, RunFolder
 from lm.storage import files
@@ -34,7 +35,7 @@ def of_sweep(sweep: str, runs: Sequence[RunFolder]) -> Json:
     """
     table = jsonl.read(f"{sweep}/sweep.jsonl")
     if not table:
-        return of_runs(runs)
+        return _of_runs(runs)
     keys = list(table[0])[2:]
     keys = keys[: keys.index(_RESULTS)] if _RESULTS in keys else keys
     rows = [
@@ -50,30 +51,25 @@ def of_sweep(sweep: str, runs: Sequence[RunFolder]) -> Json:
     return {"axes": keys, "rows": rows}
 
 
-def of_runs(runs: Sequence[RunFolder]) -> Json:
+def _of_runs(runs: Sequence[RunFolder]) -> Json:
     """As `of_sweep`, along the config's keys in which the runs differ."""
-    configs = [dict(content.leaves(run.config)) for run in runs]
-    keys = [key for key in differing(configs) if not key.startswith(_AROUND)][:MAX_AXES]
+    configs = [dict(leaves(run.config)) for run in runs]
+    paths = dict.fromkeys(path for config in configs for path in config)
+    differing = [path for path in paths if len({repr(c.get(path)) for c in configs}) > 1]
+    keys = [path for path in differing if not path.startswith(_AROUND)][:MAX_AXES]
     rows = []
     for run, config in zip(runs, configs, strict=True):
         outcome = run.read_json("outcome.json")
-        loss = content.mean_loss(run.evals) if run.evals else None
         rows.append(
             {
                 "name": run.name,
                 "status": outcome.get("status", run.state().kind),
-                "loss": _number(loss),
+                "loss": _number(content.final_loss(run)),
                 "message": outcome.get("message", ""),
                 "values": [_value(config.get(key)) for key in keys],
             }
         )
     return {"axes": keys, "rows": rows}
-
-
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all configs."""
-    keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({repr(c.get(key)) for c in configs}) > 1]
 
 
 def _value(value: object) -> float | int | str | None:
