@@ -22,6 +22,7 @@ from lm.preparation.prepare import begin, prepare, summary
 from lm.preparation.stages import stages
 from lm.preparation.tokenizer_training import train_tokenizer, training_texts
 from lm.sources import Skipped
+from lm.storage import lease
 from lm.tokenizers.tokenizer import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,17 +131,18 @@ def test_stores_are_the_same_for_any_number_of_workers(texts, model, prepared, t
 
 
 def test_of_two_at_the_same_time_one_says_so(texts, model, prepared, tmp_path):
-    processes = [
-        subprocess.Popen(
-            _command(texts, model, tmp_path / "out", "--workers=1"),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    errors = {process.wait(): process.communicate()[1] for process in processes}
-    assert errors.keys() == {0, 1}
-    assert re.search(r"out: process \d+ on .* is preparing it", errors[1])
+    command = _command(texts, model, tmp_path / "out", "--workers=1")
+    with lease.lock(str(tmp_path / "out" / "lock")):
+        second = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert second.returncode == 1
+    assert re.search(rf"out: process {os.getpid()} on .* is preparing it", second.stderr)
+
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert 0 in codes
+    for code, error in zip(codes, errors, strict=True):  # 0 twice: one began when one had ended
+        assert code == 0 or re.search(r"out: process \d+ on .* is preparing it", error)
     assert _content(tmp_path / "out") == _content(prepared[0])
 
 

@@ -1,5 +1,6 @@
 """One door to storage: the same promises on a local disk, in GCS and in S3 (emulated)."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -41,6 +42,22 @@ def test_a_file_is_deleted_alone_and_a_folder_with_what_is_in_it(folder):
 def test_a_missing_file_is_named(folder):
     with pytest.raises(FileNotFoundError, match="none"):
         files.read_bytes(f"{folder}/none")
+
+
+def test_a_holder_names_itself_a_moment_after_it_has_the_lock(tmp_path):
+    with open(tmp_path / "lock", "a+") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def contend():
+            with lease.lock(str(tmp_path / "lock")):
+                pass
+
+        second = pool.submit(contend)
+        time.sleep(0.1)
+        file.write("process 7 on elsewhere")
+        file.flush()
+        with pytest.raises(lease.Locked, match="process 7 on elsewhere"):
+            second.result()
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])

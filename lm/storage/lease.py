@@ -83,8 +83,7 @@ def _open_locked(path: str) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                file.seek(0)
-                raise Locked(file.read() or "another process") from None
+                raise Locked(_name(file)) from None
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 file.close()
@@ -92,6 +91,16 @@ def _open_locked(path: str) -> TextIO:
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             return file
         file.close()  # its last holder has deleted it in between
+
+
+def _name(file: TextIO) -> str:
+    """The holder's name, which it writes a moment after it has locked the file."""
+    for _ in range(100):
+        file.seek(0)
+        if name := file.read():
+            return name
+        time.sleep(0.01)
+    return "another process"
 
 
 class _Lease(Lock):
