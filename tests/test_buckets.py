@@ -26,7 +26,7 @@ from lm.exit_codes import Exit, restarts
 from lm.preparation.corpus import Corpus
 from lm.preparation.prepare import prepare
 from lm.preparation.tokenizer_training import train_tokenizer
-from lm.reliability import data_ledger
+from lm.reliability import attempts, data_ledger
 from lm.reliability.workdir_lock import LockLost, WorkdirLocked
 from lm.storage import files, filesystems, growing, lease
 from lm.storage.epaths import StoragePath
@@ -344,7 +344,7 @@ def test_a_run_whose_lock_was_taken_ends_before_it_saves_again(
     config = make_config({"checkpoint.every": 4, "train.num_steps": 12, "guard.self_check": False})
     with pytest.raises(LockLost, match=r"00000002.* trains there"):
         train(config, workdir, devices[:1])
-    assert LockLost.code == Exit.LOCK_LOST
+    assert LockLost.code == attempts.read(workdir)[-1]["code"] == Exit.LOCK_LOST
     assert step_files.steps(StoragePath(workdir) / "checkpoints") == [4]
     assert files.read_bytes(f"{workdir}/lock/00000002") == b"{}"
     assert data_ledger.read(workdir)[-1]["step"] < 8

@@ -21,17 +21,32 @@ class LockLost(RunError):
     code = Exit.LOCK_LOST
 
 
+class WorkdirLock(lease.Lock):
+    """The lock of a run's folder, to be checked before the folder is written."""
+
+    def __init__(self, workdir: str, held: lease.Lock) -> None:
+        self._workdir, self._held = workdir, held
+
+    def check(self, *, ask: bool = False) -> None:
+        """As `lease.Lock.check`, but raises LockLost."""
+        try:
+            self._held.check(ask=ask)
+        except lease.LeaseLost as error:
+            raise LockLost(
+                f"{self._workdir}: another process has taken its lock ({error}) and trains there, "
+                f"since this one was cut off from the bucket for {lease.SECONDS:g} seconds or more"
+            ) from None
+
+
 @contextlib.contextmanager
-def lock_workdir(workdir: str, *, active: bool = True) -> Iterator[lease.Lock]:
-    """Hold the lock of the run's folder (`lm.storage.lease.lock`), in an `active` process, and
-    yield it, to be checked before the folder is written.
+def lock_workdir(workdir: str, *, active: bool = True) -> Iterator[WorkdirLock]:
+    """Hold the lock of the run's folder (`lm.storage.lease.lock`) in an `active` process.
 
     Raises:
         WorkdirLocked: another process holds it.
-        LockLost: another process has taken it, as a check in the context found.
     """
-    held = lease.Lock()
     with contextlib.ExitStack() as stack:
+        held = lease.Lock()
         try:
             if active:
                 held = stack.enter_context(lease.lock(f"{workdir}/{LOCK_FILE}"))
@@ -39,10 +54,4 @@ def lock_workdir(workdir: str, *, active: bool = True) -> Iterator[lease.Lock]:
             raise WorkdirLocked(
                 f"{workdir}: {error} trains there; wait until it ends, or give another --workdir"
             ) from None
-        try:
-            yield held
-        except lease.LeaseLost as error:
-            raise LockLost(
-                f"{workdir}: another process has taken its lock ({error}) and trains there, since "
-                f"this one was cut off from the bucket for {lease.SECONDS:g} seconds or more"
-            ) from None
+        yield WorkdirLock(workdir, held)
