@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from jax.extend.core import jaxprs_in_params
 
 from lm.kernels import grouped_matmul_gpu
-from lm.kernels.quantization import QuantizationConfig, quantized_product
+from lm.kernels import quantized_grouped_matmul as quantized
+from lm.kernels.quantization import QuantizationConfig, quantize, quantized_product
 from lm.kernels.quantized_grouped_matmul import quantized_by_expert, quantized_grouped_matmul
 from lm.layers.block_config import BlockConfig
 from lm.layers.moe.moe import Moe, MoeConfig
 from lm.parallel.sharding import Rules
+from lm.reliability.experts_check import check_experts
+from lm.reliability.reference import SelfCheckFailed
 
 FORMATS = [("int8", "row"), ("int8", "tensor"), ("fp8", "row"), ("fp8", "tensor")]
 SIZES = (3, 0, 130, 67)  # none, less than a tile of a kernel, more than one
@@ -117,6 +121,25 @@ def test_in_bfloat16_the_result_is_rounded_once_more(on_gpu, arrays, platform, n
     wanted = grouped(platform, config, *(a.astype(jnp.float32) for a in in_16_bits))
     assert all(a.dtype == jnp.bfloat16 for a in found)
     assert_same([a.astype(jnp.float32) for a in found], wanted, 2.0**-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "scales"), [*FORMATS, ("mxfp8", "row"), ("nvfp4", "row")])
+def test_the_check_at_the_start_of_a_run_passes_them(on_gpu, rules_on, name, scales, dtype):
+    config = QuantizationConfig(name, scales, weight_gradients=name in ("int8", "fp8"))
+    assert check_experts(jnp.dtype(dtype), rules_on(), config) < 0.7
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_the_check_finds_a_scale_of_rows_beyond_the_groups(rules_on, name, monkeypatch):
+    def of_all(config, x, sizes, is_gradient=False):
+        whole = quantize(config, x, (0, 1), is_gradient)
+        return qwix.QArray(whole.qvalue, jnp.broadcast_to(whole.scale, (len(x), 1)))
+
+    monkeypatch.setattr(quantized, "_rows", of_all)
+    config = QuantizationConfig(name, "tensor")
+    with pytest.raises(SelfCheckFailed, match=f"products of experts in {name} differs"):
+        check_experts(jnp.dtype("bfloat16"), rules_on(), config)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

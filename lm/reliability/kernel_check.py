@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.schema import Config, MeshConfig
+from lm.kernels.quantization import NO_QUANTIZATION
 from lm.parallel import sharding
 from lm.parallel.sharding import Rules
 from lm.reliability import reference
@@ -61,9 +62,10 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
     softcap = getattr(config.model, "logit_softcap", None)
     moe = getattr(config.model, "moe", None)
     grouped = moe is not None and moe.num_experts > 0 and moe.dispatch == "dropless"
+    quantization = getattr(config.model, "quantization", NO_QUANTIZATION)
     dtype = jnp.dtype(config.model.dtype)
 
-    key = _key([kinds, softcap, grouped, dtype.name, config.loss], device)
+    key = _key([kinds, softcap, grouped, quantization, dtype.name, config.loss], device)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(cache_dir or f"{cache}/lm/selfcheck") / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: check again
@@ -71,10 +73,11 @@ def check(config: Config, rules: Rules, *, cache_dir: str | None = None) -> Kern
 
     with jax.default_device(device):
         found = [check_attention(heads, dtype, one) for heads in kinds]
-        found += [check_experts(dtype, one)] if grouped else []
+        found += [check_experts(dtype, one, quantization)] if grouped else []
         worst = max([*found, check_loss(config.loss, softcap, dtype, one)])
     checked = [f"attention in {dtype.name}, {heads}" for heads in kinds]
-    checked += [f"grouped products of experts in {dtype.name}"] if grouped else []
+    experts = dtype.name if quantization == NO_QUANTIZATION else quantization.format
+    checked += [f"grouped products of experts in {experts}"] if grouped else []
     checked.append(f"loss in {dtype.name}, chunks of {config.loss.chunk_size} tokens")
     report = KernelReport(checked, worst, time.monotonic() - began)
     with contextlib.suppress(OSError):  # without a cache the next start checks again
