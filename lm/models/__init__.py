@@ -9,7 +9,7 @@ The contract (`lm.types.Model`) is one linen module with the fields `config` and
     model.head_params                                the parameters that `logits` reads, by their
                                                      names at the top: ("embedding",) or ("head",)
     model.init_cache(batch_size, length) -> Cache    the state of generation
-    model.num_microbatches                           parts that it cuts the rows of a pass into
+    model.num_pipeline_microbatches                  parts that it cuts the rows of a pass into
 
 `Config` (`ModelConfig`) has `check(length)`, which raises ValueError on sizes that don't fit
 together, naming the config path, and properties or fields `vocab_size`, `max_length`, `dtype` (of

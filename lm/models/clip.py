@@ -127,7 +127,7 @@ class Clip(nn.Module):
 
     config: Config
     rules: Rules
-    num_microbatches = 1
+    num_pipeline_microbatches = 1
 
     def setup(self) -> None:
         c, dtype = self.config, jnp.dtype(self.config.dtype)

@@ -88,7 +88,7 @@ class Decoder(VocabularyModel, Transformer):
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     @property
-    def num_microbatches(self) -> int:
+    def num_pipeline_microbatches(self) -> int:
         """Parts that the rows of a forward pass are cut into."""
         return self.config.pipeline.num_microbatches
 
@@ -104,7 +104,7 @@ class Decoder(VocabularyModel, Transformer):
                 f"generation keeps no cache on several stages: config.mesh.stage ({stages}) must "
                 "be 1, which any checkpoint can be restored to"
             )
-        return stages > 1 or (train and self.num_microbatches > 1)
+        return stages > 1 or (train and self.num_pipeline_microbatches > 1)
 
     def _pipelined(
         self, x: Array, inputs: Tokens, train: bool, order: int
@@ -112,7 +112,7 @@ class Decoder(VocabularyModel, Transformer):
         """(x: [B, T, D] after the layers, micro-batch by micro-batch, and the means over
         micro-batches of the layers' outputs, [L, ...]).
         """
-        c, rules, m = self.config, self.rules, self.num_microbatches
+        c, rules, m = self.config, self.rules, self.num_pipeline_microbatches
         schedule = pipeline_stages.make_schedule(c.pipeline, c.num_layers, rules)
         x, rows = jax.tree.map(lambda a: pipeline_stages.split(rules, m, a), (x, inputs))
         x = self.dropout(x, deterministic=not train)

@@ -36,7 +36,7 @@ class Vit(nn.Module):
 
     config: Config
     rules: Rules
-    num_microbatches = 1
+    num_pipeline_microbatches = 1
     head_params = ("head",)
 
     def setup(self) -> None:

@@ -87,7 +87,7 @@ class VocabularyModel(nn.Module):
         return ("embedding",) if self._is_tied else ("head",)
 
     @property
-    def num_microbatches(self) -> int:
+    def num_pipeline_microbatches(self) -> int:
         """Parts that the rows of a forward pass are cut into."""
         return 1
 

@@ -158,7 +158,7 @@ class VqVae(nn.Module):
 
     config: Config
     rules: Rules
-    num_microbatches = 1
+    num_pipeline_microbatches = 1
     head_params = ("image_decoder",)
 
     def setup(self) -> None:

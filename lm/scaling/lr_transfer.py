@@ -115,7 +115,7 @@ def _make_step(experiment: Experiment, like: TrainState) -> Step:
             updates, state = tx.update(updates, state, params)
             return optax.tree.scale(rate, updates), state
 
-        state, sums, info = train_step.train_step(
+        state, sums, info = train_step.update(
             state,
             batch,
             loss_fn=experiment.loss_fn,

@@ -138,7 +138,7 @@ def diagnose(
 
 def _in_float32(experiment: Experiment, state: TrainState, batch: Batch, step: int) -> StepResult:
     k = experiment.config.train.num_microbatches
-    parts = experiment.rules.size("batch") * experiment.model.num_microbatches
+    parts = experiment.rules.size("batch") * experiment.model.num_pipeline_microbatches
     if experiment.batch_size % (2 * k * parts) == 0:
         k *= 2  # as activations take twice the memory
     float32 = experiment.variant({"model.dtype": "float32", "train.num_microbatches": k})

@@ -91,7 +91,7 @@ class Experiment:
         if c.data.encoder_length is not None and isinstance(c.model, BlockConfig):
             c.model.quantization.check_length(c.data.encoder_length, "config.data.encoder_length")
         self.model: Model = component("lm.models", config.model.name).build(c.model, self.rules)
-        self.batch_size = sharding.batch_size(c, self.rules, self.model.num_microbatches)
+        self.batch_size = sharding.batch_size(c, self.rules, self.model.num_pipeline_microbatches)
 
     def variant(self, changes: Mapping[str, object]) -> Experiment:
         """An experiment on the same devices with some values changed, {config path: value}."""
@@ -281,7 +281,7 @@ class Experiment:
         if self.config.optimizer.memory != "device":
             on_device = sharding.on_device(state.opt_state)
             state = dataclasses.replace(state, opt_state=on_device)
-        state, sums, info = train_step.train_step(
+        state, sums, info = train_step.update(
             state,
             batch,
             loss_fn=self.loss_fn,

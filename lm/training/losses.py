@@ -29,7 +29,7 @@ def make(objective: Objective, model: Model, config: LossConfig, *, train: bool)
 
     def loss_fn(params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         if train:
-            batch = pipeline_stages.interleave(model.rules, model.num_microbatches, batch)
+            batch = pipeline_stages.interleave(model.rules, model.num_pipeline_microbatches, batch)
         if objective.loss is not None:
             return cross_entropy.objective_loss(
                 objective.loss, model, params, batch, rng, train=train, config=config

@@ -121,7 +121,7 @@ def fingerprint(batch: Batch) -> StepInfo:
     }
 
 
-def train_step(
+def update(
     state: TrainState,
     batch: Batch,
     *,
