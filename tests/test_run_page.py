@@ -346,10 +346,13 @@ def test_a_browser_draws_every_section_without_an_error_and_shows_text_as_text(k
         traces: plots.map((p) => p.data.length),
         heat: plots.filter((p) => p.data[0].type === "heatmap").length,
         starts: document.querySelectorAll("#time tbody tr").length,
+        reached: await fetch("data:,x").then(() => true, () => false),
       };"""
     found = chromium.look(path, probe, tmp_path)
-    assert found["ready"] == "yes" and found["errors"] == []
+    assert found["ready"] == "yes"
     value = found["value"]
+    # the probe's own request is what the page's policy refuses
+    assert found["errors"] == ["blocked: data"] and value["reached"] is False
     wanted = "summary curves evaluations time layers samples data checkpoints profile config"
     assert [s for s in value["sections"] if s != "warnings"] == wanted.split()
     assert value["sample"] == EVIL and value["title"] == "killed" and value["images"] == 0

@@ -111,6 +111,50 @@ def test_operations_of_a_program_have_their_kinds_and_the_lines_that_they_come_f
     assert {row.source for row in summarize(ops, program).longest} == {""}  # another program's
 
 
+HLO = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/x/site-packages/flax/linen/linear.py"
+2 "/home/me/mine/bigram.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=4 end_line=4 column=2 end_column=12}
+2 {file_name_id=2 function_name_id=2 line=20 end_line=20 column=2 end_column=3}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=1}
+
+
+%fused (p: f32[4]) -> bf16[4] {
+  %p = f32[4]{0} parameter(0)
+  %exp.1 = f32[4]{0} exponential(%p), metadata={op_name="exp" stack_frame_id=2}
+  ROOT %convert.1 = bf16[4]{0} convert(%exp.1)
+}
+
+%gather (q: bf16[4]) -> bf16[8] {
+  %q = bf16[4]{0} parameter(0)
+  ROOT %all-gather.1 = bf16[8]{0} all-gather(%q), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[4]) -> bf16[8] {
+  %x = f32[4]{0:T(128)} parameter(0)
+  %fusion.1 = bf16[4]{0:T(128)(2,1)} fusion(%x), kind=kLoop, calls=%fused
+  %async-start = ((bf16[4]{0}), bf16[8]{0}, u32[]) async-start(%fusion.1), calls=%gather
+  %copy-start.1 = (f32[4]{0:S(5)}, f32[4]{0}, u32[]) copy-start(%x)
+  %copy-start.2 = (f32[4]{0:S(1)}, f32[4]{0}, u32[]) copy-start(%x)
+  ROOT %async-done = bf16[8]{0} async-done(%async-start), calls=%gather
+}
+"""
+
+
+def test_a_fusion_is_from_the_line_of_what_it_fuses_and_an_async_operation_of_its_kind():
+    found = hlo_text.parse(HLO).origins
+    assert found["fusion.1"] == Origin("compute", "/home/me/mine/bigram.py:20")
+    assert found["async-start"].kind == found["async-done"].kind == "communication"
+    assert found["copy-start.1"].kind == "host" and found["copy-start.2"].kind == "compute"
+
+
 def test_rows_of_the_table_are_source_lines():
     origins = {n: Origin("compute", "lm/layers/mlp.py:40") for n in ("fusion.1", "fusion.2")}
     program = hlo_text.Program("jit_step", origins)
