@@ -90,8 +90,8 @@ def speed(records: Sequence[Record]) -> float | None:
 
 
 def energy(run: RunFolder) -> tuple[str, float] | None:
-    """(name, value) of the last number that is recorded in kWh."""
-    for record in reversed(run.metrics):
+    """(name, value) of the last number that is recorded in kWh, by the records near the end."""
+    for record in reversed(run.metrics[-100:]):
         for key, value in record.items():
             if "kwh" in key.lower() and isinstance(value, float):
                 return key, value

@@ -64,11 +64,11 @@ class RunFolder:
     def metrics(self) -> list[Record]:
         return self.read_lines(metrics.METRICS_FILE)
 
-    @property
+    @functools.cached_property
     def train(self) -> list[Record]:
         return [r for r in self.metrics if r["kind"] == "train"]
 
-    @property
+    @functools.cached_property
     def evals(self) -> list[Record]:
         return [r for r in self.metrics if r["kind"] == "eval"]
 
