@@ -16,7 +16,7 @@ _PROBE = """<script>(async () => {
   addEventListener("unhandledrejection", (e) => errors.push(String(e.reason)));
   addEventListener("securitypolicyviolation", (e) => errors.push("blocked: " + e.blockedURI));
   const pause = (ms) => new Promise((done) => setTimeout(done, ms));
-  for (let i = 0; i < 400 && !document.body.dataset.ready; i += 1) await pause(50);
+  for (let i = 0; i < 4000 && !document.body.dataset.ready; i += 1) await pause(50);
   let value = null;
   try { value = await (async () => { PROBE })(); } catch (e) { errors.push(String(e.stack || e)); }
   const ready = document.body.dataset.ready || "";
@@ -31,7 +31,7 @@ def look(path, probe, folder, *, width=1280, height=2000):
     assert text.count("</body>") == 1
     page.write_text(text.replace("</body>", _PROBE.replace("PROBE", probe)))
     command = [BROWSER, "--headless=new", "--no-sandbox", "--enable-unsafe-swiftshader"]
-    command += [f"--window-size={width},{height}", "--virtual-time-budget=60000", "--dump-dom"]
+    command += [f"--window-size={width},{height}", "--virtual-time-budget=400000", "--dump-dom"]
     command += [f"--user-data-dir={folder}/profile", f"file://{page}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'data-result="([^"]*)"', done.stdout)
