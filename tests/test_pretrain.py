@@ -80,6 +80,7 @@ def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path, 
     assert "it has one with --config.model.activation=swiglu" in done.stdout
     samples = (tmp_path / "runs/my run/samples.txt").read_text(encoding="utf-8")
     assert samples.count("--- sample") == 2 and "def " not in samples
+    assert (tmp_path / "runs/my run/report.html").exists()
     summary = json.loads((tmp_path / "runs/my run/summary.json").read_text())
     assert 0 < summary["bits_per_byte"] < 8 and summary["steps"] == 2
     # zlib and zlib-ng compress to other sizes

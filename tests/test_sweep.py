@@ -477,6 +477,8 @@ def test_a_small_sweep_trains_its_runs_and_ranks_them(tmp_path):
     assert [row["status"] for row in rows] == ["finished", "diverged"]
     assert 2 < float(rows[0]["loss"]) < 6 and rows[1]["loss"] == ""
     assert (root / "sweep.png").stat().st_size > 5000
+    pages = [root / "report.html", *root.glob("*/report.html")]
+    assert len(pages) == 3 and all(page.stat().st_size > 1e6 for page in pages)
     (root / "sweep.csv").unlink()
     collected = subprocess.run([*command, "--collect"], **go, check=False)
     assert collected.returncode == 0, collected.stderr
