@@ -239,6 +239,25 @@ def test_standard_errors_are_on_the_curve_and_in_the_table(tmp_path):
     assert rows["accuracy"]["error"] == 0.01 and rows["loss"]["error"] is None
 
 
+def test_heat_maps_are_in_the_order_of_steps_and_a_step_done_again_counts_once():
+    def record(step, value):
+        return {"step": step, "norm": {"mlp": [value, "NaN"]}, "loss_by_position": {"all": [1.0]}}
+
+    positions, norms = charts.heat_maps([record(2, 1.0), record(4, 9.0), record(4, 3.0)][::-1])
+    assert norms["x"] == [2, 4] and norms["z"] == [[1, 9], [None, None]]
+    assert norms["rows"] == ["layer 0", "layer 1"] and positions["rows"] == ["position 0"]
+
+
+def test_a_task_without_a_loss_hides_no_validation_loss(tmp_path):
+    write_run(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(jsonl.line({"step": 41, "kind": "eval", "source": "task", "acc": 0.5}))
+    found = content.of_run(RunFolder(str(tmp_path)))
+    assert found["row"]["validation loss"] == 1.5
+    assert ["validation loss", "1.5000", "nats per token, after step 40"] in found["summary"]
+    assert {row["source"] for row in found["evals"]} == {"task", "validation"}
+
+
 def test_a_page_is_made_in_a_bucket_as_on_a_disk(folder):
     write_run(f"{folder}/run")
     path = page.write([f"{folder}/run"])

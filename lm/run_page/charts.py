@@ -111,7 +111,8 @@ def scales(records: Sequence[Record]) -> dict[str, list[Any]]:
 def heat_maps(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Heat maps of layers.jsonl: {"statistic", "group", "rows": labels, "x": steps, "z"}.
 
-    A group with a value a layer is a map of its layers; groups with one value share a map.
+    A group with a value a layer is a map of its layers; groups with one value share a map. A step
+    that was done again counts as it was the last time.
     """
     layered: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(dict)
     single: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
@@ -132,7 +133,9 @@ def heat_maps(records: Sequence[Record]) -> list[dict[str, Any]]:
     for (statistic, group), by_step in layered.items():
         count = max(map(len, by_step.values()))
         rows = {s: [*v, *[math.nan] * (count - len(v))] for s, v in by_step.items()}
-        tables.append((statistic, group, [f"layer {i}" for i in range(count)], rows))
+        what = "position" if "position" in statistic else "layer"
+        tables.append((statistic, group, [f"{what} {i}" for i in range(count)], rows))
+    tables = [(s, g, rows, dict(sorted(by_step.items()))) for s, g, rows, by_step in tables]
     columns = thinning.columns_for(sum(len(rows) for _, _, rows, _ in tables))
     return [
         {

@@ -66,21 +66,23 @@ def _last(records: Sequence[Record], key: str) -> Any:
 
 
 def mean_loss(evals: Sequence[Record]) -> float | None:
-    """The last evaluation's loss per token over all sources; None before there is one."""
-    last = [r for r in evals if r["step"] == evals[-1]["step"] and "loss" in r]
+    """The loss per token over all sources after the last step that has one; None before that."""
+    losses = [r for r in evals if "loss" in r]
+    last = [r for r in losses if r["step"] == losses[-1]["step"]]
     tokens = sum(r.get("tokens", 1.0) for r in last)
     return sum(r["loss"] * r.get("tokens", 1.0) for r in last) / tokens if tokens else None
 
 
 def final_loss(run: RunFolder) -> float:
     """The loss by which runs are ranked; infinite for a run without one."""
-    loss = mean_loss(run.evals) if run.evals else None
+    loss = mean_loss(run.evals)
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _bits_per_byte(evals: Sequence[Record]) -> float | None:
-    """Those of the last evaluation; None where several sources are evaluated."""
-    return _last(evals, "bits_per_byte") if len({r["source"] for r in evals}) == 1 else None
+    """Those of the last evaluation; None where several sources have some."""
+    found = [r for r in evals if "bits_per_byte" in r]
+    return _last(found, "bits_per_byte") if len({r["source"] for r in found}) == 1 else None
 
 
 def speed(records: Sequence[Record]) -> float | None:
@@ -106,7 +108,7 @@ def row(run: RunFolder, line: Json | None) -> Json:
         "tokens": _last(train, "tokens_seen"),
         "parameters": run.overview.get("parameters"),
         "training loss": _last(train, "loss"),
-        "validation loss": mean_loss(evals) if evals else None,
+        "validation loss": mean_loss(evals),
         "bits per byte": _bits_per_byte(evals),
         "learning rate": run.config.get("optimizer", {}).get("learning_rate"),
         "tokens/s": speed(train),
@@ -139,12 +141,11 @@ def summary(run: RunFolder, line: Json | None) -> list[list[str]]:
         add("parameters", format_quantity(known["parameters"]), note)
     if (loss := _last(train, "loss")) is not None:
         add("training loss", f"{loss:.4f}", "nats per token, last log window")
-    if evals:
-        step = evals[-1]["step"]
-        if (loss := mean_loss(evals)) is not None:
-            add("validation loss", f"{loss:.4f}", f"nats per token, after step {step:,}")
-        if (bits := _bits_per_byte(evals)) is not None:
-            add("bits per byte", f"{bits:.3f}", _compressors(run))
+    if (loss := mean_loss(evals)) is not None:
+        step = next(r["step"] for r in reversed(evals) if "loss" in r)
+        add("validation loss", f"{loss:.4f}", f"nats per token, after step {step:,}")
+    if (bits := _bits_per_byte(evals)) is not None:
+        add("bits per byte", f"{bits:.3f}", _compressors(run))
     if (rate := speed(train)) is not None:
         add("tokens per second", format_quantity(rate), "median of the last half")
     if (mfu := _last(train, "mfu")) is not None:

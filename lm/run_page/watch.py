@@ -156,9 +156,7 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.goodput:
         yield "goodput", str(goodput.report(run.goodput)).removeprefix("goodput ")
     if run.evals:
-        step = run.evals[-1]["step"]
-        for name, text in _evaluation(run.evals, step):
-            yield f"eval {step:,}", f"{name}{SEPARATOR}{text}"
+        yield from _evaluations(run.evals)
     skipped = int(sum(r.get("skipped", 0) for r in run.train))
     evidence = run.names("evidence")
     if skipped or evidence:
@@ -168,11 +166,13 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "bad steps", f"{skipped} updates skipped{reports}"
 
 
-def _evaluation(evals: Sequence[Record], step: int) -> Iterator[tuple[str, str]]:
+def _evaluations(evals: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """(label, text) of the last evaluation of each source."""
     names = short_names(sorted({r["source"] for r in evals}))
-    for record in [r for r in evals if r["step"] == step]:
+    for record in {r["source"]: r for r in evals}.values():
         values = [(k, v) for k, v in record.items() if isinstance(v, float) and k != "tokens"]
-        yield names[record["source"]], SEPARATOR.join(f"{k} {v:.4g}" for k, v in values)
+        text = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values)
+        yield f"eval {record['step']:,}", f"{names[record['source']]}{SEPARATOR}{text}"
 
 
 def last_lines(run: RunFolder, count: int) -> list[str]:

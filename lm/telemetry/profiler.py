@@ -1,7 +1,7 @@
 """Profile of a window of steps: traces for xprof, and a table of what the devices did.
 
-The table is made here and not by xprof: its own (`hlo_stats`) has no rows for a CPU's trace, and its
-package takes 100 MB.
+The table is made here and not by xprof: its own (`hlo_stats`) has no rows for a CPU's trace, and
+its package takes 100 MB.
 """
 
 from __future__ import annotations
