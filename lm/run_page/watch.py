@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -75,7 +76,9 @@ def watch(workdir: str, *, once: bool = False, every: float | None = None) -> No
     pause = every or (BUCKET_SECONDS if is_url(workdir) else SECONDS)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         for run in _looks(workdir):
-            live.update(frame(run, console.size.height), refresh=True)
+            view = frame(run, console.size.height)
+            # two columns are left for the ^C that a terminal writes, which else begins a new line
+            live.update(Constrain(view, console.size.width - 3), refresh=True)
             if has_ended(run):
                 return
             time.sleep(pause)
@@ -97,7 +100,7 @@ def frame(run: RunFolder, height: int = 40) -> RenderableType:
     """The view of a run, for a terminal of `height` lines."""
     state = run.state()
     title = Text.assemble((run.name, "bold"), "  ", (state.kind, f"bold {_COLORS[state.kind]}"))
-    parts: list[RenderableType] = [Text(state.text, style="dim", overflow="ellipsis", no_wrap=True)]
+    parts: list[RenderableType] = [Text(state.text, style="dim")]
     if run.num_steps:
         parts.append(_progress(run))
     rows = Table.grid(padding=(0, 2), expand=True)
