@@ -292,7 +292,7 @@ def test_pretrain_in_a_bucket_ends_as_on_a_disk(buckets, tmp_path, scheme):
             assert done.returncode == 0, done.stderr
         summary = json.loads(files.read_bytes(f"{root}/run/summary.json"))
         summaries.append({k: v for k, v in summary.items() if "second" not in k})
-        assert {"loss.png", "samples.txt"} < set(files.list_names(f"{root}/run"))
+        assert {"loss.png", "samples.txt", "report.html"} < set(files.list_names(f"{root}/run"))
         assert files.list_names(f"{root}/stores/train/shard-00000/text") == [
             "bytes.bin",
             "index.bin",
