@@ -327,7 +327,7 @@ function build(page) {
   const later = [...paints];
   if (many) {
     const names = page.runs.map((r, i) => [String(i), r.name]);
-    main.append(element("section", { id: "run" }, element("h2", {}, "One run"), choice("show", names, "0", (i) => { showRun(page.runs[Number(i)]); paints.forEach((p) => p()); })));
+    main.append(element("section", { id: "run" }, element("h2", {}, "One run"), element("div", { class: "controls" }, choice("show", names, "0", (i) => { showRun(page.runs[Number(i)]); paints.forEach((p) => p()); }))));
   }
   main.append(own);
   showRun(first);
