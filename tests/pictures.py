@@ -55,6 +55,47 @@ def _frames(form):
     return encoded(gradient(), form, save_all=True, append_images=others, duration=50)
 
 
+def _jpeg_with(between, number, *, progressive=False):
+    """A JPEG with so many of these bytes after its start, or of its last scan."""
+    content = encoded(gradient(), "JPEG", progressive=progressive)
+    if progressive:
+        between = content[content.rindex(b"\xff\xda") : -2]
+    at = len(content) - 2 if progressive else 2
+    return content[:at] + between * number + content[at:]
+
+
+def _gif_with(between, number):
+    """A GIF with so many of these bytes before its picture."""
+    content = encoded(gradient(), "GIF")
+    at = content.index(b",", 13 + 3 * 2 ** ((content[10] & 7) + 1))
+    return content[:at] + between * number + content[at:]
+
+
+def _segment(marker, content=b""):
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def _many_parts(more):
+    """Files with as many parts as are read, and `more` of each."""
+    empty, pixel = _chunk(b"teXt", b""), _chunk(b"IDAT", b"")
+    png = encoded(gradient())
+    data = png.index(b"IDAT") - 4
+    num_chunks = sum(png.count(kind) for kind in (b"IHDR", b"IEND"))
+    exif = _segment(0xE1, b"Exif\0\0" + bytes(100))
+    return {
+        "exif.jpg": _jpeg_with(exif, 16 + more),
+        "comments.jpg": _jpeg_with(_segment(0xFE), 1024 - 9 + more),
+        "stray.jpg": _jpeg_with(b"\xff", 1024 + more),
+        "restarts.jpg": _jpeg_with(b"\xff\xd0", 512 + more),
+        "scans.jpg": _jpeg_with(b"", 90 + more, progressive=True),
+        "chunks.png": png[:33] + empty * (1024 - num_chunks + more) + png[33:],
+        "pixels.png": png[:data] + pixel * ((1 << 14) - 1 + more) + png[data:],
+        "comments.gif": _gif_with(b"!\xfe\0", 1024 + more),
+        "blocks.gif": _gif_with(b"!\xfe" + b"\1a" * ((1 << 12) + more) + b"\0", 1),
+        "stray.gif": _gif_with(b"x", 1024 + more),
+    }
+
+
 def _deep(color):
     """16 bits a channel: grey or RGB."""
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -106,6 +147,7 @@ DECODED = {  # the name that the file gets, and its content
     "rotated.png": _rotated(),
     "wide.png": encoded(gradient(3 * SIZE, SIZE)),
     "dot.png": encoded(gradient(1, 1)),
+    "progressive.jpg": encoded(gradient(), "JPEG", quality=95, progressive=True),
 }
 SKIPPED = {
     "huge.png": (png_header(60_000, 60_000), "picture_too_large"),
@@ -129,5 +171,7 @@ SKIPPED = {
     "page.jpg": (b"<html><body>404</body></html>", "no_known_picture"),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no_known_picture"),
     "printed.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no_known_picture"),
+    **{name: (content, "too_many_parts") for name, content in _many_parts(1).items()},
     "scan.tif": (encoded(gradient(), "TIFF"), "no_known_picture"),
 }
+MANY_PARTS = _many_parts(0)

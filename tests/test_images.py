@@ -23,7 +23,7 @@ from lm.data.pipeline import make_source
 from lm.data.rows import RowLayout
 from lm.data.tokens import TokenStore
 from lm.preparation import parts as parts_module
-from lm.preparation import sharding, stages
+from lm.preparation import picture_parts, sharding, stages
 from lm.preparation.corpus import Corpus
 from lm.preparation.pictures import PictureFormat, Unreadable
 from lm.preparation.prepare import begin, finish, prepare, summary
@@ -50,6 +50,7 @@ def test_pictures_of_every_kind_have_defined_pixels(name):
     grey = np.repeat(pictures.grey16()[..., None], 3, -1)
     expected, tolerance = {
         "photo.jpg": (plain, 3),
+        "progressive.jpg": (plain, 3),
         "stereo.jpg": (plain, 3),
         "cmyk.jpg": (plain, 3),
         "palette.png": (plain, 12),
@@ -78,6 +79,24 @@ def test_hostile_pictures_are_refused_with_a_reason(name, monkeypatch):
     with pytest.raises(Unreadable) as error:
         convert(content)
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("name", pictures.MANY_PARTS)
+def test_as_many_parts_as_are_allowed_are_read(name):
+    found, plain = convert(pictures.MANY_PARTS[name]).astype(int), pictures.gradient()
+    assert np.abs(found - np.asarray(plain)).mean() < 12
+    with pytest.raises(Unreadable, match=r"too_many_parts: more than [\d,]+ \w+"):
+        convert(pictures.SKIPPED[name][0])
+
+
+def test_parts_of_a_picture_with_a_preview_and_of_a_file_behind_it_are_not_counted():
+    preview = pictures.encoded(pictures.gradient(), "JPEG", progressive=True)
+    behind = preview * 200
+    exif = Image.Exif()
+    exif[0x927C] = behind[:60_000]  # of the camera's own
+    content = pictures.encoded(pictures.gradient(), "JPEG", exif=exif) + behind
+    assert content.count(b"\xff\xda") > 1000 and picture_parts.excess(content) is None
+    assert convert(content).shape == (SIZE, SIZE, 3)
 
 
 def test_the_limit_of_pixels_is_of_width_times_height():

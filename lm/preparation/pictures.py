@@ -1,9 +1,9 @@
 """Pictures of documents as pixels of one size: decoded by Pillow within bounds, or refused.
 
 The format is read from the content, whatever the name says. Nothing is decoded before the file's
-size, its declared width and height, and its frames are known. Pixels are sRGB as they are stored:
-16-bit ones lose their low byte, palettes and CMYK are converted, transparent ones lie over a
-background, and a camera's orientation is applied; colour profiles are not.
+size, its parts, its declared width and height, and its frames are known. Pixels are sRGB as they
+are stored: 16-bit ones lose their low byte, palettes and CMYK are converted, transparent ones lie
+over a background, and a camera's orientation is applied; colour profiles are not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm.preparation import picture_parts
 from lm.sources import Document, Picture, Skipped
 from lm.storage import files as storage
 from lm.storage.paths import BUCKETS, is_url
@@ -88,6 +89,8 @@ class PictureFormat:
 
         if len(content) > _MAX_BYTES:
             raise Unreadable("picture_too_large", f"{len(content):,} bytes")
+        if found := picture_parts.excess(content):
+            raise Unreadable("too_many_parts", found)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of sizes, which are checked here
