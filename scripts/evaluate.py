@@ -4,12 +4,15 @@
     python scripts/evaluate.py --workdir=runs/tiny-stdlib --data=data/other/validation
 
     python scripts/evaluate.py --workdir=runs/dalle --drawings=314 --guidance=2
+    python scripts/evaluate.py --workdir=runs/vqvae --reconstructions=picture.png
 
 Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
 Sums are added up before the one division, so the figures don't depend on batch size or devices.
 
 With --drawings=N a run of config.objective.name=dalle draws held-out prompts of synthetic:shapes,
 and the line has the share of pictures that show the colours, shapes and places of their prompts.
+With --reconstructions=FILE.png a run of config.objective.name=vqvae writes pictures of its first
+store, each above its reconstruction; the line has their error, in dB as psnr, and the codes in use.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm import cli
+from lm.storage.paths import expand_path
 from lm.telemetry import jsonl
 
 
@@ -49,7 +53,16 @@ def main() -> int:
         "--temperature", type=float, default=1.0, metavar="T", help="--drawings: as of generate.py"
     )
     parser.add_argument("--vqvae", metavar="RUN", help="--drawings: as of generate.py")
+    parser.add_argument(
+        "--reconstructions", metavar="FILE.png", help="pictures above what a VQ-VAE makes of them"
+    )
     args = parser.parse_args()
+    if args.reconstructions is not None:
+        if args.drawings is not None:
+            parser.error("--reconstructions is for a VQ-VAE, --drawings for a decoder of its codes")
+        if not args.reconstructions.lower().endswith(".png"):
+            parser.error(f"--reconstructions={args.reconstructions}: pictures are written as .png")
+        args.reconstructions = expand_path(args.reconstructions, "--reconstructions")
     if args.drawings is not None:
         if args.drawings < 1:
             parser.error(f"--drawings={args.drawings}: give a number of at least 1")
@@ -120,8 +133,12 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
             f"config.data.validation of {args.workdir} is empty: there is nothing to evaluate on; "
             "name a token store with --data"
         )
+    name = conversion.names(experiment.config_dict)["objective"]
+    if args.reconstructions is not None and name != "vqvae":
+        raise ValueError(
+            f"--reconstructions is for config.objective.name=vqvae, this run's is {name}"
+        )
     if args.no_bos:
-        name = conversion.names(experiment.config_dict)["objective"]
         if name != "causal":
             raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
@@ -130,6 +147,14 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()
         print(jsonl.dumps({"step": step, "source": source, **values}, ensure_ascii=False))
+    if args.reconstructions is not None:
+        from lm.evaluation.reconstructions import write_reconstructions
+        from lm.training.picture_codes import PictureCoder
+
+        coder = PictureCoder(args.workdir, jax.devices(), step=step, batch_size=16)
+        name, source = next(iter(experiment.validation.items()))
+        count = write_reconstructions(args.reconstructions, coder, source)
+        print(f"{args.reconstructions}: {count} pictures of {name}, each above its reconstruction")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import sys
 
@@ -18,6 +19,7 @@ from lm.evaluation.ranking import PictureRanker, best_first
 from lm.generation.pictures import Painter, grid_png
 from lm.generation.sampling import Sampling
 from lm.layers.cross_entropy import part_of_head
+from lm.storage import files
 from lm.training.experiment import Experiment
 from lm.training.loop import train
 from lm.training.picture_codes import PictureCoder, coder_of, write_store
@@ -198,6 +200,34 @@ def test_a_prompt_becomes_a_picture(folders, tmp_path, monkeypatch, capsys):
         np.testing.assert_array_equal(np.asarray(image), first)
 
 
+@pytest.mark.parametrize("count", [20, 9, 3])
+def test_a_picture_has_pictures_above_their_reconstructions(
+    folders, folder, monkeypatch, capsys, count
+):
+    out, data = f"{folder}/picture.png", f"synthetic:shapes:{count}:1"
+    flags = [f"--workdir={folders[0]}", f"--data={data}", f"--reconstructions={out}"]
+    line, last = run_script(evaluate_script, monkeypatch, capsys, *flags).splitlines()
+    values, shown = json.loads(line), {20: 16, 9: 8, 3: 3}[count]
+    assert last == f"{out}: {shown} pictures of {data}, each above its reconstruction"
+    coder = PictureCoder(folders[0], jax.local_devices()[:1])
+    images = shapes.draw(np.arange(count), size=16, seed=1)
+    made = coder.decode(coder.encode(images))
+    error = np.square((made.astype(float) - images) / 255).mean()
+    assert values["squared_error"] == pytest.approx(error, rel=0.02)  # rounded pixels
+    assert values["psnr"] == pytest.approx(-10 * np.log10(values["squared_error"]), rel=1e-6)
+    assert values["codes_used"] == len(np.unique(coder.encode(images)))
+    with Image.open(io.BytesIO(files.read_bytes(out))) as image:
+        pixels = np.asarray(image)
+    columns = min(count, 8)
+    assert pixels.shape == (132 * 2 * shown // columns - 4, 132 * columns - 4, 3)
+    numbers = np.linspace(0, count - 1, shown).round().astype(int)
+    for i, number in enumerate(numbers):
+        y, x = 264 * (i // columns), 132 * (i % columns)
+        for top, picture in ((y, images[number]), (y + 132, made[number])):
+            found = pixels[top : top + 128 : 8, x : x + 128 : 8]
+            np.testing.assert_array_equal(found, picture)
+
+
 def test_the_share_of_right_drawings_is_printed(folders, monkeypatch, capsys):
     flags = [f"--workdir={folders[2]}", "--drawings=3", "--temperature=0.5"]
     printed = run_script(evaluate_script, monkeypatch, capsys, *flags)
@@ -219,6 +249,16 @@ def test_mistakes_are_named(folders, monkeypatch, capsys):
         run_script(generate_script, monkeypatch, capsys, *flags)
     with pytest.raises(ValueError, match=r"objective\.name=dalle, this run's is vqvae"):
         run_script(evaluate_script, monkeypatch, capsys, f"--workdir={vqvae}", "--drawings=2")
+    with pytest.raises(ValueError, match=r"objective\.name=vqvae, this run's is dalle"):
+        flags = [f"--workdir={run}", "--reconstructions=a.png", "--data=synthetic:codes:8"]
+        run_script(evaluate_script, monkeypatch, capsys, *flags)
+    for args, message in (
+        (["--reconstructions=a.jpg"], "--reconstructions=a.jpg: pictures are written as .png"),
+        (["--reconstructions=a.png", "--drawings=2"], "--drawings for a decoder of its codes"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script(evaluate_script, monkeypatch, capsys, f"--workdir={vqvae}", *args)
+        assert message in capsys.readouterr().err
     for args, message in (
         (["--out=a.jpg"], "--out=a.jpg: pictures are written as .png"),
         (["--out=a.png", "--max-new-tokens=4"], "--out takes no --max-new-tokens"),
@@ -273,7 +313,7 @@ def test_similarities_are_those_of_the_rows_that_training_reads(contrastive):
     expected = np.einsum("ne,nse->ns", hidden[:2, 1], hidden[:, 0].reshape(2, 3, -1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(found) > 1e-3
-    with pytest.raises(ValueError, match="prompt 1 has 50 tokens, captions of --rank="):
+    with pytest.raises(ValueError, match=r"--rank=.*: the text 'bbb.*has 48 tokens, and with eos"):
         ranker.similarities(["a", "b" * 48], np.zeros((2, 1, 24, 24, 3), np.uint8))
 
 

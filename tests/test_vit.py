@@ -1,7 +1,7 @@
 """Classification of pictures by a vision transformer: labels, sharding, micro-batches, resuming.
 
 Measured differences of three steps of SGD on other meshes and micro-batches, of the norm of each
-array: below 2e-6 in float32; the bound is 5e-6.
+array: below 5e-6 in float32, the bound.
 """
 
 import functools

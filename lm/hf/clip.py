@@ -27,18 +27,21 @@ def tower(name: str, norm: str) -> dict[str, str]:
     return {**layers, f"{name}.norm": f"{name}_model.{norm}"}
 
 
-MODULES = {
+TOWERS = {  # of all models of two towers
     "text.embedding": "text_model.embeddings.token_embedding",
     "text.position": "text_model.embeddings.position_embedding",
     **tower("text", "final_layer_norm"),
-    "vision.class_token": "vision_model.embeddings.class_embedding",
     "vision.patch": "vision_model.embeddings.patch_embedding",
     "vision.position": "vision_model.embeddings.position_embedding",
-    "vision.pre_norm": "vision_model.pre_layrnorm",
     **tower("vision", "post_layernorm"),
+    "logit_scale": "logit_scale",
+}
+MODULES = {
+    **TOWERS,
+    "vision.class_token": "vision_model.embeddings.class_embedding",
+    "vision.pre_norm": "vision_model.pre_layrnorm",
     "image_projection": "visual_projection",
     "text_projection": "text_projection",
-    "logit_scale": "logit_scale",
 }
 
 
@@ -51,6 +54,26 @@ def tower_keys(name: str, activation: str, eps: float, **sizes: int) -> tuple[Ke
         Key("intermediate_size", f"{name}.mlp_dim", sizes["mlp"]),
         Key("hidden_act", f"{name}.activation", activation, ACTIVATIONS),
         Key("layer_norm_eps", f"{name}.norm_eps", eps),
+    )
+
+
+def text_keys(
+    activation: str, eps: float, *, ids: int, length: int, **sizes: int
+) -> tuple[Key, ...]:
+    """The keys of a text tower; ids, length and sizes: defaults of its class."""
+    return (
+        *tower_keys("text", activation, eps, **sizes),
+        Key("vocab_size", "vocab_size", ids),
+        Key("max_position_embeddings", "max_length", length),
+    )
+
+
+def vision_keys(activation: str, eps: float, *, patch: int) -> tuple[Key | KeyGroup, ...]:
+    """The keys of a vision tower, whose class has the sizes of ViT-B by default."""
+    return (
+        *tower_keys("vision", activation, eps, width=768, heads=12, mlp=3072),
+        square("image_size", "image_size", 224),
+        square("patch_size", "vision.patch_size", patch),
     )
 
 
@@ -89,21 +112,13 @@ FAMILY = Family(
         ),
         Section(
             "text_config",
-            (
-                *tower_keys("text", "quick_gelu", 1e-5, width=512, heads=8, mlp=2048),
-                Key("vocab_size", "vocab_size", 49_408),
-                Key("max_position_embeddings", "max_length", 77),
-            ),
+            text_keys("quick_gelu", 1e-5, ids=49_408, length=77, width=512, heads=8, mlp=2048),
             EXPECTED,
             ("projection_dim",),  # of the towers by themselves
         ),
         Section(
             "vision_config",
-            (
-                *tower_keys("vision", "quick_gelu", 1e-5, width=768, heads=12, mlp=3072),
-                square("image_size", "image_size", 224),
-                square("patch_size", "vision.patch_size", 32),
-            ),
+            vision_keys("quick_gelu", 1e-5, patch=32),
             EXPECTED | {"num_channels": 3},
             ("projection_dim",),
         ),

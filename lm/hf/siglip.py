@@ -6,19 +6,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.clip import EXPECTED, square, tower, tower_keys
-from lm.hf.family import Family, Key, KeyGroup, Section
+from lm.hf.clip import EXPECTED, TOWERS, text_keys, vision_keys
+from lm.hf.family import Family, KeyGroup, Section
 from lm.hf.keys import Fields, Json, StrictConfigReader
 
 HEAD = "vision_model.head"
 MODULES = {
-    "text.embedding": "text_model.embeddings.token_embedding",
-    "text.position": "text_model.embeddings.position_embedding",
-    **tower("text", "final_layer_norm"),
+    **TOWERS,
     "text_projection": "text_model.head",
-    "vision.patch": "vision_model.embeddings.patch_embedding",
-    "vision.position": "vision_model.embeddings.position_embedding",
-    **tower("vision", "post_layernorm"),
     "vision.pool.query": f"{HEAD}.probe",
     **{
         f"vision.pool.attention.{name}.{kind}": f"{HEAD}.attention.in_proj_{kind}"
@@ -29,7 +24,6 @@ MODULES = {
     "vision.pool.norm": f"{HEAD}.layernorm",
     "vision.pool.mlp.up": f"{HEAD}.mlp.fc1",
     "vision.pool.mlp.down": f"{HEAD}.mlp.fc2",
-    "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
 }
 
@@ -57,9 +51,9 @@ FAMILY = Family(
         Section(
             "text_config",
             (
-                *tower_keys("text", "gelu_pytorch_tanh", 1e-6, width=768, heads=12, mlp=3072),
-                Key("vocab_size", "vocab_size", 32_000),
-                Key("max_position_embeddings", "max_length", 64),
+                *text_keys(
+                    "gelu_pytorch_tanh", 1e-6, ids=32_000, length=64, width=768, heads=12, mlp=3072
+                ),
                 KeyGroup(_width, _write),
                 KeyGroup(_padding),
             ),
@@ -67,11 +61,7 @@ FAMILY = Family(
         ),
         Section(
             "vision_config",
-            (
-                *tower_keys("vision", "gelu_pytorch_tanh", 1e-6, width=768, heads=12, mlp=3072),
-                square("image_size", "image_size", 224),
-                square("patch_size", "vision.patch_size", 16),
-            ),
+            vision_keys("gelu_pytorch_tanh", 1e-6, patch=16),
             EXPECTED | {"num_channels": 3, "vision_use_head": True},
         ),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm.hf.clip import square, tower_keys
+from lm.hf.clip import vision_keys
 from lm.hf.family import Family, Key, KeyGroup
 from lm.hf.keys import Fields, Json, StrictConfigReader
 
@@ -51,9 +51,7 @@ FAMILY = Family(
     bare="ViTModel",
     prefix="vit.",
     keys=(
-        *tower_keys("vision", "gelu", 1e-12, width=768, heads=12, mlp=3072),
-        square("image_size", "image_size", 224),
-        square("patch_size", "vision.patch_size", 16),
+        *vision_keys("gelu", 1e-12, patch=16),
         Key("hidden_dropout_prob", "dropout", 0.0),
         KeyGroup(_read, _write),
     ),

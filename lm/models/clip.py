@@ -25,7 +25,7 @@ from lm.layers.vision import (
     VisionTransformer,
     unsharded_length,
 )
-from lm.models.vocabulary import NO_PIPELINE, VocabularyModel, check_unsharded
+from lm.models.vocabulary import NO_PIPELINE, VocabularyModel, check_pictures, check_unsharded
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens
 
@@ -162,8 +162,7 @@ class Clip(nn.Module):
         images: Array | None = None,
     ) -> Output:
         """Embeddings of images, uint8 [B, height, width, 3], and of the texts, inputs [B, T]."""
-        if images is None or encoder is not None or cache is not None:
-            raise ValueError("config.model.name=clip takes pictures and texts: see docs/images.md")
+        images = check_pictures("clip", images, encoder, cache)
         pictures = self.embed_images(images, train=train)
         texts = self.embed_texts(inputs, train=train)
         hidden = jnp.stack([pictures, texts], axis=1)

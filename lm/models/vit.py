@@ -12,7 +12,7 @@ from lm.config.fields import field
 from lm.layers.linear import Linear
 from lm.layers.transformer import check_kernels
 from lm.layers.vision import PictureConfig, VisionTransformer, unsharded_length
-from lm.models.vocabulary import NO_PIPELINE, check_unsharded
+from lm.models.vocabulary import NO_PIPELINE, check_pictures, check_unsharded
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Tokens, check_head
 
@@ -61,8 +61,7 @@ class Vit(nn.Module):
     ) -> Output:
         """Vectors of images, uint8 [B, height, width, 3]; tokens are not read."""
         del inputs
-        if images is None or encoder is not None or cache is not None:
-            raise ValueError("config.model.name=vit takes pictures alone: see docs/images.md")
+        images = check_pictures("vit", images, encoder, cache)
         hidden = self.vision(images, train=train)
         if self.config.pooler_dim and self.is_initializing():
             self.pooled(hidden)

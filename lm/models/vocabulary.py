@@ -16,7 +16,7 @@ from lm.layers.lora import LoraConfig
 from lm.layers.positions import sinusoids
 from lm.optim.parametrization import STANDARD, Scaling
 from lm.parallel.sharding import Rules
-from lm.types import Array, Tokens
+from lm.types import Array, Cache, Tokens
 
 Positions: TypeAlias = Callable[[Array], jax.Array] | None  # int32 [B, T] -> [B, T, D]
 
@@ -115,3 +115,19 @@ def check_unsharded(name: str, rules: Rules, **reasons: str) -> None:
                 f"config.mesh.{'*'.join(rules.axes(logical))} ({size}) must be 1 for "
                 f"config.model.name={name}: {reason}"
             )
+
+
+def check_pictures(
+    name: str, images: Array | None, encoder: Tokens | None, cache: Cache | None
+) -> Array:
+    """The pictures that the model `name` reads, and no encoder's input nor cache.
+
+    Raises:
+        ValueError: there are none, or there is anything else.
+    """
+    if images is None or encoder is not None or cache is not None:
+        raise ValueError(
+            f"config.model.name={name} takes pictures, and neither encoder tokens nor a cache: see "
+            "docs/images.md"
+        )
+    return images

@@ -18,7 +18,7 @@ from lm.config.fields import check_values, field
 from lm.layers.base_config import require
 from lm.layers.codebook import Codebook
 from lm.layers.convolution2d import Convolution2d, depth_to_space
-from lm.models.vocabulary import check_unsharded
+from lm.models.vocabulary import check_pictures, check_unsharded
 from lm.parallel.sharding import Rules
 from lm.types import Array, Batch, Cache, Output, Sums, Tokens
 
@@ -184,8 +184,7 @@ class VqVae(nn.Module):
         read.
         """
         del train
-        if images is None or encoder is not None or cache is not None:
-            raise ValueError("config.model.name=vqvae takes pictures alone: see docs/images.md")
+        images = check_pictures("vqvae", images, encoder, cache)
         del inputs
         latents = self._latents(images)
         codes = self.codebook.lookup(self.codebook.nearest(latents), latents.dtype)

@@ -58,8 +58,8 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
 
 
 def summarize(sums: Mapping[str, np.ndarray], variance: float) -> dict[str, float]:
-    """Return the figures of a whole evaluation: `psnr` of pixels in dB, `codes_used`, and
-    `code_perplexity`, the exponential of the entropy of codes.
+    """Return the figures of a whole evaluation: `squared_error` of pixels of 0 to 1, and `psnr`,
+    the same in dB; `codes_used`, and `code_perplexity`, the exponential of the entropy of codes.
     """
     uses, pictures = np.asarray(sums["code_uses"], np.float64), max(float(sums["tokens"]), 1.0)
     share = uses[uses > 0] / max(uses.sum(), 1.0)
@@ -68,6 +68,7 @@ def summarize(sums: Mapping[str, np.ndarray], variance: float) -> dict[str, floa
         "tokens": float(sums["tokens"]),
         "loss": float(sums["loss"]) / pictures,
         "commitment": float(sums["commitment"]) / pictures,
+        "squared_error": error,
         "psnr": float(-10 * np.log10(max(error, 1e-12))),
         "codes_used": float(np.sum(uses > 0)),
         "code_perplexity": float(np.exp(-np.sum(share * np.log(share)))),

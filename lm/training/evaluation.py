@@ -113,11 +113,28 @@ def embed_texts(experiment: Experiment, params: Params, texts: Sequence[str]) ->
     """
     pairs = experiment.objective.pairs
     assert pairs is not None, "of an objective with a tower of texts"
-    tokens, size = pairs.encode(texts), experiment.batch_size
+    return _embed(experiment, params, pairs.encode(texts), "embed_texts")
+
+
+def embed_images(experiment: Experiment, params: Params, images: np.ndarray) -> np.ndarray:
+    """The embeddings of images, uint8 [n, height, width, 3]: float32 [n, E], of none, [0, 0]."""
+    return _embed(experiment, params, images, "embed_images")
+
+
+def _embed(experiment: Experiment, params: Params, rows: Any, method: str) -> np.ndarray:
+    """Embeddings by a method of the model, in batches no larger than those of training."""
+    rules, count = experiment.rules, len(jax.tree.leaves(rows)[0])
+    shards = rules.size("batch")
+    size = min(experiment.batch_size, -(-count // shards) * shards)
     found = []
-    for start in range(0, len(texts), size):
-        index = np.minimum(start + np.arange(size), len(texts) - 1)[experiment.rows]
-        part: Any = jax.tree.map(lambda x, index=index: x[index], tokens)
-        batch: Any = sharding.make_global_batch(experiment.rules, part, size)
-        found.append(np.asarray(experiment.embed_texts(params, batch)))
-    return np.concatenate(found)[: len(texts)] if found else np.zeros((0, 0), np.float32)
+    for start in range(0, count, max(size, 1)):
+        index = np.minimum(start + sharding.local_rows(rules, size), count - 1)
+        part: Any = jax.tree.map(lambda x, index=index: x[index], rows)
+        batch = sharding.make_global_batch(rules, part, size)
+        found.append(np.asarray(_embed_batch(experiment.model, params, batch, method)))
+    return np.concatenate(found)[:count] if found else np.zeros((0, 0), np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def _embed_batch(model: Any, params: Params, rows: Any, method: str) -> jax.Array:
+    return model.rules.constrain(model.apply({"params": params}, rows, method=method), None, None)

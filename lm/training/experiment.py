@@ -44,7 +44,6 @@ from lm.types import (
     Model,
     Params,
     Sums,
-    Tokens,
     TrainState,
     check_head,
 )
@@ -348,12 +347,6 @@ class Experiment:
             return sums, (embeddings, batch.targets, batch.weights)
 
         return jax.jit(both, out_shardings=self.rules.sharding())
-
-    @functools.cached_property
-    def embed_texts(self) -> Callable[[Params, Tokens], Array]:
-        """(params, tokens) -> embeddings [B, E] by the tower of texts, where the model has one."""
-        embed = functools.partial(self.model.apply, method="embed_texts")
-        return jax.jit(lambda p, x: embed({"params": p}, x), out_shardings=self.rules.sharding())
 
     @functools.cached_property
     def compare_replicas(self) -> Callable[[TrainState], TrainState]:
