@@ -97,6 +97,9 @@ PUBLISHED = {
         "shapes": 5 * (4 * 64 * 65 + 2 * 64 * 128 + 128 + 5 * 64)
         + 64 * (48 + 1 + 64 + 2 + 264 + 48 + 2 + 2 * 64)
         + 1,
+        "emoji": 5 * (4 * 64 * 65 + 2 * 64 * 128 + 128 + 5 * 64)
+        + 64 * (192 + 1 + 16 + 2 + 264 + 64 + 2 + 2 * 64)
+        + 1,
         "b32": 151_277_313,
         "l14": 427_616_513,
         "siglip_b16": 203_155_970,
@@ -126,7 +129,7 @@ OWN = {
         "dialogue",
         "multitask",
     ),
-    "vqvae": ("shapes", "imagenet", "dalle"),
+    "vqvae": ("shapes", "emoji", "imagenet", "dalle"),
     "wikitext2": ("lstm", "decoder", "conv"),
 }
 ROUNDED = {"gpt3": 4e-3, "transformer": 3.1e-2}  # how far the papers' totals are off

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lm.optim import optimizer_state
-from lm.training.train_step import fingerprint, train_step
+from lm.training.train_step import fingerprint, update
 from lm.types import Batch, Tokens, TrainState
 
 LENGTH = 4
@@ -39,7 +39,7 @@ def step():
         params = {"w": jnp.arange(1.0, LENGTH + 1)}
         state, found = TrainState(jnp.int32(0), params, tx.init(params)), []
         compiled = jax.jit(
-            lambda state, batch: train_step(
+            lambda state, batch: update(
                 state,
                 batch,
                 loss_fn=loss_fn,
@@ -104,7 +104,7 @@ def test_an_update_that_is_not_finite_moves_nothing_but_the_step(inner, size):
         loss = jnp.sum(batch.weights * (w - jax.lax.stop_gradient(w)))
         return loss, {"objective": loss, "loss": loss, "tokens": jnp.float32(2)}
 
-    step = jax.jit(lambda s, b: train_step(s, b, loss_fn=loss_fn, tx=tx, rng=jax.random.key(0)))
+    step = jax.jit(lambda s, b: update(s, b, loss_fn=loss_fn, tx=tx, rng=jax.random.key(0)))
     after, _, info = step(state, batch)
     assert info["bad"] and np.isfinite(info["grad_norm"])
     assert bits((state.params, state.opt_state)) == bits((after.params, after.opt_state))
