@@ -412,7 +412,9 @@ def test_explain_tells_values_from_defaults():
 
 
 def test_an_unknown_component_is_refused_with_those_that_exist():
-    names = "clip, conv, decoder, encoder, encoder_decoder, lstm, vit, vqvae; did you mean decoder"
+    names = (
+        "clip, conv, decoder, encoder, encoder_decoder, lstm, vae, vit, vqvae; did you mean decoder"
+    )
     message = rf"config\.model\.name \('decodre'\) is not in lm\.models; there are: {names}\?"
     with pytest.raises(ValueError, match=message):
         component("lm.models", "decodre")

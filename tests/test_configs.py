@@ -129,6 +129,7 @@ OWN = {
         "dialogue",
         "multitask",
     ),
+    "vae": ("tatoeba", "ptb", "yahoo"),
     "vqvae": ("shapes", "emoji", "imagenet", "dalle"),
     "wikitext2": ("lstm", "decoder", "conv"),
 }

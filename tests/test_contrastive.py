@@ -162,7 +162,7 @@ def test_in_bfloat16_too(trained, name, kind):
 def test_micro_batches_have_the_gradient_of_their_joint_loss_with_dropout(make):
     """The second pass over a micro-batch drops what the first one has dropped."""
     experiment = make(of_kind("softmax", (("model.dropout", 0.3),)))
-    params, loss_fn = experiment.init_state().params, experiment.loss_fn
+    params, loss_fn = experiment.init_state().params, experiment.loss_at(0)
     assert isinstance(loss_fn, CoupledLoss)
     batch, rng, k = (
         experiment.make_global_batch(experiment.train_data.batch_at(0)),
@@ -220,7 +220,7 @@ def test_the_loss_is_the_papers_without_pairs_that_share_a_caption_or_a_picture(
     batch = experiment.objective(Pictures().read(rows), None)
     weights = np.float32([1, 1, 1, 1, 1, 1, 1, 0])[:, None]
     batch = dataclasses.replace(batch, weights=weights)
-    total, sums = experiment.loss_fn(params, batch, jax.random.key(0))
+    total, sums = experiment.loss_at(0)(params, batch, jax.random.key(0))
     hidden = experiment.model.apply({"params": params}, batch.inputs, images=batch.images).hidden
     hidden = np.asarray(hidden, np.float64)
     [scale, bias] = map(float, experiment.model.apply({"params": params}, method="scale_and_bias"))
@@ -349,7 +349,7 @@ def test_training_batches_of_a_config_are_augmented(make):
 )
 def test_bad_values_are_named(make, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        _ = make(changes.items()).loss_fn
+        _ = make(changes.items()).loss_at(0)
 
 
 @pytest.mark.parametrize("model", ["decoder", "vqvae"])
@@ -358,4 +358,4 @@ def test_other_models_are_refused(make_config, devices, model):
     config.model = conversion.default(model=model).model
     config.objective = conversion.default(objective="contrastive").objective
     with pytest.raises(ValueError, match=r"config\.model\.name=clip"):
-        _ = Experiment(config, devices[:1]).loss_fn
+        _ = Experiment(config, devices[:1]).loss_at(0)

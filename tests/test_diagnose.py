@@ -212,7 +212,7 @@ def test_sizes_and_row_losses_are_those_of_the_step(make_experiment, microbatche
     params = experiment.init_state().params
     found = d.diagnose(experiment, state.replace(params=params), batch, good, good)
 
-    grad = jax.jit(jax.grad(experiment.loss_fn, has_aux=True))
+    grad = jax.jit(jax.grad(experiment.loss_at(0), has_aux=True))
     grads, sums = grad(params, batch, jax.random.key(0))
     up = np.asarray(grads["layers"]["mlp"]["up"]["weight"]) / float(sums["tokens"])
     sizes = found["gradients"]["layers.mlp.up.weight"]

@@ -14,7 +14,7 @@ import pytest
 from environment import some
 from nbclient import NotebookClient
 
-from configs import clip
+from configs import clip, vae
 from lm.data import shapes
 from lm.interpret import picture_search
 from lm.preparation import prepare, tokenizer_training
@@ -24,7 +24,8 @@ from lm.training.loop import train
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SCALING = Path(__file__).parents[1] / "notebooks" / "04_scaling.ipynb"  # needs no run
 PICTURES = Path(__file__).parents[1] / "notebooks" / "05_pictures.ipynb"  # of a run of two towers
-OF_RUNS = [path for path in NOTEBOOKS if path not in (SCALING, PICTURES)]
+LATENT = Path(__file__).parents[1] / "notebooks" / "06_latent.ipynb"  # of a run of vae
+OF_RUNS = [path for path in NOTEBOOKS if path not in (SCALING, PICTURES, LATENT)]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,19 @@ def test_the_notebook_of_pictures_runs_on_a_run_of_two_towers(tmp_path, devices)
     assert found.captions[0] in [scene.caption for scene in shapes.arrangements("held_out")]
     np.testing.assert_allclose(np.linalg.norm(found.texts, axis=1), 1, rtol=1e-5)
     assert (picture_search.nearest(found.pictures, found.pictures, 3)[:, 0] == np.arange(40)).all()
+
+
+def test_the_notebook_of_latents_runs_on_a_run_of_sentences(tmp_path, devices):
+    config = vae.get_config()
+    config.model.update({"embed_dim": 16, "hidden_dim": 16, "latent_dim": 4, "vocab_size": 264})
+    config.data.update({"length": 64, "encoder_length": 64, "batch_size": 8, "tokenizer": "bytes"})
+    config.data.train, config.data.validation = ("synthetic:copy",), ("synthetic:random:20",)
+    config.train.num_steps, config.train.eval_every, config.loader.kind = 2, 0, "thread"
+    config.optimizer.schedule.warmup_steps = 0
+    folder = str(tmp_path / "run")
+    assert train(config, folder, devices[:1]) == 0
+    kinds = execute(LATENT, f"workdir = {folder!r}")
+    assert kinds.count("text/html") == 1 and kinds.count("stream") >= 3
 
 
 @pytest.mark.skipif(

@@ -375,13 +375,14 @@ def objective_loss(
     *,
     train: bool,
     config: LossConfig,
+    step: Array | None,
 ) -> tuple[Array, Sums]:
     """As `lm_loss`, by the loss `own` that an objective brings (lm.objectives.Objective.loss).
 
     Raises:
         ValueError: its sums lack what a run divides by or reports.
     """
-    objective, sums = own(model, params, batch, rng, train=train, config=config)
+    objective, sums = own(model, params, batch, rng, train=train, config=config, step=step)
     if missing := {"tokens", "loss"} - sums.keys():
         raise ValueError(
             f"the loss of config.objective returns sums without {', '.join(sorted(missing))}: "

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from lm.types import Array
 
 RowGenerator = Callable[[int], np.random.Generator]
-# (model, params, batch, rng, *, train, config: LossConfig) -> (the SUM over the batch to
-# differentiate, additive sums: `tokens`, the divisor, `loss`, and others under other names)
+# (model, params, batch, rng, *, train, config: LossConfig, step: int32 [], None in evaluation) ->
+# (the SUM over the batch to differentiate, additive sums: `tokens`, the divisor, `loss`, and others
+# under other names)
 Loss = Callable[..., tuple["Array", dict[str, "Array"]]]
 
 

@@ -47,9 +47,9 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
         )
 
     def loss(
-        model: Any, params: Any, batch: Batch, rng: Array, *, train: bool, config: Any
+        model: Any, params: Any, batch: Batch, rng: Array, *, train: bool, config: Any, step: Any
     ) -> tuple[Array, dict[str, Array]]:
-        del rng, config
+        del rng, config, step
         return model.apply({"params": params}, batch, train=train, method="losses", **options)
 
     options = dataclasses.asdict(config) | {"batch_size": batch_size}

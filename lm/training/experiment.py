@@ -263,17 +263,17 @@ class Experiment:
 
     # ---- steps ----
 
-    @functools.cached_property
-    def loss_fn(self) -> LossFn:
-        """The training loss: a SUM to differentiate, and additive sums."""
-        return losses.make(self.objective, self.model, self.config.loss, train=True)
+    def loss_at(self, step: int | Array) -> LossFn:
+        """The training loss of a step: a SUM to differentiate, and additive sums."""
+        step = jnp.asarray(step)
+        return losses.make(self.objective, self.model, self.config.loss, train=True, step=step)
 
     def gradients(self, params: Params, batch: Batch, step: int | Array) -> tuple[Params, Sums]:
         """(gradients of the loss SUM by the trained parameters, its sums), as step `step` does."""
         rng = jax.random.fold_in(self._key("train"), step)
         parts = self.config.train.num_microbatches
         return train_step.gradients(
-            self.loss_fn, params, batch, rng, parts, self.initializer.frozen
+            self.loss_at(step), params, batch, rng, parts, self.initializer.frozen
         )
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars, Scalars]:
@@ -283,7 +283,7 @@ class Experiment:
         state, sums, info = train_step.update(
             state,
             batch,
-            loss_fn=self.loss_fn,
+            loss_fn=self.loss_at(state.step),
             tx=self.tx,
             rng=self._key("train"),
             num_microbatches=self.config.train.num_microbatches,

@@ -18,8 +18,17 @@ def check(objective: Objective, config: Config) -> None:
         )
 
 
-def make(objective: Objective, model: Model, config: LossConfig, *, train: bool) -> LossFn:
+def make(
+    objective: Objective,
+    model: Model,
+    config: LossConfig,
+    *,
+    train: bool,
+    step: Array | None = None,
+) -> LossFn:
     """The loss of a batch: a SUM to differentiate, and additive sums.
+
+    step: of the run, for an objective's own loss; None in evaluation.
 
     Raises:
         ValueError: the model cannot be trained with it.
@@ -32,7 +41,7 @@ def make(objective: Objective, model: Model, config: LossConfig, *, train: bool)
             batch = pipeline_stages.interleave(model.rules, model.num_pipeline_microbatches, batch)
         if objective.loss is not None:
             return cross_entropy.objective_loss(
-                objective.loss, model, params, batch, rng, train=train, config=config
+                objective.loss, model, params, batch, rng, train=train, config=config, step=step
             )
         own = {
             "tasks": objective.tasks if batch.tasks is not None else (),
