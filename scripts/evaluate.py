@@ -2,12 +2,16 @@
 
     python scripts/evaluate.py --workdir=runs/tiny-stdlib
     python scripts/evaluate.py --workdir=runs/tiny-stdlib --data=data/other/validation
+    python scripts/evaluate.py --workdir=runs/tiny-stdlib --weights=int4 --group=64
 
     python scripts/evaluate.py --workdir=runs/dalle --drawings=314 --guidance=2
     python scripts/evaluate.py --workdir=runs/vqvae --reconstructions=picture.png
 
 Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
 Sums are added up before the one division, so the figures don't depend on batch size or devices.
+
+With --weights=int8 or int4 the matrices lie in memory in 8 or 4 bits, and the loss is what they
+cost.
 
 With --drawings=N a run of config.objective.name=dalle draws held-out prompts of synthetic:shapes,
 and the line has the share of pictures that show the colours, shapes and places of their prompts.
@@ -22,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm import cli
+from lm.compression import flags
 from lm.storage.paths import expand_path
 from lm.telemetry import jsonl
 
@@ -45,6 +50,7 @@ def main() -> int:
         help="put no bos before documents, whose first tokens are then not scored: for weights "
         "trained so (GPT-2, Qwen); there are no bits per byte",
     )
+    flags.add_flags(parser)
     parser.add_argument("--drawings", type=int, metavar="N", help="prompts to draw and check")
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="S", help="--drawings: as of generate.py"
@@ -68,17 +74,17 @@ def main() -> int:
             parser.error(f"--drawings={args.drawings}: give a number of at least 1")
         return _draw(args)
 
-    changes, flags = {}, {}
+    changes, names = {}, {}
     if args.data:
         changes["data.validation"] = tuple(args.data)
-        flags["config.data.validation"] = "--data"
+        names["config.data.validation"] = "--data"
     if args.length is not None:
         changes["data.length"] = args.length
-        flags["config.data.length"] = "--length"
+        names["config.data.length"] = "--length"
     if args.batch_size is not None:
         changes |= {"data.batch_size": args.batch_size, "data.batch_size_per_device": None}
-        flags["config.data.batch_size"] = "--batch-size"
-    with cli.named_by_flags(flags):
+        names["config.data.batch_size"] = "--batch-size"
+    with cli.named_by_flags(names):
         _evaluate(args, changes)
     return 0
 
@@ -101,6 +107,7 @@ def _draw(args: argparse.Namespace) -> int:
     if (name := conversion.names(experiment.config_dict)["objective"]) != "dalle":
         raise ValueError(f"--drawings is for config.objective.name=dalle, this run's is {name}")
     step, params = restore_params(experiment, args.workdir, args.step)
+    params = flags.quantized(args, experiment, params)
     config, interface = experiment.config.objective, experiment.model_interface
     painter = Painter(experiment.model, params, experiment.tokenizer, config, interface)
     coder, progress = coder_of(experiment, args.vqvae, jax.devices()), Progress()
@@ -143,6 +150,7 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
             raise ValueError(f"--no-bos is for config.objective.name=causal, this run's is {name}")
         experiment = experiment.variant({"objective.begins_with_bos": False})
     step, params = restore_params(experiment, args.workdir, args.step)
+    params = flags.quantized(args, experiment, params)
     progress = Progress()
     for source, values in evaluate(experiment, params, report=progress.show).items():
         progress.clear()

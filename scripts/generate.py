@@ -17,6 +17,9 @@ Continuations are printed as they come, byte for byte, each after its prompt. Se
 after the other under headings. A sample depends on the checkpoint, the flags, its prompt and its
 number: not on what else is asked for in the same call.
 
+With --weights=int8 or int4 the matrices lie in memory in 8 or 4 bits; --group=64 or 128 shares a
+scale of int4 among more numbers than 32.
+
 With --out, a run of config.objective.name=dalle draws: a row of the picture has the samples of a
 prompt. They are decoded by the VQ-VAE that its training data names.
 
@@ -43,6 +46,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm import cli
+from lm.compression import flags
 
 if TYPE_CHECKING:
     from lm.generation.beam import BeamSearch
@@ -75,6 +79,7 @@ def main() -> int:
     if objective != "dalle" and args.out is not None:
         raise ValueError(f"--out is for runs of config.objective.name=dalle, not of {objective}")
     step, params = restore_params(experiment, args.workdir, args.step)
+    params = flags.quantized(args, experiment, params)
     if args.out is not None:
         return draw(args, experiment, params, sampling)
     tokenizer = experiment.tokenizer
@@ -161,6 +166,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="default: 128, half of the model's length where that is less",
     )
+    flags.add_flags(parser)
     add("--greedy", action="store_true", help="take the most likely token: --temperature=0")
     for flag, default, metavar, text in (
         ("--temperature", 1.0, "T", "divides the logits; default: 1"),

@@ -8,6 +8,9 @@ tokenizer: `AutoModelForCausalLM` and `AutoTokenizer.from_pretrained` take it. T
 those that training evaluates (averaged ones where it keeps them). The family is the first one that
 can hold the model; where config.model says something that no family has, all of it is listed.
 
+--weights=int8 or int4 writes the matrices inside the layers in compressed-tensors' format, which
+`transformers` reads with that package installed; the numbers are those of lm generate --weights.
+
 A tokenizer that came with an import leaves as it came. One of this project's own puts its bos
 before a text, as training did.
 """
@@ -15,6 +18,7 @@ before a text, as training did.
 from __future__ import annotations
 
 from lm import cli
+from lm.compression import flags
 
 
 def main() -> int:
@@ -30,6 +34,7 @@ def main() -> int:
         choices=("float32", "bfloat16", "float16"),
         help="type of the tensors; default: float32, which keeps every bit",
     )
+    flags.add_flags(parser)
     args = parser.parse_args()
 
     import jax
@@ -40,7 +45,14 @@ def main() -> int:
 
     experiment = load(args.workdir, jax.devices()[:1])
     _, params = restore_params(experiment, args.workdir, args.step)
-    export_folder(experiment, params, args.out, family=args.family, dtype=args.dtype)
+    export_folder(
+        experiment,
+        params,
+        args.out,
+        family=args.family,
+        dtype=args.dtype,
+        weights=flags.weight_format(args),
+    )
     return 0
 
 

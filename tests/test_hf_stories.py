@@ -2,17 +2,15 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from stories import FOLDER, import_stories
 
-from lm.config import conversion
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.hf.exporting import export_folder
-from lm.hf.importing import import_folder
 from lm.preparation.token_writer import write_store
 from lm.sources import Document
 from lm.training.loop import train
@@ -20,7 +18,6 @@ from lm.training.restore import restore_params
 from lm.training.stored_run import load
 from lm.types import Tokens
 
-FOLDER = Path(__file__).parents[1] / "../shared/data/weights/stories260K"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="../shared/data/weights is not there")
 GREEDY = Sampling(temperature=0.0)
 STORY = "Once upon a time there was a cat named Tom. Tom saw a big red ball and was happy.\n"
@@ -38,36 +35,8 @@ def expected():
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, expected, devices):
-    """The import, with the SentencePiece model that its published pieces make: byte pieces, and
-    merges in the order of their ids.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    home = tmp_path_factory.mktemp("stories")
-    shutil.copytree(FOLDER, home / "source")
-    model = schema.ModelProto()  # pyright: ignore
-    model.trainer_spec.model_type = 2
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.vocab_size = 512
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.remove_extra_whitespaces = False
-    for i, text in enumerate(expected["pieces"]):
-        kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1
-        piece = {1: "<s>", 2: "</s>"}.get(i, text.replace(" ", "\u2581"))
-        score = min(0.0, 259.0 - i)
-        if i > 464 and not text.isascii():  # published byte by byte
-            piece = piece.encode("latin-1").decode()
-        model.pieces.add(piece=piece, score=score, type=kind)
-    (home / "source/tokenizer.model").write_bytes(model.SerializeToString())
-    config = conversion.default()
-    changes = {"data.length": 64, "data.batch_size": 8, "train.num_steps": 4}
-    changes |= {"optimizer.learning_rate": 3e-4, "log.tensorboard": False}
-    changes |= {"loader.kind": "thread", "guard.self_check": False}
-    config.update_from_flattened_dict(changes)
-    options = {"say": lambda line: None}
-    import_folder(str(home / "source"), str(home / "run"), config, devices[:1], **options)
-    return str(home / "run")
+def workdir(tmp_path_factory, devices):
+    return import_stories(tmp_path_factory.mktemp("stories"), devices)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ FLOORS = (
     ("data", "parallel", "optim", "sources"),
     ("kernels",),
     ("layers", "objectives", "checkpoint", "preparation", "cli", "__main__"),
-    ("models", "generation", "reliability"),
+    ("models", "generation", "reliability", "compression"),
     ("training", "compiled"),
     ("planning", "scaling", "evaluation", "interpret", "hf", "run_page"),
 )

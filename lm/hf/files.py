@@ -160,7 +160,7 @@ def write_tensors(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the tensors `make(name)`, cast, as safetensors, with an index of several files.
+    """Write the tensors `make(name)`, floats cast, as safetensors, with an index of several files.
 
     One file's tensors are in memory at a time.
     """
@@ -177,7 +177,9 @@ def write_tensors(
     for i, names in enumerate(shards, start=1):
         number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         files |= dict.fromkeys(names, file := f"model{number}.safetensors")
-        tensors = {name: np.asarray(make(name), dtype, order="C") for name in names}
+        arrays = {name: make(name) for name in names}
+        kinds = {name: x.dtype if x.dtype.kind == "i" else dtype for name, x in arrays.items()}
+        tensors = {name: np.asarray(x, kinds[name], order="C") for name, x in arrays.items()}
         save_file(tensors, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -51,12 +52,13 @@ def unstack_layers(tree: Params) -> Params:
         [device] = x.devices() if isinstance(x, jax.Array) else [None]
         return jax.device_put(np.asarray(x)[i], device, may_alias=True)
 
-    leaves: dict[str, jax.Array | np.ndarray] = {}
+    leaves: dict[str, Any] = {}
     for name, x in flatten(tree).items():
         before, is_stacked, after = f".{name}".partition(".layers.")
         if is_stacked:
-            for i in range(len(x)):
-                leaves[f"{before}.layers.{i}.{after}".lstrip(".")] = layer(x, i)
+            for i in range(len(jax.tree.leaves(x)[0])):
+                one = jax.tree.map(functools.partial(layer, i=i), x)  # of several arrays, too
+                leaves[f"{before}.layers.{i}.{after}".lstrip(".")] = one
         else:
             leaves[name] = x
     return unflatten(leaves)

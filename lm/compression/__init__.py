@@ -1,0 +1,1 @@
+"""Smaller models at lower cost: weights in 8 and 4 bits."""
