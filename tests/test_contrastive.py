@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from resuming import assert_same_bits
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.pipeline import Pipeline
 from lm.data.rows import Rows
 from lm.training import train_step
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
-from lm.training.restore import restore
 from lm.types import CoupledLoss
 
 TOLERANCE = 5e-6
@@ -192,22 +191,7 @@ def test_micro_batches_have_the_gradient_of_their_joint_loss_with_dropout(make):
 
 def test_a_resumed_run_has_the_same_bits(make, tmp_path):
     changes = of_kind("sigmoid", (("train.num_microbatches", 2), ("model.dropout", 0.1)))
-
-    def go(experiment, state, start, stop):
-        for _, batch in experiment.batches(start, stop):
-            state, _, _ = experiment.train_step(state, batch)
-        return state
-
-    experiment = make(changes)
-    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
-        state = go(experiment, experiment.init_state(), 0, 2)
-        checkpoints.save(state)
-        whole = jax.device_get(go(experiment, state, 2, 4))
-    again = make(changes)
-    with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = restore(again, checkpoints)
-    resumed = jax.device_get(go(again, state, 2, 4))
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert_same_bits(lambda: make(changes), tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from resuming import assert_same_bits
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config.conversion import default, resolve, task
 from lm.data.rows import Rows
 from lm.layers.cross_entropy import lm_loss
@@ -22,7 +22,6 @@ from lm.planning import mesh_equivalence
 from lm.tokenizers.tokenizer import ByteTokenizer
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
-from lm.training.restore import restore
 
 TOLERANCE = 5e-6
 TOKENIZER = ByteTokenizer()
@@ -278,20 +277,7 @@ def test_in_bfloat16_too(trained, name):
 
 
 def test_a_resumed_run_has_the_same_bits(make, tmp_path):
-    def go(experiment, state, start, stop):
-        for _, batch in experiment.batches(start, stop):
-            state, _, _ = experiment.train_step(state, batch)
-        return state
-
-    experiment = make()
-    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
-        state = go(experiment, experiment.init_state(), 0, 2)
-        checkpoints.save(state)
-        whole = jax.device_get(go(experiment, state, 2, 4))
-    again = make()
-    with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = restore(again, checkpoints)
-    jax.tree.map(np.testing.assert_array_equal, whole, jax.device_get(go(again, state, 2, 4)))
+    assert_same_bits(make, tmp_path)
 
 
 def test_an_evaluation_has_the_loss_of_each_half(make):

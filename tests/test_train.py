@@ -115,7 +115,7 @@ HLO = """HloModule jit_step, is_scheduled=true
 
 FileNames
 1 "/x/site-packages/flax/linen/linear.py"
-2 "/home/me/mine/bigram.py"
+2 "/code/mine/bigram.py"
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=4 end_line=4 column=2 end_column=12}
@@ -150,7 +150,7 @@ ENTRY %main (x: f32[4]) -> bf16[8] {
 
 def test_a_fusion_is_from_the_line_of_what_it_fuses_and_an_async_operation_of_its_kind():
     found = hlo_text.parse(HLO).origins
-    assert found["fusion.1"] == Origin("compute", "/home/me/mine/bigram.py:20")
+    assert found["fusion.1"] == Origin("compute", "/code/mine/bigram.py:20")
     assert found["async-start"].kind == found["async-done"].kind == "communication"
     assert found["copy-start.1"].kind == "host" and found["copy-start.2"].kind == "compute"
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from resuming import assert_same_bits
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.rows import Rows
 from lm.generation.generator import Generator
@@ -24,7 +24,6 @@ from lm.objectives import vae as objective
 from lm.tokenizers import tokenizer as tokenizers
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
-from lm.training.restore import restore
 from lm.types import Batch, Tokens
 
 TOLERANCE = 1e-5
@@ -116,22 +115,7 @@ def test_in_bfloat16_too(trained, split):
 
 def test_a_resumed_run_has_the_same_bits(make, tmp_path):
     changes = (("objective.word_dropout", 0.3), ("objective.anneal_steps", 4))
-
-    def go(experiment, state, start, stop):
-        for _, batch in experiment.batches(start, stop):
-            state, _, _ = experiment.train_step(state, batch)
-        return state
-
-    experiment = make(changes)
-    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
-        state = go(experiment, experiment.init_state(), 0, 2)
-        checkpoints.save(state)
-        whole = jax.device_get(go(experiment, state, 2, 4))
-    again = make(changes)
-    with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = restore(again, checkpoints)
-    resumed = jax.device_get(go(again, state, 2, 4))
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert_same_bits(lambda: make(changes), tmp_path)
 
 
 def of_two_sentences():

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from resuming import assert_same_bits
 
-from lm.checkpoint.manager import Checkpoints
 from lm.config import conversion
 from lm.data.pipeline import Pipeline, evaluation_batches
 from lm.data.rows import Rows
@@ -27,7 +27,6 @@ from lm.objectives import vqvae as objective
 from lm.optim import optimizer_state
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
-from lm.training.restore import restore
 
 TOLERANCE = 5e-6
 SIZE, ROWS, DECAY = 16, 8, 0.9
@@ -151,22 +150,7 @@ def test_in_bfloat16_too(trained, name):
 @pytest.mark.parametrize("codebook", ["average", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_bits(make, tmp_path, codebook):
     changes = (("model.codebook", codebook),)
-
-    def go(experiment, state, start, stop):
-        for _, batch in experiment.batches(start, stop):
-            state, _, _ = experiment.train_step(state, batch)
-        return state
-
-    experiment = make(changes)
-    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
-        state = go(experiment, experiment.init_state(), 0, 2)
-        checkpoints.save(state)
-        whole = jax.device_get(go(experiment, state, 2, 4))
-    again = make(changes)
-    with Checkpoints(str(tmp_path), again.config.checkpoint) as checkpoints:
-        state, _ = restore(again, checkpoints)
-    resumed = jax.device_get(go(again, state, 2, 4))
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert_same_bits(lambda: make(changes), tmp_path)
 
 
 def apply(experiment, params, *arguments, method, **options):
