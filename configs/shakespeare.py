@@ -1,6 +1,6 @@
 """A character model of Tiny Shakespeare: nanoGPT's recipe for a CPU.
 
-    configs/shakespeare.py
+    configs/shakespeare.py            also :student and :distilled
 
 Source: https://github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with the README's
 options for a CPU ("I only have a macbook"). 4 layers, 4 heads, width 128, rows of 64 characters,
@@ -14,21 +14,28 @@ The first 90% of input.txt (1,003,854 bytes) are for training, the rest for vali
     python scripts/prepare_data.py --data=input.txt --tokenizer=bytes --out=data/shakespeare \\
         --split=tail --validation-fraction=0.1
     python scripts/train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
+
+student: 2 layers of width 64, a seventh of the parameters, 1,000 steps. distilled: the same with
+runs/shakespeare as its teacher (arXiv:1503.02531); docs/smaller.md has the losses of both.
 """
 
 from lm.config.conversion import default
 
+SIZES = {"student": "causal", "distilled": "lm.compression.distillation"}  # their objective
+
 
 def get_config(arg=None):
-    if arg:
-        raise ValueError(f"configs/shakespeare.py takes no argument, got {arg!r}")
-    config = default(model="decoder", objective="causal")
+    if arg and arg not in SIZES:
+        raise ValueError(f"configs/shakespeare.py:{arg}: there are {', '.join(SIZES)}")
+    config = default(model="decoder", objective=SIZES.get(arg, "causal"))
+    if arg == "distilled":
+        config.objective.teacher = "runs/shakespeare"
 
     model = config.model
     model.vocab_size = 259
     model.max_length = 64
-    model.num_layers = 4
-    model.embed_dim = 128
+    model.num_layers = 2 if arg else 4
+    model.embed_dim = 64 if arg else 128
     model.num_heads = 4
     model.activation = "gelu"
     model.norm = "layer"
@@ -58,6 +65,6 @@ def get_config(arg=None):
     optimizer.schedule.warmup_steps = 100
     optimizer.schedule.final_fraction = 0.1
 
-    config.train.num_steps = 2000
+    config.train.num_steps = 1000 if arg else 2000
     config.train.eval_every = 250
     return config

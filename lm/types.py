@@ -96,11 +96,15 @@ class Output:
 
 @flax.struct.dataclass
 class TrainState:
-    """State of training before batch `step`."""
+    """State of training before batch `step`.
+
+    teacher: frozen parameters of another model (lm.training.teacher), which no checkpoint holds.
+    """
 
     step: Array  # int32 []
     params: Params
     opt_state: PyTree
+    teacher: Params | None = None
 
 
 class Model(Protocol):

@@ -60,6 +60,7 @@ from lm.preparation.token_writer import write_store
 from lm.sources import Document
 from lm.telemetry import jsonl, metrics
 from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
+from lm.training import run_costs
 from lm.training.experiment import Experiment
 from scripts import bench_loop
 
@@ -261,7 +262,7 @@ def train(args: argparse.Namespace) -> Figures:
     rate = statistics.mean(tokens) / median
     # The fake devices of a CPU share its cores.
     best = max(map(max, gemms.values())) * (1 if device.platform == "cpu" else mesh.size)
-    peak, achieved = experiment.peak_flops(), rate * experiment.flops_per_token
+    peak, achieved = run_costs.peak_flops(experiment), rate * experiment.flops_per_token
     memory = step.memory_analysis()
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),

@@ -119,6 +119,7 @@ OWN = {
     "conv": ("gcnn8", "gcnn14"),
     "dalle": ("shapes", "shapes-mini", "mini", "12b"),
     "lstm": ("small", "medium", "large"),
+    "shakespeare": ("student", "distilled"),
     "tasks": (
         "masked",
         "topics",
@@ -232,7 +233,7 @@ def test_an_unknown_size_is_refused_with_the_list_of_sizes(name):
     assert all(size in str(error.value) for size in (f"{name}.py:9000b", *SIZES_OF[name]))
 
 
-@pytest.mark.parametrize("name", [*SIZES_OF, "shakespeare"])
+@pytest.mark.parametrize("name", SIZES_OF)
 def test_docstring_says_how_to_run_it(name):
     assert "    python scripts/" in load(name).__doc__
     assert f"--config=configs/{name}.py" in load(name).__doc__

@@ -167,12 +167,12 @@ def test_attention_that_differs_is_refused(run, monkeypatch, name, dtype):
 # ---- loss ----
 
 
-def last_chunk_dropped(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
+def last_chunk_dropped(chunk, num_chunks, xs, over=cross_entropy.over_chunks):
     last = xs.weights.shape[1] - xs.weights.shape[1] // num_chunks
     return over(chunk, num_chunks, xs._replace(weights=xs.weights.at[:, last:].set(0)))
 
 
-def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy._over_chunks):
+def chunks_shifted(chunk, num_chunks, xs, over=cross_entropy.over_chunks):
     carry, out = over(chunk, num_chunks, xs)
     return carry, None if out is None else jnp.roll(out, out.shape[1] // num_chunks, axis=1)
 
@@ -186,8 +186,8 @@ def without_z_loss(logits, x, log_z, config, gradient=cross_entropy._logit_gradi
 
 
 LOSSES = {
-    "last chunk dropped": ("_over_chunks", last_chunk_dropped, "the objective of the loss"),
-    "chunks shifted": ("_over_chunks", chunks_shifted, "gradient"),
+    "last chunk dropped": ("over_chunks", last_chunk_dropped, "the objective of the loss"),
+    "chunks shifted": ("over_chunks", chunks_shifted, "gradient"),
     "weights ignored": ("_statistics", all_weights_one, "reads tokens of weight 0"),
     "z-loss has no gradient": ("_logit_gradient", without_z_loss, "gradient of .* differs"),
 }

@@ -93,7 +93,7 @@ def test_a_missing_psum_is_found(check, monkeypatch):
 
 def test_a_mean_of_means_is_found(check, monkeypatch):
     """Every device divides the sums of its rows by its own tokens, and their means are averaged."""
-    real = cross_entropy._on_each_device
+    real = cross_entropy.on_each_device
 
     def mean_of_means(rules, local, parameters, xs, trained=()):
         axes = rules.sharded_axes("act_batch", "length")
@@ -106,7 +106,7 @@ def test_a_mean_of_means_is_found(check, monkeypatch):
 
         return real(rules, averaged, parameters, xs, trained)
 
-    monkeypatch.setattr(cross_entropy, "_on_each_device", mean_of_means)
+    monkeypatch.setattr(cross_entropy, "on_each_device", mean_of_means)
     assert wrong(check(MIXED)) >= {"objective", "gradient norm", "gradients", "parameters"}
 
 

@@ -96,7 +96,8 @@ class Manifest:
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)  # totals of the data consumed
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     code: dict[str, Any] = dataclasses.field(default_factory=dict)  # see code_version.py
-    resolved: dict[str, int] = dataclasses.field(default_factory=dict)  # batch_size and num_steps
+    # batch_size, num_steps, and `Teacher.describe` as teacher where there is one
+    resolved: dict[str, Any] = dataclasses.field(default_factory=dict)
     parent: dict[str, Any] | None = None  # `ParentCheckpoint.describe` of what the run started from
     time: float = 0.0  # seconds since 1970
     format: int = FORMAT

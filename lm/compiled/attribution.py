@@ -21,6 +21,7 @@ ARGUMENTS = {  # groups of the arguments whose path starts so; the others are th
     "state.params": "parameters",
     "params": "parameters",
     "state.opt_state": "optimizer",
+    "state.teacher": "teacher",
     "state.cache": "cache",
 }
 _MOVE_OPCODES = """copy bitcast convert copy-start copy-done transpose reshape slice dynamic-slice
@@ -91,7 +92,8 @@ class Attribution:
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "parameter":
             is_argument = instruction.computation is self._module.entry
-            return is_argument and argument_group(instruction.op_name) == "parameters"
+            group = argument_group(instruction.op_name)
+            return is_argument and group in ("parameters", "teacher")
         if opcode == "get-tuple-element":
             [holder] = operands
             loop = self._loops.get(instruction.computation)

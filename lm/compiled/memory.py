@@ -14,6 +14,7 @@ from lm.compiled.compiling import Compiled
 GROUPS = {
     "parameters": "parameters",
     "optimizer": "state of the optimizer",
+    "teacher": "parameters of the teacher",
     "cache": "keys and values of earlier tokens",
     "batch": "inputs of the step",
     "outputs": "results that share no memory with arguments",

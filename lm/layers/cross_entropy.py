@@ -38,6 +38,7 @@ class Predictions(NamedTuple):
     targets: Array  # int32 [B, T]
     weights: Array  # float32 [B, T]
     tasks: Array | None = None  # bool [B, T, K]: the tasks of each token
+    teacher: Array | None = None  # [B, T, D] of a teacher (lm.compression.distillation)
 
 
 def token_nll(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -127,9 +128,9 @@ def chunked_loss(
             ), None
 
         count = num_chunks(config.chunk_size, *xs.targets.shape)
-        return _over_chunks(chunk, count, xs)[0], {}, None
+        return over_chunks(chunk, count, xs)[0], {}, None
 
-    sums, _, _ = _on_each_device(rules, local, parameters, predictions)
+    sums, _, _ = on_each_device(rules, local, parameters, predictions)
     return sums["objective"], sums
 
 
@@ -158,10 +159,10 @@ def _forward(
             return _add(carry, (new, found)), d_hidden
 
         count = num_chunks(config.chunk_size, *xs.targets.shape)
-        (sums, found), d_hidden = _over_chunks(chunk, count, xs)
+        (sums, found), d_hidden = over_chunks(chunk, count, xs)
         return sums, found, d_hidden
 
-    sums, found, d_hidden = _on_each_device(rules, local, values, predictions, trained)
+    sums, found, d_hidden = on_each_device(rules, local, values, predictions, trained)
     d_parameters = [found[i].astype(p.dtype) if i in found else None for i, p in enumerate(values)]
     # the TPU compiler would put their reduction off, and hold whole ones until the layers are done
     return (sums["objective"], sums), jax.lax.optimization_barrier((d_parameters, d_hidden))
@@ -182,7 +183,7 @@ def _backward(
 chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_each_device(
+def on_each_device(
     rules: Rules | None,
     local: Callable[[list[Array], Predictions], Evaluated],
     parameters: list[Array],
@@ -237,7 +238,7 @@ def _add(a: T | None, b: T) -> T:
     return b if a is None else jax.tree.map(jnp.add, a, b)
 
 
-def _over_chunks(
+def over_chunks(
     chunk: Callable[[Any, Predictions], tuple[T, Array | None]], count: int, xs: Predictions
 ) -> tuple[T, Array | None]:
     """`chunk` folded over `count` chunks of the length of xs; its outputs [B, t, ...] joined to
@@ -262,7 +263,7 @@ def _over_chunks(
     return carry, None if outputs is None else join(outputs, xs.targets.shape[1])
 
 
-def _projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
+def projection(model: Model, params: Params) -> tuple[Project, list[Array]]:
     """(logits as a function of hidden states and parameters, the parameters of the head). Only
     these have a gradient that is carried from chunk to chunk.
     """
@@ -307,7 +308,7 @@ def _loss_of_parts(
     losses: Sums = {}
     for name, columns, ids in parts:
         head, own = part_of_head(model, params, ids)
-        project, parameters = _projection(head, own)
+        project, parameters = projection(head, own)
         hidden, targets, weights = (x[:, slice(*columns)] for x in predictions[:3])
         targets = jnp.maximum(targets - ids[0], 0)  # padding
         part = Predictions(hidden, targets, weights)
@@ -352,7 +353,7 @@ def lm_loss(
     if parts:
         total = _loss_of_parts(model, params, predictions, config, parts)
     else:
-        project, parameters = _projection(model, params)
+        project, parameters = projection(model, params)
         total = chunked_loss(project, config, model.rules, parameters, predictions)  # pyright: ignore
     objective, sums = total[0], {**total[1], "tokens": jnp.sum(batch.weights)}
     if members is not None:
@@ -376,13 +377,16 @@ def objective_loss(
     train: bool,
     config: LossConfig,
     step: Array | None,
+    **others: object,
 ) -> tuple[Array, Sums]:
     """As `lm_loss`, by the loss `own` that an objective brings (lm.objectives.Objective.loss).
 
     Raises:
         ValueError: its sums lack what a run divides by or reports.
     """
-    objective, sums = own(model, params, batch, rng, train=train, config=config, step=step)
+    objective, sums = own(
+        model, params, batch, rng, train=train, config=config, step=step, **others
+    )
     if missing := {"tokens", "loss"} - sums.keys():
         raise ValueError(
             f"the loss of config.objective returns sums without {', '.join(sorted(missing))}: "

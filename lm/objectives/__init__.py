@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 RowGenerator = Callable[[int], np.random.Generator]
 # (model, params, batch, rng, *, train, config: LossConfig, step: int32 [], None in evaluation) ->
 # (the SUM over the batch to differentiate, additive sums: `tokens`, the divisor, `loss`, and others
-# under other names)
+# under other names). Where the Config has the fields `teacher`, a run's folder, and `teacher_step`,
+# training calls it with the keyword `teacher`: (the model of that run, its parameters).
 Loss = Callable[..., tuple["Array", dict[str, "Array"]]]
 
 

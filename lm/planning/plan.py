@@ -42,6 +42,7 @@ from lm.planning import findings, plausibility, save_cost
 from lm.planning.save_cost import SaveCost
 from lm.storage.files import write_atomically
 from lm.telemetry.progress import Progress
+from lm.training import run_costs, teacher
 from lm.training.experiment import Experiment
 
 
@@ -78,6 +79,7 @@ class Plan:
     compile_seconds: float
     compile_cpu_seconds: float
     optimizer_transfers: tuple[Transfer, ...] = ()  # those of `transfers` that the update makes
+    teacher_flops: float = 0.0  # those of `model_flops` that a teacher takes
 
     @property
     def headroom(self) -> int | None:
@@ -237,6 +239,7 @@ def key(config: ConfigTree, name: str, decode: Decode | None = None) -> str:
         "versions": plausibility.versions(),
         "flags": {n: os.environ.get(n, "") for n in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         "gpu_share": chips.gpu_share(),
+        "teacher": teacher.model_config_text(config),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -265,6 +268,7 @@ def analyse(
     rows, length = experiment.batch_size, c.data.length
     if decode is not None:
         rows, length = decode.batch_size, decode.length
+    model_flops = _model_flops(experiment, rows, length, decode)
     plan = Plan(
         name=config_name,
         topology=target.name,
@@ -281,7 +285,7 @@ def analyse(
         memory=memory.measure(compiled, module, shapes, platform=target.chip.platform),
         transfers=interconnect.transfers(priced),
         work=work,
-        model_flops=_model_flops(experiment, rows, length, decode),
+        model_flops=model_flops,
         peak_flops=target.chip.peak_flops(c.model.dtype),
         times=roofline.times(target, module, work, priced, c.model.dtype),
         save=save_cost.measure(experiment.abstract_state) if decode is None else None,
@@ -289,6 +293,7 @@ def analyse(
         compile_seconds=compiled.seconds,
         compile_cpu_seconds=compiled.cpu_seconds,
         optimizer_transfers=interconnect.transfers(update),
+        teacher_flops=run_costs.teacher_share(experiment) * model_flops if decode is None else 0.0,
     )
     plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)

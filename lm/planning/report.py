@@ -174,6 +174,9 @@ def _time(plan: Plan) -> Iterator[str]:
     if model_flops:
         ratio = f", {flops / model_flops:.2f} times the model's {format_quantity(model_flops)}FLOP"
     yield f"  products of {format_quantity(flops)}FLOP on each device{ratio}"
+    if (known := plan.teacher_flops) and model_flops:
+        share = f"{format_quantity(known)}FLOP ({known / model_flops:.1%})"
+        yield f"  of the model's, the teacher's forward pass {share}"
     for kind, n in plan.work.narrow_flops.items():
         yield f"  of which in {kind} {format_quantity(n)}FLOP ({n / flops:.1%})"
     if own := plan.work.optimizer_flops:

@@ -98,7 +98,7 @@ def _on(config: ConfigTree, target: Topology, make: Make, decode: Decode | None)
     try:
         experiment = Experiment(without_data(config), topologies.devices(target))
         state = experiment.abstract_state
-        kept = state.params if decode else (state.params, state.opt_state)
+        kept = state.params if decode else (state.params, state.opt_state, state.teacher)
         held = bytes_on_device(jax.tree.leaves(kept))
         if hbm and held > hbm:
             what = "parameters and optimizer state" if decode is None else "parameters"

@@ -159,7 +159,7 @@ def _measure(
     experiment: Experiment, step: int, state: TrainState, batch: Batch
 ) -> tuple[dict[str, dict[str, Size]], dict[str, Array]]:
     """({gradients, parameters, optimizer: sizes by name}, those of `_token_losses`)."""
-    gradients, sums = experiment.gradients(state.params, batch, step)
+    gradients, sums = experiment.gradients(state.params, batch, step, state.teacher)
     scale = 1.0 / jnp.maximum(sums["tokens"], 1.0)
     boxes = flatten(experiment.boxed_params)
 

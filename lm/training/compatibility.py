@@ -95,7 +95,8 @@ def check_checkpoint(record: RunRecord, workdir: str, experiment: Experiment) ->
 
     Raises:
         ValueError: sizes or rates differ and `checkpoint.allow_changed` does not name it, or a
-        change of the model or the optimizer gives it other arrays, whatever is allowed.
+        change of the model or the optimizer gives it other arrays, or the teacher has others,
+        whatever is allowed.
     """
     manifest, c = record.manifest, experiment.config
     if manifest is None or not manifest.config:
@@ -114,6 +115,8 @@ def check_checkpoint(record: RunRecord, workdir: str, experiment: Experiment) ->
             changes.append((SCHEDULE, line, is_in(SCHEDULE, allowed)))
         _report(changes, workdir, allowed)
     _check_leaves(manifest, workdir, experiment)
+    if experiment.teacher is not None:
+        experiment.teacher.resume(manifest.resolved.get("teacher"))
 
 
 def _changed_rates(manifest: Manifest, experiment: Experiment) -> str:
@@ -136,7 +139,7 @@ def _changed_rates(manifest: Manifest, experiment: Experiment) -> str:
 
 
 def _check_leaves(manifest: Manifest, workdir: str, experiment: Experiment) -> None:
-    state = stored_state(experiment, experiment.abstract_state)
+    state = stored_state(experiment, experiment.checkpointed_state)
     tree = {"params": state.params, "opt_state": state.opt_state}
     if manifest.has_only_params:  # an import
         del tree["opt_state"]

@@ -16,7 +16,7 @@ from lm.storage.files import write_atomically
 from lm.telemetry import jsonl
 from lm.telemetry.metrics import OVERVIEW_FILE
 from lm.telemetry.progress import format_quantity
-from lm.training import bad_step_report
+from lm.training import bad_step_report, run_costs
 from lm.training.experiment import Experiment
 from lm.training.fork import changed_lines
 
@@ -37,6 +37,7 @@ def overview(experiment: Experiment) -> dict[str, Any]:
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "trained_parameters": sum(x.size for x in jax.tree.leaves(initializer.trained(params))),
         "flops_per_token": experiment.flops_per_token,
+        "teacher_flops_per_token": run_costs.teacher_flops_per_token(experiment),
         "devices": f"{devices.size} × {devices.flat[0].device_kind}",
         "processes": jax.process_count(),
         "code": code_version(),
@@ -74,6 +75,8 @@ def _lines(experiment: Experiment, is_new: bool) -> Iterator[str]:
         yield f"forked from {experiment.fork}"
     if is_new and initializer.word_vectors is not None:
         yield initializer.word_vectors.describe()
+    if (teacher := experiment.teacher) is not None:
+        yield f"{teacher}, {run_costs.teacher_share(experiment):.0%} of the FLOPs"
     if c.log.parameter_table:
         yield from _parameter_table(experiment)
     for source in [*experiment.train_data.sources.values(), *experiment.validation.values()]:

@@ -23,7 +23,6 @@ from lm.config.tree import ConfigTree
 from lm.data import pipeline
 from lm.data.pipeline import Pipeline
 from lm.layers.block_config import BlockConfig
-from lm.models import flops
 from lm.objectives import ModelInterface, Objective
 from lm.optim import chain, optimizer_state, parametrization
 from lm.optim.param_tree import named_leaves
@@ -31,9 +30,10 @@ from lm.parallel import compiler_flags, sharding
 from lm.telemetry.scalars import Scalars
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
-from lm.training import losses, run_length, train_step
+from lm.training import losses, run_costs, run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
+from lm.training.teacher import Teacher
 from lm.types import (
     Array,
     Batch,
@@ -224,8 +224,21 @@ class Experiment:
         return self.initializer.trained(self.rules.shardings(self.boxed_params))
 
     @functools.cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher that the objective's Config names, if any."""
+        if not getattr(self.config.objective, "teacher", ""):
+            return None
+        return Teacher(self.config, self.rules, self.param_rules, self.model)
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the whole state."""
+        known = None if self.teacher is None else self.teacher.abstract_params
+        return dataclasses.replace(self.checkpointed_state, teacher=known)
+
+    @functools.cached_property
+    def checkpointed_state(self) -> TrainState:
+        """`abstract_state` without the teacher, whose parameters another run's checkpoint holds."""
         params, trained = self.abstract_params, self.initializer.trained(self.abstract_params)
         owners = jax.tree.map(_with_sharding, trained, self._gradient_shardings)
         opt_state = optimizer_state.shard_like_params(
@@ -241,7 +254,8 @@ class Experiment:
         """The state before step 0; every array is made in its shards, never whole on one device."""
         step = jax.device_put(np.int32(0), self.rules.sharding())
         params = self.initializer.params(self._init_params, self._key("init"))
-        return self.init_optimizer(TrainState(step, params, None))
+        known = None if self.teacher is None else self.teacher.read(self.tokenizer)
+        return self.init_optimizer(TrainState(step, params, None, known))
 
     def init_optimizer(self, state: TrainState) -> TrainState:
         """The state with a fresh optimizer state."""
@@ -263,18 +277,21 @@ class Experiment:
 
     # ---- steps ----
 
-    def loss_at(self, step: int | Array) -> LossFn:
-        """The training loss of a step: a SUM to differentiate, and additive sums."""
-        step = jnp.asarray(step)
-        return losses.make(self.objective, self.model, self.config.loss, train=True, step=step)
+    def loss_at(self, step: int | Array, known: Params | None = None) -> LossFn:
+        """The training loss of a step, with the parameters `known` of the teacher, if any."""
+        options = {"train": True, "step": jnp.asarray(step)}
+        if self.teacher is not None:
+            assert known is not None, "a state of a run with a teacher has its parameters"
+            options["teacher"] = self.teacher.model, known
+        return losses.make(self.objective, self.model, self.config.loss, **options)
 
-    def gradients(self, params: Params, batch: Batch, step: int | Array) -> tuple[Params, Sums]:
+    def gradients(
+        self, params: Params, batch: Batch, step: int | Array, known: Params | None = None
+    ) -> tuple[Params, Sums]:
         """(gradients of the loss SUM by the trained parameters, its sums), as step `step` does."""
         rng = jax.random.fold_in(self._key("train"), step)
-        parts = self.config.train.num_microbatches
-        return train_step.gradients(
-            self.loss_at(step), params, batch, rng, parts, self.initializer.frozen
-        )
+        parts, frozen = self.config.train.num_microbatches, self.initializer.frozen
+        return train_step.gradients(self.loss_at(step, known), params, batch, rng, parts, frozen)
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars, Scalars]:
         if self.config.optimizer.memory != "device":
@@ -283,7 +300,7 @@ class Experiment:
         state, sums, info = train_step.update(
             state,
             batch,
-            loss_fn=self.loss_at(state.step),
+            loss_fn=self.loss_at(state.step, state.teacher),
             tx=self.tx,
             rng=self._key("train"),
             num_microbatches=self.config.train.num_microbatches,
@@ -368,21 +385,8 @@ class Experiment:
 
     @functools.cached_property
     def flops_per_token(self) -> float:
-        """Model FLOPs of training on one token, without the gradients of frozen parameters."""
-        return flops.flops_per_token(
-            self.config.model,
-            self.config.data.length,
-            self.config.data.encoder_length,
-            parameters=flops.named_parameters(self.boxed_params),
-            frozen=self.initializer.frozen,
-        )
-
-    def peak_flops(self) -> float | None:
-        """FLOP/s of all devices together; None where their peak is neither known nor given."""
-        given = self.config.log.peak_flops_per_device
-        kind = self.rules.mesh.devices.flat[0].device_kind
-        peak = flops.peak_flops(kind, self.config.model.dtype) if given is None else given
-        return None if peak is None else peak * self.rules.mesh.size
+        """As `run_costs.flops_per_token`."""
+        return run_costs.flops_per_token(self)
 
 
 def _with_sharding(x: jax.ShapeDtypeStruct, s: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

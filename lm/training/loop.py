@@ -228,6 +228,8 @@ def _open_and_compile(
     """
     c, initializer = experiment.config, experiment.initializer
     _ = experiment.train_data, experiment.validation
+    if experiment.teacher is not None:
+        experiment.teacher.check(experiment.tokenizer)
     if is_new:
         _ = experiment.fork, initializer.parent, initializer.word_vectors
     if jax.process_index() == 0:

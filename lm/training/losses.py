@@ -25,10 +25,12 @@ def make(
     *,
     train: bool,
     step: Array | None = None,
+    teacher: tuple[Model, Params] | None = None,
 ) -> LossFn:
     """The loss of a batch: a SUM to differentiate, and additive sums.
 
-    step: of the run, for an objective's own loss; None in evaluation.
+    step: of the run, for an objective's own loss; None in evaluation. teacher: for one that asks
+    for it (lm.training.teacher).
 
     Raises:
         ValueError: the model cannot be trained with it.
@@ -36,12 +38,15 @@ def make(
     if objective.pairs is not None:
         return pair_loss.make(model, objective.pairs.kind, train=train)
 
+    others = {} if teacher is None else {"teacher": teacher}
+
     def loss_fn(params: Params, batch: Batch, rng: Array) -> tuple[Array, Sums]:
         if train:
             batch = pipeline_stages.interleave(model.rules, model.num_pipeline_microbatches, batch)
         if objective.loss is not None:
+            options = {"train": train, "config": config, "step": step, **others}
             return cross_entropy.objective_loss(
-                objective.loss, model, params, batch, rng, train=train, config=config, step=step
+                objective.loss, model, params, batch, rng, **options
             )
         own = {
             "tasks": objective.tasks if batch.tasks is not None else (),

@@ -40,17 +40,17 @@ def restore_or_init(
     with phases("restore"):
         if snapshots and found and (kept := _restore_snapshot(experiment, snapshots, found)):
             checkpoints.parent = found.manifest.parent
-            return kept, dict(found.manifest.ledger)
+            return _with_teacher(experiment, kept, found.manifest), dict(found.manifest.ledger)
         restored = restore(experiment, checkpoints, step)
         if restored is None and (fork := experiment.fork) is not None:
             checkpoints.parent = fork.describe()
-            restored = fork.restore(experiment.abstract_state), fork.manifest
+            restored = fork.restore(experiment.checkpointed_state), fork.manifest
     with phases("init"):
         if restored is None:
             if (parent := experiment.initializer.parent) is not None:
                 checkpoints.parent = parent.describe()
             return jax.block_until_ready(experiment.init_state()), start_totals()
-        state, manifest = restored
+        state, manifest = _with_teacher(experiment, *restored), restored[1]
         if state.opt_state is None:
             state = jax.block_until_ready(experiment.init_optimizer(state))
         return state, dict(manifest.ledger)
@@ -59,8 +59,10 @@ def restore_or_init(
 def restore(
     experiment: Experiment, checkpoints: Checkpoints, step: int | None = None
 ) -> tuple[TrainState, Manifest] | None:
-    """As `Checkpoints.restore`, with the parameters that the parent's checkpoint holds."""
-    restored = checkpoints.restore(stored_state(experiment, experiment.abstract_state), step)
+    """As `Checkpoints.restore`, with the parameters that the parent's checkpoint holds; without the
+    teacher's.
+    """
+    restored = checkpoints.restore(stored_state(experiment, experiment.checkpointed_state), step)
     if restored is None:
         return None
     state, manifest = restored
@@ -68,12 +70,20 @@ def restore(
     return dataclasses.replace(state, params=params), manifest
 
 
+def _with_teacher(experiment: Experiment, state: TrainState, manifest: Manifest) -> TrainState:
+    """The state with the parameters of the teacher that the run of `manifest` has had so far."""
+    if (teacher := experiment.teacher) is None:
+        return state
+    teacher.resume(manifest.resolved.get("teacher"))
+    return dataclasses.replace(state, teacher=teacher.read(experiment.tokenizer))
+
+
 def memory_snapshots(experiment: Experiment, workdir: str) -> MemorySnapshots | None:
     """The snapshots in memory that `config.checkpoint.memory_every` asks for."""
     c = experiment.config.checkpoint
     if not c.memory_every:
         return None
-    abstract = stored_state(experiment, experiment.abstract_state)
+    abstract = stored_state(experiment, experiment.checkpointed_state)
     folder = str(StoragePath(workdir).resolve())
     return MemorySnapshots(c.memory_dir, folder, experiment.config_dict.to_dict(), abstract)
 

@@ -31,7 +31,7 @@ from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.profiler import Profiler
 from lm.telemetry.scalars import Scalars
 from lm.telemetry.writers import MetricsWriter
-from lm.training import bad_step_report
+from lm.training import bad_step_report, run_costs
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 from lm.training.restore import eval_params, stored_state
@@ -126,7 +126,7 @@ class TrainingSession:
             num_steps=experiment.num_steps,
             every=c.train.log_every,
             flops_per_token=experiment.flops_per_token,
-            peak_flops=experiment.peak_flops(),
+            peak_flops=run_costs.peak_flops(experiment),
             tensorboard=c.log.tensorboard,
             active=self.is_lead,
         )
@@ -281,6 +281,7 @@ class TrainingSession:
             "resolved": {
                 "batch_size": self.experiment.batch_size,
                 "num_steps": self.experiment.num_steps,
+                **({"teacher": known.describe()} if (known := self.experiment.teacher) else {}),
             },
         }
 

@@ -184,4 +184,5 @@ def update(
     if measure_noise:
         info |= gradient_noise_scale.estimate(sums, norm)
         sums = {n: x for n, x in sums.items() if n not in gradient_noise_scale.NAMES}
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, info
+    after = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return after, sums, info
