@@ -190,7 +190,10 @@ def test_shards_and_micro_batches_train_as_one(trained, split):
 
 @pytest.mark.parametrize("split", [SPLITS[1], pytest.param(SPLITS[0], marks=pytest.mark.slow)])
 def test_in_bfloat16_too(trained, split):
-    one, other = trained("bfloat16"), trained("bfloat16", **split)
+    one, other = (
+        ({n: x for n, x in sums.items() if n != "accuracy"}, params)  # a count, of near ties too
+        for sums, params in (trained("bfloat16"), trained("bfloat16", **split))
+    )
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
     ):
