@@ -24,7 +24,7 @@ FLOORS = (
     ("layers", "objectives", "checkpoint", "preparation", "cli", "__main__"),
     ("models", "generation", "reliability", "compression"),
     ("training", "compiled"),
-    ("planning", "scaling", "evaluation", "interpret", "hf", "run_page"),
+    ("planning", "scaling", "evaluation", "interpret", "hf", "run_page", "probes"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LATE = {
