@@ -223,6 +223,7 @@ def get_config(arg=None):
 """
 
 
+@pytest.mark.slow  # in one process: tests/test_attempts.py
 def test_a_job_whose_device_fails_starts_again_and_ends_with_the_same_bits(tmp_path):
     path = tmp_path / "failing.py"
     path.write_text(FAILING.format(root=str(ROOT), marker=str(tmp_path / "failed")))
@@ -313,7 +314,7 @@ def test_two_processes_train_as_one_with_as_many_devices(whole, tmp_path):
     assert [two[step] for step in two] == pytest.approx([one[step] for step in one], rel=1e-5)
 
 
-@pytest.mark.slow  # with a failing device instead: above
+@pytest.mark.slow  # with a failing device instead: above, slow too
 def test_a_job_of_which_a_process_was_killed_goes_on_to_the_same_numbers(whole, tmp_path):
     workdir, devices = whole
     process = train(tmp_path, 2, devices, "--max-restarts=1", "--grace=60")
