@@ -356,7 +356,7 @@ def generate(args: argparse.Namespace) -> Figures:
 def checkpoint(args: argparse.Namespace) -> Figures:
     """Times to save and to restore the state (the page cache helps), and to write a plain file."""
     experiment = experiment_on(args.config)
-    state = jax.block_until_ready(experiment.init_state())
+    state = jax.block_until_ready(experiment.init_state()).replace(teacher=None)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     figures: Figures = {"state_bytes": size}
     with tempfile.TemporaryDirectory() as folder:

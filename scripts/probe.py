@@ -7,7 +7,7 @@
         --canaries=data/canaries/canaries.json
 
 For causal models. Prints the report, and writes it to probes.json, probes.md and probes.png in
-WORKDIR/probes, or --out. All figures have 95% bootstrap intervals and are functions of the flags.
+WORKDIR/probes, or --out. All figures have 95% intervals and are functions of the flags.
 No text of the data or of a canary is shown: memorized sequences are named by document and offset.
 """
 

@@ -256,7 +256,7 @@ def test_a_changed_teacher_is_refused_before_anything_is_compiled(
     another = conversion.from_json((teacher / "config.json").read_text())
     another.seed = 1
     loop.train(another, str(other), devices[:1])
-    monkeypatch.setattr(Experiment, "train_step", None)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)
     changed = config.copy_and_resolve_references()
     changed.objective.teacher = str(other)
     with pytest.raises(ValueError, match=r"objective\.teacher: .* -> "):
@@ -267,7 +267,7 @@ def test_a_changed_teacher_is_refused_before_anything_is_compiled(
 
 
 @pytest.mark.slow
-def test_a_newer_checkpoint_of_the_teacher_does_not_replace_the_one_of_the_run(
+def test_a_newer_checkpoint_of_the_teacher_replaces_neither_the_one_of_a_run_nor_of_its_fork(
     student_config, devices, tmp_path, teacher
 ):
     folder, own = tmp_path / "student", tmp_path / "teacher"
@@ -282,6 +282,9 @@ def test_a_newer_checkpoint_of_the_teacher_does_not_replace_the_one_of_the_run(
     later.rename(own / "checkpoints" / "2")
     loop.train(config, str(folder), devices[:1])
     assert checksums(folder, 2) == wanted
+    config.init.branch_from, config.init.step = str(folder), 1
+    loop.train(config, str(tmp_path / "fork"), devices[:1])
+    assert checksums(tmp_path / "fork", 2) == wanted
 
 
 def test_a_student_is_read_without_its_teacher(finished, student_config, devices, tmp_path):

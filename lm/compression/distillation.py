@@ -84,8 +84,9 @@ def _make_loss(objective: Config) -> Loss:
         teacher: tuple[Model, Params] | None = None,
     ) -> tuple[Array, Sums]:
         del step
-        if not train or teacher is None:
+        if not train:
             return lm_loss(model, params, batch, rng, train=train, config=config)
+        assert teacher is not None, "training gives an objective with a teacher its parameters"
         if config.label_smoothing or config.z_loss:
             raise ValueError(
                 f"config.loss.label_smoothing ({config.label_smoothing}) and z_loss "

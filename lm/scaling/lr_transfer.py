@@ -118,7 +118,7 @@ def _make_step(experiment: Experiment, like: TrainState) -> Step:
         state, sums, info = train_step.update(
             state,
             batch,
-            loss_fn=experiment.loss_at(state.step),
+            loss_fn=experiment.loss_at(state.step, state.teacher),
             tx=optax.GradientTransformation(tx.init, update),
             rng=jax.random.key(0),
         )

@@ -140,7 +140,8 @@ def restore_params(
 
 def stored_state(experiment: Experiment, state: TrainState) -> TrainState:
     """The part of a state that this run's checkpoints hold."""
-    return dataclasses.replace(state, params=experiment.initializer.stored(state.params))
+    params = experiment.initializer.stored(state.params)
+    return dataclasses.replace(state, params=params, teacher=None)
 
 
 def eval_params(experiment: Experiment, state: TrainState) -> Params:

@@ -125,7 +125,7 @@ class Teacher:
                 f"{KEY}: the parameters of {self.workdir} at step {self._step} (fingerprint "
                 f"{now[:12]}) are not those that this run has learned from "
                 f"({recorded['fingerprint'][:12]}, of {recorded['workdir']}): give it that "
-                "teacher, or another --workdir"
+                "teacher, or start another run from its parameters with config.init.from"
             )
 
     def check(self, own: Tokenizer) -> None:
