@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         * importlib.metadata.version("jaxlib").startswith("0.10."),
         # jaxlib 0.12 has products by YNNPACK: in 16 bits they round a row by its place in the batch
-        "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
+        "--xla_cpu_experimental_ynn_fusion_type="
         * importlib.metadata.version("jaxlib").startswith("0.12."),
         # a starved machine isn't a stuck one
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
