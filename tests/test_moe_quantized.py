@@ -221,8 +221,10 @@ CASES = itertools.product(MESHES, ["dropless", "capacity"], ["int8", "fp8"], [Fa
 def test_shards_of_experts_multiply_what_one_device_does(
     request, rules_on, mesh, dispatch, name, gpu
 ):
-    """But for sums in another order. Devices that share an expert have scales of their own, of a
-    part of its width, and, for gradients of matrices, of its rows.
+    """But for sums in another order, by which a few numbers fall on the other side of the middle of
+    two integers: each of these is a difference of one step of rounding, which all numbers have in
+    `rounding`. Devices that share an expert have scales of their own, of a part of its width, and,
+    for gradients of matrices, of its rows: other roundings everywhere.
     """
     config = QuantizationConfig(name)
     one, plain = outputs(rules_on(), dispatch, config), outputs(rules_on(), dispatch, NONE)
@@ -230,7 +232,7 @@ def test_shards_of_experts_multiply_what_one_device_does(
         request.getfixturevalue("on_gpu")
     eight = outputs(rules_on(**MESHES[mesh]), dispatch, config)
     rounding, found = distances(one, plain), distances(eight, one)
-    near = 1e-4 if mesh == "expert8" else 1.5
+    near = 1e-2 if mesh == "expert8" else 1.5
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(rounding), strict=True
     ):
