@@ -143,10 +143,10 @@ def _plan(
     name: str, axes: tuple[str | None, ...], weights: WeightFormat
 ) -> tuple[tuple[int, ...], int | None] | None:
     """(the dimensions that are summed over, the group or None) of a parameter that is quantized."""
-    role = parametrization.role(name.split("."), axes)
-    if "vocab" in axes and role in ("embedding", "head"):
+    path = name.split(".")
+    if "vocab" in axes and parametrization.role(path, axes) in ("embedding", "head"):
         return (axes.index("embed"),), None
-    if role != "hidden" or "rank" in axes:
+    if not parametrization.is_linear_map(path, axes):
         return None
     summed = tuple(matrix_dimensions(axes).reduction_axis)  # pyright: ignore
     return summed, weights.group if weights.name == "int4" else None

@@ -115,6 +115,28 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PruningConfig:
+    """Pruning by magnitude; off without a sparsity or a pattern."""
+
+    sparsity: float = field(
+        0.0, "Share of the weights of each matrix to prune (arXiv:1710.01878).", ge=0, lt=1
+    )
+    pattern: str = field(
+        "",
+        "N:M, such as 2:4: prune all but the N largest of M consecutive inputs (arXiv:2104.08378); "
+        "an alternative to sparsity.",
+    )
+    start_step: int = field(0, "First step that prunes.", ge=0)
+    ramp_steps: int = field(
+        0, "Steps from start_step over which the sparsity grows, by a cubic; 0: at once.", ge=0
+    )
+    every: int = field(100, "Steps between prunings, from start_step.", ge=1)
+    parameters: tuple[str, ...] = field(
+        ("*",), "Patterns of the matrices to prune, among the trained ones of linear maps."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = field("adamw", "A module of lm.optim.optimizers, or a full module name.")
     learning_rate: float = field(3e-4, "Peak learning rate.", ge=0)
@@ -159,6 +181,7 @@ class OptimizerConfig:
     frozen: tuple[str, ...] = field(
         (), "Patterns, such as embedding.*, of frozen parameters: they keep every bit."
     )
+    pruning: PruningConfig = field(PruningConfig(), "Pruning of matrices by magnitude.")
 
 
 @dataclasses.dataclass(frozen=True)

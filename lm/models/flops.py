@@ -247,8 +247,10 @@ def flops_per_token(
 def optimizer_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> int:
     """Bytes of the optimizer's state when all parameters are trained."""
     schedule = dataclasses.replace(optimizer.schedule, kind="constant", warmup_steps=0)
+    pruning = dataclasses.replace(optimizer.pruning, start_step=0, ramp_steps=0)
     return _optimizer_bytes(
-        _without_execution(config), dataclasses.replace(optimizer, schedule=schedule)
+        _without_execution(config),
+        dataclasses.replace(optimizer, schedule=schedule, pruning=pruning),
     )
 
 

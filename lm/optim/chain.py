@@ -14,7 +14,7 @@ from jax.tree_util import KeyPath
 from lm.config.components import COMPONENTS, component
 from lm.config.fields import check_values
 from lm.config.schema import OptimizerConfig
-from lm.optim import param_tree, parametrization
+from lm.optim import param_tree, parametrization, pruning
 from lm.optim.optimizer_state import average_weights, owner_path, track_norms
 from lm.optim.optimizers import OptimizerContext, check_moments, is_masked
 from lm.optim.param_tree import is_box
@@ -46,6 +46,7 @@ def check(config: OptimizerConfig, scaling: Scaling = STANDARD) -> None:
     if hasattr(optimizer, "check"):
         optimizer.check(config)
     check_moments(config, "b1", "b2")
+    pruning.check(config.pruning)
 
 
 def parameter_roles(boxed: Params) -> Params:
@@ -190,7 +191,8 @@ def make_optimizer(
     scaling: Scaling = STANDARD,
     shardings: Params | None = None,
 ) -> optax.GradientTransformation:
-    """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate.
+    """One optax chain for the parameters of the abstract tree `boxed`: clip, core, decay, rate; and
+    pruning around it.
 
     shardings: those of gradients and updates; None: on one device.
     """
@@ -217,4 +219,8 @@ def make_optimizer(
     links = [track_norms(), *clip, *core]
     if _STATISTICS & {*jax.tree.leaves(roles)}:
         links = [except_statistics(optax.chain(*links), config.bias_rate, roles)]
-    return optax.chain(*links, *average)
+    tx = optax.chain(*links, *average)
+    if not pruning.is_on(config.pruning):
+        return tx
+    pruning.check_steps(config.pruning, num_steps)
+    return pruning.prune(tx, config.pruning, pruning.matrices(config.pruning, boxed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import KeyPath
 
+from lm.optim import param_tree
 from lm.types import Params
 
 
@@ -68,6 +69,25 @@ def track_norms(decay: float = 0.98) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)  # pyright: ignore
 
 
+class PruningState(NamedTuple):
+    step: jax.Array  # int32 []: of the run
+    sparsity: jax.Array  # float32 []: the pruned share of the weights of all masks
+    masks: Params  # bool, of the shapes of the matrices that are pruned; False: the weight is 0
+
+
+def pruning_state(opt_state: optax.OptState) -> PruningState | None:
+    """The state of `lm.optim.pruning.prune` in an optimizer state, or None without any."""
+    return optax.tree.get(opt_state, PruningState.__name__)
+
+
+def apply_masks(masks: Params, tree: Params) -> Params:
+    """A tree of arrays like the parameters, 0 where the masks of some of them are False."""
+    leaves = param_tree.flatten(tree)
+    for name, mask in param_tree.flatten(masks).items():
+        leaves[name] = jnp.where(mask, leaves[name], 0)
+    return param_tree.unflatten(leaves)
+
+
 def averaged_params(opt_state: optax.OptState) -> Params | None:
     """The averaged weights in an optimizer state, or None without any."""
     state: EmaState | None = optax.tree.get(opt_state, EmaState.__name__)
@@ -88,16 +108,19 @@ def is_spike(
 
 
 def set_schedule_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
-    """An optimizer state with the learning rates of this step, int32 [], however many updates were
-    applied before it.
+    """An optimizer state with the learning rates and the sparsity of this step, int32 [], however
+    many updates were applied before it.
     """
 
-    def is_schedule(x: object) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState)
+    def at_step(x: Any) -> Any:
+        if isinstance(x, optax.ScaleByScheduleState):
+            return x._replace(count=step)
+        return x._replace(step=step) if isinstance(x, PruningState) else x
 
-    return jax.tree.map(
-        lambda x: x._replace(count=step) if is_schedule(x) else x, opt_state, is_leaf=is_schedule
-    )
+    def is_scheduled(x: object) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState | PruningState)
+
+    return jax.tree.map(at_step, opt_state, is_leaf=is_scheduled)
 
 
 def owner_path(path: KeyPath, names: Container[str]) -> str | None:

@@ -92,6 +92,13 @@ def role(path: Sequence[str], axes: Sequence[str | None]) -> str:
     return "embedding" if "vocab" in names or None in names else "hidden"
 
 
+def is_linear_map(path: Sequence[str], axes: Sequence[str | None]) -> bool:
+    """True for the matrix of a linear map inside the model, with arguments as of `role`: no
+    embedding, head, router, adapter or vector.
+    """
+    return role(path, axes) == "hidden" and "rank" not in axes
+
+
 @dataclasses.dataclass(frozen=True)
 class Scaling:
     """A table at the sizes of a model; without arguments, the standard one."""

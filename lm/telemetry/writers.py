@@ -162,6 +162,8 @@ class MetricsWriter:
         record: jsonl.Record = {"step": step, "kind": "train", **_means(applied)}
         if applied:
             record |= {"grad_norm": applied[-1].grad_norm, **_noise_scale(applied)}
+        if "sparsity" in window[-1].info:
+            record["sparsity"] = float(window[-1].info["sparsity"])
         if len(applied) < len(window):
             record["skipped"] = len(window) - len(applied)
         record |= extra | {"seconds": sum(r.seconds or 0.0 for r in window)}
@@ -192,6 +194,8 @@ class MetricsWriter:
             mfu = f"{100 * flops / peak:.1f}% MFU" if peak else f"{format_quantity(flops)}FLOP/s"
             speed = [mfu]
         parts.append(f"grad norm {window[-1].grad_norm:.3g}")
+        if "sparsity" in window[-1].info:
+            parts.append(f"sparsity {float(window[-1].info['sparsity']):.1%}")
         if self._learning_rate is not None:
             parts.append(f"lr {self._learning_rate:.2g}")
         return SEPARATOR.join([*parts, *speed])

@@ -121,6 +121,10 @@ def fingerprint(batch: Batch) -> StepInfo:
     }
 
 
+def _norm(grads: Params, statistics: Collection[str]) -> jax.Array:
+    return optax.tree.norm(param_tree.split(grads, statistics)[1])
+
+
 def update(
     state: TrainState,
     batch: Batch,
@@ -150,7 +154,8 @@ def update(
     shardings: those of the optimizer's view of the trained parameters, pinned on the gradients:
     where that view is finer (ZeRO-1), devices reduce and update only their own shard.
 
-    Info: grad_norm, before clipping; bad, bool; finite_params, bool, False where an updated
+    Info: grad_norm, before clipping and without pruned weights; sparsity, where the optimizer
+    prunes; bad, bool; finite_params, bool, False where an updated
     parameter is not finite; those of `fingerprint`; with `measure_noise`, which needs several
     micro-batches, those of `gradient_noise_scale.estimate`.
     """
@@ -162,7 +167,10 @@ def update(
     grads = jax.tree.map(lambda g: g * scale, grads)
     if shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, shardings)
-    norm = optax.tree.norm(param_tree.split(grads, statistics)[1])
+    norm = dense_norm = _norm(grads, statistics)
+    if (pruning := optimizer_state.pruning_state(state.opt_state)) is not None:
+        grads = optimizer_state.apply_masks(pruning.masks, grads)  # weights that stay 0 have none
+        norm = _norm(grads, statistics)
     frozen_params, trained = param_tree.split(state.params, frozen)
     # the schedule is a function of the step: a skipped update must not postpone its end
     before = optimizer_state.set_schedule_step(state.opt_state, state.step)
@@ -181,8 +189,10 @@ def update(
     )
     params = param_tree.join(params, frozen_params)
     info = {"grad_norm": norm, "bad": bad, "finite_params": finite, **fingerprint(batch)}
+    if (pruning := optimizer_state.pruning_state(opt_state)) is not None:
+        info["sparsity"] = pruning.sparsity
     if measure_noise:
-        info |= gradient_noise_scale.estimate(sums, norm)
+        info |= gradient_noise_scale.estimate(sums, dense_norm)
         sums = {n: x for n, x in sums.items() if n not in gradient_noise_scale.NAMES}
     after = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     return after, sums, info
