@@ -27,5 +27,5 @@ def get_config(arg: str | None = None):
     config.train.num_steps = 200
     config.train.log_every = 1
     config.checkpoint.every = 20
-    config.log.tensorboard = False
+    config.log.trackers = ("jsonl",)
     return config

@@ -303,6 +303,7 @@ def report(workdir: StoragePath, prompts: Sequence[str], config: Any) -> None:
     from lm.telemetry.progress import format_duration
 
     summary = json.loads((workdir / "summary.json").read_text())
+    events = "tensorboard/, " * ("tensorboard" in config.log.trackers)
     speed = summary["tokens_per_second"]
     print(storage.read_bytes(workdir / "samples.txt").decode())
     if summary["bits_per_byte"] is not None:
@@ -319,7 +320,7 @@ def report(workdir: StoragePath, prompts: Sequence[str], config: Any) -> None:
         f"{'?' if speed is None else f'{speed:,.0f}'} tokens/s, "
         f"{summary['parameters'] / 1e6:.2f}M parameters\n"
         f"run                      {workdir}   "
-        f"(checkpoints/, metrics.jsonl, {'tensorboard/, ' * config.log.tensorboard}summary.json)\n"
+        f"(checkpoints/, metrics.jsonl, {events}summary.json)\n"
         f"loss curve               {workdir / 'loss.png'}\n\n"
         "What next:"
     )

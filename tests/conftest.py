@@ -68,7 +68,7 @@ TINY = {
 
 # Keys of a config that no compiled step depends on.
 AROUND = (
-    *("checkpoint.", "loader.", "log.parameter_table", "log.profile", "log.tensorboard"),
+    *("checkpoint.", "loader.", "log.parameter_table", "log.profile", "log.tracker"),
     *("data.validation", "train.eval_every", "train.log_every"),
     *("guard.agreement_every", "guard.max_skips", "guard.policy", "guard.self_check"),
 )
@@ -197,7 +197,7 @@ def make_config():
             "loss.chunk_size": 128,
             "train.num_steps": 10,
             "log.parameter_table": False,
-            "log.tensorboard": False,
+            "log.trackers": ("jsonl",),
         }
         config.update_from_flattened_dict({**values, **(changes or {})})
         return config

@@ -34,7 +34,7 @@ def import_stories(home, devices):
     (home / "source/tokenizer.model").write_bytes(model.SerializeToString())
     config = conversion.default()
     changes = {"data.length": 64, "data.batch_size": 8, "train.num_steps": 4}
-    changes |= {"optimizer.learning_rate": 3e-4, "log.tensorboard": False}
+    changes |= {"optimizer.learning_rate": 3e-4, "log.trackers": ("jsonl",)}
     changes |= {"loader.kind": "thread", "guard.self_check": False}
     config.update_from_flattened_dict(changes)
     options = {"say": lambda line: None}

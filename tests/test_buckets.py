@@ -59,7 +59,8 @@ def test_a_run_in_a_bucket_goes_on_there_and_is_a_local_one(
     for workdir in workdirs:
         for num_steps in (3, 6):
             config = make_config({"train.num_steps": num_steps, "guard.self_check": False})
-            config.log.tensorboard, config.optimizer.schedule.kind = True, "constant"
+            config.log.trackers = ("jsonl", "tensorboard")
+            config.optimizer.schedule.kind = "constant"
             assert train(config, workdir, devices[:1]) == 0
     local, there = (
         (

@@ -12,6 +12,8 @@ from lm.config import conversion
 from lm.planning import mesh_equivalence
 from lm.telemetry import metrics
 from lm.telemetry.deferred import StepResult
+from lm.telemetry.trackers.local import JsonLines
+from lm.telemetry.trackers.opening import Trackers
 from lm.telemetry.writers import MetricsWriter
 from lm.training import train_step
 from lm.training.evaluation import evaluate
@@ -91,8 +93,9 @@ def test_speed_of_a_masked_run_counts_all_its_tokens_and_not_the_scored_ones(tmp
     info = {"bad": False, "grad_norm": 1.0, **jax.device_get(train_step.fingerprint(batch))}
     sums = {"loss": 1.0, "tokens": float(np.sum(batch.weights != 0))}
     flops = experiment.flops_per_token
-    options = {"first_step": 0, "num_steps": 1, "every": 1, "tensorboard": False}
-    writer = MetricsWriter(str(tmp_path), flops_per_token=flops, peak_flops=1e12, **options)
+    trackers = Trackers([JsonLines(str(tmp_path), 0)])
+    options = {"num_steps": 1, "every": 1, "peak_flops": 1e12}
+    writer = MetricsWriter(trackers, flops_per_token=flops, **options)
     writer.train(StepResult(0, sums, info, None, 0.5))
     [record] = metrics.read(str(tmp_path))
     filled = np.sum(batch.inputs.segments != 0)

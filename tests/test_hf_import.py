@@ -31,7 +31,7 @@ def small_config(**changes):
     config = conversion.default()
     values = {"data.length": 24, "data.batch_size": 4, "train.num_steps": 3}
     values |= {"data.train": ("synthetic:markov",), "loader.kind": "thread"}
-    values |= {"log.tensorboard": False, "log.parameter_table": False, "guard.self_check": False}
+    values |= {"log.trackers": ("jsonl",), "log.parameter_table": False, "guard.self_check": False}
     config.update_from_flattened_dict({**values, **changes})
     return config
 

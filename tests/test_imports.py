@@ -33,6 +33,7 @@ LATE = {
     "jinja2",
     "lm_eval",
     "matplotlib",
+    "mlflow",
     "optuna",
     "phonenumbers",
     "py3langid",
@@ -53,6 +54,7 @@ LATE = {
     "torch",
     "trafilatura",
     "transformers",
+    "wandb",
     "warcio",
     "zstandard",
 }

@@ -16,19 +16,16 @@ from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.metrics import means, read, short_names
 from lm.telemetry.progress import Progress, format_duration, format_quantity
 from lm.telemetry.scalars import Scalars
+from lm.telemetry.trackers.local import JsonLines, TensorBoard
+from lm.telemetry.trackers.opening import Trackers
 from lm.telemetry.writers import MetricsWriter
 
 
-def make_writer(folder, **changes):
-    options = {
-        "first_step": 0,
-        "num_steps": 100,
-        "every": 2,
-        "flops_per_token": 10.0,
-        "peak_flops": None,
-        "tensorboard": False,
-    }
-    return MetricsWriter(str(folder), **{**options, **changes})
+def make_writer(folder, *, first_step=0, tensorboard=False, active=True, **changes):
+    options = {"num_steps": 100, "every": 2, "flops_per_token": 10.0, "peak_flops": None}
+    trackers = [JsonLines(str(folder), first_step)] if active else []
+    trackers += [TensorBoard(str(folder))] if active and tensorboard else []
+    return MetricsWriter(Trackers(trackers) if active else None, **{**options, **changes})
 
 
 def finished(done, tokens, loss, *, filled=None, grad_norm=1.0, bad=False, seconds=0.1):
@@ -220,7 +217,7 @@ def test_tensorboard_reads_what_was_written(tmp_path, accumulator):
 
 
 def test_two_writers_of_one_second_have_two_event_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("lm.telemetry.writers.time.time", lambda: 1.7e9)
+    monkeypatch.setattr("lm.telemetry.trackers.local.time.time", lambda: 1.7e9)
     for _ in range(2):
         make_writer(tmp_path, tensorboard=True).close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2

@@ -61,8 +61,9 @@ def test_an_installed_package_asks_for_what_it_imports(tmp_path):
         for name in _imported()
         if not {_normal(owner) for owner in owners.get(name, [name])} & asked
     }
-    # jax asks for two of them; of the others requirements-parity.txt, -data.txt and -gs.txt speak
-    extras = {"lm_eval", "torch", "datatrove", "trafilatura", "warcio", "gcsfs"}
+    # jax asks for two of them; of the others requirements-parity.txt, -data.txt, -gs.txt and
+    # -trackers.txt speak
+    extras = {"lm_eval", "torch", "datatrove", "trafilatura", "warcio", "gcsfs", "mlflow", "wandb"}
     assert lacking == {"ml_dtypes", "scipy"} | extras
 
 

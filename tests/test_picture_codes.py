@@ -32,7 +32,7 @@ def vqvae_config(**model):
     config.data.batch_size, config.loader.kind, config.train.num_steps = 8, "thread", 1
     small = {"image_size": SIZE, "embed_dim": 8, "mlp_dim": 4, "num_layers": 1, "num_codes": 12}
     config.model.update({**small, "code_dim": 4, **model})
-    config.log.parameter_table = config.log.tensorboard = False
+    config.log.parameter_table, config.log.trackers = False, ("jsonl",)
     return config
 
 

@@ -43,7 +43,7 @@ def dalle_config(*, encoder=False, data="synthetic:codes:64"):
     config.data.length, config.data.encoder_length = (16, 40) if encoder else (56, None)
     config.data.train, config.data.batch_size = (data,), 8
     config.loader.kind, config.train.num_steps = "thread", 1
-    config.log.parameter_table = config.log.tensorboard = False
+    config.log.parameter_table, config.log.trackers = False, ("jsonl",)
     return config
 
 
@@ -290,7 +290,7 @@ def contrastive(tmp_path_factory):
     config.data.length, config.data.batch_size = 48, 8
     config.data.train = ("synthetic:shapes:64",)
     config.loader.kind, config.train.num_steps = "thread", 1
-    config.log.parameter_table = config.log.tensorboard = False
+    config.log.parameter_table, config.log.trackers = False, ("jsonl",)
     folder = str(tmp_path_factory.mktemp("contrastive"))
     assert train(config, folder, jax.devices()[:1]) == 0
     return folder

@@ -25,7 +25,7 @@ BASE = {
     "guard.agreement_every": 2,
     "guard.policy": "rewind",
     "log.parameter_table": False,
-    "log.tensorboard": False,
+    "log.trackers": ("jsonl",),
     "mesh.data": 2,
     "mesh.fsdp": -1,
 }

@@ -109,6 +109,8 @@ def to_json(config: ConfigTree) -> str:
 def from_json(text: str) -> ConfigTree:
     """The ConfigDict that `to_json` wrote; fields added since get their defaults."""
     tree = json.loads(text)
+    if "tensorboard" in (log := tree.get("log", {})):  # of a folder from before log.trackers
+        log["trackers"] = ["jsonl", *["tensorboard"] * log.pop("tensorboard")]
     _check_keys(tree, hints(Config), "config")
     config = default(**{key: _component_name(tree, key) for key in COMPONENTS})
     if "tasks" in config.objective:

@@ -313,7 +313,14 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    tensorboard: bool = field(True, "Write TensorBoard event files beside metrics.jsonl.")
+    trackers: tuple[str, ...] = field(
+        ("jsonl", "tensorboard"),
+        "Where the records of metrics go: jsonl is metrics.jsonl, which every run has.",
+        choices=("jsonl", "tensorboard", "wandb", "mlflow"),
+    )
+    tracker_project: str = field("lm", "The project (wandb) or experiment (mlflow) of the run.")
+    tracker_tags: tuple[str, ...] = field((), "Tags of the run at wandb and mlflow.")
+    tracker_notes: str = field("", "Description of the run at wandb and mlflow.")
     parameter_table: bool = field(True, "Print the table of parameters at the start.")
     noise_scale: bool = field(
         False,

@@ -1,41 +1,15 @@
-"""Writers of metrics: `metrics.jsonl`, TensorBoard events, and the progress line."""
+"""Writer of metrics: the records that trackers get, and the progress line."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 
-from lm.storage.epaths import StoragePath
-from lm.storage.growing import RewrittenFile
 from lm.telemetry import jsonl, metrics
 from lm.telemetry.deferred import StepResult
 from lm.telemetry.progress import SEPARATOR, Progress, format_duration, format_quantity
-
-
-class TensorBoardWriter:
-    """Scalars as TensorBoard events; `tensorboard.summary.Writer` would import TensorFlow."""
-
-    def __init__(self, directory: str) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        # Runs of one process within a second: in a bucket, one name would replace the other.
-        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self._file = RewrittenFile(f"{directory}/{name}")
-        self._records = RecordWriter(self._file)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
-        event = event_pb2.Event(step=step, wall_time=time.time())  # pyright: ignore
-        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
-        event.summary.CopyFrom(summary_pb2.Summary(value=scalars))  # pyright: ignore
-        self._records.write(event.SerializeToString())
-        self._records.flush()
-
-    def close(self) -> None:
-        self._file.close()
+from lm.telemetry.trackers.opening import Trackers
+from lm.telemetry.trackers.tracker import Status
 
 
 def _throughput(window: Sequence[StepResult]) -> tuple[float, float] | None:
@@ -79,46 +53,31 @@ def _noise_scale(window: Sequence[StepResult]) -> dict[str, float]:
 class MetricsWriter:
     """Means of the steps' metrics over windows of `every` steps.
 
-    Steps whose update was skipped count as `skipped` and stay out of the means. `first_step` is
-    where this process starts: records of later steps, which will be redone, are dropped from
-    `metrics.jsonl`. Only an `active` writer (process 0) writes.
+    Steps whose update was skipped count as `skipped` and stay out of the means. trackers: what the
+    records go to; None for processes but the first, which write nothing.
     """
 
     def __init__(
         self,
-        workdir: str,
+        trackers: Trackers | None,
         *,
-        first_step: int,
         num_steps: int,
         every: int,
         flops_per_token: float,
         peak_flops: float | None,
-        tensorboard: bool,
-        active: bool = True,
     ) -> None:
         self._num_steps, self._every = num_steps, every
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._workdir, self._active = workdir, active
+        self._active, self._trackers = trackers is not None, trackers or Trackers()
         self._window: list[StepResult] = []
         self._last_throughput: tuple[float, float] | None = None  # of the last window with one
         self._learning_rate: float | None = None
         self.progress = Progress()
-        self._file = self._open(first_step)
-        self._tensorboard = None
-        if active and tensorboard:
-            self._tensorboard = TensorBoardWriter(f"{workdir}/tensorboard")
-
-    def _open(self, step: int) -> jsonl.Writer:
-        """A writer of metrics.jsonl without the records of steps after `step`."""
-        kept = [record for record in metrics.read(self._workdir) if record["step"] <= step]
-        path = StoragePath(self._workdir) / metrics.METRICS_FILE
-        return jsonl.Writer(path, kept, active=self._active)
 
     def roll_back(self, step: int) -> None:
         """Drop the records of steps after `step`, which will be redone."""
         self._window = [result for result in self._window if result.step < step]
-        self._file.close()
-        self._file = self._open(step)
+        self._trackers.roll_back(step)
 
     def is_due(self, num_done: int) -> bool:
         """True if a record is written after `num_done` steps."""
@@ -136,9 +95,9 @@ class MetricsWriter:
     def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Write the metrics of every validation source, {source: {name: value}}."""
         names = metrics.short_names([*results])
+        head = {"step": step, "kind": "eval"}
+        self._trackers.write(step, [head | {"source": s, **v} for s, v in results.items()])
         for source, values in results.items():
-            record = {"step": step, "kind": "eval", "source": source, **values}
-            self._write(record, f"eval/{names[source]}")
             shown = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
             self.note(f"eval {step} · {names[source]} · {shown}")
 
@@ -148,13 +107,11 @@ class MetricsWriter:
             self.progress.note(text)
 
     def flush(self) -> None:
-        """Return when all records are stored."""
-        self._file.flush()
+        """Return when all records are stored in the run's folder."""
+        self._trackers.flush()
 
-    def close(self) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def close(self, status: Status = "finished") -> None:
+        self._trackers.close(status)
 
     def _write_window(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []
@@ -171,7 +128,7 @@ class MetricsWriter:
             record |= {"tokens_per_second": throughput[0], **_host_work(window)}
             if self._peak_flops:
                 record["mfu"] = throughput[0] * self._flops_per_token / self._peak_flops
-        self._write(record, "train")
+        self._trackers.write(step, [record])
         self._last_throughput = throughput or self._last_throughput
         self._learning_rate = extra.get("learning_rate", self._learning_rate)
         if self._active:
@@ -199,12 +156,3 @@ class MetricsWriter:
         if self._learning_rate is not None:
             parts.append(f"lr {self._learning_rate:.2g}")
         return SEPARATOR.join([*parts, *speed])
-
-    def _write(self, record: jsonl.Record, tag: str) -> None:
-        """Append a record; its numbers are `tag`/NAME in TensorBoard."""
-        if not self._active:
-            return
-        self._file.append(record)
-        if self._tensorboard is not None:
-            values = {f"{tag}/{k}": v for k, v in record.items() if isinstance(v, float)}
-            self._tensorboard.write(record["step"], values)

@@ -27,6 +27,7 @@ from lm.reliability.workdir_lock import lock_workdir
 from lm.storage.paths import expand_path
 from lm.telemetry import goodput, metrics
 from lm.telemetry.phase_timer import PhaseTimer
+from lm.telemetry.trackers import opening as trackers
 from lm.tokenizers import run_tokenizer
 from lm.training import bad_step_report, compatibility
 from lm.training.describe import describe, write_overview
@@ -39,6 +40,7 @@ from lm.training.session import (
     RollbackRequired,
     TrainingSession,
     disk_errors_as_run_errors,
+    run_info,
 )
 from lm.types import Batch, Device, TrainState
 
@@ -62,6 +64,7 @@ def train(
     phases = PhaseTimer(began)
     workdir = expand_path(workdir, "workdir")
     experiment = Experiment(config, devices)
+    trackers.check(experiment.config.log.trackers)
     is_lead = jax.process_index() == 0
     process_group.agree("config", config.to_dict())
     process_group.agree("code", code_version())
@@ -80,6 +83,9 @@ def train(
                 f"config.train.{given_length(experiment.config)}; where the schedule depends on "
                 "the length, begin another one with --config.init.from"
             )
+            if is_lead:
+                info = run_info(experiment, workdir)
+                trackers.send_rest(experiment.config.log.trackers, info, print_on_lead)
             _check_last_evaluation(workdir, experiment.num_steps)
             return Exit.SUCCESS
         compatibility.check_checkpoint(record, workdir, experiment)
@@ -124,16 +130,17 @@ def train(
                 )
                 if record.step and _evaluation_is_missing(experiment, workdir, step):
                     session.completed -= 1  # a signal stopped the run before it
-                while True:
-                    try:
-                        stopped_by = _train_steps(session, state)
-                        break
-                    except RollbackRequired as error:
-                        rollback = error.with_traceback(None)  # its frames hold the state
-                    del state  # before another one is made
-                    with phases("investigate"):
-                        state = roll_back(session, rollback)
-                session.close()
+                with session.aborting():
+                    while True:
+                        try:
+                            stopped_by = _train_steps(session, state)
+                            break
+                        except RollbackRequired as error:
+                            rollback = error.with_traceback(None)  # its frames hold the state
+                        del state  # before another one is made
+                        with phases("investigate"):
+                            state = roll_back(session, rollback)
+                session.close(stopped=stopped_by is not None)
                 if stopped_by is not None:
                     attempts.stop_code = STOPS[stopped_by]
         if (report := goodput.read(workdir)) is not None:

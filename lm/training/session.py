@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.checkpoint.code_version import code_version
 from lm.checkpoint.manager import Checkpoints
 from lm.checkpoint.memory import MemorySnapshots
 from lm.exit_codes import Exit, RunError
 from lm.optim.schedules import make_schedule
 from lm.parallel import process_group
 from lm.parallel.consensus import Consensus, Vote
+from lm.parallel.process_group import print_on_lead
 from lm.reliability.attempts import Attempts
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
@@ -30,6 +32,8 @@ from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.profiler import Profiler
 from lm.telemetry.scalars import Scalars
+from lm.telemetry.trackers.opening import open_trackers
+from lm.telemetry.trackers.tracker import RunInfo
 from lm.telemetry.writers import MetricsWriter
 from lm.training import bad_step_report, run_costs
 from lm.training.evaluation import evaluate
@@ -89,6 +93,19 @@ class RollbackRequired(Exception):
         self.bad_step = bad_step
 
 
+def run_info(experiment: Experiment, workdir: str) -> RunInfo:
+    """The description of the run in a folder, for trackers."""
+    log, config = experiment.config.log, experiment.config_dict.to_dict()
+    return RunInfo(
+        workdir=workdir,
+        project=log.tracker_project,
+        tags=log.tracker_tags,
+        notes=log.tracker_notes,
+        config=config,
+        code=code_version(),
+    )
+
+
 class TrainingSession:
     """The parts of a run under way. All processes call its methods together."""
 
@@ -120,15 +137,16 @@ class TrainingSession:
         first_step = ledger.totals()["steps"]
         self.completed = first_step  # all work due up to this step is done
         self._goodput = Goodput(workdir, phases, first_step=first_step, active=self.is_lead)
+        self._trackers = None
+        if self.is_lead:
+            info = run_info(experiment, workdir)
+            self._trackers = open_trackers(c.log.trackers, info, first_step, print_on_lead)
         self.writer = MetricsWriter(
-            workdir,
-            first_step=first_step,
+            self._trackers,
             num_steps=experiment.num_steps,
             every=c.train.log_every,
             flops_per_token=experiment.flops_per_token,
             peak_flops=run_costs.peak_flops(experiment),
-            tensorboard=c.log.tensorboard,
-            active=self.is_lead,
         )
         window = range(c.log.profile_start, c.log.profile_start + c.log.profile_steps)
         show = self.writer.note if self.is_lead else None
@@ -305,11 +323,22 @@ class TrainingSession:
         self.completed = min(self.completed, step)
         self.writer.roll_back(step)
 
-    def close(self) -> None:
+    @contextlib.contextmanager
+    def aborting(self) -> Iterator[None]:
+        """A context whose errors end the run for trackers behind a network."""
+        try:
+            yield
+        except BaseException:
+            if self._trackers is not None:
+                self._trackers.abort()
+            raise
+
+    def close(self, *, stopped: bool) -> None:
+        """stopped: the run goes on later."""
         self.flush()
         with self.phases("save"):
             self.checkpoints.wait()
         self._goodput.write(self.ledger.totals()["steps"])
         self._goodput.close()
-        self.writer.close()
         self.ledger.close()
+        self.writer.close("stopped" if stopped else "finished")

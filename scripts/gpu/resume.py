@@ -52,7 +52,7 @@ def resume(check: Check) -> None:
 def _train_command(workdir: StoragePath, small: bool) -> list[str]:
     """A run of scripts/train.py that saves often: GPT-2 of two layers, or a tiny model."""
     config = "smoke.py" if small else "gpt2.py:124m"
-    settings = ["checkpoint.every=20", "loader.kind=thread", "log.tensorboard=False"]
+    settings = ["checkpoint.every=20", "loader.kind=thread", "log.trackers=('jsonl',)"]
     settings += ["guard.max_attempts=0", "guard.step_attempts=0", "data.validation=()"]
     if not small:
         settings += ["model.num_layers=2", "model.vocab_size=8192", "data.tokenizer=bytes"]
