@@ -67,7 +67,8 @@ class Batch(Generic[ArrayT]):
     weights: ArrayT  # float32 [B, T]; 0 where nothing is scored
     encoder: Tokens[ArrayT] | None = None  # encoder-decoder models only
     records: ArrayT | None = None  # uint32 [B]; a hash of where each row comes from
-    tasks: ArrayT | None = None  # int32 [B]; the task of each row, for losses by task
+    # the task of each row, for losses by task, int32 [B]; or those of each token, bool [B, T, K]
+    tasks: ArrayT | None = None
     images: ArrayT | None = None  # uint8 [B, height, width, 3]; the picture of each row
 
 

@@ -69,6 +69,7 @@ TINY = {
 # Keys of a config that no compiled step depends on.
 AROUND = (
     *("checkpoint.", "loader.", "log.parameter_table", "log.profile", "log.tracker"),
+    "log.layers_every",
     *("data.validation", "train.eval_every", "train.log_every"),
     *("guard.agreement_every", "guard.max_skips", "guard.policy", "guard.self_check"),
 )
@@ -235,7 +236,8 @@ def shared_steps(step_cache):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("boxed_params", "train_step", "eval_step", "compare_replicas"):
+        names = ("boxed_params", "train_step", "eval_step", "compare_replicas", "measure_layers")
+        for name in names:
             patch.setattr(Experiment, name, shared(name))
         yield
 

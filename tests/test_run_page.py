@@ -241,11 +241,11 @@ def test_standard_errors_are_on_the_curve_and_in_the_table(tmp_path):
 
 def test_heat_maps_are_in_the_order_of_steps_and_a_step_done_again_counts_once():
     def record(step, value):
-        return {"step": step, "norm": {"mlp": [value, "NaN"]}, "loss_by_position": {"all": [1.0]}}
+        return {"step": step, "norm": {"mlp": [value, "NaN"]}, "loss_by_position": {"4-7": 1.0}}
 
     positions, norms = charts.heat_maps([record(2, 1.0), record(4, 9.0), record(4, 3.0)][::-1])
     assert norms["x"] == [2, 4] and norms["z"] == [[1, 9], [None, None]]
-    assert norms["rows"] == ["layer 0", "layer 1"] and positions["rows"] == ["position 0"]
+    assert norms["rows"] == ["layer 0", "layer 1"] and positions["rows"] == ["4-7"]
 
 
 def test_a_task_without_a_loss_hides_no_validation_loss(tmp_path):

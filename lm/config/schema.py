@@ -327,6 +327,12 @@ class LogConfig:
         "Measure the gradient noise scale, in tokens, from the gradients of micro-batches "
         "(arXiv:1812.06162).",
     )
+    layers_every: int = field(
+        0,
+        "Steps between statistics of layers, into WORKDIR/layers.jsonl; 0: none. At 50 they take "
+        "under 1% of the time, if devices have at least four rows each.",
+        ge=0,
+    )
     profile_start: int = field(0, "First step of the profiler's window.", ge=0)
     profile_steps: int = field(0, "Steps to profile into WORKDIR/profile; 0: none.", ge=0)
     peak_flops_per_device: float | None = field(

@@ -113,6 +113,10 @@ class Pipeline:
         records = hash_words(location.source, location.epoch, location.row, index)
         return dataclasses.replace(batch, records=(records >> np.uint64(32)).astype(np.uint32))
 
+    def source_numbers(self, step: int, rows: RowIndex = ALL_ROWS) -> np.ndarray:
+        """int32 [rows], the number of the source of each row of `batch_at`."""
+        return self.sampler.locate(self._index(step, rows)).source.astype(np.int32)
+
     def explain_batch(
         self, step: int, tokenizer: Tokenizer, *, rows: RowIndex = ALL_ROWS, num_tokens: int = 24
     ) -> list[ExplainedRow]:

@@ -5,6 +5,7 @@ packed segments.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.kernels.attention_kernels import attend
 from lm.kernels.dot_product import Mask, cross_mask
+from lm.layers import activation_statistics
 from lm.layers import cache as kv_cache
 from lm.layers.linear import hidden_linear
 from lm.layers.norm import Norm
@@ -132,6 +134,28 @@ class MultiHead(nn.Module):
     def _dropout_rng(self, train: bool) -> Array | None:
         return self.make_rng("dropout") if train and self.config.attention_dropout > 0 else None
 
+    def _sow_scores(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        masks: Sequence[Mask],
+        biases: Sequence[Array | None],
+        kind: Array | None = None,
+    ) -> None:
+        """Sow statistics of the weights of q: [B, N, T, H] over k: [B, K, S, H], by the mask and
+        the bias of this layer's kind.
+        """
+        if not activation_statistics.is_measured(self):
+            return
+        c = self.config
+        options = {"scale": c.score_scale, "softcap": c.attention_softcap}
+        kinds = [
+            functools.partial(activation_statistics.attention, mask=mask, bias=bias, **options)
+            for mask, bias in zip(masks, biases, strict=True)
+        ]
+        found = kinds[0](q, k) if kind is None else jax.lax.switch(kind, kinds, q, k)
+        activation_statistics.sow(self, **found)
+
     def _out(self, y: jax.Array) -> jax.Array:
         """y: [B, N, T, H] -> [B, T, D]."""
         c = self.config
@@ -162,6 +186,7 @@ class Attention(MultiHead):
         q, k, v = (self._by_head(x, n) for x, n in ((q, "query"), (k, "key"), (v, "value")))
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
+        self._sow_scores(q, k, inputs.masks, inputs.biases, layer.kind)
         rng = self._dropout_rng(inputs.train)
 
         def of_kind(
@@ -205,6 +230,7 @@ class CrossAttention(MultiHead):
         self.sow("intermediates", "keys", encoded["key"])
         rng = self._dropout_rng(inputs.train)
         mask = cross_mask(inputs.masks[0].query_segments, memory.segments)
+        self._sow_scores(q, encoded["key"], (mask,), (None,))
         y = self._attend(q, encoded["key"], encoded["value"], mask, rng=rng)
         # a softmax over hidden keys only is their mean: a segment without a source reads none
         some = jnp.any(mask.allowed(), axis=-1)[:, None, :, None]  # [B, 1, T, 1]

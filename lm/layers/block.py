@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.layers.activation_statistics import sow_hidden
 from lm.layers.attention import Attention, CrossAttention, LayerInputs, PerLayer
 from lm.layers.block_config import BlockConfig
 from lm.layers.linear import times
@@ -87,4 +88,5 @@ class Block(nn.Module):
             x = after("mlp", x + branch("mlp", y))
         x = scatter(x)
         self.sow("intermediates", "hidden", x)
+        sow_hidden(self, x, inputs.masks[0].query_segments != 0)
         return (x, cache), (report, None if cache is None else encoded)

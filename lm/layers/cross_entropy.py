@@ -346,8 +346,10 @@ def lm_loss(
     members = None
     if tasks:
         assert batch.tasks is not None, "names of tasks for a batch without their numbers"
-        members = batch.tasks[:, None, None] == jnp.arange(len(tasks))
-        members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
+        members = batch.tasks
+        if members.ndim == 1:
+            members = members[:, None, None] == jnp.arange(len(tasks))
+            members = jnp.broadcast_to(members, (*batch.targets.shape, len(tasks)))  # [B, T, K]
     predictions = Predictions(output.hidden, batch.targets, batch.weights, members)
     total: tuple[Array, Sums]
     if parts:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.layers.activation_statistics import sow_units
 from lm.layers.linear import hidden_linear
 from lm.parallel.sharding import Rules
 
@@ -83,4 +84,5 @@ class Mlp(nn.Module):
         linear = functools.partial(hidden_linear, c, self.rules, bias=self.bias)
         h = hidden(c.activation, lambda name: linear(narrow, wide, name=name)(x))
         h = self.rules.constrain(h, "batch", "length", "mlp")
+        sow_units(self, h)
         return linear(wide, narrow, init_scale=self.out_scale, name="down")(h)

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.layers.activation_statistics import COLLECTION
+
 _policies = jax.checkpoint_policies
 Carry = TypeVar("Carry")
 PROJECTIONS = ("query", "key", "value", "attended", "up", "gate")
@@ -54,7 +56,7 @@ def stack(
         block = nn.remat(block, policy=REMAT[remat], prevent_cse=unroll > 1)  # pyright: ignore
     return nn.scan(
         block,  # pyright: ignore
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, COLLECTION: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore
         length=num_layers,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
+from lm.layers.activation_statistics import sow_hidden
 from lm.layers.base_config import BaseConfig, require
 from lm.layers.convolution import GatedConvolution
 from lm.layers.norm import Norm
@@ -55,6 +56,7 @@ class Shared:
     """Inputs of all blocks."""
 
     positions: Array  # int32 [B, T]
+    non_padding: Array  # bool [B, T]
     train: bool = flax.struct.field(pytree_node=False)
 
 
@@ -78,6 +80,7 @@ class Block(nn.Module):
         )(Norm("rms", c.norm_eps, dtype=dtype, name="norm")(x), shared.positions, before)
         x = x + nn.Dropout(c.dropout, deterministic=not shared.train)(y)
         self.sow("intermediates", "hidden", x)
+        sow_hidden(self, x, shared.non_padding)
         return x, last
 
 
@@ -107,7 +110,8 @@ class LanguageModel(VocabularyModel):
         x = self.rules.constrain(self.embed(inputs), "act_batch", "length", "act_embed")
         x = self.dropout(x, deterministic=not train)
         block = Block(self.config, self.rules, parent=None)
-        x, cache = run(self.layers, block, x, cache, Shared(inputs.positions, train))
+        shared = Shared(inputs.positions, inputs.segments != 0, train)
+        x, cache = run(self.layers, block, x, cache, shared)
         return Output(hidden=self.finish(x), cache=cache)
 
     def finish(self, x: Array) -> jax.Array:

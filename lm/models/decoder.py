@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
+from lm.layers.activation_statistics import COLLECTION
 from lm.layers.attention import LayerInputs, PerLayer
 from lm.layers.block import Block
 from lm.layers.block_config import BlockConfig
@@ -21,6 +22,8 @@ from lm.models.vocabulary import VocabularyModel
 from lm.parallel import pipeline_stages, zigzag
 from lm.parallel.sharding import Rules
 from lm.types import Array, Cache, Output, Params, Tokens, check_head
+
+SOWN = ("intermediates", COLLECTION)  # which layers are run one by one for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Decoder(VocabularyModel, Transformer):
         """True if micro-batches make a difference: on several stages, and to what is drawn or
         averaged for each in training. The plain loop over layers keeps what they `sow`.
         """
-        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+        if self.is_initializing() or any(map(self.is_mutable_collection, SOWN)):
             return False
         stages = self.rules.size("layers")
         if cache is not None and stages > 1:

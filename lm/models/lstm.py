@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lm.config.fields import field
 from lm.layers import recurrent
+from lm.layers.activation_statistics import sow_hidden
 from lm.layers.base_config import BaseConfig, require
 from lm.layers.linear import Linear, parameter
 from lm.layers.recurrent import Lstm, Marks, State
@@ -94,6 +95,7 @@ class Layer(nn.Module):
             name="lstm",
         )(x, state, where)
         self.sow("intermediates", "hidden", x)
+        sow_hidden(self, x, where.non_padding)
         return nn.Dropout(c.dropout, deterministic=not train)(x), state
 
 

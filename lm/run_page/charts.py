@@ -39,6 +39,8 @@ CHARTS = (
 _TITLES = {
     "perplexity": "Perplexity, held out",
     "noise_scale": "Gradient noise scale, tokens",
+    "noise": "Gradient noise: variance per token",
+    "signal": "Gradient signal: squared norm without noise",
     "host_seconds": "Host's work, seconds per step",
     "host_cpu_seconds": "Host's work on a core, seconds per step",
     "lag_seconds": "Lag of the slowest process, seconds",
@@ -54,7 +56,7 @@ def of_run(run: RunFolder, buckets: int = thinning.BUCKETS) -> dict[str, list[di
     `eval`) and, where they were recorded, standard errors `error`.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for key, (steps, values) in _columns(run.train).items():
+    for key, (steps, values) in (_columns(run.layers) | _columns(run.train)).items():
         curve = thinning.curve(steps, values, buckets)
         found[key].append({"name": "training", "kind": "train", **curve})
     names = short_names(sorted({r["source"] for r in run.evals}))
@@ -133,8 +135,7 @@ def heat_maps(records: Sequence[Record]) -> list[dict[str, Any]]:
     for (statistic, group), by_step in layered.items():
         count = max(map(len, by_step.values()))
         rows = {s: [*v, *[math.nan] * (count - len(v))] for s, v in by_step.items()}
-        what = "position" if "position" in statistic else "layer"
-        tables.append((statistic, group, [f"{what} {i}" for i in range(count)], rows))
+        tables.append((statistic, group, [f"layer {i}" for i in range(count)], rows))
     tables = [(s, g, rows, dict(sorted(by_step.items()))) for s, g, rows, by_step in tables]
     columns = thinning.columns_for(sum(len(rows) for _, _, rows, _ in tables))
     return [

@@ -18,7 +18,7 @@ from lm.telemetry import goodput, jsonl, metrics
 from lm.telemetry.jsonl import Record
 from lm.telemetry.progress import format_duration
 
-LAYERS_FILE, CONFIG_FILE = "layers.jsonl", "config.json"
+CONFIG_FILE = "config.json"
 SILENCE = 180.0  # seconds without a record after which a run is not said to be running
 FINISHED, RUNNING, STOPPED, FAILED, UNKNOWN = "finished", "running", "stopped", "failed", "unknown"
 
@@ -82,7 +82,7 @@ class RunFolder:
 
     @functools.cached_property
     def layers(self) -> list[Record]:
-        return self.read_lines(LAYERS_FILE)
+        return self.read_lines(metrics.LAYERS_FILE)
 
     @property
     def step(self) -> int:

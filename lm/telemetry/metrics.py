@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
 OVERVIEW_FILE = "overview.json"  # see lm/training/describe.py
 HOST_WORK = ("host_seconds", "host_cpu_seconds")  # a step: see lm/telemetry/deferred.py
 

@@ -30,7 +30,7 @@ from lm.parallel import compiler_flags, sharding
 from lm.telemetry.scalars import Scalars
 from lm.tokenizers import tokenizer as tokenizers
 from lm.tokenizers.tokenizer import Tokenizer
-from lm.training import losses, run_costs, run_length, train_step
+from lm.training import layer_statistics, losses, run_costs, run_length, train_step
 from lm.training.fork import Fork
 from lm.training.initialization import Initializer
 from lm.training.teacher import Teacher
@@ -122,9 +122,8 @@ class Experiment:
     def model_interface(self) -> ModelInterface:
         d, m = self.config.data, self.config.model
         image_size = m.image_size if getattr(m, "takes_images", False) else None
-        classes = getattr(m, "num_classes", None)
-        shapes = m.is_causal, m.vocab_size, image_size, self.batch_size, classes
-        return ModelInterface(d.length, d.encoder_length, *shapes)
+        shapes = m.is_causal, m.vocab_size, image_size, self.batch_size
+        return ModelInterface(d.length, d.encoder_length, *shapes, getattr(m, "num_classes", None))
 
     @functools.cached_property
     def train_data(self) -> Pipeline:
@@ -295,8 +294,7 @@ class Experiment:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars, Scalars]:
         if self.config.optimizer.memory != "device":
-            on_device = sharding.on_device(state.opt_state)
-            state = dataclasses.replace(state, opt_state=on_device)
+            state = dataclasses.replace(state, opt_state=sharding.on_device(state.opt_state))
         state, sums, info = train_step.update(
             state,
             batch,
@@ -340,6 +338,11 @@ class Experiment:
         """(state, batch) -> (state, sums, step info); other shapes are an error, not recompiled."""
         with compiler_flags.named_errors():
             return self.lower_train_step().compile()
+
+    @functools.cached_property
+    def measure_layers(self) -> jax.stages.Compiled:
+        """(state, batch, sources) -> the figures of `layer_statistics.measure`."""
+        return layer_statistics.lower(self).compile()
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Batch], Scalars]:

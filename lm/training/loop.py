@@ -165,6 +165,7 @@ def _train_steps(session: TrainingSession, state: TrainState) -> signal.Signals 
             session.profile(step)
             held_up = time.monotonic() - ready_since
             with phases("step"):
+                session.layers.measure(state, batch, step)
                 state, sums, info = experiment.train_step(state, batch)
                 session.push_results(
                     step, sums, info, held_up
@@ -248,6 +249,8 @@ def _open_and_compile(
         print_on_lead(str(kernel_check.check(c, experiment.rules)))
     with phases("compile"), loaders.importing(c.loader):
         _ = experiment.train_step
+        if c.log.layers_every:
+            _ = experiment.measure_layers
         if experiment.rules.mesh.size > 1:
             _ = experiment.compare_replicas
 

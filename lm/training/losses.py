@@ -10,7 +10,14 @@ from lm.types import Array, Batch, LossFn, Model, Params, Sums
 
 
 def check(objective: Objective, config: Config) -> None:
-    """Raise ValueError where a loss over pairs of rows is asked for what only sums have."""
+    """Raise ValueError where a loss over pairs of rows is asked for what only sums have, or several
+    stages for statistics of layers.
+    """
+    if config.log.layers_every and config.mesh.stage > 1:
+        raise ValueError(
+            f"config.log.layers_every ({config.log.layers_every}) must be 0 on several stages "
+            f"(config.mesh.stage={config.mesh.stage}): layers are measured one by one"
+        )
     if objective.pairs is not None and config.log.noise_scale:
         raise ValueError(
             "config.log.noise_scale compares the gradients of micro-batches, which a loss over "

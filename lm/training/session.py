@@ -38,6 +38,7 @@ from lm.telemetry.writers import MetricsWriter
 from lm.training import bad_step_report, run_costs
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
+from lm.training.layer_statistics import LayerStatistics
 from lm.training.restore import eval_params, stored_state
 from lm.types import TrainState
 
@@ -148,6 +149,9 @@ class TrainingSession:
             flops_per_token=experiment.flops_per_token,
             peak_flops=run_costs.peak_flops(experiment),
         )
+        self.layers = LayerStatistics(
+            experiment, workdir, first_step=first_step, active=self.is_lead
+        )
         window = range(c.log.profile_start, c.log.profile_start + c.log.profile_steps)
         show = self.writer.note if self.is_lead else None
         self.profiler = Profiler(
@@ -175,6 +179,7 @@ class TrainingSession:
         """
         for result in results:
             self.add_to_ledger(result)
+            self.layers.record(result.step)
             if result.seconds is not None:
                 self._watchdog.add_step(result.seconds)
             extra = {}
@@ -291,7 +296,7 @@ class TrainingSession:
 
     def _store_logs(self) -> dict[str, Any]:
         """Store all that a checkpoint refers to, before it, and return what its manifest says."""
-        for log in (self.ledger, self.writer, self._goodput):
+        for log in (self.ledger, self.writer, self.layers, self._goodput):
             log.flush()
         return {
             "ledger": self.ledger.totals(),
@@ -322,6 +327,7 @@ class TrainingSession:
         """Make all work after `step` due again, and drop the metrics of later steps."""
         self.completed = min(self.completed, step)
         self.writer.roll_back(step)
+        self.layers.roll_back(step)
 
     @contextlib.contextmanager
     def aborting(self) -> Iterator[None]:
@@ -340,5 +346,6 @@ class TrainingSession:
             self.checkpoints.wait()
         self._goodput.write(self.ledger.totals()["steps"])
         self._goodput.close()
+        self.layers.close()
         self.ledger.close()
         self.writer.close("stopped" if stopped else "finished")

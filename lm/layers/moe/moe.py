@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config.fields import field
+from lm.layers.activation_statistics import sow_routing
 from lm.layers.base_config import require
 from lm.layers.linear import Matrix, initializer, matrix, parameter
 from lm.layers.mlp import ACTIVATIONS, Mlp
@@ -278,6 +279,7 @@ class Moe(nn.Module):
         logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router, precision="highest")
         routing = route(logits, non_padding, moe, bias)
         report = balance(routing, non_padding, moe, bias)
+        sow_routing(self, routing.scores, routing.chosen, non_padding)
         how = c.activation, self.rules, c.quantization
         inputs = x, routing.chosen, routing.weights, experts, *how
         if moe.dispatch == "dropless":
