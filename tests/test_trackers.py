@@ -38,16 +38,17 @@ class Service:
             def last_steps(self):
                 return {name: values[-1][0] for name, values in service.values.items()}
 
-            def log(self, step, values):
-                service.check()
-                for name, value in values.items():
-                    service.values.setdefault(name, []).append((step, value))
+            def log(self, rows):
+                for step, values in rows:
+                    service.check()
+                    for name, value in values.items():
+                        service.values.setdefault(name, []).append((step, value))
 
             def table(self, step, name, rows):
-                self.log(step, {name: rows})
+                self.log([(step, {name: rows})])
 
             def picture(self, step, name, png):
-                self.log(step, {name: png})
+                self.log([(step, {name: png})])
 
             def close(self, status):
                 service.check()

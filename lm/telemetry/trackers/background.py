@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lm.telemetry import metrics
 from lm.telemetry.jsonl import Record
@@ -25,6 +25,7 @@ from lm.telemetry.trackers.tracker import (
 )
 
 QUEUE_ITEMS = 10_000
+CATCH_UP_ROWS = 200  # of a request
 CLOSE_SECONDS = 20.0  # for what the tracker has not taken when the run ends
 PAUSES = (1.0, 60.0)  # seconds before it is tried again: the first, doubled up to the last
 
@@ -148,23 +149,33 @@ class Background:
 
     def _send(self, run: RemoteRun, item: _Item) -> None:
         match item:
-            case _Values(step, values):
-                new = {k: v for k, v in values.items() if self._last_steps.get(k, -1) < step}
-                if new:
-                    run.log(step, new)
-                    self._last_steps |= dict.fromkeys(new, step)
+            case _Values():
+                self._log(run, [item])
             case _Table(step, name, rows):
                 run.table(step, name, rows)
             case _Picture(step, name, png):
                 run.picture(step, name, png)
+
+    def _log(self, run: RemoteRun, rows: Iterable[_Values]) -> None:
+        """Send the values of rows that it lacks; no two rows are of one step."""
+        known, new = self._last_steps, []
+        for row in rows:
+            values = {k: v for k, v in row.values.items() if known.get(k, -1) < row.step}
+            if values:
+                new.append((row.step, values))
+        if new:
+            run.log(new)
+        for step, values in new:
+            known |= dict.fromkeys(values, step)
 
     def _catch_up(self, run: RemoteRun) -> None:
         """Send what metrics.jsonl has and the tracker lacks."""
         while not self._stopped.is_set():
             self._behind.clear()
             newest, steps = self._newest, by_step(metrics.read(self._info.workdir))
-            for step, records in steps.items():
-                self._send(run, _Values(step, values_by_name(records)))
+            rows = [_Values(step, values_by_name(records)) for step, records in steps.items()]
+            for start in range(0, len(rows), CATCH_UP_ROWS):
+                self._log(run, rows[start : start + CATCH_UP_ROWS])
             last = max(steps, default=-1)
             if (last, len(steps.get(last, ()))) >= newest and not self._behind.is_set():
                 return

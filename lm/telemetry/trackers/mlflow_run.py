@@ -13,7 +13,7 @@ from typing import Any
 from lm.telemetry.trackers.tracker import RunInfo, Status
 
 RUN_ID_TAG = "lm.run_id"
-BATCH = 100  # parameters of a request, at most
+PARAMS, METRICS = 100, 1000  # of a request, at most
 PARAM_CHARS, TAG_CHARS = 6000, 5000  # what MLflow takes of a value
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -31,17 +31,17 @@ class MlflowRun:
         runs = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{run_id}'")
         tags = {RUN_ID_TAG: run_id, **_tags(info)}
         if runs:
-            self._id = runs[0].run_id
+            self._id = runs[0].info.run_id
             client.update_run(self._id, status="RUNNING")
         else:
-            self._id = client.create_run(experiment, run_name=info.name, tags=tags).run_id
+            self._id = client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
         # parameters of a run cannot change: tags say how they did
         data = client.get_run(self._id).data
         params = {key: str(value)[:PARAM_CHARS] for key, value in _flat(info.config)}
         tags |= {f"changed.{k}": v for k, v in params.items() if data.params.get(k, v) != v}
         new = [Param(key, value) for key, value in params.items() if key not in data.params]
-        for start in range(0, len(new), BATCH):
-            client.log_batch(self._id, params=new[start : start + BATCH])
+        for start in range(0, len(new), PARAMS):
+            client.log_batch(self._id, params=new[start : start + PARAMS])
         client.log_batch(self._id, tags=[RunTag(k, v[:TAG_CHARS]) for k, v in tags.items()])
         client.log_dict(self._id, dict(info.config), "config.json")
         self._last_steps = {m.key: m.step for m in data.to_proto().metrics}
@@ -49,13 +49,13 @@ class MlflowRun:
     def last_steps(self) -> dict[str, int]:
         return self._last_steps
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._id, [Metric(k, float(v), now, step) for k, v in values.items()]
-        )
+        metrics = [Metric(k, float(v), now, step) for step, row in rows for k, v in row.items()]
+        for start in range(0, len(metrics), METRICS):
+            self._client.log_batch(self._id, metrics[start : start + METRICS])
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
         columns = {column: [row[column] for row in rows] for column in rows[0]}

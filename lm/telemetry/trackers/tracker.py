@@ -42,8 +42,8 @@ class RemoteRun(Protocol):
         """The last step of each value that the run has; {} of a new run."""
         ...
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add values of a step, which is no earlier than that of any call before."""
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Add (step, values), in the order of steps, which are no earlier than those before."""
         ...
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:

@@ -56,8 +56,9 @@ class WandbRun:
         names = {*self._run.summary.keys(), *in_files} if at_server >= 0 else set()
         return {name: min(at_server, in_files.get(name, at_server)) for name in names}
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(step, dict(values))
+    def log(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        for step, values in rows:
+            self._log(step, dict(values))
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
         columns = list(rows[0])
