@@ -12,6 +12,7 @@ summary.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -235,7 +236,7 @@ def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
     """
     import jax
 
-    from lm.telemetry import loss_curve, metrics
+    from lm.telemetry import goodput, loss_curve, metrics
     from lm.training.restore import restore_params
     from lm.training.stored_run import load
 
@@ -252,6 +253,8 @@ def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
         }
     loss_curve.loss_curve(str(workdir), references)
+    spent = goodput.read(str(workdir))
+    used = spent.energy if spent else None
     summary = {
         "loss": evals[-1]["loss"] if evals else None,
         "bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
@@ -262,6 +265,7 @@ def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
         "parameters": sum(x.size for x in jax.tree.leaves(experiment.abstract_params)),
         "steps": at,
         "held_out_bytes": len(text),
+        "energy": dataclasses.asdict(used) if used else None,
     }
     storage.write_atomically(workdir / "summary.json", jsonl.dumps(summary, indent=2) + "\n")
 

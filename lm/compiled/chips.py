@@ -1,4 +1,5 @@
-"""Published figures of chips: memory, bandwidth, links. FLOP/s are in lm/models/flops.py.
+"""Published figures of chips: memory, bandwidth, links. FLOP/s are in lm/models/flops.py, watts in
+lm/telemetry/energy.py.
 
 All figures are peaks, per jax device unless the name says otherwise; what a program reaches is
 less.
@@ -11,6 +12,7 @@ import os
 
 from lm.compiled.costs import NARROW
 from lm.models import flops
+from lm.telemetry import energy
 
 GIB = 2**30
 
@@ -54,6 +56,11 @@ class Chip:
     def peak_flops(self, dtype: str) -> float | None:
         """Dense FLOP/s of a device in bfloat16; float32 products have no published peak."""
         return flops.peak_flops(self.kind, dtype)
+
+    @property
+    def watts(self) -> float | None:
+        """Published power of a device; None where there is none."""
+        return energy.watts(self.kind)
 
     def speedup(self, kind: str) -> float:
         """The rate of products of two operands of a type, as `costs.narrow_type` names it, over

@@ -338,6 +338,15 @@ class LogConfig:
     peak_flops_per_device: float | None = field(
         None, "FLOP/s of one device, for MFU; unset: from the table of known chips.", gt=0
     )
+    watts_per_device: float | None = field(
+        None,
+        "Power of one device, for energy where no counter is read; unset: from the table of known "
+        "chips.",
+        gt=0,
+    )
+    grid_gco2e_per_kwh: float | None = field(
+        None, "Carbon intensity of the grid, for emissions; unset: energy alone.", ge=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lm.models import ModelConfig, check_axes, init_params
 from lm.optim import chain, param_tree, parametrization
 from lm.optim.optimizers import UpdateCost
 from lm.parallel.sharding import AXES, DEFAULT_TABLE, Rules
+from lm.telemetry.energy import of_kind
 from lm.types import Params
 
 TABLES = ("embedding", "positions", "types", "head")  # groups with a row for each token or position
@@ -316,10 +317,8 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """FLOP/s that a jax device can reach at most, or None where it isn't known.
 
     Known for bfloat16 alone: a float32 product is TF32, several bfloat16 passes or the real
-    thing, depending on chip and precision. Of several names that fit ("NVIDIA H100", "NVIDIA H100
-    PCIe") the longest counts. A MIG slice is a part of a chip, and unknown.
+    thing, depending on chip and precision.
     """
-    if dtype != "bfloat16" or " MIG " in device_kind:
+    if dtype != "bfloat16":
         return None
-    fits = [k for k in PEAK_FLOPS if device_kind == k or device_kind.startswith((k + " ", k + "-"))]
-    return PEAK_FLOPS[max(fits, key=len)] if fits else None
+    return of_kind(PEAK_FLOPS, device_kind)

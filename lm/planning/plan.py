@@ -41,6 +41,7 @@ from lm.models import flops
 from lm.planning import findings, plausibility, save_cost
 from lm.planning.save_cost import SaveCost
 from lm.storage.files import write_atomically
+from lm.telemetry.energy import JOULES_PER_KWH
 from lm.telemetry.progress import Progress
 from lm.training import run_costs, teacher
 from lm.training.experiment import Experiment
@@ -80,6 +81,9 @@ class Plan:
     compile_cpu_seconds: float
     optimizer_transfers: tuple[Transfer, ...] = ()  # those of `transfers` that the update makes
     teacher_flops: float = 0.0  # those of `model_flops` that a teacher takes
+    num_steps: int = 0  # of the run; 0: a decode step
+    watts: float | None = None  # of a device; None: not published
+    gco2e_per_kwh: float | None = None  # of the grid; None: not given
 
     @property
     def headroom(self) -> int | None:
@@ -102,8 +106,18 @@ class Plan:
         low, high = self.mfu(self.times.upper_bound_s), self.mfu(self.times.lower_bound_s)
         return None if low is None or high is None else (low, high)
 
+    def kwh(self, steps: float) -> tuple[float, float] | None:
+        """Energy of so many steps at the bounds of their time, all devices drawing `watts`; None
+        where one isn't known.
+        """
+        if self.watts is None or not self.times.lower_bound_s:
+            return None
+        one = self.watts * self.num_devices * steps / JOULES_PER_KWH
+        return one * self.times.lower_bound_s, one * self.times.upper_bound_s
+
     def to_json(self) -> str:
         derived = {
+            "kwh": self.kwh(self.num_steps) or [None, None],
             "fits": self.fits,
             "headroom": self.headroom,
             "step_seconds": [self.times.lower_bound_s, self.times.upper_bound_s],
@@ -294,6 +308,9 @@ def analyse(
         compile_cpu_seconds=compiled.cpu_seconds,
         optimizer_transfers=interconnect.transfers(update),
         teacher_flops=run_costs.teacher_share(experiment) * model_flops if decode is None else 0.0,
+        num_steps=experiment.num_steps if decode is None else 0,
+        watts=target.chip.watts if c.log.watts_per_device is None else c.log.watts_per_device,
+        gco2e_per_kwh=c.log.grid_gco2e_per_kwh,
     )
     plausibility.check(plan, experiment, found)
     warnings = findings.warnings(plan, experiment, target, found, compiled.messages)

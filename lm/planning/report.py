@@ -77,7 +77,8 @@ def days(plan: Plan, tokens: float) -> str:
     fast, slow = (tokens / plan.tokens * t / 86400 for t in bounds)
     high, low = (format_quantity(plan.tokens / t * 86400) for t in bounds)
     all_tokens = f"{format_quantity(tokens)} tokens take {fast:.1f} to {slow:.1f} days"
-    return f"{low} to {high} tokens a day: {all_tokens}"
+    spent = _energy(plan, tokens / plan.tokens)
+    return f"{low} to {high} tokens a day: {all_tokens}" + (f" and {spent}" if spent else "")
 
 
 def trials_page(found: Trials) -> str:
@@ -169,6 +170,11 @@ def _time(plan: Plan) -> Iterator[str]:
         yield f"  of which nothing hides: {', '.join(waits)}"
     if times.lower_bound_s:
         yield f"  {_rate(plan)}"
+    if times.lower_bound_s and plan.num_steps:
+        spent = _energy(plan, plan.num_steps) or (
+            f"unknown: no published power of {plan.topology} (config.log.watts_per_device)"
+        )
+        yield f"  energy of {plan.num_steps:,} steps {spent}"
     flops, model_flops = plan.work.flops, plan.model_flops
     ratio = ""
     if model_flops:
@@ -192,6 +198,17 @@ def _rate(plan: Plan) -> str:
         f"{format_quantity(plan.tokens / high)} to {format_quantity(plan.tokens / low)} tokens/s"
         + (f", MFU {mfu[0]:.1%} to {mfu[1]:.1%}" if mfu[1] >= 5e-4 else "")
     )
+
+
+def _energy(plan: Plan, steps: float) -> str:
+    """Energy of so many steps, and its emissions; "" where the power isn't known."""
+    if (kwh := plan.kwh(steps)) is None:
+        return ""
+    low, high = kwh
+    text = f"{low:.3g} to {high:.3g} kWh"
+    if (grid := plan.gco2e_per_kwh) is not None:
+        text += f", {low * grid / 1e3:.3g} to {high * grid / 1e3:.3g} kg CO2e"
+    return f"{text} (estimated, at {plan.watts:g} W a device)"
 
 
 def _wrapped(items: tuple[str, ...]) -> Iterator[str]:

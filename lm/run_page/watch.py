@@ -157,7 +157,10 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
             rate = f"{SEPARATOR}learning rate {last.get('learning_rate', 0.0):.3g}"
             yield "optimizer", f"gradient norm {last['grad_norm']:.3g}{rate}"
     if run.goodput:
-        yield "goodput", str(goodput.report(run.goodput)).removeprefix("goodput ")
+        report = goodput.report(run.goodput)
+        yield "goodput", str(report).removeprefix("goodput ")
+        if report.energy is not None:
+            yield "energy", str(report.energy)
     if run.evals:
         yield from _evaluations(run.evals)
     skipped = int(sum(r.get("skipped", 0) for r in run.train))

@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 
 from lm.storage.epaths import StoragePath
-from lm.telemetry import jsonl
+from lm.telemetry import energy, jsonl
+from lm.telemetry.energy import Energy, EnergyMeter
 from lm.telemetry.jsonl import Record
 from lm.telemetry.phase_timer import PHASES, PhaseTimer
 
@@ -34,20 +35,28 @@ def process_start() -> float:
 
 
 class Goodput:
-    """Writer of goodput.jsonl, of one process if it is `active`."""
+    """Writer of goodput.jsonl, of one process if it is `active`, with the energy that `meter`
+    counts.
+    """
 
     def __init__(
-        self, workdir: str, phases: PhaseTimer, *, first_step: int, active: bool = True
+        self,
+        workdir: str,
+        phases: PhaseTimer,
+        *,
+        first_step: int,
+        meter: EnergyMeter | None = None,
+        active: bool = True,
     ) -> None:
         path = StoragePath(workdir) / GOODPUT_FILE
         self._before = jsonl.read(path)
         self._file = jsonl.Writer(path, self._before, active=active)
-        self._phases, self._first_step = phases, first_step
+        self._phases, self._first_step, self._meter = phases, first_step, meter
         self._began = time.time() - (time.monotonic() - phases.began)
         self.write(first_step)  # a process that is killed before its first log line counts, too
 
-    def write(self, step: int) -> float:
-        """Write the seconds of every phase up to now, and return the run's goodput, 0 to 1.
+    def write(self, step: int) -> GoodputReport:
+        """Write the seconds of every phase up to now, and return the report of the run.
 
         step: the number of steps done.
         """
@@ -58,8 +67,10 @@ class Goodput:
             "step": step,
             "seconds": {k: round(v, 3) for k, v in self._phases.seconds().items() if v},
         }
+        if self._meter is not None:
+            record["energy"] = self._meter.record(time.monotonic() - self._phases.began)
         self._file.append(record)
-        return report([*self._before, record]).goodput
+        return report([*self._before, record])
 
     def flush(self) -> None:
         """Return when all records are stored."""
@@ -71,12 +82,15 @@ class Goodput:
 
 @dataclasses.dataclass(frozen=True)
 class GoodputReport:
-    """Seconds since the run first began: productive ones, and losses by name."""
+    """Seconds since the run first began: productive ones, and losses by name; and energy, of the
+    processes that recorded it.
+    """
 
     wall: float
     productive: float
     losses: dict[str, float]  # phases, `redone` and `down`
     processes: int
+    energy: Energy | None = None
 
     @property
     def goodput(self) -> float:
@@ -119,4 +133,6 @@ def report(records: Sequence[Record]) -> GoodputReport:
         if i:
             losses["down"] += max(0.0, record["began"] - records[i - 1]["wrote"])
     wall = records[-1]["wrote"] - records[0]["began"]
-    return GoodputReport(wall, productive, losses, len(records))
+    used = [record["energy"] for record in records if "energy" in record]
+    spent = energy.total(used) if used else None
+    return GoodputReport(wall, productive, losses, len(records), spent)

@@ -26,6 +26,7 @@ from lm.reliability.watchdog import Watchdog
 from lm.reliability.workdir_lock import lock_workdir
 from lm.storage.paths import expand_path
 from lm.telemetry import goodput, metrics
+from lm.telemetry.energy import EnergyMeter
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.trackers import opening as trackers
 from lm.tokenizers import run_tokenizer
@@ -65,6 +66,13 @@ def train(
     workdir = expand_path(workdir, "workdir")
     experiment = Experiment(config, devices)
     trackers.check(experiment.config.log.trackers)
+    log = experiment.config.log
+    meter = EnergyMeter(
+        devices,
+        [device for device in devices if device.process_index == jax.process_index()],
+        watts_per_device=log.watts_per_device,
+        gco2e_per_kwh=log.grid_gco2e_per_kwh,
+    )
     is_lead = jax.process_index() == 0
     process_group.agree("config", config.to_dict())
     process_group.agree("code", code_version())
@@ -127,6 +135,7 @@ def train(
                     lock,
                     attempts,
                     snapshots,
+                    meter,
                 )
                 if record.step and _evaluation_is_missing(experiment, workdir, step):
                     session.completed -= 1  # a signal stopped the run before it
@@ -144,7 +153,7 @@ def train(
                 if stopped_by is not None:
                     attempts.stop_code = STOPS[stopped_by]
         if (report := goodput.read(workdir)) is not None:
-            print_on_lead(str(report))
+            print_on_lead(f"{report}\nenergy {report.energy}")
         if stopped_by is not None:
             return STOPS[stopped_by]
         _check_last_evaluation(workdir, experiment.num_steps)

@@ -28,6 +28,7 @@ from lm.reliability.watchdog import Watchdog
 from lm.storage.filesystems import StorageError
 from lm.storage.lease import Lock
 from lm.telemetry.deferred import DeferredMetrics, StepResult
+from lm.telemetry.energy import EnergyMeter
 from lm.telemetry.goodput import Goodput
 from lm.telemetry.phase_timer import PhaseTimer
 from lm.telemetry.profiler import Profiler
@@ -122,6 +123,7 @@ class TrainingSession:
         lock: Lock,
         attempts: Attempts,
         snapshots: MemorySnapshots | None,
+        meter: EnergyMeter,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
@@ -137,7 +139,9 @@ class TrainingSession:
         self.diagnosed = set(process_group.from_lead("diagnosed steps", diagnosed))
         first_step = ledger.totals()["steps"]
         self.completed = first_step  # all work due up to this step is done
-        self._goodput = Goodput(workdir, phases, first_step=first_step, active=self.is_lead)
+        self._goodput = Goodput(
+            workdir, phases, first_step=first_step, meter=meter, active=self.is_lead
+        )
         self._trackers = None
         if self.is_lead:
             info = run_info(experiment, workdir)
@@ -201,11 +205,13 @@ class TrainingSession:
 
     def _log_values(self, step: int) -> dict[str, float]:
         peak, seen = self.experiment.config.optimizer.learning_rate, self.ledger.totals()["filled"]
+        report = self._goodput.write(step + 1)
         return {
             "learning_rate": peak * float(jnp.asarray(self._schedule(step))),
             "tokens_seen": seen,
             "flops_seen": seen * self.experiment.flops_per_token,
-            "goodput": self._goodput.write(step + 1),
+            "goodput": report.goodput,
+            **(report.energy.figures() if report.energy else {}),
         }
 
     def _handle_bad_step(self, result: StepResult) -> None:
