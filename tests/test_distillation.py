@@ -16,6 +16,7 @@ import pytest
 
 from lm.checkpoint import restore as stored
 from lm.compression import distillation
+from lm.compression.quantized_weights import WeightFormat, dequantize_params, quantize_params
 from lm.config import conversion
 from lm.layers.cross_entropy import Predictions
 from lm.models import flops
@@ -342,3 +343,57 @@ def test_a_plan_counts_the_teacher_beside_the_student(student_config, teacher):
     assert made.memory.groups["teacher"] >= 4 * flops.parameters(model).total / 4
     assert "the teacher's forward pass" in report.page(made)
     assert plan.from_json(made.to_json()) == made
+
+
+# ---- a student of 8 or 4 bits ----
+
+
+def quantized(experiment, params, name, group=32):
+    weights = WeightFormat(name, group)
+    return quantize_params(params, experiment.boxed_params, experiment.param_rules, weights)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_student_of_few_bits_has_the_loss_and_the_gradients_of_its_rounded_matrices(
+    student, packed_batch, weights
+):
+    few, plain = student({"objective.weights": weights}), student()
+    state, batch = few.init_state(), packed_batch(4, 32, 264)
+    rounded = dequantize_params(quantized(few, state.params, weights))
+    found, _ = jax.jit(few.gradients)(state.params, batch, 0, state.teacher)
+    wanted, _ = jax.jit(plain.gradients)(rounded, batch, 0, state.teacher)
+    assert_close(wanted, found, 1e-6)
+    unrounded, _ = jax.jit(plain.gradients)(state.params, batch, 0, state.teacher)
+    with pytest.raises(AssertionError):
+        assert_close(unrounded, found, 1e-3)
+
+
+def test_an_evaluation_of_a_student_of_few_bits_rounds_once(student, make_experiment):
+    validation = {"data.validation": ("synthetic:markov",)}
+    few = student({**validation, "objective.weights": "int4", "objective.group": 64})
+    plain = make_experiment({**QUIET, **validation})
+    params = few.init_state().params
+    small = quantized(few, params, "int4", 64)
+    wanted = evaluate(plain, params=small, max_batches=1)
+    assert evaluate(few, params=params, max_batches=1) == wanted
+    assert evaluate(few, params=small, max_batches=1) == wanted
+    assert evaluate(plain, params=params, max_batches=1) != wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_devices_round_a_student_as_one_does(student, dtype):
+    changes = {"objective.weights": "int4", "model.dtype": dtype}
+    one, eight = student(changes), student(changes, data=2, fsdp=2, tensor=2)
+    found = []
+    for experiment in (one, eight):
+        state = experiment.init_state()
+        [(_, batch)] = experiment.batches(0, 1)
+        found.append(jax.jit(experiment.gradients)(state.params, batch, 0, state.teacher)[0])
+    assert_close(*jax.device_get(found), TOLERANCE if dtype == "float32" else 2**-5)
+
+
+def test_bits_that_are_none_are_refused(student_config, devices):
+    with pytest.raises(ValueError, match=r"config\.objective\.group \(48\) must be one of 32, 64"):
+        Experiment(student_config({"objective.group": 48}), devices[:1]).objective
+    with pytest.raises(ValueError, match=r"config\.objective\.weights .*int3"):
+        Experiment(student_config({"objective.weights": "int3"}), devices[:1]).objective

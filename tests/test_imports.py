@@ -22,7 +22,8 @@ FLOORS = (
     ("data", "parallel", "optim", "sources"),
     ("kernels",),
     ("layers", "objectives", "checkpoint", "preparation", "cli", "__main__"),
-    ("models", "generation", "reliability", "compression"),
+    ("models", "generation", "reliability"),
+    ("compression",),
     ("training", "compiled"),
     ("planning", "scaling", "evaluation", "interpret", "hf", "run_page", "probes"),
 )

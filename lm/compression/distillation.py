@@ -8,6 +8,10 @@ of one width and so without its projection). `loss` is the negative log-likeliho
 reports; `kl`, at temperature t, and `hidden` are the other terms. Logits of both models exist for
 `loss.chunk_size` tokens at a time.
 
+A student whose `weights` have 8 or 4 bits computes with its matrices rounded as
+`lm.compression.quantized_weights` does, and learns float32 ones that round well from the gradients
+of the rounded (arXiv:2305.17888). Its evaluations round, too.
+
 An objective outside of lm/objectives, which is of NumPy alone, is chosen by its full name:
 config.objective.name=lm.compression.distillation.
 """
@@ -22,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.compression.quantized_weights import GROUPS, WeightFormat, straight_through
 from lm.config.fields import check_values, field
 from lm.config.schema import LossConfig
 from lm.kernels.chunking import num_chunks
@@ -35,6 +40,7 @@ from lm.layers.cross_entropy import (
     projection,
     token_nll,
 )
+from lm.models import init_params
 from lm.objectives import Loss, ModelInterface, Objective, causal
 from lm.parallel.sharding import Rules
 from lm.tokenizers.tokenizer import Tokenizer
@@ -50,6 +56,10 @@ class Config(causal.Config):
     hidden_weight: float = field(
         0.0, "Weight of the squared distance of last hidden states, which must be as wide.", ge=0
     )
+    weights: str = field(
+        "float", "Type of the student's matrices.", choices=("float", "int8", "int4")
+    )
+    group: int = field(32, "Inputs that share a scale of int4: 32, 64 or 128.")
 
 
 def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Objective:
@@ -57,6 +67,9 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     check_values(config, "config.objective")
     if not config.teacher:
         raise ValueError("config.objective.teacher must be given: the folder of the teacher's run")
+    if config.group not in GROUPS:
+        known = ", ".join(map(str, GROUPS))
+        raise ValueError(f"config.objective.group ({config.group}) must be one of {known}")
     base = causal.build(causal.Config(config.begins_with_bos), tokenizer, interface)
     return dataclasses.replace(base, loss=_make_loss(config))
 
@@ -84,6 +97,7 @@ def _make_loss(objective: Config) -> Loss:
         teacher: tuple[Model, Params] | None = None,
     ) -> tuple[Array, Sums]:
         del step
+        params = _rounded(objective, model, params)
         if not train:
             return lm_loss(model, params, batch, rng, train=train, config=config)
         assert teacher is not None, "training gives an objective with a teacher its parameters"
@@ -113,6 +127,14 @@ def _make_loss(objective: Config) -> Loss:
         return total, {**sums, **{n: value * sums["tokens"] for n, value in others.items()}}
 
     return loss
+
+
+def _rounded(objective: Config, model: Model, params: Params) -> Params:
+    if objective.weights == "float":
+        return params
+    shape = model.rules.size("act_batch"), model.rules.size("act_length")
+    boxed = jax.eval_shape(functools.partial(init_params, model, shape=shape), jax.random.key(0))
+    return straight_through(params, boxed, WeightFormat(objective.weights, objective.group))
 
 
 def token_sums(

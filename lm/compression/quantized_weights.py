@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -123,6 +124,19 @@ def quantize_params(params: Params, boxed: Params, rules: Rules, weights: Weight
     return param_tree.unflatten(found)
 
 
+def straight_through(params: Params, boxed: Params, weights: WeightFormat) -> Params:
+    """The float32 values of `quantize_params`, whose gradient for a parameter is that of the rounded
+    one (the straight-through estimator, arXiv:1308.3432); matrices quantized already stay as they
+    are.
+    """
+    boxes, leaves = param_tree.flatten(boxed), param_tree.flatten(params)
+    found = {}
+    for name, x in leaves.items():
+        plan = None if isinstance(x, QuantizedMatrix) else _plan(name, boxes[name].names, weights)
+        found[name] = x if plan is None else _straight_through(x, *plan)
+    return param_tree.unflatten(found)
+
+
 def dequantize_params(params: Params) -> Params:
     """The parameters as float arrays."""
     return jax.jit(nn.meta.unbox)(params)
@@ -152,10 +166,20 @@ def _plan(
     return summed, weights.group if weights.name == "int4" else None
 
 
+def _straight_through(x: Array, summed: tuple[int, ...], group: int | None) -> jax.Array:
+    constant = jax.lax.stop_gradient(x)
+    # x - constant is 0, and the sum exact
+    return _function(summed, group)(constant).unbox() + (x - constant)
+
+
+def _function(summed: tuple[int, ...], group: int | None) -> Callable[[Array], QuantizedMatrix]:
+    return functools.partial(_int8 if group is None else _int4, summed=summed, group=group)
+
+
 def _quantize(
     x: Array, axes: tuple[str | None, ...], rules: Rules, summed: tuple[int, ...], group: int | None
 ) -> QuantizedMatrix:
-    function = functools.partial(_int8 if group is None else _int4, summed=summed, group=group)
+    function = _function(summed, group)
     shape = jax.eval_shape(function, x)
     outer = [a for i, a in enumerate(axes) if i not in summed]
     inputs = [axes[i] for i in summed]
