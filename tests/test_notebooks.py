@@ -87,11 +87,13 @@ def test_the_notebook_runs_on_a_finished_run(path, run):
     assert kinds.count("image/png") >= 5 and kinds.count("text/html") >= 3
 
 
+@pytest.mark.slow  # its functions: tests/test_scaling.py
 def test_the_notebook_of_scaling_laws_runs_on_the_shipped_table():
     kinds = execute(SCALING)
     assert kinds.count("image/png") == 5 and kinds.count("stream") == 4
 
 
+@pytest.mark.slow
 def test_the_notebook_of_pictures_runs_on_a_run_of_two_towers(tmp_path, devices):
     config = clip.get_config("shapes")
     for tower in (config.model.vision, config.model.text):

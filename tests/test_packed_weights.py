@@ -72,6 +72,7 @@ def test_what_would_not_be_exact_is_refused(make_experiment, tmp_path, changes, 
         export_folder(experiment, params, out, dtype=dtype, weights=weights, say=str)
 
 
+@pytest.mark.slow
 def test_the_scripts_take_the_flags(make_experiment, tmp_path, monkeypatch, capsys):
     """A run is evaluated in 4 bits, exported, and `lm weights-table` has the same loss."""
     from lm.preparation.token_writer import write_store

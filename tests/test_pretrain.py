@@ -61,6 +61,7 @@ def test_a_wrong_config_is_refused_before_the_data_are_read(
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_one_chinese_file_with_short_rows_trains_to_the_end_and_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "红楼 梦.txt").write_text(chinese(12_000), encoding="utf-8")
