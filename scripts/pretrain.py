@@ -230,19 +230,23 @@ def _last_name(spec: str) -> str:
 
 
 def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
-    """Write samples.txt, loss.png and, last, summary.json.
+    """Write samples.txt, loss.png and, last, summary.json; trackers get samples and picture.
 
     text: what was held out, for the sizes that compressors give it; empty: nothing was.
     """
     import jax
 
     from lm.telemetry import goodput, loss_curve, metrics
+    from lm.telemetry.trackers import opening
     from lm.training.restore import restore_params
+    from lm.training.session import run_info
     from lm.training.stored_run import load
 
     experiment = load(str(workdir), jax.devices())
     at, params = restore_params(experiment, str(workdir))
-    storage.write_atomically(workdir / "samples.txt", sample(experiment, params, prompts))
+    refusal, samples = sample(experiment, params, prompts)
+    texts = [f"--- sample {i}\n{s['prompt']}{s['text']}\n" for i, s in enumerate(samples, 1)]
+    storage.write_atomically(workdir / "samples.txt", refusal or "\n".join(texts))
 
     records = metrics.read(str(workdir))
     evals = [r for r in records if r["kind"] == "eval" and r["step"] == at]
@@ -252,7 +256,15 @@ def finish(workdir: StoragePath, text: bytes, prompts: Sequence[str]) -> None:
             "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
         }
-    loss_curve.loss_curve(str(workdir), references)
+    curve = storage.read_bytes(loss_curve.loss_curve(str(workdir), references))
+    opening.send_rest(
+        experiment.config.log.trackers,
+        run_info(experiment, str(workdir)),
+        print,
+        step=at,
+        tables={"samples": samples} if samples else {},
+        pictures={"loss": curve},
+    )
     spent = goodput.read(str(workdir))
     used = spent.energy if spent else None
     summary = {
@@ -283,23 +295,28 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {"tokens": tokens, "train_seconds": spent, "tokens_per_second": speed}
 
 
-def sample(experiment: Experiment, params: Params, prompts: Sequence[str]) -> str:
-    """Continuations of the prompts, as text; why there are none, where the model makes none."""
+def sample(
+    experiment: Experiment, params: Params, prompts: Sequence[str]
+) -> tuple[str, list[dict[str, str]]]:
+    """(why there are no samples or "", samples as `prompt` and `text`) of the prompts."""
     from lm.generation.generator import Generator
     from lm.generation.sampling import Sampling
 
     if not experiment.config.model.is_causal:
-        return f"no samples: config.model.name={experiment.config_dict.model.name} is not causal\n"
+        name = experiment.config_dict.model.name
+        return f"no samples: config.model.name={name} is not causal\n", []
     if not prompts:
-        return "no samples: nothing is held out to take prompts from, and no --prompt is given\n"
+        return (
+            "no samples: nothing is held out to take prompts from, and no --prompt is given\n",
+            [],
+        )
     generator = Generator(experiment.model, params, experiment.tokenizer)
     longest = 1 + max(len(experiment.tokenizer.encode(prompt)) for prompt in prompts)
     length = min(MAX_NEW_TOKENS, experiment.config.model.max_length - longest)
     made = generator.generate(
         prompts, max_new_tokens=length, sampling=Sampling(temperature=0.7, top_p=0.95)
     )
-    samples = [f"--- sample {i + 1}\n{prompts[g.prompt]}{g.text}\n" for i, g in enumerate(made)]
-    return "\n".join(samples)
+    return "", [{"prompt": prompts[g.prompt], "text": g.text} for g in made]
 
 
 def report(workdir: StoragePath, prompts: Sequence[str], config: Any) -> None:

@@ -136,6 +136,46 @@ def test_wandb_files_of_a_run_that_was_killed_are_its_metrics(tmp_path):
         assert sorted(tags) == ["kill", "test"] and notes == "killed once"
 
 
+def send_media(workdir):
+    """A table and a picture, sent by a process of its own."""
+    code = f"""
+import io
+from PIL import Image
+from lm.telemetry.trackers import opening
+from lm.telemetry.trackers.tracker import RunInfo
+png = io.BytesIO()
+Image.new("RGB", (4, 2), "red").save(png, "png")
+info = RunInfo({str(workdir)!r}, "lm", (), "", {{}}, {{}})
+rows = [{{"prompt": "a", "text": " b"}}, {{"prompt": "c", "text": "é"}}]
+media = {{"tables": {{"samples": rows}}, "pictures": {{"loss": png.getvalue()}}}}
+opening.send_rest(("wandb", "mlflow"), info, print, step=60, **media)
+"""
+    return [sys.executable, "-c", code]
+
+
+def test_tables_and_pictures_are_read_back(tmp_path):
+    pytest.importorskip("wandb"), pytest.importorskip("mlflow.store.tracking.sqlalchemy_store")
+    import mlflow
+    from PIL import Image
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    client.search_experiments()
+    environment = {**os.environ, "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": uri}
+    run(send_media(tmp_path), environment, cwd=tmp_path)
+    [rows] = wandb_rows(tmp_path)
+    found = {name: value for row in rows for name, value in row.items()}
+    [folder] = tmp_path.glob("wandb/offline-run-*/files")
+    table = json.loads((folder / found["samples/path"]).read_text())
+    assert table["columns"] == ["prompt", "text"] and table["data"] == [["a", " b"], ["c", "é"]]
+    assert Image.open(folder / found["loss/path"]).size == (4, 2)
+    [stored] = client.search_runs([client.get_experiment_by_name("lm").experiment_id])
+    path = client.download_artifacts(stored.info.run_id, "samples_60.json", str(tmp_path))
+    assert json.loads(pathlib.Path(path).read_text())["data"] == [["a", " b"], ["c", "é"]]
+    path = client.download_artifacts(stored.info.run_id, "loss_60.png", str(tmp_path))
+    assert Image.open(path).size == (4, 2)
+
+
 @contextlib.contextmanager
 def mlflow_server(folder):
     with socket.socket() as probe:

@@ -148,6 +148,15 @@ def test_steps_that_a_rollback_does_again_keep_their_first_values_there(service,
     ]
 
 
+def test_samples_and_pictures_of_a_finished_run_are_sent_with_what_was_missing(service, info):
+    write(opening.open_trackers(("jsonl",), info, 0, print), range(1, 4))
+    rows = [{"prompt": "a", "text": " b"}]
+    media = {"tables": {"samples": rows}, "pictures": {"loss": b"png"}}
+    opening.send_rest(("jsonl", "wandb"), info, print, step=3, **media)
+    assert service.steps("train/loss") == [1, 2, 3]
+    assert service.values["samples"] == [(3, rows)] and service.values["loss"] == [(3, b"png")]
+
+
 def test_an_outage_costs_one_warning_and_no_record(service, info):
     warnings = []
     service.fail(times=7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from lm.storage import files
@@ -80,9 +80,24 @@ def open_trackers(
     return Trackers(local, _open_remote(names, info, warn))  # which read the file of `local`
 
 
-def send_rest(names: Sequence[str], info: RunInfo, warn: Callable[[str], object]) -> None:
-    """Send trackers behind a network what they lack of a run that has finished."""
+def send_rest(
+    names: Sequence[str],
+    info: RunInfo,
+    warn: Callable[[str], object],
+    *,
+    step: int = 0,
+    tables: Mapping[str, Sequence[Mapping[str, str]]] = {},
+    pictures: Mapping[str, bytes] = {},
+) -> None:
+    """Send trackers behind a network what they lack of a run that has finished.
+
+    tables, pictures: of its last `step`: {name: rows of texts by column}, {name: PNG}.
+    """
     for tracker in _open_remote(names, info, warn):
+        for name, rows in tables.items():
+            tracker.table(step, name, rows)
+        for name, png in pictures.items():
+            tracker.picture(step, name, png)
         tracker.close("finished", REST_SECONDS)
 
 
