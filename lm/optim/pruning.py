@@ -189,18 +189,16 @@ def _largest(scores: jax.Array, sparsity: jax.Array, dims: MuonDimensionNumbers)
 def _order_statistic(values: jax.Array, rank: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The smallest but `rank` of uint32 numbers over some dimensions, which are kept as 1.
 
-    It is found by counting, four bits at a time: a sort would gather what is sharded.
+    It is found by counting, bit by bit: a sort would gather what is sharded.
     """
     shape = [1 if i in axes else n for i, n in enumerate(values.shape)]
-    digits = jnp.arange(1, 16, dtype=jnp.uint32)
 
-    def add_digit(i: jax.Array, found: jax.Array) -> jax.Array:
-        shift = jnp.uint32(28) - 4 * i.astype(jnp.uint32)
-        candidates = found[..., None] + (digits << shift)
-        smaller = jnp.sum(values[..., None] < candidates, axes, dtype=jnp.int32, keepdims=True)
-        return found + (jnp.sum(smaller <= rank, -1, dtype=jnp.uint32) << shift)
+    def add_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.uint32(1) << (31 - i.astype(jnp.uint32)))
+        smaller = jnp.sum(values < candidate, axes, dtype=jnp.int32, keepdims=True)
+        return jnp.where(smaller <= rank, candidate, found)
 
-    return jax.lax.fori_loop(0, 8, add_digit, jnp.zeros(shape, jnp.uint32))
+    return jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(shape, jnp.uint32))
 
 
 def _largest_of_groups(scores: jax.Array, n: int, m: int, dims: MuonDimensionNumbers) -> jax.Array:
