@@ -392,8 +392,13 @@ def test_eight_devices_round_a_student_as_one_does(student, dtype):
     assert_close(*jax.device_get(found), TOLERANCE if dtype == "float32" else 2**-5)
 
 
-def test_bits_that_are_none_are_refused(student_config, devices):
-    with pytest.raises(ValueError, match=r"config\.objective\.group \(48\) must be one of 32, 64"):
-        Experiment(student_config({"objective.group": 48}), devices[:1]).objective
-    with pytest.raises(ValueError, match=r"config\.objective\.weights .*int3"):
-        Experiment(student_config({"objective.weights": "int3"}), devices[:1]).objective
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("group", 48, r"config\.objective\.group \(48\) must be one of 32, 64, 128"),
+        ("weights", "int3", r"config\.objective\.weights .*int3"),
+    ],
+)
+def test_bits_that_are_none_are_refused(student_config, devices, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(student_config({f"objective.{name}": value}), "unused", devices[:1])

@@ -125,15 +125,14 @@ def quantize_params(params: Params, boxed: Params, rules: Rules, weights: Weight
 
 
 def straight_through(params: Params, boxed: Params, weights: WeightFormat) -> Params:
-    """The float32 values of `quantize_params`, whose gradient for a parameter is that of the rounded
-    one (the straight-through estimator, arXiv:1308.3432); matrices quantized already stay as they
-    are.
+    """The float32 values of `quantize_params`; the gradient of a parameter is that of its rounded
+    one (the straight-through estimator, arXiv:1308.3432). Quantized matrices stay as they are.
     """
-    boxes, leaves = param_tree.flatten(boxed), param_tree.flatten(params)
-    found = {}
-    for name, x in leaves.items():
-        plan = None if isinstance(x, QuantizedMatrix) else _plan(name, boxes[name].names, weights)
-        found[name] = x if plan is None else _straight_through(x, *plan)
+    boxes, found = param_tree.flatten(boxed), param_tree.flatten(params)
+    for name, x in found.items():
+        plan = _plan(name, boxes[name].names, weights)
+        if plan is not None and not isinstance(x, QuantizedMatrix):
+            found[name] = _straight_through(x, *plan)
     return param_tree.unflatten(found)
 
 
