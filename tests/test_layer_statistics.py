@@ -18,6 +18,7 @@ import pytest
 from environment import some
 from flax.traverse_util import flatten_dict
 
+from lm.interpret import layer_plots
 from lm.kernels.dot_product import Mask
 from lm.layers import activation_statistics
 from lm.parallel import sharding
@@ -361,6 +362,21 @@ def test_a_record_is_in_order_and_has_the_figures_of_layers_as_lists():
     assert list(record["loss_by_position"].items()) == [("4-7", 2.5), ("16-31", 1.5)]
     assert "loss_by_source" not in record and record["noise_scale"] == 3
     assert str(record["update_to_weight"]) == "{'layers.mlp': [0.12346, nan]}"
+
+
+def test_a_notebook_has_a_map_of_each_group_of_layers(tmp_path):
+    rows = [(8, [1.0, 2.0]), (4, [3.0, "NaN"])]
+    lines = [
+        jsonl.line({"step": step, "activation_rms": {"layers": x}, "gradient_norm": {"norm": 1.0}})
+        for step, x in rows
+    ]
+    (tmp_path / "layers.jsonl").write_text("".join(lines))
+    drawn = [axis for axis in layer_plots.layers_figure(str(tmp_path)).axes if axis.get_title()]
+    assert [axis.get_title() for axis in drawn] == ["activation_rms\nlayers"]
+    [mesh] = drawn[0].collections
+    np.testing.assert_array_equal(mesh.get_array(), [[3, 1], [np.nan, 2]])
+    [text] = layer_plots.layers_figure(str(tmp_path / "none")).axes[0].texts
+    assert "log.layers_every" in text.get_text()
 
 
 # ---- in a run ----

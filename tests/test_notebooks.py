@@ -58,6 +58,7 @@ def run(tmp_path_factory, make_config, devices):
         "model.max_length": 128,
         "train.num_steps": 30,
         "train.eval_every": 10,
+        "log.layers_every": 10,
     }
     assert train(make_config(changes), str(folder / "run"), devices[:1]) == 0
     return str(folder / "run")

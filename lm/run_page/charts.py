@@ -46,6 +46,9 @@ _TITLES = {
     "lag_seconds": "Lag of the slowest process, seconds",
     "slowest_process": "Slowest process",
     "seconds": "Seconds per log window",
+    "host_bytes": "Host memory of the first process, bytes",
+    "device_bytes": "Memory in use on its first device, bytes",
+    "device_peak_bytes": "Most memory in use on its first device so far, bytes",
     "skipped": "Skipped updates per log window",
 }
 _NO_CURVES = {"step", "kind", "source", "tokens", "tokens_seen", "flops_seen"}

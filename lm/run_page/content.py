@@ -23,6 +23,7 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry.jsonl import Record
 from lm.telemetry.metrics import short_names
 from lm.telemetry.progress import format_quantity
+from lm.telemetry.spikes import spike_score
 
 MAX_CHECKPOINTS = 40  # whose manifests are read, the newest
 MAX_WARNINGS = 30  # of each kind
@@ -146,6 +147,10 @@ def summary(run: RunFolder, line: Json | None) -> list[list[str]]:
         add("validation loss", f"{loss:.4f}", f"nats per token, after step {step:,}")
     if (bits := _bits_per_byte(evals)) is not None:
         add("bits per byte", f"{bits:.3f}", _compressors(run))
+    if (score := spike_score([r["loss"] for r in train if "loss" in r])) is not None:
+        norms = spike_score([r["grad_norm"] for r in train if "grad_norm" in r]) or 0.0
+        note = f"of losses; of gradient norms {100 * norms:.2f}% (7 deviations off the last 1,000)"
+        add("spike score", f"{100 * score:.2f}%", note)
     if (rate := speed(train)) is not None:
         add("tokens per second", format_quantity(rate), "median of the last half")
     if (mfu := _last(train, "mfu")) is not None:

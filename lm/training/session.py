@@ -27,6 +27,7 @@ from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
 from lm.storage.filesystems import StorageError
 from lm.storage.lease import Lock
+from lm.telemetry import memory
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.energy import EnergyMeter
 from lm.telemetry.goodput import Goodput
@@ -212,6 +213,7 @@ class TrainingSession:
             "flops_seen": seen * self.experiment.flops_per_token,
             "goodput": report.goodput,
             **(report.energy.figures() if report.energy else {}),
+            **memory.usage(self.experiment.rules.mesh.local_devices[0]),
         }
 
     def _handle_bad_step(self, result: StepResult) -> None:
