@@ -61,13 +61,13 @@ def boxed():
     return {n: nn.Partitioned(of(SHAPES[n], jnp.float32), axes) for n, axes in AXES.items()}
 
 
-def train(own, gradients, name="adamw", num_steps=100, **changes):
+def train(own, gradients, name="adamw", rate=0.01, **changes):
     """[(parameters, masks, average) after each gradient]."""
     constant = ScheduleConfig(kind="constant")
     config = component(COMPONENTS["optimizer"], name).Config(
-        name, 0.01, constant, pruning=PruningConfig(**own), ema_decay=0.9, **changes
+        name, rate, constant, pruning=PruningConfig(**own), ema_decay=0.9, **changes
     )
-    tx = make_optimizer(config, boxed(), num_steps)
+    tx = make_optimizer(config, boxed(), 100)
     params = tree(0)
     state, update, found = tx.init(params), jax.jit(tx.update), []
     for gradient in gradients:
@@ -179,9 +179,10 @@ FEW = [("sparsity", "adamw"), ("pattern", "muon")]
 )
 def test_no_moment_brings_a_pruned_weight_back_to_weights_or_average(kind, name):
     own = {"sparsity": 0.5} if kind == "sparsity" else {"pattern": "2:4"}
-    # moments of 3 steps before the first pruning; the last pruning finds the same masks
+    # moments of 3 steps before the first pruning, and updates as large as the weights; the last
+    # pruning finds the same masks
     gradients = [tree(seed) for seed in range(1, 9)]
-    found = train({**own, "start_step": 3, "every": 4}, gradients, name)
+    found = train({**own, "start_step": 3, "every": 4}, gradients, name, 1.0)
     assert all(mask.all() for mask in found[2][1].values())
     for params, masks, average in found[3:]:
         for leaf in MATRICES:
@@ -218,7 +219,8 @@ def trained(make_experiment):
     @functools.cache
     def run(own, dtype="float32", **axes):
         changes = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.3, "model.dtype": dtype}
-        experiment = make_experiment({**changes, **QUIET, **dict(own)}, **axes)
+        stages = {"model.pipeline.num_microbatches": axes.get("stage", 1)}
+        experiment = make_experiment({**changes, **stages, **QUIET, **dict(own)}, **axes)
         state, info = experiment.init_state(), {}
         for _, batch in experiment.batches(0, 3):
             state, _, info = experiment.train_step(state, batch)
