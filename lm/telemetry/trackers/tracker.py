@@ -56,7 +56,7 @@ class RemoteRun(Protocol):
 
     @staticmethod
     def abandon() -> None:
-        """Undo what of the client would keep the process from ending; does not block."""
+        """Undo what of the client would keep the process from ending, within seconds."""
         ...
 
 

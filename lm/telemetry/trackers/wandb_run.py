@@ -20,6 +20,7 @@ from lm.telemetry.trackers.tracker import RunInfo, Status
 
 HEADER = b":W&B"  # of a file run-ID.wandb; its 7 bytes end with a magic number and a version
 BLOCK = 32 << 10
+TEARDOWN_SECONDS = 2.0
 
 
 class WandbRun:
@@ -76,7 +77,9 @@ class WandbRun:
     @staticmethod
     def abandon() -> None:
         """Else a hook of the client waits at the end of the process until all is uploaded."""
-        threading.Thread(target=_teardown, daemon=True).start()
+        thread = threading.Thread(target=_teardown, daemon=True)
+        thread.start()
+        thread.join(TEARDOWN_SECONDS)  # it removes that hook first, and then waits itself
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         # an evaluation that a stop signal has put off comes after the row of its step was closed
