@@ -24,7 +24,11 @@ from lm.telemetry.trackers.wandb_run import read_rows
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
-CLOCK = ("seconds", "tokens_per_second", "goodput", "mfu", "host_seconds", "host_cpu_seconds")
+CLOCK = (
+    *("seconds", "tokens_per_second", "goodput", "mfu", "host_seconds", "host_cpu_seconds"),
+    *("host_bytes", "device_bytes", "device_peak_bytes"),
+    *("kwh_measured", "kwh_estimated", "kg_co2e"),
+)
 SETTINGS = (
     "train.num_steps=60",
     "train.eval_every=20",
