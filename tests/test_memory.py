@@ -1,4 +1,4 @@
-"""Memory of a process and a device, in figures ."""
+"""Memory of a process and of its device, in figures and over a long run."""
 
 from types import SimpleNamespace
 
