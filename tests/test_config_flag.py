@@ -236,3 +236,14 @@ def test_another_name_brings_the_fields_of_that_component_in_a_config_too():
     resolved = resolve(config)
     assert (resolved.objective.rate, resolved.model.hidden_dim) == (0.3, 5)
     assert resolved.model.vocab_size == 99 and config.model.is_locked
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_flattened_dict_may_name_a_component_before_or_after_its_fields(order):
+    config = default()
+    changes = {"optimizer.schedule.kind": "constant", "optimizer.nesterov": True}
+    changes |= {"optimizer.learning_rate": 0.5, "optimizer.name": "muon"}
+    config.update_from_flattened_dict(dict(list(changes.items())[::order]))
+    found = config.optimizer
+    assert (found.name, found.schedule.kind, found.learning_rate) == ("muon", "constant", 0.5)
+    assert found.nesterov

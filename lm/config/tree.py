@@ -70,6 +70,14 @@ class ComponentTree(ConfigTree):
         if was_locked:
             self.lock()
 
+    def update_from_flattened_dict(
+        self, flattened_dict: Mapping[str, Any], strip_prefix: str = ""
+    ) -> None:
+        """As of a ConfigDict; the name counts before the fields, wherever it stands."""
+        if (name := f"{strip_prefix}name") in flattened_dict:
+            self.name = flattened_dict[name]
+        super().update_from_flattened_dict(flattened_dict, strip_prefix)
+
 
 _TREES: dict[str, Any] = {
     name: type(f"{name.title()}Tree", (ComponentTree,), {"key": name}) for name in COMPONENTS
