@@ -353,7 +353,7 @@ def quantized(experiment, params, name, group=32):
     return quantize_params(params, experiment.boxed_params, experiment.param_rules, weights)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_student_of_few_bits_has_the_loss_and_the_gradients_of_its_rounded_matrices(
     student, packed_batch, weights
 ):
@@ -380,7 +380,7 @@ def test_an_evaluation_of_a_student_of_few_bits_rounds_once(student, make_experi
     assert evaluate(plain, params=params, max_batches=1) != wanted
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_eight_devices_round_a_student_as_one_does(student, dtype):
     changes = {"objective.weights": "int4", "model.dtype": dtype}
     one, eight = student(changes), student(changes, data=2, fsdp=2, tensor=2)

@@ -236,10 +236,13 @@ SPLITS = [
     pytest.param({"tensor": 4, "fsdp": 2}, marks=pytest.mark.slow),
     pytest.param({"stage": 2, "data": 4}, marks=pytest.mark.slow),
 ]
-OWN = [tuple(HALF.items()), tuple(TWO_OF_FOUR.items())]
+HALF_OF_EACH, TWO_OF_FOUR_INPUTS = tuple(HALF.items()), tuple(TWO_OF_FOUR.items())
+OWN = [HALF_OF_EACH, TWO_OF_FOUR_INPUTS]
 
 
-@pytest.mark.parametrize("own", OWN, ids=str)
+@pytest.mark.parametrize(
+    "own", [pytest.param(HALF_OF_EACH, marks=pytest.mark.slow), TWO_OF_FOUR_INPUTS], ids=str
+)
 @pytest.mark.parametrize("split", SPLITS)
 def test_shards_prune_as_one(trained, own, split):
     one, other = trained(own), trained(own, **split)
