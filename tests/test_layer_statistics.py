@@ -18,6 +18,7 @@ import pytest
 from environment import some
 from flax.traverse_util import flatten_dict
 
+from lm.config import conversion
 from lm.interpret import layer_plots
 from lm.kernels.dot_product import Mask
 from lm.layers import activation_statistics
@@ -316,6 +317,36 @@ def test_an_encoder_and_its_decoder_are_measured(make_experiment):
         for number, statistic in enumerate(("attention_entropy", "attention_logit_max")):
             values = [layer[number] for layer in wanted]
             np.testing.assert_allclose(found[f"{statistic}/{module}"], values, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "objective", "changes"),
+    [
+        ("lstm", "causal", {}),
+        ("conv", "causal", {}),
+        ("vae", "vae", {"data.encoder_length": 32}),
+        ("decoder", "causal", {"model.lora.rank": 2}),
+        ("decoder", "causal", {"optimizer.pruning.sparsity": 0.5}),
+        ("decoder", "causal", {"optimizer.memory": "host"}),
+    ],
+)
+def test_every_kind_of_model_is_measured(make_config, devices, model, objective, changes):
+    config = make_config({"log.layers_every": 2})
+    if model != "decoder":
+        config.model = conversion.default(model=model).model
+        config.model.update({"vocab_size": 264, "embed_dim": 16, "num_layers": 2})
+    config.objective = conversion.default(objective=objective).objective
+    config.update_from_flattened_dict(changes)
+    experiment = Experiment(config, devices[:1])
+    [(_, batch)] = experiment.batches(0, 1)
+    sources = layer_statistics.source_numbers(experiment, 0)
+    found = experiment.measure_layers(experiment.init_state(), batch, sources)
+    found = jax.device_get(found)
+    statistics = {name.partition("/")[0] for name in found}
+    assert {"gradient_norm", "weight_norm", "update_to_weight", "activation_rms"} <= statistics
+    for name in found:  # a parameter that is 0 has no ratio
+        assert np.isfinite(found[name]).all() or name.startswith("update_to_weight"), name
 
 
 def test_of_a_long_row_queries_at_equal_distances_are_measured():

@@ -113,6 +113,7 @@ def test_the_notebook_of_pictures_runs_on_a_run_of_two_towers(tmp_path, devices)
     assert (picture_search.nearest(found.pictures, found.pictures, 3)[:, 0] == np.arange(40)).all()
 
 
+@pytest.mark.slow
 def test_the_notebook_of_latents_runs_on_a_run_of_sentences(tmp_path, devices):
     config = vae.get_config()
     config.model.update({"embed_dim": 16, "hidden_dim": 16, "latent_dim": 4, "vocab_size": 264})

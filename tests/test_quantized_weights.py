@@ -67,7 +67,14 @@ def test_int8_is_within_half_a_step_and_int4_has_the_better_scale(make_experimen
                 assert 0.6 < np.sum(error**2) / np.sum(plain**2) < 0.99, name
 
 
-@pytest.mark.parametrize("model", ["decoder", "lstm", "encoder_decoder", "moe"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "decoder",
+        "lstm",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("encoder_decoder", "moe")),
+    ],
+)
 def test_modules_read_what_was_dequantized(make_experiment, model):
     """Logits and losses are those of the float model with dequantized weights, in bfloat16, too,
     whether the layers are scanned or, as in generation on a CPU, unstacked.
