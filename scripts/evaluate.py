@@ -4,11 +4,16 @@
     python scripts/evaluate.py --workdir=runs/tiny-stdlib --data=data/other/validation
     python scripts/evaluate.py --workdir=runs/tiny-stdlib --weights=int4 --group=64
 
+    python scripts/evaluate.py --workdir=runs/gpt2 --evaluations=all --step=20000
+
     python scripts/evaluate.py --workdir=runs/dalle --drawings=314 --guidance=2
     python scripts/evaluate.py --workdir=runs/vqvae --reconstructions=picture.png
 
 Prints one JSON line for every store: loss in nats per token, perplexity, bits per byte, accuracy.
 Sums are added up before the one division, so the figures don't depend on batch size or devices.
+
+With --evaluations the lines are those of the evaluations inside the run, config.evaluations, by
+their names (or all), as the run writes them to evaluations.jsonl, whole whatever their budget.
 
 With --weights=int8 or int4 the matrices lie in memory in 8 or 4 bits, and the loss is what they
 cost.
@@ -23,12 +28,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm import cli
 from lm.compression import flags
 from lm.storage.paths import expand_path
 from lm.telemetry import jsonl
+
+if TYPE_CHECKING:
+    from lm.training.experiment import Experiment
 
 
 def main() -> int:
@@ -50,6 +58,12 @@ def main() -> int:
         help="put no bos before documents, whose first tokens are then not scored: for weights "
         "trained so (GPT-2, Qwen); there are no bits per byte",
     )
+    parser.add_argument(
+        "--evaluations",
+        type=lambda text: text.split(","),
+        metavar="NAMES",
+        help="all, or names in config.evaluations with commas between them: run these",
+    )
     flags.add_flags(parser)
     parser.add_argument("--drawings", type=int, metavar="N", help="prompts to draw and check")
     parser.add_argument(
@@ -69,6 +83,8 @@ def main() -> int:
         if not args.reconstructions.lower().endswith(".png"):
             parser.error(f"--reconstructions={args.reconstructions}: pictures are written as .png")
         args.reconstructions = expand_path(args.reconstructions, "--reconstructions")
+    if args.evaluations and (args.drawings is not None or args.reconstructions is not None):
+        parser.error("--evaluations are of the run's config, others have flags of their own")
     if args.drawings is not None:
         if args.drawings < 1:
             parser.error(f"--drawings={args.drawings}: give a number of at least 1")
@@ -135,6 +151,9 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
     from lm.training.stored_run import load
 
     experiment = load(args.workdir, jax.devices(), changes)
+    if args.evaluations:
+        _run_evaluations(args, experiment)
+        return
     if not experiment.config.data.validation:
         raise ValueError(
             f"config.data.validation of {args.workdir} is empty: there is nothing to evaluate on; "
@@ -163,6 +182,29 @@ def _evaluate(args: argparse.Namespace, changes: Mapping[str, Any]) -> None:
         name, source = next(iter(experiment.validation.items()))
         count = write_reconstructions(args.reconstructions, coder, source)
         print(f"{args.reconstructions}: {count} pictures of {name}, each above its reconstruction")
+
+
+def _run_evaluations(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Print the records of evaluations that the run's config names."""
+    from lm.telemetry.progress import Progress
+    from lm.training.restore import restore_params
+    from lm.training.run_evaluations import RunEvaluations
+
+    known = [*experiment.config.evaluations]
+    names = known if args.evaluations == ["all"] else args.evaluations
+    unknown = [name for name in names if name not in known]
+    if unknown or not known:
+        raise ValueError(
+            f"--evaluations={','.join(unknown or ['all'])}: config.evaluations of {args.workdir} "
+            f"has {', '.join(known) or 'none'}"
+        )
+    evaluations, progress = RunEvaluations(experiment, names), Progress()
+    step, params = restore_params(experiment, args.workdir, args.step)
+    params = flags.quantized(args, experiment, params)
+    for name in names:
+        record = evaluations.run(name, params, step, limited=False, report=progress.show)
+        progress.clear()
+        print(jsonl.dumps(record, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from lm import cli
+from lm.evaluation import task_records
 from lm.preparation import corpus as corpora
-from lm.preparation import parts
-from lm.preparation.skip_report import SkipReport
 from lm.sources import Document
 from lm.telemetry import jsonl
 
@@ -57,10 +56,7 @@ def main() -> int:
     records = read(args, args.data, names)[: args.limit]
     train = read(args, args.train, names[:2]) if args.train else []
     sources = [record.fields[source] for record in records]
-    references = [
-        record.fields[names[2]].split("\n") if args.references else [record.fields[target]]
-        for record in records
-    ]
+    references = task_records.references(records, target, args.references or "")
     progress, begun = Progress(), time.perf_counter()
     search = GREEDY
     if args.num_beams:
@@ -111,28 +107,11 @@ def main() -> int:
 
 
 def read(args: argparse.Namespace, data: list[str], names: list[str]) -> list[Document]:
-    """The records of some files; what is none is counted aloud.
-
-    Raises:
-        ValueError: a field that is needed has no column, or there are no records.
-    """
+    """The records of some files; what is none is counted aloud."""
     flags = argparse.Namespace(**{**vars(args), "data": data})
-    corpus = corpora.from_flags(flags)
-    if missing := set(names) - set(corpus.columns):
-        raise ValueError(
-            f"--field must say where these fields come from: {', '.join(sorted(missing))}"
-        )
-    records, report = [], SkipReport()
-    for item in parts.read_all(corpus):
-        if isinstance(item, Document):
-            records.append(item)
-        else:
-            report.add(item)
-    if report.counts:
-        print(f"{', '.join(data)}: no records: {report.describe()}", file=sys.stderr)
-    if not records:
-        raise ValueError(f"{', '.join(data)}: no records")
-    report.check(len(records), max_loss=corpus.max_loss)
+    records, skipped = task_records.read(corpora.from_flags(flags), names)
+    if skipped:
+        print(f"{', '.join(data)}: no records: {skipped}", file=sys.stderr)
     return records
 
 

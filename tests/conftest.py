@@ -69,7 +69,7 @@ TINY = {
 # Keys of a config that no compiled step depends on.
 AROUND = (
     *("checkpoint.", "loader.", "log.parameter_table", "log.profile", "log.tracker"),
-    "log.layers_every",
+    *("log.layers_every", "evaluations."),
     *("data.validation", "train.eval_every", "train.log_every"),
     *("guard.agreement_every", "guard.max_skips", "guard.policy", "guard.self_check"),
 )

@@ -10,7 +10,7 @@ import pytest
 
 from lm.config import conversion
 from lm.config import schema as configs
-from lm.config.components import COMPONENTS, component
+from lm.config.components import COMPONENTS, EVALUATIONS, component, components_in
 from lm.config.conversion import assign as set_from_text
 from lm.config.conversion import changed, default, explain, from_json, resolve, task, to_json
 from lm.config.fields import check_value, field
@@ -191,10 +191,12 @@ def every_field():
     for f in dataclasses.fields(sections):
         if f.name == "seed":
             yield "config.seed", f, sections.seed, int
-        elif f.name not in COMPONENTS:
+        elif f.name not in (*COMPONENTS, "evaluations"):
             yield from fields_below(getattr(sections, f.name), f"config.{f.name}")
     for key, name in component_names():
         yield from fields_below(component(COMPONENTS[key], name).Config(), f"{key} {name}")
+    for name in components_in(EVALUATIONS):
+        yield from fields_below(component(EVALUATIONS, name).Config(), f"evaluation {name}")
 
 
 def numeric(hint):

@@ -2,7 +2,8 @@
 
 Model, objective and optimizer are components: `config.model.name` names a module of `lm.models`,
 and so on. A name with a dot is imported as it is, so that a component may live outside of this
-project.
+project. So are evaluations inside a run: `config.evaluations.NAME.name` names one of
+`lm.evaluation.kinds`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ COMPONENTS = {
     "objective": "lm.objectives",
     "optimizer": "lm.optim.optimizers",
 }
-_KEYS = {package: key for key, package in COMPONENTS.items()}
+EVALUATIONS = "lm.evaluation.kinds"
+_KEYS = {package: key for key, package in COMPONENTS.items()} | {EVALUATIONS: "evaluations.NAME"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,21 @@ class Task:
     config: Any  # the objective's `Config`
 
 
-def component(package: str, name: str) -> types.ModuleType:
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One of the evaluations inside a run: its component's name, and its config."""
+
+    name: str
+    config: Any  # the component's `Config`, an `lm.config.schema.EvaluationConfig`
+
+
+def component(package: str, name: str, path: str | None = None) -> types.ModuleType:
     """The module `name` of `package`; with a dot in `name`, the module of that full name.
     Raises ValueError, with a list of those that exist, where it has no `Config` and `build`.
+
+    path: of the section that names it; None: of the one that all configs have.
     """
-    config_path = f"config.{_KEYS[package]}.name ({name!r})"
+    config_path = f"{path or f'config.{_KEYS[package]}'}.name ({name!r})"
     needed = ["Config", "build", *(["STEPS"] if package == "lm.optim.optimizers" else [])]
     if "." in name:
         return import_component(name, config_path, needed=needed)

@@ -10,13 +10,21 @@ import ast
 import dataclasses
 import itertools
 import json
+import re
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 
-from lm.config.components import COMPONENTS, Task, component, components_in
+from lm.config.components import (
+    COMPONENTS,
+    EVALUATIONS,
+    Evaluation,
+    Task,
+    component,
+    components_in,
+)
 from lm.config.fields import check_values, is_section
 from lm.config.schema import Config, OptimizerConfig
 from lm.config.suggestions import closest_path
@@ -35,6 +43,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     Section = TypeVar("Section", bound=DataclassInstance)
+
+
+_EVALUATION_NAME = re.compile(r"evaluations\.([^.]+)\.name")
 
 
 def default(
@@ -58,6 +69,21 @@ def task(name: str, sources: tuple[str, ...], **changes: object) -> dict[str, ob
     return {"name": name, "sources": sources} | fields | changes
 
 
+def evaluation(name: str, **changes: object) -> dict[str, object]:
+    """A section of `config.evaluations`: a component of `lm.evaluation.kinds` and its fields.
+
+    changes: fields that differ from the component's defaults.
+    """
+    section = _evaluation(name, "config.evaluations.NAME")
+    _check_keys(changes, section.keys() - {"name"}, f"evaluation {name}")
+    return section | changes
+
+
+def _evaluation(name: str, path: str) -> dict[str, object]:
+    tree = to_tree(component(EVALUATIONS, name, path).Config())
+    return {"name": name, **dict(tree.items(preserve_field_references=True))}
+
+
 def names(config: ConfigTree) -> dict[str, str]:
     """The component names of a config: {"model": "decoder", "objective": "causal", …}."""
     return {key: config[key]["name"] for key in COMPONENTS}
@@ -65,7 +91,8 @@ def names(config: ConfigTree) -> dict[str, str]:
 
 def is_name(path: str) -> bool:
     """True if a config path, such as "objective.name", names a component."""
-    return path.removeprefix("config.") in {f"{key}.name" for key in COMPONENTS}
+    path = path.removeprefix("config.")
+    return path in {f"{key}.name" for key in COMPONENTS} or bool(_EVALUATION_NAME.fullmatch(path))
 
 
 def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
@@ -116,6 +143,8 @@ def from_json(text: str) -> ConfigTree:
     if "tasks" in config.objective:
         tasks = tree["objective"].get("tasks", {})
         config.objective.tasks = {name: task(t["name"], ()) for name, t in tasks.items()}
+    for name, own in tree.get("evaluations", {}).items():
+        config.evaluations[name] = _evaluation(own["name"], f"config.evaluations.{name}")
     _fill(config, tree, "config")
     return config
 
@@ -143,13 +172,18 @@ def completed(config: ConfigTree) -> ConfigTree:
 def assign(config: ConfigTree, setting: str) -> None:
     """Set a value from text such as "optimizer.learning_rate=1e-3", as a flag --config.… does.
 
-    "objective.name=prefix" replaces the fields by those of that component. Raises ValueError, with
-    the config path, where there is no such key, or the value has another type.
+    "objective.name=prefix" replaces the fields by those of that component, and
+    "evaluations.grammar.name=blimp" adds an evaluation. Raises ValueError, with the config path,
+    where there is no such key, or the value has another type.
     """
     path, equals, text = setting.partition("=")
     if not equals:
         raise ValueError(f"{setting!r} is not KEY=VALUE")
     path = path.removeprefix("config.")
+    if added := _EVALUATION_NAME.fullmatch(path):
+        with config.evaluations.unlocked():
+            config.evaluations[added[1]] = _evaluation(text, f"config.evaluations.{added[1]}")
+        return
     if is_name(path):
         config[path.removesuffix(".name")].name = text
         return
@@ -204,11 +238,17 @@ def changed(
 def explain(config: ConfigTree) -> Iterator[tuple[str, object, object, str]]:
     """(path, value, default, sentence with the valid values) of every key."""
     chosen = names(config)
-    defaults = dict(leaves(default(**chosen).to_dict()))
+    usual, own = default(**chosen), {}
+    for name, entry in config.evaluations.items():
+        usual.evaluations[name] = evaluation(entry.name)
+        own[f"evaluations.{name}.name"] = f"A module of {EVALUATIONS}, or a full module name."
+        fields = component(EVALUATIONS, entry.name).Config()
+        own |= dict(_sentences(fields, f"evaluations.{name}."))
+    defaults = dict(leaves(usual.to_dict()))
     sentences = {
         f"{key}.name": f"A module of {package}, or a full module name."
         for key, package in COMPONENTS.items()
-    } | dict(_sentences(_default_config(chosen)))
+    } | {**dict(_sentences(_default_config(chosen))), **own}
     for path, value in leaves(config.to_dict()):
         yield path, value, defaults.get(path), sentences.get(path, "")
 
@@ -284,6 +324,14 @@ def _to_task(tree: object, path: str) -> Task:
     return Task(tree["name"], sources, _from_dict(config, fields, path))
 
 
+def _to_evaluation(tree: object, path: str) -> Evaluation:
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+        raise ValueError(f"{path} must be a section with the name of a component, got {tree!r}")
+    fields = {key: value for key, value in tree.items() if key != "name"}
+    config = component(EVALUATIONS, tree["name"], path).Config()
+    return Evaluation(tree["name"], _from_dict(config, fields, path))
+
+
 def _convert(hint: object, value: object, path: str) -> Any:
     """A value as the type of its field, or an error with its path."""
     kind, optional = without_none(hint)
@@ -292,6 +340,8 @@ def _convert(hint: object, value: object, path: str) -> Any:
     origin = typing.get_origin(kind) or kind
     if kind == dict[str, Task] and isinstance(value, dict):
         return {name: _to_task(section, f"{path}.{name}") for name, section in value.items()}
+    if kind == dict[str, Evaluation] and isinstance(value, dict):
+        return {name: _to_evaluation(section, f"{path}.{name}") for name, section in value.items()}
     if origin is tuple and isinstance(value, list | tuple):
         kinds = typing.get_args(kind)
         if kinds[-1] is ...:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from lm.config.components import Task
+from lm.config.components import Evaluation, Task
 from lm.config.suggestions import suggestion
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def field(
             gt = None
         metadata["range"] = Range(ge, gt, le, lt, also)
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+        make = functools.partial(dict, default)
+        return dataclasses.field(default_factory=make, metadata=metadata, hash=False)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -94,7 +96,7 @@ def check_value(value: object, metadata: Mapping[str, Any], path: str) -> None:
     """Check one field's value, as `check_values` does."""
     if value is None or isinstance(value, bool):
         return
-    if isinstance(value, Task):
+    if isinstance(value, Task | Evaluation):
         check_values(value.config, path)
     elif is_section(value):
         check_values(value, path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lm.config.components import Evaluation
 from lm.config.fields import field
 
 
@@ -350,6 +351,19 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """An evaluation inside a run: the fields that all have beside those of their component."""
+
+    every: int = field(0, "Steps between evaluations; 0: after the last step only.", ge=0)
+    seconds: float = field(
+        0.0,
+        "Time of one evaluation, without compiling; after the batch in which it is over, what is "
+        "done counts as a partial result. 0: any.",
+        ge=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that determines a run."""
 
@@ -370,3 +384,6 @@ class Config:
     checkpoint: CheckpointConfig = field(CheckpointConfig(), "Saving and retention of checkpoints.")
     guard: GuardConfig = field(GuardConfig(), "Bad steps, hangs and checks.")
     log: LogConfig = field(LogConfig(), "Logs, metrics and profiles.")
+    evaluations: dict[str, Evaluation] = field(
+        {}, "Evaluations inside the run, beside those of data.validation, by names of your own."
+    )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, variance
 
 from lm.generation.score import Report, Scorer
 
@@ -32,13 +33,15 @@ class Pair:
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
     """Shares of pairs that a model passes; those of a phenomenon and of all are means of
-    paradigms.
+    paradigms. errors: the standard errors of phenomena and of `overall`, where every paradigm has
+    two pairs.
     """
 
     paradigms: Mapping[str, float]
     phenomena: Mapping[str, float]
     overall: float
     pairs: int
+    errors: Mapping[str, float]
 
 
 def read(path: str, *, limit: int | None = None) -> list[Pair]:
@@ -81,21 +84,42 @@ def evaluate(
     *,
     report: Report = lambda done, count: None,
 ) -> Accuracy:
-    """The accuracy on pairs; equal probabilities count as half. report: called with sentences done,
-    and their count.
+    """The accuracy on pairs. report: called with sentences done, and their count."""
+    return accuracy(pairs, outcomes(scorer, pairs, report=report))
+
+
+def outcomes(
+    scorer: Scorer, pairs: Sequence[Pair], *, report: Report = lambda done, count: None
+) -> list[float]:
+    """1 for a pair that is passed, 0 for another one, and a half where the probabilities are equal.
+
+    report: called with sentences done, and their count.
     """
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     sums = [score.logprob for score in scorer.rolling(texts, report=report)]
+    scores = zip(sums[::2], sums[1::2], strict=True)
+    return [0.5 if good == bad else float(good > bad) for good, bad in scores]
+
+
+def accuracy(pairs: Sequence[Pair], outcomes: Sequence[float]) -> Accuracy:
+    """The accuracy of the outcomes of pairs."""
     passed: dict[tuple[str, str], list[float]] = {}
-    for pair, good, bad in zip(pairs, sums[::2], sums[1::2], strict=True):
-        own = passed.setdefault((pair.phenomenon, pair.paradigm), [])
-        own.append(0.5 if good == bad else float(good > bad))
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        passed.setdefault((pair.phenomenon, pair.paradigm), []).append(outcome)
     paradigms = {name: fmean(own) for (_, name), own in sorted(passed.items())}
-    phenomena = {
-        term: fmean(paradigms[name] for other, name in passed if other == term)
+    of_term = {
+        term: [own for (other, _), own in passed.items() if other == term]
         for term in sorted({term for term, _ in passed})
     }
-    return Accuracy(paradigms, phenomena, fmean(paradigms.values()), len(pairs))
+    phenomena = {term: fmean(map(fmean, own)) for term, own in of_term.items()}
+    groups = of_term | {"overall": [*passed.values()]}
+    errors = {n: _error(own) for n, own in groups.items() if min(map(len, own)) > 1}
+    return Accuracy(paradigms, phenomena, fmean(paradigms.values()), len(pairs), errors)
+
+
+def _error(paradigms: Sequence[Sequence[float]]) -> float:
+    """The standard error of the mean of the means of paradigms, each a sample by itself."""
+    return math.sqrt(sum(variance(own) / len(own) for own in paradigms)) / len(paradigms)
 
 
 def read_published(path: str) -> dict[str, dict[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ from lm.generation.chat import Chat
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Report, Scorer
+from lm.telemetry.metrics import ERROR_SUFFIX
 from lm.telemetry.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
 MAX_NEW_TOKENS = 256  # unless a task gives it
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names that tasks use for it
@@ -28,11 +31,13 @@ def make_model(
     *,
     chat: Chat | None = None,
     batch_size: int = 16,
+    report: Report | None = None,
 ) -> LM:
     """An `lm_eval.api.model.LM` that can do all three kinds of request.
 
     chat: for tasks that are asked in a dialogue. batch_size: prompts that are continued together;
-    scoring fills batches by tokens.
+    scoring fills batches by tokens. report: called with the requests done of a kind, and their
+    count; None: they are shown.
 
     Every stream begins as those of `scorer` do, with bos. Where they begin with nothing, a request
     without a context is scored after bos all the same. Contexts that are too long lose their
@@ -40,7 +45,7 @@ def make_model(
     """
     from lm_eval.api.model import TemplateLM
 
-    tokenizer, progress = scorer.tokenizer, Progress()
+    tokenizer, progress, reported = scorer.tokenizer, Progress(), report
     limit = scorer.model.config.max_length
 
     class Model(TemplateLM):
@@ -76,7 +81,7 @@ def make_model(
             begins = scorer.takes_encoder or len(scorer.start) > 0  # no request needs the prefix
             contexts = [[] if begins and not text else ids for (text, _), ids, _ in requests]
             continuations = [ids for _, _, ids in requests]
-            report = _reporter(progress, "scored", disable_tqdm)
+            report = reported or _reporter(progress, "scored", disable_tqdm)
             scores = scorer.score(contexts, continuations, report=report)
             return [(score.logprob, score.is_greedy) for score in scores]
 
@@ -86,11 +91,11 @@ def make_model(
             texts = [self.tok_encode(request.args[0]) for request in requests]
             if not len(scorer.start):  # the tokens after bos are scored
                 texts = [[tokenizer.bos_id, *ids] for ids in texts]
-            report = _reporter(progress, "scored windows", disable_tqdm)
+            report = reported or _reporter(progress, "scored windows", disable_tqdm)
             return [score.logprob for score in scorer.rolling(texts, report=report)]
 
         def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-            report = _reporter(progress, "generated", disable_tqdm)
+            report = reported or _reporter(progress, "generated", disable_tqdm)
             groups: dict[tuple, list[int]] = {}
             for i, request in enumerate(requests):
                 arguments: Any = request.args[1]  # pyright: ignore
@@ -163,10 +168,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """The results of the harness for a model of `make_model`.
 
-    tasks: names, or YAML files; ValueError where one is neither. With files alone the harness's own
-    tasks are not even looked up.
+    tasks: as of `find`.
     """
     from lm_eval.evaluator import simple_evaluate
+
+    # its bootstrap would fork this process, which has threads of XLA that may hold locks
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    results = simple_evaluate(
+        model=model,
+        tasks=list(tasks),
+        task_manager=find(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=getattr(model, "has_chat", False),
+        bootstrap_iters=1000,
+    )
+    assert results is not None, "of the first process"
+    return dict(results)
+
+
+def find(tasks: Sequence[str]) -> TaskManager:
+    """The harness's table of tasks: names, or YAML files; ValueError where one is neither. With
+    files alone the harness's own tasks are not even looked up.
+    """
     from lm_eval.tasks import TaskManager
 
     files = [task.endswith((".yaml", ".yml")) for task in tasks]
@@ -177,14 +201,27 @@ def evaluate(
     unknown = [t for t, f in zip(tasks, files, strict=True) if not (f or manager.match_tasks([t]))]
     if unknown:
         raise ValueError(f"the harness has no task {', '.join(unknown)}")
-    results = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=getattr(model, "has_chat", False),
-        bootstrap_iters=1000,
-    )
-    assert results is not None, "of the first process"
-    return dict(results)
+    return manager
+
+
+def load(tasks: Sequence[str]) -> None:
+    """Read the data of tasks, as of `find`. Raises ValueError or OSError where one is missing."""
+    from lm_eval.tasks import get_task_dict
+
+    get_task_dict(list(tasks), find(tasks))
+
+
+def figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """{TASK/METRIC: value} of the harness's results, with TASK/METRIC_stderr beside it, and with
+    the filter of the answers in METRIC where it has a name.
+    """
+    found: dict[str, float] = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or not isinstance(value, int | float):  # an alias; "N/A"
+                continue
+            name, suffix = metric.removesuffix(ERROR_SUFFIX), metric.endswith(ERROR_SUFFIX)
+            name = f"{task}/{name}" + (f".{chosen}" if chosen != "none" else "")
+            found[name + ERROR_SUFFIX * suffix] = float(value)
+    return found

@@ -56,12 +56,7 @@ def predict(
         return _classify(experiment, params, config, sources, report)
     form, tokenizer = experiment.model_interface, experiment.tokenizer
     is_decoder = form.encoder_length is None
-    room = (form.encoder_length or form.length - max_new_tokens) - 1  # without its eos
-    if room < 1:
-        raise ValueError(
-            f"max_new_tokens ({max_new_tokens}) leaves no room for a source in rows of "
-            f"config.data.length ({form.length})"
-        )
+    room = room_for_source(experiment, max_new_tokens)
     encoded = [tokenizer.encode(source) for source in sources]
     prompts = [ids[:room] for ids in encoded]
     if is_decoder:  # else the eos of the source is the generator's
@@ -72,6 +67,18 @@ def predict(
         texts |= found
         report(len(texts), len(sources))
     return [Prediction(texts[i].strip(), None, len(x) > room) for i, x in enumerate(encoded)]
+
+
+def room_for_source(experiment: Experiment, max_new_tokens: int) -> int:
+    """The tokens of a source, without its eos, before a text. Raises ValueError where none fits."""
+    form = experiment.model_interface
+    room = (form.encoder_length or form.length - max_new_tokens) - 1
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) leaves no room for a source in rows of "
+            f"config.data.length ({form.length})"
+        )
+    return room
 
 
 def _classify(

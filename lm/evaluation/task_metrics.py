@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,9 +109,31 @@ def classes(predictions: Sequence[str], references: References) -> dict[str, flo
     return {"accuracy": 100 * accuracy, "balanced": 100 * recall, "macro-F1": 100 * f1}
 
 
-METRICS: dict[str, Callable[[Sequence[str], References], dict[str, float]]] = {
-    metric.__name__: metric for metric in (bleu, rouge, answers, classes)
-}
+Metric = Callable[[Sequence[str], References], dict[str, float]]
+METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (bleu, rouge, answers, classes)}
+PACKAGES = {"bleu": "sacrebleu", "rouge": "rouge_score", "classes": "sklearn"}  # that they import
+
+
+def standard_errors(
+    metric: Metric, predictions: Sequence[str], references: References, *, groups: int = 20
+) -> dict[str, float]:
+    """The standard error of every figure by the jackknife (Efron 1982, section 3) that leaves out
+    one group of records at a time, every n-th of them; {} of a single record.
+
+    The error of a mean over at most `groups` records is the usual one. Groups, as BLEU of a corpus
+    is no mean, and takes long.
+    """
+    count = min(groups, len(predictions))
+    if count < 2:
+        return {}
+    left = []
+    for group in range(count):
+        kept = [i for i in range(len(predictions)) if i % count != group]
+        left.append(metric([predictions[i] for i in kept], [references[i] for i in kept]))
+    return {
+        name: ((count - 1) * statistics.pvariance(found[name] for found in left)) ** 0.5
+        for name in left[0]
+    }
 
 
 def _pairs(predictions: Sequence[str], references: References) -> list[tuple[str, Sequence[str]]]:

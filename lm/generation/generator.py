@@ -86,7 +86,7 @@ class Generator:
             ValueError: before anything is compiled, where a prompt and `max_new_tokens` don't fit
                 into `config.model.max_length`, or ids are outside of the vocabulary.
         """
-        inputs = self._inputs(prompts, max_new_tokens)
+        inputs = self.encode_prompts(prompts, max_new_tokens)
         if isinstance(sampling, BeamSearch):
             return self._beam_search(inputs, max_new_tokens, sampling)
         # The device ends rows at stop ids; only stop strings need the host in between.
@@ -106,11 +106,11 @@ class Generator:
         """The continuations of `generate` while they grow: new bytes after every `chunk` tokens."""
         if chunk < 1:
             raise ValueError(f"chunk ({chunk}) must be positive")
-        inputs = self._inputs(prompts, max_new_tokens)
+        inputs = self.encode_prompts(prompts, max_new_tokens)
         return self._stream(inputs, max_new_tokens, sampling, chunk)
 
-    def _inputs(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[np.ndarray]:
-        """The ids of every prompt, checked: int32 [n]."""
+    def encode_prompts(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[np.ndarray]:
+        """The ids of every prompt, int32 [n]. Raises ValueError as `generate`."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list: this one text would be read as its letters")
         if max_new_tokens < 1:

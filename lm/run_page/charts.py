@@ -13,9 +13,7 @@ import numpy as np
 from lm.run_page import thinning
 from lm.run_page.folder import RunFolder
 from lm.telemetry.jsonl import Record
-from lm.telemetry.metrics import short_names
-
-ERROR_SUFFIX = "_stderr"  # of the name of a standard error, after the name of what it is of
+from lm.telemetry.metrics import ERROR_SUFFIX, EVALUATION, short_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +50,8 @@ _TITLES = {
     "skipped": "Skipped updates per log window",
 }
 _NO_CURVES = {"step", "kind", "source", "tokens", "tokens_seen", "flops_seen"}
+_NO_FIGURES = {"n", "total", "partial", "seconds"}  # of evaluations
+OF_EVALUATION = f"{EVALUATION}/"  # begins the id of a chart, before the name and the figure
 
 
 def of_run(run: RunFolder, buckets: int = thinning.BUCKETS) -> dict[str, list[dict[str, Any]]]:
@@ -64,17 +64,30 @@ def of_run(run: RunFolder, buckets: int = thinning.BUCKETS) -> dict[str, list[di
         found[key].append({"name": "training", "kind": "train", **curve})
     names = short_names(sorted({r["source"] for r in run.evals}))
     for source, name in names.items():
-        columns = _columns(r for r in run.evals if r["source"] == source)
-        for key, (steps, values) in columns.items():
-            if key.endswith(ERROR_SUFFIX):
-                continue
-            curve = thinning.curve(steps, values, buckets)
-            errors = dict(zip(*columns.get(key + ERROR_SUFFIX, ((), ())), strict=True))
-            if errors:
-                near = [errors.get(step, math.nan) for step in curve["x"]]
-                curve["error"] = thinning.numbers(near)
+        curves = _with_errors([r for r in run.evals if r["source"] == source], buckets)
+        for key, curve in curves.items():
             found[key].append({"name": name, "kind": "eval", **curve})
+    for name in dict.fromkeys(r["source"] for r in run.evaluations):
+        own = [r for r in run.evaluations if r["source"] == name]
+        rows = [{k: v for k, v in r.items() if k not in _NO_FIGURES} for r in own]
+        for key, curve in _with_errors(rows, buckets).items():
+            found[f"{OF_EVALUATION}{name}/{key}"] = [{"name": name, "kind": "eval", **curve}]
     return dict(found)
+
+
+def _with_errors(records: Sequence[Record], buckets: int) -> dict[str, dict[str, Any]]:
+    """{name: the curve of a figure of records, with its standard errors as `error`}."""
+    found, columns = {}, _columns(records)
+    for key, (steps, values) in columns.items():
+        if key.endswith(ERROR_SUFFIX):
+            continue
+        curve = thinning.curve(steps, values, buckets)
+        errors = dict(zip(*columns.get(key + ERROR_SUFFIX, ((), ())), strict=True))
+        if errors:
+            near = [errors.get(step, math.nan) for step in curve["x"]]
+            curve["error"] = thinning.numbers(near)
+        found[key] = curve
+    return found
 
 
 def _columns(records: Iterable[Record]) -> dict[str, tuple[list[float], list[float]]]:
@@ -92,9 +105,15 @@ def _columns(records: Iterable[Record]) -> dict[str, tuple[list[float], list[flo
 
 def described(ids: Iterable[str]) -> list[dict[str, Any]]:
     """The charts of these ids, the known ones first, as the page takes them."""
-    wanted = set(ids)
+    wanted = dict.fromkeys(ids)
     known = [chart for chart in CHARTS if chart.id in wanted]
-    rest = sorted(wanted - {chart.id for chart in CHARTS})
+    shown = set()
+    for name in [name for name in wanted if name.startswith(OF_EVALUATION)]:
+        evaluation, _, figure = name.removeprefix(OF_EVALUATION).partition("/")
+        # the first figure is the one that the others make up
+        known.append(Chart(name, f"{evaluation}: {figure}", main=evaluation not in shown))
+        shown.add(evaluation)
+    rest = sorted(wanted.keys() - {chart.id for chart in known})
     known += [Chart(name, _TITLES.get(name, name), main=False) for name in rest]
     return [dataclasses.asdict(chart) for chart in known]
 

@@ -16,17 +16,17 @@ from lm.checkpoint.manifest import Damaged
 from lm.config import conversion
 from lm.config.tree import as_tuples, leaves
 from lm.run_page import charts, thinning, timeline
-from lm.run_page.charts import ERROR_SUFFIX
 from lm.run_page.folder import FAILED, UNKNOWN, RunFolder, duration
 from lm.storage import files
 from lm.storage.epaths import StoragePath
 from lm.telemetry.jsonl import Record
-from lm.telemetry.metrics import short_names
+from lm.telemetry.metrics import ERROR_SUFFIX, short_names
 from lm.telemetry.progress import format_quantity
 from lm.telemetry.spikes import spike_score
 
 MAX_CHECKPOINTS = 40  # whose manifests are read, the newest
 MAX_WARNINGS = 30  # of each kind
+MAX_SAMPLED = 40  # samples of a prompt
 MAX_TEXT = 4000  # characters of a sample or a report
 _SAMPLE = re.compile(r"^--- ?(.*)$", re.MULTILINE)
 
@@ -51,9 +51,10 @@ def of_run(run: RunFolder, buckets: int = thinning.BUCKETS, *, whole: bool = Tru
         "skipped": [r["step"] for r in run.train if r.get("skipped")][:500],
         "timeline": line,
         "starts": timeline.starts(run.goodput, run.attempts),
-        "evals": evaluations(run.evals),
+        "evals": evaluations(run.evals) + evaluations(run.evaluations),
         "heat": charts.heat_maps(run.layers) if whole else [],
         "samples": samples(run) if whole else [],
+        "sampled": sampled(run.evaluations) if whole else [],
         "data": data(run),
         "config": configured(run.config),
         "checkpoints": checkpoints,
@@ -189,18 +190,21 @@ def evaluations(evals: Sequence[Record]) -> list[Json]:
         own = [r for r in evals if r["source"] == source]
         keys = dict.fromkeys(k for r in own for k, v in r.items() if isinstance(v, float))
         for key in keys:
-            if key == "tokens" or key.endswith(ERROR_SUFFIX):
+            if key in ("tokens", "seconds") or key.endswith(ERROR_SUFFIX):
                 continue
             values = [(r["step"], r[key], r.get(key + ERROR_SUFFIX)) for r in own if key in r]
             finite = [v for v in values if math.isfinite(v[1])]
             low = min(finite, key=lambda v: v[1], default=None)
             high = max(finite, key=lambda v: v[1], default=None)
             step, value, error = values[-1]
+            last = next(r for r in reversed(own) if key in r)
+            part = f" of {last['total']:,}, partial" if "total" in last else ""
             found.append(
                 {
                     "source": name,
                     "metric": key,
                     "step": step,
+                    "examples": f"{last['n']:,}{part}" if "n" in last else "",
                     "value": thinning.number(value),
                     "error": None if error is None else thinning.number(error, 3),
                     "lowest": low and [thinning.number(low[1]), low[0]],
@@ -217,6 +221,22 @@ def samples(run: RunFolder) -> list[Json]:
     pairs = list(zip(parts[1::2], parts[2::2], strict=True)) or ([("", text)] if text else [])
     step = run.read_json("summary.json").get("steps", run.step)
     return [{"step": step, "title": t, "text": x.strip()[:MAX_TEXT]} for t, x in pairs]
+
+
+def sampled(evaluations: Sequence[Record]) -> list[Json]:
+    """[{"name", "prompt", "rows": [[step, text]]}] of fixed prompts, the newest steps first; of
+    many steps some MAX_SAMPLED at equal distances.
+    """
+    found: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for record in reversed(evaluations):
+        for row in record.get("samples", ()):
+            if "prompt" in row:
+                rows = found.setdefault((record["source"], row["prompt"]), [])
+                rows.append((record["step"], row["text"][:MAX_TEXT]))
+    return [
+        {"name": name, "prompt": prompt, "rows": rows[:: -(-len(rows) // MAX_SAMPLED)]}
+        for (name, prompt), rows in found.items()
+    ]
 
 
 def data(run: RunFolder) -> list[Json]:

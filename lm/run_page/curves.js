@@ -27,6 +27,15 @@ function interpolate(x, from, to) {
   return to[low] + (to[high] - to[low]) * (x - from[low]) / (from[high] - from[low]);
 }
 
+// One standard error to either side of a curve.
+function band(x, trace, fillcolor) {
+  const edge = (sign) => trace.y.map((y, i) => y + sign * (trace.error[i] || 0));
+  return {
+    x: [...x, ...x.toReversed()], y: [...edge(1), ...edge(-1).toReversed()], mode: "lines", line: { width: 0 },
+    fill: "toself", fillcolor, opacity: 0.2, hoverinfo: "skip", showlegend: false,
+  };
+}
+
 class Curves {
   constructor(page) {
     this.page = page;
@@ -108,8 +117,9 @@ class Curves {
         const common = { name, line, hovertemplate: "%{y:.5g}<extra>%{fullData.name}</extra>" };
         if (trace.kind === "eval") {
           line.dash = runs.length > 1 && own.some((t) => t.kind === "train") ? "dot" : "solid";
-          const errors = trace.error ? { error_y: { array: trace.error, color: line.color, thickness: 1 } } : {};
-          found.push({ ...common, x: this.x(run, trace.x), y: trace.y, mode: "lines+markers", marker: { size: 5 }, ...errors });
+          const x = this.x(run, trace.x);
+          if (trace.error) found.push(band(x, trace, line.color));
+          found.push({ ...common, x, y: trace.y, mode: "lines+markers", marker: { size: 5 } });
         } else if (this.smoothing === 0 || EXACT.includes(chart.id) || trace.y.length < FEW) {
           found.push({ ...common, x: this.x(run, trace.x), y: trace.y, mode: trace.y.length < 4 ? "lines+markers" : "lines" });
         } else {

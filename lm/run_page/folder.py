@@ -73,6 +73,11 @@ class RunFolder:
         return [r for r in self.metrics if r["kind"] == "eval"]
 
     @functools.cached_property
+    def evaluations(self) -> list[Record]:
+        """Those of `config.evaluations`."""
+        return self.read_lines(metrics.EVALUATIONS_FILE)
+
+    @functools.cached_property
     def goodput(self) -> list[Record]:
         return self.read_lines(goodput.GOODPUT_FILE)
 

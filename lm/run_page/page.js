@@ -118,6 +118,7 @@ function evaluations(run) {
     { title: "metric", get: (e) => e.metric },
     { title: "last value", get: (e) => (e.error === null ? show(e.value, 5) : `${show(e.value, 5)} ± ${show(e.error, 2)}`), sort: (e) => e.value },
     { title: "after step", get: (e) => e.step },
+    ...(run.evals.some((e) => e.examples) ? [{ title: "examples", get: (e) => e.examples || "–" }] : []),
     { title: "lowest", get: (e) => best(e.lowest), sort: (e) => e.lowest && e.lowest[0] },
     { title: "highest", get: (e) => best(e.highest), sort: (e) => e.highest && e.highest[0] },
   ], run.evals, { sorts: true });
@@ -150,6 +151,16 @@ function samples(run) {
     element("h3", {}, [s.title, `step ${s.step.toLocaleString("en")}`].filter(Boolean).join(" · ")), element("pre", {}, s.text)));
   const rest = items.splice(6);
   return [...items, rest.length ? element("details", {}, element("summary", {}, `${rest.length} more`), ...rest) : null];
+}
+
+// For each fixed prompt a folded table of its continuations.
+function sampled(run) {
+  return run.sampled.map((s, i) => element("details", { open: i === 0 },
+    element("summary", {}, `${s.name}: ${s.prompt}`),
+    table([
+      { title: "step", get: (row) => row[0] },
+      { title: "continuation", get: (row) => element("pre", {}, row[1]), wide: true },
+    ], s.rows)));
 }
 
 function profiles(run) {
@@ -317,6 +328,7 @@ function build(page) {
     if (run.timeline) add("time", "Where the time went", `Goodput ${percent(run.timeline.goodput)}: the share of the wall time since the first start in which steps were trained that lasted. Triangles: starts of the run.`, ...timeline(run));
     if (run.heat.length) add("layers", "Layers", "A row is a layer or a group of parameters, a column a measured step.", ...heatMaps(run));
     if (run.samples.length) add("samples", "Samples", "", ...samples(run));
+    if (run.sampled.length) add("sampled", "Samples over time", "Continuations of fixed prompts inside the run, the newest first.", ...sampled(run));
     if (run.data.length) add("data", "Data", "", dataTable(run));
     if (run.checkpoints.length) add("checkpoints", "Checkpoints", "The newest first; verified: all files were read back and have the manifest's checksums.", checkpoints(run));
     if (run.profiles.length) add("profile", "Profile", "Shares of the devices' time: compute; communication that no compute hides; transfers between host and device; and no operation at all. Operations: shares of their own time, without that of operations inside.", ...profiles(run));

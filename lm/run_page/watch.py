@@ -22,7 +22,7 @@ from lm.storage import files, growing
 from lm.storage.paths import is_url
 from lm.telemetry import goodput, jsonl
 from lm.telemetry.jsonl import Record
-from lm.telemetry.metrics import short_names
+from lm.telemetry.metrics import ERROR_SUFFIX, short_names
 from lm.telemetry.progress import SEPARATOR, format_duration, format_quantity
 
 SECONDS, BUCKET_SECONDS = 2.0, 15.0  # between two looks
@@ -163,6 +163,8 @@ def _facts(run: RunFolder) -> Iterator[tuple[str, str]]:
             yield "energy", str(report.energy)
     if run.evals:
         yield from _evaluations(run.evals)
+    if run.evaluations:
+        yield from _evaluations(run.evaluations)
     skipped = int(sum(r.get("skipped", 0) for r in run.train))
     evidence = run.names("evidence")
     if skipped or evidence:
@@ -176,8 +178,14 @@ def _evaluations(evals: Sequence[Record]) -> Iterator[tuple[str, str]]:
     """(label, text) of the last evaluation of each source."""
     names = short_names(sorted({r["source"] for r in evals}))
     for record in {r["source"]: r for r in evals}.values():
-        values = [(k, v) for k, v in record.items() if isinstance(v, float) and k != "tokens"]
-        text = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values)
+        hidden = ("tokens", "seconds")
+        values = {k: v for k, v in record.items() if isinstance(v, float) and k not in hidden}
+        errors = {k: f" ± {v:.2g}" for k, v in values.items() if k.endswith(ERROR_SUFFIX)}
+        text = SEPARATOR.join(
+            f"{k} {v:.4g}{errors.get(k + ERROR_SUFFIX, '')}"
+            for k, v in values.items()
+            if k not in errors
+        )
         yield f"eval {record['step']:,}", f"{names[record['source']]}{SEPARATOR}{text}"
 
 

@@ -8,6 +8,9 @@ from lm.storage.epaths import StoragePath
 from lm.telemetry import jsonl
 
 METRICS_FILE, LAYERS_FILE = "metrics.jsonl", "layers.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"  # see lm/training/run_evaluations.py
+TRAIN, EVAL, EVALUATION, LAYERS = "train", "eval", "evaluation", "layers"  # kinds of records
+ERROR_SUFFIX = "_stderr"  # of the name of a standard error, after the name of what it is of
 OVERVIEW_FILE = "overview.json"  # see lm/training/describe.py
 HOST_WORK = ("host_seconds", "host_cpu_seconds")  # a step: see lm/telemetry/deferred.py
 

@@ -95,11 +95,20 @@ class MetricsWriter:
     def eval(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Write the metrics of every validation source, {source: {name: value}}."""
         names = metrics.short_names([*results])
-        head = {"step": step, "kind": "eval"}
+        head = {"step": step, "kind": metrics.EVAL}
         self._trackers.write(step, [head | {"source": s, **v} for s, v in results.items()])
         for source, values in results.items():
             shown = SEPARATOR.join(f"{k} {v:.4g}" for k, v in values.items() if k != "tokens")
             self.note(f"eval {step} · {names[source]} · {shown}")
+
+    def evaluation(self, record: jsonl.Record, text: str) -> None:
+        """Write the record of one of `config.evaluations`; text: the line that says it."""
+        self._trackers.write(record["step"], [record])
+        self.note(f"eval {record['step']} · {text}")
+
+    def layers(self, record: jsonl.Record) -> None:
+        """Give trackers a record of layers.jsonl."""
+        self._trackers.write(record["step"], [{"kind": metrics.LAYERS, **record}])
 
     def note(self, text: str) -> None:
         """Write a permanent line above the progress line."""
@@ -116,7 +125,7 @@ class MetricsWriter:
     def _write_window(self, step: int, extra: dict[str, float]) -> None:
         window, self._window = self._window, []
         applied = [r for r in window if not r.bad]
-        record: jsonl.Record = {"step": step, "kind": "train", **_means(applied)}
+        record: jsonl.Record = {"step": step, "kind": metrics.TRAIN, **_means(applied)}
         if applied:
             record |= {"grad_norm": applied[-1].grad_norm, **_noise_scale(applied)}
         if "sparsity" in window[-1].info:

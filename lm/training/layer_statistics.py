@@ -102,10 +102,15 @@ class LayerStatistics:
             sources = source_numbers(self._experiment, step)
             self._pending[step] = self._experiment.measure_layers(state, batch, sources)
 
-    def record(self, step: int) -> None:
-        """Write what was measured before step number `step`, which the devices have done."""
-        if self._file is not None and (found := self._pending.pop(step, None)) is not None:
-            self._file.append(as_record(step, jax.device_get(found)))
+    def record(self, step: int) -> jsonl.Record | None:
+        """Write what was measured before step number `step`, which the devices have done, if it
+        was, and return it.
+        """
+        if self._file is None or (found := self._pending.pop(step, None)) is None:
+            return None
+        record = as_record(step, jax.device_get(found))
+        self._file.append(record)
+        return record
 
     def roll_back(self, step: int) -> None:
         """Drop the records of the states from step number `step` on, which will be made again."""

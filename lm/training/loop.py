@@ -35,6 +35,7 @@ from lm.training.describe import describe, write_overview
 from lm.training.experiment import Experiment
 from lm.training.restore import find_snapshot, memory_snapshots, restore_or_init
 from lm.training.rollback import roll_back
+from lm.training.run_evaluations import RunEvaluations
 from lm.training.run_length import given_length
 from lm.training.session import (
     Diverged,
@@ -98,6 +99,7 @@ def train(
             return Exit.SUCCESS
         compatibility.check_checkpoint(record, workdir, experiment)
         with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
+            evaluations = RunEvaluations(experiment)
             _open_and_compile(experiment, workdir, record, phases, is_new=not checkpoints.steps())
             snapshots = memory_snapshots(experiment, workdir)
             from_step = max(checkpoints.steps(), default=0)
@@ -136,9 +138,13 @@ def train(
                     attempts,
                     snapshots,
                     meter,
+                    evaluations,
                 )
-                if record.step and _evaluation_is_missing(experiment, workdir, step):
-                    session.completed -= 1  # a signal stopped the run before it
+                if record.step:  # a signal may have stopped the run before evaluations
+                    if not _evaluation_is_missing(experiment, workdir, step):
+                        session.validated = step
+                    if session.validated is None or session.due_evaluations(step):
+                        session.completed -= 1
                 with session.aborting():
                     while True:
                         try:
@@ -199,8 +205,10 @@ def _do_due_work(session: TrainingSession, state: TrainState, step: int) -> sign
         session.end_profile()
     stops_early = vote.signal is not None and step < num_steps  # no time for an evaluation
     eval_due = session.experiment.validation and _is_due(step, c.train.eval_every, num_steps)
-    if eval_due and not stops_early:
-        session.evaluate(state)
+    if not stops_early:
+        if eval_due and step != session.validated:
+            session.evaluate(state)
+        session.run_evaluations(state, step)
     save_due = step in c.checkpoint.at or _is_due(step, c.checkpoint.every, num_steps)
     if save_due or vote.save or vote.signal:
         session.save(state)

@@ -25,9 +25,10 @@ from lm.reliability.attempts import Attempts
 from lm.reliability.data_ledger import Ledger
 from lm.reliability.stop_signals import StopSignals
 from lm.reliability.watchdog import Watchdog
+from lm.storage.epaths import StoragePath
 from lm.storage.filesystems import StorageError
 from lm.storage.lease import Lock
-from lm.telemetry import memory
+from lm.telemetry import jsonl, memory, metrics
 from lm.telemetry.deferred import DeferredMetrics, StepResult
 from lm.telemetry.energy import EnergyMeter
 from lm.telemetry.goodput import Goodput
@@ -37,11 +38,12 @@ from lm.telemetry.scalars import Scalars
 from lm.telemetry.trackers.opening import open_trackers
 from lm.telemetry.trackers.tracker import RunInfo
 from lm.telemetry.writers import MetricsWriter
-from lm.training import bad_step_report, run_costs
+from lm.training import bad_step_report, run_costs, run_evaluations
 from lm.training.evaluation import evaluate
 from lm.training.experiment import Experiment
 from lm.training.layer_statistics import LayerStatistics
 from lm.training.restore import eval_params, stored_state
+from lm.training.run_evaluations import RunEvaluations
 from lm.types import TrainState
 
 
@@ -125,6 +127,7 @@ class TrainingSession:
         attempts: Attempts,
         snapshots: MemorySnapshots | None,
         meter: EnergyMeter,
+        evaluations: RunEvaluations,
     ) -> None:
         c = experiment.config
         self.experiment, self.workdir, self.checkpoints = experiment, workdir, checkpoints
@@ -143,19 +146,27 @@ class TrainingSession:
         self._goodput = Goodput(
             workdir, phases, first_step=first_step, meter=meter, active=self.is_lead
         )
+        self.layers = LayerStatistics(
+            experiment, workdir, first_step=first_step, active=self.is_lead
+        )
+        self._evaluations = evaluations
+        self._evaluated = self._evaluated_until(first_step)
+        self.validated: int | None = None  # a step whose validation the folder has
         self._trackers = None
-        if self.is_lead:
-            info = run_info(experiment, workdir)
-            self._trackers = open_trackers(c.log.trackers, info, first_step, print_on_lead)
+        if self.is_lead:  # last: they read what files have
+            self._trackers = open_trackers(
+                c.log.trackers,
+                run_info(experiment, workdir),
+                first_step,
+                print_on_lead,
+                evaluates=bool(evaluations.names),
+            )
         self.writer = MetricsWriter(
             self._trackers,
             num_steps=experiment.num_steps,
             every=c.train.log_every,
             flops_per_token=experiment.flops_per_token,
             peak_flops=run_costs.peak_flops(experiment),
-        )
-        self.layers = LayerStatistics(
-            experiment, workdir, first_step=first_step, active=self.is_lead
         )
         window = range(c.log.profile_start, c.log.profile_start + c.log.profile_steps)
         show = self.writer.note if self.is_lead else None
@@ -184,7 +195,8 @@ class TrainingSession:
         """
         for result in results:
             self.add_to_ledger(result)
-            self.layers.record(result.step)
+            if (record := self.layers.record(result.step)) is not None:
+                self.writer.layers(record)
             if result.seconds is not None:
                 self._watchdog.add_step(result.seconds)
             extra = {}
@@ -326,6 +338,32 @@ class TrainingSession:
             results = evaluate(experiment, params, max_batches=limit, report=self._report_progress)
             self.writer.eval(step, results)
 
+    def due_evaluations(self, step: int) -> list[str]:
+        """The names in `config.evaluations` that are due after `step` steps and not done yet."""
+        return [n for n in self._evaluations.due(step) if (step, n) not in self._evaluated]
+
+    def run_evaluations(self, state: TrainState, step: int) -> None:
+        """Run those of `config.evaluations` that are due for `state`, after `step` steps."""
+        if not (due := self.due_evaluations(step)):
+            return
+        self.flush()
+        with self.phases("evaluate"):
+            params = eval_params(self.experiment, state)
+            for name in due:
+                record = self._evaluations.run(name, params, step, report=self._report_progress)
+                self.writer.evaluation(record, run_evaluations.describe(record))
+                self._evaluated.add((step, name))
+
+    def _evaluated_until(self, step: int) -> set[tuple[int, str]]:
+        """(step, name) of the records of evaluations up to `step` that the folder has."""
+        if not self._evaluations.names:
+            return set()
+        path = StoragePath(self.workdir) / metrics.EVALUATIONS_FILE
+        done = process_group.from_lead(
+            "evaluations", lambda: [[r["step"], r["source"]] for r in jsonl.read(path)]
+        )
+        return {(at, name) for at, name in done if at <= step}
+
     def _report_progress(self, text: str) -> None:
         self.phases.heartbeat()
         if self.is_lead:
@@ -334,6 +372,8 @@ class TrainingSession:
     def redo_from(self, step: int) -> None:
         """Make all work after `step` due again, and drop the metrics of later steps."""
         self.completed = min(self.completed, step)
+        self.validated = None
+        self._evaluated = {(at, name) for at, name in self._evaluated if at <= step}
         self.writer.roll_back(step)
         self.layers.roll_back(step)
 

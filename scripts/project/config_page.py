@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import conversion
-from lm.config.components import COMPONENTS, components_in
+from lm.config.components import COMPONENTS, EVALUATIONS, components_in
+from lm.config.tree import ConfigTree
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 HEAD = """# Every key of a config
@@ -21,14 +22,18 @@ HEAD = """# Every key of a config
 Written by `make docs` from the dataclasses; `lm train --config=FILE --explain` prints the same for
 one config, with its values. A key is set in a config file (`config.train.num_steps = 100`) or by a
 flag (`--config.train.num_steps=100`); None unsets it. A component is chosen by its name:
-`--config.optimizer.name=lion`.
+`--config.optimizer.name=lion`. Evaluations inside the run are added by the name of their component,
+under names of your own: `--config.evaluations.grammar.name=blimp`.
 """
 PIPE = r"\|"  # inside a cell
 Row = tuple[str, Any, str]  # key, default, sentence
 
 
 def rows(**components: str) -> list[Row]:
-    config = conversion.default(**components)
+    return explained(conversion.default(**components))
+
+
+def explained(config: ConfigTree) -> list[Row]:
     return [(path, default, text) for path, _, default, text in conversion.explain(config)]
 
 
@@ -70,6 +75,11 @@ def sections() -> Iterator[str]:
             if missing:
                 text += f"\nand without {', '.join(f'`{path}`' for path in sorted(missing))}.\n"
             yield heading + text
+    for name in names(EVALUATIONS):
+        config = conversion.default()
+        config.evaluations["NAME"] = conversion.evaluation(name)
+        own = [row for row in explained(config) if row[0].startswith("evaluations.")]
+        yield f"## evaluations: {name}\n\n{table(own)}"
 
 
 def page() -> str:

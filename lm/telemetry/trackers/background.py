@@ -1,9 +1,9 @@
 """A tracker behind a network: a thread sends it the records, and a run never waits for it.
 
-The tracker is asked what it has when its run is opened, and gets from metrics.jsonl what it lacks:
-after a kill, whatever its client still held; after an outage, what came up meanwhile. Steps that a
-restart or a rollback does again are not sent again, since no tracker takes a step back: it keeps
-their first values.
+The tracker is asked what it has when its run is opened, and gets from the files of the run's folder
+(metrics.jsonl, evaluations.jsonl, layers.jsonl) what it lacks: after a kill, whatever its client
+still held; after an outage, what came up meanwhile. Steps that a restart or a rollback does again
+are not sent again, since no tracker takes a step back: it keeps their first values.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lm.telemetry import metrics
 from lm.telemetry.jsonl import Record
 from lm.telemetry.trackers.tracker import (
     RemoteRun,
     RunInfo,
     Status,
     by_step,
+    read_records,
+    tables_by_name,
     value_name,
     values_by_name,
 )
@@ -34,6 +35,11 @@ PAUSES = (1.0, 60.0)  # seconds before it is tried again: the first, doubled up 
 class _Values:
     step: int
     values: Mapping[str, float]
+    tables: Mapping[str, Sequence[Mapping[str, str]]]
+
+    @classmethod
+    def of(cls, step: int, records: Sequence[Record]) -> _Values:
+        return cls(step, values_by_name(records), tables_by_name(records))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Background:
     def write(self, step: int, records: Sequence[Record]) -> None:
         last, count = self._newest
         self._newest = (step, len(records) + (count if step == last else 0))
-        if not self._put(_Values(step, values_by_name(records))):
+        if not self._put(_Values.of(step, records)):
             self._behind.set()
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, str]]) -> None:
@@ -157,23 +163,29 @@ class Background:
                 run.picture(step, name, png)
 
     def _log(self, run: RemoteRun, rows: Iterable[_Values]) -> None:
-        """Send the values of rows that it lacks; no two rows are of one step."""
-        known, new = self._last_steps, []
+        """Send the values and tables of rows that it lacks; no two rows are of one step."""
+        known, new, tables = self._last_steps, [], []
         for row in rows:
             values = {k: v for k, v in row.values.items() if known.get(k, -1) < row.step}
             if values:
                 new.append((row.step, values))
+            lacking = {k: v for k, v in row.tables.items() if known.get(k, -1) < row.step}
+            tables += [(row.step, name, table) for name, table in lacking.items()]
         if new:
             run.log(new)
         for step, values in new:
             known |= dict.fromkeys(values, step)
+        for step, name, table in tables:
+            run.table(step, name, table)
+            known[name] = step
 
     def _catch_up(self, run: RemoteRun) -> None:
-        """Send what metrics.jsonl has and the tracker lacks."""
+        """Send what the run's files have and the tracker lacks."""
         while not self._stopped.is_set():
             self._behind.clear()
-            newest, steps = self._newest, by_step(metrics.read(self._info.workdir))
-            rows = [_Values(step, values_by_name(records)) for step, records in steps.items()]
+            newest, found = self._newest, by_step(read_records(self._info.workdir))
+            steps = dict(sorted(found.items()))
+            rows = [_Values.of(step, records) for step, records in steps.items()]
             for start in range(0, len(rows), CATCH_UP_ROWS):
                 self._log(run, rows[start : start + CATCH_UP_ROWS])
             last = max(steps, default=-1)
@@ -186,5 +198,5 @@ class Background:
             self._has_warned = True
             self._warn(
                 f"config.log.trackers: {self._name} {text}. Training goes on. What it lacks is in "
-                "metrics.jsonl, and is sent when it answers or when the same command runs again"
+                "the run's folder, and is sent when it answers or when the same command runs again"
             )

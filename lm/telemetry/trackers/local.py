@@ -1,35 +1,45 @@
-"""Trackers in the run's folder: metrics.jsonl and TensorBoard's events."""
+"""Trackers in the run's folder: files of records and TensorBoard's events."""
 
 from __future__ import annotations
 
+import html
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm.storage.epaths import StoragePath
 from lm.storage.growing import RewrittenFile
 from lm.telemetry import jsonl, metrics
-from lm.telemetry.trackers.tracker import Status, values_by_name
+from lm.telemetry.trackers.tracker import Status, tables_by_name, values_by_name
 
 
 class JsonLines:
-    """metrics.jsonl without the records of steps after `first_step`, which are done again.
+    """The records of some kinds in a file of the run's folder: by default metrics.jsonl, of
+    training and validation. Those of steps after `first_step` are dropped, and done again.
 
-    Restarts, evaluations, `lm report`, `lm watch` and sweeps read this file, and so do trackers
+    Restarts, evaluations, `lm report`, `lm watch` and sweeps read these files, and so do trackers
     that lack records.
     """
 
-    def __init__(self, workdir: str, first_step: int) -> None:
-        self._workdir = workdir
+    def __init__(
+        self,
+        workdir: str,
+        first_step: int,
+        file: str = metrics.METRICS_FILE,
+        kinds: Sequence[str] = (metrics.TRAIN, metrics.EVAL),
+    ) -> None:
+        self._path, self._kinds = StoragePath(workdir) / file, kinds
         self._file = self._open(first_step)
 
     def _open(self, step: int) -> jsonl.Writer:
-        kept = [record for record in metrics.read(self._workdir) if record["step"] <= step]
-        return jsonl.Writer(StoragePath(self._workdir) / metrics.METRICS_FILE, kept)
+        kept = [record for record in jsonl.read(self._path) if record["step"] <= step]
+        return jsonl.Writer(self._path, kept)
 
     def write(self, step: int, records: Sequence[jsonl.Record]) -> None:
         for record in records:
-            self._file.append(record)
+            if record["kind"] in self._kinds:
+                self._file.append(record)
 
     def roll_back(self, step: int) -> None:
         self._file.close()
@@ -43,7 +53,8 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars as TensorBoard events; `tensorboard.summary.Writer` would import TensorFlow.
+    """Scalars and tables as TensorBoard events; `tensorboard.summary.Writer` would import
+    TensorFlow.
 
     TensorBoard itself drops the events of steps that come again.
     """
@@ -58,11 +69,17 @@ class TensorBoard:
 
     def write(self, step: int, records: Sequence[jsonl.Record]) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.text import metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
 
         event = event_pb2.Event(step=step, wall_time=time.time())  # pyright: ignore
         values = values_by_name(records).items()
-        scalars = [{"tag": name, "simple_value": value} for name, value in values]
-        event.summary.CopyFrom(summary_pb2.Summary(value=scalars))  # pyright: ignore
+        found: list[Any] = [{"tag": name, "simple_value": value} for name, value in values]
+        for name, rows in tables_by_name(records).items():
+            kind = metadata.create_summary_metadata(display_name="", description="")
+            text = make_tensor_proto(_markdown(rows).encode())
+            found.append({"tag": name, "metadata": kind, "tensor": text})
+        event.summary.CopyFrom(summary_pb2.Summary(value=found))  # pyright: ignore
         self._records.write(event.SerializeToString())
         self._records.flush()
 
@@ -74,3 +91,12 @@ class TensorBoard:
 
     def close(self, status: Status) -> None:
         self._file.close()
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table of texts, which keep their lines."""
+    names = list(rows[0])
+    cells = [[html.escape(row[n]).replace("|", "&#124;") for n in names] for row in rows]
+    lines = [names, ["---"] * len(names)]
+    lines += [["<br>".join(text.splitlines()) for text in row] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,6 +6,7 @@ Its client reads MLFLOW_TRACKING_URI and a server's credentials.
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -47,7 +48,16 @@ class MlflowRun:
         self._last_steps = {m.key: m.step for m in data.to_proto().metrics}
 
     def last_steps(self) -> dict[str, int]:
-        return self._last_steps
+        return self._last_steps | self._last_tables()
+
+    def _last_tables(self, folder: str | None = None) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for file in self._client.list_artifacts(self._id, folder):
+            if file.is_dir:
+                found |= self._last_tables(file.path)
+            elif table := re.fullmatch(r"(.+)_(\d+)\.json", file.path):
+                found[table[1]] = max(int(table[2]), found.get(table[1], -1))
+        return found
 
     def log(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from lm.storage import files
+from lm.telemetry import metrics
 from lm.telemetry.jsonl import Record
 from lm.telemetry.trackers.background import Background
 from lm.telemetry.trackers.local import JsonLines, TensorBoard
@@ -43,7 +44,7 @@ class Trackers:
         self._all = (*local, *remote)
 
     def write(self, step: int, records: Sequence[Record]) -> None:
-        """Add records of metrics.jsonl, all of them of `step`."""
+        """Add records, all of them of `step`, as of `Tracker`."""
         for tracker in self._all:
             tracker.write(step, records)
 
@@ -68,13 +69,22 @@ class Trackers:
 
 
 def open_trackers(
-    names: Sequence[str], info: RunInfo, first_step: int, warn: Callable[[str], object]
+    names: Sequence[str],
+    info: RunInfo,
+    first_step: int,
+    warn: Callable[[str], object],
+    *,
+    evaluates: bool = False,
 ) -> Trackers:
     """The trackers of a run that goes on after `first_step` steps.
 
-    warn: is called, by threads, with what the user should know.
+    warn: is called, by threads, with what the user should know. evaluates: there will be records of
+    evaluations.jsonl.
     """
     local: list[Tracker] = [JsonLines(info.workdir, first_step)]
+    file = metrics.EVALUATIONS_FILE
+    if evaluates or files.exists(f"{info.workdir}/{file}"):
+        local.append(JsonLines(info.workdir, first_step, file, (metrics.EVALUATION,)))
     if "tensorboard" in names:
         local.append(TensorBoard(info.workdir))
     return Trackers(local, _open_remote(names, info, warn))  # which read the file of `local`
