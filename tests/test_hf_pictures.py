@@ -154,6 +154,8 @@ def test_logits_are_theirs_both_ways(imported, name, tmp_path):
     assert family == theirs.config.model_type
     again = type(theirs).from_pretrained(out)
     assert difference(their_logits(again, experiment.config.model), wanted) < 1e-6
+    first = [getattr(m.config, "logit_scale_init_value", 0.0) for m in (again, theirs)]
+    assert first[0] == pytest.approx(first[1])
     files = [safetensors_of(path) for path in (folder, out)]
     assert files[0].keys() == files[1].keys()
     for key, x in files[0].items():

@@ -397,7 +397,7 @@ def on_eight(measured):
 @pytest.mark.parametrize(
     ("dtype", "probes", "atol"),
     [
-        ("float32", ALL, 1e-4),
+        pytest.param("float32", ALL, 1e-4, marks=pytest.mark.slow),
         ("bfloat16", "membership", 0.05),  # tokens are rounded to 0.4%, sums of 10 in bits
         pytest.param("bfloat16", ALL, 0.05, marks=pytest.mark.slow),
     ],

@@ -71,8 +71,7 @@ def test_int8_is_within_half_a_step_and_int4_has_the_better_scale(make_experimen
     "model",
     [
         "decoder",
-        "lstm",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("encoder_decoder", "moe")),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("lstm", "encoder_decoder", "moe")),
     ],
 )
 def test_modules_read_what_was_dequantized(make_experiment, model):
@@ -188,7 +187,12 @@ def stories(tmp_path_factory, devices):
 
 
 @pytest.mark.parametrize(
-    "weights, limit", [*zip(FORMATS, (0.001, 0.1, 0.2, 0.2), strict=True)], ids=str
+    ("weights", "limit"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0].group > 32 else ())
+        for case in zip(FORMATS, (0.001, 0.1, 0.2, 0.2), strict=True)
+    ],
+    ids=str,
 )
 def test_the_loss_that_they_cost_stories260k(stories, weights, limit, capsys):
     experiment, params, batch = stories

@@ -58,7 +58,10 @@ def test_another_length_under_cosine_is_refused_with_both_learning_rates(go, tmp
     "changes",
     [
         {"optimizer.schedule.kind": "constant"},
-        {"optimizer.schedule.kind": "wsd", "optimizer.schedule.decay_steps": 2},
+        pytest.param(
+            {"optimizer.schedule.kind": "wsd", "optimizer.schedule.decay_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         {"train.num_steps": None, "train.num_tokens": 3072, "optimizer.schedule.kind": "constant"},
     ],
     ids=["constant", "wsd", "tokens"],
@@ -111,7 +114,12 @@ def test_a_path_of_a_component_that_the_run_had_before_may_be_named(make_config)
 
 
 @pytest.mark.parametrize(
-    "change", [{"optimizer.name": "adafactor"}, {"model.num_layers": 3}], ids=["optimizer", "model"]
+    "change",
+    [
+        pytest.param({"optimizer.name": "adafactor"}, marks=pytest.mark.slow),
+        {"model.num_layers": 3},
+    ],
+    ids=["optimizer", "model"],
 )
 def test_other_arrays_are_refused_with_the_change_whatever_is_allowed(go, change, monkeypatch):
     assert go({"train.num_steps": 2, "optimizer.schedule.kind": "constant"}) == Exit.SUCCESS

@@ -9,12 +9,14 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from resuming import assert_same_bits
 
 from lm.config import conversion
 from lm.data.rows import Rows
+from lm.layers.positions import sinusoids
 from lm.layers.vision import VisionConfig
 from lm.models import clip, flops, init_params, vit
 from lm.objectives import ModelInterface, image_classification
@@ -80,7 +82,7 @@ def trained(make):
     ("name", "dtype"),
     [
         ("data2_fsdp2_tensor2", "float32"),
-        ("micro_batches", "float32"),
+        pytest.param("micro_batches", "float32", marks=pytest.mark.slow),
         ("micro_batches", "bfloat16"),
         pytest.param("fsdp4_tensor2", "float32", marks=pytest.mark.slow),
         pytest.param("fsdp4_tensor2", "bfloat16", marks=pytest.mark.slow),
@@ -197,6 +199,33 @@ def test_without_a_head_there_is_a_pooled_output(rules_on):
         jax.eval_shape(
             lambda x: model.apply({"params": {}}, x, method="logits"), np.zeros((2, 1, 16))
         )
+
+
+def test_the_mean_is_that_of_all_patches_in_any_order(rules_on):
+    vision = VisionConfig(**SIZES, pooling="mean")
+    config = vit.Config(image_size=8, vision=vision, num_classes=3, init_std=0.2)
+    model = vit.build(config, rules_on())
+    params = nn.meta.unbox(init_params(model, jax.random.key(0)))
+    params["vision"]["position"] = jax.tree.map(jnp.zeros_like, params["vision"]["position"])
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    turned = np.concatenate([image[4:], image[:4]])  # the first patch is the third now
+    other = image.copy()
+    other[:4, :4] = 0
+    images = np.stack([image, turned, other])
+    pooled = model.apply({"params": params}, images, method=lambda m, x: m.vision(x))
+    np.testing.assert_allclose(pooled[1], pooled[0], atol=1e-5)
+    assert np.abs(pooled[2] - pooled[0]).max() > 1e-2
+
+
+def test_sinusoids_are_of_the_column_then_of_the_row(rules_on):
+    vision = VisionConfig(**SIZES, pooling="mean", positions="sinusoidal")
+    model = vit.build(vit.Config(image_size=12, vision=vision), rules_on())
+    table = model.apply({"params": {}}, method=lambda m: m.vision._sinusoids())
+    table = np.asarray(table).reshape(3, 3, 2, 8)  # row, column, which half
+    line = np.asarray(sinusoids(jnp.arange(3), 8))
+    for place in range(3):
+        np.testing.assert_array_equal(table[:, place, 0], np.tile(line[place], (3, 1)))
+        np.testing.assert_array_equal(table[place, :, 1], np.tile(line[place], (3, 1)))
 
 
 def test_flops_count_every_patch_once_and_the_head_for_a_picture():
