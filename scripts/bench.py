@@ -298,11 +298,12 @@ def loop(args: argparse.Namespace) -> Figures:
 def _gemms(experiment: Experiment) -> dict[str, list[float]]:
     """FLOP/s of matrix products on one device, in the model's compute type."""
     c, rules = experiment.config, experiment.rules
-    tokens = experiment.batch_size * c.data.length // rules.size("batch")
-    width, vocab = c.model.embed_dim, c.model.vocab_size
     squares = (1024, 2048) if rules.platform == "cpu" else (4096, 8192)
     shapes = {f"square_{n}": (n, n, n) for n in squares}
-    shapes |= {"mlp": (tokens, width, 4 * width), "head": (min(tokens, 4096), width, vocab)}
+    if not hasattr(c.model, "image_size"):  # else there are several widths
+        tokens = experiment.batch_size * c.data.length // rules.size("batch")
+        width, vocab = c.model.embed_dim, c.model.vocab_size
+        shapes |= {"mlp": (tokens, width, 4 * width), "head": (min(tokens, 4096), width, vocab)}
     rates, product = {}, jax.jit(jnp.matmul)
     for name, (m, k, n) in shapes.items():
         a, b = (jax.random.normal(jax.random.key(0), s, c.model.dtype) for s in ((m, k), (k, n)))

@@ -31,6 +31,7 @@ from lm.data.pipeline import Pipeline
 from lm.data.synthetic import Synthetic
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
+from lm.planning.plan import without_data
 from lm.telemetry import deferred, metrics
 from lm.training import loop
 from lm.training.experiment import Experiment
@@ -63,6 +64,8 @@ def main() -> int:
 
 def random_rows(config: ConfigTree, **data: object) -> ConfigTree:
     """The config with random rows for data, or what `data` says, and no validation."""
+    if not data and ("image_size" in config.model or {"fields", "num_codes"} & {*config.objective}):
+        return without_data(config)  # rows with pictures, or of two fields
     config = config.copy_and_resolve_references()
     config.data.update({"weights": (), "validation": (), "tokenizer": "bytes"})
     config.data.update({"train": ("synthetic:random",), **data})
@@ -71,8 +74,15 @@ def random_rows(config: ConfigTree, **data: object) -> ConfigTree:
 
 
 def random_batches(experiment: Experiment, count: int) -> list[Batch]:
-    """Global batches of random tokens of the whole vocabulary, one document a row."""
-    c = experiment.config
+    """Global batches of random tokens of the whole vocabulary, one document a row; for models of
+    pictures and objectives with two fields, those of the experiment's own data.
+    """
+    c, layout = experiment.config, experiment.objective.layout
+    if layout.image_size is not None or len(layout.fields) > 1:
+        source = experiment.train_data
+        return [
+            experiment.make_global_batch(source.batch_at(i, experiment.rows)) for i in range(count)
+        ]
     rows = Synthetic(
         "random", vocab_size=c.model.vocab_size, length=c.data.length, document_length=2**31
     )
@@ -101,6 +111,7 @@ def measure(config: ConfigTree, *, steps: int) -> dict[str, Any]:
     config = random_rows(config)
     config.train.update({"num_steps": (RECORDS + 1) * every, "log_every": every})
     config.train.update({"num_epochs": None, "max_epochs": None})
+    config.optimizer.schedule.update({"kind": "constant", "warmup_steps": 0})  # for any length
     config.guard.self_check, config.log.parameter_table = False, False
     experiment = Experiment(config, jax.devices())
     batches = random_batches(experiment, every + 2)  # of which the first has no time

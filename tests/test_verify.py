@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs import clip, dalle, vit, vqvae
 from lm.config import schema as configs
 from lm.config.conversion import resolve
 from lm.layers import cross_entropy
@@ -73,6 +74,14 @@ def test_a_mesh_that_is_right_passes(check, mesh, changes):
     assert report.ok, mesh_equivalence.describe(report)
     assert {d.step for d in report.differences} == {0, 1, 2}
     assert all(d.value > 0 for d in report.differences if d.what == "parameters")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures", [clip, dalle, vit, vqvae])
+def test_models_of_pictures_are_right_on_a_mesh_and_in_micro_batches(pictures, devices):
+    config = mesh_equivalence.shrink(pictures.get_config("shapes"))
+    report = mesh_equivalence.verify(config, MIXED, devices, num_microbatches=2)
+    assert report.ok, mesh_equivalence.describe(report)
 
 
 @pytest.mark.slow

@@ -20,8 +20,10 @@ from lm.layers.positions import sinusoids
 from lm.layers.vision import VisionConfig
 from lm.models import clip, flops, init_params, vit
 from lm.objectives import ModelInterface, image_classification
+from lm.planning.plan import without_data
 from lm.tokenizers import tokenizer as tokenizers
 from lm.training.evaluation import evaluate
+from lm.training.experiment import Experiment
 
 TOLERANCE = 5e-6
 SIZES = {"num_layers": 2, "embed_dim": 16, "num_heads": 4, "mlp_dim": 24, "patch_size": 4}
@@ -48,15 +50,25 @@ SPLITS = {
 
 
 @pytest.fixture(scope="module")
-def make(make_config, devices):
-    """(changes, **axes) -> an Experiment that names the first object's colour."""
-    from lm.training.experiment import Experiment
+def config_of(make_config):
+    """(changes) -> the config of a run that names the first object's colour."""
 
-    def one(changes=(), **axes):
+    def one(changes=()):
         config = make_config()
         config.model = conversion.default(model="vit").model
         config.objective = conversion.default(objective="image_classification").objective
         config.update_from_flattened_dict({**CONFIG, **dict(changes)})
+        return config
+
+    return one
+
+
+@pytest.fixture(scope="module")
+def make(config_of, devices):
+    """(changes, **axes) -> an Experiment."""
+
+    def one(changes=(), **axes):
+        config = config_of(changes)
         config.mesh.update({"data": 1, **axes})
         return Experiment(config, devices[: int(np.prod(list(axes.values()), dtype=int))])
 
@@ -147,6 +159,19 @@ def test_the_class_is_the_longest_label_that_a_caption_begins_with():
     assert batch.targets[:, 0].tolist() == [0, 1, 0, 2, 0]
     assert batch.weights[:, 0].tolist() == [1, 1, 1, 1, 0]
     assert batch.inputs.ids.shape == (5, 1)
+
+
+def test_an_empty_label_is_that_of_all_others():
+    batch = classify(("a red", ""), "a red dot", "a blue dot", "")
+    assert batch.targets[:, 0].tolist() == [0, 1, 1]
+
+
+def test_rows_without_data_have_classes(config_of, devices):
+    """Those of a plan, a benchmark and `lm verify-sharding`."""
+    config = without_data(config_of())
+    batch = Experiment(config, devices[:1]).train_data.batch_at(0)
+    assert batch.images.shape == (8, 16, 16, 3) and np.all(batch.targets == 0)
+    assert np.all(batch.weights == 1)
 
 
 def test_a_caption_without_a_label_is_named():

@@ -23,7 +23,7 @@ class Config:
     labels: tuple[str, ...] = field(
         (),
         "The classes, by their numbers: captions, or the words that captions begin with; of "
-        "several that fit, the longest counts.",
+        "several that fit, the longest counts, and an empty one fits all.",
     )
     flip: bool = field(False, "Mirror every other picture in training.")
     crop: float = field(
@@ -51,7 +51,7 @@ def build(config: Config, tokenizer: Tokenizer, interface: ModelInterface) -> Ob
     def class_of(caption: bytes) -> int:
         text = tokenizer.decode(np.frombuffer(caption, np.int32)).strip()
         words = text.split(" ")
-        for count in range(len(words), 0, -1):
+        for count in range(len(words), -1, -1):
             if (found := numbers.get(" ".join(words[:count]))) is not None:
                 return found
         raise ValueError(

@@ -289,6 +289,8 @@ def _uneven(batch: HostBatch, seed: int) -> HostBatch:
         segments = np.zeros_like(tokens.segments)
         positions = np.zeros_like(tokens.positions)
         length = segments.shape[1]
+        if length == 1:  # of a picture's class
+            return tokens
         for row in range(len(segments)):
             ends = np.sort(rng.choice(np.arange(1, length), 3, replace=False))
             for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):

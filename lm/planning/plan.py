@@ -194,6 +194,8 @@ def without_data(config: ConfigTree) -> ConfigTree:
         "data.validation": (),
         "train.max_epochs": None,
     }
+    if hasattr(c.objective, "labels") and not hasattr(c.objective, "fields"):
+        changes["objective.labels"] = ("", "another")  # any caption has the first
     if c.train.num_epochs is not None:  # data would have to say how many steps that is
         changes |= {"train.num_epochs": None, "train.num_steps": 1000}
     return with_changes(config, changes)
