@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -140,6 +141,7 @@ def test_fits_keep_the_middle_or_all_of_a_picture():
         ({"split": "tail"}, "give --image without --split=tail"),
         ({"near_duplicates": ""}, "give --image without .* --near-duplicates"),
         ({"columns": {"a": "a", "b": "b"}}, "give --image without .* a second --field"),
+        ({"image": None, "image_fit": "pad"}, "--image-fit is of pictures: it needs --image"),
         ({"image": None, "split_by": "x", "split": "tail"}, "--split-by is of whole documents"),
     ],
 )
@@ -245,7 +247,7 @@ def test_every_row_is_a_picture_of_the_store_or_a_counted_skip(table, prepared):
     assert skipped == expected
     assert "pictures of 24 x 24" in summary(result.manifests)
     examples = result.manifests["train"]["skipped_examples"]["picture_too_large"]
-    assert any("10000 x 4000 pixels" in example for example in examples)
+    assert any(re.search(r"\.\w+: 10000 x 4000 pixels", example) for example in examples)
 
 
 def test_one_picture_of_several_captions_is_stored_once_in_one_split(prepared):

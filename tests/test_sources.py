@@ -353,6 +353,7 @@ RECORD = {
     ],
     "calls": [{"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}],
     "picture": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}],
+    "paragraphs": ["one", "two"],
 }
 
 
@@ -374,6 +375,9 @@ RECORD = {
         ("{messages}!", "system: \nuser: 2 + 2?\nassistant: 4!"),
         ("calls", "field_is_not_text"),
         ("picture", "field_is_not_text"),
+        ("paragraphs", "field_is_not_text"),
+        ("paragraphs.1", "two"),
+        ("paragraphs.2", "missing_field"),
     ],
 )
 def test_columns_are_paths_and_dialogues(tmp_path, column, found):
@@ -387,6 +391,14 @@ def test_columns_are_paths_and_dialogues(tmp_path, column, found):
     table = pa.Table.from_pylist(json.loads(parts))
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(table))
     assert texts(read(tmp_path / "a.parquet", {"text": column})) == [found] * 2
+
+
+def test_texts_in_lists_are_named():
+    record = {"paragraphs": ["one", "two"], "rows": [{"a": "a text"}]}
+    found = from_record("id", record, {"text": "paragraphs"})
+    assert found.detail == "paragraphs has 2 texts: paragraphs.0 is the first"
+    missing = from_record("id", record, {"text": "text"})
+    assert missing.fields == ("rows.0.a", "paragraphs.0")
 
 
 def test_a_dialogue_is_written_as_the_default_template_writes_it():

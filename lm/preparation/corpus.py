@@ -194,6 +194,9 @@ class Corpus:
                 )
             ),
         }
+        for f in fields(self):
+            if f.name in IMAGE_FLAGS and not self.image and getattr(self, f.name) != f.default:
+                errors[f"{_flag_of(f)} is of pictures: it needs --image=COLUMN"] = True
         if wrong := [message for message, is_wrong in errors.items() if is_wrong]:
             raise ValueError(wrong[0])
         self.picture_format  # noqa: B018 - raises ValueError for a wrong flag

@@ -99,7 +99,9 @@ class PictureFormat:
         except (MemoryError, Unreadable):
             raise
         except Image.DecompressionBombError:
-            raise Unreadable("picture_too_large", "more pixels than Pillow opens") from None
+            raise Unreadable(
+                "picture_too_large", "it declares more pixels than Pillow opens"
+            ) from None
         except Image.UnidentifiedImageError:
             raise Unreadable("no_known_picture", f"not of {', '.join(_FORMATS)}") from None
         except Exception as error:  # decoders raise errors of many kinds for damaged files
@@ -191,4 +193,7 @@ def with_pixels(document: Document, wanted: PictureFormat) -> Document | Skipped
     try:
         return document._replace(picture=wanted.convert(document.picture))
     except Unreadable as error:
-        return Skipped(document.id, error.reason, detail=error.detail)
+        path, detail = document.picture.content, error.detail
+        if isinstance(path, str) and path not in detail:
+            detail = f"{path}: {detail}" if detail else path
+        return Skipped(document.id, error.reason, detail=detail)

@@ -63,14 +63,15 @@ def text_columns(record: object) -> tuple[str, ...]:
 
 
 def _text_columns(record: object, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield (column, length), also of those in objects."""
+    """Yield (column, length), also of those in objects and lists."""
     for name, value in record.items() if isinstance(record, dict) else ():
         if isinstance(value, str | bytes):
             yield f"{prefix}{name}", len(value)
         elif is_dialogue(value):
             yield f"{prefix}{name}", sum(len(str(message["content"])) for message in value)
-        else:
-            yield from _text_columns(value, f"{prefix}{name}.")
+        else:  # of a list, the first text stands for all
+            inner = dict(enumerate(value[:1])) if isinstance(value, list) else value
+            yield from _text_columns(inner, f"{prefix}{name}.")
 
 
 def from_bytes(
@@ -155,4 +156,6 @@ def _text(column: str, value: object) -> str:
         return value.decode()
     if not isinstance(value, str | list | None):
         raise ValueError(f"{column} is of type {type(value).__name__}, no text")
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(x, str) for x in value):
+        raise ValueError(f"{column} has {len(value)} texts: {column}.0 is the first")
     return dialogue_text(value) if is_dialogue(value) else content_text(value)
