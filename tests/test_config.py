@@ -415,7 +415,8 @@ def test_explain_tells_values_from_defaults():
 
 def test_an_unknown_component_is_refused_with_those_that_exist():
     names = (
-        "clip, conv, decoder, encoder, encoder_decoder, lstm, vae, vit, vqvae; did you mean decoder"
+        "clip, conv, decoder, encoder, encoder_decoder, lstm, seqgan, vae, vit, vqvae; "
+        "did you mean decoder"
     )
     message = rf"config\.model\.name \('decodre'\) is not in lm\.models; there are: {names}\?"
     with pytest.raises(ValueError, match=message):

@@ -119,6 +119,7 @@ OWN = {
     "conv": ("gcnn8", "gcnn14"),
     "dalle": ("shapes", "shapes-mini", "mini", "12b"),
     "lstm": ("small", "medium", "large"),
+    "seqgan": ("tiny", "small", "published"),
     "shakespeare": ("student", "distilled"),
     "tasks": (
         "masked",

@@ -188,8 +188,10 @@ def _merge(batches: Sequence[T], order: np.ndarray) -> T:
 
 
 def _first_tokens(rows: Rows, document: int, tokenizer: Tokenizer, num_tokens: int) -> str:
-    """Return the text of the first tokens of a document of one row, of each of its fields."""
-    held = rows.segments == document + 1
+    """Return the text of the first tokens of a document of one row, of each of its fields; without
+    ids that are no text.
+    """
+    held = (rows.segments == document + 1) & (rows.ids < tokenizer.vocab_size)
     fields = np.zeros_like(held, int) if rows.fields is None else rows.fields
     ids = [rows.ids[held & (fields == f)] for f in np.unique(fields[held])]
     return " → ".join(tokenizer.decode(field[:num_tokens]) for field in ids)

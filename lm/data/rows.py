@@ -16,11 +16,13 @@ class RowLayout:
       document has the same segment number in all of them.
     image_size: height and width of the picture of every row; None: there are none. With pictures, a
       row is one document.
+    num_ids: ids that rows may have, where they are no text; None: those of the tokenizer.
     """
 
     lengths: tuple[int, ...]
     fields: tuple[str, ...] = ("text",)
     image_size: int | None = None
+    num_ids: int | None = None
 
     @property
     def length(self) -> int:

@@ -10,8 +10,9 @@ reverse  Of two fields: the target is the source backwards, both end in eos.
 codes    Of two fields, as `lm.objectives.dalle` reads them: a caption, and as many codes as a row
          holds, 0 and 1, which repeat the parities of its tokens.
 shapes   Pictures with captions: see `shapes`.
+oracle   Sequences that fill their rows, of an LSTM with parameters from N(0, 1): see `oracle`.
 
-Documents have random lengths and end with their row. Only the last three have an eos.
+Documents have random lengths and end with their row. Only reverse, codes and shapes have an eos.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
+from lm.data.oracle import OracleRows
 from lm.data.packing import check_rows
 from lm.data.pairs import Pairs
 from lm.data.rows import RowLayout, Rows, RowSource, Span
@@ -208,6 +210,9 @@ def make(path: str, layout: RowLayout, tokenizer: Tokenizer) -> RowSource:
         return {"reverse": reverse, "codes": codes}[kind](
             layout, eos_id=tokenizer.eos_id, **options
         )
+    if kind == "oracle":
+        size = layout.num_ids or tokenizer.vocab_size
+        return OracleRows(layout, size, tokenizer.bos_id, **options)
     return Synthetic(
         kind,
         vocab_size=tokenizer.used_vocab_size,
