@@ -21,7 +21,7 @@ from lm.config.suggestions import suggestion
 from lm.exit_codes import Exit, RunError
 from lm.parallel import process_group
 from lm.storage.filesystems import StorageError
-from lm.storage.paths import expand_path
+from lm.storage.paths import expand_local_path, expand_path
 
 T = TypeVar("T")
 USER_ERRORS = (
@@ -170,11 +170,7 @@ def folder(path: str) -> str:
     """
     if not path.strip():
         raise argparse.ArgumentTypeError(f"{path!r} is no name of a folder")
-    try:
-        path = expand_path(path, "")
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
-    if "://" in path:
+    if "://" in (path := file(path)):
         return path
     try:
         path.encode()
@@ -189,6 +185,25 @@ def folder(path: str) -> str:
         if part.exists() and not part.is_dir():
             raise argparse.ArgumentTypeError(f"{part} is a file, not a folder")
     return str(found)
+
+
+def file(path: str) -> str:
+    """A flag's path of a file, here or in a bucket, with `~` expanded; its type in argparse. Raises
+    argparse.ArgumentTypeError.
+    """
+    return _path(expand_path, path)
+
+
+def local_path(path: str) -> str:
+    """As `file`, of a file or folder that is written on this machine alone."""
+    return _path(expand_local_path, path)
+
+
+def _path(expand: Callable[[str, str], str], path: str) -> str:
+    try:
+        return expand(path, "")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
 
 
 def list_of(kind: Callable[[str], T]) -> Callable[[str], list[T]]:

@@ -58,6 +58,7 @@ from lm.kernels.chunking import num_chunks
 from lm.layers import cross_entropy
 from lm.preparation.token_writer import write_store
 from lm.sources import Document
+from lm.storage.files import write_atomically
 from lm.telemetry import jsonl, metrics
 from lm.tokenizers.tokenizer import ByteTokenizer, Tokenizer
 from lm.training import run_costs
@@ -98,7 +99,12 @@ def main() -> int:
         help="loss_memory: batch x length x width x vocabulary",
     )
     add("--store", help="data: a store of config.data.tokenizer; default: one of random letters")
-    add("--json", metavar="FILE", help="where the JSON goes, instead of the last line of stdout")
+    add(
+        "--json",
+        type=cli.file,
+        metavar="FILE",
+        help="where the JSON goes, instead of the last line of stdout",
+    )
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"--parts: no {', '.join(unknown)}; there are: {', '.join(PARTS)}")
@@ -120,7 +126,7 @@ def main() -> int:
     if args.json is None:
         print(jsonl.dumps(results))
     else:
-        Path(args.json).write_text(jsonl.dumps(results, indent=2) + "\n")
+        write_atomically(args.json, jsonl.dumps(results, indent=2) + "\n")
     return 0
 
 

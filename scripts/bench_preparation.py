@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--workers", type=cli.list_of(int), default=[1, 2], help="default: 1,2")
     parser.add_argument("--kills", type=int, default=0, help="of each preparation (default: 0)")
     parser.add_argument("--tokenizer", default="bytes", help="default: bytes")
-    parser.add_argument("--out", default="data/bench_preparation", type=cli.folder)
+    parser.add_argument("--out", default="data/bench_preparation", type=cli.local_path)
     flags = parser.parse_args()
     out = Path(flags.out)
     make_documents(out / f"text-{flags.documents}", flags.documents)

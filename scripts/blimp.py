@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from pathlib import Path
 
 from lm import cli
+from lm.storage.files import write_atomically
 from lm.telemetry import jsonl
 
 
@@ -28,7 +28,12 @@ def main() -> int:
     add("--step", type=int, help="checkpoint to use (default: the newest)")
     add("--limit", type=int, help="pairs of each paradigm (default: all 1,000)")
     add("--published", metavar="FILE", help="models_summary.jsonl")
-    add("--json", metavar="FILE", help="where to write the accuracies, of paradigms too")
+    add(
+        "--json",
+        type=cli.file,
+        metavar="FILE",
+        help="where to write the accuracies, of paradigms too",
+    )
     args = parser.parse_args()
 
     import jax
@@ -54,7 +59,7 @@ def main() -> int:
     print(blimp.table(accuracy, published))
     if args.json:
         text = jsonl.dumps({"step": step, **dataclasses.asdict(accuracy)}, indent=2)
-        Path(args.json).write_text(text + "\n")
+        write_atomically(args.json, text + "\n")
     return 0
 
 

@@ -34,7 +34,12 @@ def main() -> int:
         default=["mup", "standard"],
         help="those to compare",
     )
-    add("--out", default="coordinates", help="where the results go, without an ending")
+    add(
+        "--out",
+        type=cli.local_path,
+        default="coordinates",
+        help="where the results go, without an ending",
+    )
     args = parser.parse_args()
     given = {"width": args.widths, "head_dim": args.head_dims, "depth": args.depths}
     [along] = [name for name, values in given.items() if values]

@@ -25,8 +25,19 @@ def main() -> int:
     add = parser.add_argument
     add("--table", required=True, metavar="FILE", help="a .csv, .jsonl or .parquet file")
     add("--counting", required=True, choices=("total", "non_embedding"), help="what N counts")
-    add("--out", metavar="FILE", default="scaling.json", help="the artefact (default: %(default)s)")
-    add("--pictures", metavar="FOLDER", help="where to put the pictures, if anywhere")
+    add(
+        "--out",
+        type=cli.local_path,
+        metavar="FILE",
+        default="scaling.json",
+        help="the artefact (default: %(default)s)",
+    )
+    add(
+        "--pictures",
+        type=cli.local_path,
+        metavar="FOLDER",
+        help="where to put the pictures, if anywhere",
+    )
     add("--columns", default="", help="parameters=NAME,loss=NAME,...: their names in the table")
     add("--drop-non-finite", action="store_true", help="leave out runs that diverged")
     add("--vocab-size", type=int, help="refuse losses above its logarithm")

@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,M,...",
         help="numbers of processes to go on with, one of them at random after every kill",
     )
-    parser.add_argument("--out", help="folder for logs and data; default: a new one in $TMPDIR")
+    parser.add_argument(
+        "--out", type=cli.local_path, help="folder for logs and data; default: a new one in $TMPDIR"
+    )
     parser.add_argument(
         "--workdir", help="folder for the two runs, also gs:// or s3://; default: --out"
     )

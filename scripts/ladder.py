@@ -61,8 +61,10 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--sizes", required=True, help="arguments of get_config, by commas: one long run each")
     add("--fractions", type=_fractions, default=(0.25, 0.5), help="lengths of the other runs")
-    add("--workdir", type=cli.folder, required=True, help="folder of the runs' folders")
-    add("--out", help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)")
+    add("--workdir", type=cli.local_path, required=True, help="folder of the runs' folders")
+    add(
+        "--out", type=cli.local_path, help="the table, .csv or .jsonl (default: WORKDIR/ladder.csv)"
+    )
     return parser.parse_args()
 
 

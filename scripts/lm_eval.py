@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm import cli
+from lm.storage.files import write_atomically
 from lm.telemetry import jsonl
 
 
@@ -58,7 +59,7 @@ def main() -> int:
         kept = {"step": step, "results": results["results"], "n-samples": results["n-samples"]}
         if args.samples:
             kept["samples"] = results["samples"]
-        Path(args.json).write_text(jsonl.dumps(kept, indent=2, default=str) + "\n")
+        write_atomically(args.json, jsonl.dumps(kept, indent=2, default=str) + "\n")
     return 0
 
 
@@ -79,7 +80,7 @@ def parse_args() -> Any:
     )
     add("--apply-chat-template", action="store_true", help="ask in a dialogue")
     add("--chat-template", metavar="FILE", help="as in scripts/generate.py")
-    add("--json", metavar="FILE", help="where to write the scores")
+    add("--json", type=cli.file, metavar="FILE", help="where to write the scores")
     add("--samples", action="store_true", help="--json: every document too")
     return parser.parse_args()
 

@@ -22,7 +22,12 @@ def main() -> int:
     add("--rates", type=cli.list_of(float), default=[*range(-9, -4)], help="as powers of two")
     add("--seeds", type=ints, default=[0, 1, 2], help="seeds of weights and data")
     add("--parametrizations", type=names, default=["mup", "standard"], help="those to compare")
-    add("--out", default="transfer", help="where the results go, without an ending")
+    add(
+        "--out",
+        type=cli.local_path,
+        default="transfer",
+        help="where the results go, without an ending",
+    )
     args = parser.parse_args()
     import jax
 

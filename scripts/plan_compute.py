@@ -22,6 +22,7 @@ from pathlib import Path
 from lm import cli
 from lm.scaling.planner import MAX_EXTRAPOLATION, Machine
 from lm.scaling.table import FLOPS_PER_PARAMETER_TOKEN
+from lm.storage.files import write_atomically
 
 
 def main() -> int:
@@ -47,7 +48,7 @@ def main() -> int:
         default=MAX_EXTRAPOLATION,
         help="times the FLOPs of the largest run in the table (default: %(default)g)",
     )
-    add("--json", metavar="FILE", help="also write the plan to this file")
+    add("--json", type=cli.file, metavar="FILE", help="also write the plan to this file")
     args = parser.parse_args()
 
     from lm.scaling import artefact, planner, report
@@ -72,7 +73,7 @@ def main() -> int:
     )
     print(report.plan_page(plan, result, machine=machine, price=args.price_per_chip_hour), end="")
     if args.json:
-        Path(args.json).write_text(artefact.to_json(plan, indent=2))
+        write_atomically(args.json, artefact.to_json(plan, indent=2))
     return 0
 
 

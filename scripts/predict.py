@@ -24,13 +24,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lm import cli
 from lm.evaluation import task_records
 from lm.preparation import corpus as corpora
 from lm.sources import Document
+from lm.storage.files import write_atomically
 from lm.telemetry import jsonl
 
 
@@ -78,13 +78,13 @@ def main() -> int:
         f"step {step}: {len(found)} records in {seconds:.0f} s, {cut} with a source that was cut",
         file=sys.stderr,
     )
-    out = Path(args.out or Path(args.workdir) / "predictions.jsonl")
-    with out.open("w") as file:
-        for record, prediction in zip(records, found, strict=True):
-            line: dict[str, Any] = {"id": record.id, **record.fields, "prediction": prediction.text}
-            if prediction.probability is not None:
-                line["probability"] = prediction.probability
-            file.write(jsonl.dumps(line, ensure_ascii=False) + "\n")
+    out, lines = args.out or f"{args.workdir}/predictions.jsonl", []
+    for record, prediction in zip(records, found, strict=True):
+        line: dict[str, Any] = {"id": record.id, **record.fields, "prediction": prediction.text}
+        if prediction.probability is not None:
+            line["probability"] = prediction.probability
+        lines.append(jsonl.dumps(line, ensure_ascii=False) + "\n")
+    write_atomically(out, "".join(lines))
     rows = {f"{args.workdir} @ {step}": [prediction.text for prediction in found]}
     pairs = [(d.fields[source], d.fields[target]) for d in train]
     wanted = {name: 0 for metric in args.metrics for name in task_baselines.OF_METRIC[metric]}
@@ -148,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     add("--num-beams", type=int, default=0, metavar="N", help="beam search, not greedy")
     add("--length-penalty", type=float, default=1.0, metavar="P", help="of beams; default: 1")
     add("--batch-size", type=int, default=32, metavar="N", help="texts at once; default: 32")
-    add("--out", help="default: WORKDIR/predictions.jsonl")
+    add("--out", type=cli.file, help="default: WORKDIR/predictions.jsonl")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ def main() -> None:
     add("--label", action="append", default=[], help="keep records with this target; repeatable")
     add("--test-fraction", type=float, default=0.1, help="default: 0.1")
     add("--train-limit", type=int, default=0, metavar="N", help="most records of train (0: all)")
-    add("--out", required=True, help="folder of the two files")
+    add("--out", type=cli.local_path, required=True, help="folder of the two files")
     flags = parser.parse_args()
     try:
         documents = corpus.from_flags(flags)

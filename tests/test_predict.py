@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import sys
+import uuid
 from pathlib import Path
 
 import jax
 import numpy as np
+import object_stores
 import pytest
 
 from lm.checkpoint.manager import Checkpoints
@@ -21,6 +23,7 @@ from lm.generation.generator import Generator
 from lm.layers.cross_entropy import lm_loss
 from lm.preparation.token_writer import write_store
 from lm.sources import Document
+from lm.storage import files
 from lm.training.experiment import CONFIG_FILE, Experiment
 
 SOURCES = ["abc", "a longer text", "b"]
@@ -179,23 +182,25 @@ def script():
 
 
 def test_the_script_writes_every_record_and_measures_baselines_beside_the_run(
-    script, devices, tmp_path, monkeypatch, capsys
+    script, devices, buckets, tmp_path, monkeypatch, capsys
 ):
+    workdir = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}"
     experiment = experiment_of("encoder", "classification", devices, **LABELS)
     state = experiment.init_state()
-    (tmp_path / CONFIG_FILE).write_text(conversion.to_json(experiment.config_dict))
-    with Checkpoints(str(tmp_path), experiment.config.checkpoint) as checkpoints:
+    files.write_atomically(f"{workdir}/{CONFIG_FILE}", conversion.to_json(experiment.config_dict))
+    with Checkpoints(workdir, experiment.config.checkpoint) as checkpoints:
         checkpoints.save(state)
     texts = [("abc", "good"), ("abd", "bad"), ("x", "bad")]
     for name, rows in (("test", texts), ("train", texts * 2)):
         lines = [json.dumps({"text": t, "label": c}) for t, c in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "no json"]))
-    arguments = f"""--workdir={tmp_path} --data={tmp_path}/test.jsonl --train={tmp_path}/train.jsonl
+    arguments = f"""--workdir={workdir} --data={tmp_path}/test.jsonl --train={tmp_path}/train.jsonl
         --field=source=text --field=target=label --metrics=classes --max-loss=0.3"""
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments.split()])
     monkeypatch.setattr(jax, "devices", lambda: devices[:1])
     assert script.main() == 0
-    written = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    stored = files.read_bytes(f"{workdir}/predictions.jsonl").decode()
+    written = [json.loads(line) for line in stored.splitlines()]
     found = predict(experiment, state.params, [t for t, _ in texts])
     assert [(w["source"], w["target"]) for w in written] == texts
     assert [w["prediction"] for w in written] == [p.text for p in found]

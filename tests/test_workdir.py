@@ -27,7 +27,15 @@ def test_any_name_of_a_folder_stays_as_it_is(tmp_path, monkeypatch, name):
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.folder("~/runs/a") == str(tmp_path / "runs" / "a")
+    for kind in (cli.folder, cli.file, cli.local_path):
+        assert kind("~/runs/a") == str(tmp_path / "runs" / "a")
+
+
+def test_what_is_written_here_alone_is_in_no_bucket():
+    assert cli.file("gs://bucket/plan.json") == "gs://bucket/plan.json"
+    for path in ("gs://bucket/plan.json", "s3:/bucket/plan.json", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"in a bucket|no bucket's|no path"):
+            cli.local_path(path)
 
 
 @pytest.mark.parametrize(
