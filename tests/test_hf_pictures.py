@@ -173,6 +173,7 @@ def test_an_import_has_the_objective_of_its_model(imported):
         _, _, experiment, _ = imported(name)
         assert experiment.config_dict.objective.name == objective
         assert experiment.objective.layout.image_size == SIZE
+    assert imported("clip")[2].config.model.max_logit_scale == 100  # of the paper
     _, _, experiment, _ = imported("siglip")
     own = experiment.config.objective
     assert (own.loss, own.begins_with_bos) == ("sigmoid", False)
