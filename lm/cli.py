@@ -109,6 +109,7 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[], int]) -> None:
     """End the process with the exit code of `main`, or of the error in it."""
     _use_huge_pages()
+    _leave_scripts_off_the_path()
     _set_up()
     code, message = _outcome(main)
     if message:
@@ -228,6 +229,14 @@ def _use_huge_pages() -> None:
     settings = [os.environ[name]] if os.environ.get(name) else []
     environment = {**os.environ, name: ":".join([*settings, "glibc.malloc.hugetlb=1"])}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _leave_scripts_off_the_path() -> None:
+    """Python puts the folder of a script on its path, and scripts/lm_eval.py and evaluate.py would
+    hide the packages of their names.
+    """
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != scripts]
 
 
 def _report(unraisable: sys.UnraisableHookArgs) -> None:

@@ -12,8 +12,6 @@ document with --samples.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +84,4 @@ def parse_args() -> Any:
 
 
 if __name__ == "__main__":
-    if not sys.flags.safe_path:  # else this folder's lm_eval.py and evaluate.py hide two packages
-        os.execv(sys.executable, [sys.executable, "-P", *sys.orig_argv[1:]])
     cli.run(main)

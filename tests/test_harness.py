@@ -1,7 +1,10 @@
 """lm-evaluation-harness: the same tasks, documents and figures as with its own model class."""
 
 import json
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +15,8 @@ from lm.generation.beam import BeamSearch
 from lm.generation.generator import Generator
 from lm.generation.sampling import Sampling
 from lm.generation.score import Scorer
+from lm.telemetry import jsonl
+from lm.telemetry.metrics import EVALUATIONS_FILE
 from lm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from tests.test_chat import tokenizer_json  # noqa: F401 - a fixture
 
@@ -21,6 +26,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 llama_pair = pytest.importorskip("tests.llama_pair")
 
+ROOT = Path(__file__).parents[1]
 CHOICES = ["small", "brief and kind", "the end of a long day"]
 
 
@@ -170,3 +176,29 @@ def test_unknown_generation_arguments_are_refused(wrong):
 def test_a_task_that_is_not_there_is_refused(sides):
     with pytest.raises(ValueError, match=r"nowhere.yaml: no such file"):
         lm_eval_adapter.evaluate(sides[1], ["nowhere.yaml"])
+
+
+@pytest.mark.slow
+def test_tasks_inside_a_run_have_the_figures_of_the_scripts_afterwards(tasks, tmp_path):
+    """scripts/lm_eval.py lies beside the scripts, and is not the package of its name."""
+    run = f"--workdir={tmp_path}/run"
+
+    def script(name, *flags):
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), run, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    added = "--config.evaluations.harness."
+    flags = (f"{added}name=lm_eval", f"{added}tasks={tuple(tasks)}", f"{added}every=4")
+    smoke = (f"--config={ROOT}/configs/smoke.py", "--config.train.num_steps=8")
+    rows = ("--config.data.length=64", "--config.model.max_length=64")
+    script("train", *smoke, *rows, "--config.optimizer.ema_decay=0.0", *flags)
+    records = jsonl.read(f"{tmp_path}/run/{EVALUATIONS_FILE}")
+    assert [record["step"] for record in records] == [4, 8]
+    after = json.loads(script("evaluate", "--evaluations=harness").splitlines()[-1])
+    assert {**after, "seconds": 0} == {**records[-1], "seconds": 0}
+    scores = tmp_path / "scores.json"
+    script("lm_eval", f"--tasks={','.join(tasks)}", f"--json={scores}")
+    found = lm_eval_adapter.figures(json.loads(scores.read_text()))
+    assert len(found) > 5 and found == {name: records[-1].get(name) for name in found}
