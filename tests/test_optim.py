@@ -23,7 +23,8 @@ from lm.optim.optimizers import muon
 from lm.optim.schedules import make_schedule
 from lm.types import Tokens
 
-OPTIMIZERS = sorted(m.name for m in pkgutil.iter_modules(optimizers.__path__))
+# adversarial is for models of two parts: tests/test_seqgan.py
+OPTIMIZERS = sorted({m.name for m in pkgutil.iter_modules(optimizers.__path__)} - {"adversarial"})
 CONSTANT = ScheduleConfig(kind="constant")
 
 
