@@ -286,3 +286,12 @@ def test_a_file_of_a_bucket_that_ends_too_early_is_an_error(buckets, scheme):
         assert opened.read() == b"abc"
     with files.open_file(path, size=10) as opened, pytest.raises(filesystems.StorageError):
         opened.read()
+
+
+def test_an_empty_answer_amid_a_file_is_an_error(buckets, monkeypatch):
+    path = f"gs://{object_stores.BUCKET}/{uuid.uuid4().hex}"
+    files.write_atomically(path, b"x" * 10)
+    with files.open_file(path, size=12) as file:
+        monkeypatch.setattr(files, "read_bytes", lambda *_: b"")
+        with pytest.raises(ConnectionError, match="no bytes from 0 on, of 12"):
+            file.read(4)

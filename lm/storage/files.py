@@ -131,6 +131,8 @@ class _Ranges(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         end = min(self._at + len(buffer), self._size)
         data = read_bytes(self._path, self._at, end) if self._at < end else b""
+        if self._at < end and not data:  # else the rest would be missing, silently
+            raise ConnectionError(f"{self._path}: no bytes from {self._at} on, of {self._size}")
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
